@@ -64,8 +64,7 @@ class Entry:
     @property
     def base_kind(self) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape of the base's tensor."""
-        shape = self.record.base_shape
-        return self.base_dtype, tuple(self.record.shape if shape is None else shape)
+        return self.record.base_kind
 
     def key_in(self, state: Container[str]) -> str:
         """Where the base's tensor stands in a state: under its name in the base, else in the result."""
@@ -146,9 +145,8 @@ class Entry:
         InputError: positions are damaged; or, with `check` and after the last tile, the base's or the result's hash
         differs from the record's. The error has no hint if the base is to blame.
         """
+        self._check_presence(read)
         record = self.record
-        if (read is None) != (record.base is None):
-            raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
         base_hash, result_hash = blake3(), blake3()
         for base, out in (
             self._results(read, tile) if read is None or not self.has_steps else self._stepped(read, check)
@@ -164,6 +162,11 @@ class Entry:
             raise InputError(OTHER_BASE)
         if digest(result_hash) != record.result:
             raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
+
+    def _check_presence(self, read: Read | None) -> None:
+        """InputError: the base has the tensor, and was to lack it, or lacks it."""
+        if (read is None) != (self.record.base is None):
+            raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
 
     def _results(self, read: Read | None, tile: int) -> Iterator[tuple[Array, Array]]:
         """The base's bits and the result's, tile by tile."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.delta.entry import OTHER_BASE, Entry, Read
+from deltamerge.delta.entry import OTHER_BASE, Entry, Read, hash_of
 from deltamerge.delta.folder import open_folder
 from deltamerge.delta.in_place import apply_in_place
 from deltamerge.delta.manifest import Base, Manifest
@@ -191,6 +191,11 @@ def bits_of(tensor: Any) -> Array:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
     return bits
+
+
+def digest_of(tensor: Any) -> str:
+    """A tensor's hash, as the manifest has it."""
+    return hash_of(_window(tensor), tensor.numel())
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:

@@ -80,6 +80,11 @@ class Record(Strict):
     base_dtype: str | None = None
     result: Digest
 
+    @property
+    def base_kind(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of the base's tensor."""
+        return self.base_dtype or self.dtype, tuple(self.shape if self.base_shape is None else self.base_shape)
+
 
 class Part(Strict):
     """A folder of the result's weights, and how its weight files are called: `io.component.Component`."""

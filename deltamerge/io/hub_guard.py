@@ -233,7 +233,7 @@ def _check_wait(status: int, headers: Any) -> None:
 def _class_of(module: str) -> Any:
     """A class of bounded bodies for the HTTP library `module`; huggingface_hub has used two."""
 
-    class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc]
+    class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc]  # chosen at run time
         def __init__(self, inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> None:
             self.inner, self.bounds, self.limit, self.refuses = inner, bounds, limit, refuses
 

@@ -101,9 +101,8 @@ def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[
         at, places = np.nonzero(used)
         scores[torch.from_numpy(at), torch.from_numpy(chosen[at, places])] = -1
     found = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1).indices.sort(dim=1).values
-    exact = torch.bmm(residual[:, None], atoms.rows(found).transpose(1, 2))[
-        :, 0
-    ].abs()  # rows: columns take 4 times as long
+    # residuals as rows: as columns they take 4 times as long
+    exact = torch.bmm(residual[:, None], atoms.rows(found).transpose(1, 2))[:, 0].abs()
     exact[scores.gather(1, found) < 0] = -1
     places = exact.numpy().argmax(1)
     picked: NDArray[np.int64] = found.numpy()[np.arange(len(places)), places]

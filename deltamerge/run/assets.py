@@ -42,6 +42,7 @@ TOKENIZER = (
     "chat_template*", "spiece*", "sentencepiece*", "tekken*.json",
 )  # fmt: skip
 GENERATION = "generation_config.json"
+RECIPE = "recipe.yaml"  # of a run, by whose result it lies
 MODEL = (
     GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor*.json",
     "video_processor*.json", "feature_extractor*.json",
@@ -85,7 +86,7 @@ def left_out(plan: Plan, files: Files) -> Iterator[str]:
 
 def copied_files(folder: Path) -> dict[str, Path]:
     """What goes with the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
-    return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", "recipe.yaml")) | _of_components(folder)
+    return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", RECIPE)) | _of_components(folder)
 
 
 def _of_components(folder: Path) -> dict[str, Path]:

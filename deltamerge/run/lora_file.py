@@ -162,19 +162,19 @@ def finish(
     planned: Plan, folder: Path, modules: Modules, made: Mapping[str, Made], results: Mapping[str, TensorInfo]
 ) -> LowRankSummary:
     """Write the adapter of the factors in `made` and of `results`, the merged tensors that have none."""
-    order = [out.name for out in planned.outputs if out.name in made]
-    made = {name: made[name] for name in order}
+    made = {out.name: made[out.name] for out in planned.outputs if out.name in made}
+    dtype = stored_dtype(planned)
     with errors.context("output.kind: peft"), Reader() as reader:
         saved, loose, notes = _whole(planned, reader, modules, made, results)
         whole = {**saved, **loose}
-        ranks, layout = _ranks(planned, made, whole)
+        ranks, layout = _ranks(planned, made, whole, dtype)
         written = [name for name, rank in ranks.items() if rank]
         if not written and not whole:
             raise InputError("nothing differs from the base", hint="is this the fine-tune, and that its base?")
         (folder / layout.files[0].name).unlink(missing_ok=True)
         with Writer(folder, layout) as writer:
             for name in written:
-                _write(writer, made[name], ranks[name], stored_dtype(planned), dora=planned.recipe.output.dora)
+                _write(writer, made[name], ranks[name], dtype, dora=planned.recipe.output.dora)
             for key, info in whole.items():
                 writer.copy(key, info, reader)
             found = writer.finish()
@@ -261,15 +261,18 @@ def _whole(
     return saved, loose, notes
 
 
-def _ranks(planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorInfo]) -> tuple[dict[str, int], Layout]:
+def _ranks(
+    planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorInfo], dtype: str
+) -> tuple[dict[str, int], Layout]:
     """The rank of every weight, and the file. InputError: not one rank fits the budget."""
-    output, dtype = planned.recipe.output, stored_dtype(planned)
+    output = planned.recipe.output
     if output.budget is None:
         wanted = Wanted(output.rank, output.energy)
         ranks = {name: wanted.count(one.gains, one.state["gain"]) for name, one in made.items()}
         return ranks, _layout(made, ranks, whole, dtype, dora=output.dora)
     spectra = {name: Spectrum(one.gains, ITEMSIZE[dtype] * sum(one.target.sides)) for name, one in made.items()}
-    room = output.budget - sum(info.nbytes for info in whole.values())
+    taken = sum(info.nbytes for info in whole.values())
+    room = output.budget - taken
     for _ in range(TRIES):
         ranks = greedy(spectra, room) if room > 0 else {}
         if not any(ranks.values()):
@@ -279,7 +282,6 @@ def _ranks(planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorIn
         if over <= 0:
             return ranks, layout
         room -= over
-    taken = sum(info.nbytes for info in whole.values())
     stored = f", {taken} are of what is stored whole" if taken else ""
     hint = "give a larger budget" + (", or whole: drop" if taken else "")
     raise InputError(f"a budget of {output.budget} bytes holds no rank{stored}", hint=hint)

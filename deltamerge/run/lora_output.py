@@ -267,8 +267,8 @@ class _Sink:
         self._keep(target, lambda wanted, c: factor(delta, wanted, key, c), lengths)
 
     def _keep(self, target: Target, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None) -> None:
-        name, rows = target.output.name, target.sides[1]
-        c = np.fromfile(self.moments[name], np.float64).reshape(rows, rows) if name in self.moments else None
+        name, columns = target.output.name, target.sides[1]
+        c = np.fromfile(self.moments[name], np.float64).reshape(columns, columns) if name in self.moments else None
         try:
             found = made(self._wanted, c)
         except ValueError:

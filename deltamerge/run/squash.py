@@ -12,7 +12,7 @@ from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import head, is_chain, line
 from deltamerge.delta.chain.layers import check_complete
-from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.chain.models import open_origin
 from deltamerge.delta.chain.publish import one_writer, publishing, refuse_foreign, remove
 from deltamerge.delta.chain.version import (
     VERSION,
@@ -33,12 +33,9 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
-from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
-from deltamerge.run.assets import copied_files, write_files
+from deltamerge.run.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
-
-RECIPE = "recipe.yaml"  # of one version's making, not of the folded one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +68,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest
-        with errors.context(base or str(manifest.base)):
-            origin = decoded(open_model(base or str(manifest.base), Path.cwd(), weights=True, pickles=pickles))
+        origin = open_origin(base or str(manifest.base), pickles=pickles)
         check_complete(old[0], origin)
         with publishing(chain, target.name, "folding") as folder:
             _write(folder, old, origin, workers)
@@ -102,8 +98,7 @@ def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = 
             refuse_foreign(version.path)
         found.append({"name": version.name, "state": version.state, "files": sorted({*names})})
     if base is not None:
-        with errors.context(base):
-            origin = decoded(open_model(base, Path.cwd(), weights=True, pickles=pickles))
+        origin = open_origin(base, pickles=pickles)
         check_complete(versions[0], origin)
         with errors.context(str(path)), Reader() as reader:
             check(folded(versions, every=True), origin, reader, workers)
@@ -151,7 +146,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
         list(pool.map(fold, work))
         writer.finish()
     assets = {name: path for version in versions for name, path in copied_files(version.path).items()}
-    assets.pop(RECIPE, None)
+    assets.pop(RECIPE, None)  # of one version's making, not of the folded one's
     write_files({**assets}, folder)
     made = DeltaFile.open(folder)
     names = [*made.files, *(folder / name for name in assets)]

@@ -17,7 +17,7 @@ from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import head, line, names
 from deltamerge.delta.chain.layers import check_complete
-from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.chain.models import open_origin
 from deltamerge.delta.chain.publish import one_writer, publishing
 from deltamerge.delta.chain.version import (
     Named,
@@ -40,12 +40,10 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.io.lazy import torch
-from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
-from deltamerge.run.assets import copied_files, write_files
+from deltamerge.run.assets import RECIPE, copied_files, write_files
 from deltamerge.run.delta_output import base_of
 
-RECIPE = "recipe.yaml"
 Bits = dict[str, Array]
 
 
@@ -159,8 +157,7 @@ class DeltaWriter:
             base = base or str(versions[0].delta.manifest.base)
         if not base:
             raise InputError(f"{self.chain}: has no version yet, and no base", hint="DeltaWriter(chain, model, base=…)")
-        with errors.context(base):
-            origin = decoded(open_model(base, Path.cwd(), weights=True))
+        origin = open_origin(base)
         if not origin.is_simple:
             raise InputError(f"{base}: has several components", hint="a chain of each")
         return versions, origin

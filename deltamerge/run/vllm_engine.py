@@ -35,7 +35,7 @@ from deltamerge.errors import InputError
 
 
 @dataclass
-class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]
+class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not read for types
     """base      what the served model was loaded from, and the deltas were made from; None: the model's folder
     in_place  write single positions into the loaded weights; None: where the model keeps them as they are loaded
     keep      how many deltas' changes a worker holds decoded; None: all
@@ -47,13 +47,13 @@ class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 
 @dataclass
-class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not read for types
     """delta   a folder that every worker sees; None: the base"""
 
     delta: str | None = None
 
 
-class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]
+class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]  # vLLM is not read for types
     """One worker's."""
 
     init_info_cls = DeltaInit

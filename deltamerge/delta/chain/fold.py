@@ -35,8 +35,7 @@ class FoldedEntry(Entry):
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
         """The result of the last version, as `Entry.tiles`; memory holds a tile (of STEP_TILE elements at least) and a
         piece of the positions of each version. InputError: as there, and names the version."""
-        if (read is None) != (self.record.base is None):
-            raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
+        self._check_presence(read)
         with self._base_blamed(read, check):
             yield from self._tiles(read, check, tile)
 

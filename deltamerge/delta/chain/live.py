@@ -7,18 +7,14 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from deltamerge import errors
 from deltamerge.delta.chain.change import Change, Write, change_of, whole_of, write_of
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import line, resolve
 from deltamerge.delta.chain.version import Content, Version, state_of
-from deltamerge.delta.entry import digest
-from deltamerge.delta.file import Patch, bits_of
+from deltamerge.delta.file import Patch, digest_of
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import code_of
-from deltamerge.io.files import flat
 from deltamerge.io.lazy import torch
 
 State = MutableMapping[str, Any]
@@ -161,7 +157,7 @@ def _content(tensor: Any) -> Content | None:
     """What a state knows of a tensor in memory; None: there is none, or it is of no dtype of safetensors."""
     if tensor is None or (code := code_of(tensor.dtype)) is None:
         return None
-    return Content(code, tuple(tensor.shape), digest(blake3(flat(bits_of(tensor)))))
+    return Content(code, tuple(tensor.shape), digest_of(tensor))
 
 
 def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], gone: set[str]) -> None:

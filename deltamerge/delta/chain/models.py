@@ -4,7 +4,7 @@ chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
 base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
 base+delta            what any delta artifact makes of its base
-    base+dir/weight_v000003   what a version that slime wrote makes of its base
+base+dir/weight_v000003   what a version that slime wrote makes of its base
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ class Models:
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
     """One model, as `Models.open`."""
     return Models().open(reference, folder, weights=weights, pickles=pickles)
+
+
+def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
+    """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
+    with errors.context(reference):
+        return decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
 
 
 def _splits(reference: str) -> list[tuple[str, str]]:

@@ -7,19 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from blake3 import blake3
-
 from deltamerge import errors
 from deltamerge.delta.chain.change import Change, Write, change_of, whole_of, write_of
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import Stamp, line, resolve, stamp
 from deltamerge.delta.chain.live import Delta
 from deltamerge.delta.chain.version import Version
-from deltamerge.delta.entry import OTHER_BASE, Entry, digest
-from deltamerge.delta.file import DeltaFile, bits_of
+from deltamerge.delta.entry import OTHER_BASE, Entry
+from deltamerge.delta.file import DeltaFile, digest_of
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import code_of
-from deltamerge.io.files import flat
 from deltamerge.io.lazy import torch
 
 T = TypeVar("T")
@@ -131,7 +128,7 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
                 continue
             if not record.count and record.result == record.base:
                 if key not in hashes:
-                    hashes[key] = digest(blake3(flat(bits_of(tensor))))
+                    hashes[key] = digest_of(tensor)
                 if hashes[key] != record.base:
                     raise InputError(OTHER_BASE, hint=belongs)
                 continue

@@ -20,6 +20,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from deltamerge import errors
 from deltamerge.delta.entry import digest
 from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.folder import MANIFEST
 from deltamerge.delta.manifest import Digest, Manifest, Natural, Record, Strict
 from deltamerge.errors import InputError
 from deltamerge.io.files import writing
@@ -96,8 +97,7 @@ def base_contents(manifest: Manifest) -> dict[str, Content]:
     found = {}
     for name, record in manifest.tensors.items():
         if record.base is not None:
-            shape = tuple(record.base_shape or record.shape)
-            found[record.base_name or name] = Content(record.base_dtype or record.dtype, shape, record.base)
+            found[record.base_name or name] = Content(*record.base_kind, record.base)
     return found
 
 
@@ -174,7 +174,7 @@ def _check_files(path: Path, note: Note) -> None:
         if size != stored.size:
             what = "is missing" if size is None else f"has {size} bytes, not {stored.size}"
             raise InputError(f"{name} {what}", hint="copy the version again")
-    check_hashes(path, {name: stored for name, stored in note.files.items() if name == "delta.json"})
+    check_hashes(path, {name: stored for name, stored in note.files.items() if name == MANIFEST})
 
 
 def read_note(path: Path) -> Note | None:

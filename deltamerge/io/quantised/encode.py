@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.memory import in_memory
 from deltamerge.io.quantised.blockwise import RowScaled, Tabled
-from deltamerge.io.quantised.coder import BlockCoder, Coder, Transposed
+from deltamerge.io.quantised.coder import BlockCoder, Coder, Packing, Transposed
 from deltamerge.io.quantised.coding import Coding, Part, unit_rows
 from deltamerge.io.quantised.columnwise import Awq, Gptq
 from deltamerge.io.quantised.fp4 import Experts, GroupScaled
@@ -75,8 +75,9 @@ def _scaled(made: Scaled, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         multiple = math.lcm(grid.m, per)
         parts.append(_part(zeros.info, per))
     search = packed and made.width < BYTES
-    how = None if zeros is None else "words" if zeros.packed else "bytes"
-    coder = BlockCoder(numbers, block, scales.dtype, how, search, "words" if packed else "bytes")  # type: ignore[arg-type]
+    how: Literal["bytes", "words"] | None = None if zeros is None else "words" if zeros.packed else "bytes"
+    packing: Packing = "words" if packed else "bytes"
+    coder = BlockCoder(numbers, block, scales.dtype, how, search, packing)
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
 
 
@@ -111,8 +112,9 @@ def _mlx(made: Packed, shape: Shape, settings: Mapping[str, Any]) -> Coding:
     elif made.mode == "nvfp4":
         coder = TwoLevel(made.group, "single")
     else:
-        numbers, packing = (E4M3, "bytes") if made.mode == "mxfp8" else (E2M1, "nibbles")
-        coder = BlockCoder(numbers, (1, made.group), "U8", None, made.mode == "mxfp4", packing)  # type: ignore[arg-type]
+        packing: Packing = "bytes" if made.mode == "mxfp8" else "nibbles"
+        numbers = E4M3 if made.mode == "mxfp8" else E2M1
+        coder = BlockCoder(numbers, (1, made.group), "U8", None, made.mode == "mxfp4", packing)
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), tuple(parts))
 
 

@@ -15,8 +15,8 @@ from test_chain import same
 import deltamerge as dm
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import line
-from deltamerge.delta.chain.live import bits_of
 from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.file import bits_of
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io.reader import Reader
 
