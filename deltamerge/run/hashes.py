@@ -35,7 +35,7 @@ from deltamerge.plan.planner import Plan
 
 DATA = "calibration data"
 
-WORKERS_A_HASHER = 4  # threads that merge for each that hashes what they do not read
+WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
 
 Mine = Callable[[int, int], bool]
 
@@ -208,7 +208,7 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
                 except BaseException as failure:
                     failures.append(failure)
 
-    count = min(len(works), max(1, workers // WORKERS_A_HASHER))
+    count = min(len(works), max(1, workers // WORKERS_AN_INPUT_HASHER))
     threads = [threading.Thread(target=go, daemon=True) for _ in range(count - 1)]
     for thread in threads:
         thread.start()

@@ -36,7 +36,7 @@ from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
 
-WORKERS_A_HASHER = 8  # threads that merge for each that hashes beside the first
+WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _write_shards(
         Reader(pieces) as reader,
         Writer(
             work.folder, planned.layout, files=files, journal=work.journal,
-            room=room(planned.workers, planned.options.memory), hashers=1 + planned.workers // WORKERS_A_HASHER,
+            room=room(planned.workers, planned.options.memory), hashers=1 + planned.workers // WORKERS_AN_OUTPUT_HASHER,
             allocate=pinned_memory(planned),
         ) as writer,
     ):  # fmt: skip
