@@ -24,12 +24,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import encoder
 import merging_tasks
 import numpy as np
 import yaml
+from merging_deltas import DELTAS, Delta
 from merging_scores import CHOICE_ROWS, TEST_ROWS, Judge, Outputs, Setting, Weights, encoder_of, write
 from merging_tasks import HOME, KEPT_BACK, TASKS
 from safetensors.torch import load_file, save_file
@@ -40,23 +41,6 @@ from deltamerge.io.lock_file import LOCK_NAME, read_lock
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"
 RATIO, TRIES = 1.5, 6  # λ is tried at RATIO times the last
-
-
-class Delta(NamedTuple):
-    """How each expert is pruned before it is merged; `prune` None: not at all."""
-
-    name: str
-    prune: dict[str, Any] | None = None
-
-
-DELTAS = (
-    Delta("unpruned"),
-    *(
-        Delta(f"{name} {density:g}", {"method": method, "density": density, "q": "output_change"})
-        for density in (0.1, 0.01)
-        for name, method in (("magnitude", "magnitude"), ("DARE", "dare"))
-    ),
-)
 
 
 @dataclass(frozen=True)

@@ -22,34 +22,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import process
 import quality
 import smollm2
 import yaml
 from merge_speed import surroundings
+from merging_deltas import DELTAS, Delta
 from safetensors.torch import load_file
 
 TASKS = ("arithmetic", "sorting", "reversal", "family")
 RESULTS = Path(__file__).resolve().parent / "results" / "merging_decoder.json"
-
-
-class Delta(NamedTuple):
-    """How each expert is pruned before it is merged; `prune` None: not at all."""
-
-    name: str
-    prune: dict[str, Any] | None = None
-
-
-DELTAS = (
-    Delta("unpruned"),
-    *(
-        Delta(f"{name}, {density:g}", {"method": method, "density": density, "q": "output_change"})
-        for density in (0.1, 0.01)
-        for name, method in (("magnitude", "magnitude"), ("DARE", "dare"))
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -158,7 +142,7 @@ def pruned(task: str, delta: Delta, folder: Path = smollm2.FOLDER) -> Path:
     """What is left of an expert, as a model; made if it is not kept."""
     if delta.prune is None:
         return folder / task
-    out = folder / "pruned" / f"{task} {delta.name}".replace(", ", " ").replace(" ", "-")
+    out = folder / "pruned" / f"{task} {delta.name}".replace(" ", "-")
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
         recipe = {

@@ -28,6 +28,7 @@ SOURCES = {
 NEUTRAL = 0.3  # a rating at most so far from 0 is neither positive nor negative
 VALIDATION, TEST = 300, 700  # sentences of each source
 RATE, STEPS = 3e-4, 250
+PARTS: tuple[tasks.Part, ...] = ("validation", "test", "train")  # in the order in which they take sentences
 
 TASKS = {
     task.name: task
@@ -53,19 +54,19 @@ def rows(task: str, part: tasks.Part, home: Path = HOME) -> list[Row]:
 
 def split(by_source: dict[str, list[tuple[str, float]]]) -> dict[str, dict[tasks.Part, list[Row]]]:
     """Task -> part -> rows, from source -> (sentence, rating); a sentence of two sources stays in the first."""
-    made: dict[str, dict[tasks.Part, list[Row]]] = {name: {"validation": [], "test": [], "train": []} for name in TASKS}
+    made: dict[str, dict[tasks.Part, list[Row]]] = {name: {part: [] for part in PARTS} for name in TASKS}
     seen: set[str] = set()
     for label, (source, rated) in enumerate(by_source.items()):
         unique = [(text, rating) for text, rating in dict(rated).items() if text.lower() not in seen]
         seen |= {text.lower() for text, _ in unique}
         random.Random(label).shuffle(unique)
         ends = (VALIDATION, VALIDATION + TEST, len(unique))
-        for part, start, end in zip(("validation", "test", "train"), (0, *ends), ends, strict=False):
+        for part, start, end in zip(PARTS, (0, *ends), ends, strict=False):
             for text, rating in unique[start:end]:
                 if abs(rating) >= NEUTRAL:
-                    made[f"sentiment-{source}"][part].append(Row(text, int(rating > 0)))  # type: ignore[index]
-                made[f"intensity-{source}"][part].append(Row(text, rating / 2))  # type: ignore[index]
-                made["domain"][part].append(Row(text.lower(), label))  # type: ignore[index]
+                    made[f"sentiment-{source}"][part].append(Row(text, int(rating > 0)))
+                made[f"intensity-{source}"][part].append(Row(text, rating / 2))
+                made["domain"][part].append(Row(text.lower(), label))
     for parts in made.values():
         for some in parts.values():
             random.Random(0).shuffle(some)

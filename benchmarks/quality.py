@@ -144,7 +144,7 @@ def quiet() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is only partly typed
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # likewise
 
 
 def measure(asked: argparse.Namespace, setting: Setting) -> None:

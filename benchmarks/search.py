@@ -65,12 +65,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--grid", type=int, help="points of each number; measures no time")
     asked = parser.parse_args()
-    import torch
-    from transformers.utils import logging
+    from quality import quiet
 
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     if asked.grid:
         found = beside_grid(asked.recipe, asked.grid)
     else:

@@ -28,7 +28,7 @@ PARTS = {"test": (400, 103), "validation": (400, 102), "train": (12000, 101)}  #
 
 def rows(task: str, count: int, seed: int, taken: set[str]) -> list[dict[str, str]]:
     """`count` rows whose text is not `taken`, in the order in which they are generated."""
-    import reasoning_gym  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import reasoning_gym  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not everywhere installed
 
     name, parameters = TASKS[task]
     found = []

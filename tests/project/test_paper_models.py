@@ -6,6 +6,7 @@ import gzip
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def test_the_tightened_bound_fails_where_the_theorem_holds() -> None:
 def test_calibrated_masks_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, int]] = []
 
-    def prune(setting: object, subject: object, method: object, density: float, seed: int) -> dict[str, float]:
-        drawn.append((method.name, seed))  # type: ignore[attr-defined]
+    def prune(setting: object, subject: object, method: Any, density: float, seed: int) -> dict[str, float]:
+        drawn.append((method.name, seed))
         return {"score": float(seed)}
 
     monkeypatch.setattr(pruned, "prune", prune)
