@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import kept_recipes
@@ -28,6 +30,7 @@ from deltamerge.methods.prune.masks import dare
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}
+EVERY = [(kind, name) for kind in ("merges", "pruned") for name in kept_recipes.RECIPES[kind]()]
 # one of each way that a tensor goes: by one loop, sorted rows, positions, lists, float64 on the host
 SOME = ["linear", "ties", "breadcrumbs_ties", "dare_linear", "dare_linear-sparse", "della", "nuslerp-columns",
         "arcee_fusion", "sce-some"]  # fmt: skip
@@ -61,14 +64,25 @@ def test_it_makes_the_cpus_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         compare(tmp_path, name, kept_recipes.MERGES[name])
 
 
+@pytest.fixture(scope="module")
+def every_dtype(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a kind of recipe, with inputs of every pair of dtypes."""
+
+    @cache
+    def made(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        kept_recipes.make_inputs(folder, kind)
+        return folder / kind
+
+    return made
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["merges", "pruned"])
+@pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_it_makes_the_cpus_bytes_of_every_method_and_dtype(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, every_dtype: Callable[[str], Path]
 ) -> None:
-    make_inputs(tmp_path, monkeypatch, kept_recipes.DTYPES, kept_recipes.SHAPES[kind])
-    for name, text in kept_recipes.RECIPES[kind]().items():
-        compare(tmp_path, name.replace("/", " "), text, workers=2)
+    compare(every_dtype(kind), name, kept_recipes.RECIPES[kind]()[name], workers=2)
 
 
 def test_gpus_share_the_tasks_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
