@@ -101,8 +101,8 @@ def known_nan(x):
 
 @triton.jit
 def magnitude(x):
-    """int32: the bits of float32 without the sign, which sort like the magnitudes."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    """int32: the bits of float32 without the sign, which sort like the magnitudes; of any NaN 0x7F800001."""
+    return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
 
-The bits of abs(Δ) in float32, read as an integer, sort like the magnitudes. A sample gives a bracket of two values that
+The bits of abs(Δ) in float32, read as an integer, sort like the magnitudes. NaN is above every number, and its bits,
+which differ from processor to processor, count as one value. A sample gives a bracket of two values that
 almost surely contains the k-th largest. One pass over the tensor counts the entries above the bracket and lists those
 inside it; this gives the k-th largest and the places of entries equal to it, of which the first in flat order are kept.
 If too many lie inside to be listed, or the bracket missed, counting passes follow: over the high 16 bits, which finds
@@ -23,6 +24,7 @@ from deltamerge.methods.tiles import Kept, Tile, block_elements
 HIGH = 1 << 15
 LOW = 1 << 16
 MAGNITUDE = 0x7FFFFFFF
+ANY_NAN = 0x7F800001
 GOLDEN = 0x9E3779B9
 # The most entries that are listed: 4 bytes each, kept between two passes of a tensor.
 MOST = 1 << 20
@@ -65,8 +67,8 @@ class Cut:
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
-    """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes."""
-    return delta.contiguous().view(torch.int32) & MAGNITUDE
+    """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes; NaN is 0x7F800001."""
+    return (delta.contiguous().view(torch.int32) & MAGNITUDE).clamp_max_(ANY_NAN)
 
 
 def sampled_run(shape: tuple[int, ...]) -> int:

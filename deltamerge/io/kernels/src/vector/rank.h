@@ -47,9 +47,9 @@ void count_digits(const u64* keys, Digit& digit, i64 n) {
 
 // The bits in which the magnitudes of a row differ.
 u32 differing(const float* row, i64 n) {
-  u32 first = as_bits(row[0]), found = 0;
-  for (i64 i = 0; i < n; ++i) found |= as_bits(row[i]) ^ first;
-  return found & kMagnitude;
+  u32 first = magnitude_of(as_bits(row[0])), found = 0;
+  for (i64 i = 0; i < n; ++i) found |= magnitude_of(as_bits(row[i])) ^ first;
+  return found;
 }
 
 // The rank of each entry by magnitude (from the largest on if it descends), equals from the left. `here` and `other`
@@ -64,8 +64,10 @@ void rank_row(const float* row, i64 n, u64* here, u64* other, u32* ranks) {
   const int low = __builtin_ctz(bits), width = 32 - __builtin_clz(bits) - low;
   const int longest = n < kLongRow ? kShortDigit : kLongDigit, passes = (width + longest - 1) / longest;
   const int digit_bits = (width + passes - 1) / passes;
-  for (i64 i = 0; i < n; ++i)
-    here[i] = u64(((kDescends ? ~as_bits(row[i]) : as_bits(row[i])) & kMagnitude) >> low) << 32 | u64(i);
+  for (i64 i = 0; i < n; ++i) {
+    const u32 size = magnitude_of(as_bits(row[i]));
+    here[i] = u64((kDescends ? kMagnitude - size : size) >> low) << 32 | u64(i);
+  }
   Digit digit;
   digit.mask = (u32(1) << digit_bits) - 1;
   for (int pass = 0; pass < passes; ++pass) {
