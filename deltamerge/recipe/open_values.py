@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import Problem, RecipeError
+from deltamerge.recipe import yaml_source
 from deltamerge.recipe.yaml_source import Loc, YamlSource, place
 
 SWEEP, SEARCH = "sweep", "search"
@@ -41,8 +42,8 @@ class Sweep:
 class Range:
     """Values of a place among which the best is searched.
 
-    low, high   bounds of a number, with `log` of its logarithm, with `step` in steps; a whole number where both and the
-                step are
+    low, high   bounds of a number, with `log` of its logarithm, with `step` in steps, on the last of which `high` lies;
+                a whole number where both and the step are
     choices     instead of them
     start       of the first trial; by default the middle, or the first choice
     groups      so many groups of neighbouring layers have a number each
@@ -269,6 +270,11 @@ def _range(loc: Loc, value: Mapping[str, Any]) -> Range | str:
         return "step must be above 0, at most high - low, and not beside log"
     if start is not None and (not _is_number(start) or not low <= start <= high):
         return f"start must be within [{low}, {high}]"
+    if step is not None:
+        if start is not None and not _is_whole((start - low) / step):
+            return f"start must be {low} and a whole number of steps"
+        if not _is_whole((high - low) / step):
+            high = low + math.floor((high - low) / step) * step
     spread = {key: given.get(key, 0) for key in ("groups", "gradient")}
     if any(
         isinstance(n, bool) or not isinstance(n, int) or (key in given and not 1 <= n <= MOST_AXES)
@@ -278,6 +284,10 @@ def _range(loc: Loc, value: Mapping[str, Any]) -> Range | str:
     if all(spread.values()):
         return "groups and gradient exclude each other"
     return Range(loc, low, high, log, step, (), start, **spread)
+
+
+def _is_whole(count: float) -> bool:
+    return abs(count - round(count)) < 1e-6
 
 
 def _choices(loc: Loc, wanted: Any, given: Mapping[str, Any]) -> Range | str:
@@ -319,4 +329,10 @@ def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
     found: dict[Loc, list[str]] = {}
     for loc, value in settings:
         found.setdefault(loc, []).append(value)
-    return {loc: some[0] if len(some) == 1 else f"{{sweep: [{', '.join(some)}]}}" for loc, some in found.items()}
+    return {loc: some[0] if len(some) == 1 else _sweep_of(some) for loc, some in found.items()}
+
+
+def _sweep_of(texts: Sequence[str]) -> str:
+    """A sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
+    values = [yaml_source.loads(f"value: {text}", "--set").data["value"] for text in texts]
+    return f"{{sweep: {json.dumps(values, ensure_ascii=False)}}}"

@@ -28,10 +28,11 @@ from deltamerge.inspect.search.search import search
 from deltamerge.inspect.search.walk import Walk
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
-from deltamerge.recipe.open_values import Range
+from deltamerge.recipe.open_values import Range, swept, template_of
 from deltamerge.recipe.prune_keys import Prune
 from deltamerge.recipe.schema import schema
 from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.yaml_source import loads as loads_yaml
 from deltamerge.run.options import Options
 
 OPTIONS = Options(device="cpu", workers=1)
@@ -202,6 +203,7 @@ BAD = {
     "{search: [0, 1], log: true}": "log needs bounds above 0",
     "{search: [0, 1], step: 2}": "step must be above 0",
     "{search: [0, 1], start: 2}": "start must be within",
+    "{search: [0, 1], step: 0.25, start: 0.3}": "start must be 0 and a whole number of steps",
     "{search: [0, 1], grups: 2}": "unknown key 'grups'",
     "{search: [0, 1], groups: 0}": "groups and gradient",
     "{search: [0, 1], groups: 2, gradient: 2}": "exclude each other",
@@ -225,6 +227,23 @@ def test_bad_open_values_are_named_at_their_place(tmp_path: Path, value: str) ->
     assert BAD[value] in problem.message
     assert problem.line == 3
     assert problem.location.startswith("models[0].parameters.weight")
+
+
+def test_a_range_ends_on_a_step() -> None:
+    """As Optuna has it, with a warning."""
+    (axis,) = template_of(loads_yaml("x: {search: [1, 10], step: 4, start: 5}", "r")).ranges
+    assert (axis.low, axis.high, axis.first, axis.is_whole) == (1, 9, 5, True)
+    (axis,) = template_of(loads_yaml("x: {search: [0.1, 0.7], step: 0.1}", "r")).ranges
+    assert (axis.low, axis.high) == (0.1, 0.7)
+
+
+def test_values_of_the_command_line_are_swept_as_they_are() -> None:
+    texts = ["a, b", "{method: dare, density: 0.1}", "[0.1, 1]", "'no: 1'", "null"]
+    found = swept([(("name",), text) for text in texts] + [(("seed",), "1")])
+    source = loads_yaml(f"name: {found['name',]}\nseed: {found['seed',]}\n", "r")
+    (axis,) = template_of(source).sweeps
+    assert axis.values == ("a, b", {"method": "dare", "density": 0.1}, [0.1, 1], "no: 1", None)
+    assert source.data["seed"] == 1
 
 
 BAD_STUDIES = {
