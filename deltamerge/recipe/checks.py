@@ -173,11 +173,11 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
         return
     for part in recipe.parts:
         counted = [i for i in part.members if not (method.base_apart(part.base) and recipe.is_base(i))]
-        levels = dict.fromkeys(loc[:n] for loc in [part.loc] for n in (0, 2, len(loc)))
+        above = dict.fromkeys(part.loc[:n] for n in (0, 2, len(part.loc)))  # the recipe, a module, a slice
         for name, param in method.parameters.items():
             if param.default_for(len(counted)) is not None:
                 continue
-            if any(is_given(recipe, *level, "parameters", name) for level in levels):
+            if any(is_given(recipe, *level, "parameters", name) for level in above):
                 continue
             message = f"needs a {name}: {method.name} has no default"
             if not param.per_model:

@@ -16,12 +16,12 @@ from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import Prune
-    from deltamerge.recipe.schema import Recipe
+    from deltamerge.recipe.schema import Calibration, Recipe
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault of the recipe's pruning that the types of the keys cannot express."""
-    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data)
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data, _own_calibration)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -116,6 +116,26 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(("merge_method",), f"{method.name} needs one set of models, whose layers it runs")
 
 
+def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
+    """A model's own calibration says nothing of the merge, and how answers are compared only where they are."""
+    for i, model in enumerate(recipe.models):
+        if model.calibration is None:
+            continue
+        at, whole = ("models", i, "calibration"), recipe.calibration_of(i)
+        for key in ("per", "coefficients"):
+            if key in model.calibration.model_fields_set:
+                message = "is of the whole merge, and has no effect at a model"
+                yield recipe.problem((*at, key), message, "move it to the recipe's calibration", key=True)
+        if whole is None or whole.metric != "exact_match":
+            yield from _of_answers(recipe, at, model.calibration)
+
+
+def _of_answers(recipe: Recipe, loc: Loc, calibration: Calibration) -> Iterator[Problem]:
+    for key in ("answer", "new_tokens"):
+        if key in calibration.model_fields_set:
+            yield recipe.problem((*loc, key), "has no effect without metric: exact_match", key=True)
+
+
 def _data(recipe: Recipe) -> Iterator[Problem]:
     """Whatever is calibrated has data: a model's own, or the recipe's."""
     if is_given(recipe, "calibration") and not _has_rows(recipe, ()):
@@ -182,10 +202,9 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
     calibration, method = recipe.calibration, known_method(recipe)
     if calibration is None:
         return
-    exact = calibration.metric == "exact_match"
-    for key in ("answer", "new_tokens"):
-        if key in calibration.model_fields_set and not exact:
-            yield recipe.problem(("calibration", key), "has no effect without metric: exact_match", key=True)
+    metrics = [calibration.metric, *(own.metric for own in map(recipe.calibration_of, recipe.fine_tunes) if own)]
+    if "exact_match" not in metrics:
+        yield from _of_answers(recipe, ("calibration",), calibration)
     if calibration.per == "model":
         if calibration.coefficients is not None:
             yield recipe.problem(("calibration", "coefficients"), "are of the merged model", "per: merge", key=True)

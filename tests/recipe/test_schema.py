@@ -363,6 +363,11 @@ REFUSED: dict[str, list[str]] = {
         "hint: q: output_change or validation, without scope, search and bounds",
         "r.yaml:5:42: calibration.answer: has no effect without metric: exact_match",
     ],
+    ONE + "    calibration: {data: c.jsonl, per: merge, answer: x}": [
+        "r.yaml:4:34: models[0].calibration.per: is of the whole merge, and has no effect at a model\n"
+        "hint: move it to the recipe's calibration",
+        "r.yaml:4:46: models[0].calibration.answer: has no effect without metric: exact_match",
+    ],
     "models: [{model: b, parameters: {weight: 1}}]\nmerge_method: linear\ncalibration: {data: c.jsonl, per: merge}": [
         "r.yaml:3:35: calibration.per: merge needs deltas, but linear has none\nhint: use task_arithmetic or ties",
     ],
