@@ -1,10 +1,12 @@
-// A CUDA device that is there in name alone, for torch's autograd, which asks its streams and events (gpu_guard.py).
+// CUDA devices that are there in name alone, for torch's autograd, which asks its streams and events (gpu_guard.py).
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
 
 using namespace c10;
+
+constexpr DeviceIndex kDevices = 2;
 
 struct Guard final : impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -15,7 +17,7 @@ struct Guard final : impl::DeviceGuardImplInterface {
   Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
   Stream getDefaultStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
   Stream exchangeStream(Stream stream) const override { return stream; }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  DeviceIndex deviceCount() const noexcept override { return kDevices; }
   void record(void** event, const Stream&, const DeviceIndex, const EventFlag) const override { *event = nullptr; }
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -34,7 +36,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex deviceCount() const override { return kDevices; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
 

@@ -11,8 +11,10 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -46,7 +48,14 @@ def main(library: str, module: str, function: str, *arguments: str) -> Any:
     ctypes.CDLL(library)
     import torch
 
-    with torch.autograd.set_multithreading_enabled(False):  # the engine's own threads would want a driver
+    run = threading.Thread.run
+
+    def within(thread: threading.Thread) -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            run(thread)
+
+    # the engine's own threads would want a driver
+    with mock.patch.object(threading.Thread, "run", within), torch.autograd.set_multithreading_enabled(False):
         getattr(importlib.import_module(module), function)(*arguments)
 
 

@@ -2,12 +2,14 @@
 
 The merged model base + Σ c_k D_k is fitted to every fine-tune's output distribution on that fine-tune's own rows, with
 its head, by Adam on the c alone. Nothing is labelled. The distances are shares of the base's, so that all tasks count
-alike. Weights of a block are made when it runs, forward and backward, and then freed. A plan names `calibrate`, so
-torch is imported when it runs.
+alike. Weights of a block are made when it runs, forward and backward, and then freed. Several GPUs share the
+fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients are added up in their order on the
+first. A plan names `calibrate`, so torch is imported when it runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +25,7 @@ from deltamerge.calibrate.spec import (
     rounded,
 )
 from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.engine.devices import torch_devices
 from deltamerge.io.reader import Reader
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.blocks import Weights
     from deltamerge.calibrate.objectives import Distribution
     from deltamerge.calibrate.subject import Judge, Subject
+    from deltamerge.engine.graph import Node
 
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
@@ -46,10 +50,16 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         known = dict(zip(spec.shared, inputs, strict=True))
-        count = len(spec.coefficients)
-        masks = [{one.stored: one.masked[k] for one in spec.pruned} for k in range(count)]
-        subjects = [Subject(part.source, reader, () if i else masks, known) for i, part in enumerate(spec.parts)]
-        merge = _Merge(spec, subjects)
+        devices = torch_devices(spec.source.device)[: len(spec.parts)]
+        share = math.ceil(len(spec.parts) / len(devices))
+        subjects = []
+        for i, part in enumerate(spec.parts):
+            source, reads = replace(part.source, share=share), i < len(devices)
+            if len(devices) > 1:
+                cache = spec.source.cache if reads else source.cache
+                source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
+            subjects.append(Subject(source, reader, _deltas(spec, i) if reads else (), known))
+        merge = _Merge(spec, subjects, subjects[: len(devices)])
         start = merge.start()
         fitted, path = _fit(merge, start)
         judge, held, plain = _judged(merge, [fitted, start])
@@ -70,6 +80,12 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         return Calibrated({} if chosen is None else _named(spec, fitted), record)
 
 
+def _deltas(spec: Spec, part: int) -> list[dict[str, Node]]:
+    """Of each coefficient the nodes of its deltas, by the names of a fine-tune's tensors."""
+    masked = {one.name: one.masked for one in spec.pruned}
+    return [{one.stored: masked[one.name][k] for one in spec.parts[part].pruned} for k in range(len(spec.coefficients))]
+
+
 def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:
     found: dict[str, QValue] = {}
     for name, values in fitted.items():
@@ -81,14 +97,15 @@ def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:
 
 @dataclass(eq=False)
 class _Merge:
-    """The fine-tunes of a merge, side by side; the first reads the deltas of all."""
+    """The fine-tunes of a merge, side by side; the first of each device, `places`, reads the deltas of all."""
 
     spec: Spec
     subjects: Sequence[Subject]
+    places: Sequence[Subject]
 
     def __post_init__(self) -> None:
         self.own = [{one.stored: one.name for one in part.pruned} for part in self.spec.parts]
-        self.of_first = {one.name: one.stored for one in self.spec.pruned}
+        self.stored = [{one.name: one.stored for one in part.pruned} for part in self.spec.parts[: len(self.places)]]
 
     def start(self) -> dict[str, Tensor]:
         """The recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of theirs."""
@@ -99,7 +116,7 @@ class _Merge:
         first, layers = self.subjects[0], self.subjects[0].layers
         plain = torch.tensor(self.spec.starts, dtype=torch.float32, device=first.device)
         found = {}
-        for name, stored in self.of_first.items():
+        for name, stored in self.stored[0].items():
             shape: tuple[int, ...] = ()
             if self.spec.scope == "row" and stored in layers and len(first.infos[stored].shape) == 2:
                 shape = row_shape(layers[stored].transposed, first.infos[stored].shape)
@@ -114,18 +131,19 @@ class _Merge:
         """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients."""
         from deltamerge.calibrate.combining import combined
 
-        subject, own, first = self.subjects[task], self.own[task], self.subjects[0]
+        subject, own = self.subjects[task], self.own[task]
+        first, of_first = self.places[task % len(self.places)], self.stored[task % len(self.places)]
 
         def made(names: Sequence[str]) -> dict[str, Tensor]:
             bases = subject.start.several(names)
-            stored = [self.of_first[own[name]] for name in names if name in own]
+            stored = [of_first[own[name]] for name in names if name in own]
             deltas = [cache.several(stored) for cache in first.masks]
             found = {}
             for name in names:
                 if name not in own:
                     found[name] = bases[name]
                     continue
-                stored_there = self.of_first[own[name]]
+                stored_there = of_first[own[name]]
                 parts = [one for some in deltas if (one := some[stored_there]) is not None]
                 found[name] = combined(bases[name], coefficients[own[name]], parts)
             return found
@@ -155,29 +173,36 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     import torch
 
     from deltamerge.calibrate.scales import descend
+    from deltamerge.calibrate.spread import add_gradients, in_turns
 
-    tasks = [_rows(subject, COEFFICIENT_STEP) for subject in merge.subjects]
-    nothing = merge.nothing()
-    scales = [_value(merge, i, task.stop, nothing) for i, task in enumerate(tasks)]
+    every = range(len(merge.subjects))
+    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, COEFFICIENT_STEP)))
+    scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
-    leaves, of_name = _leaves(merge.spec.scope, start)
+    leaves, named = _leaves(merge.spec.scope, start)
     optimiser = torch.optim.Adam(leaves, lr=RATE)
 
+    def of_name() -> dict[str, Tensor]:
+        return named(leaves)
+
     def look() -> float:
-        values = (_value(merge, i, task.stop, of_name()) / scales[i] for i, task in enumerate(tasks))
-        return sum(values) / len(tasks)
+        values = _values(merge, [task.stop for task in tasks], of_name())
+        return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
+
+    def descend_task(step: int, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
+        task, subject = tasks[i], merge.subjects[i]
+        group = task.groups[(step - 1) % len(task.groups)]
+        size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
+        for batch in group:
+            descend(subject.model, task.learned, batch, merge.weights(i, named(copies)), size)
+            subject.count([task.learned.batches[batch]], 3)
 
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
         optimiser.zero_grad()
-        for i, task in enumerate(tasks):
-            group = task.groups[(step - 1) % len(task.groups)]
-            size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
-            for batch in group:
-                descend(merge.subjects[i].model, task.learned, batch, merge.weights(i, of_name()), size)
-                merge.subjects[i].count([task.learned.batches[batch]], 3)
+        add_gradients(leaves, merge.places, every, partial(descend_task, step))
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)
         optimiser.step()
@@ -188,13 +213,13 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     return {name: value.cpu() for name, value in kept.items()}, path
 
 
-def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
-    """What is fitted, and the coefficients of every tensor that it stands for."""
+def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
+    """What is fitted, and what gives the coefficients of every tensor that it stands for."""
     if scope == "model":
         one = next(iter(start.values())).clone().requires_grad_(True)
-        return [one], lambda: dict.fromkeys(start, one)
-    own = {name: value.clone().requires_grad_(True) for name, value in start.items()}
-    return list(own.values()), lambda: own
+        return [one], lambda some: dict.fromkeys(start, some[0])
+    own = [value.clone().requires_grad_(True) for value in start.values()]
+    return own, lambda some: dict(zip(start, some, strict=True))
 
 
 def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
@@ -210,28 +235,35 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
     return int(min(left))
 
 
+def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
+    """Of each fine-tune that of its objective."""
+    from deltamerge.calibrate.spread import in_turns
+
+    every = range(len(objectives))
+    return list(in_turns(merge.places, every, lambda _, i: _value(merge, i, objectives[i], coefficients)))
+
+
 def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:
     from deltamerge.calibrate import objectives as O  # short for a namespace
 
     subject = merge.subjects[task]
-    detached = {name: value.detach() for name, value in coefficients.items()}
+    detached = {name: value.detach().to(subject.device) for name, value in coefficients.items()}
     counted = partial(subject.count, objective.batches)
     return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
 
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
     """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
-    judges = [subject.judge() for subject in merge.subjects]
+    from deltamerge.calibrate.spread import in_turns
+
+    judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
+    objectives = [judge.objective for judge in judges]
     labelled = all(subject.metric is not None for subject in merge.subjects)
-    totals = [0.0] * len(choices)
-    nothing = merge.nothing()
-    for i, judge in enumerate(judges):
-        device = merge.subjects[i].device
-        scale = 1.0 if labelled else _value(merge, i, judge.objective, nothing)
-        for k, chosen in enumerate(choices):
-            placed = {name: value.to(device) for name, value in chosen.items()}
-            value = _value(merge, i, judge.objective, placed)
-            totals[k] += value / (scale if scale > SMALLEST else 1.0) / len(judges)
+    scales = [1.0] * len(judges) if labelled else _values(merge, objectives, merge.nothing())
+    totals = []
+    for chosen in choices:
+        values = zip(_values(merge, objectives, chosen), scales, strict=True)
+        totals.append(sum(value / (scale if scale > SMALLEST else 1.0) for value, scale in values) / len(judges))
     judge = mean_judge(judges)
     if not labelled:
         judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's,")

@@ -36,12 +36,13 @@ ADDED: Mapping[str, Any] = {"weights": (1.0,), "normalize": False, "lambda_": 1.
 
 
 class Resident:
-    """Stored tensors on a GPU, and the masked deltas that loops draw from them."""
+    """Stored tensors on a GPU, of which so many models `share` the room, and the masked deltas that loops draw from
+    them."""
 
-    def __init__(self, reader: Reader, device: torch.device, known: Mapping[Node, Any]) -> None:
+    def __init__(self, reader: Reader, device: torch.device, known: Mapping[Node, Any], share: int = 1) -> None:
         self.reader, self.device = reader, device
         self.known = {id(node): value for node, value in known.items()}
-        self.room = Room(free_bytes(device) // KEPT_SHARE)
+        self.room = Room(free_bytes(device) // (KEPT_SHARE * share))
         self.there: dict[TensorInfo, Tensor] = {}
         self.passing: dict[TensorInfo, Tensor] = {}
         self.ahead = Ahead(Arrivals(reader, device).send)

@@ -53,6 +53,8 @@ class CalibrationInput:
 
     tensors   all of the fine-tune's
     pairs     the fine-tune's and the base's tensor of each pruned one, cut to the rows that both have
+    cache     bytes of masks that are kept
+    share     how many fine-tunes are on a device at one time
     """
 
     model: str
@@ -65,6 +67,7 @@ class CalibrationInput:
     device: str
     labelled: bool
     cache: int = CACHE_BYTES
+    share: int = 1
 
     @property
     def precision(self) -> Precision:
@@ -270,7 +273,7 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
     """The source with a cache that fits `limit` bytes, of which this is one of `share` users. InputError: no cache
     fits."""
     if limit is None:
-        return replace(source, cache=CACHE_BYTES // share)
+        return replace(source, cache=CACHE_BYTES // share, share=share)
     least = memory(replace(source, cache=0))
     room = (limit - BASELINE_BYTES) // share - least
     if room < 0:
@@ -278,7 +281,7 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
             f"--memory {limit} is too little to calibrate {source.model}",
             hint=f"give at least {BASELINE_BYTES + share * least}, or lower calibration.sequences or length",
         )
-    return replace(source, cache=min(room, CACHE_BYTES // share))
+    return replace(source, cache=min(room, CACHE_BYTES // share), share=share)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,17 +1,31 @@
-"""Several GPUs for the candidates of a search: each values some of them, as one would."""
+"""Several GPUs for the candidates of a search, or the fine-tunes of a fit: each takes some of them, as one would."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from deltamerge.engine.devices import current
 from deltamerge.io import progress
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 Job = TypeVar("Job")
 Place = TypeVar("Place")
+
+
+class OnDevice(Protocol):
+    """What computes on a device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+There = TypeVar("There", bound=OnDevice)
 
 
 class Stopped(Exception):
@@ -58,3 +72,43 @@ def spread(
             found = []
         found += [future.result() for future in begun if not isinstance(future.exception(), Stopped)]
     return [value for share in found for value in share]
+
+
+def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There, Job], T]) -> Iterator[T]:
+    """What `work(place, job)` finds of all jobs, in their order; job j is that of place j % len(places).
+
+    As many go at a time as there are places, and what they found is taken before others go.
+    """
+
+    def one(place: There, share: Sequence[Job], check: Callable[[], None]) -> list[T]:
+        (job,) = share
+        check()
+        with current(place.device):
+            return [work(place, job)]
+
+    for start in range(0, len(jobs), len(places)):
+        yield from spread(places, jobs[start : start + len(places)], one)
+
+
+def add_gradients(
+    leaves: Sequence[torch.Tensor],
+    places: Sequence[There],
+    jobs: Sequence[Job],
+    descend: Callable[[There, Job, Sequence[torch.Tensor]], None],
+) -> None:
+    """Add to the leaves' gradients those of jobs, in the jobs' order: the sums do not depend on how many places there
+    are.
+
+    descend   adds a job's gradients to those of copies of the leaves on the place's device
+    """
+
+    def of_job(place: There, job: Job) -> list[torch.Tensor | None]:
+        copies = [leaf.detach().to(place.device).requires_grad_() for leaf in leaves]
+        descend(place, job, copies)
+        return [copy.grad for copy in copies]
+
+    for found in in_turns(places, jobs, of_job):
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                there = gradient.to(leaf.device)
+                leaf.grad = there if leaf.grad is None else leaf.grad + there

@@ -52,13 +52,13 @@ class Tensors:
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         columns = shared_values(list(protected.values()), known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
-        self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, known)
+        self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, known, source.share)
         self.ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
         part, room = self._part_bytes(), source.cache
         if self.resident is not None:
-            room = min(room, free_bytes(self.device) // KEPT_SHARE)
+            room = min(room, free_bytes(self.device) // (KEPT_SHARE * source.share))
         self._nodes, self._draws = masks, dict[str, bool]()
         kept = part if self.resident is None else 0  # there it is by another name
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)

@@ -15,6 +15,7 @@ from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, within
 from deltamerge.calibrate.split import split
 from deltamerge.calibrate.threshold import model_cut
+from deltamerge.engine.devices import ALL
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.gathered import Gathered
@@ -245,6 +246,18 @@ def _spec(
     return Spec(
         source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
     )
+
+
+def on_one_gpu(stages: Stages, device: str) -> str | None:
+    """What of the stages the first of several GPUs does alone, in a line."""
+    numbers = device.partition(":")[2]
+    if numbers != ALL and "," not in numbers:
+        return None
+    specs = [node.parameter("spec") for node in stages.calibrated.values()]
+    alone = ["learns scales"] * any(spec.search == "gradient" for spec in specs)
+    measured = stages.activations or stages.weighing or stages.inputs or stages.rows is not None
+    alone += ["measures what layers are given, or gradients"] * bool(measured)
+    return f"device {device}: the first GPU alone {' and '.join(alone)}" if alone else None
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:

@@ -28,7 +28,7 @@ from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.running_sum import RunningSum
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.calibration_graph import check_data, sources_of
+from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
@@ -315,6 +315,7 @@ def _plan(
     ]
     if device == AUTO:
         notes.append(_where(outputs, calibrates=bool(sources)))
+    notes += [line] if (line := on_one_gpu(stages, device)) else []
     specs = [node.parameter("spec") for node in stages.calibrations]
     notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
     if own is not None:

@@ -8,6 +8,7 @@ from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gpu_guard
 import pytest
@@ -230,3 +231,87 @@ def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys
             gpu.failing = out_of_memory
             with pytest.raises(InputError, match="too little memory"):
                 ask()
+
+
+WHOLE = """base_model: ./base
+merge_method: task_arithmetic
+parameters: {lambda: 0.1}
+models:
+- {model: ./a, parameters: {weight: 0.5}}
+- {model: ./b, parameters: {weight: 0.7}}
+- {model: ./c, parameters: {weight: 0.4}}
+prune: {method: dare, density: 0.6}
+calibration: {data: calib.jsonl, sequences: 4, length: 8, per: merge%s}
+"""
+
+
+def whole_merge(folder: Path, more: str = "") -> Path:
+    """The recipe of a merge of three fine-tunes that is calibrated as a whole."""
+    base = tiny_llama(folder / "base", seed=0, dtype=torch.float32, tokenizer=True)
+    for seed, name in enumerate("abc", 1):
+        tiny_llama(folder / name, seed=seed, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(folder / "calib.jsonl")
+    path = folder / "whole.yaml"
+    path.write_text(WHOLE % more)
+    return path
+
+
+def on_gpus(path: Path, devices: int) -> tuple[dict[str, Any], GPU]:
+    with simulated(devices=devices) as gpu:
+        return dict(calibrate(path, device="cuda:all")["merge"]), gpu
+
+
+@pytest.mark.parametrize("more", [", seeds: 1", ", coefficients: row"])
+def test_fine_tunes_of_a_merge_share_the_third_of_a_gpu(more: str, tmp_path: Path) -> None:
+    """A third for each of three would leave no memory to compute with."""
+    path = whole_merge(tmp_path, more)
+    rooms = []
+    init = Resident.__init__
+
+    def seen(resident: Resident, *given: Any) -> None:
+        init(resident, *given)
+        rooms.append(resident.room.left)
+        if len(rooms) == 3:
+            raise InputError("enough")
+
+    with simulated(limit=9 << 20), patch.object(Resident, "__init__", seen), pytest.raises(InputError, match="enough"):
+        calibrate(path, device="cuda")
+    assert sum(rooms) <= 3 << 20
+
+
+def test_what_one_gpu_does_alone_is_said(tmp_path: Path) -> None:
+    tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    said = {
+        "learned": "device cuda:0,1: the first GPU alone learns scales",
+        "wanda": "device cuda:0,1: the first GPU alone measures what layers are given, or gradients",
+        "global": None,
+    }
+    for name, line in said.items():
+        path = recipe(tmp_path, name, RUNS[name])
+        assert [note for note in make_plan(path, device="cuda:0,1").notes if "GPU" in note] == [line] * bool(line)
+        assert not [note for note in make_plan(path, device="cuda:1").notes if "GPU" in note]
+
+
+@pytest.mark.slow
+def test_gpus_share_the_search_for_the_lambda_of_a_merge(tmp_path: Path) -> None:
+    path = whole_merge(tmp_path, ", seeds: 2")
+    (alone, gpu), (shared, both) = on_gpus(path, 1), on_gpus(path, 2)
+    assert shared == alone
+    assert both.launches < 1.5 * gpu.launches  # a mask is drawn by each
+    assert min(both.launched[0], both.launched[1]) > both.launches / 4
+
+
+def fit_shared(folder: str) -> None:
+    path = whole_merge(Path(folder), ", coefficients: row")
+    cpu = dict(calibrate(path, device="cpu")["merge"])
+    (alone, gpu), (shared, both) = on_gpus(path, 1), on_gpus(path, 2)
+    assert shared == alone
+    assert shared["held_out"]["calibrated"] == pytest.approx(cpu["held_out"]["calibrated"], rel=1e-3)
+    assert both.launches < 1.1 * gpu.launches
+    assert min(both.launched[0], both.launched[1]) > both.launches / 4  # of three fine-tunes one has two
+
+
+@pytest.mark.slow
+def test_gpus_share_the_fine_tunes_whose_coefficients_are_fitted(tmp_path: Path) -> None:
+    gpu_guard.call(tmp_path, "test_on_gpu", "fit_shared", str(tmp_path))
