@@ -138,7 +138,7 @@ def tests(device: str, left: float) -> dict[str, Any]:
         return {"timeout": said.splitlines()[-5:]}
     lines = done.stdout.strip().splitlines()
     return {
-        "result": lines[-1:],
+        "result": lines[-1:] or done.stderr.strip().splitlines()[-1:],
         "failed": [line for line in lines if line.startswith("FAILED")],
         "rc": done.returncode,
     }
@@ -202,8 +202,8 @@ def calibration(models: list[Path], folder: Path, device: str, *, tiny: bool) ->
     """q's of a Llama on the CPU and on the device: seconds, passes, and what was found."""
     sys.path[:0] = [str(ROOT / "tests")]
     from calibration_rows import rows
-    from conftest import write_tokenizer
     from running import calibrate
+    from word_tokenizer import write_tokenizer
 
     base, tuned, *_ = models
     write_tokenizer(tuned, 96)

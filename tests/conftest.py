@@ -17,6 +17,8 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from small_hub import Hub, serve
+from word_tokenizer import write_json as write_json
+from word_tokenizer import write_tokenizer as write_tokenizer
 
 from deltamerge.io import kernels
 from deltamerge.io.gpu import INTERPRETED
@@ -71,11 +73,6 @@ BERT = {
 }  # fmt: skip
 
 
-def write_json(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
 def make_checkpoint(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -107,31 +104,6 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer of `vocab_size` words that AutoTokenizer loads: `<pad> <s> </s> <unk> w4 w5 …`."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = special + [f"w{i}" for i in range(len(special), vocab_size)]
-    added = [
-        {"id": i, "content": word, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
-        for i, word in enumerate(special)
-    ]  # fmt: skip
-    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
-    nothing = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"])
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": model,
-    }
-    write_json(folder / "tokenizer.json", nothing | tokenizer)
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 48} | names,
-    )
 
 
 def _fill(

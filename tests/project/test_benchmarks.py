@@ -249,6 +249,24 @@ def test_the_gpu_benchmark_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [name for name, value in found.items() if "error" in value]
 
 
+def test_the_gpu_benchmark_needs_no_package_of_the_tests(tmp_path: Path) -> None:
+    """On a machine of somebody else there is torch, and what deltamerge needs."""
+    out = tmp_path / "out.json"
+    lines = [
+        "import sys",
+        "sys.modules |= dict.fromkeys(['pytest', 'hypothesis'])",
+        f"sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'benchmarks')!r}]",
+        "import gpu",
+        "gpu.RECIPES = {'ties': gpu.RECIPES['ties']}",
+        "gpu.CALIBRATIONS = {'layer_mse': gpu.CALIBRATIONS['layer_mse']}",
+        f"gpu.main(['--device', 'cpu', '--tiny', '--out', {str(out)!r}, '--folder', {str(tmp_path)!r}])",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["calibration"]["layer_mse"]["cpu"]["forward_passes"]
+
+
 @pytest.mark.slow
 def test_passes_are_measured_beside_the_plan(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32)
