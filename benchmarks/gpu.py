@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         import torch
 
-        import deltamerge.api  # noqa: F401
+        import deltamerge.api  # noqa: F401  # only whether it can be
     except ImportError as lacking:
         sys.exit(f"make gpu: {lacking}: install deltamerge where torch sees the GPU, then run it again")
     if given.device != "cpu" and not torch.cuda.is_available():

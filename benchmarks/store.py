@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import deltamerge as dm  # noqa: E402
+import deltamerge as dm  # noqa: E402  # of this checkout, which is on the path first
 
 
 def make(base: Path, tuned: list[Path], folder: Path, count: int) -> list[Path]:

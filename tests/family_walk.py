@@ -422,7 +422,7 @@ def each(wanted: Sequence[str], cells: Mapping[str, Any] = CELLS, jobs: int = 1)
 
 def preload() -> None:
     """Import what every family needs, once for all processes."""
-    from transformers import (  # noqa: F401
+    from transformers import (  # noqa: F401  # forked processes have them
         AutoModel,
         AutoTokenizer,
         BertModel,
@@ -435,7 +435,7 @@ def preload() -> None:
         WhisperModel,
     )
 
-    import deltamerge.calibrate.stage  # noqa: F401
+    import deltamerge.calibrate.stage  # noqa: F401  # as above
 
 
 def walk(only: list[str], cells: list[str], jobs: int, path: Path = RESULTS) -> None:

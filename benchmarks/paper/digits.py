@@ -15,7 +15,7 @@ def parts(toy: bool = False) -> dict[str, Pictures]:
     if toy:
         return {part: _noise(rng) for part in ("validation", "test", "train")}
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional
     except ImportError:
         raise SystemExit("the digits come with scikit-learn: pip install scikit-learn") from None
     found = load_digits()

@@ -22,9 +22,9 @@ from deltamerge.io.lock_file import LOCK_NAME, read_lock
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
-import merging  # noqa: E402
-import merging_pages  # noqa: E402
-import merging_tasks  # noqa: E402
+import merging  # noqa: E402  # benchmarks are no package: their folder is on the path first
+import merging_pages  # noqa: E402  # benchmarks are no package: their folder is on the path first
+import merging_tasks  # noqa: E402  # benchmarks are no package: their folder is on the path first
 
 WORDS = [f"w{i}" for i in range(40)]
 
