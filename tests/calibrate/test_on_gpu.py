@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from simulated_gpu import GPU, out_of_memory, simulated
 from test_stage import RUNS, recipe
 
+from deltamerge.calibrate import subject as subjects
+from deltamerge.calibrate import tensors
 from deltamerge.calibrate.ahead import Ahead
 from deltamerge.calibrate.arrivals import Arrivals
 from deltamerge.calibrate.candidates import apply
@@ -315,3 +318,84 @@ def fit_shared(folder: str) -> None:
 @pytest.mark.slow
 def test_gpus_share_the_fine_tunes_whose_coefficients_are_fitted(tmp_path: Path) -> None:
     gpu_guard.call(tmp_path, "test_on_gpu", "fit_shared", str(tmp_path))
+
+
+def test_auto_calibrates_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    path = recipe(tmp_path, "auto", RUNS["least-squares"])
+    monkeypatch.setattr("deltamerge.run.options.shows_gpu", lambda: True)
+    assert [note for note in make_plan(path).notes if note.startswith("device auto: the GPU is for calibration;")]
+    with simulated() as gpu:
+        found = dict(calibrate(path)["t"])
+    assert gpu.launches
+    assert found["value"] == pytest.approx(dict(calibrate(path, device="cpu")["t"])["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("cache", "include"),
+    [(1 << 31, ", include: [q_proj]"), pytest.param(0, "", marks=pytest.mark.slow)],
+)
+def test_a_mask_is_drawn_once_or_once_a_walk(
+    cache: int, include: str, plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that no loop draws: whatever the candidates, mask by mask; again in a walk only where it was not kept."""
+    path = plenty[0].with_name("sampled.yaml")
+    text = plenty[0].read_text().replace("density: 0.3", "density: 0.4, sampling: magnitude")
+    path.write_text(text.replace(", include: [q_proj]", include))
+    drawn: list[Any] = []
+    computed = tensors.computed
+
+    def seen(roots: dict[str, Any], *given: Any, **more: Any) -> Any:
+        drawn.extend(roots.values())
+        return computed(roots, *given, **more)
+
+    monkeypatch.setattr(tensors, "computed", seen)
+    (spec,) = make_plan(path, device="cuda").specs.values()
+    source = replace(spec.source, cache=cache)
+    with simulated(), Reader() as reader:
+        subject = Subject(source, reader, [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)])
+        change, qs = subject.output_change("search"), [{p.stored: q for p in spec.pruned} for q in (0.2, 0.4, 0.8)]
+        for _ in range(2):
+            subject.of_masks(change, qs, range(2))
+    masks = 2 * len(spec.pruned)
+    assert len(drawn) == masks if cache else masks < len(drawn) <= 2 * masks
+
+
+def test_a_batch_follows_its_tokens_and_the_logits_of_each(
+    plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows of 8 tokens over a vocabulary of 96."""
+    (spec,) = make_plan(plenty[0], device="cuda").specs.values()
+    for name, room, rows_of in (("BATCH", 3, 3), ("BATCH_TOKENS", 5 * 8, 5), ("LOGITS_BYTES", 2 * 8 * 96 * 4, 2)):
+        with monkeypatch.context() as changed, simulated(), Reader() as reader:
+            changed.setattr(subjects, name, room)
+            subject = Subject(spec.source, reader)
+            assert max(len(batch["input_ids"]) for batch in subject.batches["held"].inputs) == rows_of
+
+
+def test_the_backward_pass_of_attention_adds_in_one_order(
+    plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in one of CUDA's fused attentions, in the forward pass that is differentiated and where it is repeated."""
+    seen: list[tuple[bool, ...]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Any, **more: Any) -> Any:
+        cuda = torch.backends.cuda
+        seen.append((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()))
+        return attend(*given, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    (spec,) = make_plan(plenty[0], device="cpu").specs.values()
+    with Reader() as reader:
+        subject = Subject(spec.source, reader)
+        # the model is on the CPU, whose attention is the same: what is asked of torch is what a GPU would be given
+        subject.model.device = torch.device("cuda")
+        monkeypatch.setattr(subject.model, "_placed", lambda tensor: tensor)
+        spark = torch.zeros((), requires_grad=True)
+        batch = subject.batches["search"].inputs[0]
+        made = subject.model.differentiable(batch, lambda names: {n: t + spark for n, t in subject.tune(names).items()})
+        made.hidden.sum().backward()
+    assert len(seen) >= 2 * len(subject.model.blocks)
+    assert set(seen) == {(False, False, True)}

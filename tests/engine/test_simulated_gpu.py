@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import kept_recipes
 import pytest
@@ -21,6 +22,8 @@ from deltamerge.engine.whole import computed
 from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
 from deltamerge.io import gpu as gpu_loops
+from deltamerge.io import outbox
+from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.methods.ops import dense, subtract
@@ -269,3 +272,59 @@ def test_auto_takes_a_gpu_for_what_it_does_faster(name: str, tmp_path: Path, mon
     assert bool(gpu.launches) == bool(backends)
     without = run(path, tmp_path / "driver").folder  # the machine shows one, and torch sees none
     assert read_bytes(cpu) == read_bytes(made) == read_bytes(without)
+
+
+def test_float8_is_read_by_index(tmp_path: Path) -> None:
+    """torch has kernels for that only on some devices: what is sparse looks at bytes."""
+    generator = torch.Generator().manual_seed(0)
+    for name in kept_recipes.MODELS:
+        dtype = torch.float8_e5m2 if name == "base" else torch.float8_e4m3fn
+        make_checkpoint(tmp_path / name, {"w.weight": torch.randn(9, 24, generator=generator).to(dtype)})
+    for name in ("dare_linear", "dare_linear-sparse", "della"):
+        compare(tmp_path, name, kept_recipes.MERGES[name] + "dtype: bfloat16\n")
+
+
+def test_inputs_are_hashed_by_the_threads_that_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor's bytes once, by whoever sends them to the GPU."""
+    make_inputs(tmp_path, monkeypatch, PAIRS, {f"{n}.weight": (9, 24) for n in "abcd"})
+    both, read, names = threading.Barrier(2, timeout=60), Reader.read_hashed, list[str]()
+    sizes: list[int] = []
+
+    def seen(reader: Reader, info: Any, start: int, into: Any) -> Any:
+        name, sizes[len(sizes) :] = threading.current_thread().name, [into.nbytes]
+        if name not in names and len(set(names)) < 2:
+            names.append(name)
+            both.wait()
+        return read(reader, info, start, into)
+
+    monkeypatch.setattr(Reader, "read_hashed", seen)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(kept_recipes.MERGES["task_arithmetic"])
+    with simulated():
+        run(path, tmp_path / "gpu", workers=2, device="cuda")
+    assert len(names) == 2
+    stored = sum(len(data) for model in kept_recipes.MODELS for data in read_bytes(tmp_path / model).values())
+    assert sum(sizes) == stored
+
+
+def test_tiles_come_back_into_memory_that_is_written_and_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pinned, so that the GPU sends them by itself, and enough for all workers: none is read back for its hash."""
+    for name, value in {"LEAST": 1 << 12, "SLAB": 1 << 14, "READ": 1 << 12, "ROOM": 1 << 14}.items():
+        monkeypatch.setattr(outbox, name, value)
+    make_inputs(tmp_path, monkeypatch, [("BF16", "BF16")], {f"{n}.weight": (128, 64) for n in range(8)})
+    lend, forget, pinned, forgotten = Outbox.lend, Outbox._forget, list[bool](), list[int]()
+
+    def lent(box: Outbox, position: int, nbytes: int) -> Any:
+        memory = lend(box, position, nbytes)
+        if GPU.current is not None:
+            pinned.append(GPU.current.is_pinned(torch.from_numpy(memory)))
+        return memory
+
+    monkeypatch.setattr(Outbox, "lend", lent)
+    monkeypatch.setattr(Outbox, "_forget", lambda box: (forgotten.append(GPU.current is not None), forget(box))[1])
+    compare(tmp_path, "task_arithmetic", kept_recipes.MERGES["task_arithmetic"], workers=4)
+    assert len(pinned) == 8  # as many as there is room for, in whatever order they come
+    assert all(pinned)
+    assert not any(forgotten)
