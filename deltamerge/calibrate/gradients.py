@@ -41,13 +41,14 @@ class OfTensor:
     name: str
 
     def part(self, model: int, start: int, stop: int) -> NDArray[np.float32] | None:
-        """Flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the tensor."""
+        """Flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the tensor, or
+        its answers are so sure that their squares are no float32."""
         path = self.squares.files.get((self.name, model))
-        scale = self.squares.scales.get(model, 0.0)
+        scale = np.float32(self.squares.scales.get(model, 0.0))
         if path is None or scale <= 0.0:
             return None
         values = np.fromfile(path, np.float32, stop - start, offset=4 * start)
-        return np.asarray(values / np.float32(scale), np.float32)
+        return np.asarray(values / scale, np.float32)
 
 
 def of_tensor(squares: Spooled, *, name: str) -> OfTensor:
@@ -59,7 +60,7 @@ def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
     """E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
 
     Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
-    are those of its outputs. InputError: a model without a head.
+    are those of its outputs. InputError: a model without a head, or gradients that are not finite.
     """
     from deltamerge.calibrate.subject import Subject
 
@@ -98,8 +99,10 @@ class _Sums:
         self.maps[name] += square.numpy()
 
     def close(self) -> None:
-        """Take the mean over the model."""
+        """Take the mean over the model. InputError: it is not finite."""
         total = math.fsum(float(values.sum(dtype=np.float64)) for values in self.maps.values())
+        if not math.isfinite(total):
+            raise InputError("the gradients of its answers are not finite", hint="merge_method: linear, or other rows")
         size = sum(values.size for values in self.maps.values())
         self.found.scales[self.model] = total / max(1, size)
         with writing():

@@ -15,9 +15,12 @@ from calibration_rows import rows
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from running import make_plan, run
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from deltamerge.calibrate.combining import combined
-from deltamerge.errors import RecipeError
+from deltamerge.calibrate.gradients import of_tensor
+from deltamerge.calibrate.merge_inputs import Spooled
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.methods.tiles import Kept
 
 
@@ -287,3 +290,17 @@ def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> No
             error = np.abs(tensor.double().numpy() - base[n] - wanted[n]).max()
             assert error < 2e-3 * np.abs(wanted[n]).max(), (n, error)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_fisher_of_gradients_that_are_no_numbers(models: Path, tmp_path: Path) -> None:
+    """One line for gradients that are not finite; where all squares are too small for float32 nothing is divided."""
+    shutil.copytree(models, tmp_path / "models")
+    broken = load_tensors(tmp_path / "models" / "a")
+    broken["model.norm.weight"][0] = torch.nan
+    save_file(broken, tmp_path / "models" / "a" / "model.safetensors", metadata={"format": "pt"})
+    path = recipe(tmp_path / "models", "broken", "fisher")
+    with pytest.raises(InputError, match="the gradients of its answers are not finite"):
+        run(path, tmp_path / "out", allow_nonfinite=True)
+    np.zeros(4, np.float32).tofile(tmp_path / "squares")
+    squares = Spooled(tmp_path, {("w", 0): tmp_path / "squares"}, {0: 1e-60})
+    assert of_tensor(squares, name="w").part(0, 0, 4) is None

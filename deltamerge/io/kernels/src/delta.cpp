@@ -6,7 +6,7 @@ namespace deltamerge {
 
 namespace {
 
-constexpr i64 kPadding = 16;  // zeros after the stored bytes (io/stored.py)
+constexpr i64 kPadding = 16;  // zeros after the stored bytes (delta/stored.py)
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const u8* stored, i64 size, const i64* n, Coded& coded) {

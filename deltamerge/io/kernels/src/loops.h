@@ -66,7 +66,7 @@ struct Ranks {
   const float* ratios;
 };
 
-// Stored positions (io/encodings.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders),
+// Stored positions (delta/positions.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders),
 // how many, the bytes of an index or where rice's packed bits begin, where its unary bits begin; whether about every
 // cache line of the tensor is touched.
 enum Way : i64 { kPlain = 0, kIndices = 1, kByteGaps = 2, kOnes = 3 };

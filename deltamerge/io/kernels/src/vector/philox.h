@@ -1,4 +1,4 @@
-// Philox4x64-10 (Salmon et al., SC 2011) of counters (index, block, lane, 0), as in pruners/bits.py.
+// Philox4x64-10 (Salmon et al., SC 2011) of counters (index, block, lane, 0), as in methods/prune/bits.py.
 #pragma once
 
 #include "lanes.h"

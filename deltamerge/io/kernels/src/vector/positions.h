@@ -1,4 +1,4 @@
-// Stored positions (io/encodings.py) decoded and put to use, a block at a time: positions, values, and only then the
+// Stored positions (delta/positions.py) decoded and put to use, a block at a time: positions, values, and only then the
 // memory of the tensor. Every position is asked for as soon as it is known, a block before its use.
 #pragma once
 
