@@ -19,7 +19,7 @@ from deltamerge.calibrate.data import Batches, check_new_tokens, config_of
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.passes import sequences
-from deltamerge.calibrate.rows import HEADS, Row, select
+from deltamerge.calibrate.rows import Row, has_head, select
 from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.spread import spread
@@ -87,7 +87,7 @@ class Subject:
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.config = config_of(source.checkpoint)
-        settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
+        self.settings = settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
         search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
@@ -127,7 +127,7 @@ class Subject:
         length = self.source.calibration.length
         most = min(BATCH, BATCH_TOKENS // length)
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) if self.task in LANGUAGE else None
-        if isinstance(vocabulary, int) and vocabulary > 0 and self._head(self.task):
+        if isinstance(vocabulary, int) and vocabulary > 0 and self._has_head:
             most = min(most, LOGITS_BYTES // (4 * length * vocabulary))
         return max(1, most)
 
@@ -223,9 +223,9 @@ class Subject:
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
         """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
         rows = sum(map(sequences, inputs))
-        if self.task in LANGUAGE and self._head(self.task):
+        if self.task in LANGUAGE and self._has_head:
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
-        if self._head(self.task):
+        if self._has_head:
             objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
             self.count(inputs)
             measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
@@ -237,9 +237,9 @@ class Subject:
         """Whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
-    def _head(self, task: str) -> bool:
-        architecture: str = (self.config.architectures or ["none"])[0]
-        return architecture.endswith(HEADS[task])
+    @property
+    def _has_head(self) -> bool:
+        return has_head(self.settings, self.task)
 
     def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
         """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
