@@ -31,8 +31,9 @@ LAST_ROUND = 2  # rounds at most where candidates differ by one number,
 CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
 MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
-SHORTLIST = 4  # minima of a search that are compared on held-out rows
-PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
+SHORTLIST = 4  # minima of a search that are compared on held-out rows,
+MINIMA = 2  # and of a model of the output change
+PASSED = 1 + SCANNED  # the base, and further points compared where a metric finds nothing better than the base
 WALKED = 8  # candidates in one walk through the blocks
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
@@ -133,11 +134,28 @@ class Spec:
         if self.coefficients:
             return FITTED_PASSES * len(self.parts)
         rows = self.source.calibration.sequences
+        if self._is_modelled:
+            return math.ceil(max(map(sum, self._modelled(rows))))
         return math.ceil(self._searching(rows) + self._judging(rows))
+
+    @property
+    def _is_modelled(self) -> bool:
+        """Whether one q is searched by a model of the output change, or by predictions."""
+        found = self.objective, self.scope, self.search
+        return found == ("output_change", "global", "auto") and not (self.source.labelled or self.parts)
+
+    def _modelled(self, rows: int) -> tuple[tuple[float, float], ...]:
+        """The most passes of such a search, and of its comparison on held-out rows, in either case."""
+        two, one, more = min(self.seeds, 2), ROUND / rows, LAST_ROUND - 1
+        # the fine-tune, the first round with the base, the plain choice where no point of that round is the same
+        first = 1 + (SCANNED + 1) * max(1, rows // 4) / rows + (two if self.random else 0)
+        closer, further = (1, MORE_ROUNDS) if self.random else (CLOSER, 0)
+        by_predictions = 2 + SCANNED - 1 + closer + 5 * more + 4 * further
+        return (first + 3 * self.seeds + two, (2 + MINIMA) * (1 + more) * one), (first, by_predictions * one)
 
     def _searching(self, rows: int) -> float:
         """Passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
-        few, two = SCANNED * math.ceil(rows / 4) / rows, min(self.seeds, 2)
+        few, two = SCANNED * max(1, rows // 4) / rows, min(self.seeds, 2)
         by_model = few + 3 * self.seeds + two  # three points for every mask, and a fourth for two of them
         one = by_model if self.objective == "output_change" else self.seeds * EVALUATIONS
         if self.parts:
@@ -160,7 +178,9 @@ class Spec:
         """The most passes that need all logits: an output change is of a few of them."""
         if self.coefficients or self.search == "gradient" or self.objective == "validation":
             return self.passes
-        return min(self.passes, math.ceil(1 + self._judging(self.source.calibration.sequences)))
+        rows = self.source.calibration.sequences
+        judging = max(judging for _, judging in self._modelled(rows)) if self._is_modelled else self._judging(rows)
+        return min(self.passes, math.ceil(1 + judging))
 
     def _judging(self, rows: int) -> float:
         """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
@@ -170,7 +190,7 @@ class Spec:
         if self.source.labelled:
             return (2 + candidates) * held / rows
         if self.scope == "global" and self.search != "gradient":
-            return (1 + CLOSER + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+            return (2 + SHORTLIST) * ROUND * LAST_ROUND / rows
         return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property

@@ -96,8 +96,9 @@ class Subject:
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
         self.size = self._batch_rows()
-        quarter = self._batched(search[::FEW], labelled=labelled)
-        rest = [row for i, row in enumerate(search) if i % FEW]
+        some, rest = search[FEW - 1 :: FEW], [row for i, row in enumerate(search, 1) if i % FEW]
+        some, rest = (some, rest) if some else (rest, [])
+        quarter = self._batched(some, labelled=labelled)
         self.few = len(quarter.inputs)
         self.batches: dict[Part, Batches] = {
             "search": quarter.with_more(self._batched(rest, labelled=labelled)) if rest else quarter,
@@ -264,14 +265,9 @@ class Subject:
         found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
 
-    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
-        """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
-        is kept."""
-
-        def weights(at: Subject, q: Mapping[str, Q] | None) -> Weights:
-            return pruned(at.start, lambda name: None, {}) if q is None else pruned(at.start, at.masks[0], q)
-
-        return self._spread(O.reduced, objective, qs, weights)
+    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]]) -> list[list[Any]]:
+        """Of every choice of q's what `objective.value` takes, for the first mask."""
+        return self._spread(O.reduced, objective, qs, lambda at, q: pruned(at.start, at.masks[0], q))
 
     def _spread(
         self,

@@ -12,14 +12,44 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.pictures import draw
 
 
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def fitted(logits: np.ndarray, target: np.ndarray) -> float:
+    """The divergence from its formula, by gradient descent in float64."""
+    z, t = (x - x.mean(1, keepdims=True) for x in (logits, target))
+    z = (z - z.mean(0)) * np.sqrt(((t - t.mean(0)) ** 2).mean() / ((z - z.mean(0)) ** 2).mean())
+    p, rows = np.exp(log_softmax(t)), len(z)
+    a, b = 1.0, np.zeros(z.shape[1])
+    for _ in range(20_000):
+        error = np.exp(log_softmax(a * z + t.mean(0) + b)) - p
+        a = max(0.0, a - 0.05 * ((error * z).sum() + (a - 1.0)) / rows)
+        b = b - 0.05 * (error.sum(0) + b) / rows
+    return float((p * (log_softmax(t) - log_softmax(a * z + t.mean(0) + b))).sum(1).mean())
+
+
+@pytest.mark.parametrize("rows", [8, 25])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_divergence_ignores_scale_and_shift(classes: int) -> None:
+@pytest.mark.parametrize("size", [0.01, 1.0, -1.0])
+def test_divergence_is_that_of_the_formula(rows: int, classes: int, size: float) -> None:
+    generator = np.random.Generator(np.random.PCG64(rows))
+    target = 2.0 * generator.standard_normal((rows, classes)) + np.arange(classes)
+    noisy = size * (target + generator.standard_normal(target.shape))
+    assert divergence(noisy, target) == pytest.approx(fitted(noisy, target), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [25, 400])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_divergence_ignores_scale_and_shift(rows: int, classes: int) -> None:
+    """Exactly, however few the rows: pruned logits can be a hundred times smaller than the fine-tune's."""
     generator = np.random.Generator(np.random.PCG64(1))
-    target = 2.0 * generator.standard_normal((400, classes))
+    target = 2.0 * generator.standard_normal((rows, classes))
     noisy = target + generator.standard_normal(target.shape)
     assert divergence(target, target) == pytest.approx(0.0, abs=1e-9)
-    assert divergence(0.5 * target + 0.2 * np.arange(classes), target) < 0.02
-    assert divergence(0.5 * noisy + 1.0, target) == pytest.approx(divergence(noisy, target), rel=0.05)
+    for scale in (0.01, 0.5, 30.0):
+        moved = scale * noisy + 0.2 * np.arange(classes) + generator.standard_normal((rows, 1))
+        assert divergence(moved, target) == pytest.approx(divergence(noisy, target), rel=1e-9)
     unrelated, reversed_ = divergence(generator.standard_normal(target.shape), target), divergence(-target, target)
     assert divergence(noisy, target) < 0.5 * unrelated
     assert reversed_ == pytest.approx(divergence(np.zeros_like(target), target), rel=1e-6)

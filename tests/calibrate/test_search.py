@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, scan
-from deltamerge.calibrate.searches import passed
+from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, passed, scan
 from deltamerge.calibrate.spec import CLOSER
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
