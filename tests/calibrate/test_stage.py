@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate import precision
+from deltamerge.calibrate.spec import BASELINE_BYTES, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
@@ -384,6 +386,17 @@ def test_memory_bounds_the_cache(models: Path, tmp_path: Path) -> None:
     assert planned.peak_bytes <= enough + 1000
     small = run(path, tmp_path / "small", memory=enough + 1000)
     assert entry(small) == entry(run(path, tmp_path / "large"))
+
+
+def test_memory_counts_masks_that_are_drawn_and_what_candidates_leave(models: Path) -> None:
+    plan = make_plan(recipe(models / "bert", "counted", RUNS["global"]))
+    (spec,) = plan.specs.values()
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.source.tensors}
+    outside = sum(size for name, size in sizes.items() if ".layer." not in name)
+    masks = sum(2 * 8 * 0.05 * sizes[pruned.stored] for pruned in spec.pruned)
+    more = spec.memory - memory(replace(spec.source, pairs=()))
+    assert more == pytest.approx(masks + 5 * max(sizes[pruned.stored] for pruned in spec.pruned) + 8 * outside, abs=2)
+    assert plan.peak_bytes >= BASELINE_BYTES + spec.memory
 
 
 def test_wanda_on_weights_stored_in_out(tmp_path: Path) -> None:
