@@ -271,9 +271,9 @@ def shortlist(found: Minima, low: float, high: float) -> list[tuple[float, float
 def passed(found: Minima, low: float, high: float) -> list[tuple[float, float]]:
     """Points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
 
-    Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything
-    in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
-    61; the predictions are nearest at 0.028, with 74.
+    Where the least objective is hardly less than the base's, it may prefer the base, or a drowned delta, to everything
+    in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.019, whose accuracy is
+    66; the predictions are nearest from 0.037 to 0.072, with 72.
     """
     inside = [(x, value) for x, value in (found.scan or found.path) if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
     least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]

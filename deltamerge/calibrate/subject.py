@@ -222,7 +222,7 @@ class Subject:
         return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
 
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
-        """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
+        """The distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
         rows = sum(map(sequences, inputs))
         if self.task in LANGUAGE and self._has_head:
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
