@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
-    from deltamerge.calibrate.searches import SCAN, Found, shortlist
+    from deltamerge.calibrate.search import shortlist
+    from deltamerge.calibrate.searches import SCAN, Found
     from deltamerge.calibrate.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:

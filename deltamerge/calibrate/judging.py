@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.searches import Found
 
 LEAST_KEPT = 2  # candidates at most that go on to a further round; 3 of them to the second
-LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
+LITTLE = 0.9  # share of the base's metric, 1 − score or loss; a candidate beyond it is hardly better than the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ def by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found],
 
 @dataclass(eq=False)
 class Entry:
-    """A candidate, the plain choice, or the base (q is None): its parts so far, and its value on so many rows."""
+    """A candidate or the plain choice: its parts so far, and its value on so many rows."""
 
-    q: Mapping[str, Q] | None
+    q: Mapping[str, Q]
     found: Found | None = None
     parts: list[Any] = field(default_factory=list)
     value: float = math.inf
@@ -132,22 +132,14 @@ class Rounds:
         """The rounds that there have been."""
         return len(self._objectives)
 
-    def entry(self, q: Mapping[str, Q] | None, found: Found | None = None) -> Entry:
+    def entry(self, q: Mapping[str, Q], found: Found | None = None) -> Entry:
         """The entry of a choice of q's; the same numbers have the same one."""
-        known = next((one for one in self._seen if one.q is q or _same(one.q, q)), None)
+        known = next((one for one in self._seen if one.q is q or same(one.q, q)), None)
         if known is None:
             known = Entry(q, found)
             self._seen.append(known)
         known.found = found or known.found
         return known
-
-    def like_base(self, q: Mapping[str, Q]) -> bool:
-        """Whether predictions under these q's are hardly nearer to the fine-tune's than the base's."""
-        judge, one, base = self.judge, self.entry(q), self.entry(None)
-        if not judge.trusted:
-            return False
-        self.look([one, base, self.entry(self.plain)])
-        return one.value > LITTLE * base.value
 
     def another(self) -> bool:
         """Go on to the next round; False where there is none."""
@@ -171,8 +163,8 @@ class Rounds:
             one.value, one.rows = whole.value(one.parts), self.rows
 
 
-def _same(a: Mapping[str, Q] | None, b: Mapping[str, Q] | None) -> bool:
+def same(a: Mapping[str, Q], b: Mapping[str, Q]) -> bool:
     """Whether two choices of numbers are the same."""
-    if a is None or b is None or any(not isinstance(q, float) for q in (*a.values(), *b.values())):
+    if any(not isinstance(q, float) for q in (*a.values(), *b.values())):
         return False
     return a == b

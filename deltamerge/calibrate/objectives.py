@@ -6,6 +6,7 @@ objectives compare with the fine-tune, whose outputs `of` collects once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -140,6 +141,11 @@ class OutputChange:
 
     def value(self, parts: Sequence[tuple[float, int]]) -> float:
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    def distance(self, value: float) -> float:
+        """A value in the units of outputs: the root of a squared change."""
+        squared = any(index is not None for _, index in self.targets)
+        return math.sqrt(value) if squared else value
 
 
 @dataclass

@@ -21,10 +21,10 @@ import torch
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
-from deltamerge.calibrate.judging import Rounds
+from deltamerge.calibrate.judging import Rounds, same
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.scales import learn, row_shape
-from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
+from deltamerge.calibrate.spec import SHORTLIST, STEPS, Spec, grid_step, rounded
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
@@ -32,6 +32,7 @@ from deltamerge.errors import InputError
 Qs = dict[str, Q]
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
+LITTLE = 0.8  # share of the base's distance from the fine-tune: where no q leaves less, predictions are compared
 SCAN = "few rows"  # the name of a search's first round in a lock's path
 # Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
 # learned scales pass 100 on tensors that hardly matter.
@@ -58,33 +59,11 @@ class Found:
         return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
 
 
-def shortlist(found: search.Minima, low: float, high: float) -> list[tuple[float, float, bool]]:
-    """(point, value, whether it lies on a bound) of the best local minima."""
-    values = dict([*found.path, *found.others, (found.point, found.value)])
-    points = found.minima[:SHORTLIST] or (found.point,)
-    return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
-
-
-def passed(found: search.Minima, low: float, high: float) -> list[tuple[float, float]]:
-    """Points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
-
-    Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything
-    in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
-    61; the predictions are nearest at 0.028, with 74.
-    """
-    inside = [(x, value) for x, value in (found.scan or found.path) if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
-    least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]
-    for point in sorted(inside):
-        if point[0] >= spread[-1][0] * least:
-            spread.append(point)
-    return spread
-
-
 class Searches:
     """Runs the search that a spec asks for, on a subject.
 
     path     records every point evaluated
-    rounds   of held-out rows, which say whether what the first round found is hardly better than the base
+    rounds   of held-out rows, whose predictions are compared where the output change says little
     few      the objective on a part of the rows, where it was no use beyond the first round
     masks    how many masks the smallest objective is a mean over; 0: all
     passed   more candidates for a judge other than the objective, from a search of one q by output change
@@ -99,6 +78,7 @@ class Searches:
         self.few: O.OutputChange | None = None
         self.rounds = None if spec.search == "gradient" or subject.metric is not None else rounds
         self.passed: list[Found] = []
+        self._valued: list[tuple[Qs, float]] = []
 
     @cached_property
     def layers(self) -> dict[str, Linear]:
@@ -184,7 +164,10 @@ class Searches:
         return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
 
     def value(self, q: Qs) -> float:
-        """The objective on the rows that are searched on, over `compared` masks."""
+        """The objective on the rows that are searched on, over `compared` masks; of a choice of the first round, if one
+        mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
+        if self.compared == 1 and (known := [value for some, value in self._valued if same(some, q)]):
+            return known[0]
         if self.objective is None:
             return _layer_error(self._drawn, q)
         return self.subject.values(self.few or self.objective, [q], seeds=self.compared)[0]
@@ -202,11 +185,13 @@ class Searches:
         few = f"{family}, {SCAN}" if family else SCAN
         self.path += [[few, name, rounded(x), rounded(value)] for x, value in found.scan]
         self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
-        short = shortlist(found, low, high)
+        short = search.shortlist(found, low, high)
         change = self.spec.objective == "output_change" and self.spec.search != "gradient"
+        if name == "q":
+            self._valued = [(self._whole(qs(x)), value * found.scale) for x, value in found.scan]
         if name == "q" and change and (self.subject.metric is not None or self.few is not None):
             known = {x for x, _, _ in short}
-            points = [point for point in passed(found, low, high) if point[0] not in known]
+            points = [point for point in search.passed(found, low, high) if point[0] not in known]
             self.passed = [self._found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
         return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
 
@@ -226,7 +211,7 @@ class Searches:
             return search.minimise(evaluate, low, high)
         few = O.first(objective, subject.few)
         seen = search.scan(lambda points: subject.values(few, qs(points), seeds=1), low, high)
-        if name == "q" and self.rounds is not None and self.rounds.like_base(qs([rounded(seen.best)])[0]):
+        if name == "q" and self._says_little(few, seen.values[seen.minima[0]]):
             self.few, self.masks = few, 1
             return search.Minima(seen.best, seen.values[seen.minima[0]], (), seen.path)
         found = search.model(
@@ -234,6 +219,12 @@ class Searches:
         )
         self.masks = max(self.masks, found.masks)
         return found
+
+    def _says_little(self, few: O.OutputChange, least: float) -> bool:
+        """Whether the least output change is hardly less than the base's, and predictions can be compared instead."""
+        if self.rounds is None or not self.rounds.judge.trusted:
+            return False
+        return few.distance(least) > LITTLE * few.distance(self.subject.nothing(few))
 
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)

@@ -16,7 +16,7 @@ from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import block_sizes, resident_size
+from deltamerge.io.names import block_sizes, outside_blocks, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -31,15 +31,15 @@ LAST_ROUND = 2  # rounds at most where candidates differ by one number,
 CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
 MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
-SHORTLIST = 4  # minima of a search that are compared on held-out rows
-PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
+SHORTLIST = 4  # minima of a search that are compared on held-out rows,
+MINIMA = 2  # and of a model of the output change
+PASSED = 1 + SCANNED  # the base, and further points compared where a metric finds nothing better than the base
 WALKED = 8  # candidates in one walk through the blocks
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 60  # over each fine-tune's rows, to fit coefficients
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
-# bytes of masks that are kept; masks beyond them are drawn again
-CACHE_BYTES = 1 << 31
+CACHE_BYTES = 1 << 31  # of masks that are kept; masks beyond them are drawn again
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
@@ -136,11 +136,28 @@ class Spec:
         if self.coefficients:
             return FITTED_PASSES * len(self.parts)
         rows = self.source.calibration.sequences
+        if self._is_modelled:
+            return math.ceil(max(map(sum, self._modelled(rows))))
         return math.ceil(self._searching(rows) + self._judging(rows))
+
+    @property
+    def _is_modelled(self) -> bool:
+        """Whether one q is searched by a model of the output change, or by predictions."""
+        how = self.objective, self.scope, self.search, self.source.labelled, self.parts
+        return how == ("output_change", "global", "auto", False, ())
+
+    def _modelled(self, rows: int) -> tuple[tuple[float, float], ...]:
+        """The most passes of such a search, and of its comparison on held-out rows, in either case. The plain choice
+        takes passes of the search where no point of the first round is the same."""
+        two, one, more = min(self.seeds, 2), ROUND / rows, LAST_ROUND - 1
+        first = 1 + (SCANNED + 1) * max(1, rows // 4) / rows + (two if self.random or self.bounds else 0)
+        closer, further = (1, MORE_ROUNDS) if self.random else (CLOSER, 0)
+        by_predictions = 2 + SCANNED - 1 + closer + 5 * more + 4 * further
+        return (first + 3 * self.seeds + two, (2 + MINIMA) * (1 + more) * one), (first, by_predictions * one)
 
     def _searching(self, rows: int) -> float:
         """Passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
-        few, two = SCANNED * math.ceil(rows / 4) / rows, min(self.seeds, 2)
+        few, two = SCANNED * max(1, rows // 4) / rows, min(self.seeds, 2)
         by_model = few + 3 * self.seeds + two  # three points for every mask, and a fourth for two of them
         one = by_model if self.objective == "output_change" else self.seeds * EVALUATIONS
         if self.parts:
@@ -163,17 +180,17 @@ class Spec:
         """The most passes that need all logits: an output change is of a few of them."""
         if self.coefficients or self.search == "gradient" or self.objective == "validation":
             return self.passes
-        return min(self.passes, math.ceil(1 + self._judging(self.source.calibration.sequences)))
+        rows = self.source.calibration.sequences
+        judging = max(judging for _, judging in self._modelled(rows)) if self._is_modelled else self._judging(rows)
+        return min(self.passes, math.ceil(1 + judging))
 
     def _judging(self, rows: int) -> float:
         """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
-        candidates, held = 1 + SHORTLIST + PASSED, max(HELD_OUT, rows)
-        if self.parts:
-            return len(self.parts) * (SHORTLIST + 2) * held / rows
-        if self.source.labelled:
-            return (2 + candidates) * held / rows
+        held = max(HELD_OUT, rows)
+        if self.parts or self.source.labelled:
+            return (len(self.parts) * (SHORTLIST + 2) or 3 + SHORTLIST + PASSED) * held / rows
         if self.scope == "global" and self.search != "gradient":
-            return (1 + CLOSER + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+            return (2 + SHORTLIST) * ROUND * LAST_ROUND / rows
         return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
@@ -183,7 +200,7 @@ class Spec:
 
     @property
     def memory(self) -> int:
-        """About the bytes that the stage takes beside BASELINE_BYTES."""
+        """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         return sum(memory(part.source, part.pruned) for part in parts)
 
@@ -226,8 +243,7 @@ class Spec:
 
 
 def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
-    """The number of masks that a search averages over. Only random masks have further seeds: the recipe's +
-    1, + 2, …"""
+    """The number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, + 2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 
@@ -247,20 +263,25 @@ def grid_step(low: float) -> float:
 
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
-    """About the bytes that a stage takes: cached masks, one block both stored and in float32, the next one stored,
-    hidden states."""
+    """About the anonymous bytes that a stage takes: masks, a block stored and in float32, the next one stored, hidden
+    states; of pruned deltas the largest while it is drawn, and what candidates outside the blocks leave as gaps."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
-    rows = source.calibration.sequences
-    hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
+    rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
+    hidden = WALKED * rows * source.calibration.length * width * 4
     masks = sum(
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
         for one in pruned
         if one.masked
     )
     shapes = {tensor.name: tensor.shape for tensor in source.tensors}
-    ahead = max(block_sizes(shapes, {tensor.name: tensor.nbytes for tensor in source.tensors}), default=0)
-    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
+    stored = {tensor.name: tensor.nbytes for tensor in source.tensors}
+    ahead = max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
+    found = min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
+    if source.pairs:
+        found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
+        found += 2 * outside_blocks(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
+    return found
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
@@ -270,8 +291,7 @@ def resident(tensors: Sequence[TensorInfo]) -> int:
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:
-    """The source with a cache that fits `limit` bytes, of which this is one of `share` users. InputError: no cache
-    fits."""
+    """The source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share, share=share)
     least = memory(replace(source, cache=0))

@@ -19,7 +19,7 @@ from deltamerge.calibrate.data import Batches, check_new_tokens, config_of
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.passes import sequences
-from deltamerge.calibrate.rows import HEADS, Row, select
+from deltamerge.calibrate.rows import Row, has_head, select
 from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.spread import spread
@@ -87,7 +87,7 @@ class Subject:
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.config = config_of(source.checkpoint)
-        settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
+        self.settings = settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
         search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
@@ -96,8 +96,9 @@ class Subject:
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
         self.size = self._batch_rows()
-        quarter = self._batched(search[::FEW], labelled=labelled)
-        rest = [row for i, row in enumerate(search) if i % FEW]
+        some, rest = search[FEW - 1 :: FEW], [row for i, row in enumerate(search, 1) if i % FEW]
+        some, rest = (some, rest) if some else (rest, [])
+        quarter = self._batched(some, labelled=labelled)
         self.few = len(quarter.inputs)
         self.batches: dict[Part, Batches] = {
             "search": quarter.with_more(self._batched(rest, labelled=labelled)) if rest else quarter,
@@ -127,7 +128,7 @@ class Subject:
         length = self.source.calibration.length
         most = min(BATCH, BATCH_TOKENS // length)
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) if self.task in LANGUAGE else None
-        if isinstance(vocabulary, int) and vocabulary > 0 and self._head(self.task):
+        if isinstance(vocabulary, int) and vocabulary > 0 and self._has_head:
             most = min(most, LOGITS_BYTES // (4 * length * vocabulary))
         return max(1, most)
 
@@ -221,11 +222,11 @@ class Subject:
         return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
 
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
-        """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
+        """The distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
         rows = sum(map(sequences, inputs))
-        if self.task in LANGUAGE and self._head(self.task):
+        if self.task in LANGUAGE and self._has_head:
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
-        if self._head(self.task):
+        if self._has_head:
             objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
             self.count(inputs)
             measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
@@ -237,9 +238,9 @@ class Subject:
         """Whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
-    def _head(self, task: str) -> bool:
-        architecture: str = (self.config.architectures or ["none"])[0]
-        return architecture.endswith(HEADS[task])
+    @property
+    def _has_head(self) -> bool:
+        return has_head(self.settings, self.task)
 
     def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
         """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
@@ -264,14 +265,9 @@ class Subject:
         found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
 
-    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
-        """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
-        is kept."""
-
-        def weights(at: Subject, q: Mapping[str, Q] | None) -> Weights:
-            return pruned(at.start, lambda name: None, {}) if q is None else pruned(at.start, at.masks[0], q)
-
-        return self._spread(O.reduced, objective, qs, weights)
+    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]]) -> list[list[Any]]:
+        """Of every choice of q's what `objective.value` takes, for the first mask."""
+        return self._spread(O.reduced, objective, qs, lambda at, q: pruned(at.start, at.masks[0], q))
 
     def _spread(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deltamerge.calibrate.spec import BASELINE_BYTES
 from deltamerge.cli.tables import aligned, human, render_delta
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.errors.shown import shown
@@ -19,6 +20,7 @@ LABEL = 11  # characters before the text of a line
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
 PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
 BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16
+LIBRARIES = 200_000_000  # bytes of torch's and other libraries' files that a process which calibrates maps
 OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
@@ -190,7 +192,8 @@ def _stage(stage: Mapping[str, Any]) -> str:
     rows = f"{stage['sequences']} sequences of {stage['length']} tokens"
     passes = f"at most {stage['forward_passes']} forward passes in {stage['precision']}"
     takes = f"about {_duration(calibration_seconds(stage))} for all of them"
-    return f"{stage['model']}: {how}; {rows}, {passes}, {takes}, {human(stage['memory'])}, {blocks}"
+    memory = f"{human(BASELINE_BYTES + stage['memory'])} beside about {LIBRARIES // 10**6} MB of libraries"
+    return f"{stage['model']}: {how}; {rows}, {passes}, {takes}, {memory}, {blocks}"
 
 
 def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:

@@ -30,3 +30,11 @@ class Kept:
                 made.append(make())
         found: T = made[0]
         return found
+
+    def known(self, key: Hashable) -> Any:
+        """The value of a key, None where it is not there, or not yet."""
+        with self._lock:
+            if key not in self._made:
+                return None
+            self._made.move_to_end(key)
+            return next(iter(self._made[key][1]), None)

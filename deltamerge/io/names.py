@@ -109,8 +109,13 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
 
 def resident_size(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
     """The sizes, by name, of all that is outside of repeated blocks and of the largest block."""
-    inside = block_sizes(shapes, sizes) or [sum(sizes.values())]
-    return sum(sizes.values()) - sum(inside) + max(inside)
+    return outside_blocks(shapes, sizes) + max(block_sizes(shapes, sizes), default=sum(sizes.values()))
+
+
+def outside_blocks(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
+    """The sizes of all that is outside of repeated blocks; 0 without blocks."""
+    inside = block_sizes(shapes, sizes)
+    return sum(sizes.values()) - sum(inside) if inside else 0
 
 
 def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[int]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, scan
-from deltamerge.calibrate.searches import passed
+from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, passed, scan
 from deltamerge.calibrate.spec import CLOSER
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -199,6 +198,9 @@ def test_a_second_minimum_is_a_candidate_if_a_hump_parts_it_from_the_first() -> 
         seen = scan(lambda points: [two(q, hump) for q in points], 0.01, 1.0)
         return model(seen, lambda points, masks: [[two(q, hump)] for q in points], 1).minima
 
+    waves = scan(lambda points: [math.cos(3.0 * math.log(q)) + math.log(q) / 50 for q in points], 0.001, 1.0)
+    assert len(waves.minima) > 2
+    assert len(model(waves, lambda points, masks: [[1.0] for _ in points], 1).minima) == 2  # the best two are compared
     assert len(minima(0.005)) == 1
     first, second = minima(0.4)
     assert (first, second) == (pytest.approx(0.2, rel=0.05), 0.01)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate import precision
+from deltamerge.calibrate.spec import BASELINE_BYTES, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
@@ -170,25 +172,38 @@ def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: st
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "most"), [("bert", "global", 24), ("llama", "global", 24), ("bert", "wanda", 12)]
+    ("family", "name", "most"),
+    [("bert", "global", 24), ("llama", "global", 24), ("bert", "wanda", 12), ("bert", "magnitude", 12)],
 )
-def test_one_q_takes_few_passes(models: Path, tmp_path: Path, family: str, name: str, most: int) -> None:
-    """Of 50 sequences, with 4 masks where they are random; the comparison on held-out rows is counted."""
-    rows(models / family / "many.jsonl", 120)
+@pytest.mark.parametrize("little", [-1.0, math.inf, None])
+def test_one_q_takes_few_passes(models: Path, tmp_path: Path, monkeypatch, family, name, most, little) -> None:
+    """Of 50 sequences, with 4 masks where they are random; the comparison on held-out rows is counted. By predictions
+    always, never, or where the output change says little."""
+    if little is not None:
+        monkeypatch.setattr("deltamerge.calibrate.searches.LITTLE", little)
+    rows(models / family / "many.jsonl", 250)
     path = recipe(models / family, f"few-{name}", RUNS[name])
     text = path.read_text().replace("calib.jsonl, sequences: 8", "many.jsonl, sequences: 50")
     path.write_text(text.replace("seeds: 2", "seeds: 4"))
     (found,) = calibrate(path).values()
-    assert found["forward_passes"] <= most
+    stage = make_plan(path).describe()["stages"][0]
+    assert found["forward_passes"] <= stage["forward_passes"] <= most
+    assert stage["head_passes"] < stage["forward_passes"]
     assert len([step for step in found["path"] if step[0] == "few rows"]) == 8
     later = [step for step in found["path"] if step[0] != "few rows"]
+    assert little is None or bool(later) == (little > 0)
     if later:
-        assert found["mask_seeds"] in ((1,) if name == "wanda" else (2, 4))
+        assert found["mask_seeds"] in ((2, 4) if name == "global" else (1,))
         assert [step[0] for step in later] == ["q"] * 3
         assert later[0][1] <= found["searched"]["q"] <= later[2][1]
-    else:  # predictions are the base's at the smallest output change: so q is searched by predictions
-        assert (name, found["mask_seeds"]) == ("global", 1)
-        assert {"q": found["searched"]["q"]}.items() <= found["candidates"][0].items()
+        few = {step[2]: step[3] for step in found["path"] if step[0] == "few rows"}
+        if name != "global":  # the plain choice is the last point of the first round
+            on_all = few[1.0] * found["candidates"][0]["value"] / min(few.values())
+            assert found["plain"]["value"] == pytest.approx(on_all, rel=1e-4)
+    else:
+        assert found["mask_seeds"] == 1
+        compared = [one for one in found["candidates"] if "rows" not in one]
+        assert found["searched"]["q"] == min(compared, key=lambda one: one["held_out"])["q"]
 
 
 def test_calibrated_runs_do_not_depend_on_workers(models: Path, tmp_path: Path) -> None:
@@ -371,6 +386,17 @@ def test_memory_bounds_the_cache(models: Path, tmp_path: Path) -> None:
     assert planned.peak_bytes <= enough + 1000
     small = run(path, tmp_path / "small", memory=enough + 1000)
     assert entry(small) == entry(run(path, tmp_path / "large"))
+
+
+def test_memory_counts_masks_that_are_drawn_and_what_candidates_leave(models: Path) -> None:
+    plan = make_plan(recipe(models / "bert", "counted", RUNS["global"]))
+    (spec,) = plan.specs.values()
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.source.tensors}
+    outside = sum(size for name, size in sizes.items() if ".layer." not in name)
+    masks = sum(2 * 8 * 0.05 * sizes[pruned.stored] for pruned in spec.pruned)
+    more = spec.memory - memory(replace(spec.source, pairs=()))
+    assert more == pytest.approx(masks + 5 * max(sizes[pruned.stored] for pruned in spec.pruned) + 8 * outside, abs=2)
+    assert plan.peak_bytes >= BASELINE_BYTES + spec.memory
 
 
 def test_wanda_on_weights_stored_in_out(tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ after the other, cost one patch each.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from deltamerge.delta.chain.version import Version
+from deltamerge.delta.kept import Kept
 from deltamerge.delta.over_base import over
 from deltamerge.delta.positions import Array
 from deltamerge.delta.steps import STEP_TILE
@@ -28,33 +28,12 @@ from deltamerge.io.tensor import Made, Read, TensorInfo
 KEPT = 16  # parts of tensors, of STEP_TILE elements or of what is read at once
 
 
-class Recent:
-    """The parts of tensors last made, by chain, tensor, version and range."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._parts: OrderedDict[Any, Array] = OrderedDict()
-
-    def get(self, key: Any) -> Array | None:
-        with self._lock:
-            found = self._parts.get(key)
-            if found is not None:
-                self._parts.move_to_end(key)
-            return found
-
-    def put(self, key: Any, part: Array) -> None:
-        with self._lock:
-            self._parts[key] = part
-            if len(self._parts) > KEPT:
-                self._parts.popitem(last=False)
-
-
 @dataclass(slots=True)
 class Layers:
     """Puts versions over bases; those of one chain and one base share their layers."""
 
     _made: dict[Any, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    _recent: Recent = field(default_factory=Recent)
+    _recent: Kept = field(default_factory=partial(Kept, KEPT))
 
     def over(self, delta: Checkpoint, versions: Sequence[Version], base: Checkpoint) -> Checkpoint:
         """The checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
@@ -113,7 +92,7 @@ class Patched:
     size: int
     below: Patched | None
     key: Any
-    recent: Recent
+    recent: Kept
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         """Fill `out` with bytes from element `start` on: from the highest version below that is still there, upwards,
@@ -129,7 +108,7 @@ class Patched:
         stack, held = [self], None
         while True:
             lowest = stack[-1]
-            held = self.recent.get((lowest.key, start, nbytes))
+            held = self.recent.known((lowest.key, start, nbytes))
             if held is not None or lowest.below is None:
                 break
             stack.append(lowest.below)
@@ -138,12 +117,15 @@ class Patched:
         while stack:
             patched = stack.pop()
             source = read if held is None else _Held(read, held, start)
-            made: Array = np.empty(nbytes, np.uint8)
-            patched.layer.fill(source, start, flat(made))
-            self.recent.put((patched.key, start, nbytes), made)
-            held = made
+            held = self.recent.get((patched.key, start, nbytes), partial(_filled, patched.layer, source, start, nbytes))
         assert held is not None
         return held
+
+
+def _filled(layer: Made, read: Read, start: int, nbytes: int) -> Array:
+    made: Array = np.empty(nbytes, np.uint8)
+    layer.fill(read, start, flat(made))
+    return made
 
 
 @dataclass(frozen=True, slots=True)

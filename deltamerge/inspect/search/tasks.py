@@ -141,7 +141,7 @@ class Task:
         return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
 
     def _agreement(self, inputs: Sequence[Inputs]) -> O.Objective:
-        """The distance of predictions from the model's own, whatever the scale and shift of a classifier's logits; of a
+        """The distance of predictions from the model's own, whatever the scale of a classifier's logits; of a
         language model that of the next token's distribution; without a head that of the last hidden state."""
         if not self.has_head:
             return O.OutputChange.of(self.model, self.own, inputs)
