@@ -48,7 +48,10 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         known = dict(zip(spec.shared, inputs, strict=True))
         count = len(spec.coefficients)
         masks = [{one.stored: one.masked[k] for one in spec.pruned} for k in range(count)]
-        subjects = [Subject(part.source, reader, () if i else masks, known) for i, part in enumerate(spec.parts)]
+        subjects = [
+            Subject(part.source, reader, () if i else masks, known, halved=spec.halved)
+            for i, part in enumerate(spec.parts)
+        ]
         merge = _Merge(spec, subjects)
         start = merge.start()
         fitted, path = _fit(merge, start)
@@ -176,7 +179,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             group = task.groups[(step - 1) % len(task.groups)]
             size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
             for batch in group:
-                descend(merge.subjects[i].model, task.learned, batch, merge.weights(i, of_name()), size)
+                model = merge.subjects[i].model
+                descend(model, task.learned, batch, merge.weights(i, of_name()), size, model.precision)
                 merge.subjects[i].count([task.learned.batches[batch]], 3)
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)

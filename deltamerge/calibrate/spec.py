@@ -182,7 +182,12 @@ class Spec:
     def memory(self) -> int:
         """About the bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
-        return sum(memory(part.source, part.pruned) for part in parts)
+        return sum(memory(part.source, part.pruned, 2 if self.halved else 4) for part in parts)
+
+    @property
+    def halved(self) -> bool:
+        """Whether deltas whose coefficients are fitted are kept in bfloat16: their sum is rounded to it for products."""
+        return bool(self.coefficients) and self.source.precision == "bfloat16"
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
@@ -243,15 +248,15 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
-    """About the bytes that a stage takes: cached masks, one block both stored and in float32, the next one stored,
-    hidden states."""
+def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int = 4) -> int:
+    """About the bytes that a stage takes: cached masks, of `dense` bytes an entry where they are dense, one block both
+    stored and in float32, the next one stored, hidden states."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = source.calibration.sequences
     hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
     masks = sum(
-        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
+        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
         for one in pruned
         if one.masked
     )
