@@ -325,7 +325,7 @@ class BlockModel:
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
         with patched(self.blocks, wrap), same_every_time(self.device):
-            return self._forward(self._tensors(weights, 0), inputs)
+            return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:

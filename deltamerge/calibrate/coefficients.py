@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltamerge.calibrate.blocks import Weights
+    from deltamerge.calibrate.combining import Shared
     from deltamerge.calibrate.objectives import Distribution
     from deltamerge.calibrate.subject import Judge, Subject
 
@@ -113,8 +114,9 @@ class _Merge:
         """Of the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
 
-    def weights(self, task: int, coefficients: Coefficients) -> Weights:
-        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients."""
+    def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
+        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients, where
+        weights are `shared` when they descend."""
         from deltamerge.calibrate.combining import combined
 
         subject, own, first = self.subjects[task], self.own[task], self.subjects[0]
@@ -130,7 +132,9 @@ class _Merge:
                     continue
                 stored_there = self.of_first[own[name]]
                 parts = [one for some in deltas if (one := some[stored_there]) is not None]
-                found[name] = combined(bases[name], coefficients[own[name]], parts)
+                make = partial(combined, bases[name], coefficients[own[name]], parts)
+                alike = subject.infos[name].shape == first.infos[stored_there].shape
+                found[name] = shared.sum(own[name], make) if shared is not None and alike else make()
             return found
 
         return made
@@ -157,6 +161,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     """
     import torch
 
+    from deltamerge.calibrate.combining import Shared
     from deltamerge.calibrate.scales import descend
 
     tasks = [_rows(subject, COEFFICIENT_STEP) for subject in merge.subjects]
@@ -175,13 +180,16 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
         optimiser.zero_grad()
+        shared = Shared(merge.subjects[0].device) if merge.spec.shares_weights else None
         for i, task in enumerate(tasks):
             group = task.groups[(step - 1) % len(task.groups)]
             size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
             for batch in group:
                 model = merge.subjects[i].model
-                descend(model, task.learned, batch, merge.weights(i, of_name()), size, model.precision)
+                descend(model, task.learned, batch, merge.weights(i, of_name(), shared), size, model.precision)
                 merge.subjects[i].count([task.learned.batches[batch]], 3)
+        if shared is not None:
+            shared.descend()
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)
         optimiser.step()

@@ -182,11 +182,19 @@ class Spec:
     def memory(self) -> int:
         """About the bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
-        return sum(memory(part.source, part.pruned, 2 if self.halved else 4) for part in parts)
+        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned) if self.shares_weights else 0
+        return own + sum(memory(part.source, part.pruned, 2 if self.halved else 4) for part in parts)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
+        coefficients: there is room for them beside the deltas."""
+        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
+        return bool(self.coefficients) and own + mask_bytes(self.pruned, 2 if self.halved else 4) <= self.source.cache
 
     @property
     def halved(self) -> bool:
-        """Whether deltas whose coefficients are fitted are kept in bfloat16: their sum is rounded to it for products."""
+        """Whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
         return bool(self.coefficients) and self.source.precision == "bfloat16"
 
     @property
@@ -255,14 +263,18 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int =
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = source.calibration.sequences
     hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
-    masks = sum(
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    ahead = max(block_sizes(shapes, {tensor.name: tensor.nbytes for tensor in source.tensors}), default=0)
+    return min(math.ceil(mask_bytes(pruned, dense)), source.cache) + 2 * resident(source.tensors) + ahead + hidden
+
+
+def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
+    """Of masked deltas, of `dense` bytes an entry where they are dense."""
+    return sum(
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
         for one in pruned
         if one.masked
     )
-    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
-    ahead = max(block_sizes(shapes, {tensor.name: tensor.nbytes for tensor in source.tensors}), default=0)
-    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:

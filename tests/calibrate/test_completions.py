@@ -59,7 +59,10 @@ def test_rows_are_read_as_trl_names_them(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"prompt": "w5"}, "row 1: no field 'text'"),
-        ({"prompt": [{"role": "user", "content": "w5"}], "completion": "w6"}, "row 1: prompt and completion need to be"),
+        (
+            {"prompt": [{"role": "user", "content": "w5"}], "completion": "w6"},
+            "row 1: prompt and completion need to be",
+        ),
         ({"prompt": "w5", "completion": "\ud800"}, "row 1: half a surrogate pair"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from running import make_plan, run
 from safetensors.numpy import load_file
 
+from deltamerge.calibrate.coefficients import calibrate
 from deltamerge.calibrate.combining import combined
 from deltamerge.errors import RecipeError
 from deltamerge.methods.tiles import Kept
@@ -211,6 +213,30 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     card = (folder / "README.md").read_text()
     assert "multiplied by its coefficient" in card
+
+
+@pytest.mark.parametrize("scope", ["model", "row"])
+def test_shared_weights_change_no_coefficient(models: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    """Gradients that are summed before they reach the coefficients are those that reach them one by one."""
+    from deltamerge.calibrate.spec import Spec
+
+    found = []
+    for shares in (True, False):
+        path = recipe(models, "shared", "task_arithmetic", FITTED % scope, "lambda: 0.1")
+        plan = make_plan(path)
+        (spec,) = plan.specs.values()
+        assert spec.shares_weights
+        assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
+            np.prod(one.masked[0].shape) for one in spec.pruned
+        )
+        monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
+        found.append(calibrate(spec=spec))
+        monkeypatch.undo()
+    ours, theirs = (one.q for one in found)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_coefficients_are_of_the_merged_model(models: Path) -> None:
