@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,9 @@ class RowReader:
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
     def steps(self, rows: Sequence[Row], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
-        """Batches for learned scales, and the batch indices of each step of `step` rows."""
-        parts = [self.batches(group, size=size).inputs for group in _groups(rows, step)]
+        """Batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as many."""
+        even = math.ceil(len(rows) / max(1, math.ceil(len(rows) / step))) or step
+        parts = [self.batches(group, size=size).inputs for group in _groups(rows, even)]
         starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
         indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
         return Batches([batch for part in parts for batch in part], None), indices
