@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
 RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
+PATIENCE = 5  # looks in a row that are no better, after which a fit ends
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
@@ -158,6 +159,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
 
     A look comes before the first step and after every turn through the rows.
+    PATIENCE of them in a row that are no better end it.
     """
     import torch
 
@@ -195,8 +197,11 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         optimiser.step()
         if step % turn == 0:
             path.append((step, look()))
-            if path[-1][1] <= min(value for _, value in path):
+            best = min(path, key=lambda point: (point[1], -point[0]))[0]
+            if step == best:
                 kept = {name: value.detach().clone() for name, value in of_name().items()}
+            elif step >= best + PATIENCE * turn:
+                break
     return {name: value.cpu() for name, value in kept.items()}, path
 
 
