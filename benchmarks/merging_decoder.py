@@ -89,7 +89,7 @@ MERGES = (
     _scaled("iso_c", 1.6, equal=True),
     _scaled("wudi", 1.0, equal=True),
     _scaled("tsv_m", 1.0, equal=True),
-    Merge("regmean", {"merge_method": "regmean"}, rows=True),
+    Merge("regmean, λ = 1", {"merge_method": "regmean"}, rows=True),
     Merge("regmean_plus", {"merge_method": "regmean_plus"}, rows=True),
     Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, {}, rows=True),
     Merge("regmean + coefficients per row", {"merge_method": "regmean", **FITTED}, rows=True),
