@@ -107,6 +107,7 @@ MERGES = (
     Merge("coefficients per layer", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="layer"),
     Merge("coefficients per row", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="row"),
     Merge("iso_c + coefficients per row", "iso_c", {"lambda": 2.25}, rows="row", all_rows=True),
+    Merge("iso_c + coefficients per layer", "iso_c", {"lambda": 2.25}, rows="layer", all_rows=True),
     Merge("wudi + coefficients per row", "wudi", {"lambda": 0.667}, rows="row", all_rows=True),
     Merge("tsv_m + coefficients per row", "tsv_m", {"lambda": 0.7}, rows="row", all_rows=True),
     Merge(

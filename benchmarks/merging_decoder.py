@@ -41,7 +41,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "merging_decoder.json"
 @dataclass(frozen=True)
 class Merge:
     """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there:
-    prompts with the model's own answers, ROWS of them, a quarter held out where coefficients are fitted.
+    prompts with the model's own answers, ROWS of them.
 
     `equal` gives each model a weight that makes all deltas as long as the shortest.
     """
@@ -55,7 +55,7 @@ class Merge:
     def recipe(self, base: Path, models: Mapping[str, Path], rows: Mapping[str, Path]) -> dict[str, Any]:
         beside: list[dict[str, Any]] = [{"model": str(path), **self.each} for path in models.values()]
         for one, task in zip(beside, models if self.rows else (), strict=False):
-            one["calibration"] = {"data": str(rows[task])} | CALIBRATION
+            one["calibration"] = {"data": str(rows[task])} | CALIBRATION | one.get("calibration", {})
         for one, weight in zip(beside, weights(base, models.values()) if self.equal else (), strict=False):
             one["parameters"] = {"weight": weight}
         return {"base_model": str(base), "models": beside, "dtype": "bfloat16", **self.keys}
@@ -76,6 +76,7 @@ def _scaled(method: str, factor: float, *, equal: bool = False, **parameters: An
     return Merge(f"{method}, {'equal norms, ' * equal}λ = {factor:g}", keys, equal=equal)
 
 
+FEWER = {"calibration": {"sequences": 48}}  # a fit of 96 takes half an hour
 FITTED = {"calibration": {"per": "merge", "coefficients": "row"}}
 MERGES = (
     *(_scaled("task_arithmetic", factor) for factor in (0.2, 0.4, 0.7)),
@@ -91,8 +92,8 @@ MERGES = (
     _scaled("tsv_m", 1.0, equal=True),
     Merge("regmean, λ = 1", {"merge_method": "regmean"}, rows=True),
     Merge("regmean_plus", {"merge_method": "regmean_plus"}, rows=True),
-    Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, {}, rows=True),
-    Merge("regmean + coefficients per row", {"merge_method": "regmean", **FITTED}, rows=True),
+    Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, FEWER, rows=True),
+    Merge("regmean + coefficients per row", {"merge_method": "regmean", **FITTED}, FEWER, rows=True),
     Merge("model_stock", {"merge_method": "model_stock"}, {}),
     Merge("sce", {"merge_method": "sce", "parameters": {"select_topk": 0.1}}, {}),
 )
