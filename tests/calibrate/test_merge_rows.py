@@ -239,6 +239,23 @@ def test_shared_weights_change_no_coefficient(models: Path, monkeypatch: pytest.
         np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_coefficients_in_bfloat16(models: Path) -> None:
+    """Products and kept deltas of bfloat16 lead to a merge as near to the fine-tunes, by other bits."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        shared = f", precision: {precision}"
+        path = recipe(models, "half", "task_arithmetic", FITTED % "row", "lambda: 0.1", shared)
+        (spec,) = make_plan(path).specs.values()
+        assert spec.halved == (precision == "bfloat16")
+        found[precision] = calibrate(spec=spec)
+    exact, half = found["float32"], found["bfloat16"]
+    assert half.record["chosen"] == exact.record["chosen"] == "calibrated"
+    near, far = (exact.record["held_out"][key] for key in ("calibrated", "plain"))
+    assert half.record["held_out"]["plain"] == pytest.approx(far, rel=0.02)
+    assert half.record["held_out"]["calibrated"] == pytest.approx(near, abs=0.1 * (far - near))
+    assert any(np.any(value != exact.q[name]) for name, value in half.q.items())
+
+
 def test_coefficients_are_of_the_merged_model(models: Path) -> None:
     path = recipe(models, "alone", "task_arithmetic", (FITTED % "layer").replace("per: merge, ", ""))
     with pytest.raises(RecipeError, match="coefficients: are of the merged model\nhint: per: merge"):
