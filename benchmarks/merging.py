@@ -48,7 +48,8 @@ class Merge:
     """A method: its recipe but for the models.
 
     `factor` is the first λ that is tried, None if the method has none. `rows` asks for calibration rows: `own` beside
-    every model, `all` for the merge; `model`, `layer`, `row` beside every model, to fit coefficients of that scope.
+    every model, `all` for the merge; `model`, `layer`, `row` beside every model, to fit coefficients of that scope;
+    `all_rows`: for three quarters of a task's, a quarter is held out.
     `task` is of a method that makes a model for each task, `prunes` of one that prunes by itself.
     """
 
@@ -58,6 +59,7 @@ class Merge:
     factor: float | None = None
     weighted: bool = False
     rows: str | None = None
+    all_rows: bool = False
     task: bool = False
     prunes: bool = False
 
@@ -67,7 +69,11 @@ class Merge:
             if self.weighted:
                 one["parameters"] = {"weight": 1.0}
             if self.rows and self.rows != "all":
-                one["calibration"] = {"data": str(rows / f"{one['name']}.jsonl")} | CALIBRATION
+                path = rows / f"{one['name']}.jsonl"
+                one["calibration"] = {"data": str(path)} | CALIBRATION
+                if self.all_rows:
+                    count = len(path.read_text(encoding="utf-8").splitlines())
+                    one["calibration"] |= {"sequences": 3 * count // 4, "precision": "bfloat16"}
         parameters = dict(self.parameters) | ({"task": list(models).index(task) + 1} if task else {})
         made: dict[str, Any] = {
             "base_model": str(base),
@@ -100,6 +106,18 @@ MERGES = (
     Merge("coefficients per model", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="model"),
     Merge("coefficients per layer", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="layer"),
     Merge("coefficients per row", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="row"),
+    Merge("iso_c + coefficients per row", "iso_c", {"lambda": 2.25}, rows="row", all_rows=True),
+    Merge("iso_c + coefficients per layer", "iso_c", {"lambda": 2.25}, rows="layer", all_rows=True),
+    Merge("wudi + coefficients per row", "wudi", {"lambda": 0.667}, rows="row", all_rows=True),
+    Merge("tsv_m + coefficients per row", "tsv_m", {"lambda": 0.7}, rows="row", all_rows=True),
+    Merge(
+        "task_arithmetic + coefficients per row",
+        "task_arithmetic",
+        {"lambda": 0.3},
+        weighted=True,
+        rows="row",
+        all_rows=True,
+    ),
     Merge("consensus, 2", "consensus", factor=0.3),
     Merge("breadcrumbs, 0.9", "breadcrumbs", {"density": 0.9}, 0.3, weighted=True, prunes=True),
     Merge("model_stock", "model_stock"),
@@ -291,7 +309,8 @@ def earlier(own: Mapping[str, float], rows: Mapping[str, int]) -> list[dict[str,
     if not RESULTS.exists():
         return []
     known = json.loads(RESULTS.read_text(encoding="utf-8"))
-    same = known["rows of a source"] == rows and all(known["own"].get(task) == score for task, score in own.items())
+    alike = all(known["own"].get(task, score) == score for task, score in own.items())  # not all before `--final`
+    same = known["rows of a source"] == rows and alike
     return list(known["cells"]) if same else []
 
 

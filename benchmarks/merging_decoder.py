@@ -33,12 +33,15 @@ from merging_deltas import DELTAS, Delta
 from safetensors.torch import load_file
 
 TASKS = ("arithmetic", "sorting", "reversal", "family")
+ROWS = 128  # of validation, a task
+CALIBRATION = {"sequences": 3 * ROWS // 4, "length": 96}
 RESULTS = Path(__file__).resolve().parent / "results" / "merging_decoder.json"
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there.
+    """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there:
+    prompts with the model's own answers, ROWS of them.
 
     `equal` gives each model a weight that makes all deltas as long as the shortest.
     """
@@ -46,14 +49,13 @@ class Merge:
     name: str
     keys: Mapping[str, Any]
     each: Mapping[str, Any] = field(default_factory=lambda: {"parameters": {"weight": 1.0}})
-    rows: bool = False  # `calibration: {data: …}` beside every model, of its own task
+    rows: bool = False
     equal: bool = False
 
     def recipe(self, base: Path, models: Mapping[str, Path], rows: Mapping[str, Path]) -> dict[str, Any]:
-        beside = [
-            {"model": str(path), **self.each, **({"calibration": {"data": str(rows[task])}} if self.rows else {})}
-            for task, path in models.items()
-        ]
+        beside: list[dict[str, Any]] = [{"model": str(path), **self.each} for path in models.values()]
+        for one, task in zip(beside, models if self.rows else (), strict=False):
+            one["calibration"] = {"data": str(rows[task])} | CALIBRATION | one.get("calibration", {})
         for one, weight in zip(beside, weights(base, models.values()) if self.equal else (), strict=False):
             one["parameters"] = {"weight": weight}
         return {"base_model": str(base), "models": beside, "dtype": "bfloat16", **self.keys}
@@ -74,6 +76,8 @@ def _scaled(method: str, factor: float, *, equal: bool = False, **parameters: An
     return Merge(f"{method}, {'equal norms, ' * equal}λ = {factor:g}", keys, equal=equal)
 
 
+FEWER = {"calibration": {"sequences": 48}}  # a fit of 96 takes half an hour
+FITTED = {"calibration": {"per": "merge", "coefficients": "row"}}
 MERGES = (
     *(_scaled("task_arithmetic", factor) for factor in (0.2, 0.4, 0.7)),
     *(_scaled("ties", factor, density=0.2) for factor in (0.5, 1.0)),
@@ -86,6 +90,10 @@ MERGES = (
     _scaled("iso_c", 1.6, equal=True),
     _scaled("wudi", 1.0, equal=True),
     _scaled("tsv_m", 1.0, equal=True),
+    Merge("regmean, λ = 1", {"merge_method": "regmean"}, rows=True),
+    Merge("regmean_plus", {"merge_method": "regmean_plus"}, rows=True),
+    Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, FEWER, rows=True),
+    Merge("regmean + coefficients per row", {"merge_method": "regmean", **FITTED}, FEWER, rows=True),
     Merge("model_stock", {"merge_method": "model_stock"}, {}),
     Merge("sce", {"merge_method": "sce", "parameters": {"select_topk": 0.1}}, {}),
 )
@@ -118,8 +126,10 @@ def measured(
     `kept` has results as dictionaries under `key`, which are taken instead of measured.
     """
     own = {task: _own(task, count, folder) for task in tasks}
-    rows = {task: smollm2.answered(task, 64, folder) for task in tasks}
     merges = list(merges)
+    rows = {}
+    if any(merge.rows for merge in merges):
+        rows = {task: smollm2.answered(task, ROWS, folder, apart=True) for task in tasks}
     for delta in deltas:
         for merge in merges:
             if found := (kept or {}).get(key(merge, delta, tasks, count)):

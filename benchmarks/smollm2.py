@@ -241,17 +241,19 @@ def exact_match(folder: Path, some: Sequence[Row], new_tokens: int) -> float:
     return 100 * sum(text.strip() == row.label for text, row in zip(made, some, strict=True)) / len(some)
 
 
-def answered(name: str, count: int, folder: Path = FOLDER) -> Path:
-    """JSON lines, a `text` each: validation prompts with the fine-tune's own answers, not the labels."""
-    path = folder / name / f"answered-{count}.jsonl"
+def answered(name: str, count: int, folder: Path = FOLDER, *, apart: bool = False) -> Path:
+    """JSON lines: validation prompts with the fine-tune's own answers, not the labels, as one `text` or `apart`, as
+    `prompt` and `completion`."""
+    path = folder / name / f"answered-{count}{'-apart' * apart}.jsonl"
     if not path.exists():
         task = EXPERTS[name].task
         prompts = [row.text for row in rows(task, "validation", folder)[:count]]
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         made = answers(model, tokenizer, prompts, NEW_TOKENS[task])
-        texts = [f"{prompt} {text.strip()}{tokenizer.eos_token}" for prompt, text in zip(prompts, made, strict=True)]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        pairs = [(prompt, f" {text.strip()}{tokenizer.eos_token}") for prompt, text in zip(prompts, made, strict=True)]
+        some = [{"prompt": a, "completion": b} if apart else {"text": a + b} for a, b in pairs]
+        path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     return path
 
 

@@ -11,7 +11,7 @@ The result is that of the plain forward, whatever the architecture computes arou
 identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
 
 With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32);
-the residual stream, norms, embeddings and the head stay float32, and so does all that is watched or differentiated.
+the residual stream, norms, embeddings and the head stay float32, and so does all that is watched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.head import LastLayer
 from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
-from deltamerge.calibrate.passes import BlockOutput, Inputs, Watch, Weights, from_reader
+from deltamerge.calibrate.passes import COMPARED, BlockOutput, Inputs, Watch, Weights, from_reader
 from deltamerge.calibrate.precision import Precision, multiplying, same_every_time
 from deltamerge.calibrate.products import Box, Products
 from deltamerge.calibrate.skeleton import bodies, find_blocks, hidden_states, ignored, place_buffers, shifted, skeleton
@@ -83,7 +83,7 @@ class BlockModel:
         place_buffers(self.module, self.device, self.loading.states)
         self.blocks = find_blocks(self.module)
         self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
-        self._ignored = ignored(self.module)
+        self._ignored = ignored(self.module) | {COMPARED}
         self._last_layer = LastLayer(self.module)
         self.reached: set[str] = set()
         self.turned: dict[str, bool] = {}
@@ -311,7 +311,7 @@ class BlockModel:
             traces.append(trace)
         return traces
 
-    def differentiable(self, inputs: Inputs, weights: Weights) -> BlockOutput:
+    def differentiable(self, inputs: Inputs, weights: Weights, precision: Precision = "float32") -> BlockOutput:
         """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
         (activation checkpointing, block by block): a block's tensors exist only while it runs."""
 
@@ -319,13 +319,13 @@ class BlockModel:
             shell = Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                with same_every_time(self.device):
+                with same_every_time(self.device), multiplying(precision, self.device):
                     return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
         with patched(self.blocks, wrap), same_every_time(self.device):
-            return self._forward(self._tensors(weights, 0), inputs)
+            return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:

@@ -15,15 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.calibrate.calibrated import Calibrated, QValue
 from deltamerge.calibrate.joint_factor import mean_judge
-from deltamerge.calibrate.spec import (
-    COEFFICIENT_STEP,
-    FITTED_PASSES,
-    Calibrated,
-    QValue,
-    Spec,
-    rounded,
-)
+from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.engine.devices import torch_devices
 from deltamerge.io.reader import Reader
@@ -32,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deltamerge.calibrate.blocks import Weights
+    from deltamerge.calibrate.combining import Shared
     from deltamerge.calibrate.objectives import Distribution
     from deltamerge.calibrate.subject import Judge, Subject
     from deltamerge.engine.graph import Node
@@ -39,6 +34,7 @@ if TYPE_CHECKING:
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
 RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
+PATIENCE = 5  # looks in a row that are no better, after which a fit ends
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
@@ -58,7 +54,8 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             if len(devices) > 1:
                 cache = spec.source.cache if reads else source.cache
                 source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
-            subjects.append(Subject(source, reader, _deltas(spec, i) if reads else (), known))
+            masks = _deltas(spec, i) if reads else ()
+            subjects.append(Subject(source, reader, masks, known, halved=spec.halved))
         merge = _Merge(spec, subjects, subjects[: len(devices)])
         start = merge.start()
         fitted, path = _fit(merge, start)
@@ -127,8 +124,9 @@ class _Merge:
         """Of the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
 
-    def weights(self, task: int, coefficients: Coefficients) -> Weights:
-        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients."""
+    def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
+        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients, where
+        weights are `shared` when they descend."""
         from deltamerge.calibrate.combining import combined
 
         subject, own = self.subjects[task], self.own[task]
@@ -145,7 +143,9 @@ class _Merge:
                     continue
                 stored_there = of_first[own[name]]
                 parts = [one for some in deltas if (one := some[stored_there]) is not None]
-                found[name] = combined(bases[name], coefficients[own[name]], parts)
+                make = partial(combined, bases[name], coefficients[own[name]], parts)
+                alike = subject.infos[name].shape == first.infos[stored_there].shape
+                found[name] = shared.sum(own[name], make) if shared is not None and alike else make()
             return found
 
         return made
@@ -169,9 +169,11 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
 
     A look comes before the first step and after every turn through the rows.
+    PATIENCE of them in a row that are no better end it.
     """
     import torch
 
+    from deltamerge.calibrate.combining import Shared
     from deltamerge.calibrate.scales import descend
     from deltamerge.calibrate.spread import add_gradients, in_turns
 
@@ -189,27 +191,40 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         values = _values(merge, [task.stop for task in tasks], of_name())
         return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
 
-    def descend_task(step: int, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
+    def descend_task(step: int, shared: Shared | None, i: int, copies: Sequence[Tensor]) -> None:
         task, subject = tasks[i], merge.subjects[i]
         group = task.groups[(step - 1) % len(task.groups)]
         size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
+        weights = merge.weights(i, named(copies), shared)
         for batch in group:
-            descend(subject.model, task.learned, batch, merge.weights(i, named(copies)), size)
+            descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
             subject.count([task.learned.batches[batch]], 3)
+
+    def descend_alone(step: int, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
+        descend_task(step, None, i, copies)
 
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
         optimiser.zero_grad()
-        add_gradients(leaves, merge.places, every, partial(descend_task, step))
+        if merge.spec.shares_weights:
+            shared = Shared(merge.places[0].device)
+            for i in every:
+                descend_task(step, shared, i, leaves)
+            shared.descend()
+        else:
+            add_gradients(leaves, merge.places, every, partial(descend_alone, step))
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)
         optimiser.step()
         if step % turn == 0:
             path.append((step, look()))
-            if path[-1][1] <= min(value for _, value in path):
+            best = min(path, key=lambda point: (point[1], -point[0]))[0]
+            if step == best:
                 kept = {name: value.detach().clone() for name, value in of_name().items()}
+            elif step >= best + PATIENCE * turn:
+                break
     return {name: value.cpu() for name, value in kept.items()}, path
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.candidates import Masked, dense
+from deltamerge.calibrate.tap import tapped
 from deltamerge.methods.tiles import Kept
 
 
@@ -55,6 +56,34 @@ class _Sum(torch.autograd.Function):
             else:
                 found.append((grad * _placed(delta, grad)).sum_to_size(ctx.of_one))
         return None, torch.stack(found), None
+
+
+class Shared:
+    """Sums that several backward passes share: each is made once, and its gradients are added up.
+
+    Holds 8 bytes an entry: the sum and its gradient.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._spark = torch.zeros((), device=device, requires_grad=True)
+        self._made: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def sum(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The sum of that name, which `make` computes; its gradients stay here."""
+        if name not in self._made:
+            with torch.enable_grad():
+                self._made[name] = make()
+        return tapped(self._made[name].detach(), self._spark, name, self._add)
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        known = self._gradients.get(name)
+        self._gradients[name] = gradient.clone() if known is None else known.add_(gradient)
+
+    def descend(self) -> None:
+        """Hand the gradients on to the coefficients."""
+        names = list(self._gradients)
+        torch.autograd.backward([self._made[n] for n in names], [self._gradients[n] for n in names])
 
 
 def _placed(delta: Masked, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from deltamerge.calibrate.families import has_decoder_inputs
 from deltamerge.calibrate.foreign import reason, running
+from deltamerge.calibrate.passes import COMPARED
 from deltamerge.calibrate.rows import Row, class_labels
 from deltamerge.calibrate.split import POSITIONS, check_length
 from deltamerge.errors import InputError
@@ -80,12 +82,13 @@ class RowReader:
             inputs = [self._pictures([_picture(row) for row in group]) for group in groups]
         else:
             groups = _groups(self._by_length(rows), size)
-            inputs = [self._encode([self._content(row) for row in group]) for group in groups]
+            inputs = [self._inputs(group) for group in groups]
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
     def steps(self, rows: Sequence[Row], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
-        """Batches for learned scales, and the batch indices of each step of `step` rows."""
-        parts = [self.batches(group, size=size).inputs for group in _groups(rows, step)]
+        """Batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as many."""
+        even = math.ceil(len(rows) / max(1, math.ceil(len(rows) / step))) or step
+        parts = [self.batches(group, size=size).inputs for group in _groups(rows, even)]
         starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
         indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
         return Batches([batch for part in parts for batch in part], None), indices
@@ -107,6 +110,8 @@ class RowReader:
             raise InputError(f"row {row.number}: {kind}, but texts are needed", hint=hint)
         if not isinstance(row.content, str):
             return row.content
+        if row.completion is not None:
+            return (row.content, row.completion) if self.decoder else row.content + row.completion
         answered = self.task == "text-generation" and row.label is not None
         if self.decoder:
             return row.content, str(row.label) if answered else row.content
@@ -121,6 +126,28 @@ class RowReader:
         first = [content[0] for content in contents] if self.decoder else contents
         tokens = self._tokenise(first)["input_ids"]
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
+
+    def _inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Inputs of a forward, and which logits are compared where a row is a prompt and its completion."""
+        encoded = self._encode([self._content(row) for row in rows])
+        if self.decoder or all(row.completion is None for row in rows):
+            return encoded
+        compared = encoded["attention_mask"].bool()
+        for i, row in enumerate(rows):
+            if row.completion is not None:
+                end = int(compared[i].sum())
+                start = self._said_from(row, encoded["input_ids"][i, :end].tolist())
+                compared[i, : start - 1] = compared[i, end - 1] = False
+        return encoded | {COMPARED: compared}
+
+    def _said_from(self, row: Row, ids: list[int]) -> int:
+        """Where the completion begins among a row's ids: the first that are not those of the prompt alone."""
+        alone = self._tokenise([row.content])["input_ids"][0] if row.content else []
+        start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
+        if max(1, start) >= len(ids):
+            hint = "raise calibration.length, or take the row out"
+            raise InputError(f"row {row.number}: its {len(ids)} tokens hold nothing of its completion", hint=hint)
+        return max(1, start)
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
         """Inputs of a forward; of an encoder-decoder with the decoder's, which are what it is to say."""
@@ -152,7 +179,10 @@ class RowReader:
 def said(batch: dict[str, Tensor]) -> Tensor:
     """(B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
     if "decoder_input_ids" not in batch:
-        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        scored = batch["attention_mask"].bool()
+        if COMPARED in batch:  # by the place before it
+            scored = scored & torch.nn.functional.pad(batch[COMPARED][:, :-1], (1, 0))
+        return batch["input_ids"].masked_fill(~scored, -100)
     said = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, -100)
     return torch.nn.functional.pad(said[:, :-1], (1, 0), value=-100)  # the decoder's inputs are shifted
 

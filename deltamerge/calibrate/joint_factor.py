@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.spec import Calibrated, Spec, rounded
+from deltamerge.calibrate.calibrated import Calibrated
+from deltamerge.calibrate.spec import Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.io.reader import Reader
 

@@ -20,6 +20,7 @@ from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights
 from deltamerge.calibrate.head import Head, at, pieces, taken
 from deltamerge.calibrate.metrics import METRICS, exact_match
+from deltamerge.calibrate.passes import COMPARED
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
 
@@ -314,9 +315,9 @@ def is_regression(config: Any) -> bool:
 
 
 def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
-    """(tokens, K) the rows of (B, T, K) that are not padding."""
+    """(tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the latter."""
     flat = values.reshape(-1, values.shape[-1])
-    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    mask = inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
     if mask is None or mask.numel() != len(flat):
         return flat
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]

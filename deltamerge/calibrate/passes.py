@@ -18,6 +18,7 @@ from deltamerge.io.tensor import TensorInfo
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Checkpoint names -> tensors of any dtype and device. A pass asks for one part of the model at a time."""
 Inputs = Mapping[str, Tensor]
+COMPARED = "compared"  # of inputs, no argument of a forward: (B, T) whether a place's logits are compared
 
 
 @dataclass(frozen=True, slots=True)

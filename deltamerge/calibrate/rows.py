@@ -27,15 +27,20 @@ PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 MAX_BYTES = 1 << 30
 MAX_ENTRIES = 100_000  # files in a folder of pictures
 FILES = frozenset({".jsonl", ".csv", ".txt"})
+ANSWERED = ("prompt", "completion")  # fields, as TRL names them
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1."""
+    """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1.
+
+    `completion` is what a language model says after `content`, and all of the row that is compared; None: the whole.
+    """
 
     content: Any
     label: Any
     number: int
+    completion: str | None = None
 
 
 def read(
@@ -53,7 +58,8 @@ def read(
         source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
                  or a hub data set id, org/name or org/name@revision
         folder   the recipe's
-        text     the field of the text or picture; two fields make sentence pairs
+        text     the field of the text or picture; two fields make sentence pairs. A row without `text` may have a
+                 `prompt` and its `completion`
         label    the field of the label; for pictures in folders, the folder's name
         config   of a hub data set
         split    of a hub data set
@@ -179,6 +185,8 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
 
 
 def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None) -> Row:
+    if fields == ["text"] and record.get("text") is None and all(record.get(name) is not None for name in ANSWERED):
+        return _answered(number, label, record)
     for name in [*fields, *([label] if label else [])]:
         if record.get(name) is None:
             raise InputError(
@@ -186,15 +194,30 @@ def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[
                 hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
             )
     values = [record[name] for name in fields]
-    try:
-        "".join(v for v in (*values, record[label] if label else None) if isinstance(v, str)).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"row {number}: half a surrogate pair, which is no text") from None
+    _check_text(number, *values, record[label] if label else None)
     if len(values) == 1 and isinstance(values[0], str) and folder and Path(values[0]).suffix.lower() in PICTURES:
         values = [folder / values[0]]
     if len(values) > 1 and not all(isinstance(v, str) for v in values):
         raise InputError(f"row {number}: sentence pairs need two texts")
     return Row(values[0] if len(values) == 1 else tuple(values), record[label] if label else None, number)
+
+
+def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Row:
+    """A row of a prompt and its completion, which is its label where it has no other."""
+    prompt, completion = (record[name] for name in ANSWERED)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
+    told = record[label] if label and record.get(label) is not None else completion
+    _check_text(number, prompt, completion, told)
+    return Row(prompt, told if label else None, number, completion)
+
+
+def _check_text(number: int, *values: Any) -> None:
+    """InputError: a text among the values that has no UTF-8."""
+    try:
+        "".join(value for value in values if isinstance(value, str)).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"row {number}: half a surrogate pair, which is no text") from None
 
 
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltamerge.calibrate.blocks import BlockModel, Weights
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
+from deltamerge.calibrate.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,16 @@ def learn(
     return Learned(kept, best, tuple(path), taken, frozenset(reached))
 
 
-def descend(model: BlockModel, objective: Distribution, batch: int, weights: Weights, size: float) -> None:
+def descend(
+    model: BlockModel,
+    objective: Distribution,
+    batch: int,
+    weights: Weights,
+    size: float,
+    precision: Precision = "float32",
+) -> None:
     """Add the gradient of a batch's loss over `size` to those of what the weights are computed from."""
-    total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
+    total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights, precision))
     torch.autograd.backward(total / size)
 
 

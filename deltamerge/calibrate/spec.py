@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.engine.graph import Node
-from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors import InputError
 from deltamerge.io.names import block_sizes, outside_blocks, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
@@ -43,8 +43,6 @@ CACHE_BYTES = 1 << 31  # of masks that are kept; masks beyond them are drawn aga
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
-
-QValue = float | NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +200,23 @@ class Spec:
     def memory(self) -> int:
         """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
-        return sum(memory(part.source, part.pruned) for part in parts)
+        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned) if self.shares_weights else 0
+        return own + sum(memory(part.source, part.pruned, 2 if self.halved else 4) for part in parts)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
+        coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
+        number."""
+        if not self.coefficients or self.source.device != "cpu":
+            return False
+        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
+        return own + mask_bytes(self.pruned, 2 if self.halved else 4) <= self.source.cache
+
+    @property
+    def halved(self) -> bool:
+        """Whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
+        return bool(self.coefficients) and self.source.precision == "bfloat16"
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
@@ -262,26 +276,31 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
-    """About the anonymous bytes that a stage takes: masks, a block stored and in float32, the next one stored, hidden
-    states; of pruned deltas the largest while it is drawn, and what candidates outside the blocks leave as gaps."""
+def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int = 4) -> int:
+    """About the anonymous bytes that a stage takes: masks, of `dense` bytes an entry where they are dense, a block
+    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn, and what
+    candidates outside the blocks leave as gaps."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
     hidden = WALKED * rows * source.calibration.length * width * 4
-    masks = sum(
-        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
-        for one in pruned
-        if one.masked
-    )
     shapes = {tensor.name: tensor.shape for tensor in source.tensors}
     stored = {tensor.name: tensor.nbytes for tensor in source.tensors}
     ahead = max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
-    found = min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
+    found = min(math.ceil(mask_bytes(pruned, dense)), source.cache) + 2 * resident(source.tensors) + ahead + hidden
     if source.pairs:
         found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
         found += 2 * outside_blocks(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
     return found
+
+
+def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
+    """Of masked deltas, of `dense` bytes an entry where they are dense."""
+    return sum(
+        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
+        for one in pruned
+        if one.masked
+    )
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
@@ -302,38 +321,6 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
             hint=f"give at least {BASELINE_BYTES + share * least}, or lower calibration.sequences or length",
         )
     return replace(source, cache=min(room, CACHE_BYTES // share), share=share)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Calibrated:
-    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
-
-    Tensors that calibration does not reach have the q of their method without it.
-    """
-
-    q: Mapping[str, QValue]
-    record: dict[str, Any]
-
-    @property
-    def scalars(self) -> dict[str, float]:
-        """The q's that are single numbers."""
-        return {name: value for name, value in self.q.items() if isinstance(value, float)}
-
-    @property
-    def rows(self) -> dict[str, NDArray[np.float32]]:
-        """The q's of output rows, as arrays that broadcast to the stored tensor."""
-        return {name: value for name, value in self.q.items() if not isinstance(value, float)}
-
-
-def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
-    """The q of one tensor, 1 if the stage gave it none. Of a product's `root` factors each has the root of its q."""
-    value = calibrated.q.get(name, 1.0)
-    return value if root == 1 else math.pow(float(value), 1 / root)
-
-
-def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: float) -> QValue:
-    """That of a delta of a tensor; `start`, the recipe's own, where the stage has none."""
-    return calibrated.q.get(f"{delta}:{name}", start)
 
 
 def norm(
@@ -363,41 +350,3 @@ def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.i
 def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
     """The columns that a recipe lists, ascending."""
     return np.array(numbers, dtype=np.int64)
-
-
-def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
-    """The q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
-    or search."""
-    record = (lock.get("calibration") or {}).get(spec.name)
-    if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
-        raise VerifyError(f"{where}: has no calibrated q for {spec.name}", hint="run without --locked")
-    for key in ("objective", "scope", "search"):
-        if record.get(key) != getattr(spec, key):
-            raise VerifyError(
-                f"{where}: q of {spec.name} was calibrated with {key} {record.get(key)}, "
-                f"the recipe says {getattr(spec, key)}"
-            )
-    shapes = {pruned.name: pruned.masked[0].shape for pruned in spec.pruned}
-    if spec.coefficients:
-        shapes = {f"{delta}:{name}": shape for name, shape in shapes.items() for delta in spec.coefficients}
-    q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
-    if unknown := sorted(q.keys() - shapes.keys()):
-        raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
-    if record.get("chosen") == "calibrated":
-        _refuse_unscaled(spec, q, where)
-    for name, shape in shapes.items():
-        found = np.shape(q.get(name, 1.0))
-        if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
-            raise VerifyError(f"{where}: q of {name} has shape {list(found)}, the tensor {list(shape)}")
-    return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})
-
-
-def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
-    """VerifyError: an old lock, without the q's of random masks that calibration does not reach."""
-    if spec.parts or spec.search == "gradient" or not spec.random:
-        return
-    for pruned in spec.pruned:
-        shape = pruned.masked[0].shape
-        if pruned.name not in q and not (is_linear(pruned.stored, shape) or is_unscaled(pruned.stored, shape)):
-            message = f"{where}: has no q for {pruned.name}, whose delta would be lost but for {pruned.density:g} of it"
-            raise VerifyError(message, hint="an earlier deltamerge made it: run without --locked")

@@ -105,8 +105,12 @@ def rows_of(
         split=calibration.split,
         limit=limit,
     )
-    if label is not None and task_of(calibration, config) not in LANGUAGE:
-        class_labels(found, config)
+    if task_of(calibration, config) not in LANGUAGE:
+        if answered := next((row for row in found if row.completion is not None), None):
+            message = f"calibration data {calibration.data}: row {answered.number}: a prompt and its completion"
+            raise InputError(f"{message}, which are for language models", hint="set calibration.text")
+        if label is not None:
+            class_labels(found, config)
     return found
 
 

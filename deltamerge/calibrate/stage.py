@@ -14,17 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
+from deltamerge.calibrate.calibrated import Calibrated, QValue
 from deltamerge.calibrate.foreign import quiet
-from deltamerge.calibrate.spec import (
-    CLOSER,
-    LAST_ROUND,
-    MORE_ROUNDS,
-    Calibrated,
-    CalibrationInput,
-    QValue,
-    Spec,
-    rounded,
-)
+from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, rounded
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown

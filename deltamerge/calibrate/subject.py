@@ -80,6 +80,7 @@ class Subject:
         protected: Mapping[str, Node] | None = None,
         *,
         reports: bool = True,
+        halved: bool = False,
     ) -> None:
         self._given, self._reports = (reader, masks, known, protected), reports
         self.check: Callable[[], None] = lambda: None
@@ -111,7 +112,9 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.tensors = Tensors(source, reader, self.infos, self.model, masks, known or {}, protected or {})
+        self.tensors = Tensors(
+            source, reader, self.infos, self.model, masks, known or {}, protected or {}, halved=halved
+        )
         self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked

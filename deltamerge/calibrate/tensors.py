@@ -29,7 +29,8 @@ from deltamerge.methods.tiles import Kept
 
 
 class Tensors:
-    """Of one fine-tune, whose stored tensors are `infos`, for a model of it, which says what part comes next.
+    """Of one fine-tune, whose stored tensors are `infos`, for a model of it, which says what part comes next. Dense
+    masked deltas are kept in bfloat16 where `halved`.
 
     start      reads what masked deltas are added to
     masks      of each mask seed what reads its masked deltas
@@ -46,9 +47,11 @@ class Tensors:
         masks: Sequence[Mapping[str, Node]],
         known: Mapping[Node, Any],
         protected: Mapping[str, Node],
+        *,
+        halved: bool = False,
     ) -> None:
         self.source, self.reader, self.known, self.model, self.device = source, reader, known, model, model.device
-        self.infos = infos
+        self.infos, self.halved = infos, halved
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         columns = shared_values(list(protected.values()), known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
@@ -172,7 +175,8 @@ class Tensors:
             return Kept(self._placed(small), self._placed(values[positions]))
         whole = self.infos[name].shape
         lacking = math.prod(whole) - len(values)
-        return self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
+        made = self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
+        return made.to(torch.bfloat16) if self.halved else made
 
     def _placed(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)

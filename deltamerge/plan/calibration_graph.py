@@ -164,7 +164,11 @@ class StageMaker:
         first, *others = self._shares(
             deltas, merges, {name: tuple(found.values()) for name, found in deltas_of.items()}
         )
-        others = [replace(one, pruned=tuple(replace(p, masked=()) for p in one.pruned)) for one in others]
+        # the first reads the deltas of all, so that it has the others' room
+        first = replace(first, source=replace(first.source, cache=first.source.cache * (1 + len(others))))
+        others = [
+            Share(replace(one.source, cache=0), tuple(replace(p, masked=()) for p in one.pruned)) for one in others
+        ]
         shared = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
         shared += () if deltas.stages.rows is None else (deltas.stages.rows,)
         shared += () if deltas.stages.totals is None else (deltas.stages.totals,)

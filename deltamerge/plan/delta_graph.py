@@ -9,6 +9,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
+from deltamerge.calibrate.calibrated import pick
 from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.threshold import cut_of
@@ -166,7 +167,7 @@ class Deltas:
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
-        value = self.graph.node(spec.pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
+        value = self.graph.node(pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
         apart = q.scope_or_default == "row" or (q.scope_or_default == "layer" and len(tuned.base.shape) > 2)
         divide = rescale.divide_rows if apart else rescale.divide  # stacked matrices have a q each
         node = self._node(divide, [node, value], tuned.base.shape)

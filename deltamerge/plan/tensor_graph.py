@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.calibrated import pick, pick_coefficient
 from deltamerge.calibrate.gradients import of_tensor
 from deltamerge.calibrate.merge_inputs import of_layer
-from deltamerge.calibrate.spec import pick, pick_coefficient
 from deltamerge.calibrate.totals import totals
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS

@@ -94,7 +94,11 @@ class Calibration(Keys):
     )
     config: Text | None = Field(None, description="Of a hub data set: which of its configurations.")
     split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
-    text: Columns = Field("text", description="Field of the text; a list of two makes sentence pairs.")
+    text: Columns = Field(
+        "text",
+        description="Field of the text; a list of two makes sentence pairs. Rows without `text` may "
+        "have `prompt` and `completion`: then a language model's completion alone is compared.",
+    )
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(
         None, description="What the model does."

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from deltamerge import __version__
+from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.calibrate.reach import in_words
-from deltamerge.calibrate.spec import Calibrated
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.graph import Node
 from deltamerge.io.coded_writer import Losses

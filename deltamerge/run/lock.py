@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge import __version__
 from deltamerge.calibrate import router_spec
-from deltamerge.calibrate.spec import locked
+from deltamerge.calibrate.calibrated import locked
 from deltamerge.engine.graph import Node
 from deltamerge.errors import VerifyError
 from deltamerge.io.atomic import replace_file

@@ -200,7 +200,7 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
                 inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
         if options.lock is not None:
             options.lock.check_inputs(inputs)
-        found = calibrated(planned, work, options.lock, facts, alone=False)
+        found = calibrated(planned, work, options.lock, facts, alone=False, known={})
         write_index(work.folder, planned.layout)
         losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
         made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)

@@ -87,15 +87,11 @@ def _make(
 ) -> Weights:
     if planned.recipe.output.kind == "delta":
         work.empty()
-        values = calibrated(planned, work, options.lock, facts, alone=True)
-        with _rows(planned, work) as rows, options.merging(planned) as told:
-            values |= rows
+        with _valued(planned, work, options, facts, alone=True) as values, options.merging(planned) as told:
             values, delta = write_delta(planned, work.folder, told, values, work.journal)
         return Weights(planned, values, {}, delta.nonfinite, delta)
-    values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
-    mine = part.of(planned) if part else planned
-    with _rows(planned, work) as rows, options.merging(mine) as told:
-        values |= rows
+    mine, alone = part.of(planned) if part else planned, part is None or part.index == 0
+    with _valued(planned, work, options, facts, alone=alone) as values, options.merging(mine) as told:
         found, losses = _write_shards(mine, work, told, values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
@@ -110,12 +106,19 @@ def _make_lora(
 
     if part is not None:
         raise UsageError("--part: a LoRA is one small file", hint="run it without --part")
-    values = calibrated(planned, work, options.lock, facts, alone=True)
-    with _rows(planned, work) as rows, options.merging(planned) as told:
-        values |= rows
+    with _valued(planned, work, options, facts, alone=True) as values, options.merging(planned) as told:
         values, lora = write_lora(planned, work, values, told)
     seals = {name: seal(work.folder / name) for name in lora.hashed}
     return Weights(planned, values, lora.hashed, seals=seals, lora=lora)
+
+
+@contextmanager
+def _valued(
+    planned: Plan, work: Workspace, options: Options, facts: Mapping[str, Any], *, alone: bool
+) -> Iterator[dict[Node, Any]]:
+    """What stages before the first tile find: what the method needs of the rows, and what is calibrated with it."""
+    with _rows(planned, work) as rows:
+        yield {**rows, **calibrated(planned, work, options.lock, facts, alone=alone, known=rows)}
 
 
 @contextmanager
@@ -137,7 +140,13 @@ def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
 
 
 def calibrated(
-    planned: Plan, work: Workspace, lock: Lock | None, facts: Mapping[str, Any], *, alone: bool
+    planned: Plan,
+    work: Workspace,
+    lock: Lock | None,
+    facts: Mapping[str, Any],
+    *,
+    alone: bool,
+    known: Mapping[Node, Any],
 ) -> dict[Node, Any]:
     """The calibrated q's, and a mixture's routers: an interrupted run's own, or part 0's, or the
     lock's, or, if `alone`, found now and kept."""
@@ -154,7 +163,7 @@ def calibrated(
             f"--part: the recipe {made}, which all parts must share",
             hint=f"run `deltamerge {command} RECIPE` once, then every part and --finish with --locked",
         )
-    found = shared_values(planned.chosen, {})
+    found = shared_values(planned.chosen, known)
     kept = Lock.of(own, planned, {}, found)
     kept.write_rows()
     kept.write()

@@ -208,6 +208,28 @@ def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: P
             torch.testing.assert_close(got, want.detach(), rtol=2e-4, atol=1e-3)
 
 
+def test_gradients_of_bfloat16_products(tmp_path: Path) -> None:
+    """Those of the blocks' products in float32, to the precision of bfloat16."""
+    _, tensors = make("LlamaForCausalLM", tmp_path)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    found: dict[str, dict[str, float]] = {}
+    for precision in ("float32", "bfloat16"):
+        scales = {name: torch.ones((), requires_grad=True) for name in tensors}
+
+        def weights(names: Sequence[str], scales: dict[str, torch.Tensor] = scales) -> dict[str, torch.Tensor]:
+            return {name: tensors[name] * scales[name] for name in names}
+
+        loss: Any = model.differentiable(batches("Llama")[0], weights, precision).hidden.square().sum()
+        loss.backward()
+        found[precision] = {name: float(scale.grad) for name, scale in scales.items() if scale.grad is not None}
+    exact, half = found["float32"], found["bfloat16"]
+    assert exact.keys() == half.keys()
+    assert exact != half
+    size = max(map(abs, exact.values()))
+    for name, value in exact.items():
+        assert half[name] == pytest.approx(value, rel=0.05, abs=0.01 * size), name
+
+
 @pytest.mark.slow
 def test_a_step_of_learned_scales_holds_one_block(tmp_path: Path) -> None:
     """Forward and backward, no block's weights outlive the block."""

@@ -230,10 +230,12 @@ def test_rows_that_make_no_token(tmp_path: Path) -> None:
 def test_batches_of_pairs_and_steps(tmp_path: Path) -> None:
     tokenizer(tmp_path, pad_token="[PAD]")
     read = reader(tmp_path, "BertForSequenceClassification", "text-classification")
-    made, steps = read.steps([Row(("a", "b c"), None, i) for i in range(5)], step=3, size=2)
+    some = [Row(("a", "b c"), None, i) for i in range(5)]
+    made, steps = read.steps(some, step=3, size=2)
     assert [b["input_ids"].shape[0] for b in made.inputs] == [2, 1, 2]
     assert made.inputs[0]["input_ids"].tolist() == [[4, 5, 6]] * 2
     assert steps == [[0, 1], [2]]
+    assert read.steps(some, step=4, size=2)[1] == steps  # not of 4 rows and 1
 
 
 def test_language_models_pad_with_the_end_token_and_do_not_score_padding(tmp_path: Path) -> None:

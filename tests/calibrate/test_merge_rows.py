@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from deltamerge.calibrate.coefficients import calibrate
 from deltamerge.calibrate.combining import combined
 from deltamerge.calibrate.gradients import of_tensor
 from deltamerge.calibrate.merge_inputs import Spooled
@@ -214,6 +216,47 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     card = (folder / "README.md").read_text()
     assert "multiplied by its coefficient" in card
+
+
+@pytest.mark.parametrize("scope", ["model", "row"])
+def test_shared_weights_change_no_coefficient(models: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    """Gradients that are summed before they reach the coefficients are those that reach them one by one."""
+    from deltamerge.calibrate.spec import Spec
+
+    found = []
+    for shares in (True, False):
+        path = recipe(models, "shared", "task_arithmetic", FITTED % scope, "lambda: 0.1")
+        plan = make_plan(path)
+        (spec,) = plan.specs.values()
+        assert spec.shares_weights
+        assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
+            np.prod(one.masked[0].shape) for one in spec.pruned
+        )
+        monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
+        found.append(calibrate(spec=spec))
+        monkeypatch.undo()
+    ours, theirs = (one.q for one in found)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_coefficients_in_bfloat16(models: Path) -> None:
+    """Products and kept deltas of bfloat16 lead to a merge as near to the fine-tunes, by other bits."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        shared = f", precision: {precision}"
+        path = recipe(models, "half", "task_arithmetic", FITTED % "row", "lambda: 0.1", shared)
+        (spec,) = make_plan(path).specs.values()
+        assert spec.halved == (precision == "bfloat16")
+        found[precision] = calibrate(spec=spec)
+    exact, half = found["float32"], found["bfloat16"]
+    assert half.record["chosen"] == exact.record["chosen"] == "calibrated"
+    near, far = (exact.record["held_out"][key] for key in ("calibrated", "plain"))
+    assert half.record["held_out"]["plain"] == pytest.approx(far, rel=0.02)
+    assert half.record["held_out"]["calibrated"] == pytest.approx(near, abs=0.1 * (far - near))
+    assert any(np.any(value != exact.q[name]) for name, value in half.q.items())
 
 
 def test_coefficients_are_of_the_merged_model(models: Path) -> None:

@@ -176,6 +176,17 @@ def test_every_recipe_is_planned(setting: merging.Setting, tmp_path: Path) -> No
         assert make_plan(path).outputs, merge.name
 
 
+def test_cells_of_the_same_experts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the tasks kept back have been looked at; not of experts that score otherwise."""
+    monkeypatch.setattr(merging, "RESULTS", tmp_path / "results.json")
+    rows, own = {"choice": 1, "test": 2}, {"intensity-movies": 70.0}
+    assert merging.earlier(own, rows) == []
+    merging.write(merging.RESULTS, {"rows of a source": rows, "own": own, "cells": [{"merge": "ties"}]})
+    assert merging.earlier({**own, "domain": 90.0}, rows) == [{"merge": "ties"}]
+    assert merging.earlier({"intensity-movies": 70.1}, rows) == []
+    assert merging.earlier(own, {**rows, "test": 3}) == []
+
+
 def test_factors_climb_to_the_best() -> None:
     for best in (0.3, 1.0, 3.0):
         factor, tried = merging.climb(lambda x, best=best: -abs(np.log(x / best)), 1.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.spec import Calibrated
+from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.engine.execute import shared_values
 from deltamerge.io.atomic import replace_file
 from deltamerge.recipe.file import RecipeFile

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -52,7 +52,7 @@ STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
 class Way:
     """A merge that is tried: `first` is the λ in the middle of those tried, `over_models` whether over their number.
 
-    fitted   the scope of fitted coefficients, from task arithmetic at its best λ
+    fitted   the scope of fitted coefficients; fitting starts at the best of the other ways
     """
 
     name: str
@@ -70,12 +70,13 @@ class Way:
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
 ISO_C = Way("iso_c", "iso_c", first=1.5)
+WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
     Way("tsv_m", "tsv_m"),
-    Way("wudi", "wudi"),
+    WUDI,
     Way("regmean", "regmean"),
 )
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
@@ -235,7 +236,11 @@ class _Adviser:
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
         if found and not judged:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
-        way, factor, why = with_rows(judged) if judged else without_rows(conflict, len(self.setting.models))
+        if judged:
+            way, factor, why = with_rows(judged)
+        else:
+            talks = all(has_head(tune.checkpoint.config, "causal-lm") for tune in inputs.tunes)
+            way, factor, why = without_rows(conflict, len(self.setting.models), talks=talks)
         advice = MergeAdvice(
             models=list(self.setting.names),
             base=self.setting.base,
@@ -269,12 +274,15 @@ class _Adviser:
         """Every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
-            for way in (*WAYS, *fitted):
+            for way in WAYS:
                 first = way.first / len(self.setting.models) if way.over_models else way.first
-                steps = EACH_WAY
-                if way.fitted is not None:
-                    first, steps = found[ARITHMETIC].factor or first, 0
-                found[way] = self._best(judge, way, first, steps)
+                found[way] = self._best(judge, way, first, EACH_WAY)
+                trying.step(1)
+            able = [way for way in WAYS if found[way].error is None]
+            start = min(able, key=lambda way: min(one.lost for one in found[way].tried), default=ARITHMETIC)
+            for scope in fitted:
+                way = replace(scope, method=start.method, parameters=start.parameters)
+                found[way] = self._best(judge, way, found[start].factor or 1.0, 0)
                 trying.step(1)
         good = [way for way, one in found.items() if one.error is None]
         made = [self.candidates.of(self._recipe(way, found[way].factor or 1.0)) for way in good]
@@ -325,8 +333,8 @@ class _Adviser:
         return dict(zip(rounded, found, strict=True))
 
 
-def without_rows(conflict: Conflict, count: int) -> tuple[Way, float, list[str]]:
-    """What the angles of `count` deltas say."""
+def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
+    """What the angles of `count` deltas say, and whether they are of language models, which share their heads."""
     said = f"the deltas' mean cosine is {conflict.cosine_mean:.2g}"
     if conflict.cosine_mean >= ALIKE:
         return (
@@ -334,6 +342,10 @@ def without_rows(conflict: Conflict, count: int) -> tuple[Way, float, list[str]]
             float(f"{1 / count:.3g}"),
             [f"{said}: they go the same way, and their mean keeps what they do"],
         )
+    more = "give rows with --calibration: they choose method and λ, and fit coefficients"
+    if talks:
+        kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
+        return WUDI, 1.0, [f"{said}: {kept} (docs/merging.md)", more]
     factor = float(f"{SPREAD * math.sqrt(count):.3g}")
     return (
         ISO_C,
@@ -341,7 +353,7 @@ def without_rows(conflict: Conflict, count: int) -> tuple[Way, float, list[str]]
         [
             f"{said}: of what needs no data iso_c keeps most of fine-tunes that go different ways (docs/merging.md)",
             f"λ = {SPREAD} sqrt(n), between what was best of three and of nine fine-tunes",
-            "give rows with --calibration: they choose method and λ, and fit coefficients",
+            more,
         ],
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.spec import Calibrated
+from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.inspect.search.candidates import Candidate, Candidates
 from deltamerge.inspect.search.command import value_of, words_of

@@ -26,6 +26,7 @@ from deltamerge.inspect.search.merge_advice import (
     FITTED,
     ISO_C,
     WAYS,
+    WUDI,
     MergeCandidate,
     Way,
     recommend_merge,
@@ -170,6 +171,10 @@ def test_a_merge_is_recommended_and_runs(
         assert one["lost_worst"] == max(one["lost"].values())
         least = min(one["tried"], key=lambda point: point["lost"])
         assert one["factor"] == least["factor"]
+    plain = [by_name[way.name] for way in ways[0]]
+    start = min(plain, key=lambda one: min(point["lost"] for point in one["tried"]))
+    for fitted in (by_name[way.name] for way in ways[1]):  # from where the best of the others is
+        assert (fitted["method"], fitted["factor"]) == (start["method"], start["factor"])
     assert found["search"] == dict.fromkeys(NAMES, 8)
     recipe = yaml.safe_load(out.read_text())
     assert out.read_text() == found["recipe"]
@@ -203,9 +208,10 @@ def test_the_decision() -> None:
         relative_norm=[0.1, 0.1], cosine=[[1, 0], [0, 1]], opposed=[[0, 0.5], [0.5, 0]], overlap=[[1, None], [None, 1]],
         chance=None, cosine_mean=0.0, opposed_mean=0.5, overlap_mean=None,
     )  # fmt: skip
-    way, factor, _ = without_rows(meeting, 4)
+    way, factor, _ = without_rows(meeting, 4, talks=False)
     assert (way, factor) == (ISO_C, 1.6)
-    way, factor, _ = without_rows(meeting.model_copy(update={"cosine_mean": 0.6}), 4)
+    assert without_rows(meeting, 4, talks=True)[:2] == (WUDI, 1.0)
+    way, factor, _ = without_rows(meeting.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
     assert (way, factor) == (ARITHMETIC, 0.25)
     judged = {
         ARITHMETIC: candidate("task_arithmetic", {"a": 0.2, "b": 0.7}),

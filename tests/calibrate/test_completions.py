@@ -1,0 +1,144 @@
+"""Rows of a prompt and its completion: what is compared is how a language model says the latter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibration_rows import rows as text_rows
+from conftest import load_tensors, tiny_bert_pair, tiny_llama
+from running import make_plan
+
+from deltamerge.calibrate import rows
+from deltamerge.calibrate.blocks import BlockModel, from_reader
+from deltamerge.calibrate.data import RowReader, config_of, said
+from deltamerge.calibrate.objectives import Distribution, OutputChange, SameAnswers
+from deltamerge.calibrate.passes import COMPARED
+from deltamerge.calibrate.rows import Row
+from deltamerge.errors import InputError
+
+ROWS = [
+    {"prompt": "w5 w6 w7", "completion": " w8 w9 w10"},
+    {"prompt": "w11", "completion": " w12"},
+    {"prompt": "w20 w21 w22 w23 w24", "completion": " w25 w26"},
+    {"text": "w30 w31 w32"},
+]
+SCORED = {(0, 2), (0, 3), (0, 4), (1, 0), (2, 4), (2, 5), (3, 0), (3, 1), (3, 2)}
+"""(row, place) of the logits that are compared: each says a token of a completion, or of a text."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("completions")
+    base = tiny_llama(made / "base", seed=0, dtype=torch.float32, tokenizer=True)
+    tiny_llama(made / "a", seed=1, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    return made
+
+
+def read(path: Path, *records: Any, **options: Any) -> list[Row]:
+    (path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return rows.read("rows.jsonl", folder=path, **options)
+
+
+def test_rows_are_read_as_trl_names_them(tmp_path: Path) -> None:
+    found = read(tmp_path, *ROWS)
+    assert found[0] == Row("w5 w6 w7", None, 1, " w8 w9 w10")
+    assert found[3] == Row("w30 w31 w32", None, 4)
+    assert [row.label for row in read(tmp_path, ROWS[1], {**ROWS[0], "label": 3}, label="label")] == [" w12", 3]
+    both = {"text": "w1", "prompt": "w2", "completion": "w3"}
+    assert read(tmp_path, both)[0] == Row("w1", None, 1)
+    assert read(tmp_path, ROWS[0], text="prompt")[0] == Row("w5 w6 w7", None, 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "w5"}, "row 1: no field 'text'"),
+        (
+            {"prompt": [{"role": "user", "content": "w5"}], "completion": "w6"},
+            "row 1: prompt and completion need to be",
+        ),
+        ({"prompt": "w5", "completion": "\ud800"}, "row 1: half a surrogate pair"),
+    ],
+)
+def test_rows_that_cannot_be_read(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, record)
+
+
+def test_what_fills_the_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    reader = RowReader(folder / "a", config_of(folder / "a"), task="causal-lm", length=5)
+    with pytest.raises(InputError, match="row 3: its 5 tokens hold nothing of its completion"):
+        reader.batches(read(tmp_path, *ROWS))
+
+
+def batch(folder: Path, tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
+    """The batch of ROWS, and the (row of the batch, place) that are compared."""
+    reader = RowReader(folder / "a", config_of(folder / "a"), task="causal-lm", length=12)
+    (made,) = reader.batches(read(tmp_path, *ROWS)).inputs
+    first = {f"w{n}": i for i, n in enumerate((5, 11, 20, 30))}
+    order = [first[reader.tokenizer.decode(ids[:1]).strip()] for ids in made["input_ids"]]
+    return made, [(k, place) for k, row in enumerate(order) for of, place in sorted(SCORED) if of == row]
+
+
+def test_places_that_say_the_completion_are_compared(folder: Path, tmp_path: Path) -> None:
+    made, wanted = batch(folder, tmp_path)
+    assert [tuple(at) for at in made[COMPARED].nonzero().tolist()] == sorted(wanted)
+    scored = {tuple(at) for at in (said(made)[:, 1:] >= 0).nonzero().tolist()}
+    ends = {(i, int(mask.sum()) - 1) for i, mask in enumerate(made["attention_mask"])}  # nothing is said after
+    assert scored == set(wanted) - ends
+
+
+@pytest.mark.parametrize("kind", [Distribution, OutputChange, SameAnswers])
+def test_objectives_are_of_completions_alone(folder: Path, tmp_path: Path, kind: Any) -> None:
+    """They equal the written-out means over the places that say a completion, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    made, wanted = batch(folder, tmp_path)
+    tensors = {name: load_tensors(folder / name) for name in ("base", "a")}
+    model = BlockModel(config_of(folder / "a"), tensors["a"])
+    logits = {}
+    for name in tensors:
+        plain = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
+        given = {key: value for key, value in made.items() if key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            whole = plain(**given).logits
+        logits[name] = torch.stack([whole[at] for at in wanted]).numpy()
+    theirs, ours = logits["a"], logits["base"]
+    options = {"regression": False} if kind is SameAnswers else {}
+    objective = kind.of(model, from_reader(tensors["a"].__getitem__), [made], **options)
+    (parts,) = model.run([made], [from_reader(tensors["base"].__getitem__)], objective.reduce)
+    if kind is SameAnswers:
+        reference = np.mean(theirs.argmax(-1) != ours.argmax(-1))
+    elif kind is OutputChange:
+        top = np.argsort(-theirs, axis=-1)[:, :5]
+        reference = np.mean((np.take_along_axis(ours, top, -1) - np.take_along_axis(theirs, top, -1)) ** 2)
+    else:
+        top = np.argsort(-theirs, axis=-1)[:, :64]
+        p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (theirs, ours))
+        p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+        p, q = (np.take_along_axis(x, top, -1) for x in (p, q))
+        p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
+        reference = np.mean(np.sum(p * np.log(p / q), -1))
+    assert objective.value(parts) == pytest.approx(reference, rel=2e-4)
+
+
+def test_a_classifier_has_no_completions(tmp_path: Path) -> None:
+    tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    shutil.copytree(tmp_path / "tuned", tmp_path / "a")
+    lines = [json.dumps({"prompt": f"w{i}", "completion": " w9"}) for i in range(5, 25)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.5, q: output_change}}]\n"
+        "calibration: {data: rows.jsonl, sequences: 6, length: 12}\n"
+    )
+    with pytest.raises(InputError, match="a prompt and its completion, which are for language models"):
+        make_plan(recipe)
+    text_rows(tmp_path / "rows.jsonl")
+    assert make_plan(recipe)
