@@ -278,8 +278,7 @@ def grid_step(low: float) -> float:
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int = 4) -> int:
     """About the anonymous bytes that a stage takes: masks, of `dense` bytes an entry where they are dense, a block
-    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn, and what
-    candidates outside the blocks leave as gaps."""
+    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
@@ -290,7 +289,6 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int =
     found = min(math.ceil(mask_bytes(pruned, dense)), source.cache) + 2 * resident(source.tensors) + ahead + hidden
     if source.pairs:
         found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
-        found += 2 * outside_blocks(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
     return found
 
 

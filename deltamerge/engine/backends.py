@@ -145,16 +145,16 @@ def listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node
 
 @dataclass(frozen=True, slots=True)
 class _Freed:
-    """What glibc keeps of freed memory: blocks below `mapped` bytes (None: all) come from the heap, which keeps up to
-    `free` bytes at its end."""
+    """What glibc keeps of freed memory: blocks below `mapped` bytes, 32 MiB at most, come from the heap, which keeps up
+    to `free` bytes at its end."""
 
-    mapped: int | None
+    mapped: int
     free: int
 
 
 _USUAL = _Freed(1 << 22, 1 << 22)
 _TILES = _Freed(1 << 25, 1 << 28)
-_ALL = _Freed(None, 1 << 30)
+_ALL = _Freed(1 << 25, 1 << 30)
 _kept = [_USUAL]
 
 
@@ -162,8 +162,9 @@ _kept = [_USUAL]
 def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
     """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
 
-    Buffers of the size of tiles, or, with `whole`, of any size: those of a model's forward pass. What calibration frees
-    after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
+    Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger ones are mapped all
+    the same, so that no small ones take the place of a freed embedding, which the next would not find. What calibration
+    frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
     """
     outer = _kept[-1]
     _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)
@@ -179,9 +180,8 @@ def _keep_freed(freed: _Freed, *, trimmed: bool = False) -> None:
     with suppress(OSError, AttributeError):
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0 if freed.mapped is None else 1 << 16)
-        if freed.mapped is not None:
-            libc.mallopt(mmap_threshold, freed.mapped)
+        libc.mallopt(mmap_max, 1 << 16)
+        libc.mallopt(mmap_threshold, freed.mapped)
         libc.mallopt(trim_threshold, freed.free)
         if trimmed:
             libc.malloc_trim(0)

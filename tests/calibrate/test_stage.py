@@ -195,10 +195,11 @@ def test_one_q_takes_few_passes(models: Path, tmp_path: Path, monkeypatch, famil
     if later:
         assert found["mask_seeds"] in ((2, 4) if name == "global" else (1,))
         assert [step[0] for step in later] == ["q"] * 3
-        assert later[0][1] <= found["searched"]["q"] <= later[2][1]
+        (modelled,) = (one for one in found["candidates"] if later[0][1] <= one["q"] <= later[2][1])
+        assert found["searched"]["q"] in [one["q"] for one in found["candidates"]]
         few = {step[2]: step[3] for step in found["path"] if step[0] == "few rows"}
         if name != "global":  # the plain choice is the last point of the first round
-            on_all = few[1.0] * found["candidates"][0]["value"] / min(few.values())
+            on_all = few[1.0] * modelled["value"] / min(few.values())
             assert found["plain"]["value"] == pytest.approx(on_all, rel=1e-4)
     else:
         assert found["mask_seeds"] == 1
@@ -388,14 +389,13 @@ def test_memory_bounds_the_cache(models: Path, tmp_path: Path) -> None:
     assert entry(small) == entry(run(path, tmp_path / "large"))
 
 
-def test_memory_counts_masks_that_are_drawn_and_what_candidates_leave(models: Path) -> None:
+def test_memory_counts_masks_and_the_largest_while_it_is_drawn(models: Path) -> None:
     plan = make_plan(recipe(models / "bert", "counted", RUNS["global"]))
     (spec,) = plan.specs.values()
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.source.tensors}
-    outside = sum(size for name, size in sizes.items() if ".layer." not in name)
     masks = sum(2 * 8 * 0.05 * sizes[pruned.stored] for pruned in spec.pruned)
     more = spec.memory - memory(replace(spec.source, pairs=()))
-    assert more == pytest.approx(masks + 5 * max(sizes[pruned.stored] for pruned in spec.pruned) + 8 * outside, abs=2)
+    assert more == pytest.approx(masks + 5 * max(sizes[pruned.stored] for pruned in spec.pruned), abs=2)
     assert plan.peak_bytes >= BASELINE_BYTES + spec.memory
 
 
