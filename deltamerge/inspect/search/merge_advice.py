@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -52,7 +52,7 @@ STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
 class Way:
     """A merge that is tried: `first` is the λ in the middle of those tried, `over_models` whether over their number.
 
-    fitted   the scope of fitted coefficients; fitting starts at the best of the other ways
+    fitted   the scope of fitted coefficients, from task arithmetic at its best λ
     """
 
     name: str
@@ -274,15 +274,12 @@ class _Adviser:
         """Every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
-            for way in WAYS:
+            for way in (*WAYS, *fitted):
                 first = way.first / len(self.setting.models) if way.over_models else way.first
-                found[way] = self._best(judge, way, first, EACH_WAY)
-                trying.step(1)
-            able = [way for way in WAYS if found[way].error is None]
-            start = min(able, key=lambda way: min(one.lost for one in found[way].tried), default=ARITHMETIC)
-            for scope in fitted:
-                way = replace(scope, method=start.method, parameters=start.parameters)
-                found[way] = self._best(judge, way, found[start].factor or 1.0, 0)
+                steps = EACH_WAY
+                if way.fitted is not None:
+                    first, steps = found[ARITHMETIC].factor or first, 0
+                found[way] = self._best(judge, way, first, steps)
                 trying.step(1)
         good = [way for way, one in found.items() if one.error is None]
         made = [self.candidates.of(self._recipe(way, found[way].factor or 1.0)) for way in good]
