@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from deltamerge.calibrate.blocks import BlockModel, Weights
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
 from deltamerge.calibrate.precision import Precision
+from deltamerge.calibrate.spread import add_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,21 @@ class Learned:
     reached: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A model on a device, the fine-tune's outputs there, and what its weights are computed from."""
+
+    model: BlockModel
+    objective: Distribution
+    base: Callable[[str], Tensor]
+    masked: Callable[[str], Masked | None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.device
+
+
 def learn(
     model: BlockModel,
     objective: Distribution,
@@ -51,6 +68,7 @@ def learn(
     steps: int = 40,
     lr: float = 0.1,
     patience: int = 3,
+    others: Callable[[Distribution], Sequence[Learner]] = lambda _: (),
 ) -> Learned:
     """Fit q from `start`, whose tensors say what is learned: a number or () for a tensor, `row_shape` for its rows.
 
@@ -59,18 +77,25 @@ def learn(
     held_out      batch indices of the data that decides: looked at before the first step and after every turn through
                   `groups`; the search ends when `patience` looks in a row were no better, and the best look is kept
     bounds        of every q: without them scales pass 100 on tensors that hardly matter
+    others        the same on other devices, which share the batches of a step; q is what one device finds
     """
     low, high = math.log(bounds[0]), math.log(bounds[1])
     logs = {name: _log(q, low, high, model.device) for name, q in start.items()}
     optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
 
-    def weights(names: Sequence[str]) -> Mapping[str, Tensor]:
-        q = {name: logs[name].exp() for name in names if name in logs}
-        return pruned(base, masked, {**(fixed or {}), **q})(names)
+    first = Learner(model, objective, base, masked)
+    places, subset = [first, *others(objective)], _subset(objective, held_out)
+
+    def weights(at: Learner, some: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
+        q = {name: some[name].exp() for name in names if name in some}
+        return pruned(at.base, at.masked, {**(fixed or {}), **q})(names)
 
     def look() -> float:
-        subset = _subset(objective, held_out)
-        return subset.value(model.run(subset.batches, [weights], subset.reduce)[0])
+        return subset.value(model.run(subset.batches, [partial(weights, first, logs)], subset.reduce)[0])
+
+    def descend_batch(count: int, at: Learner, batch: int, copies: Sequence[Tensor]) -> None:
+        own = dict(zip(logs, copies, strict=True))
+        descend(at.model, at.objective, batch, partial(weights, at, own), count)
 
     path = [(0, look())]
     reached: set[str] = set()
@@ -79,8 +104,7 @@ def learn(
         optimiser.zero_grad()
         group = groups[(step - 1) % len(groups)]
         count = sum(map(objective.count, group))
-        for batch in group:
-            descend(model, objective, batch, weights, count)
+        add_gradients(list(logs.values()), places, group, partial(descend_batch, count))
         reached |= {name for name, log in logs.items() if log.grad is not None}
         optimiser.step()
         with torch.no_grad():

@@ -328,6 +328,7 @@ class Searches:
             held_out=range(len(batches), len(batches) + len(stop)),
             bounds=self._bounds(self._lowest(), HIGHEST),
             steps=STEPS,
+            others=subject.learners,
         )
         subject.count(stop, len(learned.path))
         for step in range(learned.steps):

@@ -20,6 +20,7 @@ from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import Row, has_head, select
+from deltamerge.calibrate.scales import Learner
 from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.spread import spread
@@ -295,6 +296,10 @@ class Subject:
         """The same on the other GPUs that calibration may use."""
         devices = torch_devices(self.source.device)[1:]
         return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
+
+    def learners(self, objective: O.Distribution) -> list[Learner]:
+        """What learns scales of the first mask on the other GPUs."""
+        return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""

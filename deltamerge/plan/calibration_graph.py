@@ -257,11 +257,8 @@ def on_one_gpu(stages: Stages, device: str) -> str | None:
     numbers = device.partition(":")[2]
     if numbers != ALL and "," not in numbers:
         return None
-    specs = [node.parameter("spec") for node in stages.calibrated.values()]
-    alone = ["learns scales"] * any(spec.search == "gradient" for spec in specs)
     measured = stages.activations or stages.weighing or stages.inputs or stages.rows is not None
-    alone += ["measures what layers are given, or gradients"] * bool(measured)
-    return f"device {device}: the first GPU alone {' and '.join(alone)}" if alone else None
+    return f"device {device}: the first GPU alone measures what layers are given, or gradients" if measured else None
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:

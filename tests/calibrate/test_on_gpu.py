@@ -210,6 +210,27 @@ def test_gpus_share_a_search(tmp_path: Path) -> None:
     assert min(both.launched[0], both.launched[1]) > both.launches / 4
 
 
+def learn_shared(folder: str) -> None:
+    """Steps of several batches."""
+    place = Path(folder)
+    tiny_bert_pair(place, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(place / "calib.jsonl")
+    path = recipe(place, "learned", RUNS["learned-row"])
+    steps = subjects.Rows.steps
+    with patch.object(subjects.Rows, "steps", lambda reader, rows, step: steps(reader, rows, step=step, size=2)):
+        found = []
+        for devices in (1, 2):
+            with simulated(devices=devices) as gpu:
+                found.append(dict(calibrate(path, device="cuda:all")["t"]))
+        assert found[0] == found[1]
+        assert min(gpu.launched[0], gpu.launched[1]) > gpu.launches / 5
+
+
+@pytest.mark.slow
+def test_gpus_share_the_batches_that_scales_are_learned_on(tmp_path: Path) -> None:
+    gpu_guard.call(tmp_path, "test_on_gpu", "learn_shared", str(tmp_path))
+
+
 def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
     rows(tmp_path / "calib.jsonl")
@@ -286,7 +307,7 @@ def test_what_one_gpu_does_alone_is_said(tmp_path: Path) -> None:
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
     rows(tmp_path / "calib.jsonl")
     said = {
-        "learned": "device cuda:0,1: the first GPU alone learns scales",
+        "learned": None,
         "wanda": "device cuda:0,1: the first GPU alone measures what layers are given, or gradients",
         "global": None,
     }
