@@ -96,8 +96,7 @@ class Calibration(Keys):
     split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
     text: Columns = Field(
         "text",
-        description="Field of the text; a list of two makes sentence pairs. Rows without `text` may "
-        "have `prompt` and `completion`: then a language model's completion alone is compared.",
+        description="Of the text; two of pairs. Rows may have `prompt` and `completion`, which alone is compared.",
     )
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(
@@ -117,8 +116,7 @@ class Calibration(Keys):
     length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
     seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Of the matrix products of forward passes; auto: bfloat16 for large models where it is fast.",
+        "auto", description="Of forward passes' matrix products; auto: bfloat16 for large models where it is fast."
     )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
     coefficients: Literal["model", "layer", "row"] | None = Field(
