@@ -94,10 +94,7 @@ class Calibration(Keys):
     )
     config: Text | None = Field(None, description="Of a hub data set: which of its configurations.")
     split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
-    text: Columns = Field(
-        "text",
-        description="Of the text; two of pairs. Rows may have `prompt` and `completion`, which alone is compared.",
-    )
+    text: Columns = Field("text", description="Of the text; two of pairs. Or rows have `prompt` and `completion`.")
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(
         None, description="What the model does."
