@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 SIGMA = 7e-4
 CHUNK = 1 << 22
-MODELS = ("base", "tune-a", "tune-b")
 
 Array = NDArray[Any]
 
@@ -87,11 +87,12 @@ def widen(bits: Array) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def make_checkpoints(folder: Path, size: Size) -> list[Path]:
-    """The base and two fine-tunes of it; a tensor's values depend on its model and its place there alone."""
-    models = [folder / name for name in MODELS]
+def make_checkpoints(folder: Path, size: Size, tunes: int = 2) -> list[Path]:
+    """The base and `tunes` fine-tunes of it; a tensor's values depend on its model and its place there alone."""
+    models = ["base", *(f"tune-{letter}" for letter in ascii_lowercase[:tunes])]
+    paths = [folder / name for name in models]
     if folder.exists():
-        return models
+        return paths
     print(f"making {folder}", file=sys.stderr, flush=True)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -99,15 +100,15 @@ def make_checkpoints(folder: Path, size: Size) -> list[Path]:
     seeds = {name: i for i, name in enumerate(shapes)}
     shards = split(shapes, size.shard)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name in MODELS:
+    for name in models:
         write_small_files(partial / name, size, dict(zip(files, shards, strict=True)))
     for file, names in zip(files, shards, strict=True):
         with ExitStack() as stack:
-            outs = [stack.enter_context(open(partial / model / file, "wb")) for model in MODELS]
+            outs = [stack.enter_context(open(partial / model / file, "wb")) for model in models]
             for out in outs:
                 out.write(header({name: shapes[name] for name in names}))
             for name in names:
-                generators = [np.random.default_rng([m, seeds[name]]) for m in range(len(MODELS))]
+                generators = [np.random.default_rng([m, seeds[name]]) for m in range(len(models))]
                 mean = 1.0 if len(shapes[name]) == 1 else 0.0
                 total = math.prod(shapes[name])
                 for start in range(0, total, CHUNK):
@@ -117,7 +118,7 @@ def make_checkpoints(folder: Path, size: Size) -> list[Path]:
                     for out, bits in zip(outs, [base, *tunes], strict=True):
                         out.write(bits.data)
     partial.rename(folder)
-    return models
+    return paths
 
 
 def split(shapes: Mapping[str, tuple[int, ...]], limit: int) -> list[list[str]]:

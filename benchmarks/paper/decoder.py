@@ -30,8 +30,8 @@ LEARNED = ("magnitude, learned per tensor", "WANDA, learned per row")
 PLAIN = ("DARE", "DARE, linear weights", "importance sampling", "magnitude", "WANDA")
 # Fine-tune of smollm2.EXPERTS -> by what it is pruned.
 NAMES = {
-    "reversal": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
-    "reversal-mid": (*PLAIN, *Q_E, *Q_V, *LEARNED),
+    "reversal": (*PLAIN, *Q_E, *Q_V, *LEARNED),
+    "reversal-mid": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
     "reversal-fast": (*PLAIN, *Q_E, *Q_V, *LEARNED),
     "reversal-adamr": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
 }
