@@ -92,7 +92,9 @@ MERGES = (
     _scaled("tsv_m", 1.0, equal=True),
     Merge("regmean, λ = 1", {"merge_method": "regmean"}, rows=True),
     Merge(
-        "regmean, off_diagonal 1, λ = 1", {"merge_method": "regmean", "parameters": {"off_diagonal": 1.0}}, rows=True
+        "regmean, off_diagonal 0.99, λ = 1",
+        {"merge_method": "regmean", "parameters": {"off_diagonal": 0.99}},
+        rows=True,
     ),
     Merge("regmean_plus", {"merge_method": "regmean_plus"}, rows=True),
     Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, FEWER, rows=True),
