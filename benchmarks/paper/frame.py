@@ -178,7 +178,7 @@ GSM8K; these are small models and other tasks, trained for a minute on a process
 stand beside ours to compare *which method keeps what*, never digit for digit. "q_v" and "q_e" are
 `q: validation` and `q: output_change`; ± is the standard deviation over random masks, their number in brackets.
 
-The encoder is MiniLM cut to three layers (12.7 M parameters); its tasks are sentiment (two classes, accuracy),
+The encoder is MiniLM cut to three layers (12.8 M parameters); its tasks are sentiment (two classes, accuracy),
 intensity (a regression, the mean of Pearson's and Spearman's correlation) and domain (four classes, accuracy);
 160 steps of 16 rows, scored on the first 400 test rows, so that a point or two means nothing. q is calibrated on
 at most 100 validation rows of 32 tokens, with two masks. The decoder is SmolLM2-135M, fine-tuned to a task of
