@@ -142,7 +142,7 @@ EACH = [(name, family) for name in RUNS for family in ("bert", "llama")]
 TURNS = [pytest.param(*one, marks=[pytest.mark.slow] if i % 8 not in (0, 3, 4) else []) for i, one in enumerate(EACH)]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "family"), TURNS)
 def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: str, name: str) -> None:
     path = recipe(models / family, name, RUNS[name])

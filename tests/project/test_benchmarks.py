@@ -249,6 +249,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [name for name, value in found.items() if "error" in value]
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_needs_no_package_of_the_tests(tmp_path: Path) -> None:
     """On a machine of somebody else there is torch, and what deltamerge needs."""
     out = tmp_path / "out.json"

@@ -97,7 +97,7 @@ def test_the_system_itself_fails_amid_compiled_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]
 ) -> None:
     """After the first tensor: an input is cut; files may not grow, as where a quota is met."""
-    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.0)
     models(tmp_path)
     recipe, out, cut = tmp_path / "r.yaml", tmp_path / "out", tmp_path / "a" / "model.safetensors"
     recipe.write_text(RECIPE.format(method="dare_ties", shard="250KB"))
