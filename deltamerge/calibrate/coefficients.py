@@ -191,7 +191,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         values = _values(merge, [task.stop for task in tasks], of_name())
         return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
 
-    def descend_task(step: int, shared: Shared | None, i: int, copies: Sequence[Tensor]) -> None:
+    def descend_task(step: int, shared: Shared | None, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
         task, subject = tasks[i], merge.subjects[i]
         group = task.groups[(step - 1) % len(task.groups)]
         size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
@@ -200,21 +200,19 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
             subject.count([task.learned.batches[batch]], 3)
 
-    def descend_alone(step: int, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
-        descend_task(step, None, i, copies)
-
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
         optimiser.zero_grad()
         if merge.spec.shares_weights:
-            shared = Shared(merge.places[0].device)
+            (place,) = merge.places
+            shared = Shared(place.device)
             for i in every:
-                descend_task(step, shared, i, leaves)
+                descend_task(step, shared, place, i, leaves)
             shared.descend()
         else:
-            add_gradients(leaves, merge.places, every, partial(descend_alone, step))
+            add_gradients(leaves, merge.places, every, partial(descend_task, step, None))
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)
         optimiser.step()

@@ -32,7 +32,7 @@ from deltamerge.errors import InputError
 Qs = dict[str, Q]
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
-LITTLE = 0.8  # share of the base's distance from the fine-tune: where no q leaves less, predictions are compared
+HARDLY_LESS = 0.8  # share of the base's distance from the fine-tune: where no q leaves less, predictions are compared
 SCAN = "few rows"  # the name of a search's first round in a lock's path
 # Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
 # learned scales pass 100 on tensors that hardly matter.
@@ -224,7 +224,7 @@ class Searches:
         """Whether the least output change is hardly less than the base's, and predictions can be compared instead."""
         if self.rounds is None or not self.rounds.judge.trusted:
             return False
-        return few.distance(least) > LITTLE * few.distance(self.subject.nothing(few))
+        return few.distance(least) > HARDLY_LESS * few.distance(self.subject.nothing(few))
 
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)

@@ -200,8 +200,8 @@ class Spec:
     def memory(self) -> int:
         """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
-        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned) if self.shares_weights else 0
-        return own + sum(memory(part.source, part.pruned, 2 if self.halved else 4) for part in parts)
+        shared = self._shared_bytes if self.shares_weights else 0
+        return shared + sum(memory(part.source, part.pruned, self._dense) for part in parts)
 
     @property
     def shares_weights(self) -> bool:
@@ -210,13 +210,22 @@ class Spec:
         number."""
         if not self.coefficients or self.source.device != "cpu":
             return False
-        own = 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
-        return own + mask_bytes(self.pruned, 2 if self.halved else 4) <= self.source.cache
+        return self._shared_bytes + mask_bytes(self.pruned, self._dense) <= self.source.cache
+
+    @property
+    def _shared_bytes(self) -> int:
+        """Of merged weights and their gradients, in float32."""
+        return 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
 
     @property
     def halved(self) -> bool:
         """Whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
         return bool(self.coefficients) and self.source.precision == "bfloat16"
+
+    @property
+    def _dense(self) -> int:
+        """Bytes of an entry of a dense masked delta."""
+        return 2 if self.halved else 4
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:

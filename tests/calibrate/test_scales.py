@@ -44,7 +44,7 @@ class Problem:
         return evaluate(self.model, self.objective, [pruned(self.base.__getitem__, self.masked.get, q)])[0]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", [BERT, "GPT2LMHeadModel"])
 @pytest.mark.parametrize("rows", [False, True])
 def test_the_divergence_falls(architecture: str, rows: bool, tmp_path: Path) -> None:

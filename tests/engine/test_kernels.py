@@ -308,7 +308,7 @@ STEPS: Mapping[str, Build] = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("values", [floats, steps])
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_torch(name: str, values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def models(folder: Path, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
         make_checkpoint(folder / name, {n: (t.float() + steps[n]).to(dtype) for n, t in base.items()})
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(map(str, d)).replace("torch.", ""))
 @pytest.mark.parametrize("name", RECIPES)
 def test_bytes_are_those_of_torch(

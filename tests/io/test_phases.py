@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,11 +90,13 @@ def test_a_walk_through_the_blocks_is_told_block_by_block_until_it_is_counted(mo
     told: list[float] = []
     monkeypatch.setattr(Phase, "begin", lambda self, count: told.append(count))
     monkeypatch.setattr(Phase, "step", lambda self, count=1.0: told.append(count) if self.unit == PASSES else None)
+    monkeypatch.setattr("deltamerge.calibrate.searches.HARDLY_LESS", math.inf)  # so that a model of the change finds q
     calibrate(models / "r.yaml")
-    assert len(told) > 12
+    assert len(told) > 20
     walks = [*zip(told[::3], told[1::3], told[2::3], strict=True)]  # after each of 2 blocks, and when it is counted
     assert all(walk == pytest.approx((walk[2] / 3, 2 * walk[2] / 3, walk[2])) for walk in walks)
-    assert WALKED / 4 in {counted for *_, counted in walks}  # candidates on a quarter of the rows
+    # candidates on a quarter of the rows, 3 on all, 1
+    assert {WALKED / 4, 3, 1} <= {counted for *_, counted in walks}
     one = Phase("a", 10, PASSES)
     monkeypatch.undo()
     one.begin(2.5)

@@ -86,7 +86,7 @@ METHODS = {
 SHAPES = [(7,), (1000, 333), (3, 70_000), (3000, 1100)]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_kernels), False])

@@ -242,7 +242,7 @@ def test_della_is_unbiased(models, tmp_path):
     assert total == pytest.approx(np.abs(tune - base).sum(), rel=0.01)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", [*METHODS, "della"])
 def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch, method):
     recipe = METHODS[method][0] if method in METHODS else text("della", "abc", "weight: 1, density: 0.5")

@@ -116,7 +116,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> frame.Setting:
 SLOW = {"fig-3", "table-3", "table-4", "table-13", "table-g1"}  # a second or more
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "experiment",
     [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else []) for e in experiments()],

@@ -197,7 +197,7 @@ def test_the_mean_of_a_large_tensor_keeps_its_digits() -> None:
 # The decay alone
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("regularizer", ["l2", "l1"])
 @pytest.mark.parametrize("as_tensor", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])

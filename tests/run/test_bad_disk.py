@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,12 +93,20 @@ FAULTS: dict[Callable[[Path], None], tuple[type[Exception], str]] = {
 }
 
 
+def _await_save(folder: Path) -> None:
+    """Until a journal below the folder has what a resumed run goes on from; no longer than ten seconds."""
+    end = time.monotonic() + 10
+    while not any(b'"done"' in journal.read_bytes() for journal in folder.glob(".out*/journal")):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_system_itself_fails_amid_compiled_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None]
 ) -> None:
     """After the first tensor: an input is cut; files may not grow, as where a quota is met."""
-    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
     models(tmp_path)
     recipe, out, cut = tmp_path / "r.yaml", tmp_path / "out", tmp_path / "a" / "model.safetensors"
     recipe.write_text(RECIPE.format(method="dare_ties", shard="250KB"))
@@ -107,7 +116,13 @@ def test_the_system_itself_fails_amid_compiled_loops(
 
     def watch(_: Plan) -> Callable[[int], None]:
         once = iter([fault])
-        return lambda _: next(once, lambda _: None)(tmp_path)
+
+        def made(_: int) -> None:
+            for fail in once:
+                _await_save(tmp_path)
+                fail(tmp_path)
+
+        return made
 
     kind, said = FAULTS[fault]
     try:

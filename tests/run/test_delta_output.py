@@ -77,7 +77,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_apply_makes_the_files_of_kind_model(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
@@ -129,7 +129,7 @@ def test_protected_columns_are_stored_whole(tmp_path: Path) -> None:
     assert all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models(tmp_path, torch.bfloat16)
     text = RECIPES["dare_ties"]

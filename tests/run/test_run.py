@@ -122,7 +122,7 @@ METHODS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "torch"])
 @pytest.mark.parametrize("method", METHODS)
 def test_method_equals_the_float64_reference(models, tmp_path, monkeypatch, method, fused):
