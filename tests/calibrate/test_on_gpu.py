@@ -341,7 +341,6 @@ def test_gpus_share_the_fine_tunes_whose_coefficients_are_fitted(tmp_path: Path)
     gpu_guard.call(tmp_path, "test_on_gpu", "fit_shared", str(tmp_path))
 
 
-@pytest.mark.slow
 def test_auto_calibrates_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
     rows(tmp_path / "calib.jsonl")
