@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.spec import BASELINE_BYTES
 from deltamerge.cli.tables import aligned, human, render_delta
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.errors.shown import shown
@@ -187,6 +186,8 @@ def _transplant(moved: Mapping[str, Any]) -> str:
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
+    from deltamerge.calibrate.spec import BASELINE_BYTES  # numpy and pydantic, which --help needs not
+
     blocks = f"{stage['blocks']} blocks one at a time" if stage["blocks"] else "the whole model at once"
     how = f"{stage['objective']}, scope {stage['scope']}, search {stage['search']}"
     rows = f"{stage['sequences']} sequences of {stage['length']} tokens"

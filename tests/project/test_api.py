@@ -107,6 +107,21 @@ def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) ->
     assert {tensor["name"] for tensor in described["tensors"]} == load_tensors(folder / "tuned").keys()
 
 
+@pytest.mark.parametrize("command", ["--help", "check --help", "plan --help", "run --help"])
+def test_help_comes_without_a_heavy_import(command: str) -> None:
+    script = (
+        "import sys\n"
+        "from deltamerge.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "Usage: " in done.stdout
+
+
 def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
