@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The hub is never asked. Threads that wait give their core away: on a busy machine that halves the time.
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
+# Tests start hundreds of Pythons, which need not compile the same files each.
+export PYTHONDONTWRITEBYTECODE :=
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
 .PHONY: help demo test check families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean

@@ -2,6 +2,7 @@
 # Everything a change must pass. `make check` runs it in .venv; any environment with the `dev` extra will do.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONDONTWRITEBYTECODE=  # tests start hundreds of Pythons, which need not compile the same files each
 
 set -x
 ruff check .
