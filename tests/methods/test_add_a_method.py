@@ -65,17 +65,21 @@ def test_the_recipe_is_checked_and_its_faults_found(folder):
     done = deltamerge(folder, "check", "recipe.yaml")
     assert (done.returncode, done.stderr) == (0, "recipe.yaml: ok, 4 tensors, 844.0 kB\n")
     assert f"\n$ deltamerge check recipe.yaml\n{done.stderr}```" in PAGE
-    for old, new, wanted in (
+    faults = (
         ("limit: 0.06, ", "", "merge_method: needs a limit: limited has no default"),
         ("limit: 0.06", "limit: -1", "parameters.limit: must be at least 0, got -1"),
         ("cut: 0.03", "cut: -1", "prune.cut: must be at least 0, got -1"),
         ("cut: 0.03", "cutt: 1", "hint: did you mean 'cut'?"),
         ("method: spare", "method: dare", "prune.cut: has no effect with method dare"),
-    ):
-        (folder / "bad.yaml").write_text(block("yaml").replace(old, new))
-        done = deltamerge(folder, "check", "bad.yaml")
-        assert done.returncode == 1
-        assert wanted in done.stderr
+    )
+    for number, (old, new, _) in enumerate(faults):
+        (folder / f"bad{number}.yaml").write_text(block("yaml").replace(old, new))
+    done = deltamerge(folder, "check", *(f"bad{number}.yaml" for number in range(len(faults))))
+    assert done.returncode == 1
+    said = re.split(r"(?m)^(?=bad\d)", done.stderr)[1:]
+    assert len(said) == len(faults)
+    for text, (_, _, wanted) in zip(said, faults, strict=True):
+        assert wanted in text
 
 
 @pytest.mark.slow
