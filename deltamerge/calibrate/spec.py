@@ -43,6 +43,8 @@ CACHE_BYTES = 1 << 31  # of masks that are kept; masks beyond them are drawn aga
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
+# of freed blocks that wait in the heap for the next layer: half of what comes and goes, at most; measured at 135 M
+WAITING_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,8 @@ def grid_step(low: float) -> float:
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int = 4) -> int:
     """About the anonymous bytes that a stage takes: masks, of `dense` bytes an entry where they are dense, a block
-    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn."""
+    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn; and what
+    waits in the heap."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
@@ -295,10 +298,10 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int =
     shapes = {tensor.name: tensor.shape for tensor in source.tensors}
     stored = {tensor.name: tensor.nbytes for tensor in source.tensors}
     ahead = max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
-    found = min(math.ceil(mask_bytes(pruned, dense)), source.cache) + 2 * resident(source.tensors) + ahead + hidden
+    passing = 2 * resident(source.tensors) + ahead + hidden
     if source.pairs:
-        found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
-    return found
+        passing += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
+    return min(math.ceil(mask_bytes(pruned, dense)), source.cache) + passing + min(passing // 2, WAITING_BYTES)
 
 
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:

@@ -395,7 +395,8 @@ def test_memory_counts_masks_and_the_largest_while_it_is_drawn(models: Path) -> 
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.source.tensors}
     masks = sum(2 * 8 * 0.05 * sizes[pruned.stored] for pruned in spec.pruned)
     more = spec.memory - memory(replace(spec.source, pairs=()))
-    assert more == pytest.approx(masks + 5 * max(sizes[pruned.stored] for pruned in spec.pruned), abs=2)
+    drawn = 5 * max(sizes[pruned.stored] for pruned in spec.pruned)
+    assert more == pytest.approx(masks + 1.5 * drawn, abs=3)  # half as much waits in the heap
     assert plan.peak_bytes >= BASELINE_BYTES + spec.memory
 
 
