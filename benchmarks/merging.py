@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,14 @@ class Merge:
             made["calibration"] = {"per": "merge", "coefficients": self.rows}
         return made
 
+    def of(self, delta: Delta) -> Merge:
+        """The merge of such deltas: what is fitted from iso_c starts at the λ that iso_c alone was given for them."""
+        if self.method == "iso_c" and self.rows and delta.name in STARTS:
+            return replace(self, parameters={"lambda": STARTS[delta.name]})
+        return self
 
+
+STARTS = {"magnitude 0.1": 1.5, "DARE 0.1": 0.6667, "magnitude 0.01": 1.5, "DARE 0.01": 0.2963}
 CALIBRATION = {"sequences": 50, "length": encoder.TOKENS}
 
 MERGES = (
@@ -102,6 +109,7 @@ MERGES = (
     *(Merge(f"wudi, rho {rho:g}", "wudi", {"rho": rho}, 1.0) for rho in (0.01, 0.1, 1.0)),
     Merge("regmean", "regmean", factor=1.0, rows="own"),
     Merge("regmean_plus", "regmean_plus", factor=1.0, rows="own"),
+    Merge("fisher", "fisher", factor=1.0, weighted=True, rows="own"),
     Merge("task_arithmetic, λ per merge", "task_arithmetic", weighted=True, rows="all"),
     Merge("coefficients per model", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="model"),
     Merge("coefficients per layer", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="layer"),
@@ -282,13 +290,13 @@ def measured(asked: argparse.Namespace) -> None:
         for merge in MERGES:
             wanted = delta.name in asked.delta and (not asked.names or merge.name.startswith(tuple(asked.names)))
             if wanted and not (merge.prunes and delta.prune):
-                cell = measure(setting, judge, merge, delta)
+                cell = measure(setting, judge, merge.of(delta), delta)
                 shown = np.mean(list(judge.shares(cell["outputs"], "test").values()))
                 print(f"{merge.name}, {delta.name}: λ {cell['factor']}, {shown:.1f} %", file=sys.stderr, flush=True)
     cells = []
     for delta in DELTAS:
         for merge in MERGES:
-            path = HOME / "cells" / f"{setting.key(asdict(merge), delta)}.json"
+            path = HOME / "cells" / f"{setting.key(asdict(merge.of(delta)), delta)}.json"
             if path.exists():
                 cell = json.loads(path.read_text(encoding="utf-8"))
                 cells.append(summary(judge, final(setting, judge, cell) if asked.final else cell))
