@@ -102,8 +102,8 @@ def show_table_3(record: Record) -> str:
         "base answers none. Learning rates differ as the deltas of MetaMath-7B and MetaMath-llema-7B do. q_e sees "
         "prompts with the fine-tune's own answers, no labels; q_v is searched on exact match itself. DARE "
         'divides every tensor by q; "linear weights" leaves embeddings (the head, which is tied to them) and norms as '
-        "they are, as a calibrated q does. A cell of q_v or of learned scales takes three to five CPU minutes, so that "
-        "they are measured at p = 0.99 first. The last two columns are the paper's, on GSM8K.\n\n"
+        "they are, as a calibrated q does. A cell of q_v or of learned scales takes four to ten CPU minutes, so that "
+        "they are measured at the large rate first, at p = 0.99 and 0.997. The last two columns are the paper's, on GSM8K.\n\n"
     ) + pruned.by_trainer(named, paper)
 
 
