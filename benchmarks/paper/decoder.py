@@ -103,7 +103,8 @@ def show_table_3(record: Record) -> str:
         "prompts with the fine-tune's own answers, no labels; q_v is searched on exact match itself. DARE "
         'divides every tensor by q; "linear weights" leaves embeddings (the head, which is tied to them) and norms as '
         "they are, as a calibrated q does. A cell of q_v or of learned scales takes four to ten CPU minutes, so that "
-        "they are measured at the large rate first, at p = 0.99 and 0.997. The last two columns are the paper's, on GSM8K.\n\n"
+        "they are measured at the large rate first, at p = 0.99 and 0.997. The last two columns are the paper's, "
+        "on GSM8K.\n\n"
     ) + pruned.by_trainer(named, paper)
 
 
