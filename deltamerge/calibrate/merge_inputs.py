@@ -99,10 +99,10 @@ def memory(parts: Sequence[Share]) -> int:
     """About the bytes that measuring takes: fine-tunes run one after another, or side by side where they have deltas to
     make."""
     block = max((_measured(part).memory for part in parts), default=0)
-    each = [spec.memory(part.source) for part in parts]
+    each = [Share(part.source) for part in parts]
     if any(one.masked for part in parts for one in part.pruned):
-        return 4 * block + sum(each)
-    return block + max(each, default=0)
+        return 4 * block + spec.memory(*each)
+    return block + max(map(spec.memory, each), default=0)
 
 
 def _measured(part: Share) -> Measured:

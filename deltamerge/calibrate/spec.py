@@ -100,7 +100,7 @@ class Share:
     """A fine-tune of a merge that is calibrated as a whole; its `masked` tensors are the merged delta."""
 
     source: CalibrationInput
-    pruned: tuple[Pruned, ...]
+    pruned: tuple[Pruned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class Spec:
         """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
-        return shared + sum(memory(part.source, part.pruned, self._dense) for part in parts)
+        return shared + memory(*parts, dense=self._dense)
 
     @property
     def shares_weights(self) -> bool:
@@ -287,21 +287,36 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(source: CalibrationInput, pruned: Sequence[Pruned] = (), dense: int = 4) -> int:
-    """About the anonymous bytes that a stage takes: masks, of `dense` bytes an entry where they are dense, a block
-    stored and in float32, the next one stored, hidden states; of pruned deltas the largest while it is drawn; and what
-    waits in the heap."""
+def memory(*parts: Share, dense: int = 4) -> int:
+    """About the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry where
+    they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
+    masks = sum(min(math.ceil(mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
+    passing = sum(_passing(part.source) for part in parts)
+    return masks + passing + min(passing // 2, WAITING_BYTES)
+
+
+def _passing(source: CalibrationInput) -> int:
+    """The bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
+    candidates; of pruned deltas of the largest while it is drawn."""
+    found = 2 * resident(source.tensors) + ahead(source.tensors) + WALKED * hidden(source)
+    if source.pairs:
+        found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
+    return found
+
+
+def hidden(source: CalibrationInput) -> int:
+    """The bytes of one candidate's hidden states, in float32."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
-    hidden = WALKED * rows * source.calibration.length * width * 4
-    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
-    stored = {tensor.name: tensor.nbytes for tensor in source.tensors}
-    ahead = max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
-    passing = 2 * resident(source.tensors) + ahead + hidden
-    if source.pairs:
-        passing += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
-    return min(math.ceil(mask_bytes(pruned, dense)), source.cache) + passing + min(passing // 2, WAITING_BYTES)
+    return rows * source.calibration.length * width * 4
+
+
+def ahead(tensors: Sequence[TensorInfo]) -> int:
+    """The bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    stored = {tensor.name: tensor.nbytes for tensor in tensors}
+    return max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
 
 
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
@@ -323,7 +338,7 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
     """The source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share, share=share)
-    least = memory(replace(source, cache=0))
+    least = memory(Share(replace(source, cache=0)))
     room = (limit - BASELINE_BYTES) // share - least
     if room < 0:
         raise InputError(

@@ -12,7 +12,7 @@ from deltamerge.calibrate import merge_inputs
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.calibrate.spec import CalibrationInput, Spec
+from deltamerge.calibrate.spec import CalibrationInput, Share, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
@@ -294,10 +294,11 @@ def _plan(
         check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
-        resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
+        resident += [one.memory + stage_memory(Share(one.source)) for one in stages.inputs.values()]
         if stages.rows is not None:
             resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
-        peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
+        resident += [stage_memory(Share(source)) for source in sources.values()]
+        peak = max(peak, CALIBRATING_BYTES + max(resident))
     mixture = None if isinstance(found, Outputs) else found.mixture(rows)
     if mixture is not None:  # before the first tile, too
         peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)

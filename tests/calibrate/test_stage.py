@@ -21,7 +21,7 @@ from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate import precision
-from deltamerge.calibrate.spec import BASELINE_BYTES, memory
+from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
@@ -394,10 +394,15 @@ def test_memory_counts_masks_and_the_largest_while_it_is_drawn(models: Path) -> 
     (spec,) = plan.specs.values()
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in spec.source.tensors}
     masks = sum(2 * 8 * 0.05 * sizes[pruned.stored] for pruned in spec.pruned)
-    more = spec.memory - memory(replace(spec.source, pairs=()))
+    more = spec.memory - memory(Share(replace(spec.source, pairs=())))
     drawn = 5 * max(sizes[pruned.stored] for pruned in spec.pruned)
     assert more == pytest.approx(masks + 1.5 * drawn, abs=3)  # half as much waits in the heap
     assert plan.peak_bytes >= BASELINE_BYTES + spec.memory
+    # of two fine-tunes side by side: twice what comes and goes, and what waits in one heap
+    rows = spec.source.calibration
+    one, large = (Share(replace(spec.source, calibration=rows.model_copy(update={"sequences": n}))) for n in (8, 10**6))
+    assert memory(one, one) == pytest.approx(2 * memory(one), abs=2)
+    assert memory(large, large) == 2 * memory(large) - WAITING_BYTES
 
 
 def test_wanda_on_weights_stored_in_out(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, resident
-from deltamerge.calibrate.spec import memory as stage_memory
+from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
 from deltamerge.io.names import resident_size
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.study_keys import Study
@@ -28,20 +27,20 @@ def _rows(planned: Plan) -> list[tuple[Any, Any]]:
 
 def memory(planned: Plan, study: Study) -> int:
     """About the bytes that judging takes: what is imported; of every fine-tune the hidden states of all candidates; of
-    one part of the model each model's tensors and their deltas, a candidate's own, and those in float32."""
-    hidden, part = 0, 0
+    one part of the model each model's tensors and their deltas, a candidate's own, and those in float32; the next part
+    as it is stored."""
+    states, part = 0, 0
     for tune, calibration in _rows(planned):
         tensors = tuple(tune.checkpoint.tensors.values())
         rows = calibration.model_copy(update={"sequences": max(calibration.sequences, HELD_OUT)})
         source = CalibrationInput(
             tune.name, tune.checkpoint.path, tensors, (), rows, planned.folder, 0, planned.device, False, 0
         )
-        whole = 2 * resident(tensors)
-        hidden += (stage_memory(source) - whole) * study.together // 8
-        part = max(part, whole)
+        states += study.together * hidden(source)
+        part = max(part, 2 * resident(tensors) + ahead(tensors))
     shapes = {output.name: output.shape for output in planned.outputs}
     models = len(planned.inputs.all)
     shared = resident_size(shapes, {name: math.prod(shape) for name, shape in shapes.items()}) * (
         4 * models + 4 * len(planned.inputs.tunes) + 4
     )
-    return BASELINE_BYTES + hidden + part + shared
+    return BASELINE_BYTES + states + part + shared

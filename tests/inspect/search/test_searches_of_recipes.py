@@ -19,6 +19,7 @@ from conftest import load_tensors, tiny_bert_pair, write_json
 from running import run
 from safetensors.torch import load_file, save_file
 
+from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.command import value_of
@@ -490,6 +491,17 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
     code, out, err = call(capsys, "plan", "recipe.yaml", "--json")
     assert code == 0, err
     assert json.loads(out)["study"]["search"][:2] == ["models[0].parameters.weight", "models[1].parameters.weight"]
+
+
+def test_the_memory_of_a_search_grows_by_the_hidden_states_of_a_candidate(folder: Path, capsys) -> None:
+    memory = []
+    for together in (2, 3, 7):
+        text = TWO + f"study: {{objective: agreement, together: {together}}}\n"
+        code, out, err = call(capsys, "plan", write(folder, text), "--json")
+        assert code == 0, err
+        memory.append(json.loads(out)["study"]["memory"])
+    one = 2 * HELD_OUT * 12 * 32 * 4  # of two fine-tunes of width 32, rows of 12 tokens
+    assert [memory[1] - memory[0], memory[2] - memory[1]] == [one, 4 * one]
 
 
 @slow
