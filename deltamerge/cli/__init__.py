@@ -205,7 +205,7 @@ SECTIONS = {
     "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
     "Run": [run.run, convert.convert, deltas.verify, inspect.diff, push.push],
     "Judge and search": [search.evaluate, search.sweep, search.search],
-    "Deltas": [deltas.extract, deltas.apply, chains.list_versions, chains.squash],
+    "Deltas": [deltas.extract, deltas.apply, chains.list_versions, chains.squash, chains.remove_delta],
     "Shell": [completion],
 }
 

@@ -1,4 +1,4 @@
-"""The commands about chains: list, squash."""
+"""The commands about chains and stores: list, squash, remove."""
 
 from __future__ import annotations
 
@@ -105,3 +105,19 @@ def squash(
     elif not quiet:
         what = f"{len(done.folded)} versions folded into {done.into}" if done.into else "nothing to fold"
         tell(f"{chain}: {what}, {human(done.before)} before, {human(done.after)} now")
+
+
+@click.command(name="remove")
+@click.argument("delta", type=FOLDER)
+@QUIET
+def remove_delta(delta: Path, quiet: bool) -> None:
+    """Remove DELTA, the newest version of a chain or a delta of a store.
+
+    A version that another comes after stays: remove that first, or fold both with squash. A folder that holds what no
+    run wrote stays too.
+    """
+    from deltamerge.delta.chain.publish import remove_newest
+
+    remove_newest(delta)
+    if not quiet:
+        tell(f"{delta}: removed")

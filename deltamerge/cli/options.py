@@ -107,7 +107,13 @@ BUDGET = click.option(
     callback=_size,
     help="Of a LoRA: its bytes, such as 20MB, shared out by what they keep.",
 )
-FORCE = click.option("--force", is_flag=True, help="Replace a target that a run made.")
+FORCE = click.option(
+    "--force", is_flag=True, help="Replace what another command made or someone changed; never a version that others "
+    "follow, or a store's delta.",
+)  # fmt: skip
+FORCE_FILES = click.option(
+    "--force", is_flag=True, help="Replace files in the way that were not written for RECIPE, or that someone changed."
+)
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")

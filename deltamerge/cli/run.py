@@ -17,6 +17,7 @@ from deltamerge.cli.options import (
     DEVICE,
     FILE,
     FOLDER,
+    FORCE_FILES,
     MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
@@ -51,7 +52,10 @@ if TYPE_CHECKING:
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
 @RESUME
-@click.option("--force", is_flag=True, help="Make it again, over a result that was changed; forget an interrupted run.")
+@click.option(
+    "--force", is_flag=True,
+    help="Make it again, over what another recipe or command made or someone changed; forget an interrupted run.",
+)  # fmt: skip
 @click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
 @click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
 @MERGEKIT_EXACT
@@ -148,6 +152,8 @@ def run(
             path = published.recipe
             options = replace(options, lock=published.lock, pins=published.pins)
         file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
+        if published is not None:
+            file = replace(file, made_for=recipe.partition("@")[0])
         if (locked or lock_path) and published is None:
             options = replace(options, lock=Lock.read(lock_for(file, out, lock_path)))
         if finish:
@@ -185,11 +191,13 @@ def run(
 @SET
 @PICKLES
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
+@FORCE_FILES
 @AS_JSON
 def calibrate(
     recipe: Path,
     settings: dict[Loc, str],
     plot: Path | None,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -205,10 +213,10 @@ def calibrate(
     if plot is not None:
         from deltamerge.inspect.pictures import check_plot, draw
 
-        check_plot(plot)
-    found = calibrate_recipe(file, Options(**options))
+        check_plot(plot, file.path.name, force=force)
+    found = calibrate_recipe(file, Options(force=force, **options))
     if plot is not None:
-        draw(found, plot)
+        draw(found, plot, file.path.name, force=force)
     say_json(found) if as_json else say(render_calibration(found))
     tell(f"{file.lock_path}: written")
 
@@ -222,9 +230,11 @@ def calibrate(
 @MERGEKIT_EXACT
 @SET
 @PICKLES
+@FORCE_FILES
 def lock(
     recipe: Path,
     check: bool,
+    force: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
     **options: Any,
@@ -243,7 +253,7 @@ def lock(
     from deltamerge.run.runner import lock as lock_recipe
 
     file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
-    chosen = Options(**options)
+    chosen = Options(force=force, **options)
     if check:
         check_lock(file, chosen)
         tell(f"{file.lock_path}: is that of {recipe} and its inputs")

@@ -131,7 +131,7 @@ def evaluate(
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget what an earlier sweep found.")
+@click.option("--force", is_flag=True, help="Forget what an earlier sweep found; replace a changed NAME.best.yaml.")
 @AS_JSON
 @AS_CSV
 @QUIET
@@ -200,7 +200,7 @@ def sweep(
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget an earlier study.")
+@click.option("--force", is_flag=True, help="Forget an earlier study; replace a changed NAME.best.yaml.")
 @AS_JSON
 @QUIET
 def search(

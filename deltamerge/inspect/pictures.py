@@ -17,8 +17,8 @@ from deltamerge.inspect.report import heat_maps, legend, measured_errors, search
 from deltamerge.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Panel, picture, short
-from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.own_files import refuse_others, replace_own
 from deltamerge.plan.inputs import open_inputs
 from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import ChosenQ, Run, choices
@@ -67,22 +67,24 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
     return {name: CAPTIONS[name] for name in drawn}
 
 
-def check_plot(path: Path) -> None:
-    """OutputError: a search cannot be drawn into a file of that name."""
+def check_plot(path: Path, of: str, *, force: bool = False) -> None:
+    """OutputError: a search of the recipe file named `of` cannot be drawn into a file of that name; or one is there
+    that was not drawn so, or was changed since, and no `force`."""
     if path.suffix != ".svg":
         raise OutputError(f"{path}: cannot be drawn", hint="name a .svg file")
+    refuse_others(path, of, force=force)
 
 
-def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path, of: str, *, force: bool = False) -> None:
     """Draw every search of a lock's `calibration`, a panel each, into an .svg file.
 
     InputError: nothing was searched. OutputError: the file cannot be written.
     """
-    check_plot(path)
+    check_plot(path, of, force=force)
     panels = [panel for one in choices(calibration, {}, "the lock") for panel in _searches(one)]
     if not panels:
         raise InputError("nothing was searched that could be drawn", hint="layer_mse is solved in closed form")
-    replace_file(path, picture([panels], STYLE))
+    replace_own(path, picture([panels], STYLE), of)
 
 
 def pictures(found: Report) -> dict[str, str]:

@@ -48,6 +48,7 @@ class _Calibration(_Part):
 
 
 class _Lock(_Part):
+    made_by: dict[str, str] = {}
     inputs: dict[str, _Input] = {}
     outputs: dict[str, _File]
     calibration: dict[str, _Calibration] = {}

@@ -22,6 +22,7 @@ A run that is killed leaves one of these, and whatever command comes next puts i
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,8 @@ from deltamerge.io import work_folder
 from deltamerge.io.atomic import exchange
 from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, part_journals, read_journal
-from deltamerge.io.lock_file import LOCK_NAME, not_made
+from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.maker import Guard, stamp
 from deltamerge.io.seals import Seal, damages
 from deltamerge.io.tree import files_of, folders_in
 from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT
@@ -49,12 +51,13 @@ SYNCS = 8
 @dataclass
 class Workspace:
     """A locked work folder: outputs go to `folder`, what must survive a crash to `state`; `journal` records
-    progress."""
+    progress; `guard` says what of the target may be replaced."""
 
     target: Path
     state: Path
     journal: Journal
     force: bool
+    guard: Guard
 
     @property
     def folder(self) -> Path:
@@ -85,22 +88,26 @@ class Workspace:
         It must hold its lock and exactly the `outputs` (name -> {hash, size}), unchanged; all of it is synced first. An
         old target stays whole until the new one is there. A file whose seal is unbroken is not read again.
 
-        OutputError: a file differs, and is removed so that the next run makes it again; the target has got files since
-        the run began; or the target is to be replaced and holds files that no run made.
+        OutputError: a file differs, and is removed so that the next run makes it again; the target may not be replaced,
+        or has changed since the command began.
         """
-        check_replaced(self.target, force=self.force, changed=True)
+        self.guard.check(force=self.force, changed=True)
         self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files
             list(pool.map(sync_path, files_of(self.folder).values()))
         for folder in folders_in(self.folder):
             sync_path(folder)
-        back = self._put()
-        try:
-            sync_path(self.target.parent)
-            sync_path(self.state)
-        except OutputError:  # the rename may be lost in a crash: undo it, the next run repeats it
-            back()
-            raise
+        if self.guard.maker is not None:
+            self.guard.maker.note(self.folder)
+        with self.guard.keeping():
+            self.guard.check(force=self.force, changed=True)
+            back = self._put()
+            try:
+                sync_path(self.target.parent)
+                sync_path(self.state)
+            except OutputError:  # the rename may be lost in a crash: undo it, the next run repeats it
+                back()
+                raise
         self.journal.close()
         work_folder.remove(self.state)
 
@@ -116,14 +123,23 @@ class Workspace:
             raise OutputError(f"{self.target}: not made, as of its files {named}", hint="run it again")
 
     def _put(self) -> Callable[[], object]:
-        """Rename the folder to the target; returns the function that undoes it."""
-        if not _filled(self.target):
-            os.rename(self.folder, self.target)  # also over an empty folder
+        """Rename the folder to the target; returns the function that undoes it. OutputError: another folder got that
+        name in the moment before."""
+        taken = OutputError(f"{self.target}: not empty any more", hint="choose another folder with --out")
+        there = stamp(self.target)
+        if there is None:
+            try:
+                os.rename(self.folder, self.target)  # also over an empty folder
+            except OSError as error:
+                raise taken if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error from None
             return lambda: os.rename(self.target, self.folder)
         if not self.journal.records:
             self.journal.append({"run": {}, "force": self.force})
         self.journal.append({"publish": {"inode": self.folder.stat().st_ino}})
         if exchange(self.folder, self.target):
+            if self.folder.stat().st_ino != there[0]:
+                exchange(self.folder, self.target)
+                raise taken
             return lambda: exchange(self.folder, self.target)
         old = self.state / OLD
         os.rename(self.target, old)
@@ -138,27 +154,6 @@ class Workspace:
             os.rename(old, self.target)
 
         return back
-
-
-def check_replaced(target: Path, *, force: bool, changed: bool = False) -> None:
-    """OutputError: the target is not empty and may not be replaced (no `force`), or holds files that no run made.
-
-    `changed`: it has got its files since the run began.
-    """
-    if not _filled(target):
-        return
-    lost = not_made(target)
-    if lost and force:
-        raise OutputError(
-            f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
-            hint="move that away or remove the folder yourself, or choose another with --out",
-        )
-    if not force:
-        flags = "--resume --force" if changed else "--force"
-        replace = "" if lost else f", or replace what is there with {flags}"
-        raise OutputError(
-            f"{target}: not empty{' any more' if changed else ''}", hint=f"choose another folder with --out{replace}"
-        )
 
 
 def state_of(target: Path) -> Path:
@@ -181,7 +176,13 @@ def is_begun(target: Path) -> bool:
 
 @contextmanager
 def workspace(
-    target: Path, *, force: bool = False, resume: bool = False, part: str | None = None, finish: bool = False
+    target: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    part: str | None = None,
+    finish: bool = False,
+    guard: Guard | None = None,
 ) -> Iterator[Workspace]:
     """Lock the work folder of `target` and hold it; `publish` turns it into the target.
 
@@ -190,10 +191,11 @@ def workspace(
         resume   continue the work of an earlier run
         part     "2-of-8": share the folder with other parts
         finish   take over what the parts left
+        guard    what may be replaced unasked; None: nothing
 
     When the work ends without `publish`, the folder stays if there is work to resume, else it is removed. OutputError:
-    the target is a file, or not empty (without `force`), or holds files that no run made; the work folder is not ours;
-    another run uses it; or an earlier run left work (without `resume` or `force`).
+    the target is a file, or not empty and may not be replaced; the work folder is not ours; another run uses it; or an
+    earlier run left work (without `resume` or `force`).
     """
     resolved, state = Path(os.path.realpath(target)), state_of(target)
     _check_name(resolved)
@@ -211,21 +213,23 @@ def workspace(
         begun = looked(state) is not None
     if finish and not begun:
         raise OutputError(f"{target}: no parts of a run are there", hint="run the parts first, with --part I/N")
+    guard = guard or Guard.of(target)
     if not ((resume or finish) and begun and not force):
-        check_replaced(target, force=force)
+        with guard.keeping():
+            guard.check(force=force)
     with ExitStack() as held:
         held.enter_context(locked(state, LOCK, target, shared=part is not None))
         if part is not None:
             held.enter_context(locked(state, f"part-{part}.lock", target))
         try:
             if not finish:
-                _prepare(target, resolved, state, force=force, resume=resume, part=part)
+                _prepare(target, state, guard, force=force, resume=resume, part=part)
             (state / OUT).mkdir(exist_ok=True)
             if part is None:
                 work_folder.sweep_files(state)
         except OSError as error:
             raise OutputError(f"{state}: {output_error(error)}", hint="remove it, or give its rights back") from error
-        work = Workspace(resolved, state, Journal(state / (f"{JOURNAL}-{part}" if part else JOURNAL)), force)
+        work = Workspace(resolved, state, Journal(state / (f"{JOURNAL}-{part}" if part else JOURNAL)), force, guard)
         try:
             yield work
         except BaseException as error:
@@ -242,7 +246,7 @@ def workspace(
 
 
 @contextmanager
-def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int | None]:
+def parts_workspace(target: Path, *, force: bool, resume: bool, guard: Guard | None = None) -> Iterator[int | None]:
     """Surround all parts of a run, which lock the work folder themselves; yields the number of parts of a resumed run.
 
     None: no run to resume. If the parts fail, the folder stays if there is work to resume, else it is removed.
@@ -258,7 +262,7 @@ def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int 
     if not resume:
         if not force and any(map(has_work, left().values())):
             raise _unfinished(target, state)
-        with workspace(target, force=force):
+        with workspace(target, force=force, guard=guard):
             pass
     counts = {name.rpartition("-")[2] for name in left()}
     if len(counts) > 1:
@@ -331,7 +335,7 @@ def _has_ended(state: Path, target: Path) -> bool:
     return target.exists() if (state / OLD).is_dir() else any(map(has_work, journals))
 
 
-def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: bool, part: str | None) -> None:
+def _prepare(target: Path, state: Path, guard: Guard, *, force: bool, resume: bool, part: str | None) -> None:
     """Deal with the work of an earlier run: keep it, refuse, or remove it."""
     if (state / OLD).is_dir():
         raise OutputError(
@@ -354,7 +358,8 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         if not force:
             raise _unfinished(target, state)
     try:
-        check_replaced(resolved, force=force)
+        with guard.keeping():
+            guard.check(force=force)
     except OutputError:
         _discard(state, part)
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class RecipeFile:
     """A recipe file that was read: its path, and its documents, each after those that it needs; the output is the last.
 
     `path` is where relative references start, what the output is named after and what the lock lies beside; of a recipe
-    that is no file it says where one would be.
+    that is no file it says where one would be. `made_for` is the command that such a recipe was made for, or where it
+    is from (stdin, the hub); "" of a file.
     """
 
     path: Path
     documents: tuple[Document, ...]
+    made_for: str = ""
 
     @property
     def output(self) -> Document:
@@ -65,7 +67,8 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
     use each other. InputError: a setting that cannot be written there.
     """
-    return read_text(*_text_of(path, mergekit_exact, settings))
+    file = read_text(*_text_of(path, mergekit_exact, settings))
+    return replace(file, made_for="run -") if path == yaml_source.STDIN else file
 
 
 def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:

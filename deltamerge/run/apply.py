@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import line
 from deltamerge.delta.chain.layers import check_complete
 from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.chain.publish import replacing
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
@@ -28,6 +30,7 @@ from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
 from deltamerge.io.front_matter import card
 from deltamerge.io.layout import plan_layout
+from deltamerge.io.maker import MADE_BY, Guard, Maker
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.quantised.decode import decoded
@@ -69,6 +72,8 @@ def apply(
     Every tensor of the base is checked before the first file is there under its name, and every result too.
     `pickles`: the base may be in torch's own files. InputError: no delta, not its base, damaged.
     """
+    maker = Maker("apply", models=frozenset((delta, base)))
+    guard = Guard.of(out, None, partial(replacing, out))
     here = Path.cwd()
     artifact = open_model(delta, here, weights=True)
     origin = _base(base, here, pickles=pickles)
@@ -89,7 +94,7 @@ def apply(
     components = opened.manifest.as_components()
     layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size, components)
     refuse_inputs(out, [(delta, artifact.path), (base, origin.path)])
-    with workspace(out, force=force) as work:
+    with workspace(out, force=force, guard=guard) as work:
         folder = work.folder
         with (
             progress.phase("applying", layout.total_size) as one,
@@ -109,7 +114,8 @@ def apply(
         seals |= {name: seal(path) for name, path in others.items()}
         hashed = {file.name: {"hash": found.hashes[file.name], "size": file.size} for file in layout.files}
         outputs = hashed | hashes.describe_files(others.values(), workers, root=folder)
-        lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
+        lock = {"deltamerge": __version__, "format": locks.FORMAT, MADE_BY: maker.describe(), "inputs": inputs}
+        lock["outputs"] = outputs
         replace_file(folder / locks.LOCK_NAME, yaml.safe_dump(lock, sort_keys=True))
         work.publish(outputs, seals, workers)
     return Applied(out, len(planned), layout.total_size, lock)

@@ -20,6 +20,7 @@ from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
 from deltamerge.recipe.file import RecipeFile
+from deltamerge.run.intermediate import guard_of
 from deltamerge.run.options import Options, unwatched
 from deltamerge.run.partition import Part, check_recipe
 from deltamerge.run.plans import make_plans, target_of
@@ -41,12 +42,13 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
     check_recipe(file, "--ray")
     planned = make_plans(file, out, replace(options, device="cpu"))[-1]
     file, target = replace(file, path=file.path.resolve()), target_of(file, out).resolve()
+    guard = guard_of(file, file.output, target, unasked=out is None)
     workers = options.workers or 1
     gpus, device = gpus_of(options.device)
     asked = replace(options, workers=workers, resume=True, watch=unwatched, drawing=None, device=device)
     nonfinite: dict[str, NonFinite] = {}
     with (
-        parts_workspace(target, force=options.force, resume=options.goes_on) as begun,
+        parts_workspace(target, force=options.force, resume=options.goes_on, guard=guard) as begun,
         connected(address) as ray,
         interrupts() as interrupted,
     ):

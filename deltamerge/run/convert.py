@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile
     recipe |= {"dtype": dtype} if dtype is not None else {}
     recipe |= {"pickles": True, **({"output": written} if written else {})}
     try:
-        return read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / COMMAND)
+        file = read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / COMMAND)
+        return replace(file, made_for=COMMAND)
     except RecipeError as error:
         raise error.of(COMMAND) from None

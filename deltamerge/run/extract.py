@@ -69,7 +69,10 @@ def extract(
         recipe["prune"] = prune if q is None else prune | {"q": q}
     text = yaml.safe_dump(recipe, sort_keys=False)
     try:
-        return run(read_text(text, Path.cwd() / "extract"), out or Path(name_of(model, lora=lora is not None)), options)
+        file = replace(
+            read_text(text, Path.cwd() / "extract"), made_for="extract" if lora is None else "extract --lora"
+        )
+        return run(file, out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
 

@@ -24,6 +24,7 @@ from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
+from deltamerge.io.maker import DATA as DATA
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn, size_of
 from deltamerge.io.quantised.scaled import Streamed
 from deltamerge.io.seals import hash_bytes as hash_bytes
@@ -32,8 +33,6 @@ from deltamerge.io.seals import seal
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
-
-DATA = "calibration data"
 
 WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
 

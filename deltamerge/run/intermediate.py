@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from deltamerge import __version__
-from deltamerge.engine.execute import default_workers
+from deltamerge.delta.chain.publish import replacing
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.component import CONFIG
-from deltamerge.io.lock_file import not_made
+from deltamerge.io.maker import Guard, Maker, place_named, place_of
 from deltamerge.io.safetensors_file import PREFIX, parse_header
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.workspace import is_begun
 from deltamerge.plan.planner import Plan
+from deltamerge.recipe.documents import references
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
@@ -49,24 +53,30 @@ def check_places(file: RecipeFile) -> None:
         raise RecipeError(str(file.path), problems)
 
 
-def is_result(document: Document, folder: Path) -> bool:
-    """Whether `folder` is a result of the document, as it is or as it was, and holds nothing else."""
-    try:
-        if not folder.is_dir() or not_made(folder):
-            return False
-        return read_recipe(folder / RECIPE).output.name == document.name
-    except (DeltamergeError, OSError):
-        return False
+def guard_of(
+    file: RecipeFile, document: Document, target: Path, *, unasked: bool = False, adding: bool = False
+) -> Guard:
+    """What a run of a document, which begins now, may replace at `target`: what the same document of the same recipe
+    made, or where the recipe is no file the same command of the same models.
 
-
-def is_unchanged(folder: Path) -> bool:
-    """Whether `folder` holds the result of a run, just as its lock says, and nothing else."""
-    try:
-        if not os.path.isdir(folder) or not_made(folder):
-            return False
-        return bool(locks.verify(folder, default_workers()))
-    except (DeltamergeError, OSError):
-        return False
+    `unasked`: no --out said where; `adding`: it is a version that comes after one of its chain.
+    """
+    recipe = document.recipe
+    is_begun(target)  # a killed run that only had to tidy up is no change of the target
+    models = references(recipe)
+    if not file.made_for:
+        named = file.path.name.encode("utf-8", "replace").decode()
+        maker = Maker("run", named, "" if document is file.output else document.name, models,
+                      place_of(file.path, target), unasked)  # fmt: skip
+    elif file.made_for.startswith("hf://"):
+        maker = Maker("run", file.made_for, "" if document is file.output else document.name, models, own=True)
+    else:
+        places = [place_of(file.folder / os.path.expanduser(part), target)
+                  if (file.folder / os.path.expanduser(part)).exists() else part
+                  for model in sorted(models) for part in model.split("+")]  # fmt: skip
+        maker = Maker(file.made_for, models=models, place=place_named(json.dumps(places).encode("utf-8", "replace")))
+    is_delta = recipe.output.kind == "delta"
+    return Guard.of(target, maker, partial(replacing, target, delta=is_delta, adding=adding))
 
 
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:

@@ -16,7 +16,7 @@ from deltamerge import __version__
 from deltamerge.calibrate import router_spec
 from deltamerge.calibrate.calibrated import locked
 from deltamerge.engine.graph import Node
-from deltamerge.errors import VerifyError
+from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.coded_writer import Losses, relative_error
 from deltamerge.io.lock_file import FORMAT as FORMAT
@@ -24,6 +24,8 @@ from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
 from deltamerge.io.lock_file import ROWS as ROWS
 from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
+from deltamerge.io.maker import MADE_BY, Maker
+from deltamerge.io.own_files import refuse_others, replace_own
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.seals import hash_bytes, hash_output
 from deltamerge.io.tree import is_inside, leads_out
@@ -67,10 +69,11 @@ class Lock:
         losses: Losses | None = None,
         lora: LowRankSummary | None = None,
         study: Mapping[str, Any] | None = None,
+        maker: Maker | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read, chose and lost: the q's of stages, a mixture's routers, the
         densities of a budget, the errors of quantised weights, what a LoRA keeps; `study` is the search that found the
-        recipe."""
+        recipe, `maker` the command whose output it is of."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -86,6 +89,7 @@ class Lock:
         content = {
             "deltamerge": __version__,
             "format": FORMAT,
+            **({MADE_BY: maker.describe()} if maker is not None else {}),
             "recipe": fingerprint(plan.recipe),
             "seed": plan.recipe.seed,
             "inputs": inputs,
@@ -133,6 +137,11 @@ class Lock:
         content = {**self.content, "outputs": outputs or {}}
         replace_file(self.path, yaml.safe_dump(content, sort_keys=True))
         return content
+
+    def write_beside(self, of: str) -> None:
+        """Write it and its rows beside the recipe file named `of`, where `refuse_foreign_lock` has looked."""
+        self.write_rows()
+        replace_own(self.path, yaml.safe_dump({**self.content, "outputs": {}}, sort_keys=True), of)
 
     def calibrated(self, plan: Plan) -> dict[Node, Any]:
         """The q's that it has for a plan's stages, and a mixture's routers; VerifyError where it has none that fit."""
@@ -210,6 +219,40 @@ class Lock:
                 wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
         if wrong:
             raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
+
+
+def refuse_foreign_lock(path: Path, of: str, *, force: bool = False) -> None:
+    """OutputError: at `path`, or with the rows beside it, is a file that is no lock of the recipe file named `of`, or
+    that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
+    if path.name == LOCK_NAME and _has_outputs(path):
+        raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
+    refuse_others(path, of, force=force, unmarked=lambda path: _is_lock(path, of))
+    refuse_others(path.with_suffix(ROWS), of, force=force, unmarked=_is_rows)
+
+
+def _is_lock(path: Path, of: str) -> bool:
+    """Whether an unmarked file is a lock: of an earlier version, or copied from an output."""
+    try:
+        return (read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of
+    except InputError:
+        return False
+
+
+def _has_outputs(path: Path) -> bool:
+    try:
+        outputs = read_lock(path)["outputs"]
+    except InputError:
+        return False
+    return any((path.parent / name).is_file() for name in outputs if name.endswith((".safetensors", ".gguf")))
+
+
+def _is_rows(path: Path) -> bool:
+    """Whether a file holds q's of rows, or routers, and nothing else."""
+    try:
+        return all(info.dtype == "F32" and (":" in name or name == ROUTERS)
+                   for name, info in read_header(path).tensors.items())  # fmt: skip
+    except InputError:
+        return False
 
 
 def errors_of(losses: Losses) -> dict[str, Any]:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.io.adapter_config import CONFIG
-from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME, read_lock
+from deltamerge.io.maker import Guard
 from deltamerge.io.seals import seal
 from deltamerge.io.tree import files_of
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
@@ -29,8 +28,8 @@ from deltamerge.run import hashes
 from deltamerge.run.assets import asset_files, assets, left_out, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
-from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
-from deltamerge.run.lock import CARD, ROWS, Lock
+from deltamerge.run.intermediate import check_places, guard_of, is_current
+from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock
 from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
@@ -71,8 +70,9 @@ def run(
 ) -> Result:
     """Run a recipe file; the target, `out` if given, appears under its name only when complete.
 
-    Nothing is done where the target holds just what would be made. An earlier result that is as its lock says is
-    replaced; one that someone changed, or a folder that no run made, only as `force` allows.
+    Nothing is done where the target holds just what would be made. An earlier result of the same recipe that is as its
+    lock says is replaced; what somebody changed, or another recipe or command made, only as `force` allows; a version
+    that others follow, a member of a store and what no run made never.
 
     Of several documents those that others need are made first, unless their folders hold just what would be made. With
     `part` only that part's shards are written, to the work folder, for `finish`.
@@ -85,18 +85,26 @@ def run(
     if options.lock is not None:
         options.lock.check_recipe(file.output.recipe)
     planner = Planner(file, target_of(file, out), options)
+    guard, *guards = guards_of(planner, unasked=out is None)
     *before, planned = planner.plans()  # a fault of any document ends the run before the first is made
     results: dict[str, Checkpoint] = {}
     made_now: dict[Path, bool] = {}
-    for document, its_plan in zip(file.documents, before, strict=False):
-        made_now |= _make_result(planner, document, its_plan, results)
+    for document, its_plan, its_guard in zip(file.documents[:-1], before, guards, strict=True):
+        made_now |= _make_result(planner, document, its_plan, its_guard, results)
     output, target = file.output, planner.target
     planned = planner.settled(output, planned, results)
     if not (part or options.drawing) and (lock := _current(output, planned, target, options)) is not None:
         return Result(target, planned, lock, intermediate=made_now, made=False)
-    options = replace(options, resume=options.goes_on, force=options.force or is_unchanged(target))
-    done = _make(planner, output, planned, target, results, options, part)
+    options = replace(options, resume=options.goes_on)
+    done = _make(planner, output, planned, guard, results, options, part)
     return replace(done, intermediate=made_now)
+
+
+def guards_of(planner: Planner, *, unasked: bool) -> tuple[Guard, ...]:
+    """What a run that begins now may replace: at its target, and where the results of its other documents lie."""
+    file, adding = planner.file, planner.options.ending is not None
+    others = [guard_of(file, one, planner.folder(one), unasked=True) for one in file.documents[:-1]]
+    return (guard_of(file, file.output, planner.target, unasked=unasked, adding=adding), *others)
 
 
 def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
@@ -110,18 +118,16 @@ def _current(output: Document, planned: Plan, target: Path, options: Options) ->
 
 
 def _make_result(
-    planner: Planner, document: Document, planned: Plan, results: dict[str, Checkpoint]
+    planner: Planner, document: Document, planned: Plan, guard: Guard, results: dict[str, Checkpoint]
 ) -> dict[Path, bool]:
     """Make what other documents need, unless it is there; adds it to `results`. Its folder, and whether it was made."""
     folder = planner.folder(document)
-    is_begun(folder)  # removes what a run that was killed after its last rename left
     planned = planner.fetched(document, planner.settled(document, planned, results), results)
     missing = not is_current(document, planned, folder)
     if missing:
-        ours = planner.options.force or is_result(document, folder)
         asked = planner.options
-        options = replace(asked, resume=asked.goes_on, force=ours, lock=None, drawing=None)
-        planned = _make(planner, document, planned, folder, results, options).plan
+        options = replace(asked, resume=asked.goes_on, lock=None, drawing=None)
+        planned = _make(planner, document, planned, guard, results, options).plan
     results[document.name] = planner.result(document, planned)
     return {folder: missing}
 
@@ -130,17 +136,18 @@ def _make(
     planner: Planner,
     document: Document,
     planned: Plan,
-    target: Path,
+    guard: Guard,
     results: Mapping[str, Checkpoint],
     options: Options,
     part: Part | None = None,
 ) -> Result:
     """Make the result of one document; `results` are those of others that it may need."""
-    draw = options.drawing(planned, options.lock is None) if options.drawing else None
+    draw, target = options.drawing(planned, options.lock is None) if options.drawing else None, guard.target
     refuse_inputs(target, places(planned))
     if part:
         part.files(planned.layout)
-    with workspace(target, force=options.force, resume=options.goes_on, part=part.name if part else None) as work:
+    named = part.name if part else None
+    with workspace(target, force=options.force, resume=options.goes_on, part=named, guard=guard) as work:
         planned = set_aside(_warned(planner.fetched(document, planned, results)))
         copied = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
@@ -186,11 +193,12 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
     options = options or Options()
     check_recipe(file, "--finish")
     planner = Planner(file, target_of(file, out), replace(options, device="cpu", memory=None))
+    (guard,) = guards_of(planner, unasked=out is None)
     (planned,), target, text = planner.plans(), planner.target, file.output.text
     if not is_begun(target) and is_current(file.output, planned, target):  # killed after its last rename, and again
         return Result(target, planned, read_lock(target / LOCK_NAME), made=False)
     draw = options.drawing(planned, False) if options.drawing else None
-    with workspace(target, force=options.force or is_unchanged(target), finish=True) as work:
+    with workspace(target, force=options.force, finish=True, guard=guard) as work:
         facts = hashes.facts(planned, text)
         parts = gather_parts(work, facts)
         outputs, seals = check_shards(work, planned.layout, parts, planned.workers)
@@ -243,7 +251,8 @@ def _complete(
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study)
+    maker = work.guard.maker
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study, maker)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
     card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
@@ -275,7 +284,10 @@ def calibrate(file: RecipeFile, options: Options | None = None) -> Mapping[str, 
 
 
 def lock(file: RecipeFile, options: Options | None = None) -> Lock:
-    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated for it."""
+    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated for it.
+
+    OutputError: the file there is no lock of this recipe, or somebody has changed it, and no `force`.
+    """
     return _lock(*_alone(file, options))
 
 
@@ -304,14 +316,12 @@ def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
 
 
 def _lock(planner: Planner, planned: Plan) -> Lock:
-    path = planner.file.lock_path
-    for written in (path, path.with_suffix(ROWS)):
-        with errors.context(str(written)):
-            refuse_taken(written)
+    path, force = planner.file.lock_path, planner.options.force
+    refuse_foreign_lock(path, planner.file.path.name, force=force)
     planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
     found = shared_values(planned.chosen, {})
     lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
-    lock.write_rows()
-    lock.write()
+    refuse_foreign_lock(path, planner.file.path.name, force=force)  # again: a search takes its time
+    lock.write_beside(planner.file.path.name)
     return lock

@@ -17,6 +17,7 @@ from deltamerge.delta.chain.version import (
     base_contents,
     check_successor,
     contents,
+    open_version,
     state_of,
     stored_files,
     write_note,
@@ -87,6 +88,8 @@ class Link:
         """Write the version.json of the artifact in `folder`. InputError: it was not made from what the version before
         makes."""
         opened, before = DeltaFile.open(folder), self.versions[-1]
+        if open_version(before.path).state != before.state:
+            raise InputError(f"{before.path}: was replaced by another process meanwhile", hint="run it again")
         check_successor(before.contents, opened.manifest, before.name)
         note = Note(
             name=self.name,

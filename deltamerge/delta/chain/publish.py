@@ -12,13 +12,14 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from deltamerge.delta.chain.folder import names
+from deltamerge.delta.chain.folder import is_version, names
+from deltamerge.delta.chain.store import is_member
 from deltamerge.delta.chain.version import VERSION, read_note
-from deltamerge.errors import OutputError
+from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.io.atomic import exchange
 from deltamerge.io.files import sync_path, writing
@@ -31,15 +32,15 @@ UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>adding|folding|
 
 
 @contextmanager
-def one_writer(chain: Path, work: Work) -> Iterator[None]:
-    """Hold the chain's lock for one kind of work, which the system releases when a process dies; and remove what a
-    killed one left.
+def one_writer(chain: Path, work: Work, *, sweep: bool = True) -> Iterator[None]:
+    """Hold the chain's lock for one kind of work, which the system releases when a process dies; and with `sweep`
+    remove what a killed one left.
 
     OutputError: another process does that, or it is no folder that can be written.
     """
     with writing(chain):
         chain.mkdir(parents=True, exist_ok=True)
-        fd = os.open(chain / f".{work}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fd = os.open(chain / _lock_of(work), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,8 +48,9 @@ def one_writer(chain: Path, work: Work) -> Iterator[None]:
             raise OutputError(
                 f"{chain}: another process is {work} versions", hint="wait until it ends: one does so at a time"
             ) from None
-        with writing(chain):
-            _sweep(chain, work)
+        if sweep:
+            with writing(chain):
+                _sweep(chain, work)
         yield
     finally:
         os.close(fd)
@@ -72,10 +74,81 @@ def publishing(chain: Path, name: str, work: Work) -> Iterator[Path]:
             for path in files_of(made).values():
                 sync_path(path)
             sync_path(made)
-            _put(made, target)
+            _put(made, target, work)
             sync_path(chain)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Iterator[None]:
+    """A context in which a run may give `target` its name, also where it has replaced what is there; meanwhile nobody
+    adds to a chain that it is in, or folds it.
+
+    `delta`: what is made is a delta artifact; `adding`: it comes after a version of the chain, whose lock is held.
+    OutputError: what is there is never replaced, not even by force: a version that others come after, a delta of a
+    store; or the name is that of a version that was folded, or `delta` would be a second beginning of a chain.
+    """
+    resolved = Path(os.path.realpath(target))
+    chain, name = resolved.parent, resolved.name
+    with ExitStack() as held:
+        if is_version(resolved):
+            for work in LEFT:
+                if (chain / _lock_of(work)).is_file() and not (adding and work == "adding"):
+                    held.enter_context(one_writer(chain, work, sweep=False))
+            refuse_kept(target)
+        found = {}
+        if chain.is_dir() and (resolved.exists() or delta):
+            with suppress(InputError):  # of others, which only who reads them has to understand
+                found = {other: read_note(chain / other) for other in names(chain) if other != name}
+        for other, note in found.items():
+            if note is not None and name in {one.name for one in note.folded}:
+                raise OutputError(f"{target}: was folded into {other}, which has its name too", hint="another --out")
+        follower = next((other for other, note in found.items() if note is not None and note.after is not None), None)
+        if delta and not adding and follower is not None:
+            raise OutputError(
+                f"{target}: {chain} is a chain, in which it would come after no version",
+                hint=f"--after {chain / follower}, or another --out",
+            )
+        yield
+
+
+def refuse_kept(path: Path) -> None:
+    """OutputError: others come after the version in the folder `path`, or it is a delta of a store."""
+    resolved = Path(os.path.realpath(path))
+    chain, name = resolved.parent, resolved.name
+    found = {other: read_note(chain / other) for other in names(chain) if other != name}
+    after = [other for other, note in found.items() if note is not None and note.after and note.after.name == name]
+    if after:
+        raise OutputError(
+            f"{path}: is a version of a chain that {some(after)} comes after, and is never replaced",
+            hint=f"another --out; `deltamerge squash {chain} --keep N` folds old versions, `deltamerge remove` takes "
+            "away the newest",
+        )
+    if is_member(resolved):
+        raise OutputError(
+            f"{path}: is a delta of the store {chain}, and is never replaced",
+            hint=f"another --out, or `deltamerge remove {path}` before",
+        )
+
+
+def remove_newest(path: Path) -> None:
+    """Remove a delta of a store, or a version that no other comes after.
+
+    InputError: it is no delta artifact. OutputError: a version comes after it, it holds what no run wrote, another
+    process writes to the chain, or the disk.
+    """
+    if not is_version(path):
+        raise InputError(f"{path}: is no delta", hint="a version of a chain, or a delta of a store")
+    resolved = Path(os.path.realpath(path))
+    chain = resolved.parent
+    with one_writer(chain, "adding"), one_writer(chain, "folding"):
+        notes = {name: read_note(chain / name) for name in names(chain) if name != resolved.name}
+        after = [name for name, note in notes.items() if note and note.after and note.after.name == resolved.name]
+        if after:
+            raise OutputError(f"{path}: {some(after)} comes after it", hint=f"deltamerge remove {chain / after[0]}")
+        refuse_foreign(resolved)
+        remove(chain, resolved.name)
 
 
 def remove(chain: Path, name: str) -> None:
@@ -97,9 +170,13 @@ def refuse_foreign(path: Path) -> None:
         raise OutputError(f"{path}: holds what no run wrote: {some(sorted(strange))}", hint="move that away")
 
 
-def _put(made: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(made, target)
+def _lock_of(work: Work) -> str:
+    return f".{work}.lock"
+
+
+def _put(made: Path, target: Path, work: Work) -> None:
+    if work == "adding" or not target.exists():
+        os.rename(made, target)  # fails where another writer has taken the name since
     elif not exchange(made, target):  # no such call here: for a moment there is none
         old = target.parent / f".{target.name}.{secrets.token_hex(8)}.old"
         os.rename(target, old)

@@ -33,6 +33,25 @@ def is_store(path: Path) -> bool:
     return len(found) > 1 and all(note is None or note.after is None for note in found)
 
 
+def is_member(path: Path) -> bool:
+    """Whether a delta is one of a store: of a folder that holds nothing but deltas, or it shares files with another of
+    them. A folder of work, with recipes or models in it, is no store for a delta that was made there alone."""
+    store = path.parent
+    others = [name for name in names(store) if name != path.name]
+    if not others or any(note is not None and note.after is not None for note in notes(store).values()):
+        return False
+    deltas = {path.name, *others}
+    if all(name in deltas or name.startswith(".") or name.startswith("README") for name in os.listdir(store)):
+        return True
+    own = {_inode(file) for file in files_of(path).values() if os.lstat(file).st_nlink > 1}
+    return bool(own) and any(_inode(file) in own for name in others for file in files_of(store / name).values())
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
 @dataclass(slots=True)
 class Sharing:
     """The files of a store's deltas by content ("blake3:<hex>", bytes), for those that are added to link to."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.engine.execute import shared_values
-from deltamerge.io.atomic import replace_file
+from deltamerge.io.own_files import refuse_others, replace_own
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.run.hashes import describe_inputs
-from deltamerge.run.lock import Lock
+from deltamerge.run.lock import Lock, refuse_foreign_lock
 from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
 from deltamerge.run.runner import Result, run
@@ -39,14 +39,23 @@ def best_path(recipe: Path) -> Path:
     return recipe.with_name(f"{recipe.stem}.best.yaml")
 
 
+def check_best(recipe: Path, *, force: bool) -> None:
+    """OutputError: where the best recipe and its lock are to go is a file that no search of this recipe wrote, or that
+    somebody has changed; but by `force`."""
+    best = best_path(recipe)
+    refuse_others(best, recipe.name, force=force)
+    refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, force=force)
+
+
 def write_recipe(
     file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
 ) -> RecipeFile:
-    """Write a recipe to `path`, in the template's folder, with its lock beside it."""
-    replace_file(path, file.output.text)
+    """Write a recipe to `path`, in the template's folder, with its lock beside it. OutputError: `check_best`."""
+    name = file.path.name
     lock = lock_of(file, calibrated, options, path.with_suffix(".lock"), study)
-    lock.write_rows()
-    lock.write()
+    check_best(file.path, force=options.force)
+    replace_own(path, file.output.text, name)
+    lock.write_beside(name)
     return replace(file, path=path)
 
 
@@ -58,7 +67,7 @@ def make_folder(
     study: Study | None = None,
 ) -> Result:
     """Make the result of a recipe in `folder`, with q's that were found before."""
-    asked = options
+    asked = options = replace(options, force=False)
     if calibrated or study:
         asked = replace(options, lock=lock_of(file, calibrated, options, folder.with_suffix(".lock"), study))
     return run(file, folder, asked)

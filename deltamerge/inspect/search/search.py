@@ -16,6 +16,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.folder import StudyFolder
 from deltamerge.inspect.search.judge import Part
+from deltamerge.inspect.search.kept import check_best
 from deltamerge.inspect.search.outcome import Bench, Outcome, best_of, pareto, ranked
 from deltamerge.inspect.search.pool import Pool, pool_of
 from deltamerge.inspect.search.proposals import (
@@ -86,6 +87,8 @@ def search(
     optuna = load_optuna()
     recipe = check(file)
     folder = StudyFolder.of(file.path, "search", out)
+    options = replace(options, force=force)
+    check_best(file.path, force=force)
     with folder.locked(force=force) as there:
         candidates = candidates_of(file, options)
         bench = Bench(file, file.template.values(file.template.start(), 1), candidates, options, commands=commands)

@@ -19,7 +19,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.lines import lines
 from deltamerge.inspect.search.candidates import candidates_of, fixed
 from deltamerge.inspect.search.folder import StudyFolder
-from deltamerge.inspect.search.kept import best_path, make_folder, write_recipe
+from deltamerge.inspect.search.kept import best_path, check_best, make_folder, write_recipe
 from deltamerge.inspect.search.outcome import Bench, Outcome, best_of
 from deltamerge.inspect.search.rows import input_facts, refuse_strangers
 from deltamerge.inspect.style import STYLE
@@ -135,6 +135,8 @@ def sweep(
     points = list(file.template.points)
     _check(file, points)
     folder = StudyFolder.of(file.path, "sweep", out)
+    options = replace(options, force=force)
+    check_best(file.path, force=force)
     with folder.locked(force=force) as there:
         candidates = candidates_of(file, options)
         with closing(Bench(file, points[0][1], candidates, options, commands=commands)) as bench:

@@ -67,9 +67,8 @@ def test_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert Path("again/tokenizer.json").read_bytes() == Path(name, "tokenizer.json").read_bytes()
             assert call("verify", delta)[0] == 0
     shutil.rmtree("store/one")
-    succeed(
-        "extract", "two", "--base", "base", "--out", "store/two", "--force", *QUICK
-    )  # replaced, not written through
+    succeed("remove", "store/two", "-q")
+    succeed("extract", "two", "--base", "base", "--out", "store/two", *QUICK)  # anew, not written through
     assert Path("store/late/tokenizer.json").read_text() == VOCABULARY
 
 
