@@ -20,7 +20,8 @@ MOST = 1 << 26  # bytes of a file that may be one of these
 
 def replace_own(path: Path, text: str, of: str) -> None:
     """Write `text` and its mark to `path`, of the recipe file named `of`. OutputError: as `replace_file`."""
-    replace_file(path, text.encode() + _mark(path, text.encode(), of))
+    raw = text.encode() if text.endswith("\n") or not text else f"{text}\n".encode()
+    replace_file(path, raw + _mark(path, raw, of))
 
 
 def refuse_others(
@@ -44,7 +45,7 @@ def refuse_others(
         if mark == _mark(path, text, of) if mark else unmarked(path):
             return
         hint = "move it away, or replace it with --force"
-        if mark and WORDS.encode() in mark:
+        if mark:
             raise OutputError(f"was changed since it was written, or is of another recipe than {shown(of)}", hint=hint)
         raise OutputError(f"is there, and was not written for {shown(of)} by deltamerge", hint=hint)
 
@@ -56,6 +57,7 @@ def _mark(path: Path, text: bytes, of: str) -> bytes:
 
 
 def _parted(raw: bytes) -> tuple[bytes, bytes]:
-    """The text of a file, and its last line if that is a mark."""
-    at = raw.rfind(b"\n", 0, len(raw) - 1) + 1
-    return (raw[:at], raw[at:]) if WORDS.encode() in raw[at:] else (raw, b"")
+    """The text of a file, and from its mark on what follows; nothing if there is no mark."""
+    at = raw.rfind(WORDS.encode())
+    begin = raw.rfind(b"\n", 0, at) + 1 if at >= 0 else len(raw)
+    return raw[:begin], raw[begin:]

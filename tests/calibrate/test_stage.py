@@ -608,3 +608,27 @@ def test_auto_is_bfloat16_for_large_models_on_processors_that_have_it(tmp_path, 
     assert precision.chosen("auto", "cpu", small) == "float32"
     assert precision.chosen("bfloat16", "cpu", small) == "bfloat16"
     assert precision.chosen("float32", "cuda", small) == "float32"
+
+
+def test_a_plot_and_a_lock_leave_what_is_not_theirs(models, tmp_path, capsys):
+    path, plot = recipe(models / "bert", "plotted", MAGNITUDE % "output_change"), tmp_path / "plot.svg"
+    lock = path.with_suffix(".lock")
+
+    def ended(*more: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main(["calibrate", str(path), "--plot", str(plot), "--workers", "1", "--device", "cpu", *more])
+        return int(leaving.value.code or 0), capsys.readouterr().err
+
+    for file in (plot, lock):
+        file.write_text("<svg>mine</svg>\n")
+        code, err = ended()
+        assert (code, f"{file}: is there, and was not written for plotted.yaml" in err) == (1, True), err
+        assert file.read_text() == "<svg>mine</svg>\n"
+        assert not lock.exists() or file == lock
+        file.unlink()
+    assert ended()[0] == 0
+    assert ended()[0] == 0  # both its own
+    plot.write_text(plot.read_text().replace("<svg", "<svg id='mine'", 1))
+    code, err = ended()
+    assert (code, f"{plot}: was changed since it was written" in err) == (1, True), err
+    assert ended("--force")[0] == 0

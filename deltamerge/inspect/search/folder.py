@@ -32,7 +32,7 @@ class StudyFolder:
     """Where results go as they come; `name` says of which command and recipe."""
 
     path: Path
-    name: str
+    name: str = ""
 
     @classmethod
     def of(cls, recipe: Path, kind: str, out: Path | None) -> StudyFolder:

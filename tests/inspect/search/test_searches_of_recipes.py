@@ -653,3 +653,67 @@ def test_one_process_at_a_time(folder: Path) -> None:
     for name, said in {"base": "holds something else", "calib.jsonl": "cannot be written"}.items():
         with pytest.raises(OutputError, match=said), StudyFolder(folder / name).locked(force=True):
             pass
+
+
+SWEPT = ONE % ", prune: {method: magnitude, density: {sweep: [0.5, 0.25]}}" + (
+    "study: {objective: {measure: loss}, test: calib.jsonl}\n"
+)
+
+
+@pytest.mark.parametrize("theirs", ["recipe.best.yaml", "recipe.best.lock", "recipe.best.rows"])
+def test_a_sweep_leaves_a_user_s_file_where_the_best_would_go(folder: Path, capsys, theirs: str) -> None:
+    path, file = write(folder, SWEPT), folder / theirs
+    asked = ("sweep", path, "--device", "cpu", "-q")
+    file.write_text("mine: precious\n")
+    code, _, err = call(capsys, *asked)
+    assert (code, f"{file}: is there, and was not written for recipe.yaml by deltamerge" in err) == (1, True), err
+    assert file.read_text() == "mine: precious\n"
+    assert not (folder / "recipe-sweep").exists()
+    assert call(capsys, *asked, "--force")[0] == 0
+    assert call(capsys, *asked)[0] == 0  # its own
+    best = folder / "recipe.best.yaml"
+    best.write_text(best.read_text().replace("sequences: 8", "sequences: 7"))
+    (folder / "recipe.yml").write_text(SWEPT)
+    changed = best.read_bytes()
+    for template in (path, folder / "recipe.yml"):
+        code, _, err = call(capsys, "sweep", template, "--device", "cpu", "-q", "--out", folder / "another")
+        assert (code, "recipe.best.yaml: was changed since it was written, or is of another recipe" in err) == (1, True)
+        assert best.read_bytes() == changed
+    best.unlink()
+    code, _, err = call(capsys, "sweep", folder / "recipe.yml", "--device", "cpu", "-q", "--out", folder / "another")
+    assert (code, "recipe.best.lock: was changed since it was written, or is of another" in err) == (1, True), err
+
+
+def test_what_somebody_writes_during_a_sweep_stays(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, best, original = write(folder, SWEPT), folder / "recipe.best.yaml", Bench.measure
+
+    def late(self: Bench, some: Any, part: Any, work: Path) -> Any:
+        best.write_text("mine: precious\n")
+        return original(self, some, part, work)
+
+    monkeypatch.setattr(Bench, "measure", late)
+    code, _, err = call(capsys, "sweep", path, "--device", "cpu", "-q")
+    assert (code, "was not written for recipe.yaml" in err) == (1, True), err
+    assert best.read_text() == "mine: precious\n"
+    assert len((folder / "recipe-sweep" / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_folder_of_a_study_is_one_recipe_s_and_emptied_of_its_own(folder: Path, capsys) -> None:
+    path, other = write(folder, SWEPT), write(folder, SWEPT, "other")
+    study = folder / "study"
+    asked = ("--out", study, "--device", "cpu", "-q")
+    assert call(capsys, "sweep", path, "--keep", "best", *asked)[0] == 0
+    table = (study / "sweep.csv").read_bytes()
+    code, _, err = call(capsys, "sweep", other, *asked)
+    assert (code, "study: is of sweep recipe.yaml" in err) == (1, True), err
+    for mine in (study / "notes.txt", study / "best" / "notes.txt", study / "mine" / "notes.txt"):
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("precious")
+        code, _, err = call(capsys, "sweep", path, *asked, "--force")
+        assert (code, "study: holds what no study wrote: " in err) == (1, True), err
+        assert mine.read_text() == "precious"
+        mine.unlink()
+    assert (study / "sweep.csv").read_bytes() == table
+    (study / "mine").rmdir()
+    assert call(capsys, "sweep", other, *asked, "--force")[0] == 0
+    assert not (study / "best").exists()
