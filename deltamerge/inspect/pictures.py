@@ -67,7 +67,7 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
     return {name: CAPTIONS[name] for name in drawn}
 
 
-def check_plot(path: Path, of: str, *, force: bool = False) -> None:
+def check_plot(path: Path, of: str = "", *, force: bool = False) -> None:
     """OutputError: a search of the recipe file named `of` cannot be drawn into a file of that name; or one is there
     that was not drawn so, or was changed since, and no `force`."""
     if path.suffix != ".svg":
@@ -75,7 +75,7 @@ def check_plot(path: Path, of: str, *, force: bool = False) -> None:
     refuse_others(path, of, force=force)
 
 
-def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path, of: str, *, force: bool = False) -> None:
+def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path, of: str = "", *, force: bool = False) -> None:
     """Draw every search of a lock's `calibration`, a panel each, into an .svg file.
 
     InputError: nothing was searched. OutputError: the file cannot be written.

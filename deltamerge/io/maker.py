@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from deltamerge.errors import OutputError
 from deltamerge.errors.shown import shown, some
+from deltamerge.io.files import output_error
 from deltamerge.io.lock_file import LOCK_NAME, not_made, read_lock
 from deltamerge.io.seals import Seal, damages, seal
 
@@ -176,7 +177,7 @@ def stamp(target: Path) -> Stamp | None:
             return None
         inode = target.stat().st_ino
     except OSError as error:
-        raise OutputError(f"{target}: {error.strerror}", hint="choose another folder with --out") from error
+        raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
     try:
         return inode, seal(target / LOCK_NAME)
     except OSError:

@@ -221,19 +221,20 @@ class Lock:
             raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
 
 
-def refuse_foreign_lock(path: Path, of: str, *, force: bool = False) -> None:
-    """OutputError: at `path`, or with the rows beside it, is a file that is no lock of the recipe file named `of`, or
-    that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
+def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False) -> None:
+    """OutputError: at `path`, or with `rows` where those go, is a file that is no lock of the recipe file named `of`,
+    or that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
     if path.name == LOCK_NAME and _has_outputs(path):
         raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
     refuse_others(path, of, force=force, unmarked=lambda path: _is_lock(path, of))
-    refuse_others(path.with_suffix(ROWS), of, force=force, unmarked=_is_rows)
+    if rows:
+        refuse_others(path.with_suffix(ROWS), of, force=force, unmarked=_is_rows)
 
 
 def _is_lock(path: Path, of: str) -> bool:
     """Whether an unmarked file is a lock: of an earlier version, or copied from an output."""
     try:
-        return (read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of
+        return bool((read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of)
     except InputError:
         return False
 

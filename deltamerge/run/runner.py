@@ -317,11 +317,11 @@ def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
 
 def _lock(planner: Planner, planned: Plan) -> Lock:
     path, force = planner.file.lock_path, planner.options.force
-    refuse_foreign_lock(path, planner.file.path.name, force=force)
+    refuse_foreign_lock(path, planner.file.path.name, rows=bool(planned.chosen), force=force)
     planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
     found = shared_values(planned.chosen, {})
     lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
-    refuse_foreign_lock(path, planner.file.path.name, force=force)  # again: a search takes its time
+    refuse_foreign_lock(path, planner.file.path.name, rows=bool(lock.rows), force=force)  # a search takes its time
     lock.write_beside(planner.file.path.name)
     return lock

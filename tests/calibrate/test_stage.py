@@ -25,7 +25,7 @@ from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memo
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
-from deltamerge.errors import InputError, RecipeError, VerifyError
+from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
 from deltamerge.methods.tiles import Kept, Tile
 from deltamerge.run.lock import verify
@@ -628,6 +628,15 @@ def test_a_plot_and_a_lock_leave_what_is_not_theirs(models, tmp_path, capsys):
         file.unlink()
     assert ended()[0] == 0
     assert ended()[0] == 0  # both its own
+    rowed = recipe(models / "bert", "rowed", MAGNITUDE % "{objective: output_change, scope: row}")
+    rowed.with_suffix(".rows").write_text("mine")
+    with pytest.raises(OutputError, match=r"rowed\.rows: is there, and was not written for rowed\.yaml"):
+        calibrate(rowed)
+    assert rowed.with_suffix(".rows").read_text() == "mine"
+    assert not rowed.with_suffix(".lock").exists()
+    rowed.with_suffix(".rows").unlink()
+    calibrate(rowed)
+    calibrate(rowed)
     plot.write_text(plot.read_text().replace("<svg", "<svg id='mine'", 1))
     code, err = ended()
     assert (code, f"{plot}: was changed since it was written" in err) == (1, True), err

@@ -212,7 +212,8 @@ FLAGS = {
     "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
-    "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --help",
+    "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
+    "remove": "--quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --after --density --method --q --values --lora --budget --whole --target --dora "
     "--calibration --text --sequences --length --device --workers --memory --resume --force "

@@ -39,12 +39,12 @@ def best_path(recipe: Path) -> Path:
     return recipe.with_name(f"{recipe.stem}.best.yaml")
 
 
-def check_best(recipe: Path, *, force: bool) -> None:
-    """OutputError: where the best recipe and its lock are to go is a file that no search of this recipe wrote, or that
-    somebody has changed; but by `force`."""
+def check_best(recipe: Path, *, force: bool, rows: bool = False) -> None:
+    """OutputError: where the best recipe and its lock, with `rows` those too, are to go is a file that no search of
+    this recipe wrote, or that somebody has changed; but by `force`."""
     best = best_path(recipe)
     refuse_others(best, recipe.name, force=force)
-    refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, force=force)
+    refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, rows=rows, force=force)
 
 
 def write_recipe(
@@ -53,7 +53,7 @@ def write_recipe(
     """Write a recipe to `path`, in the template's folder, with its lock beside it. OutputError: `check_best`."""
     name = file.path.name
     lock = lock_of(file, calibrated, options, path.with_suffix(".lock"), study)
-    check_best(file.path, force=options.force)
+    check_best(file.path, force=options.force, rows=bool(lock.rows))
     replace_own(path, file.output.text, name)
     lock.write_beside(name)
     return replace(file, path=path)

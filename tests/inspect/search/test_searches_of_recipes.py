@@ -660,7 +660,7 @@ SWEPT = ONE % ", prune: {method: magnitude, density: {sweep: [0.5, 0.25]}}" + (
 )
 
 
-@pytest.mark.parametrize("theirs", ["recipe.best.yaml", "recipe.best.lock", "recipe.best.rows"])
+@pytest.mark.parametrize("theirs", ["recipe.best.yaml", "recipe.best.lock"])
 def test_a_sweep_leaves_a_user_s_file_where_the_best_would_go(folder: Path, capsys, theirs: str) -> None:
     path, file = write(folder, SWEPT), folder / theirs
     asked = ("sweep", path, "--device", "cpu", "-q")
