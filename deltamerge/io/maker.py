@@ -16,7 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from deltamerge.errors import OutputError
+from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
 from deltamerge.io.files import output_error
 from deltamerge.io.lock_file import LOCK_NAME, not_made, read_lock
@@ -135,6 +135,11 @@ class Guard:
         """
         target = self.target
         now = stamp(target)
+        if (outer := _output_around(target)) is not None:
+            raise OutputError(
+                f"{target}: lies in {outer}, an output, which it would be no part of",
+                hint="choose a folder outside with --out",
+            )
         if now is None:
             return
         lost = not_made(target)
@@ -182,6 +187,25 @@ def stamp(target: Path) -> Stamp | None:
         return inode, seal(target / LOCK_NAME)
     except OSError:
         return inode, None
+
+
+def has_weights(lock: Path) -> bool:
+    """Whether a lock is that of the output that it lies in: weights are there that it lists."""
+    try:
+        outputs = read_lock(lock)["outputs"]
+    except InputError:
+        return False
+    return any((lock.parent / name).is_file() for name in outputs if name.endswith((".safetensors", ".gguf")))
+
+
+def _output_around(target: Path) -> Path | None:
+    """The output, or the delta artifact, that a folder is or would be in."""
+    for outer in Path(os.path.realpath(target)).parents:
+        if os.path.isfile(outer / "delta.json") or (
+            os.path.isfile(outer / LOCK_NAME) and has_weights(outer / LOCK_NAME)
+        ):
+            return outer
+    return None
 
 
 def _noted(folder: Path) -> str:

@@ -24,7 +24,7 @@ from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
 from deltamerge.io.lock_file import ROWS as ROWS
 from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
-from deltamerge.io.maker import MADE_BY, Maker
+from deltamerge.io.maker import MADE_BY, Maker, has_weights
 from deltamerge.io.own_files import refuse_others, replace_own
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.seals import hash_bytes, hash_output
@@ -224,7 +224,7 @@ class Lock:
 def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False) -> None:
     """OutputError: at `path`, or with `rows` where those go, is a file that is no lock of the recipe file named `of`,
     or that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
-    if path.name == LOCK_NAME and _has_outputs(path):
+    if path.name == LOCK_NAME and has_weights(path):
         raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
     refuse_others(path, of, force=force, unmarked=lambda path: _is_lock(path, of))
     if rows:
@@ -237,14 +237,6 @@ def _is_lock(path: Path, of: str) -> bool:
         return bool((read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of)
     except InputError:
         return False
-
-
-def _has_outputs(path: Path) -> bool:
-    try:
-        outputs = read_lock(path)["outputs"]
-    except InputError:
-        return False
-    return any((path.parent / name).is_file() for name in outputs if name.endswith((".safetensors", ".gguf")))
 
 
 def _is_rows(path: Path) -> bool:

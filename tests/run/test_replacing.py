@@ -378,15 +378,40 @@ def test_a_chain_gets_no_second_beginning(here: Path, capsys: Any) -> None:
     """A delta without --after in a chain's folder would be a second end of it; the name of a folded one is taken."""
     chain(capsys)
     recipe(here / "d.yaml", "a", "b", more="output: {kind: delta}\n")
-    for words in (extract("a", "chain/04"), ("run", "d.yaml", "--out", "chain/04", *QUICK)):
+    before = content(here / "chain")
+    for words in (
+        extract("a", "chain/04"),
+        ("run", "d.yaml", "--out", "chain/04", *QUICK),
+        extract("a", "chain/03", "--force"),  # in the place of the newest
+    ):
         said = told(capsys, *words)
         assert "is a chain, in which it would come after no version" in said
         assert "--after" in said
+    assert content(here / "chain") == before
     done(capsys, "squash", "chain", "--keep", 1, "--base", "base", *QUICK)
     assert folders.names(here / "chain") == ["02", "03"]
     assert "was folded into 02" in told(capsys, *extract("a", "chain/01", "--force"))
     assert folders.names(here / "chain") == ["02", "03"]
     done(capsys, "verify", "chain")
+
+
+@pytest.mark.parametrize("case", INTO_A_VERSION)
+def test_no_output_goes_into_another(here: Path, capsys: Any, case: str) -> None:
+    """In which it would be a file that the lock does not list; a folder with a recipe's lock is none."""
+    chain(capsys)
+    done(capsys, *extract("c", "lone"))
+    recipe(here / "r.yaml", "a", "b")
+    recipe(here / "d.yaml", "a", "b", more="output: {kind: delta}\n")
+    done(capsys, "run", "r.yaml", "--out", "made", *QUICK)
+    (here / "link").symlink_to("made")
+    before = {name: content(here / name) for name in ("chain", "made")}
+    for outer in ("chain/01", "chain/03", "made", "link", "made/deep"):
+        said = told(capsys, *INTO_A_VERSION[case](f"{outer}/sub"), "--force")
+        assert f"{outer}/sub: lies in " in said
+        assert "an output" in said
+    assert {name: content(here / name) for name in before} == before
+    (here / "recipe.lock").write_bytes((here / "made" / "recipe.lock").read_bytes())
+    done(capsys, *INTO_A_VERSION[case]("beside"))
 
 
 def test_remove_takes_the_newest_alone(here: Path, capsys: Any) -> None:

@@ -100,9 +100,9 @@ def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Ite
         found = {}
         if chain.is_dir() and (resolved.exists() or delta):
             with suppress(InputError):  # of others, which only who reads them has to understand
-                found = {other: read_note(chain / other) for other in names(chain) if other != name}
+                found = {other: read_note(chain / other) for other in names(chain)}
         for other, note in found.items():
-            if note is not None and name in {one.name for one in note.folded}:
+            if other != name and note is not None and name in {one.name for one in note.folded}:
                 raise OutputError(f"{target}: was folded into {other}, which has its name too", hint="another --out")
         follower = next((other for other, note in found.items() if note is not None and note.after is not None), None)
         if delta and not adding and follower is not None:
