@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deltamerge.plan.outputs import Outputs, Row
 
 SHARE = 100  # a merge is refused where more than one row in so many means other tokens
+ELSEWHERE = 16  # special tokens that a family has at other ids than SentencePiece
 SHOWN = 2  # rows in a message
 LONGEST = 40  # characters of a token in a message
 # What tokenizer_config.json says of how text is cut.
@@ -65,7 +66,7 @@ class _Tokenizer:
     folder    of its files
     limit     rows of its embedding
     is_base   whether the model is what others are fine-tunes of
-    meets     whether something of its rows is in the output
+    meets     whether something of its rows is in the output, or it is the tokenizer that is written
     made      its vocabulary, where the model is yet to be made; template: its chat template
     """
 
@@ -163,7 +164,7 @@ def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str],
     for place in dict.fromkeys(place for places in (written, *models) for place in places):
         others = [places[place] for places in models if place in places]
         for one in _findings(written.get(place), others, reading, by_token=by_token):
-            if one.kind == "many" and any(model.meets for model in one.of):
+            if one.kind == "many" and all(model.meets for model in one.of):
                 raise InputError(one.text, hint=_way(recipe, one.of[0].name, several=several), where=place or None)
             if one.kind == "template" and recipe.chat_template is not None:
                 continue
@@ -194,6 +195,8 @@ def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
     """Whose is written, and the line of the recipe that chooses."""
     if found.kind == "unread":
         return ""
+    if found.kind == "many":
+        return f"; its rows are not in the output, which has the tokenizer of {written}"
     said = f"; {'that' if found.kind == 'template' else 'the tokenizer'} of {written} is written"
     if chosen:
         return said
@@ -218,7 +221,7 @@ def _tokenizers(model: Input, meeting: Collection[str], *, based: bool, written:
         own = _Tokenizer(model.name, adapter.path)
         return {"": replace(own, limit=config_rows(checkpoint.config) or MOST_TOKENS, meets=meets and trained)}
     is_base = based and model.index is None and not written
-    return {place: replace(one, is_base=is_base, meets=meets) for place, one in found.items()}
+    return {place: replace(one, is_base=is_base, meets=meets or written) for place, one in found.items()}
 
 
 def _places(checkpoint: Checkpoint, name: str) -> dict[str, _Tokenizer]:
@@ -332,7 +335,7 @@ def _compared(base: Words, words: Words, limit: int) -> _Apart:
     apart = {i: rows[i] for i in there if mine.get(i) != rows[i]}
     other = {i: token for i, token in apart.items() if i in mine}
     shared = sum(map(mine.__contains__, there))
-    if shifted and len(other) * SHARE <= shared:  # these are the few that a family puts elsewhere
+    if shifted and len(other) <= ELSEWHERE:
         return _Apart(shared)
     special = words.special ^ base.special
     if special:
