@@ -121,22 +121,22 @@ def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
 
     A model whose weight is zero there, or which the arc of slerp does not leave, lends nothing.
     """
+    built = {row.name: row.pieces[0].built for row in rows}
     names: set[str] = set()
     for merge in found.merges:
         base = next((group.base for group in found.inputs.groups if group.part is merge.part), None)
         models = [model for model, _ in merge.sources]
         members = models if merge.base is None or base is None else [base, *models]
-        if all(_has_token_rows(merge.name, member) for member in members):
+        if built[merge.name].method != "copy" and all(_has_token_rows(merge.name, member) for member in members):
             values = found.builder.parameters(merge)
             lend = [True] * (len(members) - len(models)) + [bool(weight) for weight in values.get("weights", models)]
             if values.get("t") in (0, 1) and len(members) == 2:
                 lend = [values["t"] == 0, values["t"] == 1]
             names |= {member.name for member, is_lent in zip(members, lend, strict=True) if is_lent}
     models_by_name = {model.name: model for model in found.inputs.all}
-    for row in rows:
-        built = row.pieces[0].built
-        lender = models_by_name.get(built.details[0]) if built.method == "copy" and built.details else None
-        if lender is not None and _has_token_rows(row.name, lender):
+    for name, one in built.items():
+        lender = models_by_name.get(one.details[0]) if one.method == "copy" and one.details else None
+        if lender is not None and _has_token_rows(name, lender):
             names.add(lender.name)
     return names
 
@@ -168,10 +168,21 @@ def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str],
                 raise InputError(one.text, hint=_way(recipe, one.of[0].name, several=several), where=place or None)
             if one.kind == "template" and recipe.chat_template is not None:
                 continue
-            quiet = all(model.is_base for model in one.of) or (chosen and one.kind not in ("many", "rows", "unread"))
+            own_base = one.kind != "many" and all(model.is_base for model in one.of)
+            quiet = own_base or (chosen and one.kind not in ("many", "rows", "unread"))
             line = f"{place}: {one.text}" if place else one.text
             (notes if quiet else warnings).append(line + _tail(one, source.name, chosen=quiet))
     return Differences(tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(notes)))
+
+
+def other_words(inputs: Inputs) -> Iterator[str]:
+    """A message for every model whose vocabulary is not that of the first, the base; of several fine-tunes one on the
+    rows that mean other words, too."""
+    first, *others = (_tokenizers(model, (), based=True) for model in inputs.all)
+    kinds = ("many", "rows") if len(inputs.tunes) > 1 else ("many",)
+    for place, base in first.items():
+        there = [places[place] for places in others if place in places]
+        yield from (one.text for one in _of_rows(base, there, Reading(), by_token=False) if one.kind in kinds)
 
 
 def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -185,6 +196,10 @@ def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
 
 
 def _way(recipe: Recipe, name: str, *, several: bool) -> str:
+    """The line of the recipe that puts rows in order."""
+    if recipe.output.kind != "model":
+        line = f"passthrough and tokenizer_source: {recipe.base_model or 'the other'}"
+        return f"a {recipe.output.kind} has one vocabulary: put {name} on it by a recipe of {line}"
     if not several:
         return f"tokenizer_source: {name}, whose rows the output has, writes its tokenizer"
     base = " (or base)" if recipe.base_model is not None else ""
@@ -369,7 +384,7 @@ def _many(
     shared: int, one: _Tokenizer, other: _Tokenizer, tokens: Mapping[int, str], others: Mapping[int, str]
 ) -> _Finding:
     shown = " and ".join(f"row {i} ({_quoted(tokens[i])}, {_quoted(others[i])})" for i in sorted(others)[:SHOWN])
-    count = f"{len(others):,} of {shared:,} rows"
+    count = f"{len(others):,} of {shared:,} rows of the embedding"
     return _Finding("many", f"{one.name} and {other.name} have other tokens in {count}, such as {shown}", (other, one))
 
 
@@ -391,7 +406,7 @@ def _few(
                 said = [f"{_quoted(token)} in {some(names)}" for token, names in by_token.items()]
                 texts.append(f"row {i} is {some([f'{_quoted(tokens[i])} in {first.name}', *said])}")
             more = [f"{len(rows) - SHOWN} more"] * (len(rows) > SHOWN)
-            text = f"{len(rows):,} of {shared:,} rows mean other tokens: {'; '.join([*texts, *more])}"
+            text = f"{len(rows):,} of {shared:,} rows of the embedding mean other tokens: {'; '.join([*texts, *more])}"
             yield _Finding("rows", text, tuple(one for one, _ in those))
     for one, found in apart:
         if found.more and not one.is_base:

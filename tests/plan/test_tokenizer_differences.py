@@ -100,7 +100,7 @@ def test_with_rows_matched_by_token_it_is_merged_and_right(tmp_path, key):
 def test_one_in_a_hundred_rows_is_said_and_more_are_refused(tmp_path):
     exchanged = [(f"w{i}", f"x{i}") for i in range(4)]
     models(tmp_path, a=own(*exchanged[:3]), b=WORDS)
-    assert "3 of 300 rows mean other tokens" in said(tmp_path, TWO)[0]
+    assert "3 of 300 rows of the embedding mean other tokens" in said(tmp_path, TWO)[0]
     word_tokenizer(tmp_path / "a", own(*exchanged))
     assert "4 of 300 rows" in refused(tmp_path, TWO)
 
@@ -109,7 +109,9 @@ def test_two_fine_tunes_that_are_near_the_base_but_not_one_another_are_refused(t
     models(
         tmp_path, a=own(*((f"w{i}", f"a{i}") for i in range(3))), b=own(*((f"w{i}", f"b{i}") for i in range(10, 13)))
     )
-    assert "./a and ./b have other tokens in 6 of 300 rows, such as row 4 ('a0', 'w0')" in refused(tmp_path, TWO)
+    assert "./a and ./b have other tokens in 6 of 300 rows of the embedding, such as row 4 ('a0', 'w0')" in refused(
+        tmp_path, TWO
+    )
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
@@ -199,7 +201,10 @@ def test_slow_tokenizers_are_compared_too(tmp_path, file):
     models(tmp_path, a=words, b=WORDS)
     for name, own_words in (("base", WORDS), ("a", words), ("b", WORDS)):
         _slow(tmp_path / name, file, own_words)
-    assert "1 of 300 rows mean other tokens: row 296 is '<r0>' in ./base, '<tool>' in ./a" in said(tmp_path, TWO)[0]
+    assert (
+        "1 of 300 rows of the embedding mean other tokens: row 296 is '<r0>' in ./base, '<tool>' in ./a"
+        in said(tmp_path, TWO)[0]
+    )
     _slow(tmp_path / "b", file, PERMUTED)
     assert "./base and ./b have other tokens in" in refused(tmp_path, TWO)
 
@@ -263,7 +268,10 @@ def test_what_cannot_be_read_is_said_and_merged(tmp_path):
 def test_two_fine_tunes_each_with_a_token_on_the_same_reserved_row(tmp_path):
     models(tmp_path, a=own(("<r1>", "<tool>")), b=own(("<r1>", "<think>")))
     line = next(line for line in said(tmp_path, TWO) if "rows" in line)
-    assert "1 of 300 rows mean other tokens: row 297 is '<r1>' in ./base, '<tool>' in ./a, '<think>' in ./b" in line
+    assert (
+        "1 of 300 rows of the embedding mean other tokens: row 297 is '<r1>' in ./base, '<tool>' in ./a, '<think>' in ./b"
+        in line
+    )
     assert "the tokenizer of ./base is written" in line
     assert "tokenizer_source: union keeps every token with its own row" in line
 
@@ -393,13 +401,42 @@ def test_an_adapter_s_own_tokenizer_is_compared_with_its_base_s_which_is_written
     assert any("have other tokens" in line for line in said(tmp_path, text))
 
 
-def test_extract_against_a_base_with_a_permuted_vocabulary_is_refused(tmp_path, monkeypatch, capsys):
+def test_extract_against_a_base_with_a_permuted_vocabulary(tmp_path, monkeypatch, capsys):
+    """The whole delta is exact, and said to be of another vocabulary; a part of it would mix two."""
     models(tmp_path, b=PERMUTED)
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, "extract", "b", "base", "--out", "d")
+    assert code == 0
+    assert "warning: b and base have other tokens" in err
+    code, _, err = call(capsys, "extract", "b", "base", "--density", "0.1", "--out", "p")
     assert code == 1
     assert "have other tokens" in err
-    assert not (tmp_path / "d").exists()
+    assert "passthrough and tokenizer_source: base" in err
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_fine_tune_put_on_its_base_s_tokens_can_be_extracted(tmp_path, monkeypatch, capsys):
+    models(tmp_path, b=PERMUTED)
+    (tmp_path / "m.yaml").write_text("merge_method: passthrough\nmodels: [{model: ./b}]\ntokenizer_source: ./base\n")
+    run(tmp_path / "m.yaml", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "extract", "moved", "base", "--density", "0.1", "--out", "p")
+    assert (code, "tokens" in err) == (0, False)
+
+
+def test_inspect_and_recommend_warn_of_another_vocabulary(tmp_path, monkeypatch, capsys):
+    models(tmp_path, a=own(("<r1>", "<tool>")), b=PERMUTED)
+    monkeypatch.chdir(tmp_path)
+    for command in (["inspect", "b", "--base", "base"], ["recommend", "b", "--base", "base"]):
+        code, out, _ = call(capsys, *command, "--json")
+        assert code == 0
+        assert any("base and b have other tokens" in line for line in json.loads(out)["warnings"])
+    code, out, _ = call(capsys, "recommend", "a", "b", "--base", "base", "--json")
+    lines = json.loads(out)["warnings"]
+    assert any("have other tokens" in line for line in lines)
+    assert any("row 297 is '<r1>' in base, '<tool>' in a" in line for line in lines)
+    code, out, _ = call(capsys, "inspect", "a", "--base", "base", "--json")
+    assert json.loads(out)["warnings"] == []
 
 
 def test_diff_says_how_tokenizers_differ(tmp_path, capsys):
