@@ -268,10 +268,8 @@ def test_what_cannot_be_read_is_said_and_merged(tmp_path):
 def test_two_fine_tunes_each_with_a_token_on_the_same_reserved_row(tmp_path):
     models(tmp_path, a=own(("<r1>", "<tool>")), b=own(("<r1>", "<think>")))
     line = next(line for line in said(tmp_path, TWO) if "rows" in line)
-    assert (
-        "1 of 300 rows of the embedding mean other tokens: row 297 is '<r1>' in ./base, '<tool>' in ./a, '<think>' in ./b"
-        in line
-    )
+    assert "1 of 300 rows of the embedding mean other tokens: row 297 is '<r1>' in ./base, " in line
+    assert ", '<tool>' in ./a, '<think>' in ./b; " in line
     assert "the tokenizer of ./base is written" in line
     assert "tokenizer_source: union keeps every token with its own row" in line
 
@@ -427,7 +425,7 @@ def test_a_fine_tune_put_on_its_base_s_tokens_can_be_extracted(tmp_path, monkeyp
 def test_inspect_and_recommend_warn_of_another_vocabulary(tmp_path, monkeypatch, capsys):
     models(tmp_path, a=own(("<r1>", "<tool>")), b=PERMUTED)
     monkeypatch.chdir(tmp_path)
-    for command in (["inspect", "b", "--base", "base"], ["recommend", "b", "--base", "base"]):
+    for command in (["inspect", "b", "--base", "base"], ["recommend", "b", "--base", "base", "--density", "0.1"]):
         code, out, _ = call(capsys, *command, "--json")
         assert code == 0
         assert any("base and b have other tokens" in line for line in json.loads(out)["warnings"])
