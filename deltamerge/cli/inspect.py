@@ -70,7 +70,8 @@ def check(
 ) -> None:
     """Validate RECIPES and the headers of their models.
 
-    Reads no weights; of hub models only the headers are fetched. Of a folder all recipes in it are checked; - is stdin.
+    Reads no weights; of hub models headers and tokenizers are fetched. Of a folder all recipes in it are checked; - is
+    stdin.
     """
     from deltamerge.inspect.check import check_recipe, recipes_in
     from deltamerge.run.options import Options

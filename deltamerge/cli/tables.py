@@ -35,6 +35,7 @@ def render_diff(found: dict[str, Any]) -> str:
             *(aligned(rows) if len(rows) > 1 else []),
             *(f"only in {found['b']}: {name}" for name in found["added"]),
             *(f"only in {found['a']}: {name}" for name in found["removed"]),
+            *(f"tokenizers: {line}" for line in found["tokenizers"]),
             f"{len(found['tensors'])} tensors differ, {found['same']} are the same; {found['changed']:,} of "
             f"{found['elements']:,} entries changed, relative norm {figure(found['norm'])}",
         ]

@@ -24,6 +24,7 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.weight_files import is_weights
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
+from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 
 
@@ -66,7 +67,7 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
     """The differences between two checkpoints, one of which may be a delta of the other.
 
     `tensors` that differ, the largest norm first; `added`, `removed`: names that only B, or only A, has; counts; the
-    relative norm.
+    relative norm; `tokenizers`: how B's differs, in words.
     """
     here = Path.cwd()
     models = Models()
@@ -107,6 +108,7 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
         "elements": sum(change.elements for change, _, _ in found),
         "changed": sum(change.changed for change, _, _ in found),
         "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
+        "tokenizers": tokenizers_apart(first, second),
     }
 
 

@@ -149,7 +149,7 @@ def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights
     return Adapter(reference, snapshot, tensors, (snapshot / file, snapshot / CONFIG), config, commit, hub_id)
 
 
-def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
+def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
     """Download small files of a hub model into its snapshot; names that the repository lacks are skipped.
 
     Offline, `first` must be in the cache; `others` are optional.
@@ -172,7 +172,7 @@ def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
                     raise
 
 
-def _inside(checkpoint: Checkpoint) -> str:
+def _inside(checkpoint: Checkpoint | Adapter) -> str:
     """What stands before a model's file names in its repository: "unet/"."""
     parts = checkpoint.path.parts
     at = max((i for i, part in enumerate(parts) if part == checkpoint.revision), default=len(parts) - 1)

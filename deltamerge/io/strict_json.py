@@ -57,6 +57,79 @@ def read_list(path: Path) -> list[Any]:
     return _read(path, parse)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file, at most 100 MB and no link out of its folder; errors name the file."""
+    return _read(path, bytes)
+
+
+class Parts:
+    """Reads JSON objects that have large parts in common: a part whose text was read before is that very value.
+
+    Texts are kept up to the size of one file.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[tuple[str, Any]]] = {}
+        self._left = MAX_BYTES
+
+    def read(self, path: Path, inside: str) -> dict[str, Any]:
+        """As `read_json`. Parts are the values of the object, and those of the object under its key `inside`."""
+        return _read(path, lambda raw: self._parsed(raw, inside))
+
+    def _parsed(self, raw: bytes, inside: str) -> dict[str, Any]:
+        if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES or SURROGATE.search(raw):
+            return parse_json(raw)
+        try:
+            text = raw.decode("utf-8")
+            value, at = self._object(text, _gap(text, 0), "", inside)
+            if _gap(text, at) == len(text):
+                return value
+        except (ValueError, IndexError, RecursionError):
+            pass
+        return parse_json(raw)  # which says what is wrong with it
+
+    def _object(self, text: str, at: int, place: str, inside: str) -> tuple[dict[str, Any], int]:
+        """The object at a place of a text, and where it ends. ValueError, IndexError: there is none."""
+        table: dict[str, Any] = {}
+        at = _gap(text, _after(text, at, "{"))
+        while text[at] != "}":
+            if table:
+                at = _gap(text, _after(text, at, ","))
+            _after(text, at, '"')
+            key, at = DECODER.raw_decode(text, at)
+            at = _gap(text, _after(text, _gap(text, at), ":"))
+            if key in table:
+                raise ValueError("a key twice")
+            if key == inside and not place and text[at] == "{":
+                table[key], at = self._object(text, at, f"{key}.", inside)
+            else:
+                table[key], at = self._value(text, at, place + key)
+            at = _gap(text, at)
+        return table, at + 1
+
+    def _value(self, text: str, at: int, place: str) -> tuple[Any, int]:
+        for known, value in self._known.get(place, ()):
+            if text.startswith(known, at):
+                return value, at + len(known)
+        value, end = DECODER.raw_decode(text, at)
+        if isinstance(value, dict | list) and end - at <= self._left:  # whose texts no longer one begins with
+            self._left -= end - at
+            self._known.setdefault(place, []).append((text[at:end], value))
+        return value, end
+
+
+def _gap(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    assert found is not None
+    return found.end()
+
+
+def _after(text: str, at: int, sign: str) -> int:
+    if text[at] != sign:
+        raise ValueError(f"no {sign}")
+    return at + 1
+
+
 def _read(path: Path, parse: Callable[[bytes], T]) -> T:
     refuse_link(path)
     with errors.context(path.name):
@@ -105,3 +178,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise InputError(f"key {key[:80]!r} twice")
             keys.add(key)
     return table
+
+
+SPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)

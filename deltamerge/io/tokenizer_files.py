@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint, Tokens
+from deltamerge.io.checkpoint import Adapter, Checkpoint, Tokens
 from deltamerge.io.config_file import kind
 from deltamerge.io.files import refuse_link
 from deltamerge.io.hub import fetch
@@ -28,7 +29,7 @@ Entry = dict[str, Any]
 MOST_TOKENS = 1 << 24  # arrays over a vocabulary have its largest id + 1 entries
 
 
-def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
+def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
     """The model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
     `whole`."""
     if checkpoint.hub_id is not None:
@@ -50,24 +51,33 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
                 hint = "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL) writes it"
                 raise InputError(f"has {slow[0]} but no {TOKENIZER}, which vocabularies are read from", hint=hint)
             return None
-        whole = read_json(folder / TOKENIZER)
-        with errors.context(TOKENIZER):
-            ids = _plain(whole)
-            plain = len(ids)
-            added = _added(whole)
-            ids |= {content: _id(entry.get("id"), content) for content, entry in added.items()}
-        config = tokenizer_config(folder)
-        with errors.context(CONFIG):
-            declared = list(_declared(config))
-        for content, entry in declared:
-            if content not in added:
-                ids.setdefault(content, _next(plain, ids, added))
-                added[content] = entry | {"content": content}
-        ordered = dict(sorted(ids.items(), key=lambda item: item[1]))
-        if len(set(ordered.values())) < len(ordered):
-            raise InputError(f"{TOKENIZER}: two tokens have one id")
-        added = {token: {**_strict(entry), "content": token} for token, entry in added.items()}
-        return Tokens(ordered, added, plain, spelling_of(whole))
+        return tokens_of(read_json(folder / TOKENIZER), tokenizer_config(folder))
+
+
+def tokens_of(whole: dict[str, Any], config: dict[str, Any]) -> Tokens:
+    """The vocabulary that a tokenizer.json says, and the tokenizer_config.json beside it. InputError: no valid one."""
+    ids, added, plain = ids_of(whole, config)
+    ordered = dict(sorted(ids.items(), key=itemgetter(1)))
+    if len(set(ordered.values())) < len(ordered):
+        raise InputError(f"{TOKENIZER}: two tokens have one id")
+    added = {token: {**_strict(entry), "content": token} for token, entry in added.items()}
+    return Tokens(ordered, added, plain, spelling_of(whole))
+
+
+def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int], dict[str, Entry], int]:
+    """The ids of tokens, the model's own first; the entries of those that are added; and the number of the model's."""
+    with errors.context(TOKENIZER):
+        ids = _plain(whole)
+        plain = len(ids)
+        added = _added(whole)
+        ids |= {content: _id(entry.get("id"), content) for content, entry in added.items()}
+    with errors.context(CONFIG):
+        declared = list(declared_tokens(config))
+    for content, entry in declared:
+        if content not in added:
+            ids.setdefault(content, _next(plain, ids, added))
+            added[content] = entry | {"content": content}
+    return ids, added, plain
 
 
 def read_roles(checkpoint: Checkpoint) -> dict[str, str]:
@@ -76,14 +86,19 @@ def read_roles(checkpoint: Checkpoint) -> dict[str, str]:
     folder = fetched(checkpoint)
     if checkpoint.hub_id is not None:
         fetch(checkpoint, TOKENIZER, MAP)
-    found: dict[str, str] = {}
     with errors.context(checkpoint.reference):
-        listed = read_json(folder / MAP) if (folder / MAP).is_file() else {}
-        for config in (listed, tokenizer_config(folder)):
-            for role in ROLES:
-                value = config.get(role)
-                text = value.get("content") if isinstance(value, dict) else value
-                found |= {role: text} if isinstance(text, str) and text else {}
+        return roles_in(folder)
+
+
+def roles_in(folder: Path) -> dict[str, str]:
+    """`read_roles` of a folder whose files are there."""
+    found: dict[str, str] = {}
+    listed = read_json(folder / MAP) if (folder / MAP).is_file() else {}
+    for config in (listed, tokenizer_config(folder)):
+        for role in ROLES:
+            value = config.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            found |= {role: text} if isinstance(text, str) and text else {}
     return found
 
 
@@ -107,6 +122,9 @@ def _plain(whole: dict[str, Any]) -> dict[str, int]:
         return {entry[0]: i for i, entry in enumerate(vocab)}
     if not isinstance(vocab, dict):
         raise InputError("has no vocabulary")
+    values = vocab.values()
+    if set(map(type, values)) <= {int} and 0 <= min(values, default=0) <= max(values, default=0) < MOST_TOKENS:
+        return dict(vocab)
     return {token: _id(index, token) for token, index in vocab.items()}
 
 
@@ -132,7 +150,7 @@ def _next(plain: int, ids: dict[str, int], added: dict[str, Entry]) -> int:
     return max([plain, *(ids[token] + 1 for token in added)])
 
 
-def _declared(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
+def declared_tokens(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
     """Tokens that transformers adds when it loads tokenizer_config.json, as it orders them."""
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
@@ -175,15 +193,20 @@ def read_chat_template(checkpoint: Checkpoint) -> str | None:
         return checkpoint.chat_template
     folder = fetched(checkpoint)
     with errors.context(checkpoint.reference):
-        if (folder / JINJA).is_file():
-            refuse_link(folder / JINJA)
-            try:
-                return (folder / JINJA).read_text(encoding="utf-8") or None
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{JINJA}: cannot be read") from error
-        found = tokenizer_config(folder).get("chat_template")
-        if found is None and (folder / PROCESSOR).is_file():
-            found = read_json(folder / PROCESSOR).get("chat_template")
+        return chat_template_in(folder)
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """`read_chat_template` of a folder whose files are there."""
+    if (folder / JINJA).is_file():
+        refuse_link(folder / JINJA)
+        try:
+            return (folder / JINJA).read_text(encoding="utf-8") or None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{JINJA}: cannot be read") from error
+    found = tokenizer_config(folder).get("chat_template")
+    if found is None and (folder / PROCESSOR).is_file():
+        found = read_json(folder / PROCESSOR).get("chat_template")
     if isinstance(found, list):
         found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):

@@ -36,9 +36,10 @@ from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
-from deltamerge.plan.outputs import Outputs, OutputTensor
+from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
+from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
@@ -305,10 +306,12 @@ def _plan(
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     models = [(model.name, model.checkpoint) for model in inputs.all]
+    tokenizers = _tokenizers(recipe, inputs, found, rows, vocabulary) if own is None else Differences()
     notes = [
         *(line for series in recipe.series for line in series.describe()),
         *found.notes,
         *remarks(inputs.template.name, inputs.template.checkpoint, models),
+        *tokenizers.notes,
         *(
             f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
             for name, deltas in cuts.items()
@@ -355,7 +358,7 @@ def _plan(
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
-        warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
+        warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs), *tokenizers.warnings),
         stacks=tuple(found.stacks),
         mixture=mixture,
         running_sum=made_of(recipe, inputs, found.averaged)
@@ -368,6 +371,14 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     if recipe.transplant is None:
         return make_vocabulary(recipe, inputs)
     return make_transplant(recipe, inputs)
+
+
+def _tokenizers(
+    recipe: Recipe, inputs: Inputs, found: Outputs | MixtureOutputs, rows: Sequence[Row], vocabulary: Vocabulary | None
+) -> Differences:
+    """What differs of the models' tokenizers; a mixture has the rows of its base alone."""
+    meeting = rows_merged(found, rows) if isinstance(found, Outputs) else {inputs.template.name}
+    return compare_tokenizers(recipe, inputs, meeting, by_token=vocabulary is not None)
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:

@@ -269,6 +269,10 @@ class Builder:
             density = float(self._value("density", tuned.merge, tuned))
         return 1.0 if density is None else min(1.0, density)
 
+    def parameters(self, merge: Merge) -> dict[str, Any]:
+        """What the method's function is given for a tensor."""
+        return self._parameters(merge)[0]
+
     def _parameters(self, merge: Merge) -> tuple[dict[str, Any], list[str]]:
         """What the method's function is given for a tensor, and for people what of it is a model's own, by model."""
         values: dict[str, Any] = {}

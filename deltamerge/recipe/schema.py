@@ -273,7 +273,9 @@ class Recipe(Keys):
     tokenizer_source: Reference | None = Field(
         None, description="Whose tokens the output has: base, union, or a model."
     )
-    tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
+    tokenizer: Tokenizer | None = Field(
+        None, description="Instead of tokenizer_source, with token sources; a text is the source alone."
+    )
     chat_template: Text | None = Field(None, description="auto, a model, a built-in name, or a Jinja template.")
     pickles: bool = Field(
         False,
@@ -395,4 +397,5 @@ def schema() -> dict[str, Any]:
     open_schema.allow(generated)
     for holder in (generated, generated["$defs"]["Module"]):
         short_form(holder["properties"]["models"])
+    generated["properties"]["tokenizer"]["anyOf"].insert(0, {"type": "string", "minLength": 1})
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

@@ -1,4 +1,4 @@
-"""Models in their short form: one model may stand without its list, and by its reference alone."""
+"""Short forms: one model may stand without its list, and by its reference alone; a tokenizer by its source alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import yaml
 
 from deltamerge.recipe.yaml_source import Loader, Loc, Position, YamlSource
 
-MODELS = "models"
+MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 
 
 def in_full(read: YamlSource) -> YamlSource:
-    """A document with every `models` as a list of mappings; the values added stand where their short form does."""
+    """A document with every `models` as a list of mappings and its `tokenizer` as one; the values added stand where
+    their short form does."""
     data: dict[str, Any] = dict(read.data)
     positions = dict(read.positions)
     for loc, holder in _holders(data):
@@ -28,6 +29,10 @@ def in_full(read: YamlSource) -> YamlSource:
             holder[MODELS] = [{"model": one} if isinstance(one, str) else one for one in given]
             items = [i for i, one in enumerate(given) if isinstance(one, str) and (*at, i) in positions]
             positions |= {(*at, i, "model"): positions[*at, i] for i in items}
+    if isinstance(data.get(TOKENIZER), str):
+        data[TOKENIZER] = {SOURCE: data[TOKENIZER]}
+        if (TOKENIZER,) in positions:
+            positions[TOKENIZER, SOURCE] = positions[TOKENIZER,]
     return replace(read, data=data, positions=positions)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.vocabulary_files import NORMAL
+from deltamerge.io.vocabulary_files import sentences as sentences
 
 if TYPE_CHECKING:
     import gguf
@@ -26,7 +27,7 @@ SPLITS = {
     rf"{_WORDS}|\p{{N}}|{_REST}": "qwen2",
     rf"{_CASED}|\p{{N}}|{_SIGNS}[\r\n/]*|{_SPACES}": "tekken",
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # llama.cpp's types of tokens
 ADDED_SCORE = -1000.0
 MOST = 10_000_000  # tokens
 LARGEST = 1 << 28  # bytes of a SentencePiece model
@@ -137,59 +138,6 @@ def _filled(by_id: Mapping[int, tuple[str, int]], rows: int) -> tuple[tuple[str,
         raise InputError(f"the tokenizer has {count} tokens, the embedding {rows} rows", hint=PLAIN)
     found = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(count)]
     return tuple(text for text, _ in found), tuple(kind for _, kind in found)
-
-
-def sentences(data: bytes, path: Path) -> Iterator[tuple[str, float, int]]:
-    """The pieces of a SentencePiece model: text, score and type (sentencepiece_model.proto: ModelProto.pieces).
-
-    InputError: it is none.
-    """
-    try:
-        for field, value in _fields(data):
-            if field == 1 and isinstance(value, bytes):
-                piece = dict(_fields(value))
-                raw = piece.get(2, b"\0\0\0\0")
-                score = struct.unpack("<f", raw)[0] if isinstance(raw, bytes) else 0.0
-                text, kind = piece.get(1, b""), piece.get(3, NORMAL)
-                assert isinstance(text, bytes)
-                assert isinstance(kind, int)
-                yield text.decode(), score, kind
-    except (AssertionError, IndexError, ValueError, struct.error):
-        raise InputError(f"{path}: is no SentencePiece model", hint="download the model again") from None
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """The fields of a protocol buffer, by number: numbers, and bytes of all else."""
-    at = 0
-
-    def number() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-            if shift > 63:
-                raise ValueError("no protocol buffer")
-
-    while at < len(data):
-        key = number()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, number()
-            continue
-        size = {1: 8, 5: 4}.get(kind)
-        if size is None:
-            if kind != 2:
-                raise ValueError("no protocol buffer")
-            size = number()
-        if at + size > len(data):
-            raise ValueError("no protocol buffer")
-        yield key >> 3, data[at : at + size]
-        at += size
 
 
 def _patterns(value: Any) -> Iterator[str]:

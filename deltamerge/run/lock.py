@@ -94,6 +94,7 @@ class Lock:
             "seed": plan.recipe.seed,
             "inputs": inputs,
             "outputs": {},
+            **({"warnings": list(plan.warnings)} if plan.warnings else {}),
             **({"calibration": calibration} if calibration else {}),
             **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
             **({"densities": choice.densities} if choice is not None else {}),

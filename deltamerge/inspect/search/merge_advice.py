@@ -36,6 +36,7 @@ from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
 from deltamerge.methods.table import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.run.options import Options
@@ -252,7 +253,7 @@ class _Adviser:
             held_out=held,
             forward_passes=self.passes,
             recipe="",
-            warnings=[*swapped(inputs), *unrelated(inputs)],
+            warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs)],
         )
         return advice, way, factor
 
