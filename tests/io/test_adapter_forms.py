@@ -30,6 +30,25 @@ MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, eos_token_id=2)
     ),
+    "gpt2, untied": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False
+        )
+    ),
+    "gpt": lambda: transformers.OpenAIGPTDoubleHeadsModel(
+        transformers.OpenAIGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    ),
+    "imagegpt": lambda: transformers.ImageGPTForImageClassification(
+        transformers.ImageGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3)
+    ),
+    "captions": lambda: transformers.VisionEncoderDecoderModel(
+        transformers.VisionEncoderDecoderConfig(
+            encoder={"model_type": "vit", **VIT},
+            decoder={"model_type": "gpt2", "vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32,
+                     "add_cross_attention": True, "is_decoder": True, "tie_word_embeddings": False},
+            tie_word_embeddings=False,
+        )
+    ),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
@@ -72,6 +91,17 @@ CONV = ["projection", "query"]
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora bias": ("gpt2", LORA, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "lora_bias": True}),
     "dora of Conv1D": ("gpt2", LORA, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "square Conv1D beside a head": (
+        "gpt2, untied", LORA, {"target_modules": ["c_attn", "c_proj", "lm_head"], "fan_in_fan_out": True},
+    ),
+    "square Conv1D before a head": ("imagegpt", LORA, {"target_modules": ["attn.c_proj", "score"]}),
+    "square Conv1D, dora": ("gpt", LORA, {"target_modules": ["c_proj", "summary"], "use_dora": True}),
+    "square Conv1D of a decoder": (
+        "captions", LORA, {"target_modules": ["attn.c_proj", "enc_to_dec_proj", "q_attn", "lm_head"]},
+    ),
+    "square Conv1D, olora": (
+        "gpt2, untied", LORA, {"target_modules": ["attn.c_proj", "lm_head"], "init_lora_weights": "olora"},
+    ),
     "dora of an embedding": ("llama", LORA, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
     "conv": ("vit", LORA, {"target_modules": CONV}),
     "conv, dora": ("vit", LORA, {"target_modules": CONV, "use_dora": True}),
@@ -106,6 +136,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
     ),
     "olora": ("llama", LORA, {"target_modules": LINEAR, "init_lora_weights": "olora"}),
+    "pissa of a head": ("llama", LORA, {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"}),
+    "olora of a head": ("llama", LORA, {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "olora"}),
+    "pissa of a head and an embedding": (
+        "gpt2, untied", LORA,
+        {"target_modules": ["wte", "c_attn", "lm_head"], "init_lora_weights": "pissa", "modules_to_save": ["wpe"]},
+    ),
+    "pissa of more than there is": (
+        "llama", LORA, {"target_modules": ["k_proj", "lm_head"], "r": 12, "init_lora_weights": "pissa"},
+    ),
     "mica": ("llama", LORA, {"target_modules": LINEAR, "init_lora_weights": "mica"}),
     "a VLM": ("llava", LORA, {"target_modules": ["q_proj", "lm_head", "linear_1"]}),
     "a VLM, saved": ("llava", LORA, {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}),
@@ -145,6 +184,7 @@ def judged(model: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 EVERYDAY = {
+    "square Conv1D beside a head", "pissa of a head",
     "lora bias", "dora of Conv1D", "conv", "tokens of a tied model", "tokens alone", "experts", "experts of Mixtral",
     "experts, transposed", "all linear of a mixture", "loha, cores", "lokr", "pissa", "a VLM",
 }  # fmt: skip
