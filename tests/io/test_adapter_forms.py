@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_models import GROUPED, SMALL, VIT
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub
+from deltamerge.io.names import CONV1D_MODELS, is_conv1d
 from deltamerge.io.reader import Reader
 
 peft = pytest.importorskip("peft")
@@ -321,3 +323,47 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         expanded("base+adapter", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_model_that_transformers_lacks_is_told_by_its_biases(tmp_path: Path) -> None:
+    save("gpt2, untied", LORA, {"target_modules": ["attn.c_proj", "lm_head"]}, tmp_path)
+    want = judged("gpt2, untied", tmp_path)
+    edited(tmp_path / "base" / "config.json", model_type="mine")
+    close(expanded("base+adapter", tmp_path), want, 1e-5)
+
+
+def test_a_square_weight_that_nothing_tells_of_is_refused(tmp_path: Path) -> None:
+    save("llama", LORA, {"target_modules": ["o_proj", "lm_head"]}, tmp_path)
+    edited(tmp_path / "adapter" / "adapter_config.json", fan_in_fan_out=True)
+    with pytest.raises(InputError, match=r"o_proj: nothing tells whether its square weight is stored \(in, out\)"):
+        hub.open_model("base+adapter", tmp_path, weights=False)
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    """A ViT that was saved under older names: its biases must not be written beside them."""
+    save("vit", LORA, {"target_modules": ["classifier"], "bias": "all"}, tmp_path)
+    with pytest.raises(InputError, match=r"the base has no vit\.layers\.0.*bias"):
+        hub.open_model("base+adapter", tmp_path, weights=False)
+
+
+def test_a_stored_head_is_no_longer_tied(tmp_path: Path) -> None:
+    save("llama", LORA, {"target_modules": ["lm_head"]}, tmp_path)
+    edited(tmp_path / "base" / "config.json", tie_word_embeddings=True)
+    assert hub.open_model("base+adapter", tmp_path, weights=False).config["tie_word_embeddings"] is False
+
+
+def test_every_family_with_conv1d_is_known() -> None:
+    """The modules of transformers' source that are Conv1D are those that names and model types tell."""
+    found: dict[str, set[str]] = {}
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        if names := set(re.findall(r"self\.(\w+) = Conv1D\(", path.read_text())):
+            found[path.parent.name] = names
+    types = {"openai": "openai-gpt"}
+    assert {types.get(family, family) for family in found} | {"clvp_decoder"} == CONV1D_MODELS
+    for family, names in found.items():
+        config = {"model_type": types.get(family, family)}
+        assert all(is_conv1d(f"h.0.{name}.weight", config) for name in names), family
