@@ -1,7 +1,7 @@
 """Adapters drawn at random, read by deltamerge as PEFT merges them.
 
-`make fuzz` runs it for a night: FUZZ / 50 adapters, drawn anew every time, instead of the few of every day; `-m slow` 400.
-A failure names its seed: `drawn(seed)` is the case.
+`make fuzz` runs it for a night: FUZZ / 50 adapters, drawn anew every time, instead of the few of every day; `-m slow`
+400. A failure names its seed: `drawn(seed)` is the case.
 """
 
 from __future__ import annotations
