@@ -69,8 +69,8 @@ torture: .venv/.installed-dev  ## kills at every call of every command, bad disk
 	$(BIN)/python benchmarks/torture.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
 
-fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas; FUZZ=1000 for less
-	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py
+fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas, adapters against PEFT; FUZZ=1000 for less
+	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py tests/io/test_random_adapters.py
 
 atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
 	@names=$$(PYTHONPATH=tests:. $(BIN)/python -c 'import fuzz_targets; print(*fuzz_targets.NAMES)') || exit 1; \

@@ -1,5 +1,7 @@
 """What is fuzzed: bytes from a stranger into a reader, which reads them or refuses them by a DeltamergeError.
 
+Where the format's own reader is here, what both read is the same; it sees only what ours has read, which holds no code.
+
 test_fuzz.py feeds the targets with hypothesis, fuzz_atheris.py with bytes that coverage guides.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import sys
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,14 +23,20 @@ from typing import Any
 from unittest.mock import patch
 from zlib import crc32
 
+import blake3
 import gguf
 import numpy as np
 import pytest
 import torch
 import yaml
+import zstandard
 from conftest import load_tensors, make_checkpoint, write_json
+from packed_files import CASES as PACKED
 from running import make_plan, run
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.delta.chain import slime
@@ -40,15 +50,22 @@ from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io import kernels
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
+from deltamerge.io.dtypes import torch_dtype
+from deltamerge.io.hub import open_model
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
+from deltamerge.io.running_sum import FILE as RUNNING_SUM
+from deltamerge.io.running_sum import RunningSum, read_running_sum
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.torch_file import read_torch_header
 from deltamerge.io.weight_files import shards_of, weight_source
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
 from deltamerge.run import hashes
+from deltamerge.run.gguf_vocabulary import sentences
 from deltamerge.run.lock import Lock, verify
 from deltamerge.run.trainer import DeltaWriter as ChainWriter
 
@@ -83,6 +100,12 @@ HEAD = b"\n".join(
         b"Content-Encoding: identity",
     ]
 )
+SHARDED = torch.arange(42, dtype=torch.float32).reshape(6, 7)
+SUM = RunningSum(("s/step-1", "s/step-2"), 3.0, "ema", 0.5, {"w": "BF16"})
+PIECES = b"".join(
+    b"\n%c\n%c%b\x15%b\x18%c" % (len(text) + 9, len(text), text, np.float32(-i).tobytes(), 1 + i)
+    for i, text in enumerate((b"<unk>", b"a", "\u2581é".encode()))
+)  # of a SentencePiece model: text, score, type
 CALIBRATION = {"./a": {"objective": "output_change", "scope": "global", "search": "grid", "chosen": 0.5, "why": "best",
                        "value": 0.1, "plain": {"value": 0.2}, "forward_passes": 3, "sequences": 2, "path": [[1, 2]],
                        "q": {"layers.0.w": 0.5}}}  # fmt: skip
@@ -120,6 +143,7 @@ def make_valid_files(folder: Path) -> None:
     make_vocabularies(folder)
     make_adapter(folder / "lora")
     make_gguf(folder / "tiny.gguf")
+    make_distributed(folder / "distributed")
 
 
 def make_chain(folder: Path) -> None:
@@ -131,7 +155,9 @@ def make_chain(folder: Path) -> None:
     version.mkdir(parents=True)
     said = {"version": "000001", "base_version": "000000", "delta_encoding": "xor", "compression_format": "zstd",
             "checksum_format": "blake3"}  # fmt: skip
-    save_file({"ids": torch.zeros(9, dtype=torch.uint8)}, version / "model-00000.safetensors", {"ids": "0" * 64})
+    diff = torch.frombuffer(bytearray(zstandard.compress(bytes(32))), dtype=torch.uint8)
+    checksum = blake3.blake3(np.arange(4, dtype=np.int64).tobytes()).hexdigest()
+    save_file({"ids": diff}, version / "model-00000.safetensors", {"ids": checksum})
     write_json(version / INDEX, {"metadata": said, "weight_map": {"ids": "model-00000.safetensors"}})
 
 
@@ -148,6 +174,15 @@ def make_gguf(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def make_distributed(folder: Path) -> None:
+    """A checkpoint of torch.distributed in two files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = dcp.FileSystemWriter(folder, thread_count=2, sync_files=False)
+        dcp.save({"model": {"a": SHARDED, "b": SHARDED.bfloat16()}}, storage_writer=writer, no_dist=True)
+    write_json(folder / "config.json", {"model_type": "test"})
 
 
 def make_components(folder: Path) -> None:
@@ -222,6 +257,41 @@ def tolerates(call: Callable[[], Any]) -> None:
     assert said
 
 
+def values(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """The values of tensors, but for those that are large."""
+    made = {}
+    with Reader() as reader, np.errstate(all="ignore"):
+        for name, info in tensors.items():
+            if info.nbytes < 1 << 20:
+                raw = torch.empty(info.nbytes, dtype=torch.uint8)
+                reader.read_into(info, 0, raw.numpy())
+                made[name] = raw.view(torch_dtype(info.dtype)).view(info.shape)
+    return made
+
+
+REFUSALS: tuple[type[Exception], ...] = (Exception,)  # that the official reader may give bytes that ours reads
+
+
+def agree(ours: Mapping[str, torch.Tensor], official: Callable[[], Mapping[str, Any]]) -> None:
+    """What the format's own reader reads of these names has the same values; it may refuse what ours reads."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            theirs = official()
+    except REFUSALS:
+        return
+    assert REFUSALS or ours.keys() & theirs.keys()
+    for name, tensor in ours.items():
+        if isinstance(other := theirs.get(name), torch.Tensor) and other.layout == torch.strided:
+            assert tensor.dtype == other.dtype, name
+            assert tensor.shape == other.shape, name
+            assert torch.equal(bits(tensor), bits(other)), name
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def read_as_any(path: Path, *, mergekit_exact: bool = False) -> None:
     """Read a recipe; where it leaves values open, a few of the recipes that it stands for: a run refuses it itself."""
     file = read_either(path, mergekit_exact=mergekit_exact)
@@ -278,14 +348,21 @@ class Targets:
         path = self.scratch / "x.gguf"
         path.write_bytes(data)
 
-        def read() -> None:
-            with Reader() as reader:
-                for info in open_checkpoint(path).tensors.values():
-                    if info.nbytes < 1 << 16:
-                        reader.read_into(info, 0, bytearray(info.nbytes))
+        def official() -> dict[str, torch.Tensor]:
+            stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+            pairs = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+            found = {ours: stored[theirs] for ours, theirs in pairs.items() if theirs in stored}
+            made = {name: gguf.dequantize(tensor.data, tensor.tensor_type) for name, tensor in found.items()}
+            return {name: torch.from_numpy(array.copy()).float() for name, array in made.items()}
 
-        with np.errstate(all="ignore"):
-            tolerates(read)
+        def read() -> None:
+            found = values(decoded(open_checkpoint(path)).tensors)
+            agree({name: torch.where(t.isnan(), torch.nan, t).float() for name, t in found.items()}, without_nan)
+
+        def without_nan() -> dict[str, torch.Tensor]:
+            return {name: torch.where(t.isnan(), torch.nan, t) for name, t in official().items()}
+
+        tolerates(read)
 
     def torch_file(self, data: bytes) -> None:
         """A file of torch; or the pickle in one, whose archive is put around it. What is read lies in the file."""
@@ -293,6 +370,7 @@ class Targets:
             made = io.BytesIO()
             with zipfile.ZipFile(made, "w") as archive:
                 archive.writestr("archive/data.pkl", data)
+                archive.writestr("archive/version", "3\n")
                 for key, tensor in enumerate(TENSORS.values()):
                     archive.writestr(f"archive/data/{key}", bytes(tensor.nbytes))
             data = made.getvalue()
@@ -300,8 +378,10 @@ class Targets:
         path.write_bytes(data)
 
         def read() -> None:
-            for info in read_torch_header(path).tensors.values():
+            tensors = read_torch_header(path).tensors
+            for info in tensors.values():
                 assert 0 <= info.begin <= info.begin + info.nbytes <= len(data)
+            agree(values(tensors), lambda: torch.load(path, map_location="cpu", weights_only=True))
 
         tolerates(read)
 
@@ -439,6 +519,99 @@ class Targets:
         self.fresh("lora_base")
         return self.fresh("lora")
 
+    def factors(self, data: bytes) -> None:
+        """The weights of a LoRA, read as merged."""
+        (self._lora / "adapter_model.safetensors").write_bytes(data)
+
+        def read() -> None:
+            made = values(open_model("lora_base+lora", self.scratch, weights=False).tensors)["layers.0.w.weight"]
+            found = {name.split(".lora_")[1][0]: tensor.double() for name, tensor in load(data).items()}
+            wanted = 1 + 2 * (found["B"] @ found["A"])
+            fits = torch.isclose(made.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert (fits | ~(wanted.abs() < 1e38)).all()
+
+        with np.errstate(all="ignore"):
+            tolerates(read)
+
+    @cached_property
+    def _distributed(self) -> Path:
+        return self.fresh("distributed")
+
+    def distributed(self, data: bytes, file: str = ".metadata") -> None:
+        """A file of a checkpoint of torch.distributed."""
+        folder = self._distributed
+        (folder / file).write_bytes(data)
+
+        def official() -> dict[str, torch.Tensor]:
+            state: dict[str, Any] = {}
+            reader = dcp.FileSystemReader(folder)
+            _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+            return state.get("model", state)
+
+        tolerates(lambda: agree(values(open_checkpoint(folder).tensors), official))
+        shutil.copyfile(self.place / "distributed" / file, folder / file)
+
+    def shard(self, data: bytes) -> None:
+        self.distributed(data, "__0_0.distcp")
+
+    def packed(self, data: bytes) -> None:
+        """The weights of a quantised checkpoint; the first byte is the scheme. Kernels and numpy read the same."""
+        name = list(PACKED)[data[0] % len(PACKED)] if data else "awq"
+        self._quantised(data[1:], json.dumps(self._packed[name].config).encode())
+
+    def quantisation(self, data: bytes) -> None:
+        """What a config says of how weights are quantised; the first byte is the scheme of the weights."""
+        name = list(PACKED)[data[0] % len(PACKED)] if data else "awq"
+        self._quantised(save(self._packed[name].tensors), data[1:])
+
+    @cached_property
+    def _packed(self) -> dict[str, Any]:
+        return {name: make() for name, make in PACKED.items()}
+
+    def _quantised(self, weights: bytes, settings: bytes) -> None:
+        folder = self.scratch / "quantised"
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "config.json").write_bytes(b'{"model_type": "llama", "quantization_config": %b}' % settings)
+        found = []
+        for native in (kernels.native(), None):
+
+            def read() -> None:
+                found.append(values(decoded(open_checkpoint(folder)).tensors))
+
+            with patch.object(kernels, "native", lambda native=native: native):
+                tolerates(read)
+        assert len(found) in (0, 2)
+        if found:
+            agree(found[0], lambda: found[1])
+
+    def running_sum(self, data: bytes) -> None:
+        (self.scratch / RUNNING_SUM).write_bytes(data)
+
+        def read() -> None:
+            said = read_running_sum(self.scratch)
+            assert said is not None
+            assert math.isfinite(said.total)
+            json.dumps(said.describe(), allow_nan=False)
+
+        tolerates(read)
+
+    def diffs(self, data: bytes) -> None:
+        """The weights of a version that slime wrote: a diff of zstd, whose result has a checksum."""
+        version = self._kept["slime"] / "weight_v000001"
+        (version / "model-00000.safetensors").write_bytes(data)
+        base = open_checkpoint(self.place / "base")
+
+        def read() -> None:
+            found, old = values(slime.over(version, base, "x").tensors), values(base.tensors)
+            assert all(torch.equal(bits(found[name]), bits(old[name])) for name in old)  # its diff is of zeros
+
+        tolerates(read)
+
+    def pieces(self, data: bytes) -> None:
+        """A SentencePiece model."""
+        tolerates(lambda: all(math.isnan(score) or kind >= 0 for _, score, kind in sentences(data, self.scratch)))
+
     def listing(self, data: bytes) -> None:
         """What the hub says of a repository, whose files are then named as a model's."""
 
@@ -512,6 +685,16 @@ class Targets:
             "head": lambda: [HEAD, HEAD.replace(b"200", b"302") + b"\nLocation: https://cdn.example/x"],
             "torch_file": lambda: [*TORCH, zipfile.ZipFile(io.BytesIO(TORCH[0])).read("archive/data.pkl")],
             "model_index": lambda: [(self.place / "pipeline" / "model_index.json").read_bytes()],
+            "factors": lambda: [(self.place / "lora" / "adapter_model.safetensors").read_bytes()],
+            "distributed": lambda: [(self.place / "distributed" / ".metadata").read_bytes()],
+            "shard": lambda: [(self.place / "distributed" / "__0_0.distcp").read_bytes()],
+            "packed": lambda: [bytes([i]) + save(one.tensors) for i, one in enumerate(self._packed.values())],
+            "quantisation": lambda: [
+                bytes([i]) + json.dumps(one.config).encode() for i, one in enumerate(self._packed.values())
+            ],
+            "running_sum": lambda: [json.dumps(SUM.describe()).encode()],
+            "diffs": lambda: [(self.place / "slime" / "weight_v000001" / "model-00000.safetensors").read_bytes()],
+            "pieces": lambda: [PIECES],
             "rows": lambda: [bytes([i]) + data for i, data in enumerate(ROWS.values())],
         }
         return known[name]()
@@ -520,8 +703,9 @@ class Targets:
 NAMES = (
     "recipe", "header", "gguf", "index", "delta", "arrays", "steps", "version", "slime", "lock", "rows", "tokenizer",
     "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head",
-    "torch_file", "model_index",
+    "torch_file", "model_index", "factors", "distributed", "shard", "packed", "quantisation", "running_sum", "diffs",
+    "pieces",
 )  # fmt: skip
 JSON = (
-    "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",
+    "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing", "running_sum",
 )  # fmt: skip

@@ -134,6 +134,13 @@ def model_stock(base, deltas, axis=None):
     return t * sum(base + d for d in deltas) / n + (1 - t) * base
 
 
+def model_stock_of_one(base, deltas):
+    """model_stock of tensors of one element, counted out: cosines are signs, and their mean tells how many agree."""
+    n, signs = len(deltas), sum(np.sign(d) for d in deltas)
+    t = np.where(signs == 0, 0, n * (signs**2 - n) / ((n - 1) * np.where(signs == 0, 1, signs**2)))
+    return base + t * sum(deltas) / n
+
+
 def nearswap(base, x, t):
     w = np.clip(t / np.maximum(np.abs(base - x), 1e-6), 0, 1)
     return w * x + (1 - w) * base

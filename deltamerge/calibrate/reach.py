@@ -11,14 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, TASK_HEAD, numbers_as_stars
+from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, TASK_HEAD, is_conv1d, numbers_as_stars
 
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
 UNSEEN = "a linear layer that no row reached"
 SHOWN = 8
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 
 def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -80,7 +78,7 @@ def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, Sh
         parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
         widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
         return stacked_transposed(name, tensors, next((n for n in widths if isinstance(n, int)), None))
-    return config.get("model_type") in CONV1D_MODELS and CONV1D.search(name) is not None
+    return is_conv1d(name, config)
 
 
 def has_norm(name: str, shape: tuple[int, ...]) -> bool:

@@ -44,24 +44,24 @@ def expected(factors: Tensors) -> tuple[int, ...] | None:
     return (b.shape[0], *a.shape[1:])
 
 
-def updated(info: TensorInfo, factors: Tensors, key: str, config: Config, flips: bool) -> TensorInfo:
-    """A weight with its update. `key` is the module, as patterns match it; `flips` whether a square one is (in, out).
+def updated(info: TensorInfo, factors: Tensors, key: str, config: Config, *, turned: bool) -> TensorInfo:
+    """A weight with its update. `key` is the module, as patterns match it; `turned` whether it is stored (in, out).
 
     InputError: shapes that do not fit, or a weight that is no plain float.
     """
     if info.dtype not in PLAIN:
         raise InputError(f"the base's weight is {info.dtype}", hint="adapters are merged into unquantised weights")
     if is_lora(factors):
-        return _lora(info, factors, key, config, flips)
+        return _lora(info, factors, key, config, turned)
     made = (_hadamard if config.get("peft_type") == "LOHA" else _kronecker)(info, factors, key, config)
     return replace(info, begin=0, made=made)
 
 
-def _lora(info: TensorInfo, factors: Tensors, key: str, config: Config, flips: bool) -> TensorInfo:
+def _lora(info: TensorInfo, factors: Tensors, key: str, config: Config, turned: bool) -> TensorInfo:
     a, b = low_rank(factors)
     shape = (b.shape[0], *a.shape[1:])
     embedding = "embedding_A" in factors
-    transposed = embedding or (len(shape) == 2 and info.shape == shape[::-1] and (info.shape != shape or flips))
+    transposed = embedding or turned or (len(shape) == 2 and shape != info.shape == shape[::-1])
     if info.shape != (shape[::-1] if transposed else shape):
         raise InputError(f"B A gives {list(shape)}, the base's weight is {list(info.shape)}")
     magnitude = factors.get("magnitude")
@@ -71,11 +71,15 @@ def _lora(info: TensorInfo, factors: Tensors, key: str, config: Config, flips: b
         raise InputError("has no lora_magnitude_vector, which use_dora needs", hint="download the adapter again")
     if config.get("lora_bias") and "B.bias" not in factors and not embedding:
         raise InputError("has no lora_B.bias, which lora_bias needs", hint="download the adapter again")
-    scale, start = scale_of(config, key, a.shape[0]), config.get("init_lora_weights")
+    start = config.get("init_lora_weights")
+    # A decomposition has no more parts than the weight has rows or columns, whatever r says.
+    most = min(shape) if start in DERIVED and not embedding else math.inf
+    scale = scale_of(config, key, a.shape[0], most)
     if start in DERIVED and not embedding:
         if len(shape) != 2:
             raise InputError(f"init_lora_weights {start!r} of a convolution", hint=BY_PEFT)
-        info = replace(info, begin=0, made=Residual(info, str(start), a.shape[0], scale, transposed))
+        flipped = transposed and start == "pissa"  # PEFT takes OLoRA's Q and R of a Conv1D's weight as it is stored
+        info = replace(info, begin=0, made=Residual(info, str(start), a.shape[0], scale, flipped))
     return replace(info, begin=0, made=LowRank(info, a, b, scale, transposed, magnitude))
 
 

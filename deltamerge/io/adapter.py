@@ -16,17 +16,18 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io import adapted, experts
-from deltamerge.io.adapter_config import BY_PEFT, CONFIG, checked_config, parameters_of
+from deltamerge.io.adapter_config import BY_PEFT, CONFIG, checked_config, parameters_of, tokens_of
 from deltamerge.io.adapter_parts import Parts, parts
 from deltamerge.io.checkpoint import Adapter, Checkpoint
-from deltamerge.io.computed import Cast
+from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
 from deltamerge.io.matching import Shape, match_one
-from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, block_name
+from deltamerge.io.names import EMBEDDING, LM_HEAD, TOKEN_EMBEDDING, block_name, is_conv1d
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.updates import Residual
 from deltamerge.io.weight_files import ALLOW, read_weights
 
 WEIGHTS = "adapter_model.safetensors"
@@ -84,22 +85,33 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         names = _in_form(base.tensors, found)
         targets = _targets(found, adapter.config, names)
         wanted = dict(_wanted(found, targets))
-        untied = _untie(base, adapter, names, {*wanted, *found.whole} - {f"{module}.weight" for module in found.rows})
+        touched = {*wanted, *found.whole} - {f"{module}.weight" for module in found.rows}
+        tied = _tied(base, adapter, names)
+        untied = bool(tied) and _untie(tied, adapter, names, touched)
         added, places = _places(names, wanted, found)
         tensors: Tensors = {}
         for name, info in names.items():
             full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
         usual = next((info.output_dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
-        for name, info in found.whole.items():
-            kept = places.get(name, name)
+        whole = {places.get(name, name): (name, info) for name, info in found.whole.items()}
+        if tied:
+            whole = _shared(whole, added + tied, adapter.config)
+            if not untied:
+                whole.pop(LM_HEAD, None)
+        for kept, (name, info) in whole.items():
             old = tensors.get(kept)
+            if old is None and f"{name.rpartition('.')[0]}.weight" not in (*found.whole, *wanted):
+                raise InputError(f"the base has no {name}", hint="is this the base that the adapter was trained on?")
             if old is not None and old.shape != info.shape:
                 message = f"{name} has the shape {list(info.shape)}, in the base {list(old.shape)}"
                 raise InputError(message, hint="give the base added tokens first: resize_token_embeddings()")
             tensors[kept] = _cast(info, kept, usual if old is None else old.output_dtype)
-        _update(tensors, places, found, targets, adapter.config)
+        _update(tensors, places, found, targets, adapter.config, base.config)
+        if untied and added + tied not in whole:
+            _leave_residual(tensors, added + tied, names[tied])
         _replace_rows(tensors, places, found, adapter.config, tied=LM_HEAD not in base.tensors)
+        untied |= base.config.get("tie_word_embeddings") is True and LM_HEAD in touched & names.keys()
         config = _config(base.config, adapter, {n: i.shape for n, i in found.whole.items() if n not in names}, untied)
         tensors = _in_own_form(tensors, base.tensors, added)
     files = (*base.files, *adapter.files)
@@ -200,7 +212,7 @@ def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[
     main = list(wanted) or asked
     added, taken = max(choices, key=lambda c: sum((c[1] + w).removeprefix(c[0]) in names for w in main))
     places = {name: taken + name for name in asked if (taken + name).removeprefix(added) in names}
-    if len(places) < len(asked) and not all(name in places for name in main):
+    if len(places) < len(asked):
         shapes = {**{name: info.shape for name, info in found.whole.items()}, **wanted}
         known = {name: info.shape for name, info in names.items()}
         matched = match_one(shapes, known, "the adapter", "the base").canonical
@@ -225,10 +237,11 @@ def _update(
     found: Parts,
     targets: Mapping[str, list[str]],
     config: Mapping[str, Any],
+    base: Mapping[str, Any],
 ) -> None:
-    """Put the update of every adapted module on its weight."""
+    """Put the update of every adapted module on its weight; `base` is the base's config."""
     nested = found.nested()
-    flips = _flips(nested, tensors, places, config)
+    turned = _turned(nested, tensors, places, config, base)
     for root, levels in nested.items():
         with errors.context(root):
             if targets[root] != ["weight"]:
@@ -236,7 +249,9 @@ def _update(
                 continue
             info = _place(f"{root}.weight", tensors, places)
             key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
-            tensors[info.name] = adapted.updated(info, levels[0], key, config, flips)
+            # PEFT loads a stored base layer last: what A and B began with is subtracted from it already.
+            own = config | {"init_lora_weights": True} if f"{root}.weight" in found.whole else config
+            tensors[info.name] = adapted.updated(info, levels[0], key, own, turned=root in turned)
             if "B.bias" in levels[0]:
                 bias = tensors.get(places.get(f"{root}.bias", ""))
                 shifted = adapted.shifted(bias, levels[0], root, config)
@@ -293,18 +308,80 @@ def _place(name: str, tensors: Tensors, places: Mapping[str, str]) -> TensorInfo
     return found
 
 
-def _flips(
+def _turned(
     nested: Mapping[str, list[dict[str, TensorInfo]]],
     tensors: Tensors,
     places: Mapping[str, str],
     config: Mapping[str, Any],
-) -> bool:
-    """Whether the base stores linear weights as (in, out): told by the first that is not square, else by the config."""
+    base: Mapping[str, Any],
+) -> set[str]:
+    """The modules whose weight is stored (in, out): of the class Conv1D, which model type and name tell.
+
+    Shapes tell it of models that transformers does not have. A square weight there is stored as others of its name or
+    beside it, whose biases tell the outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts shapes.
+    """
+    found, square, shapes = set(), [], set()
     for root, levels in nested.items():
         info, shape = tensors.get(places.get(f"{root}.weight", "")), adapted.expected(levels[0])
-        if info is not None and shape is not None and len(shape) == 2 and shape[0] != shape[1]:
-            return info.shape == shape[::-1]
-    return bool(config.get("fan_in_fan_out"))
+        if info is None or shape is None or len(shape) != 2 or "weight" in parameters_of(config, root):
+            continue  # PEFT takes a parameter, of any class, as (out, in)
+        if is_conv1d(info.name, base):
+            found.add(root)
+        elif shape[0] == shape[1]:
+            square.append((root, info.name))
+        else:
+            shapes.add(info.shape == shape[::-1])
+    said = _by_biases(tensors) if square else {}
+    shapes.add(bool(config.get("fan_in_fan_out")))
+    for root, name in square:
+        module = name.removesuffix(".weight")
+        told = said.get(module.rpartition(".")[2]) or said.get(f"{module.rpartition('.')[0]}.") or shapes
+        if len(told) > 1:
+            message = f"{root}: nothing tells whether its square weight is stored (in, out) or (out, in)"
+            raise InputError(message, hint=BY_PEFT)
+        if told == {True}:
+            found.add(root)
+    return found
+
+
+def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
+    """Whether weights are stored (in, out), by the last part of their module's name, and by what stands before that
+    part (with its dot): told by the lengths of biases, for weights that are not square."""
+    found: dict[str, set[bool]] = {}
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight")
+        bias = tensors.get(f"{module}.bias")
+        if module == name or bias is None or len(info.shape) != 2 or info.shape[0] == info.shape[1]:
+            continue
+        parent, _, last = module.rpartition(".")
+        if EMBEDDING.search(name) is None and bias.shape in (info.shape[:1], info.shape[1:]):
+            for key in (last, f"{parent}."):
+                found.setdefault(key, set()).add(bias.shape == info.shape[1:])
+    return found
+
+
+def _shared(
+    whole: dict[str, tuple[str, TensorInfo]], embedding: str, config: Mapping[str, Any]
+) -> dict[str, tuple[str, TensorInfo]]:
+    """The whole tensors by their names, with those that PEFT loads into the weight that `embedding` shares with the
+    head, which both then have; a module of `modules_to_save` has a copy of its own."""
+    ends = config.get("modules_to_save") or ()
+    saved = {name for name in (embedding, LM_HEAD) if any(f".{end}." in f".{name}" for end in ends)}
+    loaded = [whole[name] for name in (embedding, LM_HEAD) if name in whole and name not in saved]
+    return whole | {name: loaded[-1] for name in (embedding, LM_HEAD) if loaded and name not in saved}
+
+
+def _leave_residual(tensors: Tensors, embedding: str, old: TensorInfo) -> None:
+    """Give an embedding what PEFT leaves of it where A and B of the head begin with a part of the weight that both
+    share. InputError: the embedding has factors of its own."""
+    made = tensors[LM_HEAD].made
+    rest = made.base if isinstance(made, LowRank) else None
+    if rest is None or not isinstance(rest.made, Residual):
+        return
+    if tensors[embedding].made is not old.made:
+        message = "changes an embedding that is tied to a head, and takes a part of both out of the base"
+        raise InputError(message, hint=BY_PEFT)
+    tensors[embedding] = replace(rest, name=embedding)
 
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
@@ -317,15 +394,22 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
     return replace(info, name=name, dtype=dtype, begin=0, nbytes=nbytes, made=Cast(info, dtype))
 
 
-def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], touched: set[str]) -> bool:
-    """Give `names` a head of its own if the adapter changes the head, or the embedding that it is tied to.
-
-    This is what PEFT's forward pass computes; PEFT's merge changes both tensors. Returns whether the result is untied.
-    """
+def _tied(base: Checkpoint, adapter: Adapter, names: Tensors) -> str:
+    """The embedding that the base's head shares its weight with; the first of several; "" where there is none."""
     architecture = str((base.config.get("architectures") or ["?"])[0])
     generates = re.search("ForCausalLM|LMHead", architecture) or adapter.config.get("task_type") == "CAUSAL_LM"
     if not generates or LM_HEAD in names or base.config.get("tie_word_embeddings") is False:
-        return False
+        return ""
+    found = [name for name in names if TOKEN_EMBEDDING.search(name)]
+    return found[0] if found else ""
+
+
+def _untie(embedding: str, adapter: Adapter, names: Tensors, touched: set[str]) -> bool:
+    """Give `names` a head of its own if the adapter changes the head, or the embedding that it is tied to.
+
+    This is what PEFT's forward pass computes; PEFT's merge changes both tensors. Returns whether the result is untied.
+    InputError: it shares the weight of several embeddings, or PEFT ties the factors too.
+    """
     found = [name for name in names if TOKEN_EMBEDDING.search(name)]
     ends = {name.rpartition(".")[0].rpartition(".")[2] for name in found}
     if LM_HEAD not in touched and not any(name.split(".")[-2] in ends for name in touched if name.endswith(".weight")):
@@ -333,7 +417,9 @@ def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], tou
     if len(found) != 1 or adapter.config.get("ensure_weight_tying"):
         message = "changes an embedding that is tied to the head"
         raise InputError(message, hint=BY_PEFT)
-    names[LM_HEAD] = names[found[0]]
+    if tokens_of(adapter.config):
+        raise InputError("changes rows of tokens and a head that shares them with the embedding", hint=BY_PEFT)
+    names[LM_HEAD] = names[embedding]
     return True
 
 

@@ -92,11 +92,11 @@ def _positive(value: Any, key: str) -> None:
         raise InputError(f"{key} must be a positive number, got {str(value)[:80]!r}")
 
 
-def scale_of(config: Mapping[str, Any], module: str, rank: int | None) -> float:
+def scale_of(config: Mapping[str, Any], module: str, rank: int | None, most: float = math.inf) -> float:
     """The factor of a module's update: alpha / r, or alpha / √r (rsLoRA).
 
     The first pattern that matches the end of the module's name wins. InputError: the config gives another rank than the
-    tensors have (`rank`; None: they do not tell).
+    tensors have (`rank`; None: they do not tell), which have at most `most`.
     """
 
     def setting(table: str, default: str) -> float:
@@ -106,7 +106,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int | None) -> float:
         return float(config[default])
 
     said = setting("rank_pattern", "r")
-    if rank is not None and said != rank:
+    if rank is not None and min(said, most) != rank:
         message = f"rank {rank}, {CONFIG} says {said:g}"
         raise InputError(message, hint="the config and the weights are not of one adapter")
     alpha = setting("alpha_pattern", "lora_alpha" if config.get("peft_type", "LORA") == "LORA" else "alpha")

@@ -29,7 +29,7 @@ _PARTS = (
     re.compile(rf"(.+)\.lokr_(w[12](?:_[ab])?|t2){_NAME}"),
 )
 _ROWS = re.compile(rf"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAME}")
-_SAVED = re.compile(r"\.modules_to_save\.(?:default\.)?")
+_INSIDE = re.compile(r"\.modules_to_save\.(?:default\.)?|(?:\.token_adapter)?\.base_layer\.")  # of PEFT's wrappers
 _UNKNOWN = re.compile(r"(^|\.)(lora_|hada_|lokr_)|token_adapter")
 
 
@@ -77,10 +77,12 @@ def parts(adapter: Adapter) -> Parts:
             _add(found.modules.setdefault(module, {}), key + (".bias" if bias == ["bias"] else ""), name, info)
         elif rows := _ROWS.fullmatch(inner):
             _add(found.rows, rows[1], name, info)
-        elif _UNKNOWN.search(inner):
+        elif _UNKNOWN.search(_INSIDE.sub(".", inner)):
             raise InputError(f"{name}: not a tensor of an adapter that can be read", hint=BY_PEFT)
         elif ".original_module." not in inner:
-            found.whole[_SAVED.sub(".", inner).replace(f"{LAYER}.", ".")] = info
+            key = _INSIDE.sub(".", inner)
+            if key == inner or PREFIX + key not in adapter.tensors:  # save_embedding_layers stores a saved one twice
+                _add(found.whole, key, name, info)
     return found
 
 

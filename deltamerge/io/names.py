@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from math import prod
+from typing import Any
 
 # The language model's head in transformers; files of models that tie it to the embedding leave it out.
 LM_HEAD = "lm_head.weight"
@@ -33,6 +34,10 @@ BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")
 # and language-model heads by the names that transformers gives them, as a whole component of the tensor's name. The
 # default of a recipe's `exclude`, so a pattern for `re.search`. Wider than `TOKEN_HEAD`: classifiers have no tokens.
 TASK_HEAD = r"(^|[./])(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
+
+# Model types of transformers with modules of its class Conv1D, whose weight is (in, out), and those modules' names.
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+CONV1D = re.compile(r"(^|[./])(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 _INSIDE = re.compile(r"(.*?\.\d+)\.")
@@ -122,6 +127,20 @@ def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int])
     """What the sizes add up to in each repeated block."""
     blocks = numbered_blocks(shapes) or {}
     return [sum(sizes[name] for name in names) for names in blocks.values()]
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a model with this config is the weight of transformers' Conv1D, stored (in, out).
+
+    A model made of others (`encoder`, `decoder`, `text_config`) has the modules of each.
+    """
+    if CONV1D.search(name) is None:
+        return False
+    if config.get("model_type") in CONV1D_MODELS:
+        return True
+    made_of = {key: part for key, part in config.items() if isinstance(part, dict) and "model_type" in part}
+    inside = [part for key, part in made_of.items() if name.startswith(f"{key}.")] or list(made_of.values())
+    return any(part["model_type"] in CONV1D_MODELS for part in inside)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -109,7 +109,11 @@ def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["wte", "c_attn"]}, {"target_modules": ["lm_head"]},
-                                      {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}])  # fmt: skip
+                                      {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+                                      {"target_modules": ["lm_head", "c_proj"]},
+                                      {"target_modules": ["lm_head"], "init_lora_weights": "pissa"},
+                                      {"target_modules": ["lm_head", "wte"], "init_lora_weights": "olora"}]
+)  # fmt: skip
 def test_a_tied_head_is_untied_as_the_adapted_model_computes(tmp_path: Path, settings: dict[str, Any]) -> None:
     make("GPT2LMHeadModel", tmp_path / "base")
     adapt(load("GPT2LMHeadModel", tmp_path / "base"), tmp_path / "adapter", r=3, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_models import GROUPED, SMALL, VIT
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub
+from deltamerge.io.names import CONV1D_MODELS, is_conv1d
 from deltamerge.io.reader import Reader
 
 peft = pytest.importorskip("peft")
@@ -29,6 +31,25 @@ MODELS = {
     "tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, eos_token_id=2)
+    ),
+    "gpt2, untied": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False
+        )
+    ),
+    "gpt": lambda: transformers.OpenAIGPTDoubleHeadsModel(
+        transformers.OpenAIGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    ),
+    "imagegpt": lambda: transformers.ImageGPTForImageClassification(
+        transformers.ImageGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_labels=3)
+    ),
+    "captions": lambda: transformers.VisionEncoderDecoderModel(
+        transformers.VisionEncoderDecoderConfig(
+            encoder={"model_type": "vit", **VIT},
+            decoder={"model_type": "gpt2", "vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32,
+                     "add_cross_attention": True, "is_decoder": True, "tie_word_embeddings": False},
+            tie_word_embeddings=False,
+        )
     ),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(
@@ -72,6 +93,17 @@ CONV = ["projection", "query"]
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora bias": ("gpt2", LORA, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "lora_bias": True}),
     "dora of Conv1D": ("gpt2", LORA, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "square Conv1D beside a head": (
+        "gpt2, untied", LORA, {"target_modules": ["c_attn", "c_proj", "lm_head"], "fan_in_fan_out": True},
+    ),
+    "square Conv1D before a head": ("imagegpt", LORA, {"target_modules": ["attn.c_proj", "score"]}),
+    "square Conv1D, dora": ("gpt", LORA, {"target_modules": ["c_proj", "summary"], "use_dora": True}),
+    "square Conv1D of a decoder": (
+        "captions", LORA, {"target_modules": ["attn.c_proj", "enc_to_dec_proj", "q_attn", "lm_head"]},
+    ),
+    "square Conv1D, olora": (
+        "gpt2, untied", LORA, {"target_modules": ["attn.c_proj", "lm_head"], "init_lora_weights": "olora"},
+    ),
     "dora of an embedding": ("llama", LORA, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
     "conv": ("vit", LORA, {"target_modules": CONV}),
     "conv, dora": ("vit", LORA, {"target_modules": CONV, "use_dora": True}),
@@ -106,6 +138,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
     ),
     "olora": ("llama", LORA, {"target_modules": LINEAR, "init_lora_weights": "olora"}),
+    "pissa of a head": ("llama", LORA, {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"}),
+    "olora of a head": ("llama", LORA, {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "olora"}),
+    "pissa of a head and an embedding": (
+        "gpt2, untied", LORA,
+        {"target_modules": ["wte", "c_attn", "lm_head"], "init_lora_weights": "pissa", "modules_to_save": ["wpe"]},
+    ),
+    "pissa of more than there is": (
+        "llama", LORA, {"target_modules": ["k_proj", "lm_head"], "r": 12, "init_lora_weights": "pissa"},
+    ),
     "mica": ("llama", LORA, {"target_modules": LINEAR, "init_lora_weights": "mica"}),
     "a VLM": ("llava", LORA, {"target_modules": ["q_proj", "lm_head", "linear_1"]}),
     "a VLM, saved": ("llava", LORA, {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}),
@@ -145,6 +186,7 @@ def judged(model: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 EVERYDAY = {
+    "square Conv1D beside a head", "pissa of a head",
     "lora bias", "dora of Conv1D", "conv", "tokens of a tied model", "tokens alone", "experts", "experts of Mixtral",
     "experts, transposed", "all linear of a mixture", "loha, cores", "lokr", "pissa", "a VLM",
 }  # fmt: skip
@@ -281,3 +323,47 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         expanded("base+adapter", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_model_that_transformers_lacks_is_told_by_its_biases(tmp_path: Path) -> None:
+    save("gpt2, untied", LORA, {"target_modules": ["attn.c_proj", "lm_head"]}, tmp_path)
+    want = judged("gpt2, untied", tmp_path)
+    edited(tmp_path / "base" / "config.json", model_type="mine")
+    close(expanded("base+adapter", tmp_path), want, 1e-5)
+
+
+def test_a_square_weight_that_nothing_tells_of_is_refused(tmp_path: Path) -> None:
+    save("llama", LORA, {"target_modules": ["o_proj", "lm_head"]}, tmp_path)
+    edited(tmp_path / "adapter" / "adapter_config.json", fan_in_fan_out=True)
+    with pytest.raises(InputError, match=r"o_proj: nothing tells whether its square weight is stored \(in, out\)"):
+        hub.open_model("base+adapter", tmp_path, weights=False)
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    """A ViT that was saved under older names: its biases must not be written beside them."""
+    save("vit", LORA, {"target_modules": ["classifier"], "bias": "all"}, tmp_path)
+    with pytest.raises(InputError, match=r"the base has no vit\.layers\.0.*bias"):
+        hub.open_model("base+adapter", tmp_path, weights=False)
+
+
+def test_a_stored_head_is_no_longer_tied(tmp_path: Path) -> None:
+    save("llama", LORA, {"target_modules": ["lm_head"]}, tmp_path)
+    edited(tmp_path / "base" / "config.json", tie_word_embeddings=True)
+    assert hub.open_model("base+adapter", tmp_path, weights=False).config["tie_word_embeddings"] is False
+
+
+def test_every_family_with_conv1d_is_known() -> None:
+    """The modules of transformers' source that are Conv1D are those that names and model types tell."""
+    found: dict[str, set[str]] = {}
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        if names := set(re.findall(r"self\.(\w+) = Conv1D\(", path.read_text())):
+            found[path.parent.name] = names
+    types = {"openai": "openai-gpt"}
+    assert {types.get(family, family) for family in found} | {"clvp_decoder"} == CONV1D_MODELS
+    for family, names in found.items():
+        config = {"model_type": types.get(family, family)}
+        assert all(is_conv1d(f"h.0.{name}.weight", config) for name in names), family

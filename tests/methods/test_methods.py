@@ -177,6 +177,37 @@ def test_method_equals_the_float64_reference(models, tmp_path, method):
             np.testing.assert_array_less(error, allowed, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ((0.5, 0.25), 0.375),  # agree: the mean
+        ((0.5, -0.25), 0.0),  # cancel: the base
+        ((0.5, 0.25, 1.0), 7 / 12),
+        ((0.5, 0.25, -0.125), -0.625),  # one against two: -3 times the mean
+        ((0.5, 0.25, -1.0, -2.0), 0.0),
+        ((0.0, 0.0), 0.0),
+    ],
+)
+@pytest.mark.parametrize(("shape", "rows"), [((), False), ((1,), False), ((1, 1), True)])
+def test_model_stock_of_one_element_goes_by_signs(tmp_path, deltas, wanted, shape, rows):
+    base = np.full(shape, 2.0)
+    for name, delta in zip(("base", *"abcd"), (0.0, *deltas), strict=False):
+        make_checkpoint(tmp_path / name, {"w": torch.full(shape, 2.0 + delta)})
+    recipe = text("model_stock", "abcd"[: len(deltas)], f"filter_wise: {str(rows).lower()}")
+    got = merge(tmp_path, tmp_path, recipe)["w"].double().numpy()
+    assert got == pytest.approx(2.0 + wanted, abs=1e-6)
+    if any(deltas):
+        assert got == pytest.approx(reference.model_stock_of_one(base, [np.full(shape, d) for d in deltas]), abs=1e-6)
+
+
+def test_model_stock_of_one_element_that_hardly_moves_stays_the_base(tmp_path):
+    for name, delta in (("base", 0.0), ("a", 2.0**-14), ("b", 2.0**-14)):
+        make_checkpoint(tmp_path / name, {"w": torch.tensor([delta])})
+    cosine = 2.0**-28 / 1e-6
+    got = float(merge(tmp_path, tmp_path, text("model_stock", "ab"))["w"])
+    assert got == pytest.approx(2 * cosine / (1 + cosine) * 2.0**-14, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["karcher", "model_stock"])
 def test_infinities_of_either_sign_in_one_tensor_are_no_bug(tmp_path, method):
     value = torch.ones(200_000)

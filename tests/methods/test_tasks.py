@@ -173,6 +173,22 @@ def test_directions_that_are_only_rounding_are_left_out(pair, tmp_path, method):
     assert values[4] < 1e-5 * values[0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((24, 40), (2, 3)), ((40, 24), (1, 1)), ((24, 24), (0, 4)), ((30, 20), (20, 20))], ids=str
+)
+def test_iso_c_of_low_rank_counts_what_is_left_out_as_zeros(pair, tmp_path, shape, ranks):
+    """The mean is of all r singular values, the directions are those that are there."""
+    draw = np.random.default_rng(3)
+    low = [draw.integers(-3, 4, (shape[0], k)) @ draw.integers(-3, 4, (k, shape[1])) / 64.0 for k in ranks]
+    folder = pair(*(torch.from_numpy(delta).float() for delta in low))
+    got = added(merge(folder, tmp_path, text("iso_c", names="ab")), folder / "base", "layers.0.q.weight")
+    values = np.linalg.svd(sum(low), compute_uv=False)
+    there = int((values > 2.0**-20 * values[0]).sum())
+    np.testing.assert_allclose(got, reference.iso_c(low), atol=5e-7 * np.abs(got).max())
+    expected = np.repeat([values.mean(), 0.0], [there, len(values) - there])
+    np.testing.assert_allclose(np.linalg.svd(got, compute_uv=False), expected, atol=1e-5 * values.mean())
+
+
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
 def test_nothing_changed_and_what_is_not_finite(pair, tmp_path, method):
     folder = pair(torch.zeros(24, 40), torch.zeros(24, 40))
