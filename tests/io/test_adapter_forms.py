@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import close
+from adapters import close, peft
 from conftest import load_tensors
 from safetensors.torch import load_file, save_file
 from test_adapter import expanded
@@ -19,7 +19,6 @@ from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.reader import Reader
 
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 MOE = GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "num_hidden_layers": 2}
