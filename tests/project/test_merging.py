@@ -16,7 +16,7 @@ import yaml
 from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tolerance import largest_log_probability, of_divergence
+from tolerance import gamma, largest_log_probability, of_divergence
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from deltamerge.calibrate import coefficients
@@ -114,7 +114,7 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
     written = merging.encoder_of(run(tmp_path / "whole.yaml", tmp_path / "whole").folder)
     kept = load_file(setting.home / "merged" / f"{cells[0]['key']}.safetensors")
     for name, tensor in written.items():
-        torch.testing.assert_close(kept[name].float(), tensor, rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(kept[name].float(), tensor, rtol=gamma(2, torch.bfloat16), atol=1e-6)
 
     found: dict[str, Any] = {"own": dict.fromkeys(setting.experts, 50.0), "cells": []}
     for cell in cells:
