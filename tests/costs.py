@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-SINGLE, SEVERAL, CASE = 0.3, 0.15, 0.8  # seconds of all of a test, of all its cases, and of the case that is left
+SINGLE, SEVERAL, CASE = 0.22, 0.12, 0.8  # seconds of all of a test, of all its cases, and of the case that is left
 SHOWN = 40
 
 seconds: dict[str, float] = defaultdict(float)
