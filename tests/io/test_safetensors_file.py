@@ -183,13 +183,14 @@ def test_many_tensors(tmp_path: Path) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 300))
-def test_garbage_is_refused_or_read(text: bytes, size: int) -> None:
-    with suppress(InputError):
-        assert 0 <= header_length(text[:8], size) <= size - 8
+@given(st.binary(max_size=200), st.integers(0, 300), st.integers(0, 400))
+def test_garbage_is_refused_or_read(text: bytes, size: int, length: int) -> None:
+    for first in (text[:8], length.to_bytes(8, "little")):
+        with suppress(InputError):
+            assert 0 <= header_length(first, size) <= size - 8
     for raw in (text, b'{"a":' + text + b"}"):
         with suppress(InputError):
-            assert all(info.end <= size for info in parse_header(raw, Path("x"), size).tensors.values())
+            assert all(info.begin + info.nbytes <= size for info in parse_header(raw, Path("x"), size).tensors.values())
 
 
 @settings(max_examples=200, deadline=None)
