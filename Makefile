@@ -8,7 +8,7 @@ DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 export PYTHONDONTWRITEBYTECODE :=
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check costs families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -16,11 +16,14 @@ help:  ## this list
 demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
 	@$(DEMO_ENV) $(BIN)/python benchmarks/demo.py
 
-test: .venv/.installed-dev  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+test: .venv/.installed-dev  ## the quick tests: two thirds of them, in a quarter of the time; make check runs all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick -n 2 --dist worksteal
 
-check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, tests
+check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, all tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check.sh
+
+costs: .venv/.installed-dev  ## what each test costs, and what tests/costly.txt should have
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p costs
 
 families: .venv/.installed-dev  ## a tiny model of every family of transformers, and docs/families.md; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/family_walk.py --jobs 2

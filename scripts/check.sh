@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy --strict deltamerge
 lint-imports
-OMP_NUM_THREADS=1 pytest -n 3 --dist worksteal
+OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from conftest import write_json
 from safetensors.torch import save_file
+
+
+class _Peft:
+    """The module, imported when it is first used: it takes seconds, and collecting tests needs none of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("_", "pytest")):  # pytest looks for its own marks on whatever a module holds
+            raise AttributeError(name)
+        return getattr(importlib.import_module("peft"), name)
+
+
+peft = _Peft()
 
 
 def write_adapter(folder: Path, seed: int) -> None:

@@ -48,9 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(MEMORY / f"deltamerge-tests-{os.getpid()}", ignore_errors=True))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out the costly tests of tests/costly.txt")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test marked `sampled(n)` every n-th runs each day, and the others with `-m slow`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sampled(n)` every n-th runs each day, and the others with `-m slow`.
+
+    `--quick` leaves out the tests that costly.txt lists: those with 0, and of the others all but every n-th case.
+    """
     seen: Counter[str] = Counter()
     for item in items:
         marker, test = item.get_closest_marker("sampled"), item.nodeid.partition("[")[0]
@@ -58,6 +65,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if seen[test] % marker.args[0]:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+    if config.option.quick:
+        seen.clear()
+        costly, left_out = costly_tests(), []
+        for item in items:
+            test = f"{item.path.name}::{item.name.partition('[')[0]}"
+            every = costly.get(test, 1)
+            if item.get_closest_marker("slow") is None:
+                if every == 0 or seen[test] % every:
+                    left_out.append(item)
+                seen[test] += 1
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
+
+
+def costly_tests() -> dict[str, int]:
+    """By "file::test" the n of which every n-th case is quick enough for each day; 0: no case is."""
+    lines = Path(__file__).with_name("costly.txt").read_text().splitlines()
+    return {name: int(every) for name, every in (line.split() for line in lines if line and not line.startswith("#"))}
 
 
 LLAMA = {

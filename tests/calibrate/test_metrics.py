@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from deltamerge.calibrate import metrics
 
@@ -40,6 +39,8 @@ def test_matthews_of_several_classes_is_gorodkins() -> None:
 
 
 def test_correlations_are_scipys() -> None:
+    from scipy import stats
+
     random = np.random.default_rng(0)
     p = random.normal(size=100)
     y = np.round(p + random.normal(size=100), 1)  # with ties

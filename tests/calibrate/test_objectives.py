@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import batches, make
+from tolerance import gamma
 from torch.overrides import TorchFunctionMode
 
 from deltamerge.calibrate import head
@@ -295,6 +296,8 @@ def test_logits_come_in_pieces_whose_size_changes_nothing(
         with _Largest(211) as largest:
             evaluate(pair.model, whole, [pair.at(0.4)])
         assert (largest.nbytes == 0) == in_pieces  # 5 logits a token are all it needs
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
-    assert found[1] == pytest.approx(found[2], rel=1e-6)
+    # a logit is a sum over neurons and its log-probability one over words, in an order that the piece's size may change
+    apart = gamma(pair.config.hidden_size + 211)
+    assert found[0] == pytest.approx(found[1], rel=apart)
+    assert found[1] == pytest.approx(found[2], rel=apart)
     assert found[0][1] == 0.0  # of the fine-tune itself

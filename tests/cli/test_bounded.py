@@ -12,9 +12,10 @@ from conftest import tiny_llama
 from running import make_plan
 
 from deltamerge.calibrate import rows
-from deltamerge.errors import DeltamergeError, InputError, UsageError
+from deltamerge.errors import InputError, UsageError
 from deltamerge.io import patterns
 from deltamerge.plan import memory
+from deltamerge.run import options
 
 BASED = "base_model: ./base\nmerge_method: ties\nparameters: {density: 0.5, weight: 1}\n"
 ONE = BASED + "models: [{model: ./a}]\n"
@@ -148,24 +149,26 @@ def test_what_is_large_is_planned_or_refused(folder: Path, command: str) -> None
 
 
 def test_all_patterns_of_a_recipe_share_their_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.02)
-    monkeypatch.setattr(patterns, "SECONDS_IN_ALL", 0.05)
     slow, name = "(.|.|.|.|.)*[A-Z]$", "model.layers.0.mlp.weight"
     patterns.start_anew()
     said = []
-    for _ in range(6):
-        with pytest.raises(InputError) as caught:
-            patterns.finds(slow, name)
-        said.append(str(caught.value))
+    with monkeypatch.context() as little:
+        little.setattr(patterns, "SECONDS", 0.02)
+        little.setattr(patterns, "SECONDS_IN_ALL", 0.05)
+        for _ in range(6):
+            with pytest.raises(InputError) as caught:
+                patterns.finds(slow, name)
+            said.append(str(caught.value))
     assert "takes more than 0.02 s to search" in said[0]
     assert "those before take more than 0.05 s to search all names" in said[-1]
     patterns.start_anew()
     assert patterns.finds("mlp", name)
+    # all is spent, however fast this machine is; another recipe is not charged for that
+    monkeypatch.setattr(patterns._spent, "seconds", patterns.SECONDS_IN_ALL)
+    with pytest.raises(InputError, match="those before take more than 10 s"):
+        patterns.finds("mlp", name)
     (folder / "again.yaml").write_text(PRUNED % "exclude: [mlp]")
-    for _ in range(6):
-        with pytest.raises(InputError):
-            patterns.finds(slow, name)
-    assert make_plan(folder / "again.yaml").outputs  # another recipe is not charged for that
+    assert make_plan(folder / "again.yaml").outputs
 
 
 def test_the_sources_of_all_tensors_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,4 +195,4 @@ def test_workers_are_counted_before_there_are_any(folder: Path) -> None:
     (folder / "w.yaml").write_text(ONE)
     with pytest.raises(UsageError, match="1000000 workers"):
         make_plan(folder / "w.yaml", workers=1_000_000)
-    assert issubclass(UsageError, DeltamergeError)
+    assert make_plan(folder / "w.yaml", workers=options.MOST_WORKERS).outputs

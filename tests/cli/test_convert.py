@@ -11,6 +11,7 @@ import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tolerance import gamma
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deltamerge.io.checkpoint import open_checkpoint
@@ -69,7 +70,8 @@ def test_to_quantised_and_back_keeps_what_stays(folder, tmp_path, capsys):
     whole, again = load_tensors(folder / "model"), load_tensors(plain)
     for name, tensor in whole.items():
         assert again[name].dtype == torch.bfloat16
-        torch.testing.assert_close(again[name].float(), tensor, rtol=2**-8, atol=2e-3)
+        half_a_step = float(tensor.abs().max()) / 127 / 2  # of int8; then each value is rounded twice, as is its scale
+        torch.testing.assert_close(again[name].float(), tensor, rtol=gamma(3, torch.bfloat16), atol=half_a_step)
     norm = "model.norm.weight"
     assert torch.equal(again[norm], whole[norm].bfloat16())
 

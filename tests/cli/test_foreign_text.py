@@ -159,5 +159,6 @@ def test_the_card_and_the_graph_have_no_markup_but_ours(
     assert block.count("\n`````\n") == 1
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
-    graph = call(capsys, "plan", recipe, "--graph")[1]
+    code, graph, _ = call(capsys, "plan", recipe, "--graph")
+    assert (code, '"' in graph) == (0, True)
     assert all(line.count('"') in (0, 2) for line in graph.splitlines())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import LLAMA, adapt, close, load
+from adapters import LLAMA, adapt, close, load, peft
 from conftest import load_tensors, tiny_llama, write_json
 from running import make_plan, run
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,6 @@ from deltamerge.io.computed import ordered_product
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 

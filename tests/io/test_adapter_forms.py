@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import close
+from adapters import close, peft
 from conftest import load_tensors
 from safetensors.torch import load_file, save_file
 from test_adapter import expanded
@@ -21,7 +21,6 @@ from deltamerge.io import hub
 from deltamerge.io.names import CONV1D_MODELS, is_conv1d
 from deltamerge.io.reader import Reader
 
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 MOE = GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "num_hidden_layers": 2}

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from raw_tensors import Stored, stored, widened, write_checkpoint
+from tolerance import after_rounding
 
 from deltamerge.io import experts as experts_module
 from deltamerge.io.computed import LowRank
@@ -155,7 +157,7 @@ def test_as_the_formula(tensors: tuple[Infos, Values], case: str) -> None:
     base, made, formula = CASES[case]
     info = TensorInfo(base, infos[base].dtype, infos[base].shape, Path("x"), 0, infos[base].nbytes, made(infos))
     got, want = read(info, 10**6), formula(values)
-    tolerance = {"F32": 2e-6, "BF16": 2**-8, "F16": 2**-10}[info.dtype]
+    tolerance = {"F32": 2e-6, "BF16": after_rounding(torch.bfloat16), "F16": 2**-10}[info.dtype]
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=4e-6)
     for step in (1, 7, 13):
         np.testing.assert_array_equal(read(info, step), got)

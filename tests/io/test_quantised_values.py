@@ -3,6 +3,7 @@ bit, and files at fault, each refused in a line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from quantised_models import fp8
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io import kernels
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.io.dtypes import DTYPES
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -459,7 +461,9 @@ def test_any_header_and_config_is_read_or_refused(said, parts):
         found = decoded(Checkpoint("x", Path("x"), tensors, (), {"quantization_config": said}))
     except DeltamergeError:
         return
+    words = sum(DTYPES[dtype].bits * math.prod(shape) for dtype, shape in parts.values())
     for info in found.tensors.values():
         if info.made is not None:
             assert info.dtype == "F32"
             assert info.nbytes == 4 * np.prod(info.shape, dtype=np.int64)
+            assert np.prod(info.shape, dtype=np.int64) <= words

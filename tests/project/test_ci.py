@@ -1,4 +1,4 @@
-"""What other repositories use of this one: the pre-commit hook and the GitHub Action's script."""
+"""What other repositories use of this one, the hook and the GitHub Action's script; and which tests are costly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_llama
+from conftest import costly_tests, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -150,3 +151,16 @@ def test_the_hook_takes_recipes_and_refuses_a_typo(repository):
     assert subprocess.run([*shlex.split(hook["entry"]), str(recipe)], **run).returncode == 0
     recipe.write_text(RECIPE.replace("ties", "tise"))
     assert subprocess.run([*shlex.split(hook["entry"]), str(recipe)], **run).returncode == 1
+
+
+def test_costly_tests_are_those_that_there_are() -> None:
+    """A line of a test that has another name now would leave that one in the everyday suite."""
+    there = [
+        f"{file.name}::{name}"
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    ]
+    listed = costly_tests()
+    assert len(listed) > 100
+    assert sorted(set(listed) - set(there)) == []
+    assert [name for name, count in Counter(there).items() if count > 1 and name in listed] == []

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import pearsonr, spearmanr
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -21,6 +20,8 @@ tasks = importlib.import_module("tasks")
 
 
 def test_pearson_spearman_with_ties() -> None:
+    from scipy.stats import pearsonr, spearmanr
+
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, 200).astype(float), rng.normal(size=200)
     expected = (pearsonr(x, y).statistic + spearmanr(x, y).statistic) / 2

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import gamma
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -61,9 +62,12 @@ def test_the_loss_is_that_of_the_answer_and_the_end(folder: Path, model: Any, to
             for one in some
         ]
     )
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(input_ids=ids, labels=labels).loss
-        torch.testing.assert_close(smollm2.loss_of(model, some).float(), expected, rtol=1e-2, atol=0)
+    with torch.no_grad():
+        loss = smollm2.loss_of(model, some).float()
+    # log-probabilities of 5.6 and their mean are rounded to bfloat16; logits, below 1, may be rounded the other way
+    torch.testing.assert_close(loss, expected, rtol=gamma(2.5, torch.bfloat16), atol=0)
 
 
 def test_answers_are_those_of_generate(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
+from tolerance import gamma
 from torch import Tensor, nn
 
 from deltamerge.errors import DeltamergeError, InputError
@@ -221,11 +222,13 @@ def test_pull(
         target = a.double().numpy()
         delta = old - target
         change = min(c, 1) * delta if regularizer == "l2" else np.minimum(c, abs(delta)) * np.sign(delta)
-        np.testing.assert_allclose(p.double().numpy(), old - change, atol=3e-7, rtol=1e-6)
+        # the rate, the difference, their product and the sum are rounded, of which none is larger than both ends
+        allowed = gamma(4, dtype) * (abs(old) + abs(target))
+        assert np.all(abs(p.double().numpy() - (old - change)) <= allowed)
         if c >= 1 and regularizer == "l2":
             assert torch.equal(p, a.to(dtype))
         left = p.double().numpy() - target  # never past the pretrained value
-        assert np.all((left * delta >= 0) | (abs(left) < 1e-6))
+        assert np.all((left * delta >= 0) | (abs(left) <= allowed))
 
 
 @pytest.mark.parametrize("regularizer", ["l2", "l1"])

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from backend_choice import available, computed_by
 from raw_tensors import read_checkpoint as read
 from raw_tensors import stored, widened, write_checkpoint
 from running import make_plans, run
+from tolerance import after_rounding
 
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.checkpoint import open_checkpoint
@@ -79,7 +81,7 @@ def test_an_average_is_the_weighted_mean_of_its_checkpoints(home, keys, steps, s
     for name, (code, values) in read(out).items():
         wanted = sum(w * widened(one[name]) for w, one in zip(weights, inputs, strict=True))
         assert code == CODES[name]
-        tolerance = {"F32": 1e-6, "BF16": 2**-8}[code]
+        tolerance = {"F32": 1e-6, "BF16": after_rounding(torch.bfloat16)}[code]
         np.testing.assert_allclose(widened((code, values)), wanted, rtol=tolerance, atol=tolerance / 10)
 
 

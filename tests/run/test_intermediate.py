@@ -74,7 +74,7 @@ def test_a_plan_promises_what_the_run_makes(folder):
     run(folder / "r.yaml")
     kept = make_plans(folder / "r.yaml")
     for before, after in zip(promised, kept, strict=True):
-        assert before.outputs == after.outputs or before.describe() == after.describe()
+        assert before.describe() == after.describe()
         assert [m.checkpoint.tensors for m in before.inputs.all] == [m.checkpoint.tensors for m in after.inputs.all]
         assert [m.checkpoint.config for m in before.inputs.all] == [m.checkpoint.config for m in after.inputs.all]
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
-from adapters import LLAMA, adapt, load
+from adapters import LLAMA, adapt, load, peft
 from conftest import load_tensors, tiny_llama
 from quantised_models import fp8_checkpoint
 from running import run

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import LLAMA, adapt, close, load
+from adapters import LLAMA, adapt, close, load, peft
 from conftest import load_tensors, tiny_llama
 from running import make_plan, run
 from safetensors.torch import load_file
@@ -21,8 +21,6 @@ from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.reader import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
 from deltamerge.run.lock import verify
-
-peft = pytest.importorskip("peft")
 
 SHIRA = """
 base_model: base

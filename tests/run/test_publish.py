@@ -164,7 +164,7 @@ def test_a_merge_of_local_folders_cannot_be_run_elsewhere(server: Hub, merged: P
     ("reference", "message"),
     [
         ("hf://org/tune", "has no recipe.yaml on the hub"),
-        ("hf://org/nothing", "no such model on the hub"),
+        ("hf://org/nothing", "no such folder in ., and no such model on the hub"),
         ("hf://", "not a hub id"),
         ("hf://../../x", "not a hub id"),
     ],
@@ -172,5 +172,4 @@ def test_a_merge_of_local_folders_cannot_be_run_elsewhere(server: Hub, merged: P
 def test_what_is_no_published_merge(server: Hub, merged: Path, capsys, reference: str, message: str) -> None:
     code, out, err = call(capsys, "run", reference)
     assert (code, out) == (1, "")
-    assert f"error: {reference}: {message}" in err or f"{reference}: " in err
-    assert message in err
+    assert f"error: {reference}: {message}" in err
