@@ -263,8 +263,8 @@ def _places(checkpoint: Checkpoint, name: str) -> dict[str, _Tokenizer]:
 
 
 def _has_tokenizer(model: Checkpoint | Adapter) -> bool:
-    """Whether a model's folder has a tokenizer; of a hub model it is fetched."""
-    if model.hub_id is not None:
+    """Whether a model's folder has a tokenizer; of a hub model it is fetched, but not of a pipeline's folders."""
+    if model.hub_id is not None and (isinstance(model, Adapter) or model.is_simple):
         with suppress(DeltamergeError):  # offline, what is not in the cache is not compared
             fetched(model)
             fetch(model, TOKENIZER, MAP)

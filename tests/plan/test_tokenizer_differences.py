@@ -524,3 +524,34 @@ def test_files_that_are_no_vocabulary_are_said(tmp_path, file, content):
 
 def test_pieces_of_sentencepiece():
     assert [text for text, _, _ in sentences(_proto(["a", "▁b"]), Path("x"))] == ["a", "▁b"]
+
+
+def test_a_pipeline_s_tokenizers_are_compared_folder_by_folder(tmp_path):
+    table = {"text_model.embeddings.token_embedding.weight": torch.ones(300, 8)}
+    for name, words in (("base", WORDS), ("a", own(("<r1>", "<style>"))), ("b", WORDS)):
+        folder = tmp_path / name
+        listed = {"_class_name": "P", "text_encoder": ["transformers", "C"], "tokenizer": ["transformers", "T"]}
+        for part in ("tokenizer", "text_encoder"):
+            (folder / part).mkdir(parents=True)
+        write_json(folder / "model_index.json", listed)
+        write_json(folder / "text_encoder" / "config.json", {"model_type": "clip_text_model", "vocab_size": 300})
+        save_file(table, folder / "text_encoder" / "model.safetensors")
+        _slow(folder / "tokenizer", "vocab.json", words)
+    assert any("tokenizer: 1 of 300 rows of the embedding mean other tokens" in line for line in said(tmp_path, TWO))
+    _slow(tmp_path / "b" / "tokenizer", "vocab.json", PERMUTED)
+    assert "tokenizer: ./base/tokenizer and ./b/tokenizer have other tokens" in refused(tmp_path, TWO)
+
+
+def test_an_expert_of_another_vocabulary_is_said_as_the_mixture_has_the_base_s(tmp_path):
+    models(tmp_path, a=WORDS, b=PERMUTED)
+    text = "base_model: ./base\ngate_mode: random\nexperts:\n- {source_model: ./a}\n- {source_model: ./b}\n"
+    assert any("its rows are not in the output, which has the tokenizer of ./base" in x for x in said(tmp_path, text))
+
+
+def test_a_delta_has_the_tokenizer_beside_it(tmp_path, monkeypatch, capsys):
+    models(tmp_path, a=own(("<r1>", "<tool>")), b=own(("<r1>", "<think>")))
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        assert call(capsys, "extract", name, "base", "--out", f"{name}-delta")[0] == 0
+    lines = said(tmp_path, TWO.replace("./a}", "./a-delta}").replace("./b}", "./b-delta}"))
+    assert any("'<tool>' in ./a-delta, '<think>' in ./b-delta" in line for line in lines)
