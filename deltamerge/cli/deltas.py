@@ -241,14 +241,28 @@ def apply(
 def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Check FOLDER, which a run made, against the hashes in its lock.
 
-    Of a chain, or a version of one, that each version was made from what the one before makes.
+    Of a chain, or a version of one, that each version was made from what the one before makes; of a store each of its
+    deltas.
     """
     from deltamerge.delta.chain.folder import is_chain
+    from deltamerge.delta.chain.store import is_store
     from deltamerge.delta.chain.version import VERSION
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
+    if is_store(folder):
+        from deltamerge.run.squash import verify_store
+
+        deltas = verify_store(folder, base, workers, pickles=pickles)
+        if as_json:
+            say_json({"folder": str(folder), "deltas": deltas, "base": base})
+            return
+        for delta in deltas:
+            tell(f"{folder / delta['name']}: {len(delta['files'])} files as the lock says")
+        if base is not None:
+            tell(f"{folder}: every tensor of every delta, from {base}, as the deltas say")
+        return
     if (folder / VERSION).is_file() or is_chain(folder):
         from deltamerge.run.squash import verify_chain
 

@@ -16,6 +16,7 @@ from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.recipe.advice import choose, q_decides
+from deltamerge.recipe.effective_prune import Pruning
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import PruneCandidate, Recommendation
@@ -101,7 +102,7 @@ def first_recipe(
             text += CALIBRATION.format(rows=_flow(rows))
     elif len(models) == 1:
         text += ONE.format(model=named[0]) + _pruned(density)
-    elif q_decides("magnitude", density):
+    elif q_decides(Pruning("none"), density):  # of ties
         text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _pruned(density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)

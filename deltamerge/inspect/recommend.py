@@ -20,6 +20,7 @@ from deltamerge.inspect.activations import Figures, activations
 from deltamerge.inspect.moments import Moments, together
 from deltamerge.inspect.statistics import Pair
 from deltamerge.recipe.advice import choose, q_decides
+from deltamerge.recipe.effective_prune import Pruning
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
@@ -249,7 +250,7 @@ def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
     size = "large" if evidence.large else "small"
     where = f"‖Δ‖/‖W‖ · sqrt((1 − d)/d) is {noise}, {'above' if evidence.large else 'not above'} {LARGE_NOISE}"
     why = [choice.why, f"{where}: the delta is {size} for this density"]
-    if q_decides("dare", density, sampled=True):
+    if q_decides(Pruning("dare", sampling="magnitude"), density):
         why.append(
             "give rows with --calibration: magnitude with a calibrated q keeps more (about 96 % of the score at "
             "density 0.01, where DARE keeps 50 to 80 %)"
