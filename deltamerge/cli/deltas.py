@@ -26,6 +26,7 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, tell
 from deltamerge.cli.tables import human
+from deltamerge.errors import after_folders
 
 
 @click.command()
@@ -138,16 +139,19 @@ def extract(
     line = "" if choice is None or quiet or as_json else str(choice)
     sharing = None if store is None else Sharing.of(store)
     summaries = []
+    done: list[Path] = []
     for model, name in zip(models, names, strict=True):
         begun, warnings = time.monotonic(), Warnings(line)
         line = ""
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
-        result = extract_delta(
-            model, base, target, density=density, method=method, q=q, values=values, after=after,
-            lora=None if size is None else size | more,
-            calibration=calibration,
-            options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
-        )  # fmt: skip
+        with after_folders(done):
+            result = extract_delta(
+                model, base, target, density=density, method=method, q=q, values=values, after=after,
+                lora=None if size is None else size | more,
+                calibration=calibration,
+                options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
+            )  # fmt: skip
+        done.append(result.folder)
         warnings.end(result)
         if sharing is not None:
             sharing.add(name)

@@ -29,7 +29,7 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements
 from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter
 from deltamerge.delta.writer import DeltaWriter
-from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors import GO_ON, InputError, VerifyError, interruptible
 from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
@@ -59,7 +59,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
     """
     if not is_chain(chain):
         raise InputError(f"{chain}: is no chain", hint="a folder of versions, made by extract --after or a trainer")
-    with one_writer(chain, "folding"):
+    with interruptible(lambda _: f"{chain} is whole, as it was or folded: {GO_ON}"), one_writer(chain, "folding"):
         versions = line(chain / head(chain))
         old = versions[: len(versions) - keep]
         before = sum(map(_bytes, versions))

@@ -156,7 +156,8 @@ def test_every_command_about_a_recipe_says_it_and_the_bytes_stay(models: Path, t
     for command in (["check"], ["plan"], ["run", "--out", str(tmp_path / "json")]):
         code, out, _ = call(capsys, command[0], recipe, *command[1:], "--json")
         found = json.loads(out)
-        (line,) = (found["recipes"][0] if command == ["check"] else found)["warnings"]
+        found = found["recipes"][0] if command == ["check"] else found
+        line = found["notes" if command == ["plan"] else "warnings"][0]
         assert said in line, command
     spelt = tmp_path / "spelt.yaml"
     spelt.write_text(recipe.read_text().replace("density: 0.01", "density: 0.01, q: 1"))

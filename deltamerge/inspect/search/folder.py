@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamerge.errors import OutputError
+from deltamerge.errors import GO_ON, OutputError, interruptible
 from deltamerge.io.files import writing
 
 MARK = ".deltamerge-study"
@@ -30,7 +30,7 @@ class StudyFolder:
     @contextmanager
     def locked(self, *, force: bool) -> Iterator[Path]:
         """The folder, made if it is not there and emptied with `force`. OutputError: it is no folder of a study,
-        another process works in it, or it cannot be written."""
+        another process works in it, or it cannot be written. KeyboardInterrupt: says that the folder stays."""
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
             with writing(path):
@@ -45,4 +45,5 @@ class StudyFolder:
                 for entry in os.scandir(path) if force else ():
                     if entry.name != MARK:
                         shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
-            yield path
+            with interruptible(lambda said: f"{f'{said}; ' if said else ''}what is done is kept in {path}: {GO_ON}"):
+                yield path
