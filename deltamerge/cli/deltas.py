@@ -48,9 +48,7 @@ from deltamerge.errors import after_folders
     help="How entries are chosen, as prune.method; default: what keeps most of a fine-tune, dare with sampling: "
     "magnitude, or with --calibration magnitude. Methods with settings of their own take a recipe.",
 )
-@click.option(
-    "--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration."
-)
+@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration.")
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),

@@ -341,7 +341,7 @@ _PRUNE = (
         frozenset({"rescale", "protect"}),
         random=True,
         nodes=nodes.della,
-        q_decides_below=0.2,
+        q_decides_below=0.05,
     ),
     _BREADCRUMBS_MASK,
     replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),

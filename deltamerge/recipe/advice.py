@@ -45,7 +45,9 @@ def choose(density: float, *, rows: bool) -> Choice:
     if rows:
         keys = {"method": CALIBRATED["method"], "density": density, "q": CALIBRATED["q"]}
         return Choice(keys, "with rows, magnitude with a calibrated q keeps most")
-    return Choice({**SAMPLED, "density": density}, "of what needs no rows, importance sampling keeps most of a fine-tune")
+    return Choice(
+        {**SAMPLED, "density": density}, "of what needs no rows, importance sampling keeps most of a fine-tune"
+    )
 
 
 def q_decides(pruning: Pruning, density: float) -> bool:

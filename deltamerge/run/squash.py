@@ -105,9 +105,7 @@ def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = 
     return found
 
 
-def verify_store(
-    store: Path, base: str | None, workers: int, *, pickles: bool = False
-) -> list[dict[str, Any]]:
+def verify_store(store: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
     """Check every delta of a store, and with `base` every tensor that it makes. What was checked of each.
 
     VerifyError: what is wrong with each of those that fail; the others are checked all the same.

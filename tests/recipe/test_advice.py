@@ -126,7 +126,9 @@ def test_what_ties_is_told_to_write_mends_it(models: Path) -> None:
 
 
 def test_a_merge_whose_factor_is_calibrated_is_not_warned_of(models: Path) -> None:
-    recipe = "merge_method: task_arithmetic\n" + BOTH.format("weight: 1") + "prune: {method: magnitude, density: 0.01}\n"
+    recipe = (
+        "merge_method: task_arithmetic\n" + BOTH.format("weight: 1") + "prune: {method: magnitude, density: 0.01}\n"
+    )
     assert len(warned(models, recipe)) == 1
     assert warned(models, recipe + CALIBRATION.replace("{", "{per: merge, ")) == []
 
@@ -283,4 +285,6 @@ def test_nothing_is_warned_of_where_nothing_is_pruned(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "base", {"w": torch.zeros(4, 4)})
     make_checkpoint(tmp_path / "math", {"w": torch.ones(4, 4)})
     assert warned(tmp_path, "models: [{model: ./math}]\n") == []
-    assert warned(tmp_path, "models: [{model: ./math}]\nprune: {method: magnitude, density: 0.01, include: [x]}\n") == []
+    assert (
+        warned(tmp_path, "models: [{model: ./math}]\nprune: {method: magnitude, density: 0.01, include: [x]}\n") == []
+    )
