@@ -39,11 +39,11 @@ def extract(
     (keys of a recipe's output: rank, energy, budget, …) an adapter, whose factors `calibration` weighs.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. With it, `pruning` says what is kept, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this folder if not given; `options` are those of `run`.
+    are. With it, `pruning` says what is kept, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
+    folder if not given; `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method, a q or calibration without a density; `after` with values to add, a LoRA, or without
-    `out`.
+    the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or without `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
     if lora is None and density is None and calibration is not None:
