@@ -43,7 +43,7 @@ def extract(
     folder if not given; `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or without `out`.
+    the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
     if lora is None and density is None and calibration is not None:
