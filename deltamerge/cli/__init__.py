@@ -21,7 +21,7 @@ from deltamerge import __version__
 from deltamerge.cli import chains, convert, deltas, inspect, progress, push, recipes, run, search, streams
 from deltamerge.cli.mergekit_flags import COMMANDS
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
-from deltamerge.errors import DeltamergeError, InputError, UsageError
+from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
 from deltamerge.io import kernels
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = leaving.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
         kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
-        tell(f"interrupted: {kept or 'run the command again'}")
+        tell(f"interrupted: {kept or NOTHING_KEPT}")
         code = 130
     except click.ClickException as error:
         code = _refuse(error, machine=machine)

@@ -26,6 +26,7 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, tell
 from deltamerge.cli.tables import human
+from deltamerge.errors import after_folders
 
 
 @click.command()
@@ -44,10 +45,10 @@ from deltamerge.cli.tables import human
 @click.option(
     "--method",
     shell_complete=pruning_methods,
-    help="How entries are chosen, as prune.method; default: magnitude. "
-    "Methods with settings of their own take a recipe.",
+    help="How entries are chosen, as prune.method; default: what keeps most of a fine-tune, dare with sampling: "
+    "magnitude, or with --calibration magnitude. Methods with settings of their own take a recipe.",
 )
-@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes.")
+@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration.")
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
@@ -98,18 +99,20 @@ def extract(
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
-    A delta holds what changed, exactly, or with a density what is kept of it. Several models are done one by one; with
+    A delta holds what changed, exactly, or with a density what is kept of it: --calibration, some 50 unlabelled rows,
+    chooses what that is divided by, which decides at 0.01 and below. Several models are done one by one; with
     --out their deltas are a store, each under its model's name, where files that several have are there once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
+    deltamerge extract tuned --base base --density 0.01 --calibration rows.jsonl
     deltamerge extract a b c --base base --out store
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
     from deltamerge.delta.chain.store import Sharing, is_store
     from deltamerge.run.extract import extract as extract_delta
-    from deltamerge.run.extract import name_in_store, name_of
+    from deltamerge.run.extract import name_in_store, name_of, pruning
     from deltamerge.run.options import Options
 
     if base is None and len(models) == 2:
@@ -129,24 +132,31 @@ def extract(
         raise click.UsageError(f"two of the models would be {twice}: extract one by one, with --out")
     if after is not None and len(models) > 1:
         raise click.UsageError("--after is for one model: each version comes after another")
+    choice = None if density is None else pruning(density, method, q, rows=calibration is not None)
+    chosen = {} if choice is None else {"pruning": {"prune": choice.prune, "why": choice.why}}
+    line = "" if choice is None or quiet or as_json else str(choice)
     sharing = None if store is None else Sharing.of(store)
     summaries = []
+    done: list[Path] = []
     for model, name in zip(models, names, strict=True):
-        begun, warnings = time.monotonic(), Warnings()
+        begun, warnings = time.monotonic(), Warnings(line)
+        line = ""
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
-        result = extract_delta(
-            model, base, target, density=density, method=method, q=q, values=values, after=after,
-            lora=None if size is None else size | more,
-            calibration=calibration,
-            options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
-        )  # fmt: skip
+        with after_folders(done):
+            result = extract_delta(
+                model, base, target, density=density, method=method, q=q, values=values, after=after,
+                lora=None if size is None else size | more,
+                calibration=calibration,
+                options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
+            )  # fmt: skip
+        done.append(result.folder)
         warnings.end(result)
         if sharing is not None:
             sharing.add(name)
         if as_json and len(models) > 1:
-            summaries.append(summary_of(result, begun))
+            summaries.append(summary_of(result, begun, **chosen))
         else:
-            report_run(result, begun, as_json=as_json, quiet=quiet)
+            report_run(result, begun, as_json=as_json, quiet=quiet, **chosen)
     if summaries:
         say_json({"results": summaries})
 
@@ -233,14 +243,28 @@ def apply(
 def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Check FOLDER, which a run made, against the hashes in its lock.
 
-    Of a chain, or a version of one, that each version was made from what the one before makes.
+    Of a chain, or a version of one, that each version was made from what the one before makes; of a store each of its
+    deltas.
     """
     from deltamerge.delta.chain.folder import is_chain
+    from deltamerge.delta.chain.store import is_store
     from deltamerge.delta.chain.version import VERSION
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
+    if is_store(folder):
+        from deltamerge.run.squash import verify_store
+
+        deltas = verify_store(folder, base, workers, pickles=pickles)
+        if as_json:
+            say_json({"folder": str(folder), "deltas": deltas, "base": base})
+            return
+        for delta in deltas:
+            tell(f"{folder / delta['name']}: {len(delta['files'])} files as the lock says")
+        if base is not None:
+            tell(f"{folder}: every tensor of every delta, from {base}, as the deltas say")
+        return
     if (folder / VERSION).is_file() or is_chain(folder):
         from deltamerge.run.squash import verify_chain
 

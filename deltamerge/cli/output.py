@@ -114,13 +114,20 @@ def _to_stderr(text: str) -> None:
 
 
 class Warnings:
-    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before."""
+    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before.
 
-    def __init__(self) -> None:
+    `first` is a line to print before them, once there is a plan.
+    """
+
+    def __init__(self, first: str = "") -> None:
         self.said: set[str] = set()
+        self.first = first
 
     def watch(self, plan: Plan) -> Callable[[int], None]:
         """Print those of `plan` that have not been printed yet; as `Options.watch`."""
+        if self.first:
+            tell(self.first)
+            self.first = ""
         for warning in plan.warnings:
             if warning not in self.said:
                 self.said.add(warning)

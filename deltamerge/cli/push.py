@@ -8,6 +8,7 @@ import click
 
 from deltamerge.cli.options import AS_JSON, FOLDER, WORKERS
 from deltamerge.cli.output import say_json, tell
+from deltamerge.errors import GO_ON, interruptible
 
 
 @click.command()
@@ -25,5 +26,6 @@ def push(folder: Path, repository: str, public: bool, workers: int | None, as_js
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.publish import push as push_folder
 
-    url = push_folder(folder, repository, public=public, workers=workers or default_workers())
+    with interruptible(lambda _: f"what has arrived on the hub stays there: {GO_ON}"):
+        url = push_folder(folder, repository, public=public, workers=workers or default_workers())
     say_json({"folder": str(folder), "repository": repository, "url": url}) if as_json else tell(url)

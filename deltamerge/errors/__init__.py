@@ -10,7 +10,7 @@ DeltamergeError      1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +39,32 @@ class DeltamergeError(Exception):
     def __str__(self) -> str:
         more = [f"… and {len(self.also) - MOST} more"] * (len(self.also) > MOST)
         return text.lines([": ".join([*self.where, self.message]), *self.also[:MOST], *more], text.LONGEST)
+
+
+NOTHING_KEPT = "nothing new is kept: run the command again"
+GO_ON = "run the same command again"
+
+
+@contextmanager
+def interruptible(left: Callable[[str], str]) -> Iterator[None]:
+    """Say of a Ctrl-C what it leaves: `left` of what was said of it inside the block, "" if nothing was."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(left(str(stop))) from stop
+
+
+@contextmanager
+def after_folders(made: Iterable[object]) -> Iterator[None]:
+    """Say of a Ctrl-C, besides what is said of it inside the block, that these folders are complete."""
+    names = [str(folder) for folder in made]
+
+    def left(said: str) -> str:
+        whole = f"{text.some(names)} {'is' if len(names) == 1 else 'are'} complete"
+        return f"{whole}; {said or f'nothing is kept of the next: {GO_ON}'}" if names else said
+
+    with interruptible(left):
+        yield
 
 
 class InputError(DeltamergeError):

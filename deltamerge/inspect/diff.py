@@ -33,7 +33,7 @@ class Change:
     """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
 
         changed   entries whose bits differ; if the dtypes differ, whose values do
-        max_abs, mean_abs   of Δ, over all entries
+        max_abs, mean_abs   of Δ, over all entries; of the largest NaN is left out
         norm      ‖Δ‖ / ‖a‖
         a, b      dtype and shape, where they differ
 
@@ -145,13 +145,14 @@ def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, floa
         with np.errstate(invalid="ignore", over="ignore"):
             changed += int(np.count_nonzero(x != y if a.dtype == b.dtype else old != new))
             delta = np.abs(new - old).astype(np.float64)
-        largest = float(np.fmax(largest, delta.max(initial=0)))
-        sums.append((float(delta.sum()), float(np.square(delta).sum()), float(np.square(old, dtype=np.float64).sum())))
+            largest = float(np.fmax.reduce(delta, axis=None, initial=largest))  # of those that are no NaN
+            squares, of_a = np.square(delta).sum(), np.square(old, dtype=np.float64).sum()
+            sums.append((float(delta.sum()), float(squares), float(of_a)))
     if not floating:
         return Change(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
-    total, squares, of_a = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+    total, square, of_old = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
     mean = total / size if size else 0.0
-    return Change(b.name, size, changed, largest, mean, _ratio(squares, of_a), *kinds), squares, of_a
+    return Change(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
 
 
 def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, Any]]:

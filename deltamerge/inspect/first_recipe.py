@@ -15,6 +15,8 @@ from deltamerge.errors import OutputError
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
 from deltamerge.io.quantised.decode import decoded
+from deltamerge.recipe.advice import choose, q_decides
+from deltamerge.recipe.effective_prune import Pruning
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import PruneCandidate, Recommendation
@@ -43,8 +45,13 @@ ADVISED = """\
 merge_method: task_arithmetic    # base + Σ weight · delta, each delta pruned first
 models:
 """
-UNCALIBRATED = """\
-# prune: {{method: magnitude, density: {density:g}, q: output_change}}    # the largest, divided by a calibrated q
+WEIGHTED = """\
+  - model: {model}
+    parameters: {{weight: 1.0}}
+"""
+PRUNED = """\
+prune: {plain}    # {plain_why}
+# prune: {calibrated}    # {calibrated_why}
 # calibration: {{data: sentences.jsonl}}    # unlabelled text; 50 sequences are enough
 """
 CALIBRATION = """\
@@ -79,7 +86,7 @@ def first_recipe(
         pickles       torch's own files are read where there are no safetensors
 
     One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
-    Only headers are read.
+    Several are pruned and added up, too, at a density at which ties keeps too little of them. Only headers are read.
     """
     checkpoints = [open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
     with errors.context(base):
@@ -94,10 +101,23 @@ def first_recipe(
             rows = {**calibration, "data": seen_from(path.parent, str(calibration["data"]))}
             text += CALIBRATION.format(rows=_flow(rows))
     elif len(models) == 1:
-        text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
+        text += ONE.format(model=named[0]) + _pruned(density)
+    elif q_decides(Pruning("none"), density):  # of ties
+        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _pruned(density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
     return text + TAIL.format(dtype=TORCH_NAMES[dtype]) + ("pickles: true\n" if pickles else "")
+
+
+def _pruned(density: float) -> str:
+    """The lines of what keeps most at a density without rows, and in comments with them."""
+    plain, calibrated = choose(density, rows=False), choose(density, rows=True)
+    return PRUNED.format(
+        plain=_flow(plain.prune),
+        plain_why=plain.why,
+        calibrated=_flow(calibrated.prune),
+        calibrated_why=calibrated.why,
+    )
 
 
 def _chosen(advice: Recommendation) -> PruneCandidate:

@@ -19,6 +19,8 @@ from pydantic import Field
 from deltamerge.inspect.activations import Figures, activations
 from deltamerge.inspect.moments import Moments, together
 from deltamerge.inspect.statistics import Pair
+from deltamerge.recipe.advice import choose, q_decides
+from deltamerge.recipe.effective_prune import Pruning
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
@@ -126,7 +128,7 @@ def recommend(
     pruned = {pair.name: pair for pair in pairs if pair.kind != "head"}
     evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
     candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
-    method, why = decide(evidence, candidates)
+    method, why = decide(evidence, candidates, question.density)
     return Recommendation(
         model=question.model,
         base=question.base,
@@ -223,20 +225,11 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
     }
 
 
-def decide(evidence: Evidence, candidates: Sequence[PruneCandidate]) -> tuple[str, list[str]]:
+def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: float) -> tuple[str, list[str]]:
     """The simplest method whose predicted loss is small, else the method with the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
-    noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
     if not lost:
-        where = f"‖Δ‖/‖W‖ · sqrt((1 − d)/d) is {noise}, {'above' if evidence.large else 'not above'} {LARGE_NOISE}"
-        if not evidence.large:
-            return "dare", [f"{where}: the delta is small for this density, and plain DARE keeps the fine-tune"]
-        return "importance_sampling", [
-            f"{where}: the delta is large for this density, and plain DARE is likely to lose the fine-tune",
-            "of what needs no data importance sampling loses least on real fine-tunes",
-            "give rows with --calibration: magnitude with a calibrated q keeps more (about 96 % of the score at "
-            "density 0.01, where DARE keeps 50 to 80 %)",
-        ]
+        return _without_rows(evidence, density)
     best = min(lost, key=lambda name: lost[name])
     for plain in ("dare", "importance_sampling"):
         if lost[plain] <= GOOD:
@@ -247,6 +240,22 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate]) -> tuple[st
     why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, "
            f"plain DARE {lost['dare']:.1%}, DAREx-q {lost['darex_q']:.1%}"]  # fmt: skip
     return best, _warned(why, lost[best])
+
+
+def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
+    """What `recipe.advice` chooses, and what the size of the delta says of it."""
+    choice = choose(density, rows=False)
+    method = next(name for name, keys in MASKS.items() if {**keys, "density": density} == choice.prune)
+    noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
+    size = "large" if evidence.large else "small"
+    where = f"‖Δ‖/‖W‖ · sqrt((1 − d)/d) is {noise}, {'above' if evidence.large else 'not above'} {LARGE_NOISE}"
+    why = [choice.why, f"{where}: the delta is {size} for this density"]
+    if q_decides(Pruning("dare", sampling="magnitude"), density):
+        why.append(
+            "give rows with --calibration: magnitude with a calibrated q keeps more (about 96 % of the score at "
+            "density 0.01, where DARE keeps 50 to 80 %)"
+        )
+    return method, why
 
 
 def _warned(why: list[str], lost: float) -> list[str]:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.errors import DeltamergeError, InputError, OutputError
+from deltamerge.errors import GO_ON, DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.io import work_folder
 from deltamerge.io.atomic import exchange
@@ -44,7 +44,7 @@ from deltamerge.io.tree import files_of, folders_in
 from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT
 from deltamerge.io.work_lock import locked, looked
 
-KEPT = "what is done is kept: run the same command again"
+KEPT = "what is done is kept"
 SYNCS = 8
 
 
@@ -237,7 +237,7 @@ def workspace(
             kept = has_work(work.journal.records) or finish
             if not kept:
                 _discard(state, part)
-            explained = _explained(error, target, kept=kept)
+            explained = _explained(error, target, state, kept=kept, stays=part is None and state.exists())
             if explained is error:
                 raise
             raise explained from error
@@ -274,7 +274,7 @@ def parts_workspace(target: Path, *, force: bool, resume: bool, guard: Guard | N
         if not kept and looked(state) is not None:
             with suppress(OutputError), locked(state, LOCK, target):
                 work_folder.remove(state)
-        explained = _explained(error, target, kept=kept)
+        explained = _explained(error, target, state, kept=kept, stays=state.exists())
         if explained is error:
             raise
         raise explained from error
@@ -385,15 +385,19 @@ def _discard(state: Path, part: str | None) -> None:
         (state / f"{JOURNAL}-{part}").unlink()
 
 
-def _explained(error: BaseException, target: Path, *, kept: bool) -> BaseException:
-    """The error for the user: the system's refusal in our words, and what was kept."""
+def _explained(error: BaseException, target: Path, state: Path, *, kept: bool, stays: bool) -> BaseException:
+    """The error for the user: the system's refusal in our words, what was kept and where.
+
+    `stays`: whether the work folder is there, though nothing in it may be worth keeping.
+    """
     if isinstance(error, FileNotFoundError):
         error = InputError(f"{error.filename}: vanished during the run")
     elif isinstance(error, OSError):
         cause = output_error(error)
         error = OutputError(f"{target}: {cause}", hint=cause.hint)
+    left = f"{KEPT} in {state}: {GO_ON}" if kept else f"{state} could not be removed: remove it" if stays else ""
     if isinstance(error, KeyboardInterrupt):
-        return KeyboardInterrupt(KEPT if kept else "")
-    if kept and isinstance(error, DeltamergeError) and KEPT not in (error.hint or ""):
-        error.hint = "; ".join(filter(None, (error.hint, KEPT)))
+        return KeyboardInterrupt("; ".join(filter(None, (str(error), left))))
+    if left and isinstance(error, DeltamergeError) and left not in (error.hint or ""):
+        error.hint = "; ".join(filter(None, (error.hint, left)))
     return error

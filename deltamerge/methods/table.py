@@ -281,6 +281,7 @@ _BREADCRUMBS_MASK = PruneMethod(
     {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
     frozenset({"rescale", "protect"}),
     nodes=nodes.breadcrumbs,
+    q_decides_below=0.2,
 )
 
 _PRUNE = (
@@ -294,6 +295,7 @@ _PRUNE = (
         frozenset({"rescale", "sampling", "protect", "budget"}),
         random=True,
         nodes=nodes.dare,
+        q_decides_below=0.05,
     ),
     PruneMethod(
         "magnitude",
@@ -304,6 +306,7 @@ _PRUNE = (
         frozenset({"rescale", "group", "protect", "budget"}),
         groups=("tensor", "row", "model"),
         nodes=nodes.magnitude,
+        q_decides_below=0.2,
     ),
     PruneMethod(
         "wanda",
@@ -315,6 +318,7 @@ _PRUNE = (
         groups=("row",),
         needs_activations=True,
         nodes=nodes.wanda,
+        q_decides_below=0.2,
     ),
     PruneMethod(
         "structured",
@@ -326,6 +330,7 @@ _PRUNE = (
         random=True,
         factors=("a", "b"),
         nodes=nodes.structured,
+        q_decides_below=0.1,
     ),
     PruneMethod(
         "della",
@@ -336,6 +341,7 @@ _PRUNE = (
         frozenset({"rescale", "protect"}),
         random=True,
         nodes=nodes.della,
+        q_decides_below=0.05,
     ),
     _BREADCRUMBS_MASK,
     replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),

@@ -43,7 +43,7 @@ from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizer
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
-from deltamerge.recipe import checks
+from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -328,6 +328,7 @@ def _plan(
         notes.append(factoring_note(recipe.output, calibrated=bool(stages.inputs)))
     elif recipe.output.kind == "peft":
         notes.append("merged, then what differs from the base is written as a SHiRA adapter")
+    kept = builder.kept(found.merges) if isinstance(found, Outputs) and recipe.method.deltas else {}
     cut_bytes = 2 * sum(
         math.prod(read.shape) * ITEMSIZE[read.dtype]
         for deltas in cuts.values()
@@ -358,7 +359,12 @@ def _plan(
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
-        warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs), *tokenizers.warnings),
+        warnings=(
+            *(checks.warnings(recipe) if recipe.mergekit else ()),
+            *swapped(inputs),
+            *tokenizers.warnings,
+            *advice.warnings(recipe, kept, factors=own is not None),
+        ),
         stacks=tuple(found.stacks),
         mixture=mixture,
         running_sum=made_of(recipe, inputs, found.averaged)

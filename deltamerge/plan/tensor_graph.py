@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,6 +262,14 @@ class Builder:
     def _left_whole(self, merge: Merge) -> bool:
         """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
         return all(self.deltas.density(t) is None and self.deltas.prune_of(t).method != "none" for t in merge.tunes)
+
+    def kept(self, merges: Sequence[Merge]) -> dict[int, Counter[float]]:
+        """The entries of every model's delta, counted by the fraction of them that pruning or the merge method keeps.
+        Models are named by their place in the recipe."""
+        counted: dict[int, Counter[float]] = {}
+        for tuned in (tuned for merge in merges if merge.base is not None for tuned in merge.tunes):
+            counted.setdefault(tuned.index, Counter())[self._kept(tuned)] += math.prod(tuned.base.shape)
+        return counted
 
     def _kept(self, tuned: Tuned) -> float:
         """The fraction of a delta's entries that pruning or the merge method keeps."""

@@ -14,6 +14,8 @@ from deltamerge.delta.chain.link import Link
 from deltamerge.delta.chain.publish import one_writer
 from deltamerge.delta.chain.version import NAME
 from deltamerge.errors import InputError, RecipeError, UsageError
+from deltamerge.methods.table import PRUNE
+from deltamerge.recipe.advice import Choice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
@@ -37,21 +39,23 @@ def extract(
     (keys of a recipe's output: rank, energy, budget, …) an adapter, whose factors `calibration` weighs.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. `out` is NAME-delta or NAME-lora in this folder if not given; `options` are those of `run`.
+    are. With it, `pruning` says what is kept, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
+    folder if not given; `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method or q without a density; `after` with values to add, a LoRA, or without `out`.
+    the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
-    if lora is None and calibration is not None:
-        raise UsageError("--calibration is for --lora", hint="--lora 32")
+    if lora is None and density is None and calibration is not None:
+        raise UsageError("--calibration is for --density, whose q it chooses, and --lora", hint="--density 0.01")
     if after is not None:
         if values is not None or lora is not None or out is None:
             raise UsageError("--after needs --out, and takes no --values and no --lora", hint="its values are final")
         link, options = Link.begin(after, out), options or Options()
         with one_writer(out.resolve().parent, "adding"):
             base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
-            return extract(model, base, out, density=density, method=method, q=q, options=options)
+            chosen: dict[str, Any] = {"density": density, "method": method, "q": q, "calibration": calibration}
+            return extract(model, base, out, **chosen, options=options)
     if density is None and (method is not None or q is not None):
         raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
     if out is not None and not (options and options.ending) and is_chain(out):
@@ -65,8 +69,7 @@ def extract(
     if calibration is not None:
         recipe["calibration"] = dict(calibration)
     if density is not None:
-        prune: dict[str, Any] = {"method": method or "magnitude", "density": density}
-        recipe["prune"] = prune if q is None else prune | {"q": q}
+        recipe["prune"] = pruning(density, method, q, rows=calibration is not None).prune
     text = yaml.safe_dump(recipe, sort_keys=False)
     try:
         file = replace(
@@ -75,6 +78,22 @@ def extract(
         return run(file, out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
+
+
+def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Choice:
+    """What is kept at a density: by `method` and `q` where they are given, else what keeps most of a fine-tune.
+
+    `rows`: whether there is calibration data, which chooses q. UsageError: q is given twice.
+    """
+    if method is None and q is None:
+        return choose(density, rows=rows)
+    method = method or "magnitude"
+    measured = method in PRUNE and PRUNE[method].needs_activations
+    if rows and q is not None and not measured:
+        raise UsageError("--q and --calibration both say what q is", hint="keep one of the two")
+    prune: dict[str, Any] = {"method": method, "density": density}
+    chosen = "output_change" if rows and q is None else q
+    return Choice(prune if chosen is None else prune | {"q": chosen}, "as asked for")
 
 
 def name_of(model: str, *, lora: bool) -> str:

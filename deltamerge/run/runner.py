@@ -90,13 +90,15 @@ def run(
     results: dict[str, Checkpoint] = {}
     made_now: dict[Path, bool] = {}
     for document, its_plan, its_guard in zip(file.documents[:-1], before, guards, strict=True):
-        made_now |= _make_result(planner, document, its_plan, its_guard, results)
+        with errors.after_folders(folder for folder, made in made_now.items() if made):
+            made_now |= _make_result(planner, document, its_plan, its_guard, results)
     output, target = file.output, planner.target
     planned = planner.settled(output, planned, results)
     if not (part or options.drawing) and (lock := _current(output, planned, target, options)) is not None:
         return Result(target, planned, lock, intermediate=made_now, made=False)
     options = replace(options, resume=options.goes_on)
-    done = _make(planner, output, planned, guard, results, options, part)
+    with errors.after_folders(folder for folder, made in made_now.items() if made):
+        done = _make(planner, output, planned, guard, results, options, part)
     return replace(done, intermediate=made_now)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.folder import head, is_chain, line
+from deltamerge.delta.chain.folder import head, is_chain, line, names
 from deltamerge.delta.chain.layers import check_complete
 from deltamerge.delta.chain.models import open_origin
 from deltamerge.delta.chain.publish import one_writer, publishing, refuse_foreign, remove
@@ -29,7 +29,7 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements
 from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter
 from deltamerge.delta.writer import DeltaWriter
-from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors import GO_ON, InputError, VerifyError, interruptible
 from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
@@ -59,7 +59,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
     """
     if not is_chain(chain):
         raise InputError(f"{chain}: is no chain", hint="a folder of versions, made by extract --after or a trainer")
-    with one_writer(chain, "folding"):
+    with interruptible(lambda _: f"{chain} is whole, as it was or folded: {GO_ON}"), one_writer(chain, "folding"):
         versions = line(chain / head(chain))
         old = versions[: len(versions) - keep]
         before = sum(map(_bytes, versions))
@@ -89,19 +89,38 @@ def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = 
     found = []
     for version in versions:
         with errors.context(str(version.path)):
-            names = [] if version.note is None else [VERSION, *check_hashes(version.path, version.note.files)]
+            files = [] if version.note is None else [VERSION, *check_hashes(version.path, version.note.files)]
         if (version.path / LOCK_NAME).is_file():
-            names += verify(version.path, workers)
+            files += verify(version.path, workers)
         elif version.note is None:
             raise VerifyError(f"{version.path}: has neither {VERSION} nor {LOCK_NAME}, which name its files' hashes")
         else:
             refuse_foreign(version.path)
-        found.append({"name": version.name, "state": version.state, "files": sorted({*names})})
+        found.append({"name": version.name, "state": version.state, "files": sorted({*files})})
     if base is not None:
         origin = open_origin(base, pickles=pickles)
         check_complete(versions[0], origin)
         with errors.context(str(path)), Reader() as reader:
             check(folded(versions, every=True), origin, reader, workers)
+    return found
+
+
+def verify_store(store: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
+    """Check every delta of a store, and with `base` every tensor that it makes. What was checked of each.
+
+    VerifyError: what is wrong with each of those that fail; the others are checked all the same.
+    """
+    found: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for name in names(store):
+        try:
+            (delta,) = verify_chain(store / name, base, workers, pickles=pickles)
+            found.append(delta)
+        except (InputError, VerifyError) as error:
+            wrong += str(error).splitlines()
+    if wrong:
+        count = len(names(store)) - len(found)
+        raise VerifyError(f"{store}: of its {len(names(store))} deltas {count} failed", also=wrong)
     return found
 
 
@@ -149,7 +168,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
     assets.pop(RECIPE, None)  # of one version's making, not of the folded one's
     write_files({**assets}, folder)
     made = DeltaFile.open(folder)
-    names = [*made.files, *(folder / name for name in assets)]
+    files = [*made.files, *(folder / name for name in assets)]
     gone = [Named(name=version.name, state=version.state) for version in versions[:-1]]
     earlier = [one for version in versions if version.note is not None for one in version.note.folded]
     note = Note(
@@ -158,7 +177,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
         state=last.state,
         step=None if last.note is None else last.note.step,
         folded=[*earlier, *gone],
-        files=stored_files(folder, names),
+        files=stored_files(folder, files),
     )
     if contents(made.manifest) != last.contents:
         raise InputError(f"{last.path}: folding made another state", hint="please report this")

@@ -22,6 +22,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.recommend import CALIBRATED, PruneCandidate, Question, Recommendation, decide
 from deltamerge.inspect.study import inspect, recommend
 from deltamerge.io.reader import Reader
+from deltamerge.recipe.advice import choose
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}
 
@@ -142,13 +143,16 @@ def random_pair(folder: Path, sigma: float) -> tuple[str, str]:
     return str(folder / "tuned"), str(folder / "base")
 
 
-@pytest.mark.parametrize(("sigma", "method"), [(1e-3, "dare"), (5e-2, "importance_sampling")])
-def test_without_data_the_size_of_the_delta_decides(tmp_path, sigma, method):
+@pytest.mark.parametrize(("sigma", "large"), [(1e-3, False), (5e-2, True)])
+def test_without_data_importance_sampling_whatever_the_size_of_the_delta(tmp_path, sigma, large):
     model, base = random_pair(tmp_path, sigma)
     answer = recommend(model, base, 0.05, out=tmp_path / "r.yaml")
-    assert answer.method == method
-    assert answer.evidence.large == (method != "dare")
-    assert answer.paper.method == ("darex_q" if method == "dare" else "wanda")
+    assert answer.method == "importance_sampling"
+    (chosen,) = (one for one in answer.candidates if one.name == answer.method)
+    assert chosen.prune == choose(0.05, rows=False).prune
+    assert answer.evidence.large == large
+    assert answer.paper.method == ("wanda" if large else "darex_q")
+    assert f"the delta is {'large' if large else 'small'} for this density" in answer.why[1]
     theirs = load_tensors(tmp_path / "base")
     delta = {
         n: (t.double() - theirs[n].double()).numpy()
@@ -282,7 +286,7 @@ def candidates(**lost: float) -> list[PruneCandidate]:
 )
 def test_the_decision(tmp_path, lost, method):
     answer = recommend(*random_pair(tmp_path, 0.05), 0.05)
-    chosen, why = decide(answer.evidence, candidates(**lost))
+    chosen, why = decide(answer.evidence, candidates(**lost), 0.05)
     assert chosen == method
     assert why
 
@@ -320,8 +324,10 @@ def test_what_cannot_be_recommended_is_said(models, monkeypatch, capsys):
 def test_real_fine_tunes_without_data(shared_data):
     for name in ("sentiment", "intensity"):
         model, base = str(shared_data / name), str(shared_data / "base")
-        assert recommend(model, base, 0.1).method == "dare"
-        assert recommend(model, base, 0.01).method == "importance_sampling"
+        for density in (0.1, 0.01):
+            answer = recommend(model, base, density)
+            assert answer.method == "importance_sampling"
+            assert any("--calibration" in why for why in answer.why) == (density == 0.01)
 
 
 @pytest.mark.slow

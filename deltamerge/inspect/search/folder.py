@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamerge.errors import DeltamergeError, OutputError
+from deltamerge.errors import GO_ON, DeltamergeError, OutputError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.io.atomic import PASSING
 from deltamerge.io.files import writing
@@ -44,7 +44,7 @@ class StudyFolder:
     def locked(self, *, force: bool) -> Iterator[Path]:
         """The folder, made if it is not there and emptied with `force`. OutputError: it is no folder of a study, or of
         another recipe's and no `force`; with `force`, it holds what no study wrote; another process works in it; or it
-        cannot be written."""
+        cannot be written. KeyboardInterrupt: says that the folder stays."""
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
             with writing(path):
@@ -65,7 +65,8 @@ class StudyFolder:
                     file.truncate(0)
                     file.write(f"{self.name}\n")
                     file.flush()
-            yield path
+            with interruptible(lambda said: f"{f'{said}; ' if said else ''}what is done is kept in {path}: {GO_ON}"):
+                yield path
 
     def _empty(self) -> None:
         """Remove what studies write. OutputError: there is something else, and nothing was removed."""

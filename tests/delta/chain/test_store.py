@@ -108,3 +108,47 @@ def test_what_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     found = succeed("list", "mixed", "--json")
     assert found["one_base"] is False
     assert call("list", "mixed")[1].count("  of ") == 2
+
+
+def test_a_store_is_verified_delta_by_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, "one", "two", "late")
+    succeed("extract", "one", "two", "late", "--base", "base", "--out", "store", *QUICK)
+    code, _, err = call("verify", "store")
+    assert code == 0
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["store/late", "store/one", "store/two"]
+    found = succeed("verify", "store", "--base", "base", "--json")
+    assert [one["name"] for one in found["deltas"]] == ["late", "one", "two"]
+    assert (found["folder"], found["base"]) == ("store", "base")
+    assert all("delta.safetensors" in one["files"] for one in found["deltas"])
+    _, _, err = call("verify", "store", "--base", "base")
+    assert "store: every tensor of every delta, from base, as the deltas say" in err
+
+
+def test_each_damaged_delta_of_a_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, "one", "two", "late", "other")
+    succeed("extract", "one", "two", "late", "other", "--base", "base", "--out", "store", *QUICK)
+    with open("store/two/delta.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.unlink("store/other/recipe.lock")
+    code, _, err = call("verify", "store")
+    assert code == 1
+    assert "store: of its 4 deltas 2 failed" in err
+    assert "store/two: verification failed" in err
+    assert "store/other: has neither version.json nor recipe.lock" in err
+    assert "store/one" not in err
+
+
+def test_a_store_on_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, "one", "two")
+    succeed("extract", "one", "two", "--base", "base", "--out", "store", *QUICK)
+    make_checkpoint(tmp_path / "wrong", {"a": torch.ones(60, 50).bfloat16(), "b": torch.zeros(9)})
+    code, _, err = call("verify", "store", "--base", "wrong")
+    assert code == 1
+    assert "store: of its 2 deltas 2 failed" in err
+    assert call("verify", "store", "--base", "base")[0] == 0
