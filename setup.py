@@ -1,5 +1,8 @@
 """The compiled kernels (deltamerge/io/kernels/src); what else there is to build stands in pyproject.toml."""
 
+import ast
+import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,18 +15,48 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 FLAGS += ["-g0", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
+# Tests of bad disks put their own function in the place of pread; no wheel lets them.
+HOOKS = [] if "bdist_wheel" in sys.argv else [("DELTAMERGE_TEST_HOOKS", "1")]
+# make sanitize names others here, behind these.
+MORE = os.environ.get("DELTAMERGE_FLAGS", "").split()
+
+
+def write_codes() -> None:
+    """src/codes.h: the numbers of engine/fused/codes.py, which is the one table of both languages."""
+    tree = ast.parse((HERE / "deltamerge/engine/fused/codes.py").read_text())
+    numbers = {
+        target.id: eval(compile(ast.Expression(node.value), "codes.py", "eval"), {"__builtins__": {}})
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    names = {name: f"k{name.title().replace('_', '')}" for name, number in numbers.items() if isinstance(number, int)}
+    sizes = [name for name in names if name in ("PIECE", "DIRECT", "SLACK")]
+    lines = ["// Made by setup.py from engine/fused/codes.py.", "#pragma once", "#include <cstdint>", "namespace deltamerge {"]
+    lines += [f"constexpr std::int64_t {names[name]} = {numbers[name]};" for name in sizes]
+    lines += ["enum Code : std::int64_t {"]
+    lines += [f"  {names[name]} = {numbers[name]}," for name in names if name not in sizes]
+    text = "\n".join([*lines, "};", "}  // namespace deltamerge", ""])
+    path = HERE / SOURCES / "codes.h"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def found(pattern: str) -> list[str]:
     return sorted(path.relative_to(HERE).as_posix() for path in (HERE / SOURCES).glob(pattern))
 
 
+write_codes()
 setup(
     ext_modules=[
         Extension(
             "deltamerge.io.kernels._native",
             sources=found("*.cpp"),
             depends=found("**/*.h"),
-            extra_compile_args=FLAGS,
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            extra_compile_args=FLAGS + MORE,
+            extra_link_args=[flag for flag in MORE if flag.startswith("-fsanitize")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000"), *HOOKS],
             py_limited_api=True,
             optional=True,  # where it cannot be compiled, torch computes
             language="c++",

@@ -370,7 +370,7 @@ class Targets:
             made = io.BytesIO()
             with zipfile.ZipFile(made, "w") as archive:
                 archive.writestr("archive/data.pkl", data)
-                archive.writestr("archive/version", "3\n")
+                archive.writestr("archive/version", b"3\n")
                 for key, tensor in enumerate(TENSORS.values()):
                     archive.writestr(f"archive/data/{key}", bytes(tensor.nbytes))
             data = made.getvalue()

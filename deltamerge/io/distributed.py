@@ -23,7 +23,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import refuse_link
-from deltamerge.io.pickle_reader import OPERATIONS, Machine, Named, run
+from deltamerge.io.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, Named, run
 from deltamerge.io.safetensors_file import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
 from deltamerge.io.sharded import Sharded, covers
 from deltamerge.io.tensor import TensorInfo
@@ -33,6 +33,7 @@ METADATA, SUFFIX = ".metadata", ".distcp"
 HINT = "write it again with torch.distributed.checkpoint.save"
 OPTIMIZERS = re.compile(r"^(optim|opt(_|$)|lr_scheduler|sched)", re.IGNORECASE)
 MODELS = ("model", "module", "state_dict", "model_state_dict")
+MAX_FIELDS = 64  # attributes of an object; each of torch's has five at most
 _HOME = "torch.distributed.checkpoint.metadata"
 CLASSES = frozenset({
     *((_HOME, name) for name in (
@@ -65,6 +66,13 @@ class _Metadata(Machine):
     """The machine of a .metadata file."""
 
     functions = CALLS
+    bounds: Mapping[str, Bound] = {  # of small objects: a tensor takes 200 bytes, 37 entries of the memo and 47 objects
+        "operations": Bound(1, MAX_OPERATIONS),
+        "entries in its memo": Bound(5.2, 6_000_000),
+        "tables, lists and tuples": Bound(3, 10_000_000),
+        "tables and lists": Bound(8, 3_000_000),
+        "places on its stack": BOUNDS["places on its stack"],
+    }
     what = "checkpoint's metadata"
     hint = HINT
 
@@ -93,7 +101,7 @@ class _Metadata(Machine):
     def reduce(self) -> None:
         function, arguments = self.call()
         if function.name == "Size":
-            if len(arguments) != 1 or not _are_sizes(arguments[0]):
+            if len(arguments) != 1 or not _are_sizes(arguments[0]) or len(arguments[0]) > MAX_DIMENSIONS:
                 raise InputError("its pickle has a size that is none")
             self.push(tuple(arguments[0]))
         else:
@@ -104,6 +112,8 @@ class _Metadata(Machine):
         if isinstance(state, tuple) and len(state) == 2 and state[0] is None and isinstance(state[1], dict):
             state = state[1]  # of a class with slots
         record = self.stack[-1]
+        if isinstance(state, dict) and len(state) > MAX_FIELDS and isinstance(record, Record):
+            raise InputError(f"its pickle has an object with {len(state):,} attributes", hint=HINT)
         if isinstance(record, Record) and isinstance(state, dict):
             record.state.update(state)
         elif isinstance(record, Record) and isinstance(state, tuple):

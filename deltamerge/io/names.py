@@ -40,6 +40,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 CONV1D = re.compile(r"(^|[./])(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+_BLOCK = re.compile(r"\.([0-9]{1,9})(?=\.)")
 _INSIDE = re.compile(r"(.*?\.\d+)\.")
 # Not inside a container whose own name ends in a digit, as `layer1.0.conv1`: a model has several of them.
 _NUMBERED = re.compile(r"(?<!\d)\.(\d+)\.")
@@ -50,15 +51,14 @@ def block_of(name: str) -> tuple[str, int] | None:
 
     ("model.layers", 7) for `model.layers.7.mlp.up_proj.weight`; None outside layers.
     """
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
-    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+    found = _BLOCK.search(f".{name}.")
+    return None if found is None else (name[: max(0, found.start() - 1)], int(found[1]))
 
 
 def layer_index(name: str) -> int | None:
     """The number of a tensor's layer: 7 for `model.layers.7.mlp.up_proj.weight`; None outside layers."""
-    block = block_of(name)
-    return None if block is None else block[1]
+    found = _BLOCK.search(f".{name}.")
+    return None if found is None else int(found[1])
 
 
 def layer_position(name: str, layers: int) -> float:

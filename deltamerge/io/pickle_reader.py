@@ -18,7 +18,32 @@ from deltamerge.errors import InputError
 from deltamerge.io.safetensors_file import MAX_HEADER
 
 MAX_TEXT = 10_000  # characters of a name
+MAX_STRING = 1_000_000  # bytes of a text
 MAX_OPERATIONS = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How many of a kind a pickle may have: `FREE`, and one more for every `each` bytes of it that were read so far."""
+
+    each: float
+    most: int
+
+
+# A tensor of torch.save takes 80 to 150 bytes, and in them 10 entries of the memo and 9 containers, of which one is a
+# table (of its module). On the stack it takes two places until a thousand are put into their table. A pickle that makes
+# more than that is refused when it does so, whatever bytes follow.
+FREE = 20_000
+BOUNDS = {
+    "operations": Bound(1.5, MAX_OPERATIONS),
+    "entries in its memo": Bound(6, 3_000_000),
+    "tables, lists and tuples": Bound(5, 3_000_000),
+    "tables and lists": Bound(20, 500_000),
+    "places on its stack": Bound(16, 500_000),
+}
+CONTAINERS = frozenset(b"}]()tR\x85\x86\x87\x81")  # operations that make one, or a mark
+TABLES = frozenset(b"}]")
+EVERY = 1024  # operations between two looks
 HINT = "a checkpoint is a table of tensors: torch.save of a model's state_dict()"
 
 # torch's class of a typed storage -> the name of its dtype
@@ -91,17 +116,19 @@ class Machine:
 
     operations: Mapping[int, Callable[[Any], None]]
     functions = FUNCTIONS
+    bounds: Mapping[str, Bound] = BOUNDS
     what = "table of tensors"
     hint = HINT
 
     def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
         self.file, self.storages = file, storages
         self.left = MAX_HEADER
+        self.containers = self.tables = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for _ in range(MAX_OPERATIONS):
+        for done in range(MAX_OPERATIONS):
             code = self.read(1)[0]
             if code == ord("."):
                 return self.pop()
@@ -109,7 +136,19 @@ class Machine:
             if operation is None:
                 raise InputError(f"its pickle has operation 0x{code:02x}, which a {self.what} has no use for")
             operation(self)
+            self.containers += code in CONTAINERS
+            self.tables += code in TABLES
+            if done % EVERY == 0:
+                self.check_size(done)
         raise InputError(f"its pickle has more than {MAX_OPERATIONS:,} operations")
+
+    def check_size(self, operations: int) -> None:
+        """InputError: the pickle does or makes more than the bytes read so far can be for."""
+        so_far = MAX_HEADER - self.left
+        counts = (operations, len(self.memo), self.containers, self.tables, len(self.stack))
+        for (what, bound), count in zip(self.bounds.items(), counts, strict=True):
+            if count > min(FREE + so_far / bound.each, bound.most):
+                raise InputError(f"its pickle has {count:,} {what} in {so_far:,} bytes: no {self.what}", hint=self.hint)
 
     def read(self, count: int) -> bytes:
         self.left -= count
@@ -167,6 +206,8 @@ class Machine:
 
     def text(self, width: int) -> None:
         count = self.number(width)
+        if count > MAX_STRING:
+            raise InputError(f"its pickle has a text of {count:,} bytes, more than {MAX_STRING:,}")
         self.push(self.read(count).decode("utf-8", "surrogatepass"))
 
     def set_items(self, found: list[Any]) -> None:

@@ -32,7 +32,9 @@ MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
 PROTOCOL = 1001
 LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip's member
 FOLDER = 0x10  # of a zip member's attributes
-END, END_BYTES = b"PK\x05\x06", 22
+END, END_BYTES, MEMBER = b"PK\x05\x06", 22, b"PK\x01\x02"
+MAX_MEMBERS, MAX_DIRECTORY = MAX_TENSORS + 1000, 64_000_000
+VERSIONS = range(1, 11)  # of an archive, that torch reads
 CONVERT = "or convert it: load it with torch where you trust it, and save_file of safetensors.torch"
 
 BY_TORCH = {dtype.torch: code for code, dtype in DTYPES.items() if dtype.torch is not None} | {
@@ -168,18 +170,21 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
     _check_directory(file, size)
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            names = {member.filename: member for member in members}
-            if len(names) != len(members):
-                raise InputError("two members of the archive have one name")
-            pickle = next((name for name in names if name.endswith("/data.pkl") and name.count("/") == 1), None)
-            if pickle is None:
-                what = "is TorchScript, a program" if any("/code/" in name for name in names) else "has no data.pkl"
-                raise InputError(f"{what}: no table of tensors", hint="save the model's state_dict() alone")
-            top = pickle.removesuffix("data.pkl")
-            order = f"{top}byteorder"
-            if order in names and _content(file, names[order], size, 16) != b"little":
+            names = _names(archive.infolist())
+            top = f"{next(iter(names), '').partition('/')[0]}/"
+            known = {_folded(name): name for name in names}  # torch looks up names without regard to case
+            pickle = f"{top}data.pkl"
+            if _folded(f"{top}constants.pkl") in known or (pickle not in names and any("/code/" in n for n in names)):
+                hint = "save the model's state_dict() alone"
+                raise InputError("is TorchScript, a program: no table of tensors", hint=hint)
+            if pickle not in names:
+                what = f"has no data.pkl in {top[:80]}, where its archive begins: no table of tensors"
+                raise InputError(what, hint="save the model's state_dict() alone")
+            order = known.get(_folded(f"{top}byteorder"))
+            if order is not None and _content(file, names[order], size, 16) != b"little":
                 raise InputError("is not in little-endian order")
+            version = known.get(_folded(f"{top}.data/version")) or known.get(_folded(f"{top}version"))
+            _check_version(b"" if version is None else _content(file, names[version], size, 16))
             text = _content(file, names[pickle], size, MAX_HEADER)
             start = f"{top}data/"
             places = {
@@ -190,6 +195,44 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
         raise InputError(f"is a damaged zip archive: {str(error)[:80]}", hint="download it again") from error
     return read_pickle(io.BytesIO(text)), places
+
+
+def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """An archive's members by their names. InputError: what torch refuses, or finds another member for."""
+    if members and min(member.header_offset for member in members):
+        raise InputError("has bytes before its zip archive", hint="download it again")
+    top = members[0].filename.partition("/")[0] if members else ""
+    names: dict[str, zipfile.ZipInfo] = {}
+    folded: set[bytes] = set()
+    for member in members:
+        name = member.filename
+        if name != member.orig_filename:
+            raise InputError(f"{name[:80]!r}: a name in the archive has a zero byte")
+        if "/" not in members[0].filename:
+            what = f"has no data.pkl in a folder, but {name[:80]!r} outside of any"
+            raise InputError(what, hint="save the model's state_dict() alone")
+        if not name.startswith(f"{top}/"):
+            what = f"{name[:80]!r} of the archive is not in {top[:80]!r}, the folder of the first"
+            raise InputError(what, hint="torch.save writes one folder, and torch.load reads no other")
+        if (key := _folded(name)) in folded:
+            raise InputError(f"{name[:80]!r}: two members of the archive have one name, as torch compares them")
+        folded.add(key)
+        names[name] = member
+    return names
+
+
+def _folded(name: str) -> bytes:
+    """A name as torch's reader of archives compares it: without the case of A to Z."""
+    return name.encode("utf-8", "surrogatepass").lower()
+
+
+def _check_version(text: bytes) -> None:
+    """InputError: torch does not read archives of this version."""
+    if not text.strip().isdigit() or int(text) not in VERSIONS:
+        shown = text.decode("ascii", "replace").strip()
+        what = f"its archive has version {shown!r}" if text else "its archive has no version"
+        hint = f"torch.save writes one, and torch.load reads {VERSIONS[0]} to {VERSIONS[-1]}"
+        raise InputError(what, hint=hint)
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -204,8 +247,11 @@ def _check_directory(file: BinaryIO, size: int) -> None:
     wide = tail[max(0, at - 76) : at]
     if stated == 0xFFFFFFFF and (found := wide.find(b"PK\x06\x06")) >= 0:
         stated = int.from_bytes(wide[found + 40 : found + 48], "little")
-    if stated > MAX_HEADER:
-        raise InputError(f"its zip archive has a directory of {stated:,} bytes, more than {MAX_HEADER:,}")
+    if stated > MAX_DIRECTORY:
+        raise InputError(f"its zip archive has a directory of {stated:,} bytes, more than {MAX_DIRECTORY:,}")
+    file.seek(max(0, size - len(tail) + at - stated - 76))  # the records that may lie between: 76 bytes
+    if (members := file.read(stated + 76).count(MEMBER)) > MAX_MEMBERS:
+        raise InputError(f"its zip archive has {members:,} members, more than {MAX_MEMBERS:,}")
     file.seek(0)
 
 

@@ -28,6 +28,7 @@ from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
 
 Opener = Callable[[str, Path], Checkpoint]
+SOURCES = 600_000  # tensors of all models, and of an output, each counted for every model that it comes from
 LANGUAGE_MODEL = re.compile(r"LM|ForConditionalGeneration")
 
 
@@ -40,6 +41,7 @@ class Input:
     checkpoint: Checkpoint
     tensors: dict[str, TensorInfo]
     stored: dict[str, str]
+    _containers: dict[str, str] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def get(self, canonical_name: str) -> TensorInfo | None:
         """The tensor of a canonical name, or None."""
@@ -47,19 +49,31 @@ class Input:
 
     def container(self, prefix: str) -> str:
         """The name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
-        depth = sum(part.isdigit() for part in prefix.split(".")[1:])
-        for name, stored in self.stored.items():
-            if name.startswith(prefix + ".") and name[len(prefix) + 1 :].partition(".")[0].isdigit():
-                parts = stored.split(".")
-                numbers = [i for i, part in enumerate(parts) if i and part.isdigit()]
-                return ".".join(parts[: numbers[depth]]) if len(numbers) > depth else prefix
-        return prefix
+        if not self._containers:
+            self._containers.update(_containers(self.stored))
+        return self._containers.get(prefix, prefix)
 
     def regroups(self, tensor: TensorInfo) -> bool:
         """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
         adapter = self.checkpoint.adapter
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
         return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
+
+
+def _containers(stored: Mapping[str, str]) -> dict[str, str]:
+    """The name in a model's files of every numbered container, as the first of its tensors has it."""
+    found: dict[str, str] = {}
+    for name, own in stored.items():
+        parts = name.split(".")
+        places = [i for i, part in enumerate(parts) if i and part.isdigit()]
+        prefixes = [".".join(parts[:i]) for i in places]
+        if all(prefix in found for prefix in prefixes):
+            continue
+        there = own.split(".")
+        numbers = [i for i, part in enumerate(there) if i and part.isdigit()]
+        for depth, prefix in enumerate(prefixes):
+            found.setdefault(prefix, ".".join(there[: numbers[depth]]) if depth < len(numbers) else prefix)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,6 +174,9 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
                 elif found.is_delta:
                     deltas[reference] = models.artifact(found.path)
                 opened[reference] = found
+                if (count := sum(len(one.tensors) for one in opened.values())) > SOURCES:
+                    what = f"the models have {count:,} tensors up to here, more than {SOURCES:,}"
+                    raise InputError(what, hint="merge fewer models at a time")
         return opened[reference]
 
     def merged(reference: str, place: str) -> Checkpoint:

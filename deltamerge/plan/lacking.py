@@ -54,29 +54,48 @@ class Spares:
             for model, own in zip(self.models, blocks, strict=True)
         ]
         spare = set()
+        theirs: dict[tuple[int, ...], list[bool]] = {}  # by the models that have a block: whether each has no more
         for prefix, number in {(prefix, n) for own in blocks for prefix, numbers in own.items() for n in numbers}:
-            owners = [i for i, own in enumerate(blocks) if number in own.get(prefix, ())]
-            lackers = [own for own in blocks if number not in own.get(prefix, ())]
+            owners = tuple(i for i, own in enumerate(blocks) if number in own.get(prefix, ()))
+            lackers = [i for i, own in enumerate(blocks) if number not in own.get(prefix, ())]
             known = [counts[i][prefix] for i in owners]
             beyond = all(count is not None and number >= count for count in known)
             beyond |= all(count is None for count in known) and self._is_odd(prefix, number)
-            theirs = {other for i in owners for other in blocks[i]}
-            if lackers and all(beyond or (prefix not in own and own and own.keys() <= theirs) for own in lackers):
+            if owners not in theirs:
+                every = {other for i in owners for other in blocks[i]}
+                theirs[owners] = [bool(own) and own.keys() <= every for own in blocks]
+            if lackers and all(beyond or (prefix not in blocks[i] and theirs[owners][i]) for i in lackers):
                 spare.add((prefix, number))
         return frozenset(spare)
 
+    @cached_property
+    def _kinds(self) -> list[dict[str, dict[int, set[str]]]]:
+        """Of each model, by container and number: what follows the number in the names of the block's tensors."""
+        found: list[dict[str, dict[int, set[str]]]] = []
+        for model in self.models:
+            own: dict[str, dict[int, set[str]]] = {}
+            for name in model.tensors:
+                if (place := block_of(name)) is not None:
+                    rest = name[len(place[0]) :].split(".", 2)[-1]
+                    own.setdefault(place[0], {}).setdefault(place[1], set()).add(rest)
+            found.append(own)
+        return found
+
+    @cached_property
+    def _usual(self) -> dict[str, tuple[int, set[str]]]:
+        """Of each container the last number that every model has (-1: none), and what is in the blocks that all have."""
+        found = {}
+        for prefix in {prefix for own in self._kinds for prefix in own}:
+            kinds = [own.get(prefix, {}) for own in self._kinds]
+            shared = set.intersection(*map(set, kinds))
+            found[prefix] = max(shared, default=-1), {rest for own in kinds for n in shared for rest in own[n]}
+        return found
+
     def _is_odd(self, prefix: str, number: int) -> bool:
         """Whether a block behind all blocks that every model has holds a tensor that none of these has."""
-        kinds: list[dict[int, set[str]]] = []
-        for model in self.models:
-            own: dict[int, set[str]] = {}
-            for name in model.tensors:
-                if (place := block_of(name)) is not None and place[0] == prefix:
-                    own.setdefault(place[1], set()).add(name[len(prefix) :].split(".", 2)[-1])
-            kinds.append(own)
-        shared = set.intersection(*(set(own) for own in kinds))
-        usual = {rest for own in kinds for n in shared for rest in own[n]}
-        return bool(shared) and number > max(shared) and all(own[number] - usual for own in kinds if number in own)
+        last, usual = self._usual[prefix]
+        own = [blocks[number] for kinds in self._kinds if number in (blocks := kinds.get(prefix, {}))]
+        return 0 <= last < number and all(block - usual for block in own)
 
 
 def is_buffer(tensor: TensorInfo) -> bool:

@@ -16,13 +16,12 @@ from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB, room_for
 from deltamerge.methods.prune.nodes import RARE
 from deltamerge.methods.tiles import block_elements
-from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
-SOURCES = 2_000_000  # tensors of an output, each counted for every model that it comes from
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ def value_for(value: Value, tensor: str, t: float) -> Scalar | None:
     A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one at
     or before t. The first filter that matches wins.
     """
+    if not isinstance(value, tuple | Filter):
+        return value
     for item in filters(value):
         if item.matches(tensor):
             return _interpolate(item.value, t) if isinstance(item.value, tuple) else item.value

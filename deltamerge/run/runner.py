@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError

@@ -401,7 +401,7 @@ def test_arrays_that_are_too_short_are_refused() -> None:
         native.ordered_product(some, some, some, 2, 2, 3)
     with pytest.raises(ValueError, match="shorter"):
         native.put(np.zeros(20, np.uint8), some, some, np.zeros(9, np.uint32), 1, 0, 5, 4, 0, False, 4)
-    with pytest.raises(TypeError, match="21 arguments"):
+    with pytest.raises(TypeError, match="22 arguments"):
         native.run(some)
 
 

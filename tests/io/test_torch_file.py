@@ -131,7 +131,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda p: p.write_bytes(b""), "is no file of torch.save"),
     "a zip of other things": (lambda p: raw_zip(p, {"a.txt": b"x"}), "has no data.pkl"),
     "big-endian": (lambda p: raw_zip(p, {"x/data.pkl": b".", "x/byteorder": b"big"}), "not in little-endian"),
-    "a damaged pickle": (lambda p: raw_zip(p, {"x/data.pkl": b"\x80\x02}q"}), "pickle is damaged or ends early"),
+    "a damaged pickle": (
+        lambda p: raw_zip(p, {"x/data.pkl": b"\x80\x02}q", "x/version": b"3"}), "pickle is damaged or ends early"
+    ),
 }  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def test_damage_is_told_from_the_header(tmp_path: Path) -> None:
         (b"K\x02K\x03\x86", b"J\xff\xff\xff\xffK\x03\x86", "no natural numbers"),
         (b"FloatStorage", b"FlotStorage", "asks for torch.FlotStorage"),
         (b"_rebuild_tensor_v2", b"_rebuild_wrapper_subclass", "asks for torch._utils._rebuild_wrapper_subclass"),
-        (long, b"X" + struct.pack("<I", 1 << 31) + b"a", "more than 100,000,000 bytes"),
+        (long, b"X" + struct.pack("<I", 1 << 31) + b"a", "a text of 2,147,483,648 bytes, more than 1,000,000"),
     ):
         torch.save({"a": W}, path)
         changed(path, old, new)

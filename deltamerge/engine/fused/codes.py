@@ -1,4 +1,8 @@
-"""What the compiled loop can do with a piece of a tensor: the numbers of its operations (kernels/src/program.h)."""
+"""What the compiled loop can do with a piece of a tensor: the numbers of its operations.
+
+This is the one table of them: setup.py makes io/kernels/src/codes.h of it, for the compiled loop. An assignment here is
+a name and a plain number.
+"""
 
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16
@@ -21,7 +25,9 @@ KEEP = 4  # to = the model where a is above the threshold b, and the first c of 
 ADD = 5  # to = base a + scaled weighted sum of the models (a = -1: no base), each direct or not; b: places, or -1
 AGREE = 6  # the same of the entries that agree on a sign, of registers; c: normalize
 STORE = 7  # the output = a
-HIGH, LOW, EQUAL = 8, 9, 10  # counts from d on: of a's high bits; low bits inside bin b; equals of b, per block
+HIGH = 8  # counts from d on: of a's high bits
+LOW = 9  # of its low bits inside bin b
+EQUAL = 10  # of equals of b, per block
 DOTS = 11  # row c of sums: per block the dot product of a and b
 DRAW = 12  # places to = kept by gaps, with table a
 DIFFER_AT = 13  # to = source a - source b at places c
@@ -36,9 +42,8 @@ VARIANCE = 21  # to = the variance of the models
 ELECT = 22  # to = base a + the weighted mean of the models that have the elected sign
 CLEAR = 23  # to = a where b is 0 bits, else 0
 NONZERO = 24  # count at d: of a's entries that are not 0
-ROWS = 26  # to = a where b is among the c largest of its row of d
-SPREAD = (
-    27  # to = a by a table at c, rows of b; d: ÷ that of its row (0) or column (1), its magnitude × that (2); lists
-)
-COLUMNS = 28  # to = a, but in the columns of lists b (-1: 0); rows of c
 NORM = 25  # row c of sums: per block the largest magnitude (b = 0) or the sum of them (1)
+ROWS = 26  # to = a where b is among the c largest of its row of d
+# to = a by a table at c, rows of b; d: ÷ that of its row (0) or column (1), its magnitude × that (2); lists: its places
+SPREAD = 27
+COLUMNS = 28  # to = a, but in the columns of lists b (-1: 0); rows of c

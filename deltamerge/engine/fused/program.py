@@ -26,7 +26,7 @@ OPERATION = np.dtype(
     ]
 )
 IN_MEMORY = -1  # in place of a file: the elements are in memory
-NOT_CODED = -1
+NOT_CODED = NO_ARRAY = -1
 
 
 class Program:
@@ -72,12 +72,13 @@ class Program:
         held = [buffer for buffer in memory if buffer is not None]
         first_pieces, room = self._room(start, stop)
         digests, hashed = np.empty((len(self.sources), room, 2), np.uint64), first_pieces * PIECE_BYTES
+        rows, described, arrays = self._files(memory, coded)
         native = kernels.native()
         assert native is not None
         went = native.run(
             self._job(start, stop), operations, self.weights, self.models, self.lists, self.tables, self.guides,
-            self.bounds, self.ranks, self.limits, self.ratios, *self._files(memory, coded), first_pieces,
-            np.empty(0, np.uint8) if out is None else out, counts, sums, listed, used, digests, hashed,
+            self.bounds, self.ranks, self.limits, self.ratios, rows, described, first_pieces,
+            np.empty(0, np.uint8) if out is None else out, counts, sums, listed, used, digests, hashed, tuple(arrays),
         )  # fmt: skip
         self.spare += held
         if not went:
@@ -117,14 +118,16 @@ class Program:
 
     def _files(
         self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | TurnedPart | None]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each source lies, and of those that are codes what they are; `coded` keeps the scales alive."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[NDArray[Any]]]:
+        """Where each source lies, of those that are codes what they are, and the arrays that both name by number."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()
+        arrays: list[NDArray[Any]] = []
         for row, place, made, part in zip(rows, self.sources, memory, coded, strict=True):
-            fd, at = (IN_MEMORY, _address(made)) if made is not None else (_fd(place), 0)
+            fd, at = (IN_MEMORY, len(arrays)) if made is not None else (_fd(place), NO_ARRAY)
+            arrays += [] if made is None else [made]
             row[:] = fd, place.begin, codes.DTYPES[place.info.dtype], at, NOT_CODED if part is None else len(described)
-            described += [] if part is None else [part.numbers(self._hashed_bits(place) > 0)]
-        return rows, np.array(described, np.int64)
+            described += [] if part is None else [part.numbers(self._hashed_bits(place) > 0, arrays)]
+        return rows, np.array(described, np.int64), arrays
 
     def _room(self, start: int, stop: int) -> tuple[NDArray[np.int64], int]:
         """The number of the first piece of each source's file, and how many pieces any of them may have."""
@@ -144,10 +147,6 @@ class Program:
             operations["fields"][row, 5] = total
             total += size or blocks
         return np.zeros(total, np.int64)
-
-
-def _address(array: NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _fd(place: StoredSource) -> int:

@@ -25,6 +25,7 @@ FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
 PACKED = 3
 TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
 WORD = 32
+NO_ARRAY = -1  # for the number of an array where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +86,10 @@ class TurnedPart:
     groups: NDArray[np.int32] | None = None
     table: Floats | None = None
 
-    def numbers(self, hashed: bool) -> tuple[int, ...]:
+    def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
         """The fields of `CodedSource`, as `Part` has them; nothing of it is hashed."""
         stored, scales, zeros, groups, table = (
-            0 if array is None else array.__array_interface__["data"][0]
-            for array in (self.stored, self.scales, self.zeros, self.groups, self.table)
+            _numbered(array, arrays) for array in (self.stored, self.scales, self.zeros, self.groups, self.table)
         )
         across = 1 if self.zeros is None else self.zeros.shape[1]
         return (*self.form, scales, zeros, 0, 0, 0, 0, across, self.line, 0, table, stored, groups)
@@ -240,17 +240,22 @@ class Part:
     line: int
     table: Floats | None = None
 
-    def numbers(self, hashed: bool) -> tuple[int, ...]:
-        """The fields of `CodedSource` (kernels/src/program.h); the arrays must live as long as they are used."""
+    def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
+        """The fields of `CodedSource` (kernels/src/program.h), which names arrays by their numbers in `arrays`."""
         grid = self.grid
-        scales, zeros, table = (
-            0 if array is None else array.__array_interface__["data"][0]
-            for array in (self.scales, self.zeros, self.table)
-        )
+        scales, zeros, table = (_numbered(array, arrays) for array in (self.scales, self.zeros, self.table))
         return (
             *self.form, scales, zeros, grid.height, grid.m, grid.n, grid.down, grid.across, self.line, hashed, table,
-            0, 0,
+            NO_ARRAY, NO_ARRAY,
         )  # fmt: skip
+
+
+def _numbered(array: Array | None, arrays: list[Array]) -> int:
+    """The number of an array in a list that it is put at the end of."""
+    if array is None:
+        return NO_ARRAY
+    arrays.append(array)
+    return len(arrays) - 1
 
 
 def word_of(element: int, width: int, dense: bool) -> int:

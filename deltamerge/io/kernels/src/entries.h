@@ -37,6 +37,8 @@ class Arguments {
     return true;
   }
 
+  bool is_aligned(int i, i64 size) const { return reinterpret_cast<std::uintptr_t>(views_[i].buf) % u64(size) == 0; }
+
   template <class T>
   T* at(int i) const {
     return static_cast<T*>(views_[i].buf);
@@ -70,6 +72,8 @@ auto unlocked(Work work) {
   return work();
 }
 
+// Raises ValueError in these words.
+PyObject* refused(const char* what);
 // Raises ValueError: an array is shorter than what is listed of it.
 PyObject* too_short();
 

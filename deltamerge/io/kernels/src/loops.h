@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codes.h"
+
 namespace deltamerge {
 
 using i64 = std::int64_t;
@@ -24,8 +26,6 @@ inline i64 size_of(i64 dtype) { return dtype == kFloat32 ? 4 : 2; }
 constexpr i64 kRun = 1 << 11;
 // Positions whose gaps are one stream of the generator (bits.SPARSE_BLOCK).
 constexpr i64 kSparseBlock = 1 << 16;
-// Floats beyond the end of a list that a loop may write.
-constexpr i64 kSlack = 16;
 
 // Values that a loop reads: float32, or (narrow) the bits of bfloat16.
 struct Operand {

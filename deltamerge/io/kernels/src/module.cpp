@@ -2,23 +2,88 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <initializer_list>
+
+#include "check.h"
 #include "entries.h"
-#include "program.h"
+#include "stream.h"
 
 namespace {
 
 using namespace deltamerge;
 
+// The arrays that sources and codes name by their numbers, released at the end of the call.
+class Arrays {
+ public:
+  Arrays() = default;
+  Arrays(const Arrays&) = delete;
+  Arrays& operator=(const Arrays&) = delete;
+  ~Arrays() {
+    for (i64 i = 0; i < taken_; ++i) PyBuffer_Release(&views_[i]);
+  }
+
+  // False: a Python error is set.
+  bool take(PyObject* tuple) {
+    const i64 count = PyTuple_Size(tuple);
+    if (count < 0) return false;
+    if (!views_.allocate(count) || !held_.allocate(count)) {
+      PyErr_NoMemory();
+      return false;
+    }
+    for (; taken_ < count; ++taken_) {
+      if (PyObject_GetBuffer(PyTuple_GetItem(tuple, taken_), &views_[taken_], PyBUF_SIMPLE) != 0) return false;
+      held_[taken_] = {views_[taken_].buf, views_[taken_].len};
+    }
+    return true;
+  }
+
+  const Held* get() const { return held_.get(); }
+  i64 count() const { return taken_; }
+  // 0 where there is none of this number.
+  i64 address(i64 number) const {
+    return number < 0 || number >= taken_ ? 0 : i64(reinterpret_cast<std::uintptr_t>(held_[number].at));
+  }
+
+ private:
+  Array<Py_buffer> views_;
+  Array<Held> held_;
+  i64 taken_ = 0;
+};
+
 // (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, coded,
-//  first_pieces, out, counts, sums, listed, used, digests, hashed) -> whether everything could be read
-PyObject* run_stream(PyObject*, PyObject* arguments) {
-  Arguments<21> b;
-  if (!b.take(arguments, 14)) return nullptr;
-  const Program program = {b.at<Job>(0),         b.at<Operation>(1),  b.count<Operation>(1), b.at<float>(2),
-                           b.at<i64>(3),         b.at<i64>(4),        b.at<u64>(5),          b.at<u32>(6),
-                           b.at<TableBounds>(7), b.at<i64>(8),        b.at<u32>(9),          b.at<float>(10),
-                           b.at<Source>(11),     b.count<Source>(11), b.at<CodedSource>(12), b.count<CodedSource>(12)};
-  const i64 rows = b.count<i64>(18), sources = program.source_count;
+//  first_pieces, out, counts, sums, listed, used, digests, hashed, arrays) -> whether everything could be read.
+// ValueError: something of it does not fit the rest; nothing has been touched.
+PyObject* run_stream(PyObject*, PyObject* all) {
+  constexpr int kBuffers = 21;
+  if (PyTuple_Size(all) != kBuffers + 1) {
+    PyErr_Format(PyExc_TypeError, "%d arguments are wanted", kBuffers + 1);
+    return nullptr;
+  }
+  Arrays arrays;
+  if (!arrays.take(PyTuple_GetItem(all, kBuffers))) return nullptr;
+  PyObject* arguments = PyTuple_GetSlice(all, 0, kBuffers);
+  if (arguments == nullptr) return nullptr;
+  Arguments<kBuffers> b;
+  const bool taken = b.take(arguments, 14);
+  Py_DECREF(arguments);  // `all` keeps them alive
+  if (!taken) return nullptr;
+  constexpr int kWide[] = {0, 1, 3, 4, 5, 7, 8, 11, 12, 13, 15, 16, 18, 19, 20}, kNarrow[] = {2, 6, 9, 10, 17};
+  bool aligned = true;
+  for (int i : kWide) aligned = aligned && b.is_aligned(i, 8);
+  for (int i : kNarrow) aligned = aligned && b.is_aligned(i, 4);
+  if (!aligned) return refused("an array is not aligned");
+  if (b.count<Job>(0) < 1) return refused("an array is shorter than what is listed of it");
+  const i64 source_count = b.count<Source>(11), coded_count = b.count<CodedSource>(12);
+  Array<Source> sources;
+  Array<CodedSource> coded;
+  if (!sources.allocate(source_count) || !coded.allocate(coded_count)) return PyErr_NoMemory();
+  for (i64 s = 0; s < source_count; ++s) sources[s] = b.at<Source>(11)[s];
+  for (i64 k = 0; k < coded_count; ++k) coded[k] = b.at<CodedSource>(12)[k];
+  const Program program = {b.at<Job>(0),         b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),
+                           b.at<i64>(3),         b.at<i64>(4),       b.at<u64>(5),          b.at<u32>(6),
+                           b.at<TableBounds>(7), b.at<i64>(8),       b.at<u32>(9),          b.at<float>(10),
+                           sources.get(),        source_count,       coded.get(),           coded_count};
+  const i64 rows = b.count<i64>(18);
   const Results results = {b.count<u8>(14) > 0 ? b.at<u8>(14) : nullptr,
                            b.at<i64>(15),
                            b.at<double>(16),
@@ -26,11 +91,25 @@ PyObject* run_stream(PyObject*, PyObject* arguments) {
                            rows > 0 ? b.count<u32>(17) / rows : 0,
                            b.at<i64>(18),
                            b.at<u64>(19),
-                           sources > 0 ? b.count<u64>(19) / 2 / sources : 0,
+                           source_count > 0 ? b.count<u64>(19) / 2 / source_count : 0,
                            b.at<i64>(20),
                            b.at<i64>(13)};
+  const Lengths lengths = {b.count<float>(2),   b.count<i64>(3),  b.count<i64>(4),    b.count<u64>(5),  b.count<u32>(6),
+                           b.count<TableBounds>(7), b.count<i64>(8), b.count<u32>(9), b.count<float>(10), b.count<i64>(13),
+                           b.count<u8>(14),     b.count<i64>(15), b.count<double>(16), b.count<u32>(17), rows,
+                           b.count<u64>(19),    b.count<i64>(20)};
+  const char* fault = fault_of(program, results, lengths, arrays.get(), arrays.count());
+  if (fault != nullptr) return refused(fault);
+  for (i64 s = 0; s < source_count; ++s) sources[s].memory = sources[s].fd < 0 ? arrays.address(sources[s].memory) : 0;
+  for (i64 k = 0; k < coded_count; ++k) {
+    for (i64 CodedSource::*array : {&CodedSource::scales, &CodedSource::zeros, &CodedSource::table, &CodedSource::stored,
+                                    &CodedSource::groups}) {
+      coded[k].*array = arrays.address(coded[k].*array);
+    }
+  }
   const Outcome outcome = unlocked([&] { return run(program, results); });
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  if (outcome == Outcome::kMisfit) return refused("rows do not fill a register");
   return PyBool_FromLong(outcome == Outcome::kDone);
 }
 
@@ -66,12 +145,14 @@ PyObject* choose_level(PyObject*, PyObject* arguments) {
   return PyBool_FromLong(choose(name));
 }
 
+#ifdef DELTAMERGE_TEST_HOOKS
 PyObject* replace_read(PyObject*, PyObject* arguments) {
   unsigned long long address;
   if (!PyArg_ParseTuple(arguments, "K", &address)) return nullptr;
   read_at = reinterpret_cast<ReadAt>(address);
   Py_RETURN_NONE;
 }
+#endif
 
 PyMethodDef methods[] = {
     {"run", run_stream, METH_VARARGS, "Run a pass of a tensor (fused/program.py); whether everything could be read."},
@@ -79,7 +160,9 @@ PyMethodDef methods[] = {
     {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
+#ifdef DELTAMERGE_TEST_HOOKS
     {"replace_read", replace_read, METH_VARARGS, "Read files by the function at an address, which has pread's type."},
+#endif
     {"put", delta_put, METH_VARARGS, "Put values at stored positions (delta/in_place.py)."},
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},

@@ -256,7 +256,7 @@ void Stream::rank(const Operation& op) {
   i64 columns = op.b > 0 && op.b <= size && size % op.b == 0 ? op.b : size;
   for (i64 j = 0; j < op.models; ++j) {
     const i64* row = p_.lists + op.first + 3 * j;  // its length, where its limits and its ratios begin
-    if (row[0] != columns) continue;
+    if (row[0] != columns || !is_whole(columns)) continue;
     const u32* upper = p_.limits + row[1];
     Ranks ranks = {upper, upper + columns, op.c != 0 ? p_.ratios + row[2] : nullptr};
     loops_.keep_by_rank(register_of(op.a), at_ + first_, columns, op.key, ranks, scratch_.get(), register_of(op.to),
@@ -265,6 +265,7 @@ void Stream::rank(const Operation& op) {
 }
 
 void Stream::keep_rows(const Operation& op) {
+  if (!is_whole(op.d)) return;
   const float *values = register_of(op.a), *scores = register_of(op.b);
   loops_.keep_largest_of_rows(values, scores, op.d, op.c, scratch_.get(), register_of(op.to), n_);
 }

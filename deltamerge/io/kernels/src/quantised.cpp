@@ -1,19 +1,23 @@
 // Entry points of quantised weights (io/quantised/scaled.py), and what entry points share.
 #define PY_SSIZE_T_CLEAN
+#include "check.h"
 #include "entries.h"
 
 namespace deltamerge {
 
-PyObject* too_short() {
-  PyErr_SetString(PyExc_ValueError, "an array is shorter than what is listed of it");
+PyObject* refused(const char* what) {
+  PyErr_SetString(PyExc_ValueError, what);
   return nullptr;
 }
+
+PyObject* too_short() { return refused("an array is shorter than what is listed of it"); }
 
 namespace {
 
 // Whether the arrays hold what `count` rows of this form need.
 bool fits(const ScaledRows& rows, const Arguments<5, 5>& b, i64 count) {
-  if (rows.columns < 1 || rows.n < 1 || rows.form < kE4m3 || rows.form > kPackedBits) return false;
+  if (rows.columns < 1 || rows.columns >= kLongest || rows.stride < 0 || rows.stride >= kLongest) return false;
+  if (rows.n < 1 || rows.n >= kLongest || rows.form < kE4m3 || rows.form > kPackedBits) return false;
   const i64 bits = rows.form == kPackedBits ? rows.width : 8;
   if (bits < 1 || bits > 8 || rows.stride * 8 < rows.columns * bits) return false;
   const i64 lines = b.count<float>(1) / rows.across;
@@ -21,7 +25,7 @@ bool fits(const ScaledRows& rows, const Arguments<5, 5>& b, i64 count) {
     if (b.at<i64>(3)[i] < 0 || b.at<i64>(3)[i] >= lines) return false;
   }
   bool zeros = rows.zeros == nullptr || b.count<float>(2) >= b.count<float>(1);
-  return zeros && b.count<u8>(0) >= count * rows.stride && b.count<float>(4) >= count * rows.columns;
+  return zeros && (count == 0 || (b.count<u8>(0) / count >= rows.stride && b.count<float>(4) / count >= rows.columns));
 }
 
 }  // namespace
@@ -31,7 +35,7 @@ PyObject* scaled(PyObject*, PyObject* arguments) {
   Arguments<5, 5> b;
   if (!b.take(arguments, 4)) return nullptr;
   const float* zeros = b.count<float>(2) > 0 ? b.at<float>(2) : nullptr;
-  const i64 across = b.n[4] > 0 ? (b.n[2] + b.n[4] - 1) / b.n[4] : 1, count = b.count<i64>(3);
+  const i64 across = b.n[4] > 0 && b.n[2] > 0 ? (b.n[2] - 1) / b.n[4] + 1 : 1, count = b.count<i64>(3);
   const ScaledRows rows = {b.n[0], b.n[1], b.n[2], b.n[3], b.at<float>(1), zeros, across, b.n[4], nullptr};
   if (!fits(rows, b, count)) return too_short();
   unlocked([&] {
@@ -48,7 +52,7 @@ PyObject* tabled(PyObject*, PyObject* arguments) {
   Arguments<4, 2> b;
   if (!b.take(arguments, 3)) return nullptr;
   const i64 count = b.count<float>(3), group = b.n[0];
-  if (group < 2 || group % 2 != 0 || b.count<u8>(0) < (count + 1) / 2 || b.count<float>(2) < 16 ||
+  if (group < 2 || group >= kLongest || group % 2 != 0 || b.count<u8>(0) < (count + 1) / 2 || b.count<float>(2) < 16 ||
       b.count<float>(1) < (count + group - 1) / group) {
     return too_short();
   }
@@ -63,10 +67,8 @@ PyObject* turned_pairs(PyObject*, PyObject* arguments) {
   Arguments<4, 4> b;
   if (!b.take(arguments, 3)) return nullptr;
   const TurnedPairs band = {b.at<u8>(0), b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2)};
-  const i64 end = (band.bottom + 31) / 32;
-  if (band.columns < 1 || band.top < 0 || band.bottom < band.top || band.pitch < 16 * end ||
-      b.count<u8>(0) / band.pitch < band.columns || b.count<float>(1) / band.columns < end - band.top / 32 ||
-      b.count<float>(2) < 16 || b.count<float>(3) / band.columns < band.bottom - band.top) {
+  if (!fits(band, b.count<u8>(0), b.count<float>(1), b.count<float>(2)) ||
+      b.count<float>(3) / band.columns < band.bottom - band.top) {
     return too_short();
   }
   unlocked([&] { loops().turn_pairs(band, b.at<float>(3)); });
@@ -81,16 +83,10 @@ PyObject* turned_words(PyObject*, PyObject* arguments) {
   const TurnedWords band = {
       b.at<u32>(0),          b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2),
       b.at<std::int32_t>(3), b.n[4], b.n[5], across};
-  const i64 rows = band.bottom - band.top, width = band.width;
-  bool there =
-      (width == 2 || width == 3 || width == 4 || width == 8) && band.columns > 0 && band.top >= 0 && rows >= 0 &&
-      band.across > 0 && band.pitch > 0 && band.pitch >= (across ? (band.bottom + 7) / 8 : band.bottom) &&
-      (across || band.columns * width % (width == 3 ? 96 : 32) == 0) && b.count<std::int32_t>(3) >= band.columns;
-  const i64 stored = across ? band.columns : band.columns * width / 32;
-  there = there && b.count<u32>(0) / band.pitch >= stored && b.count<float>(1) / band.across >= rows &&
-          b.count<float>(2) / band.across >= rows && b.count<float>(4) / band.columns >= rows;
-  for (i64 i = 0; there && i < band.columns; ++i) there = band.groups[i] >= 0 && band.groups[i] < band.across;
-  if (!there) return too_short();
+  if (!fits(band, b.count<u32>(0), b.count<float>(1), b.count<float>(2), b.count<std::int32_t>(3)) ||
+      b.count<float>(4) / band.columns < band.bottom - band.top) {
+    return too_short();
+  }
   unlocked([&] { loops().turn_words(band, b.at<float>(4)); });
   Py_RETURN_NONE;
 }

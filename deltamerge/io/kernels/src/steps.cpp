@@ -13,6 +13,9 @@ constexpr i64 kExponents = 256;
 constexpr i64 kPadding = 8;  // zeros after stored bits, so that eight bytes can be read at each of them
 constexpr u8 kNoGroup = 255;
 
+// Whether an exponent can be read at a shift of `mantissa` bits by this mask.
+bool is_form(i64 mantissa, i64 mask) { return mantissa >= 0 && mantissa < 16 && mask >= 0 && mask < kExponents; }
+
 // Numbers as q zeros and a one each, then as fields: of k bits each, value = q * 2**k + field; or (`is_wide`) of k + q
 // bits, value = 2**(k + q) + field - 2**k.
 struct Lists {
@@ -134,6 +137,13 @@ struct Listed {
   i64 groups;
 };
 
+// Whether each group's ranks begin where those of the one before end.
+bool ascends(const Listed& listed) {
+  bool whole = listed.starts[0] == 0;
+  for (i64 g = 0; g < listed.groups; ++g) whole = whole && listed.starts[g] <= listed.starts[g + 1];
+  return whole;
+}
+
 // Positions of the elements that change, and which number each has among those of all groups in their order. The count;
 // -1: ranks are damaged, or there are more than `most`.
 i64 place(const u16* bits, i64 n, const u8* group_of, i64 mantissa, u32 mask, const Listed& listed, const i64* firsts,
@@ -182,7 +192,7 @@ i64 place(const u16* bits, i64 n, const u8* group_of, i64 mantissa, u32 mask, co
 PyObject* steps_pack(PyObject*, PyObject* arguments) {
   Arguments<2, 3> b;
   if (!b.take(arguments, 1)) return nullptr;
-  if (b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0) return too_short();
+  if (b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0 || b.n[2] > 8 * b.count<u8>(1)) return too_short();
   return PyLong_FromLongLong(
       pack(b.at<u32>(0), b.count<u32>(0), {b.n[0], b.n[1] != 0}, b.at<u8>(1), b.count<u8>(1), b.n[2]));
 }
@@ -192,7 +202,7 @@ PyObject* steps_unpack(PyObject*, PyObject* arguments) {
   Arguments<2, 4> b;
   if (!b.take(arguments, 1)) return nullptr;
   const i64 end = 8 * (b.count<u8>(0) - kPadding);
-  if (end < 0 || b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0) return too_short();
+  if (end < 0 || b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0 || b.n[3] < 0 || b.n[3] >> 32 != 0) return too_short();
   return PyLong_FromLongLong(
       unpack(b.at<u8>(0), end, {b.n[0], b.n[1] != 0}, b.n[2], b.at<u32>(1), b.count<u32>(1), u64(b.n[3])));
 }
@@ -201,7 +211,7 @@ PyObject* steps_unpack(PyObject*, PyObject* arguments) {
 PyObject* steps_count(PyObject*, PyObject* arguments) {
   Arguments<2, 2> b;
   if (!b.take(arguments, 1)) return nullptr;
-  if (b.count<i64>(1) < kExponents || b.n[1] < 0 || b.n[1] >= kExponents) return too_short();
+  if (b.count<i64>(1) < kExponents || !is_form(b.n[0], b.n[1])) return too_short();
   unlocked([&] { count_exponents(b.at<u16>(0), b.count<u16>(0), b.n[0], u32(b.n[1]), b.at<i64>(1)); });
   Py_RETURN_NONE;
 }
@@ -211,7 +221,7 @@ PyObject* steps_rank(PyObject*, PyObject* arguments) {
   Arguments<4, 2> b;
   if (!b.take(arguments, 3)) return nullptr;
   const i64 count = b.count<i64>(2);
-  if (b.count<u8>(1) < kExponents || b.n[1] < 0 || b.n[1] >= kExponents || b.count<u32>(3) < count) return too_short();
+  if (b.count<u8>(1) < kExponents || !is_form(b.n[0], b.n[1]) || b.count<u32>(3) < count) return too_short();
   return PyBool_FromLong(unlocked([&] {
     return rank(b.at<u16>(0), b.count<u16>(0), b.at<u8>(1), b.n[0], u32(b.n[1]), b.at<i64>(2), count, b.at<u32>(3));
   }));
@@ -224,8 +234,8 @@ PyObject* steps_place(PyObject*, PyObject* arguments) {
   if (!b.take(arguments, 6)) return nullptr;
   const Listed listed = {b.at<u32>(2), b.at<i64>(3), b.at<u8>(4), b.count<u8>(4)};
   const bool fits = listed.groups <= kNoGroup && b.count<i64>(3) == listed.groups + 1 &&
-                    b.count<i64>(5) == listed.groups && b.count<u8>(1) >= kExponents && b.n[1] >= 0 &&
-                    b.n[1] < kExponents && b.count<i64>(7) >= b.count<i64>(6) &&
+                    b.count<i64>(5) == listed.groups && b.count<u8>(1) >= kExponents && is_form(b.n[0], b.n[1]) &&
+                    b.count<u16>(0) < i64(~u32(0)) && ascends(listed) && b.count<i64>(7) >= b.count<i64>(6) &&
                     listed.starts[listed.groups] == b.count<u32>(2);
   if (!fits) return too_short();
   return PyLong_FromLongLong(unlocked([&] {

@@ -7,7 +7,11 @@
 
 namespace deltamerge {
 
+#ifdef DELTAMERGE_TEST_HOOKS
 ReadAt read_at = pread;
+#else
+static ssize_t read_at(int fd, void* to, std::size_t count, off_t at) { return pread(fd, to, count, at); }
+#endif
 
 namespace {
 
@@ -68,6 +72,7 @@ Outcome Stream::run() {
     for (first_ = 0; first_ < piece_; first_ += job_.chunk) {
       n_ = smaller(job_.chunk, piece_ - first_);
       for (i64 k = 0; k < p_.count; ++k) operate(k);
+      if (misfit_) return Outcome::kMisfit;
     }
   }
   return Outcome::kDone;

@@ -18,6 +18,7 @@ class Array {
 
   bool allocate(i64 size) {
     void* memory = nullptr;
+    if (size < 0 || size > (i64(1) << 62) / i64(sizeof(T))) return false;
     if (posix_memalign(&memory, 64, std::size_t(size > 0 ? size : 1) * sizeof(T)) != 0) return false;
     data_ = static_cast<T*>(memory);
     return true;
@@ -88,6 +89,12 @@ class Stream {
   i64 size_at(i64 list) const { return list < 0 ? n_ : sizes_[list]; }
   i64 block_in_job() const { return number_ - job_.start / job_.block; }
   i64 blocks() const { return (job_.stop - job_.start + job_.block - 1) / job_.block; }
+  // Whether the chunk is made of rows of so many columns; the job fails if not.
+  bool is_whole(i64 columns) {
+    const bool whole = n_ % columns == 0;
+    misfit_ = misfit_ || !whole;
+    return whole;
+  }
   bool opens_block() const { return inside_ == 0 && first_ == 0; }
 
   const Program& p_;
@@ -96,6 +103,7 @@ class Stream {
   const Loops& loops_;
 
   // where it is: a piece of `piece_` elements from `at_` on, `inside_` of block `number_`; a chunk of n_ from first_ on
+  bool misfit_ = false;  // a chunk was not made of whole rows
   i64 at_ = 0, piece_ = 0, number_ = 0, inside_ = 0, first_ = 0, n_ = 0;
 
   i64 raw_row_ = 0, codes_row_ = 0, places_row_ = 0, part_row_ = 0, marks_ = 0;
