@@ -90,6 +90,7 @@ class Lock:
             "seed": plan.recipe.seed,
             "inputs": inputs,
             "outputs": {},
+            **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
             **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
             **({"densities": choice.densities} if choice is not None else {}),
