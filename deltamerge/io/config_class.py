@@ -42,6 +42,7 @@ class ConfigClass:
     aliases   other names of its keys -> those (`hidden_size` -> `n_embd`)
     theta     the base of its rotary positions where a config has none: a number, or one by kind of layer
     sections  the classes of its nested configs, by key
+    kind      its model type; "" where it has none of its own
     steps     what it computes from its keys, the first ancestor's first
     """
 
@@ -49,6 +50,7 @@ class ConfigClass:
     aliases: Mapping[str, str] = field(default_factory=dict)
     theta: Any = 10000.0
     sections: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
     steps: tuple[ast.stmt, ...] = ()
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class _Module:
 @cache
 def _module(path: Path) -> _Module:
     body = ast.parse(path.read_text(encoding="utf-8")).body
-    imports = {}
+    imports: dict[str, tuple[Path, str]] = {}
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
             place = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
@@ -130,6 +132,7 @@ def _read(module: _Module, name: str) -> ConfigClass:
     aliases: dict[str, str] = {}
     sections: dict[str, str] = {}
     theta: Any = 10000.0
+    kind = ""
     steps: list[ast.stmt] = []
     for node in _lineage(module, name):
         for item in node.body:
@@ -138,7 +141,9 @@ def _read(module: _Module, name: str) -> ConfigClass:
                     keys[item.target.id] = UNKNOWN if item.value is None else _default(item.value)
             elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
                 what, value = item.targets[0].id, item.value
-                if what == "attribute_map":
+                if what == "model_type":
+                    kind = str(_default(value))
+                elif what == "attribute_map":
                     aliases = _default(value) if isinstance(_default(value), dict) else {}
                 elif what == "default_theta":
                     theta = _default(value)
@@ -150,7 +155,7 @@ def _read(module: _Module, name: str) -> ConfigClass:
                 steps = _inlined(item.body, steps)
             elif isinstance(item, ast.FunctionDef) and item.name == "__init__" and node.name != ROOT:
                 keys |= _arguments(item.args)
-    return ConfigClass(keys, aliases, theta, sections, tuple(steps))
+    return ConfigClass(keys, aliases, theta, sections, kind, tuple(steps))
 
 
 def _lineage(module: _Module, name: str) -> list[ast.ClassDef]:
@@ -198,7 +203,7 @@ def _sections(value: ast.Dict) -> Iterator[tuple[str, str]]:
             said = {word.arg: word.value for word in spec.keywords}
             kind, named = said.get("model_type"), said.get("config_class")
             if isinstance(kind, ast.Constant):
-                yield key.value, f":{kind.value}"
+                yield key.value, f":{kind.value!s}"
             elif isinstance(named, ast.Name):
                 yield key.value, named.id
 

@@ -46,12 +46,14 @@ SPELLED = {
     "gelu_python_tanh": "gelu_pytorch_tanh", "gelu_python": "gelu",
 }  # fmt: skip
 NEAR = frozenset({"gelu", "gelu_pytorch_tanh"})  # one function and its approximation
+SIZE = re.compile(r".*(_size|_dim|_layers?|_channels|_heads?)|d_model|n_embd|dim|width|depths?|stages")
 # Model types whose classes compute the same where their keys agree.
 ALIKE = (
     frozenset({"llama", "mistral"}), frozenset({"roberta", "xlm-roberta", "camembert"}),
     frozenset({"gpt2", "gpt-sw3"}), frozenset({"t5", "mt5"}),
 )  # fmt: skip
 WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types")
+TYPE = "model_type"
 THETA, SCALING, LOCAL, PARTIAL = "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"
 PARAMETERS = "rope_parameters"
 LOCAL_SCALING = "rope_local_scaling"
@@ -106,22 +108,57 @@ class Difference:
 def differences(models: Sequence[tuple[str, Config]]) -> tuple[Difference, ...]:
     """The keys in which models differ, given by name and config.json; those that change what weights mean come first.
 
-    A model without a config says nothing and is passed over.
+    A model without a config says nothing and is passed over, and of one that states no size what it states counts. A
+    language model beside one of texts and pictures is compared with that one's section for texts.
     """
     told = {name: config for name, config in models if config}
     first = next(iter(told.values()), {})
     if all(config == first for config in told.values()):
         return ()
     meanings = {name: meaning(config) for name, config in told.items()}
+    parts = _parts(meanings)
+    for name in parts:
+        section = next(one for other in meanings if (one := _place(meanings[name], meanings[other])))
+        meanings[name] = {f"{section}.{key}": value for key, value in meanings[name].items()}
+        told[name] = {section: told[name]}
+    whole = {name for name, config in told.items() if name not in parts and not _is_stub(config)}
+
+    def values_of(key: str) -> dict[str, Any]:
+        says = (name for name in told if name in whole or key in meanings[name])
+        return {name: meanings[name].get(key, ABSENT) for name in says}
+
     stated = {key for config in told.values() for key in _stated(config)}
     found = [
         Difference(key, values, kind)
         for key in dict.fromkeys(key for one in meanings.values() for key in one)
-        if (kind := _kind(key, values := {name: one.get(key, ABSENT) for name, one in meanings.items()})) is not None
+        if (kind := _kind(key, values := values_of(key))) is not None
         and (key in stated or key.rpartition(".")[2] in (THETA, SCALING, LOCAL, LOCAL_SCALING, PARTIAL))
     ]
     found = [one for one in found if not _inside(one, found)]
     return tuple(sorted(found, key=lambda one: ("positions", "function", "tokens").index(one.kind)))
+
+
+def _parts(meanings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The models that are a section of another."""
+    return [name for name, one in meanings.items() if any(_place(one, other) for other in meanings.values())]
+
+
+def _place(part: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    """The section of a model that another one is by itself; "" if it is none."""
+    kind = part.get(TYPE)
+    if kind is None or _are_alike({kind, whole.get(TYPE)}):
+        return ""
+    types = (key for key in whole if key.endswith(f".{TYPE}") and key.count(".") == 1)
+    return next((key.partition(".")[0] for key in types if _are_alike({kind, whole[key]})), "")
+
+
+def _are_alike(kinds: set[Any]) -> bool:
+    return len(kinds) == 1 or any(kinds <= group for group in ALIKE)
+
+
+def _is_stub(config: Config) -> bool:
+    """Whether a config of a known class states no size of its model, whose defaults then say nothing of its weights."""
+    return _class(config) is not None and not any(SIZE.fullmatch(key) or key.endswith("_config") for key in config)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -157,7 +194,7 @@ def meaning(config: Config) -> dict[str, Any]:
 
 def known_keys(config: Config) -> dict[str, Any]:
     """The keys that a config can state, by dotted key, with what they mean: those compared, and those of tokens."""
-    return {key: value for key, value in meaning(config).items() if key.rpartition(".")[2] != "model_type"}
+    return {key: value for key, value in meaning(config).items() if key.rpartition(".")[2] != TYPE}
 
 
 def _is_none(value: Any) -> bool:
@@ -170,8 +207,8 @@ def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
     if all(same(first, other) for other in others):
         return None
     name = key.rpartition(".")[2]
-    if name == "model_type":
-        return None if any(set(values.values()) <= group for group in ALIKE) else "positions"
+    if name == TYPE:
+        return None if _are_alike(set(values.values())) else "positions"
     if TOKENS.fullmatch(name):
         return "tokens"
     if any(_is_none(value) or value is UNKNOWN for value in values.values()):
@@ -186,14 +223,13 @@ def _inside(one: Difference, found: Sequence[Difference]) -> bool:
     """Whether a difference lies in a section that differs as a whole: a model has it not, or its type is another."""
     section = one.key.rpartition(".")[0]
     return any(
-        other is not one
-        and ((bool(section) and other.key == section) or other.key == f"{section}.model_type".lstrip("."))
+        other is not one and ((bool(section) and other.key == section) or other.key == f"{section}.{TYPE}".lstrip("."))
         for other in found
     )
 
 
 def _class(config: Config) -> ConfigClass | None:
-    kind = config.get("model_type")
+    kind = config.get(TYPE)
     if "auto_map" in config and "AutoConfig" in (config["auto_map"] or {}):
         return None  # the model brings a class of its own, which is not read
     if not isinstance(kind, str):
@@ -216,13 +252,15 @@ def _stated(config: Config, at: str = "") -> Iterator[str]:
 
 def _meaning(config: Config, known: ConfigClass | None, at: str) -> Iterator[tuple[str, Any]]:
     values: Mapping[str, Any] = config if known is None else known.complete(config)
-    if at == "" or "model_type" in config:
-        yield f"{at}model_type", config.get("model_type")
+    if at == "" and _is_stub(config):
+        values, known = {key: value for key, value in values.items() if key in config}, None
+    if (kind := config.get(TYPE) or (known.kind if known is not None else None)) is not None:
+        yield f"{at}{TYPE}", kind
     sections = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)}
     sections |= set(known.sections) if known is not None else set()
     sections = {key for key in sections if not BOOKKEEPING.fullmatch(key)}
     for key, value in values.items():
-        if key in sections or key in ROPE or key == "model_type" or BOOKKEEPING.fullmatch(key):
+        if key in sections or key in ROPE or key == TYPE or BOOKKEEPING.fullmatch(key):
             continue
         if known is not None and key in WINDOW[1:4] and "layer_types" in known.keys:
             continue  # said by layer_types
@@ -236,7 +274,7 @@ def _meaning(config: Config, known: ConfigClass | None, at: str) -> Iterator[tup
 def _section(config: Config, known: ConfigClass | None, key: str, at: str) -> Iterator[tuple[str, Any]]:
     """A nested config's meaning."""
     inner = config.get(key)
-    default = None if known is None else _of_section(known.sections.get(key, ""), str(config.get("model_type")))
+    default = None if known is None else _of_section(known.sections.get(key, ""), str(config.get(TYPE)))
     if not isinstance(inner, Mapping):
         inner = {k: v for k, v in config.items() if default is not None and known and _is_of(k, default, known)}
         if not inner:
@@ -279,7 +317,7 @@ def _rope(config: Config, values: Mapping[str, Any], known: ConfigClass | None) 
         parts = next((values[key] for key in PARTS if values.get(key) not in (None, UNKNOWN)), None)
     stated = config.get(SCALING) or config.get(PARAMETERS) or {}
     stated = stated if isinstance(stated, Mapping) else {"rope_type": stated}
-    both = isinstance(theta, Mapping)
+    of_full, of_window = (theta.get("global"), theta.get("local")) if isinstance(theta, Mapping) else (theta, theta)
     nested = {key: one for key, one in stated.items() if isinstance(one, Mapping)} if stated else {}
     by_layer = bool(nested) and len(nested) == sum(one is not None for one in stated.values())
     top = next((config[key] for key in THETAS if config.get(key) is not None), None)
@@ -288,15 +326,13 @@ def _rope(config: Config, values: Mapping[str, Any], known: ConfigClass | None) 
     local = next((config[key] for key in LOCALS if config.get(key) is not None), None)
     found: dict[str, Any] = {}
     full = nested.get(FULL, {}) if by_layer else stated
-    found |= _one_rope(full, top or (theta.get("global") if both else theta), parts, values)
-    if both or SLIDING in nested:
-        of_window = _one_rope(
-            nested.get(SLIDING, {}) if by_layer else {}, local or (theta.get("local") if both else theta), parts, values
-        )
-        found |= {LOCAL: of_window[THETA], LOCAL_SCALING: of_window[SCALING]}
+    found |= _one_rope(full, top or of_full, parts, values)
+    if isinstance(theta, Mapping) or SLIDING in nested:
+        slid = _one_rope(nested.get(SLIDING, {}) if by_layer else {}, local or of_window, parts, values)
+        found |= {LOCAL: slid[THETA], LOCAL_SCALING: slid[SCALING]}
     if by_layer:
         more = {key: one for key, one in nested.items() if key not in (FULL, SLIDING)}
-        found |= {f"{PARAMETERS}.{key}": _one_rope(one, top or theta, parts, values) for key, one in more.items()}
+        found |= {f"{PARAMETERS}.{key}": _one_rope(one, top or of_full, parts, values) for key, one in more.items()}
         if FULL not in nested and more:
             del found[THETA], found[SCALING]
     return found

@@ -140,9 +140,7 @@ def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked
     parts: dict[str, dict[str, Any]] = {}
     for folder, configs in everywhere.items():
         start = f"{folder}/" if folder else ""
-        own = {
-            k.removeprefix(start): v for k, v in choices.items() if k.startswith(start) and ("/" in k) == bool(folder)
-        }
+        own = {key.removeprefix(start): one for key, one in choices.items() if key.rpartition("/")[0] == folder}
         settled = _Settled(recipe, inputs, configs, own, stacked=stacked and not folder)
         made = settled.config(config if not folder else configs[template.name])
         if folder:
@@ -175,6 +173,19 @@ def adapter_warnings(settled: WrittenConfig, inputs: Inputs) -> Iterator[str]:
             f"the adapter does not hold {told}: PEFT loads it on {inputs.base.name}, whose config says otherwise, and "
             f"will not apply {BESIDE}, which keeps it; set it in the base's config before loading, or write kind: model"
         )
+
+
+def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]:
+    """A message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`: the same
+    places of their weights mean different things."""
+    found = differences([(model.name, without_keys(model.checkpoint.config)) for model in _models(inputs)])
+    refused = [_refusal(one.key, one) for one in found if one.kind == "positions"]
+    if refused and refuse:
+        raise InputError(refused[0], also=refused[1:], hint="name models of one architecture")
+    yield from (f"config.json: {line}; what is said of Δ means little" for line in refused)
+    for one in found:
+        if one.kind == "function" and not (one.key == TIE and _is_untied(inputs)):
+            yield f"config.json: {one.key} is {one.said()}: weights alone do not make one of the other"
 
 
 def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
@@ -234,7 +245,9 @@ class _Settled:
             if choice.owner is None:
                 _put(made, key, choice.value, None)
             elif key not in self.keys or not self._is_like(key, choice.owner.name, name):
-                _put(made, key, known_keys(self.configs[choice.owner.name]).get(key), self.configs[choice.owner.name])
+                theirs = self.configs[choice.owner.name]
+                told = self.keys[key].value if key in self.keys else known_keys(theirs).get(key, ABSENT)
+                _put(made, key, told, theirs)
         return made
 
     def _is_told(self, one: Difference, stacked: bool) -> bool:
@@ -249,12 +262,13 @@ class _Settled:
         choice = self.choices.get(one.key)
         if choice is not None:
             name = None if choice.owner is None else choice.owner.name
-            return Written(one, choice.value if name is None else one.values.get(name), name, chosen=True)
+            return Written(one, choice.value if name is None else one.values.get(name, ABSENT), name, chosen=True)
         base, template = self.inputs.base, self.inputs.template.name
-        whose = template
-        agreed = base is not None and bool(self.tunes) and one.agrees(self.tunes) and not self._is_kept(one)
+        whose = template if template in one.values else next(iter(one.values))
+        tunes = [name for name in self.tunes if name in one.values]
+        agreed = base is not None and bool(tunes) and one.agrees(tunes) and not self._is_kept(one)
         if agreed and base is not None and template == base.name:
-            whose = self.tunes[0]
+            whose = tunes[0]
         return Written(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
 
     def _is_kept(self, one: Difference) -> bool:
@@ -271,7 +285,7 @@ class _Settled:
 
     def _is_like(self, key: str, owner: str, template: str) -> bool:
         values = self.keys[key].difference.values
-        return same(values[owner], values[template])
+        return same(values.get(owner, ABSENT), values.get(template, ABSENT))
 
 
 def _models(inputs: Inputs) -> list[Input]:
@@ -333,8 +347,7 @@ def _notes(keys: Mapping[str, Written], choices: Mapping[str, _Choice]) -> Itera
         value = choice.value if key not in keys else keys[key].value
         yield f"config.json: {key} is {in_words(value)}, {whose}"
     for key, written in keys.items():
-        is_told = written.agreed or key.rpartition(".")[2] not in ENDS
-        if written.difference.kind == "tokens" and not written.chosen and is_told:
+        if written.difference.kind == "tokens" and written.agreed:
             said = f"config.json: {key} is {written.difference.said()}"
             yield f"{said}; the output has {in_words(written.value)}, that of {written.whose}"
 
@@ -356,7 +369,7 @@ def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, Written]) -> dict
 
 
 def _plain(value: Any) -> Any:
-    return None if value is ABSENT or value is UNKNOWN else value
+    return None if value is ABSENT or value is UNKNOWN else deepcopy(value)
 
 
 # -- the recipe's choices

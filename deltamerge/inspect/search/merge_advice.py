@@ -36,6 +36,7 @@ from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
 from deltamerge.methods.table import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.run.options import Options
@@ -224,6 +225,7 @@ class _Adviser:
         """The advice without its recipe, and what that is of."""
         start, planning = self._recipe(ISO_C, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
+        list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
         conflict = measure(roots, device=planning.device, workers=planning.workers)
         found: dict[Way, MergeCandidate] = {}
@@ -252,7 +254,7 @@ class _Adviser:
             held_out=held,
             forward_passes=self.passes,
             recipe="",
-            warnings=[*swapped(inputs), *unrelated(inputs)],
+            warnings=[*swapped(inputs), *unrelated(inputs), *remarks_on_configs(inputs)],
         )
         return advice, way, factor
 
