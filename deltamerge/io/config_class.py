@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 100_000  # entries of a list that is computed
+LONGEST_TYPE = 100  # letters
 ROOT = "PreTrainedConfig"  # the class of all configs
 METHOD = "__post_init__"
 _MUTATING = frozenset({"append", "extend", "insert", "pop", "remove", "update", "setdefault", "clear"})
@@ -79,6 +80,8 @@ def folders_near(model_type: str) -> list[str]:
 @cache
 def class_of_type(model_type: str) -> ConfigClass | None:
     """The config class of a model type; None where transformers is not installed or has none."""
+    if len(model_type) > LONGEST_TYPE:
+        return None
     return _found(re.compile(rf"^    model_type(?:: [^=\n]+)? = [\"']{re.escape(model_type)}[\"']", re.M), model_type)
 
 
@@ -278,6 +281,10 @@ class _Steps:
     def _step(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.If):
             self.run(statement.body if self.value(statement.test) else statement.orelse)
+        elif isinstance(statement, ast.For) and isinstance(statement.target, ast.Name) and not statement.orelse:
+            for item in self.value(statement.iter):
+                self.known[statement.target.id] = item
+                self._all(statement.body)
         elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             self._put(statement.targets[0], self.value(statement.value))
         elif isinstance(statement, ast.Expr) and not _changed_in(statement):
@@ -286,6 +293,20 @@ class _Steps:
             return
         else:
             raise _Unreadable
+
+    def _all(self, body: list[ast.stmt]) -> None:
+        """Follow the statements of a loop. _Unreadable: one is not understood."""
+        for statement in body:
+            match statement:
+                case ast.If():
+                    self._all(statement.body if self.value(statement.test) else statement.orelse)
+                case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[item])):
+                    before = self.value(holder)
+                    if not isinstance(before, list):
+                        raise _Unreadable
+                    self._put(holder, [*before, self.value(item)])  # a new list: that one may be the config's
+                case _:
+                    self._step(statement)
 
     def _put(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Name):

@@ -156,9 +156,15 @@ def _are_alike(kinds: set[Any]) -> bool:
     return len(kinds) == 1 or any(kinds <= group for group in ALIKE)
 
 
+def _is_section(key: str, value: Any) -> bool:
+    return isinstance(value, Mapping) and (key.endswith("_config") or TYPE in value)
+
+
 def _is_stub(config: Config) -> bool:
     """Whether a config of a known class states no size of its model, whose defaults then say nothing of its weights."""
-    return _class(config) is not None and not any(SIZE.fullmatch(key) or key.endswith("_config") for key in config)
+    return _class(config) is not None and not any(
+        SIZE.fullmatch(key) or _is_section(key, value) for key, value in config.items()
+    )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -172,7 +178,10 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, int | float) and isinstance(b, int | float):
-        return a == b or math.isclose(a, b, rel_tol=RELATIVE)
+        try:
+            return a == b or math.isclose(a, b, rel_tol=RELATIVE)
+        except OverflowError:  # integers that are no floats
+            return False
     return bool(a == b)
 
 
@@ -230,7 +239,8 @@ def _inside(one: Difference, found: Sequence[Difference]) -> bool:
 
 def _class(config: Config) -> ConfigClass | None:
     kind = config.get(TYPE)
-    if "auto_map" in config and "AutoConfig" in (config["auto_map"] or {}):
+    table = config.get("auto_map")
+    if isinstance(table, Mapping) and "AutoConfig" in table:
         return None  # the model brings a class of its own, which is not read
     if not isinstance(kind, str):
         return None
@@ -244,7 +254,7 @@ def _stated(config: Config, at: str = "") -> Iterator[str]:
     for key, value in config.items():
         own = known.aliases.get(key, key) if known is not None else key
         yield f"{at}{own}"
-        if isinstance(value, Mapping) and key.endswith("_config"):
+        if _is_section(key, value):
             yield from _stated(value, f"{at}{key}.")
         elif at == "" and known is not None:  # an older form: the keys of the text's section stand at the top
             yield from (f"{section}.{key}" for section in known.sections)
@@ -254,9 +264,10 @@ def _meaning(config: Config, known: ConfigClass | None, at: str) -> Iterator[tup
     values: Mapping[str, Any] = config if known is None else known.complete(config)
     if at == "" and _is_stub(config):
         values, known = {key: value for key, value in values.items() if key in config}, None
-    if (kind := config.get(TYPE) or (known.kind if known is not None else None)) is not None:
+    kind = config.get(TYPE) or (known.kind if known is not None else None)
+    if isinstance(kind, str):
         yield f"{at}{TYPE}", kind
-    sections = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)}
+    sections = {key for key, value in config.items() if _is_section(key, value)}
     sections |= set(known.sections) if known is not None else set()
     sections = {key for key in sections if not BOOKKEEPING.fullmatch(key)}
     for key, value in values.items():
