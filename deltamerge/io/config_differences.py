@@ -146,14 +146,17 @@ def _parts(meanings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _place(part: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     """The section of a model that another one is by itself; "" if it is none."""
     kind = part.get(TYPE)
-    if kind is None or _are_alike({kind, whole.get(TYPE)}):
+    if kind is None or _are_alike(kind, whole.get(TYPE)):
         return ""
     types = (key for key in whole if key.endswith(f".{TYPE}") and key.count(".") == 1)
-    return next((key.partition(".")[0] for key in types if _are_alike({kind, whole[key]})), "")
+    return next((key.partition(".")[0] for key in types if _are_alike(kind, whole[key])), "")
 
 
-def _are_alike(kinds: set[Any]) -> bool:
-    return len(kinds) == 1 or any(kinds <= group for group in ALIKE)
+def _are_alike(*kinds: Any) -> bool:
+    """Whether model types are one, or of classes that compute the same."""
+    return all(kind == kinds[0] for kind in kinds) or any(
+        all(isinstance(kind, str) and kind in group for kind in kinds) for group in ALIKE
+    )
 
 
 def _is_section(key: str, value: Any) -> bool:
@@ -217,7 +220,7 @@ def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
         return None
     name = key.rpartition(".")[2]
     if name == TYPE:
-        return None if _are_alike(set(values.values())) else "positions"
+        return None if _are_alike(*values.values()) else "positions"
     if TOKENS.fullmatch(name):
         return "tokens"
     if any(_is_none(value) or value is UNKNOWN for value in values.values()):
