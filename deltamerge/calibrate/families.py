@@ -7,7 +7,6 @@ nothing else.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import InputError
+from deltamerge.io.config_class import folders_near, models_folder
 
 GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")}
 ALWAYS = frozenset({"self", "attention_mask"})
@@ -48,7 +48,7 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
         raise InputError("its config.json names no architecture", hint='"architectures": ["LlamaForCausalLM"]')
     if not architecture.isidentifier():
         raise InputError(f"its config.json names no class: {architecture[:LONGEST]!a}", hint="correct architectures")
-    root = _transformers()
+    root = models_folder()
     if root is None:
         return
     source = _source(root, architecture, str(config.get("model_type"))[:LONGEST])
@@ -66,14 +66,6 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
         raise InputError(f"{architecture} takes {takes}, and calibration gives {word}", hint=other)
     if lacking := sorted(forward.needed - ALWAYS - {given, *DECODER}):
         raise InputError(f"{architecture} needs {', '.join(lacking)}, and calibration gives {word} alone", hint=HINT)
-
-
-@cache
-def _transformers() -> Path | None:
-    """The folder of transformers' models; None where it is not installed."""
-    spec = importlib.util.find_spec("transformers")
-    found = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
-    return found if found is not None and found.is_dir() else None
 
 
 @cache
@@ -96,8 +88,7 @@ def _is_exported(source: str, architecture: str) -> bool:
 
 def _modules(root: Path, model_type: str) -> Iterator[Path]:
     """Modules with models: first of the folder of the type, and of folders whose name the type begins with."""
-    parts = re.sub(r"[^a-z0-9]+", "_", model_type.lower()).split("_")
-    near = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    near = folders_near(model_type)
     for name in near:
         yield from sorted((root / name).glob("modeling_*.py"))
     yield from sorted(path for path in root.glob("*/modeling_*.py") if path.parent.name not in near)

@@ -33,6 +33,7 @@ def render_diff(found: dict[str, Any]) -> str:
     return one_a_line(
         [
             *(aligned(rows) if len(rows) > 1 else []),
+            *(f"config.json: {key}: {old} -> {new}" for key, (old, new) in found["config"].items()),
             *(f"only in {found['b']}: {name}" for name in found["added"]),
             *(f"only in {found['a']}: {name}" for name in found["removed"]),
             *(f"tokenizers: {line}" for line in found["tokenizers"]),

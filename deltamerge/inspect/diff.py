@@ -18,6 +18,7 @@ from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.config_differences import Difference, differences, in_words
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
@@ -66,8 +67,9 @@ def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, An
 def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
     """The differences between two checkpoints, one of which may be a delta of the other.
 
-    `tensors` that differ, the largest norm first; `added`, `removed`: names that only B, or only A, has; counts; the
-    relative norm; `tokenizers`: how B's differs, in words.
+    `tensors` that differ, the largest norm first; `config`: keys of config.json that mean something else, and what in A
+    and in B; `added`, `removed`: names that only B, or only A, has; counts; the relative norm; `tokenizers`: how B's
+    differs, in words.
     """
     here = Path.cwd()
     models = Models()
@@ -104,12 +106,18 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
         "tensors": [asdict(change) for change in changes],
         "added": [named[1][name].name for name in named[1] if name not in named[0]],
         "removed": [named[0][name].name for name in named[0] if name not in named[1]],
+        "config": {one.key: _values(one) for one in differences([("a", first.config), ("b", second.config)])},
         "same": len(shared) - len(changes),
         "elements": sum(change.elements for change, _, _ in found),
         "changed": sum(change.changed for change, _, _ in found),
         "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
         "tokenizers": tokenizers_apart(first, second),
     }
+
+
+def _values(one: Difference) -> list[str]:
+    """What a key of config.json means in A and in B, in words."""
+    return [in_words(one.values[name]) for name in ("a", "b")]
 
 
 def _plain(checkpoint: Checkpoint) -> Checkpoint:

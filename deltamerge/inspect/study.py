@@ -31,6 +31,7 @@ from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
+from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
@@ -77,7 +78,7 @@ def inspect(
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
     lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
     made = Lock.read(lock).figures if lock.is_file() else None
-    warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs)]
+    warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)]
     answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
         pages.write(answer, out, force=force)
@@ -103,6 +104,7 @@ def recommend(
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     inputs = _open(model, base, pickles=pickles)
+    differing = list(remarks_on_configs(inputs, refuse=True))
     pairs, _ = pairs_of(inputs)
     config = inputs.tunes[0].checkpoint.config
     device = choose_device(device)
@@ -120,7 +122,8 @@ def recommend(
     decoder = has_head(config, "causal-lm")
     question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
     answer = recommendation.recommend(question, pairs, found, measured)
-    answer = answer.model_copy(update={"warnings": [*swapped(inputs), *unrelated(inputs), *other_words(inputs)]})
+    warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *differing]
+    answer = answer.model_copy(update={"warnings": warnings})
     folder = Path.cwd() if out is None else out.resolve().parent
     chosen = next(one for one in answer.candidates if one.name == answer.method)
     more: dict[str, Any] = {}

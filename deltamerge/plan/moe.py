@@ -28,6 +28,7 @@ from deltamerge.plan.moe_layout import FAMILIES, MLP, OUTSIDE, Layout, Sizes, ch
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
+from deltamerge.plan.written_config import settle
 from deltamerge.recipe.moe_keys import DRAWN, Expert
 from deltamerge.recipe.schema import Recipe
 
@@ -105,7 +106,9 @@ class MixtureOutputs:
                 f"{self.layout.name}: its shared expert is as wide as the others, {self.sizes.width}, "
                 f"and {self.shared[0][0].name} is {self.sizes.shared}"
             )
-        self.config, notes = config_of(self.layout, without_keys(self.base.checkpoint.config), self.sizes)
+        self.settled = settle(recipe, inputs, without_keys(self.base.checkpoint.config))
+        self.settled.check()
+        self.config, notes = config_of(self.layout, self.settled.config, self.sizes)
         self.spec = self._spec(memory)
         self.routers = self.builder.graph.node(routers, kind="small", spec=self.spec)
         self.notes += [*self._remarks(), *notes]
@@ -231,8 +234,6 @@ class MixtureOutputs:
                 raise InputError(f"{model.name} has {len(weights)} layers, {where} has {len(self.layers)}")
             if any(len(layer) < len(MLP) for layer in weights.values()):
                 raise InputError(f"{model.name}: its layers have no mlp.{', mlp.'.join(MLP)}")
-            if _activation(model) != _activation(self.base):
-                raise InputError(f"{model.name} has another hidden_act than {where}")
             for mlp in weights.values():
                 gate, up, down = (mlp[one].shape for one in MLP)
                 if gate != up or down != gate[::-1] or gate[1] != hidden:
@@ -309,10 +310,6 @@ def _family(model: Input) -> str:
     if not model.checkpoint.is_simple or not (classes and str(classes[0]).endswith("ForCausalLM")):
         raise InputError(f"{model.name}: is {some(map(str, classes)) or 'of no class'}, and no …ForCausalLM")
     return str(family)
-
-
-def _activation(model: Input) -> str:
-    return str(model.checkpoint.config.get("hidden_act", "silu"))
 
 
 def _layers(model: Input) -> dict[int, dict[str, TensorInfo]]:

@@ -31,6 +31,7 @@ from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
+from deltamerge.plan.written_config import settle
 from deltamerge.recipe.schema import Recipe
 
 
@@ -127,7 +128,9 @@ class Outputs:
         self.out_dtype = CODES.get(str(recipe.out_dtype or recipe.dtype))
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
-        self.config, changes = repaired_config(inputs, self.stacks)
+        repaired, changes = repaired_config(inputs, self.stacks)
+        self.settled = settle(recipe, inputs, repaired, stacked=bool(self.stacks))
+        self.config = self.settled.config
         scopes = {group.part.module for group in inputs.groups}
         self.notes += [*inputs.notes, *Modules(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]

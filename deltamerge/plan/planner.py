@@ -43,6 +43,7 @@ from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizer
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.plan.written_config import WrittenConfig, adapter_warnings
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
 
@@ -86,6 +87,7 @@ class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
     Relative references of the recipe start at `folder`.
+    `settled` has the keys of config.json in which the models differ, and whose values are written.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
 
@@ -115,6 +117,7 @@ class Plan:
     stacks: tuple[Stack, ...] = ()
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
+    settled: WrittenConfig = field(default_factory=lambda: WrittenConfig({}))
 
     @property
     def device(self) -> str:
@@ -201,6 +204,7 @@ class Plan:
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
             **self._describe_delta(),
+            **({"config": self.settled.describe()} if self.settled.keys else {}),
             **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
             "chat_template": self.chat_template.origin if self.chat_template else None,
@@ -274,6 +278,7 @@ def _plan(
         first, *also = found.problems[:SHOWN_PROBLEMS]
         more = len(found.problems) - SHOWN_PROBLEMS
         raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
+    found.settled.check()
     metas = [stored for row in rows for stored in row.stored]
     weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
     if own:
@@ -312,6 +317,7 @@ def _plan(
         *found.notes,
         *remarks(inputs.template.name, inputs.template.checkpoint, models),
         *tokenizers.notes,
+        *found.settled.notes,
         *(
             f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
             for name, deltas in cuts.items()
@@ -363,8 +369,11 @@ def _plan(
             *(checks.warnings(recipe) if recipe.mergekit else ()),
             *swapped(inputs),
             *tokenizers.warnings,
+            *found.settled.warnings,
+            *adapter_warnings(found.settled, inputs),
             *advice.warnings(recipe, kept, factors=own is not None),
         ),
+        settled=found.settled,
         stacks=tuple(found.stacks),
         mixture=mixture,
         running_sum=made_of(recipe, inputs, found.averaged)

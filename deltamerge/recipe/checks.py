@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
+from deltamerge.io.config_differences import BOOKKEEPING
 from deltamerge.methods.table import MERGE, NO_EFFECT
 from deltamerge.recipe import moe_checks, prune_checks, sums
 from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
@@ -30,7 +32,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield from moe_checks.problems(recipe)
         return
     checks = (
-        _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
+        _inputs, _slices, _merge_method, _parameters, _required, _template, _config, _tokens,
         prune_checks.problems, _output, _adapter, sums.problems, _study, moe_checks.stray,
     )  # fmt: skip
     yield from (problem for check in checks for problem in check(recipe))
@@ -185,6 +187,19 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
             for i in counted if param.per_model else ():
                 if name not in recipe.models[i].parameters and not is_given(recipe, "models", i, "parameters", name):
                     yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
+
+
+def _config(recipe: Recipe) -> Iterator[Problem]:
+    """`config` has keys of a config.json that say what a model computes, with values that JSON has."""
+    for key, value in recipe.config.items():
+        if BOOKKEEPING.fullmatch(key.rpartition(".")[2]):
+            message = f"{show(key)} says nothing of what a model computes"
+            hint = "dtype: is a key of the recipe" if key in ("dtype", "torch_dtype") else "leave it out"
+            yield recipe.problem(("config", key), message, hint, key=True)
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            yield recipe.problem(("config", key), f"{show(value)} is no value of a config.json")
 
 
 def _template(recipe: Recipe) -> Iterator[Problem]:

@@ -270,6 +270,11 @@ class Recipe(Keys):
     dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
     out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
     template: Text | None = Field(None, description="The model whose tensors and files the output has.")
+    config: dict[str, Any] = Field(
+        {},
+        description="Keys of the output's config.json in which the models differ: a model's name, whose value is "
+        "written, or a value.",
+    )
     tokenizer_source: Reference | None = Field(
         None, description="Whose tokens the output has: base, union, or a model."
     )

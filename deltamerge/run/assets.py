@@ -34,6 +34,7 @@ from deltamerge.io.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.folders import TOKENIZER_CONFIG
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.plan.written_config import BESIDE, generation_of
 from deltamerge.run.gguf_tokenizer import described, is_described
 from deltamerge.run.tokenizer import Files, as_json, content_of, edit_tokenizer
 
@@ -60,7 +61,9 @@ def asset_files(plan: Plan) -> dict[str, Path]:
     """Output name -> source of every file copied as it is; config.json is written by `config`."""
     template = plan.inputs.template.checkpoint
     own = [MISTRAL] * (template.config_file == "")
-    return {**_matching(template.path, (*MODEL, *own)), **_of_components(template.path), **tokenizer_files(plan)}
+    found = {**_matching(template.path, (*MODEL, *own)), **_of_components(template.path), **tokenizer_files(plan)}
+    lender = generation_of(plan.recipe, plan.inputs).checkpoint
+    return found if lender is template else found | _matching(lender.path, (GENERATION,))
 
 
 def tokenizer_files(plan: Plan) -> dict[str, Path]:
@@ -156,7 +159,7 @@ def _with_dtype(plan: Plan, folder: str, config: Mapping[str, Any]) -> dict[str,
 
 def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
     """The config of a component that lies in a folder. Modules of sentence-transformers have no dtype either."""
-    config = without_keys(component.config)
+    config = without_keys(plan.settled.parts.get(component.folder, component.config))
     described = {"architectures", "model_type", "dtype", "torch_dtype"} & config.keys()
     return _with_dtype(plan, component.folder, config) if described else config
 
@@ -167,6 +170,8 @@ def assets(plan: Plan) -> Files:
     if plan.recipe.output.kind == "peft":
         files: Files = dict(tokenizer_files(plan))
         edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+        if plan.settled.beside:
+            files[BESIDE] = as_json(dict(plan.settled.beside), ascii=True)
         return files
     files = dict(asset_files(plan))
     template = plan.inputs.template.checkpoint

@@ -95,6 +95,7 @@ class Lock:
             "inputs": inputs,
             "outputs": {},
             **({"warnings": list(plan.warnings)} if plan.warnings else {}),
+            **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
             **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
             **({"densities": choice.densities} if choice is not None else {}),

@@ -330,7 +330,8 @@ def test_what_transformers_cannot_load_is_one_line(tmp_path: Path) -> None:
         ({"num_attention_heads": 0}, "transformers cannot"),
         ({}, "no usable tokenizer"),
     ):
-        write_json(tmp_path / "tuned" / "config.json", stated | changes)
+        for model in ("base", "tuned"):  # in both, as models whose configs differ so are refused before
+            write_json(tmp_path / model / "config.json", stated | changes)
         tokenizer.write_text(whole if changes else json.dumps({"model": {"type": "none", "vocab": {}}}))
         with pytest.raises(InputError, match=said) as error:
             calibrate(path, device="cpu", workers=1)

@@ -161,7 +161,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_of_the_page_was_read():
-    assert len(described("## plan")) == 46
+    assert len(described("## plan")) == 47
     assert len(described("## diff")) == 18
     assert len(described("## run, extract and apply")) == 15
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

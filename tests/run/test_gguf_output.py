@@ -187,8 +187,10 @@ def test_what_is_not_known_is_refused(tmp_path, capsys):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
     assert "rope_type yarn is not written as GGUF" in said()
-    path.write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    for model in ("base", "tune"):
+        (tmp_path / model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
     assert "gpt_neox is not written as GGUF, only llama, mistral, qwen2, qwen3" in said()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "rms_norm_eps"}))
     assert "config.json has no rms_norm_eps that is a number" in said()
     path.write_text(json.dumps(config))

@@ -17,7 +17,7 @@ from deltamerge.delta.chain.change import Change
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.live import Delta
 from deltamerge.delta.chain.models import open_model
-from deltamerge.delta.chain.switch import Known, changes_of
+from deltamerge.delta.chain.switch import Known, changes_of, check_config
 from deltamerge.delta.chain.version import Version
 from deltamerge.delta.file import Patch, bits_of, to_torch
 from deltamerge.delta.over_base import elements
@@ -41,7 +41,7 @@ class Served:
         found = open_model(str(base), Path.cwd(), weights=True)
         if found.is_delta and found.base is None:
             raise InputError(f"{base}: is a delta", hint="name the base that it was made from")
-        self.base = OnDisk(found)
+        self.base, self._config = OnDisk(found), found.config
         self.at: Changes | None = {}
         self._known: Known[Changes] = Known(keep, self._changes)
         self._hashes: dict[str, str] = {}
@@ -88,6 +88,7 @@ class Served:
         return tensor
 
     def _changes(self, versions: Sequence[Version]) -> Changes:
+        check_config(self._config, versions)
         return {change.key: change for change in changes_of(folded(versions), self.base, self._hashes)}
 
 

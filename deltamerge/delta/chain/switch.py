@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from deltamerge.delta.chain.version import Version
 from deltamerge.delta.entry import OTHER_BASE, Entry
 from deltamerge.delta.file import DeltaFile, digest_of
 from deltamerge.errors import InputError
+from deltamerge.io.config_differences import differences
+from deltamerge.io.config_file import CONFIG, read_config
 from deltamerge.io.dtypes import code_of
 from deltamerge.io.lazy import torch
 
@@ -42,6 +45,8 @@ class Switch:
         if not isinstance(state, Mapping):
             raise InputError(f"Switch takes a module or a state dict, not {type(base).__name__}")
         self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        to_dict = getattr(getattr(base, "config", None), "to_dict", None)
+        self._config: Mapping[str, Any] = {} if to_dict is None else to_dict()
         self._known = Known(keep, self._prepare)
         self._hashes: dict[str, str] = {}
         self._undo: list[Write] = []
@@ -53,8 +58,9 @@ class Switch:
     def to(self, delta: str | Path | Delta | None) -> None:
         """Make the model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None: the base.
 
-        InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes.
-        Whatever fails, the model is its base afterwards.
+        InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes;
+        or its config.json gives places in the weights another meaning. A module computes with its own config: a warning
+        (`UserWarning`) says where the delta's says otherwise. Whatever fails, the model is its base afterwards.
         """
         self._back()
         if delta is None:
@@ -79,6 +85,7 @@ class Switch:
 
     def _prepare(self, versions: Sequence[Version]) -> tuple[Write, ...]:
         """What a line of versions writes into the base. InputError: see `to`."""
+        check_config(self._config, versions)
         changes = changes_of(folded(versions), self._state, self._hashes)
         return tuple(write_of(change, self._state[change.key]) for change in changes)
 
@@ -108,6 +115,22 @@ class Known(Generic[T]):
         while self._keep is not None and len(self._made) > self._keep:
             self._made.popitem(last=False)
         return self._made[key][1]
+
+
+def check_config(base: Mapping[str, Any], versions: Sequence[Version]) -> None:
+    """Warn of keys in which the config of what versions make differs from the base's, which stays as weights change.
+    InputError: the same places of weights mean different things. A base of which nothing is known is not compared."""
+    folders = (version.path for version in reversed(versions))
+    path = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    if not base or path is None:
+        return
+    for one in differences([("the base", base), (path.name, read_config(path))]):
+        if one.kind == "positions":
+            message = f"{one.key} is {one.said()}: the same places of their weights mean different things"
+            raise InputError(message, hint="deltamerge apply makes a model with a config of its own")
+        if one.kind == "function":
+            said = f"{path}: config.json: {one.key} is {one.said()}; the model computes on with the base's"
+            warnings.warn(said, stacklevel=2)
 
 
 def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMapping[str, str]) -> Iterator[Change]:

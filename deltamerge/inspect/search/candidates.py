@@ -77,6 +77,7 @@ class Candidates:
         rows = {row.name: row for row in found.rows()}
         if found.problems:
             raise InputError(found.problems[0], also=found.problems[1:8], hint=found.hint or None)
+        found.settled.check()
         places: dict[int, dict[str, str]] = {tune.index: {} for tune in inputs.tunes if tune.index is not None}
         for merge in found.merges:
             if len(rows[merge.name].pieces) > 1:

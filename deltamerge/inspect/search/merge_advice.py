@@ -37,6 +37,7 @@ from deltamerge.io.atomic import replace_file
 from deltamerge.methods.table import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.tokenizer_differences import other_words
+from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.run.options import Options
@@ -225,6 +226,7 @@ class _Adviser:
         """The advice without its recipe, and what that is of."""
         start, planning = self._recipe(ISO_C, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
+        list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
         conflict = measure(roots, device=planning.device, workers=planning.workers)
         found: dict[Way, MergeCandidate] = {}
@@ -253,7 +255,7 @@ class _Adviser:
             held_out=held,
             forward_passes=self.passes,
             recipe="",
-            warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs)],
+            warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)],
         )
         return advice, way, factor
 
