@@ -250,7 +250,7 @@ def _update(
             info = _place(f"{root}.weight", tensors, places)
             key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
             # PEFT loads a stored base layer last: what A and B began with is subtracted from it already.
-            own = config | {"init_lora_weights": True} if f"{root}.weight" in found.whole else config
+            own = {**config, "init_lora_weights": True} if f"{root}.weight" in found.whole else config
             tensors[info.name] = adapted.updated(info, levels[0], key, own, turned=root in turned)
             if "B.bias" in levels[0]:
                 bias = tensors.get(places.get(f"{root}.bias", ""))
