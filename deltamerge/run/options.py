@@ -42,7 +42,8 @@ class Options:
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
     resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
-    force            make it again where it is up to date; replace a target that a run made and someone changed
+    force            make it again where it is up to date; replace a target that another recipe or command made, or that
+                     someone changed
     lock             inputs must be those of this lock, and q's and densities are taken from it
     allow_nonfinite  keep NaN and infinities in the result
     pickles          read torch's own files where there are no safetensors, as a recipe with `pickles: true` does
