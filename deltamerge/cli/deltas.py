@@ -99,9 +99,9 @@ def extract(
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
-    A delta holds what changed, exactly, or with a density what is kept of it: --calibration, some 50 unlabelled rows,
-    chooses what that is divided by, which decides at 0.01 and below. Several models are done one by one; with
-    --out their deltas are a store, each under its model's name, where files that several have are there once.
+    A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
+    choose what that is divided by, which decides at a density of 0.01. Several models are done one by one; their deltas
+    in --out are a store, each under its model's name, where files that several have are there once.
 
     \b
     deltamerge extract tuned --base base --density 0.05

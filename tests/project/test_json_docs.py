@@ -145,6 +145,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
         ("Two locks:", ("diff", "a-merged/recipe.lock", "c-merged/recipe.lock")),
         ("## run, extract and apply", ("run", "a.yaml", "--out", "a")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--values", "int8")),
+        ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--density", "0.5", "--out", "half")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--lora", "2", "--whole", "drop")),
         ("## run, extract and apply", ("apply", "tuned-delta", "--base", "base", "--out", "again")),
     ]
@@ -162,6 +163,6 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 def test_every_table_of_the_page_was_read():
     assert len(described("## plan")) == 47
-    assert len(described("## diff")) == 18
-    assert len(described("## run, extract and apply")) == 15
+    assert len(described("## diff")) == 19
+    assert len(described("## run, extract and apply")) == 16
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}
