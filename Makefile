@@ -8,7 +8,7 @@ DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 export PYTHONDONTWRITEBYTECODE :=
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check costs families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check costs sanitize families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -80,6 +80,9 @@ atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a n
 	for name in $$names; do \
 	  nice -n 10 $(BIN)/python tests/fuzz_atheris.py $$name -max_total_time=$(or $(SECONDS),3600) || exit 1; done
 
+sanitize: .venv/.installed-dev  ## compiled kernels under ASan and UBSan: their tests, the fuzz targets of readers; 10 minutes
+	PYTHON=$(BIN)/python scripts/sanitize.sh
+
 ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one killed; 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/run/test_cluster.py
 
@@ -98,10 +101,11 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
+	rm -rf .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
-KERNELS := $(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)
+KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)) \
+  deltamerge/engine/fused/codes.py
 .venv/.installed-dev: EXTRAS := dev
 .venv/.installed-docs: EXTRAS := docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz

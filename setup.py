@@ -33,7 +33,12 @@ def write_codes() -> None:
     }
     names = {name: f"k{name.title().replace('_', '')}" for name, number in numbers.items() if isinstance(number, int)}
     sizes = [name for name in names if name in ("PIECE", "DIRECT", "SLACK")]
-    lines = ["// Made by setup.py from engine/fused/codes.py.", "#pragma once", "#include <cstdint>", "namespace deltamerge {"]
+    lines = [
+        "// Made by setup.py from engine/fused/codes.py.",
+        "#pragma once",
+        "#include <cstdint>",
+        "namespace deltamerge {",
+    ]
     lines += [f"constexpr std::int64_t {names[name]} = {numbers[name]};" for name in sizes]
     lines += ["enum Code : std::int64_t {"]
     lines += [f"  {names[name]} = {numbers[name]}," for name in names if name not in sizes]

@@ -85,6 +85,10 @@ class BadDisk:
         native = kernels.native()
         if native is None:
             return
+        if not hasattr(native, "replace_read"):
+            raise RuntimeError(
+                "these kernels are a wheel's, which have no hook: install from a checkout (pip install -e)"
+            )
         call = SIGNATURE((name, ctypes.CDLL(None)))
 
         def bound(fd: int, address: int, count: int, at: int) -> int:

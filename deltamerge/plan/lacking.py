@@ -83,7 +83,7 @@ class Spares:
 
     @cached_property
     def _usual(self) -> dict[str, tuple[int, set[str]]]:
-        """Of each container the last number that every model has (-1: none), and what is in the blocks that all have."""
+        """Of each container the last number that every model has (-1: none), and what those blocks hold."""
         found = {}
         for prefix in {prefix for own in self._kinds for prefix in own}:
             kinds = [own.get(prefix, {}) for own in self._kinds]
