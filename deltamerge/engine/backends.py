@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
-from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.fused.stream import SORTING, assemble, assemble_on_gpu, covers
+from deltamerge.engine.fused.stream import SORTING, assemble, covers
 from deltamerge.engine.graph import REDUCTIONS, Node, companion, depth_first, function_of
-from deltamerge.io import gpu, kernels
+from deltamerge.io import kernels
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 
@@ -113,12 +112,6 @@ class TorchBackend:
         """The steps of a pass as one, if this backend can run them so."""
         return None
 
-    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
-        """The steps of a pass as one loop on tiles that are on the device; None: they go one by one."""
-        if not gpu.available(self.device):
-            return None
-        return assemble_on_gpu(listed(steps), values, reader, root.shape, root.dtype)
-
 
 class FusedBackend(TorchBackend):
     """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
@@ -133,9 +126,6 @@ class FusedBackend(TorchBackend):
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
         return assemble(listed(steps), values, reader, root.shape, root.dtype)
-
-    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
-        return None
 
 
 def listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:

@@ -93,7 +93,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one that torch and Triton start loops on."""
+    """The device as the one on which torch starts its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

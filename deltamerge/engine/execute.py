@@ -207,7 +207,6 @@ class _Engine:
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
-            running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [Job(running, 0, 0, node) for node in wholes]
             in_tiles = len(wholes) < len(reductions) or (last and root.kind != "whole")

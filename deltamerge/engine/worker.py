@@ -111,13 +111,7 @@ class Worker:
         values: dict[int, Any] = {}
         reduced: list[tuple[Node, Any]] = []
         with lane.tile():
-            if running.loop is not None and tile.size:
-                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
-                made, partials = running.loop.run(tile, stored, lane.device)
-                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
-                values |= {id(root): made} if made is not None else {}
-                calls = ()
-            for item, call in zip(running.steps, calls, strict=False):
+            for item, call in zip(running.steps, calls, strict=True):
                 node = item.node
                 if call is None:
                     values[id(node)] = lane.read(node, tile, running.uploads)

@@ -153,7 +153,6 @@ class Assembly:
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
     listed: dict[int, int] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)
-    named: dict[int, Node] = field(default_factory=dict)
 
     def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
         a, b, c, d = (*fields, -1, -1, -1, -1)[:4]

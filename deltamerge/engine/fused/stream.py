@@ -8,7 +8,6 @@ from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
 from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
-from deltamerge.engine.fused.on_gpu import Loop, loop_of
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
@@ -121,21 +120,6 @@ def assemble(
     assembly = listed(steps, values, reader, shape, output)
     ends = any(node.kind in REDUCTIONS for node, _, _ in steps)
     return None if assembly is None else Program(assembly, reader, hashed=not ends)
-
-
-def assemble_on_gpu(
-    steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
-) -> Loop | None:
-    """The same for a GPU; None: torch does it."""
-    ends = {id(node): node for node, _, _ in steps if node.kind in REDUCTIONS}
-    reads = tuple(node for node, _, _ in steps if node.kind == "read")
-    if any(node.dtype not in STORED for node in reads) or not (ends or output in STORED):
-        return None
-    if steps[-1][0].function == CAST and steps[-1][0].parameter("to") != output:
-        return None
-    if any(not _is_known(node, steps[-1][0]) for node, _, _ in steps):
-        return None
-    return loop_of(listed(steps, values, reader, shape, output), reads, ends)
 
 
 def listed(
