@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.blocks import Weights
-from deltamerge.methods.tiles import Kept
+from deltamerge.engine.tiles import Kept
 
 Masked = Tensor | Kept
 """A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""

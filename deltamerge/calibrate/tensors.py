@@ -21,11 +21,11 @@ from deltamerge.calibrate.spec import SPARSE_BELOW, CalibrationInput
 from deltamerge.engine.devices import KEPT_SHARE, free_bytes
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.tiles import Kept
 from deltamerge.engine.whole import computed
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import dense
-from deltamerge.methods.tiles import Kept
 
 
 class Tensors:

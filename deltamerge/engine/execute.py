@@ -19,10 +19,10 @@ from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, 
 from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
+from deltamerge.engine.tiles import block_elements
 from deltamerge.engine.worker import Worker
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
-from deltamerge.methods.tiles import block_elements
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22

@@ -17,10 +17,10 @@ from deltamerge.engine.graph import REDUCTIONS, Node
 from deltamerge.engine.sink import Lender, Sink
 from deltamerge.engine.source import Making
 from deltamerge.engine.tasks import Job, Running, Task
+from deltamerge.engine.tiles import Tile, block_elements
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.tiles import Tile, block_elements
 
 
 @dataclass(eq=False)

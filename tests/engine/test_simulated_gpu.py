@@ -27,8 +27,8 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.methods.ops import dense, subtract
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune.dare import dare
 from deltamerge.methods.prune.della import della
-from deltamerge.methods.prune.masks import dare
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}

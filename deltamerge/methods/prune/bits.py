@@ -25,8 +25,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from deltamerge.engine.tiles import SPARSE_BLOCK
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Key = tuple[int, int]
 
 SPARSE_BELOW = 1 / 16
-SPARSE_BLOCK = 1 << 16
 LONGEST_GAP = 1 << 16
 HIGH, LOW, GAPS, COLUMNS, NUMBERS = range(5)
 
@@ -214,8 +213,8 @@ def positions_torch(key: Key, start: int, stop: int, density: float, device: Any
 
 def _words_device(key: Key, start: int, stop: int, device: Any) -> torch.Tensor:
     lanes = torch.stack([torch.full((1,), lane, device=device) for lane in (HIGH, LOW)])
-    high, low = _halves_device(key, lanes, start, stop, device).long() & 0xFFFF
-    return high << 16 | low
+    halves = _halves_device(key, lanes, start, stop, device).long() & 0xFFFF
+    return halves[0] << 16 | halves[1]
 
 
 def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
@@ -268,15 +267,16 @@ def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int
 
     Both halves of a round are one tensor, so that a GPU starts few kernels.
     """
-    lane = lane if isinstance(lane, torch.Tensor) else torch.full_like(index, lane)
-    index, block, lane = torch.broadcast_tensors(index, block, lane)
+    lanes = lane if isinstance(lane, torch.Tensor) else torch.full_like(index, lane)
+    shape = torch.broadcast_shapes(index.shape, block.shape, lanes.shape)  # type: ignore[no-untyped-call]  # torch
+    index, block, lanes = index.expand(shape), block.expand(shape), lanes.expand(shape)
 
     def pair(numbers: tuple[int, int]) -> torch.Tensor:
         return torch.stack([torch.full((1,) * index.dim(), _signed(x), device=index.device) for x in numbers])
 
     factors, keys, weyl = pair(MULTIPLIERS), pair(key), pair(WEYL)
     limbs = factors & _MASK32, factors >> 32 & _MASK32
-    even, odd = torch.stack([index, lane]), torch.stack([block, torch.zeros_like(index)])
+    even, odd = torch.stack([index, lanes]), torch.stack([block, torch.zeros_like(index)])
     for _ in range(ROUNDS):
         high, low = _multiply(even, factors, *limbs)
         even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
