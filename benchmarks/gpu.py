@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 SECONDS = 450  # of the whole; a section begins only if its share is left
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 RECIPES = {
     "task_arithmetic": "merge_method: task_arithmetic\nparameters: {normalize: false}\n",
     "dare_linear": "merge_method: dare_linear\nparameters: {density: 0.3}\n",

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltamerge.methods.registry import Param
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE, Param
 from deltamerge.recipe.schema import schema
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"

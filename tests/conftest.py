@@ -7,10 +7,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,10 +19,6 @@ from word_tokenizer import write_json as write_json
 from word_tokenizer import write_tokenizer as write_tokenizer
 
 from deltamerge.io import kernels
-from deltamerge.io.gpu import INTERPRETED
-
-with patch.dict(os.environ, {INTERPRETED: "1"}), suppress(ImportError):
-    import triton.language  # noqa: F401  # what is imported first decides whether its functions can be interpreted
 
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")

@@ -19,7 +19,7 @@ from raw_tensors import Stored, read_checkpoint, stored, write_checkpoint
 from running import run
 
 from deltamerge.calibrate.calibrated import Calibrated
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 
 HASHES = Path(__file__).with_name("kept_hashes.json")
 # of the base and of the fine-tunes

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from raw_tensors import LARGEST, Stored, stored, widened, write_checkpoint
 from reference_recipe import Place, Recipe
 
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 
 MODELS = "abc"
 DTYPES = ["F32", "BF16", "F16", "F64"]

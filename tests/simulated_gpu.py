@@ -4,7 +4,6 @@ It is as strict as CUDA, and as late as CUDA may be:
 
     a tensor of the host meets one of the device   refused, but for numbers (0-dim) and indices
     tensors of two devices meet                    refused
-    a loop on a device that is not the current     refused
     a copy from pinned memory                      made when its stream is synchronised; it must not have changed
     a copy to pinned memory                        until then the memory has other bytes
     a tensor of another stream                     refused, unless an event was waited for
@@ -19,7 +18,6 @@ Results are those of the CPU's kernels.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import Counter
@@ -31,8 +29,6 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from deltamerge.io import gpu as gpu_loops
 
 aten = torch.ops.aten
 CANONICAL = {torch.float16: (torch.int16, 0x7FFF), torch.bfloat16: (torch.int16, 0x7FFF),
@@ -618,24 +614,6 @@ def simulated(limit: int = 1 << 34, devices: int = 1) -> Iterator[GPU]:
         ),
     }
 
-    def launch(kernel: Any, grid: Any, written: Any, read: Any, *numbers: Any, **constants: Any) -> None:
-        """A loop by Triton's interpreter, as one kernel."""
-        with gpu.lock:
-            ours = _tensors((written, read))
-            device = gpu._check("loop", [*written, *read], ours)
-            if device != gpu.now:
-                raise Refused(f"a loop on cuda:{device} while cuda:{gpu.now} is the current device")
-            gpu._count("loop", device)
-
-            def work() -> None:
-                with torch.utils._python_dispatch._disable_current_modes():
-                    kernel[grid](*(x.host for x in (*written, *read)), *numbers, **constants)
-
-            stream = gpu.stream(device)
-            place = stream.send(work)
-            for tensor in written:
-                tensor.block.written = stream, place
-
     move = torch.Tensor.to
 
     def to(tensor: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
@@ -662,8 +640,6 @@ def simulated(limit: int = 1 << 34, devices: int = 1) -> Iterator[GPU]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", to))
-        stack.enter_context(mock.patch.object(gpu_loops, "launch", launch))
-        stack.enter_context(mock.patch.dict(os.environ, {gpu_loops.INTERPRETED: "1"}))
         for name, fake in fakes.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, fake))
         stack.enter_context(mock.patch.object(threading.Thread, "run", within))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tiles import Tile
 from deltamerge.engine.whole import computed
 from deltamerge.io.computed import Array, ordered_product
 from deltamerge.io.reader import Reader
-from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.blocks import Weights
-from deltamerge.calibrate.resident import Drawn
-from deltamerge.methods.tiles import Kept
+from deltamerge.engine.tiles import Kept
 
-Masked = Tensor | Kept | Drawn
-"""A tensor's masked, unscaled delta: dense, `Kept` with flat positions (int32 where they fit) and float32 values, or
-drawn when it is used."""
+Masked = Tensor | Kept
+"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
 Q = float | Tensor
 """One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
 or (E, m, 1) for stacked experts."""
@@ -98,10 +96,6 @@ def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
     """base + masked/q in float32; gradients flow to q."""
     if masked is None:
         return base
-    if isinstance(masked, Drawn):
-        if not (isinstance(q, Tensor) and q.requires_grad):
-            return masked.pruned(q)
-        masked = masked.delta()
     if isinstance(q, Tensor) and q.dim():
         q = q.to(base.device)
     if isinstance(masked, Kept):
@@ -114,8 +108,6 @@ def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
 
 def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
     """The masked delta as a float32 tensor of `shape`."""
-    if isinstance(masked, Drawn):
-        return masked.delta().view(*shape)
     if not isinstance(masked, Kept):
         return masked.to(torch.float32).view(*shape)
     flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=masked.values.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltamerge.calibrate.candidates import Masked, dense
 from deltamerge.calibrate.tap import tapped
-from deltamerge.methods.tiles import Kept
+from deltamerge.engine.tiles import Kept
 
 
 def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:

@@ -18,7 +18,7 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.names import block_sizes, outside_blocks, resident_size
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Calibration
 

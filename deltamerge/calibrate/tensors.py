@@ -16,16 +16,16 @@ from deltamerge.calibrate.ahead import Ahead
 from deltamerge.calibrate.blocks import BlockModel
 from deltamerge.calibrate.candidates import Cache, Masked
 from deltamerge.calibrate.passes import Weights, from_reader, stored
-from deltamerge.calibrate.resident import Drawn, Resident
+from deltamerge.calibrate.resident import Resident
 from deltamerge.calibrate.spec import SPARSE_BELOW, CalibrationInput
 from deltamerge.engine.devices import KEPT_SHARE, free_bytes
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.tiles import Kept
 from deltamerge.engine.whole import computed
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import dense
-from deltamerge.methods.tiles import Kept
 
 
 class Tensors:
@@ -55,14 +55,13 @@ class Tensors:
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         columns = shared_values(list(protected.values()), known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
-        self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, known, source.share)
+        self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, source.share)
         self.ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
         part, room = self._part_bytes(), source.cache
         if self.resident is not None:
             room = min(room, free_bytes(self.device) // (KEPT_SHARE * source.share))
-        self._nodes, self._draws = masks, dict[str, bool]()
         kept = part if self.resident is None else 0  # there it is by another name
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
         self.masks = [Cache(partial(self._masked, n), part, max(0, room - part) // len(masks)) for n in masks]
@@ -110,21 +109,17 @@ class Tensors:
             wanted = [self.pairs.get(name, (info, info))[1] for name, info in zip(names, wanted, strict=True)]
             if self.resident is None:
                 wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
-            wanted += [self.pairs[name][0] for name in names if name in self.pairs and self._pruned_ahead(name)]
+            self._advise([self.pairs[name][0] for name in names if name in self.pairs and not self._has_masks(name)])
         (self.ahead if self.resident is None else self.resident).begin(wanted)
 
-    def _pruned_ahead(self, name: str) -> bool:
-        """Whether the fine-tune's tensor is needed on the device; where it is needed to make a mask, have the kernel
-        read it."""
-        if name not in self._draws:
-            some = [nodes[name] for nodes in self._nodes[:1] if name in nodes]
-            self._draws[name] = any(self._drawn(node, name) is not None for node in some)
-        if self._draws[name]:
-            return True
-        if not all(name in mask for mask in self.masks):
-            tune, _ = self.pairs[name]
+    def _has_masks(self, name: str) -> bool:
+        """Whether all masked deltas of a tensor are kept."""
+        return all(name in mask for mask in self.masks)
+
+    def _advise(self, tunes: Sequence[TensorInfo]) -> None:
+        """Have the system read fine-tunes' tensors from which masks will be made."""
+        for tune in tunes:
             self.reader.advise(tune, 0, tune.nbytes)
-        return False
 
     def _stored(self, info: TensorInfo) -> Tensor:
         """A tensor as it is stored, on the device, to be read only."""
@@ -152,18 +147,11 @@ class Tensors:
         start[: base.shape[0]] = self._read(base)
         return start
 
-    def _drawn(self, node: Node, name: str) -> Drawn | None:
-        """A masked delta that a GPU draws anew, where it is over the base itself and a loop can."""
-        if self.resident is None or name in self.protected:
-            return None
-        return self.resident.drawn(node, self.pairs[name][1], tuple(self.infos[name].shape))
-
     def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
         """The masked deltas of tensors, None where a tensor is not pruned."""
         found: dict[str, Masked | None] = dict.fromkeys(names)
         pruned = {name: nodes[name] for name in names if name in nodes}
-        found |= {name: self._drawn(node, name) for name, node in pruned.items()}
-        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if found[n] is None}
+        roots = {name: Graph().node(dense, [node], shape=node.shape) for name, node in pruned.items()}
         made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deltamerge.errors import UsageError
-from deltamerge.methods.registry import MergeMethod, Param, PruneMethod
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE, MergeMethod, Param, PruneMethod
 
 
 def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -71,7 +71,7 @@ def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[s
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
     """The pruning methods that begin with the typed text, including those of other packages."""
-    from deltamerge.methods.table import PRUNE
+    from deltamerge.methods.registry import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))
 

@@ -74,7 +74,7 @@ def init(
 
 
 def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    from deltamerge.methods.table import MERGE, PRUNE
+    from deltamerge.methods.registry import MERGE, PRUNE
 
     return sorted(name for name in {*MERGE, *PRUNE} if name.startswith(incomplete))
 

@@ -21,9 +21,9 @@ from typing import Literal
 
 import numpy as np
 
+from deltamerge.engine.tiles import LONGEST_ROW, block_elements, row_length
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import Array, narrow, widen
-from deltamerge.methods.tiles import LONGEST_ROW, block_elements, row_length
 
 Values = Literal["float32", "bfloat16", "int8", "sign"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
-from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.fused.stream import SORTING, assemble, assemble_on_gpu, covers
-from deltamerge.engine.graph import REDUCTIONS, Node, companion, depth_first, function_of
-from deltamerge.io import gpu, kernels
+from deltamerge.engine.fused.stream import assemble, covers
+from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of
+from deltamerge.engine.traits import traits_of
+from deltamerge.io import kernels
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 
@@ -50,8 +50,8 @@ def steps(
 
 
 def is_needless(node: Node, values: Mapping[int, Any]) -> bool:
-    """Whether a reduction's companion declares it needless, given the small values known."""
-    needless = companion(node.function, "needless")
+    """Whether a reduction is declared needless, given the small values known."""
+    needless = traits_of(node.function).needless
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
@@ -69,7 +69,7 @@ def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
     if device not in ("cpu", AUTO):
         return "torch"
     available = fused_available() if fused is None else fused
-    sorts = device == AUTO and any(node.function in SORTING for node in depth_first(root))
+    sorts = device == AUTO and any(traits_of(node.function).sorts for node in depth_first(root))
     return "fused" if available and not sorts and covers(root) else "torch"
 
 
@@ -113,12 +113,6 @@ class TorchBackend:
         """The steps of a pass as one, if this backend can run them so."""
         return None
 
-    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
-        """The steps of a pass as one loop on tiles that are on the device; None: they go one by one."""
-        if not gpu.available(self.device):
-            return None
-        return assemble_on_gpu(listed(steps), values, reader, root.shape, root.dtype)
-
 
 class FusedBackend(TorchBackend):
     """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
@@ -132,14 +126,11 @@ class FusedBackend(TorchBackend):
         return Lane(reader, torch_device("cpu"))
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
-        return assemble(listed(steps), values, reader, root.shape, root.dtype)
-
-    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
-        return None
+        return assemble(arguments_of(steps), values, reader, root.shape, root.dtype)
 
 
-def listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:
-    """Steps as what assembles a loop of them takes them."""
+def arguments_of(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:
+    """Convert engine steps to the arguments of `assemble`."""
     return [(step.node, step.parameters, step.frees) for step in steps]
 
 

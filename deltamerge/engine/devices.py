@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tiles import Tile
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
-from deltamerge.methods.tiles import Tile
 
 # Bytes of a GPU for each element of a tile: stored and float32 values, and scratch inside a step.
 ALIVE = 128
@@ -93,7 +93,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one that torch and Triton start loops on."""
+    """The device as the one on which torch starts its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -19,10 +19,10 @@ from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, 
 from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
+from deltamerge.engine.tiles import block_elements
 from deltamerge.engine.worker import Worker
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
-from deltamerge.methods.tiles import block_elements
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
@@ -207,7 +207,6 @@ class _Engine:
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
-            running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [Job(running, 0, 0, node) for node in wholes]
             in_tiles = len(wholes) < len(reductions) or (last and root.kind != "whole")

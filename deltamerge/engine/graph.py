@@ -31,10 +31,8 @@ class Node:
                  `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
 
-    A `whole` function has a companion `f_needs(**parameters) -> (bytes, operations)` in its module: the memory that it
-    takes, its value's among it, and about how many floating-point operations.
-    A reduction f may have a companion `f_needless(*small inputs) -> bool` in its module. If that returns True, the
-    reduction's value is None and no pass over the tensor is made for it.
+    `engine.traits` has what a function declares besides: of `whole` functions what they need, of reductions when they
+    are needless.
 
     Nodes are interned by `Graph`, so identity is equality. A node's inputs exist before it, so graphs have no cycles.
     `shape` and `dtype` (a safetensors code) are those of the tensor whose tiles the node computes.
@@ -103,7 +101,7 @@ def name_of(function: Function) -> str:
 
 
 def function_of(function: Function) -> Callable[..., Any]:
-    """The function that a name such as "deltamerge.methods.merge.ties:ties" stands for; functions are themselves."""
+    """The function that a name "module:name" stands for; functions are themselves."""
     return _imported(function) if isinstance(function, str) else function
 
 
@@ -111,13 +109,6 @@ def function_of(function: Function) -> Callable[..., Any]:
 def _imported(function: str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
-
-
-@cache
-def companion(function: str, suffix: str) -> Callable[..., Any] | None:
-    """The function `function`_`suffix` of the same module, or None."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), f"{name}_{suffix}", None)
 
 
 def depth_first(root: Node) -> list[Node]:

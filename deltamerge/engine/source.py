@@ -10,8 +10,7 @@ from typing import Any
 from deltamerge.engine.backends import Step, TorchBackend, steps
 from deltamerge.engine.devices import Lane
 from deltamerge.engine.graph import TILED, Node, function_of, last_uses
-from deltamerge.methods.ops import densify
-from deltamerge.methods.tiles import Tile, block_elements
+from deltamerge.engine.tiles import Tile, block_elements, densify
 
 
 class Stopped(Exception):

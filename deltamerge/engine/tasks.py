@@ -11,7 +11,6 @@ import numpy as np
 
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
-from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule
 
@@ -49,7 +48,6 @@ class Running:
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
     waiting: int = 0
     uploads: Uploads | None = None
-    loop: Loop | None = None
     _changed: threading.Lock = field(default_factory=threading.Lock)
 
     def reduce(self, node: Node, start: int, value: Any) -> None:

@@ -17,10 +17,10 @@ from deltamerge.engine.graph import REDUCTIONS, Node
 from deltamerge.engine.sink import Lender, Sink
 from deltamerge.engine.source import Making
 from deltamerge.engine.tasks import Job, Running, Task
+from deltamerge.engine.tiles import Tile, block_elements
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.tiles import Tile, block_elements
 
 
 @dataclass(eq=False)
@@ -111,13 +111,7 @@ class Worker:
         values: dict[int, Any] = {}
         reduced: list[tuple[Node, Any]] = []
         with lane.tile():
-            if running.loop is not None and tile.size:
-                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
-                made, partials = running.loop.run(tile, stored, lane.device)
-                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
-                values |= {id(root): made} if made is not None else {}
-                calls = ()
-            for item, call in zip(running.steps, calls, strict=False):
+            for item, call in zip(running.steps, calls, strict=True):
                 node = item.node
                 if call is None:
                     values[id(node)] = lane.read(node, tile, running.uploads)

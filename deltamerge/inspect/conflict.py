@@ -18,17 +18,17 @@ from pydantic import Field
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Graph, Node, depth_first
+from deltamerge.engine.tiles import Tile, Whole, densify
+from deltamerge.engine.traits import traits
 from deltamerge.inspect.activations import Figures
 from deltamerge.io import progress
 from deltamerge.io.dtypes import nbytes_of
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.methods.low_rank import Wanted, factor
-from deltamerge.methods.merge.arithmetic import task_arithmetic
-from deltamerge.methods.merge.span import add_up, gram
-from deltamerge.methods.merge.whole import Form
-from deltamerge.methods.ops import densify
-from deltamerge.methods.tiles import Tile, Whole
+from deltamerge.methods.merge.matrices import Form
+from deltamerge.methods.merge.spans import add_up, gram
+from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 
 Floats = NDArray[np.float64]
 DIRECTIONS = 16  # of a layer that are compared; a quarter of its smaller side where that is less
@@ -62,6 +62,14 @@ def signs(*deltas: Any, tile: Tile) -> NDArray[np.int64]:
     return np.array(found, np.int64)
 
 
+def overlaps_needs(*, form: Form, transposed: bool = False) -> tuple[int, float]:
+    """A delta is held, twice while its directions are found."""
+    _, rows, columns = form
+    small = min(rows, columns)
+    return 16 * rows * columns + 24 * small**2, 2.0 * form[0] * rows * columns * small
+
+
+@traits(needs=overlaps_needs)
 def overlaps(*deltas: Whole, form: Form, transposed: bool = False) -> Floats:
     """Of each pair i < j the sum over a tensor's matrices of both overlaps, of what random subspaces would have, and
     the number of overlaps: float64 (pairs, 3)."""
@@ -82,13 +90,6 @@ def overlaps(*deltas: Whole, form: Form, transposed: bool = False) -> Floats:
                     chance = max(u.shape[1], v.shape[1]) / len(u)
                     found[at] += [float(np.sum((u.T @ v) ** 2)) / least, chance, 1]
     return found
-
-
-def overlaps_needs(*, form: Form, transposed: bool = False) -> tuple[int, float]:
-    """A delta is held, twice while its directions are found."""
-    _, rows, columns = form
-    small = min(rows, columns)
-    return 16 * rows * columns + 24 * small**2, 2.0 * form[0] * rows * columns * small
 
 
 def _unit(vectors: Any) -> Floats:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.engine.tiles import Tile
 from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import block_rows, densify, halved
-from deltamerge.methods.tiles import Tile
 
 BINS = 1 << 15
 

@@ -1,4 +1,4 @@
-"""torch, imported when it is first touched: neither checking nor planning a recipe waits for it."""
+"""torch and numpy, imported when they are first touched: neither checking nor planning a recipe waits for torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as numpy
     import torch as torch
 else:
 
-    class _Torch:
-        """The module, by its attributes."""
+    class _Module:
+        """A module, by its attributes."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("torch"), name)
+            return getattr(importlib.import_module(self._name), name)
 
-    torch = _Torch()
+    numpy, torch = _Module("numpy"), _Module("torch")

@@ -1,77 +1,58 @@
-"""What the table of methods is made of: a parameter, a merge method, a pruning method; and those of other packages."""
+"""Every merge and pruning method by its name: what an entry says, and where entries are found.
+
+A method is a file of `methods.merge` or `methods.prune`, named as recipes name it, which declares its entry by
+`merge_method` or `prune_method`. The file is imported when a recipe names the method. Other packages add methods by
+an entry point of the group `deltamerge.methods`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+from deltamerge.engine.traits import traits
 from deltamerge.errors import DeltamergeError
+from deltamerge.methods.parameters import KEPT, Q, parameters_of
+from deltamerge.methods.parameters import Param as Param
 
 GROUP = "deltamerge.methods"
 
+# Keys of `prune` that mean something, or nothing, with every method.
+COMMON_KEYS = frozenset({"method", "include", "exclude"})
+
+# mergekit's parameters that only tune its execution: accepted at every level, no effect.
+NO_EFFECT = MappingProxyType({"int8_mask": Param("mergekit's mask storage; no effect", False, "bool", per_model=True)})
+
+# mergekit's command line flags that some write into the YAML, where mergekit ignores them: so do we.
+NO_EFFECT_KEYS = frozenset(
+    {
+        "allow_crimes", "async_write", "clone_tensors", "copy_tokenizer", "cuda", "device", "gpu_rich",
+        "lazy_unpickle", "low_cpu_memory", "multi_gpu", "num_threads", "out_shard_size", "quiet", "read_to_gpu",
+        "safe_serialization", "transformers_cache", "verbosity", "write_model_card", "write_threads",
+    }
+)  # fmt: skip
+
+# The order in which methods are listed; those of further files follow by name.
+MERGE_ORDER = (
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
+    "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "sce", "ram", "ramplus_tl",
+    "arcee_fusion", "passthrough", "iso_c", "iso_cts", "tsv_m", "wudi", "consensus", "tall_masks", "emr", "regmean",
+    "regmean_plus", "fisher",
+)  # fmt: skip
+PRUNE_ORDER = (
+    "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers",
+)  # fmt: skip
+DECLARES = re.compile(r"^(@merge_method|@delta_method|@prune_method|declare)\(", re.MULTILINE)
+
 # A function at the top of its module, or its name "module:name", which is imported when it runs.
 Function: TypeAlias = str | Callable[..., Any]
-
-
-class Names:
-    """A module whose functions a table names: `Names("m").f` is "m:f", and `m` is not imported."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> str:
-        return f"{self.module}:{name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter of a method: what it may be and what it is when not given.
-
-    `default` None: it must be given (`alone`: what a single fine-tune has instead). `per_model` parameters may be set
-    beside a model or for all of them, the others only for the whole merge or slice. `scalar`: no gradient or filters.
-    `prunes`: it is for the pruning that comes first, and not handed to the function that combines.
-    """
-
-    summary: str
-    default: float | bool | None = None
-    kind: Literal["number", "integer", "bool"] = "number"
-    low: float | None = None
-    high: float | None = None
-    low_open: bool = False
-    per_model: bool = False
-    alone: float | None = None
-    scalar: bool = False
-    prunes: bool = False
-
-    def default_for(self, models: int) -> float | bool | None:
-        """What it is when not given, with that many models to combine; None: it must be given."""
-        return self.alone if self.default is None and models == 1 else self.default
-
-    def wanted(self) -> str:
-        """What a value must be: "in (0, 1]"."""
-        if self.kind == "bool":
-            return "true or false"
-        if self.low is not None and self.high is not None:
-            return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
-        if self.low is not None:
-            whole = "a whole number, " if self.kind == "integer" else ""
-            return f"{whole}{'more than' if self.low_open else 'at least'} {self.low:g}"
-        return "a whole number" if self.kind == "integer" else "a number"
-
-    def typed(self, value: float | bool) -> float | bool:
-        """The value as the number that a function is given."""
-        return bool(value) if self.kind == "bool" else int(value) if self.kind == "integer" else float(value)
-
-    def accepts(self, value: float | bool) -> bool:
-        if self.kind == "bool":
-            return value in (0, 1)
-        if isinstance(value, bool) or (self.kind == "integer" and value != int(value)):
-            return False
-        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
-            return False
-        return self.high is None or value <= self.high
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +67,9 @@ class MergeMethod:
     The function is called `f(*tensors, tile=…, **parameters)`: the base's tile in its stored dtype if it stands apart,
     then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
     one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
-    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.span.nodes`.
+    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.spans.nodes`.
     `matrices`: it works on whole matrices, and its `nodes` gets `form` and `transposed` besides (see
-    `methods.merge.whole.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
+    `methods.merge.matrices.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
     which have no form, it takes the mean. `totals` is a function of the same tiles that gives numbers, (blocks, k)
     float64, whose sums over all tensors of the merge the function gets as its last input.
     `rows` says what rows of each model's own are measured for before the first tile, which the function, or `nodes`,
@@ -187,7 +168,7 @@ class PruneMethod:
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
     the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
     `nodes`, for a method that needs something else, such as a second pass, is a function `(masking) -> node` of what
-    is kept: see `Masking`, and `methods.prune.nodes`, where those of the methods here are.
+    is kept: see `Masking`, and the files of `methods.prune`.
     """
 
     name: str
@@ -209,6 +190,137 @@ class PruneMethod:
         return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
+Method = TypeVar("Method", MergeMethod, PruneMethod)
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+# By kind and name: the methods whose files have been imported.
+_declared: dict[tuple[type[Any], str], Any] = {}
+
+
+def declare(method: Method) -> Method:
+    """Enter a method of this package."""
+    _declared[type(method), method.name] = method
+    return method
+
+
+def merge_method(
+    summary: str,
+    paper: str | None = None,
+    *,
+    formula: Callable[..., Any] | None = None,
+    loop: Callable[..., None] | None = None,
+    patches: bool = False,
+    needs: Callable[..., tuple[int, float]] | None = None,
+    **fields: Any,
+) -> Callable[[AnyFunction], AnyFunction]:
+    """Enter a merge method under the name of its function, with the parameters of its signature.
+
+    formula        the function that computes the method, where it is another method's: the signature says parameters
+    loop, patches, needs   the function's traits (`engine.traits`)
+    fields         of `MergeMethod`
+    """
+
+    def enter(function: AnyFunction) -> AnyFunction:
+        if formula is None:
+            traits(loop=loop, patches=patches, needs=needs)(function)
+        name, parameters = function.__name__, parameters_of(function)
+        declare(MergeMethod(name, formula or function, summary, paper, parameters, **fields))
+        return function
+
+    return enter
+
+
+# A merge of deltas over a base.
+delta_method = partial(merge_method, needs_base=True, deltas=True)
+
+
+def prune_method(
+    summary: str,
+    paper: str | None = None,
+    *,
+    loop: Callable[..., None] | None = None,
+    sparse: Callable[..., bool] | None = None,
+    sorts: bool = False,
+    vectors: bool = False,
+    **fields: Any,
+) -> Callable[[AnyFunction], AnyFunction]:
+    """Enter a pruning method under the name of its function, with density, q and the parameters of its signature.
+
+    loop, sparse, sorts, vectors   the function's traits (`engine.traits`)
+    fields                         of `PruneMethod`
+
+    A function of a `masking` makes the node of what is kept itself: it is called `f(masking, **parameters)`.
+    """
+
+    def enter(function: AnyFunction) -> AnyFunction:
+        own = parameters_of(function)
+        known = {"density": KEPT, "q": Q, **own}
+        if "masking" in function.__code__.co_varnames[: function.__code__.co_argcount]:
+            made = {"nodes": lambda masking: function(masking, **{name: masking.parameters[name] for name in own})}
+            declare(PruneMethod(function.__name__, function, summary, paper, known, **{**made, **fields}))
+        else:
+            traits(loop=loop, sparse=sparse, sorts=sorts, vectors=vectors)(function)
+            declare(PruneMethod(function.__name__, function, summary, paper, known, **fields))
+        return function
+
+    return enter
+
+
+class Methods(Mapping[str, Method], Generic[Method]):
+    """The methods of one kind by name: a package's files, and those of other packages."""
+
+    def __init__(self, package: str, kind: type[Method], order: tuple[str, ...]) -> None:
+        self.package, self.order = package, order
+        self.kind: type[Method] = kind
+        self.folder = Path(__file__).parent / package.rpartition(".")[2]
+
+    def __getitem__(self, name: str) -> Method:
+        found = self._own(name) or self.others().get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.own_names(), *self.others()))
+
+    def __len__(self) -> int:
+        return len(self.own_names()) + len(self.others())
+
+    def own_names(self) -> tuple[str, ...]:
+        """Return the names of this package's methods, without importing their files."""
+        return _names(self.folder, self.order)
+
+    def others(self) -> Mapping[str, Method]:
+        """Return the methods of other packages. DeltamergeError: one has a name that is taken."""
+        table: dict[str, Method] = {}
+        for method in _third_party():
+            if isinstance(method, self.kind):
+                if method.name in table or self._own(method.name) is not None:
+                    raise DeltamergeError(f"method {method.name} of another package: the name is taken")
+                table[method.name] = method
+        return table
+
+    def _own(self, name: str) -> Method | None:
+        """Return the method of the file of that name, if there is one."""
+        key = self.kind, name
+        if key not in _declared and name.isidentifier() and name.islower() and (self.folder / f"{name}.py").is_file():
+            importlib.import_module(f"{self.package}.{name}")
+        found: Method | None = _declared.get(key)
+        return found
+
+
+@cache
+def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the files that declare a method: those of `order` first."""
+    files = {path.stem for path in folder.glob("*.py") if DECLARES.search(path.read_text(encoding="utf-8"))}
+    return (*(name for name in order if name in files), *sorted(files - set(order)))
+
+
+@cache
+def _third_party() -> tuple[MergeMethod | PruneMethod, ...]:
+    return tuple(third_party())
+
+
 def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
     """Methods that other packages register: an entry point of `group` names one, or an iterable of them.
 
@@ -226,3 +338,15 @@ def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
             if not isinstance(method, MergeMethod | PruneMethod):
                 raise DeltamergeError(f"entry point {point.value} of {package} is no MergeMethod or PruneMethod")
             yield method
+
+
+MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)
+PRUNE: Methods[PruneMethod] = Methods("deltamerge.methods.prune", PruneMethod, PRUNE_ORDER)
+
+# Not among them, because it combines no tensors: `experts` of a recipe stand for it.
+MOE = MergeMethod(
+    "moe",
+    "deltamerge.methods.merge.mixture:router",
+    "the MLPs of dense models as the experts of one mixture, with routers made of prompts",
+    needs_base=True,
+)

@@ -22,7 +22,7 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.transplanted import Transplanted
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
 from deltamerge.plan.inputs import Inputs

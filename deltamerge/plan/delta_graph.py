@@ -19,10 +19,9 @@ from deltamerge.errors import InputError
 from deltamerge.io.computed import update_of
 from deltamerge.io.patterns import finds
 from deltamerge.methods.ops import subtract, zeros
-from deltamerge.methods.prune import nodes, protect, rescale
+from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.methods.registry import Masking, PruneMethod
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
 from deltamerge.recipe.effective_prune import Pruning
@@ -154,7 +153,7 @@ class Deltas:
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
             columns, _ = self.protected(tuned)
-            node = nodes.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
+            node = rescale.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
             return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
         if q != 1:
             value = self.graph.node(rescale.constant, kind="small", value=q)

@@ -15,9 +15,9 @@ from deltamerge.io.adapter_parts import factor_names
 from deltamerge.io.computed import LowRank, Zeros
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.merge.arithmetic import passthrough
+from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.merged_tensor import Tuned

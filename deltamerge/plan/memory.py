@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltamerge.engine.execute import own_tile
-from deltamerge.engine.graph import REDUCTIONS, Node, companion, peak_tiles, schedule
+from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
+from deltamerge.engine.tiles import block_elements
+from deltamerge.engine.traits import traits_of
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.io.coded_writer import LARGE
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB, room_for
-from deltamerge.methods.prune.nodes import RARE
-from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 
@@ -64,16 +64,16 @@ def cost(root: Node) -> Cost:
 
 def _needs(node: Node) -> tuple[int, float]:
     """The bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
-    needs = companion(node.function, "needs")
+    needs = traits_of(node.function).needs
     if needs is None:
-        raise TypeError(f"{node.function} has no companion that tells what it needs")
+        raise TypeError(f"{node.function} does not declare what it needs")
     found, operations = needs(**dict(node.parameters))
     return int(found), float(operations)
 
 
 def _is_usual(steps: Sequence[Node]) -> bool:
     """Whether a pass that ends in reductions is made for nearly every tensor, and reads it all."""
-    return any(step.kind in REDUCTIONS and step.function not in RARE for step in steps)
+    return any(step.kind in REDUCTIONS and not traits_of(step.function).rare for step in steps)
 
 
 def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:

@@ -21,7 +21,7 @@ from deltamerge.io.names import TOKEN_EMBEDDING
 from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.merge import mixture
-from deltamerge.methods.merge.arithmetic import passthrough
+from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.moe_layout import FAMILIES, MLP, OUTSIDE, Layout, Sizes, choose, config_of

@@ -10,7 +10,7 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.running_sum import RunningSum
-from deltamerge.methods.merge.arithmetic import divisor_of
+from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.recipe import series
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.transplanted import Transplanted
-from deltamerge.methods.merge.arithmetic import divisor_of, task_arithmetic
+from deltamerge.methods.merge.sums import divisor_of
+from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
-from deltamerge.methods.prune import nodes
-from deltamerge.methods.prune.rescale import constant, divide, multiply
+from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
+from deltamerge.methods.prune.select import largest
 from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.matrix_form import matrix_form
@@ -317,9 +318,9 @@ class Builder:
             return whole, ""
         if density == 0:
             return self.deltas.nothing(tuned), " density=0"
-        kept = nodes.largest(self.graph.node, whole, max(1, int(density * math.prod(whole.shape))))
+        kept = largest(self.graph.node, whole, max(1, int(density * math.prod(whole.shape))))
         if "rescale" in method.parameters and self._value("rescale", tuned.merge, None):
-            return nodes.matched(self.graph.node, whole, kept, "l1"), f" density={density:g} l1"
+            return matched(self.graph.node, whole, kept, "l1"), f" density={density:g} l1"
         return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:

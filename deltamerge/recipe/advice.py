@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.lookup import is_given
 from deltamerge.recipe.yaml_source import Loc, place

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
 from deltamerge.io.config_differences import BOOKKEEPING
-from deltamerge.methods.table import MERGE, NO_EFFECT
+from deltamerge.methods.parameters import KEPT
+from deltamerge.methods.registry import MERGE, NO_EFFECT
 from deltamerge.recipe import moe_checks, prune_checks, sums
 from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
 from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
+from deltamerge.recipe.lookup import is_given, known_method, levels, out_of_range, prune_params, raw
 from deltamerge.recipe.messages import show, suggest
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.yaml_source import Loc, place
@@ -144,14 +145,14 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
     for loc, level, parameters in levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
         if method.deltas and pruned and (loc[0] != "models" or loc[1] in pruned):
-            known.setdefault("density", PRUNE_PARAMS["density"])
+            known.setdefault("density", KEPT)
         for name, value in parameters.items():
             at = (*loc, name)
             if name not in known:
                 hint = suggest(name, known)
                 if name == "density":
                     hint = "it prunes: set prune.method, or merge_method to ties, dare_ties or dare_linear"
-                elif name in PRUNE_PARAMS:
+                elif name in prune_params():
                     hint = "it belongs under prune"
                 yield at, recipe.problem(at, f"{_UNKNOWN} {method.name}", hint, key=True)
             elif level == "model" and name in method.parameters and not method.parameters[name].per_model:

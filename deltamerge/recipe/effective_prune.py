@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.io.names import TASK_HEAD
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.values import Value, chain
 
 if TYPE_CHECKING:

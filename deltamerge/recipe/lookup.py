@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltamerge.errors import Problem
-from deltamerge.methods.registry import MergeMethod, Param
-from deltamerge.methods.table import MERGE, MOE, PRUNE
+from deltamerge.methods.registry import MERGE, MOE, PRUNE, MergeMethod, Param
 from deltamerge.recipe.messages import show
 from deltamerge.recipe.parts import written
 from deltamerge.recipe.values import Value, leaves
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import Prune
     from deltamerge.recipe.schema import Recipe
 
-# Where several methods have a parameter of one name, a built-in one wins.
-PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
+
+@cache
+def prune_params() -> Mapping[str, Param]:
+    """Return the parameters of all pruning methods, which are imported for it.
+
+    Where several have one name, a method of this package wins.
+    """
+    return {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
 
 
 def prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from deltamerge.errors import RecipeError
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.load import load_all

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.values import BRANCHES
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -24,8 +24,6 @@ _WANTED = {
     "tuple_type": "a list",
 }  # fmt: skip
 _OF_MODELS = ("models", "sources")  # lists whose items name a model
-PARAMETERS = frozenset(name for method in MERGE.values() for name in method.parameters)
-PRUNING = frozenset(name for method in PRUNE.values() for name in method.parameters) | {"method", "q", "density"}
 
 
 def place_of(error: ErrorDetails) -> Loc:
@@ -73,9 +71,10 @@ def _home(loc: Loc) -> str | None:
     """A hint for a key beside `model` that belongs under it, or None."""
     if len(loc) < 3 or loc[-3] not in _OF_MODELS:
         return None
-    if loc[-1] in PARAMETERS:
+    if any(loc[-1] in method.parameters for method in MERGE.values()):
         return f"it belongs under parameters: {{{loc[-1]}: …}}"
-    return f"it belongs under prune: {{{loc[-1]}: …}}" if loc[-1] in PRUNING else None
+    of_prune = loc[-1] == "method" or any(loc[-1] in method.parameters for method in PRUNE.values())
+    return f"it belongs under prune: {{{loc[-1]}: …}}" if of_prune else None
 
 
 def without(data: Any, places: Iterable[Loc]) -> Any:

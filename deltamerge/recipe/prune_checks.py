@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
-from deltamerge.methods.table import COMMON_KEYS, PRUNE
+from deltamerge.methods.parameters import KEPT, Q
+from deltamerge.methods.registry import COMMON_KEYS, PRUNE
 from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
+from deltamerge.recipe.lookup import is_given, known_method, out_of_range, prune_params, prunes
 from deltamerge.recipe.messages import show, suggest
 from deltamerge.recipe.prune_keys import MERGED, CalibratedQ
 from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
+    from deltamerge.methods.registry import Param, PruneMethod
     from deltamerge.recipe.prune_keys import Prune
     from deltamerge.recipe.schema import Calibration, Recipe
+
+
+OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget"})  # keys of a prune that no range is held to
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
@@ -34,10 +39,16 @@ def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
         if prune.q is not None and prune.rescale is not None:
             yield recipe.problem((*loc, "rescale"), "cannot stand beside q", "keep one of the two", key=True)
         method = PRUNE.get(prune.method or "")
-        for name, param in {**PRUNE_PARAMS, **(method.parameters if method else {})}.items():
+        for name, param in _ranges(prune, method).items():
             value = prune.number_q if name == "q" else getattr(prune, name)
             if value is not None:
                 yield from out_of_range(recipe, (*loc, name), param, value)
+
+
+def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
+    """Return the parameters whose ranges a `prune` is held to: its method's, and others' where it has other keys."""
+    own = {"density": KEPT, "q": Q} if method is None else method.parameters
+    return {**prune_params(), **own} if prune.model_fields_set - COMMON_KEYS - OPTIONS - own.keys() else own
 
 
 def _pruning(recipe: Recipe) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.types import Bounds, Natural, Pattern, Positive, Size, Text
 from deltamerge.recipe.values import Items, Value
 
@@ -71,7 +71,7 @@ class Prune(Keys):
 
     method: Text | None = Field(
         None, description="How entries are chosen. Default: none, or what merge_method implies.",
-        json_schema_extra={"enum": [*PRUNE, None]},
+        json_schema_extra=lambda key: key.update(enum=[*PRUNE, None]),
     )  # fmt: skip
     density: Value | None = Field(None, description="Fraction kept, in (0, 1].", json_schema_extra=_FRACTION)
     sampling: Literal["uniform", "magnitude"] | None = Field(
@@ -128,7 +128,7 @@ class Prune(Keys):
 # The keys of other packages' methods; the class keeps its name, which the schema shows.
 _OTHERS: dict[str, Any] = {
     name: (Value | None, Field(None, description=f"{method.name}: {param.summary}."))
-    for method in PRUNE.values()
+    for method in PRUNE.others().values()
     for name, param in method.parameters.items()
     if name not in Prune.model_fields
 }

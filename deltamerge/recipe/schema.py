@@ -10,8 +10,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from deltamerge.errors import Problem
-from deltamerge.methods.registry import MergeMethod, Param
-from deltamerge.methods.table import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.methods.registry import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS, MergeMethod, Param
 from deltamerge.recipe import open_schema
 from deltamerge.recipe.moe_keys import Expert as Expert
 from deltamerge.recipe.moe_keys import GateMode
@@ -251,7 +250,7 @@ class Recipe(Keys):
     base_model: Reference | None = Field(None, description="What the models were fine-tuned from.")
     merge_method: Text | None = Field(
         None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
-        json_schema_extra={"enum": [*MERGE, MOE.name, None]},
+        json_schema_extra=lambda key: key.update(enum=[*MERGE, MOE.name, None]),
     )  # fmt: skip
     models: Items[Model] = Field((), description="The models to merge.")
     slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")

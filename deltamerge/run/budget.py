@@ -32,11 +32,11 @@ from deltamerge.delta.over_base import added, elements
 from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.execute import shared_values
+from deltamerge.engine.tiles import row_length
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE, widen
 from deltamerge.io.reader import Reader
-from deltamerge.methods.table import PRUNE
-from deltamerge.methods.tiles import row_length
+from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.planner import Budgeted, Plan
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 

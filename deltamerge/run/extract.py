@@ -14,7 +14,7 @@ from deltamerge.delta.chain.link import Link
 from deltamerge.delta.chain.publish import one_writer
 from deltamerge.delta.chain.version import NAME
 from deltamerge.errors import InputError, RecipeError, UsageError
-from deltamerge.methods.table import PRUNE
+from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.advice import Choice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options

@@ -14,7 +14,7 @@ from tiny_models import batches, make
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.blocks import BlockModel, from_reader
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.methods.tiles import Kept
+from deltamerge.engine.tiles import Kept
 
 
 def caught(

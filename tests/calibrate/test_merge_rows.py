@@ -22,8 +22,8 @@ from deltamerge.calibrate.coefficients import calibrate
 from deltamerge.calibrate.combining import combined
 from deltamerge.calibrate.gradients import of_tensor
 from deltamerge.calibrate.merge_inputs import Spooled
+from deltamerge.engine.tiles import Kept
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.methods.tiles import Kept
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from deltamerge.calibrate.objectives import (
     over_seeds,
     per_token,
 )
+from deltamerge.engine.tiles import Kept
 from deltamerge.errors import InputError
-from deltamerge.methods.tiles import Kept
 
 
 class Pair:

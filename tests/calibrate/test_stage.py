@@ -25,9 +25,9 @@ from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memo
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
+from deltamerge.engine.tiles import Kept, Tile
 from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
-from deltamerge.methods.tiles import Kept, Tile
 from deltamerge.run.lock import verify
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
@@ -452,7 +452,7 @@ def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile
     best = [columns.best_of_columns(p, norms, tile=t, density=density) for p, t in zip(parts, tiles, strict=True)]
     cut = columns.pick_columns(np.concatenate(best), density=density, rows=200)
     counts = None
-    if not columns.equal_columns_needless(norms, cut):
+    if cut.more.any():
         counted = [columns.equal_columns(p, norms, cut, tile=t) for p, t in zip(parts, tiles, strict=True)]
         counts = np.concatenate(counted)
     ranks = columns.column_ranks(counts)

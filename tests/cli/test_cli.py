@@ -13,7 +13,7 @@ import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE
 
 RECIPE = """\
 base_model: ./base

@@ -23,7 +23,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.inspect.recommend import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.yaml_source import loads_all
 

@@ -77,7 +77,7 @@ def test_the_same_recipe_gives_the_same_model(merged, architecture, name):
 
 
 def test_every_method_is_compared(merged):
-    from deltamerge.methods.table import MERGE
+    from deltamerge.methods.registry import MERGE
 
     theirs = set((merged / "llama" / "methods.txt").read_text().split())
     assert {case.text.split()[1] for case in CASES.values()} == theirs & set(MERGE)

@@ -13,7 +13,7 @@ from conftest import load_tensors, make_checkpoint
 from running import make_plan, run
 
 from deltamerge.errors import OutputError
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 from deltamerge.plan import finite
 
 INF = float("inf")

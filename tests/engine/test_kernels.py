@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from deltamerge.engine.backends import FusedBackend, choose
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import REDUCTIONS, Graph, Node
+from deltamerge.engine.tiles import row_length
 from deltamerge.io import kernels
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.select import Bin, Bracket, Cut
-from deltamerge.methods.tiles import row_length
 
 pytestmark = needs_kernels
 
@@ -38,7 +38,7 @@ SPECIALS = np.array(
 )
 # less than a vector, a vector of more than a block, rows that no chunk is made of, rows longer than a block, many rows
 SHAPES = [(7,), (70_001,), (300, 97), (2, 70_000), (64, 1024), (9, 20, 30), (2, 3, 50, 300)]
-SELECT, ARITHMETIC = "deltamerge.methods.prune.select", "deltamerge.methods.merge.arithmetic"
+SELECT, MERGES = "deltamerge.methods.prune.select", "deltamerge.methods.merge"
 
 
 def floats(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ def pruned(function: str, **parameters: Any) -> Build:
 def dare(density: float, q: float | None = None, number: int = 1) -> Build:
     def build(m: Models) -> Node:
         pair = m.reads[number], m.reads[0]
-        kept = m.node("deltamerge.methods.prune.masks:dare", *pair, key=(KEY[0] + number, KEY[1]), density=density)
+        kept = m.node("deltamerge.methods.prune.dare:dare", *pair, key=(KEY[0] + number, KEY[1]), density=density)
         return kept if q is None else m.node("deltamerge.methods.prune.rescale:divide", kept, m.small(q))
 
     return build
@@ -174,12 +174,12 @@ def delta(number: int) -> Build:
 
 
 def gram(m: Models) -> Node:
-    return m.node("deltamerge.methods.merge.span:gram", *m.reads, kind="concat")
+    return m.node("deltamerge.methods.merge.spans:gram", *m.reads, kind="concat")
 
 
 def spanned(based: bool) -> Build:
     return lambda m: m.node(
-        "deltamerge.methods.merge.span:combine",
+        "deltamerge.methods.merge.spans:combine",
         *m.reads,
         m.small(np.array([0.3, -1.2, 0.7][based:])),
         along="tensor",
@@ -192,7 +192,7 @@ def norm(of: Build, kind: str) -> Build:
 
 
 def linear(*weights: float, normalize: bool) -> Build:
-    return lambda m: m.node(f"{ARITHMETIC}:linear", *m.reads[: len(weights)], weights=weights, normalize=normalize)
+    return lambda m: m.node(f"{MERGES}.linear:linear", *m.reads[: len(weights)], weights=weights, normalize=normalize)
 
 
 def sce(m: Models) -> Node:
@@ -237,7 +237,7 @@ def protected(which: str) -> Build:
 
 ONE: dict[str, Any] = {"weights": (0.6,), "normalize": False, "lambda_": 1.0}
 TASK, TIES, DELLA = (
-    f"{ARITHMETIC}:task_arithmetic",
+    f"{MERGES}.task_arithmetic:task_arithmetic",
     "deltamerge.methods.merge.ties:ties",
     "deltamerge.methods.prune.della:della",
 )
@@ -258,7 +258,7 @@ STEPS: Mapping[str, Build] = {
     "cast": lambda m: m.node("deltamerge.methods.ops:cast", m.reads[1], dtype="BF16", to="BF16"),
     "cast to half": lambda m: m.node("deltamerge.methods.ops:cast", m.reads[2], dtype="F16", to="F16"),
     "zeros": lambda m: m.node("deltamerge.methods.ops:zeros", m.reads[0]),
-    "passthrough": lambda m: m.node(f"{ARITHMETIC}:passthrough", m.reads[1], scales=(0.3,)),
+    "passthrough": lambda m: m.node(f"{MERGES}.passthrough:passthrough", m.reads[1], scales=(0.3,)),
     "linear of one": linear(0.5, normalize=False),
     "linear of two": linear(0.5, 0.6, normalize=False),
     "linear of three, normalized": linear(0.5, 0.6, 0.1, normalize=True),

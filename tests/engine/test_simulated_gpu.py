@@ -21,15 +21,14 @@ from deltamerge.engine.tasks import Job
 from deltamerge.engine.whole import computed
 from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
-from deltamerge.io import gpu as gpu_loops
 from deltamerge.io import outbox
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.methods.ops import dense, subtract
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune.dare import dare
 from deltamerge.methods.prune.della import della
-from deltamerge.methods.prune.masks import dare
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}
@@ -114,15 +113,15 @@ def one_tensor(folder: Path, rows: int, columns: int = 64) -> None:
         make_checkpoint(folder / name, {"w": (base + number * noise).bfloat16()})
 
 
-# launches, waits of the host and uploads of one tile; torch's own steps are a few for each model and pass
+# launches, waits of the host and uploads of one tile: a few steps of torch for each model and pass, and about 250 for
+# each stream of random words
 BOUNDS = {
-    "task_arithmetic": (1, 2, 4), "dare_linear": (1, 2, 4), "ties": (70, 11, 4), "nuslerp": (2, 5, 3),
-    "breadcrumbs_ties": (88, 14, 4), "dare_linear-sparse": (138, 14, 5), "della": (174, 7, 4),
+    "task_arithmetic": (19, 1, 4), "dare_linear": (1627, 4, 4), "ties": (153, 10, 4), "nuslerp": (63, 2, 2),
+    "breadcrumbs_ties": (181, 13, 4), "dare_linear-sparse": (888, 14, 5), "della": (897, 7, 4),
     "arcee_fusion": (49, 21, 8),
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not gpu_loops.installed(), reason="no triton")
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_tile_takes_few_launches_and_the_host_seldom_waits(name: str, tmp_path: Path) -> None:
     """Of one tile of one tensor: of more the numbers are multiples."""
@@ -166,12 +165,12 @@ def test_memory_that_runs_out_halves_the_tile_and_then_is_one_line(tmp_path: Pat
 
         def fail(name: str) -> None:
             sizes.append(gpu.asked)
-            if gpu.asked > 140_000:
+            if gpu.asked > 280_000:
                 out_of_memory(name)
 
         gpu.failing = fail
         made = run(path, tmp_path / "gpu", workers=1, device="cuda").folder
-    assert max(sizes) > 140_000
+    assert max(sizes) > 280_000
     assert read_bytes(cpu) == read_bytes(made)
     with simulated() as gpu:
         gpu.failing = out_of_memory

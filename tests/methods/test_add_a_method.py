@@ -167,7 +167,7 @@ def test_what_a_pruning_method_declares_is_asked_for(folder):
 
 
 TALLEST = """
-from deltamerge.methods.prune.nodes import above
+from deltamerge.methods.prune.select import above
 from deltamerge.methods.registry import Param, PruneMethod
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from deltamerge.engine.tiles import Kept, Tile
 from deltamerge.methods.prune.bits import SPARSE_BELOW, choose_columns, mask_key, positions
-from deltamerge.methods.prune.masks import dare, structured
-from deltamerge.methods.tiles import Kept, Tile
+from deltamerge.methods.prune.dare import dare
+from deltamerge.methods.prune.structured import structured
 
 KEY = mask_key(3, "tune", "w")
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.engine.graph import REDUCTIONS, Graph, companion, depth_first, function_of
-from deltamerge.methods.prune import nodes, select
-from deltamerge.methods.tiles import Tile, block_elements
+from deltamerge.engine.graph import REDUCTIONS, Graph, depth_first, function_of
+from deltamerge.engine.tiles import Tile, block_elements
+from deltamerge.engine.traits import traits_of
+from deltamerge.methods.prune import select
 
 
 def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, set[str]]:
@@ -23,9 +24,9 @@ def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, s
     tiles = [Tile(i, min(flat.numel(), i + step), delta.shape) for i in range(0, flat.numel(), step)]
     source = graph.node("delta", kind="read", shape=delta.shape)
     values, taken = {source: flat}, set()
-    for node in depth_first(nodes.largest(graph.node, source, k)):
+    for node in depth_first(select.largest(graph.node, source, k)):
         call, inputs = node.function, [values.get(x) for x in node.inputs]
-        needless = companion(call, "needless") if node.kind in REDUCTIONS else None
+        needless = traits_of(call).needless if node.kind in REDUCTIONS else None
         if node is source or (needless and needless(*inputs[1:])):
             continue
         taken.add(call.partition(":")[2])

@@ -17,7 +17,7 @@ from deltamerge import load_recipe
 from deltamerge.cli import commands, main
 from deltamerge.cli.mergekit_flags import VALUES_WITHOUT_USE, WITHOUT_USE
 from deltamerge.errors import RecipeError
-from deltamerge.methods.table import NO_EFFECT_KEYS
+from deltamerge.methods.registry import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.load import load_all
 

@@ -14,9 +14,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltamerge.engine.graph import name_of
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.io.names import TASK_HEAD
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
@@ -759,7 +760,7 @@ def test_the_task_head(name: str, head: bool) -> None:
 
 
 def test_tables_name_their_entries() -> None:
-    assert all(key == method.name and ":" in method.function for key, method in MERGE.items())
+    assert all(key == method.name and ":" in name_of(method.function) for key, method in MERGE.items())
     assert all(key == method.name for key, method in PRUNE.items())
     assert all(method.implies_prune in {None, *PRUNE} for method in MERGE.values())
 

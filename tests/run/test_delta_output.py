@@ -21,7 +21,7 @@ import yaml
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -109,7 +109,7 @@ def test_methods_of_which_nothing_is_known_add_the_difference(
     known = run(tmp_path, "known", RECIPES[name], kind="delta", values="float32")
     method = "ties" if name == "ties" else "task_arithmetic"
     others = {**MERGE, method: replace(MERGE[method], adds=False)}
-    for module in ("recipe.checks", "methods.table", "recipe.schema"):
+    for module in ("recipe.checks", "methods.registry", "recipe.schema"):
         monkeypatch.setattr(f"deltamerge.{module}.MERGE", others)
     plain = run(tmp_path, "plain", RECIPES[name], kind="delta", values="float32")
     for (_, got, base), (_, wanted, _) in zip(added(tmp_path, plain), added(tmp_path, known), strict=True):

@@ -28,7 +28,7 @@ from running import run
 
 from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.errors import DeltamergeError
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(
@@ -41,7 +41,7 @@ fuzz = settings(
 # What a recipe may be refused for that these strategies draw now and then.
 REFUSALS = ("must lie in (0, 1]", "add up to 0", "is none of them", "finds no pruned weight", "needs a density")
 # Those that need rows need models to run them through: tests/calibrate/test_merge_rows.py.
-BUILT_IN = [name for name, method in MERGE.items() if method.function.startswith("deltamerge.") and not method.rows]
+BUILT_IN = [name for name in MERGE.own_names() if not MERGE[name].rows]
 
 
 def stage_value(node: Any) -> Any:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tiles import RUN, block_elements, row_length
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptor
 from deltamerge.io.quantised.scaled import Streamed
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.prune.bits import Key
-from deltamerge.methods.tiles import RUN, block_elements, row_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Operation:
     code: int
     to: int
     fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
-    key: Key = (0, 0)
+    key: tuple[int, int] = (0, 0)
     scalars: tuple[float, float] = (1.0, 1.0)
     weights: tuple[float, ...] = ()
     models: tuple[int, ...] = ()
@@ -93,7 +92,7 @@ class Form:
 
     @property
     def columns(self) -> int:
-        """The length of a row as `ops.row_length_of` has it; 0 where a block is one row."""
+        """The length of a row as `tiles.row_length_of` has it; 0 where a block is one row."""
         return self.shape[-1] if len(self.shape) > 1 else 0
 
     @property
@@ -153,7 +152,6 @@ class Assembly:
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
     listed: dict[int, int] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)
-    named: dict[int, Node] = field(default_factory=dict)
 
     def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
         a, b, c, d = (*fields, -1, -1, -1, -1)[:4]
@@ -169,6 +167,11 @@ class Assembly:
     def made(self, node: Node) -> int:
         self.registers[id(node)] = self.new()
         return self.registers[id(node)]
+
+    def keep(self, node: Node, places: int) -> KeptRegisters:
+        """A register for a node's kept values, at the places of a list."""
+        self.kept[id(node)] = KeptRegisters(self.new(), places)
+        return self.kept[id(node)]
 
     def new_list(self) -> int:
         """A list of places."""

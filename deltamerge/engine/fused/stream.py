@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltamerge.engine.fused import codes, merging, pruning, reductions
+from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
-from deltamerge.engine.fused.on_gpu import Loop, loop_of
+from deltamerge.engine.fused.operations import store
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
+from deltamerge.engine.tiles import RUN, SPARSE_BLOCK
+from deltamerge.engine.traits import Traits, is_sparse, traits_of
 from deltamerge.io.reader import Reader
-from deltamerge.methods.prune.bits import SPARSE_BLOCK, is_sparse
-from deltamerge.methods.prune.select import sampled_run
-from deltamerge.methods.tiles import LONGEST_ROW, RUN, row_length
 
 STORED = codes.DTYPES.keys()
 
-
-def _read(assembly: Assembly, node: Node) -> None:
-    info = node.parameter("tensor")
-    assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(StoredSource.of(info, assembly.reader))
-
-
-def _cast(assembly: Assembly, node: Node, to: str) -> None:
-    _store(assembly, node.inputs[0])
-
-
-def _store(assembly: Assembly, node: Node) -> None:
-    """A node's values are the output."""
-    if assembly.gathers:
-        kept = assembly.kept[id(node)]
-        assembly.add(codes.PATCH, assembly.new(), assembly.source_of[id(node.inputs[0])], kept.register, kept.places)
-    else:
-        assembly.add(codes.STORE, -1, assembly.register(node))
-
-
-CAST, ZEROS = "deltamerge.methods.ops:cast", "deltamerge.methods.ops:zeros"
-COMBINE = "deltamerge.methods.merge.span:combine"
-GRAM, NORM = "deltamerge.methods.merge.span:gram", "deltamerge.methods.prune.rescale:norm"
-SUMS = {GRAM, NORM}
-DIVIDE = "deltamerge.methods.prune.rescale:divide"
-DIVIDE_ROWS = "deltamerge.methods.prune.rescale:divide_rows"
-CLEAR, RESTORE = "deltamerge.methods.prune.protect:clear", "deltamerge.methods.prune.protect:restore"
-BY_ROW = {
-    "deltamerge.methods.prune.select:keep_largest_rows",
-    "deltamerge.methods.prune.select:keep_largest_rows_scored",
-}
-DARE = "deltamerge.methods.prune.masks:dare"
-DELLA = "deltamerge.methods.prune.della:della"
-SORTING = {DELLA, *BY_ROW}
-SAMPLE = "deltamerge.methods.prune.select:sample"
-ASSEMBLERS: dict[str, Callable[..., None]] = {
-    "deltamerge.methods.ops:subtract": pruning.subtract,
-    ZEROS: pruning.zeros,
-    CAST: _cast,
-    DARE: pruning.dare,
-    DELLA: pruning.della,
-    DIVIDE: pruning.divide,
-    DIVIDE_ROWS: pruning.divide_rows,
-    CLEAR: pruning.clear,
-    RESTORE: pruning.restore,
-    **dict.fromkeys(BY_ROW, pruning.keep_largest_rows),
-    NORM: reductions.norm,
-    "deltamerge.methods.prune.select:high_histogram": reductions.high,
-    "deltamerge.methods.prune.select:low_histogram": reductions.low,
-    "deltamerge.methods.prune.select:count_nonzero": reductions.nonzero,
-    "deltamerge.methods.prune.select:bracketed": reductions.bracketed,
-    SAMPLE: reductions.sample,
-    "deltamerge.methods.prune.select:equal_counts": reductions.equal,
-    "deltamerge.methods.prune.select:keep_largest": pruning.keep_largest,
-    "deltamerge.methods.prune.select:keep_between": pruning.keep_between,
-    "deltamerge.methods.prune.select:keep_where": pruning.keep_where,
-    "deltamerge.methods.merge.arithmetic:passthrough": merging.passthrough,
-    "deltamerge.methods.merge.arithmetic:linear": partial(merging.weighted, based=False),
-    "deltamerge.methods.merge.arithmetic:task_arithmetic": merging.weighted,
-    "deltamerge.methods.merge.ties:ties": merging.ties,
-    GRAM: reductions.gram,
-    COMBINE: merging.combine,
-    "deltamerge.methods.merge.sce:variance": merging.variance,
-    "deltamerge.methods.merge.sce:sce": merging.sce,
-}
-# Merges whose result is the base but where a delta is kept, if all of them are sparse.
-PATCHES = frozenset({"deltamerge.methods.merge.arithmetic:task_arithmetic", "deltamerge.methods.merge.ties:ties"})
+Steps = Sequence[tuple[Node, dict[str, Any], tuple[Node, ...]]]
 
 
 def covers(root: Node) -> bool:
@@ -99,18 +31,8 @@ def _is_known(node: Node, root: Node) -> bool:
         return True
     if node.kind == "read":
         return node.dtype in STORED
-    if node.function == CAST:
-        return node is root and node.parameter("to") == root.dtype
-    if node.function == COMBINE:
-        return bool(node.parameter("along") == "tensor")
-    if node.function in (CLEAR, RESTORE):  # of a sparse delta a sparse one
-        return not _is_sparse(node.inputs[0])
-    if node.function in BY_ROW:
-        return row_length(node.shape) <= LONGEST_ROW
-    return node.function in ASSEMBLERS
-
-
-Steps = Sequence[tuple[Node, dict[str, Any], tuple[Node, ...]]]
+    declared = traits_of(node.function)
+    return declared.loop is not None and (declared.fits is None or declared.fits(node, root))
 
 
 def assemble(
@@ -118,69 +40,58 @@ def assemble(
 ) -> Program | None:
     """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
     operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
-    assembly = listed(steps, values, reader, shape, output)
+    assembly = operations_of(steps, values, reader, shape, output)
     ends = any(node.kind in REDUCTIONS for node, _, _ in steps)
     return None if assembly is None else Program(assembly, reader, hashed=not ends)
 
 
-def assemble_on_gpu(
-    steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
-) -> Loop | None:
-    """The same for a GPU; None: torch does it."""
-    ends = {id(node): node for node, _, _ in steps if node.kind in REDUCTIONS}
-    reads = tuple(node for node, _, _ in steps if node.kind == "read")
-    if any(node.dtype not in STORED for node in reads) or not (ends or output in STORED):
-        return None
-    if steps[-1][0].function == CAST and steps[-1][0].parameter("to") != output:
-        return None
-    if any(not _is_known(node, steps[-1][0]) for node, _, _ in steps):
-        return None
-    return loop_of(listed(steps, values, reader, shape, output), reads, ends)
-
-
-def listed(
+def operations_of(
     steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
 ) -> Assembly | None:
     """The operations of a pass."""
-    ends = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
-    functions, last = {node.function for node, _, _ in steps if node.kind != "read"}, steps[-1][0]
-    gathers = not ends and _patches(last.inputs[0] if last.function == CAST else last)
+    declared = [traits_of(node.function) for node, _, _ in steps]
+    ends, last = any(node.kind in REDUCTIONS for node, _, _ in steps), steps[-1][0]
+    gathers = not ends and _patches(last.inputs[0] if declared[-1].stores else last)
     assembly = Assembly(values, reader, Form(shape), output, gathers)
-    _cut(assembly, functions, any(_is_sparse(node) for node, _, _ in steps), ends)
+    _cut(assembly, steps, declared)
     assembly.uses.update(id(source) for node, _, _ in steps for source in node.inputs)
-    for node, parameters, frees in steps:
+    for (node, parameters, frees), its in zip(steps, declared, strict=True):
         if node.kind == "read":
             _read(assembly, node)
-        elif node.function not in ASSEMBLERS:
+        elif its.loop is None:
             return None
         else:
-            ASSEMBLERS[node.function](assembly, node, **parameters)
+            its.loop(assembly, node, **parameters)
         assembly.release(frees)
-    if not ends and last.function != CAST:
-        _store(assembly, last)
+    if not ends and not declared[-1].stores:
+        store(assembly, last)
     return assembly
+
+
+def _read(assembly: Assembly, node: Node) -> None:
+    info = node.parameter("tensor")
+    assembly.source_of[id(node)] = len(assembly.sources)
+    assembly.sources.append(StoredSource.of(info, assembly.reader))
 
 
 def _patches(merge: Node) -> bool:
     """Whether a merge works on places alone: its cost follows what is kept."""
-    return merge.function in PATCHES and merge.inputs[0].kind == "read" and all(map(_is_sparse, merge.inputs[1:]))
+    if not traits_of(merge.function).patches or merge.inputs[0].kind != "read":
+        return False
+    return all(map(is_sparse, merge.inputs[1:]))
 
 
-def _is_sparse(node: Node) -> bool:
-    if node.function in (DIVIDE, DIVIDE_ROWS, CLEAR, RESTORE):
-        return _is_sparse(node.inputs[0])
-    return node.function == DARE and is_sparse(node.parameter("density"))
-
-
-def _cut(assembly: Assembly, functions: set[str], drawn: bool, ends: set[str]) -> None:
+def _cut(assembly: Assembly, steps: Steps, declared: Sequence[Traits]) -> None:
     """Choose what a register holds: a run, whole rows, a block, or what a stream of gaps is for."""
-    form, ranked = assembly.form, functions & {DELLA, *BY_ROW}
-    whole = functions & SUMS or (DELLA in functions and not form.columns) or not form.pieces_are_rows
+    form, drawn = assembly.form, any(is_sparse(node) for node, _, _ in steps)
+    ranked, sums = any(its.sorts for its in declared), any(its.sums for its in declared)
+    whole = sums or not form.pieces_are_rows or (not form.columns and any(its.vectors for its in declared))
     if assembly.gathers:
         assembly.chunk, assembly.aligned = SPARSE_BLOCK, True
     elif drawn or (ranked and whole):
         assembly.chunk = form.block
     elif ranked:
         assembly.chunk = form.row * max(1, RUN // form.row)
-    if ends == {SAMPLE} and not ranked and not drawn:
-        assembly.sampled = sampled_run(form.shape)
+    ends = {traits_of(node.function).samples for node, _, _ in steps if node.kind in REDUCTIONS}
+    if len(ends) == 1 and not ranked and not drawn and (samples := ends.pop()) is not None:
+        assembly.sampled = samples(form.shape)

@@ -34,7 +34,7 @@ from deltamerge.inspect.search.tasks import AGREEMENT, DISTANCE, SAME
 from deltamerge.inspect.statistics import parse
 from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
-from deltamerge.methods.table import MERGE
+from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.plan.written_config import remarks_on_configs

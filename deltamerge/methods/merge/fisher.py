@@ -1,27 +1,44 @@
-"""Fisher merging: every entry's mean, weighed by how much each fine-tune's answers depend on it."""
+"""Fisher merging: base + λ Σ w_i F_i Δ_i / Σ w_i F_i (Matena & Raffel, arXiv 2111.09832).
+
+F_i is the mean squared gradient of fine-tune i's log-likelihood on its own rows.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+from deltamerge.engine.tiles import densify
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import densify
-from deltamerge.methods.tiles import Tile
+from deltamerge.methods.parameters import Lambda, RowWeights
+from deltamerge.methods.registry import Param, delta_method
 
 if TYPE_CHECKING:
+    from deltamerge.engine.tiles import Tile
+
     Tensor = torch.Tensor
+
+Floor = Annotated[float, Param("added to each F_i, whose mean over the model is 1", low=0)]
 
 
 class Squares(Protocol):
-    """The mean squared gradients of one tensor, float32, as a share of the mean over the model; None: no row reached
-    it."""
+    """The mean squared gradients of one tensor, float32, as a share of the mean over the model.
+
+    `part` is None where no row reached the tensor.
+    """
 
     def part(self, model: int, start: int, stop: int) -> Any: ...
 
 
-def fisher(base: Tensor, *inputs: Any, tile: Tile, weights: tuple[float, ...], floor: float, lambda_: float) -> Tensor:
-    """base + λ Σ w_i F_i Δ_i / Σ w_i F_i, in float64, rounded once (Matena & Raffel, "Merging models with
-    Fisher-weighted averaging", arXiv 2111.09832).
+@delta_method(
+    "Σ w_i F_i Δ_i / Σ w_i F_i, F_i the mean squared gradient of fine-tune i's log-likelihood on its own rows",
+    "arXiv 2111.09832",
+    adds=True,
+    rows="gradients",
+)
+def fisher(
+    base: Tensor, *inputs: Any, tile: Tile, weights: RowWeights, floor: Floor = 1e-6, lambda_: Lambda = 1.0
+) -> Tensor:
+    """Return base + λ Σ w_i F_i Δ_i / Σ w_i F_i, in float64, rounded once to float32.
 
     inputs   tiles of the Δ_i, then their `Squares`
     weights  w_i

@@ -10,7 +10,7 @@ from deltamerge.methods.prune import bits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.methods.tiles import Tile
+    from deltamerge.engine.tiles import Tile
 
 
 class Vectors(Protocol):
@@ -20,17 +20,17 @@ class Vectors(Protocol):
 
 
 def router(vectors: Vectors, *, tile: Tile, layer: int, first: int, end: int) -> torch.Tensor:
-    """The rows [first, end) of a layer's routers, one for each expert, in float32."""
+    """Return the rows [first, end) of a layer's routers, one for each expert, in float32."""
     flat = vectors.values[layer, first:end].reshape(-1)
     return torch.from_numpy(flat[tile.start : tile.stop].copy())
 
 
 def noisy(x: torch.Tensor, *, tile: Tile, noise: float, scale: float, key: bits.Key) -> torch.Tensor:
-    """(x + noise · z) · scale in float32; z is a standard normal number of `key` and the entry's position."""
+    """Return (x + noise · z) · scale in float32; z is a standard normal number of `key` and the entry's position."""
     drawn = torch.from_numpy(bits.normals(key, tile.start, tile.stop)).to(x.device)
     return (x.to(torch.float32) + drawn * noise) * scale
 
 
 def nothing(*, tile: Tile) -> torch.Tensor:
-    """The gate of a shared expert that says nothing: zeros, in float32."""
+    """Return zeros in float32: the gate of a shared expert that says nothing."""
     return torch.zeros(tile.size, dtype=torch.float32)

@@ -1,43 +1,65 @@
-"""SCE: select entries that vary, calculate a weight per model, erase the minority's sign (arXiv 2408.07990)."""
+"""SCE: select entries that vary, weigh the models, erase the minority's sign (Wan et al., arXiv 2408.07990).
+
+Σ w_i Δ_i ÷ Σ w_i over the models of the elected sign is added to the base, w_i in proportion to mean(Δ_i²).
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-
+from deltamerge.engine.fused import codes
+from deltamerge.engine.tiles import densify
+from deltamerge.engine.traits import traits
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.merge.arithmetic import weighted_sum
-from deltamerge.methods.ops import densify
+from deltamerge.methods.merge.sums import weighted_sum
 from deltamerge.methods.prune import select
 from deltamerge.methods.prune.rescale import norm
-from deltamerge.methods.tiles import Kept, Make, Tile
+from deltamerge.methods.registry import Param, delta_method
 
+if TYPE_CHECKING:
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Kept, Make, Tile
+
+TopShare = Annotated[float, Param("fraction of the entries that vary, kept", low=0, high=1)]
 SMALLEST_WEIGHT = 1e-6
 
 
-def sce(base: torch.Tensor, *inputs: Any, tile: Tile) -> torch.Tensor:
-    """base + Σ w_i Δ_i ÷ Σ w_i over the models of the elected sign, that of Σ Δ_i (0 counts as +); float32.
+def _variance_loop(assembly: Assembly, node: Node) -> None:
+    assembly.add(codes.VARIANCE, assembly.made(node), models=tuple(map(assembly.register, node.inputs)))
 
-    inputs are the selected deltas and the weights, which add up to 1; a sum of weights below 1e-6 divides as 1e-6.
-    """
-    *deltas, weights = inputs
-    dense = [densify(delta, tile.size) for delta in deltas]
-    positive = weighted_sum(dense, (1.0,) * len(dense)) >= 0
-    mixed, divisor = torch.zeros_like(dense[0]), torch.zeros_like(dense[0])
-    for delta, weight in zip(dense, weights, strict=True):
-        agrees = torch.where(positive, delta > 0, delta < 0)
-        mixed += torch.where(agrees, delta * weight, 0.0)
-        divisor += torch.where(agrees, weight, 0.0)
-    return base.to(torch.float32) + mixed / divisor.clamp(min=float(np.float32(SMALLEST_WEIGHT)))
+
+@traits(loop=_variance_loop)
+def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
+    """Return the variance over models of each entry, of the differences to the first, in float32; 0 if equal."""
+    first, *others = (densify(delta, tile.size) for delta in deltas)
+    count = float(len(deltas))
+    apart = [torch.zeros_like(first), *(other - first for other in others)]
+    mean = weighted_sum(apart, (1.0,) * len(apart)) / first.new_tensor(count)
+    total = torch.zeros_like(first)
+    for x in apart:
+        total += (x - mean) * (x - mean)
+    return total / first.new_tensor(count)
+
+
+def weights(*squares: np.ndarray[Any, Any], size: int) -> tuple[float, ...]:
+    """Return mean(Δ_i²) ÷ their sum, in float32; all equal where that sum is below 1e-6."""
+    means = [math.fsum(part) / max(size, 1) for part in squares]
+    total = math.fsum(means)
+    if total < SMALLEST_WEIGHT:
+        return (float(np.float32(1.0 / len(means))),) * len(means)
+    return tuple(float(np.float32(mean / total)) for mean in means)
 
 
 def nodes(
     make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, select_topk: float
 ) -> Any:
-    """The node of `sce`: passes that find the int(select_topk · n) most varying of the n entries that vary, and one for
-    the weights."""
+    """Make the node of `sce`.
+
+    Passes find the int(select_topk · n) most varying of the n entries that vary. One more gives the weights.
+    """
     base, *deltas = inputs
     if select_topk < 1.0:
         spread = make(variance, deltas, shape=shape)
@@ -54,22 +76,34 @@ def nodes(
     return make(function, [base, *deltas, shares], shape=shape)
 
 
-def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
-    """The variance over models of each entry, 0 where they are equal: of the differences to the first, in float32."""
-    first, *others = (densify(delta, tile.size) for delta in deltas)
-    count = float(len(deltas))
-    apart = [torch.zeros_like(first), *(other - first for other in others)]
-    mean = weighted_sum(apart, (1.0,) * len(apart)) / first.new_tensor(count)
-    total = torch.zeros_like(first)
-    for x in apart:
-        total += (x - mean) * (x - mean)
-    return total / first.new_tensor(count)
+def loop(assembly: Assembly, node: Node) -> None:
+    """The same as an operation of the compiled loop."""
+    base, *deltas, weights = node.inputs
+    start, registers = assembly.operand(base), tuple(map(assembly.register, deltas))
+    given = tuple(assembly.values[id(weights)])
+    assembly.add(codes.ELECT, assembly.made(node), start, models=registers, weights=given)
 
 
-def weights(*squares: np.ndarray[Any, Any], size: int) -> tuple[float, ...]:
-    """mean(Δ_i²) ÷ their sum, in float32; all equal where that sum is below 1e-6."""
-    means = [math.fsum(part) / max(size, 1) for part in squares]
-    total = math.fsum(means)
-    if total < SMALLEST_WEIGHT:
-        return (float(np.float32(1.0 / len(means))),) * len(means)
-    return tuple(float(np.float32(mean / total)) for mean in means)
+@delta_method(
+    "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
+    "arXiv 2408.07990",
+    nodes=nodes,
+    loop=loop,
+)
+def sce(base: torch.Tensor, *inputs: Any, tile: Tile, select_topk: TopShare = 1.0) -> torch.Tensor:
+    """Return base + Σ w_i Δ_i ÷ Σ w_i over the models of the elected sign, that of Σ Δ_i (0 counts as +).
+
+    inputs        the deltas, selected by `nodes`, and the weights, which add up to 1
+    select_topk   of `nodes`
+
+    The result is float32. A sum of weights below 1e-6 divides as 1e-6.
+    """
+    *deltas, weights = inputs
+    dense = [densify(delta, tile.size) for delta in deltas]
+    positive = weighted_sum(dense, (1.0,) * len(dense)) >= 0
+    mixed, divisor = torch.zeros_like(dense[0]), torch.zeros_like(dense[0])
+    for delta, weight in zip(dense, weights, strict=True):
+        agrees = torch.where(positive, delta > 0, delta < 0)
+        mixed += torch.where(agrees, delta * weight, 0.0)
+        divisor += torch.where(agrees, weight, 0.0)
+    return base.to(torch.float32) + mixed / divisor.clamp(min=float(np.float32(SMALLEST_WEIGHT)))

@@ -1,30 +1,55 @@
-"""TIES consensus: only the entries that agree with the weighted majority's sign are added."""
+"""TIES: trim deltas, elect a sign for every entry, add the entries that have it (Yadav et al., arXiv 2306.01708)."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
+from deltamerge.engine.fused.operations import agreeing
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.merge.arithmetic import SMALLEST_DIVISOR, weighted_sum
+from deltamerge.methods.merge.sums import SMALLEST_DIVISOR, keeps_single, weighted_sum
 from deltamerge.methods.ops import onto
-from deltamerge.methods.tiles import Kept, Patched, Tile
+from deltamerge.methods.parameters import DeltaWeights, Density, Lambda, MatchSum, Normalize
+from deltamerge.methods.registry import delta_method
+
+if TYPE_CHECKING:
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Kept, Patched, Tile
 
 
+def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:
+    """The same as an operation of the compiled loop."""
+    base, *deltas = node.inputs
+    agreeing(assembly, node, weights, lambda_, normalize=normalize, models=deltas, base=base)
+
+
+@delta_method(
+    "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
+    "arXiv 2306.01708",
+    adds=True,
+    keeps_single=keeps_single,
+    loop=loop,
+    patches=True,
+)
 def ties(
     base: torch.Tensor,
     *deltas: torch.Tensor | Kept,
     tile: Tile,
-    weights: tuple[float, ...],
-    normalize: bool,
-    lambda_: float,
+    weights: DeltaWeights,
+    normalize: Normalize = True,
+    lambda_: Lambda = 1.0,
+    density: Density = 1.0,
+    rescale: MatchSum = False,
 ) -> torch.Tensor | Patched:
-    """base + λ · consensus(Δ_i), Δ_i already trimmed; float32 (Yadav et al., arXiv 2306.01708).
+    """Return base + λ · consensus(Δ_i) in float32.
 
-        base        tile in its stored dtype
-        deltas      Δ_i: float32 tiles or `Kept`
-        weights     w_i
-        normalize   whether to divide by the sum of the agreeing w_i (a sum near 0 divides by 1)
-        lambda_     λ
+    base               tile in its stored dtype
+    deltas             Δ_i: float32 tiles or `Kept`, already trimmed
+    weights            w_i
+    normalize          whether to divide by the sum of the agreeing w_i (a sum near 0 divides by 1)
+    lambda_            λ
+    density, rescale   of the trimming, done before
 
     With e_i = w_i Δ_i the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added.
     """

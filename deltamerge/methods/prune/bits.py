@@ -25,9 +25,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from deltamerge.io import gpu
+from deltamerge.engine.tiles import SPARSE_BLOCK
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,17 +35,14 @@ if TYPE_CHECKING:
 Key = tuple[int, int]
 
 SPARSE_BELOW = 1 / 16
-SPARSE_BLOCK = 1 << 16
 LONGEST_GAP = 1 << 16
 HIGH, LOW, GAPS, COLUMNS, NUMBERS = range(5)
 
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
-PHILOX_SIZE = 1024  # counters of one program of a GPU
 
 _MASK32 = (1 << 32) - 1
-_MASK64 = (1 << 64) - 1
 
 
 def mask_key(seed: int, model: str, tensor: str) -> Key:
@@ -216,8 +212,9 @@ def positions_torch(key: Key, start: int, stop: int, density: float, device: Any
 
 
 def _words_device(key: Key, start: int, stop: int, device: Any) -> torch.Tensor:
-    high, low = (_halves_device(key, lane, start, stop, device).long() & 0xFFFF for lane in (HIGH, LOW))
-    return high << 16 | low
+    lanes = torch.stack([torch.full((1,), lane, device=device) for lane in (HIGH, LOW)])
+    halves = _halves_device(key, lanes, start, stop, device).long() & 0xFFFF
+    return halves[0] << 16 | halves[1]
 
 
 def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
@@ -257,46 +254,44 @@ def _positions_device(key: Key, start: int, stop: int, density: float, device: A
     return found if len(parts) <= 2 else found.sort().values
 
 
-def _halves_device(key: Key, lane: int, start: int, stop: int, device: Any) -> torch.Tensor:
+def _halves_device(key: Key, lane: int | torch.Tensor, start: int, stop: int, device: Any) -> torch.Tensor:
+    """The half-words of positions [start, stop); of lanes (n, 1) a row each."""
     first = start // 16
     index = torch.arange(first, -(-stop // 16), device=device)
-    halves = _philox_device(key, index, torch.zeros_like(index), lane).view(torch.int16).flatten()
-    return halves[start - 16 * first : stop - 16 * first]
+    halves = _philox_device(key, index, torch.zeros_like(index), lane).view(torch.int16).flatten(-2)
+    return halves[..., start - 16 * first : stop - 16 * first]
 
 
-def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int) -> torch.Tensor:
-    """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words."""
-    index, block = index + torch.zeros_like(block), block + torch.zeros_like(index)
-    if gpu.available(index.device):
-        return _philox_loop(key, index, block, lane)
-    c = [index, block, torch.full_like(index, lane), torch.zeros_like(index)]
-    for r in range(ROUNDS):
-        k0, k1 = (_signed(k + r * weyl & _MASK64) for k, weyl in zip(key, WEYL, strict=True))
-        high0, low0 = _multiply(c[0], MULTIPLIERS[0])
-        high1, low1 = _multiply(c[2], MULTIPLIERS[1])
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-    return torch.stack(c, -1)
+def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int | torch.Tensor) -> torch.Tensor:
+    """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words.
+
+    Both halves of a round are one tensor, so that a GPU starts few kernels.
+    """
+    lanes = lane if isinstance(lane, torch.Tensor) else torch.full_like(index, lane)
+    shape = torch.broadcast_shapes(index.shape, block.shape, lanes.shape)  # type: ignore[no-untyped-call]  # torch
+    index, block, lanes = index.expand(shape), block.expand(shape), lanes.expand(shape)
+
+    def pair(numbers: tuple[int, int]) -> torch.Tensor:
+        return torch.stack([torch.full((1,) * index.dim(), _signed(x), device=index.device) for x in numbers])
+
+    factors, keys, weyl = pair(MULTIPLIERS), pair(key), pair(WEYL)
+    limbs = factors & _MASK32, factors >> 32 & _MASK32
+    even, odd = torch.stack([index, lanes]), torch.stack([block, torch.zeros_like(index)])
+    for _ in range(ROUNDS):
+        high, low = _multiply(even, factors, *limbs)
+        even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
+        keys = keys + weyl
+    return torch.stack([even[0], odd[0], even[1], odd[1]], -1)
 
 
-def _philox_loop(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int) -> torch.Tensor:
-    """`_philox_device` by one loop."""
-    from deltamerge.io.gpu.functions import words_of
-
-    out = torch.empty((*index.shape, 4), dtype=torch.int64, device=index.device)
-    words = torch.full((2,), _signed(key[0]), dtype=torch.int64, device=index.device)
-    words[1:].fill_(_signed(key[1]))
-    grid = (-(-index.numel() // PHILOX_SIZE),)
-    gpu.launch(words_of, grid, (out,), (index.contiguous(), block.contiguous(), words), index.numel(), lane,
-               SIZE=PHILOX_SIZE)  # fmt: skip
-    return out
-
-
-def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 64 bits of the unsigned product, by 32-bit limbs; sums wrap as two's complement."""
-    a_low, a_high, b_low, b_high = a & _MASK32, a >> 32 & _MASK32, b & _MASK32, b >> 32
+def _multiply(
+    a: torch.Tensor, b: torch.Tensor, b_low: torch.Tensor, b_high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 64 bits of the unsigned product, by the 32-bit limbs of b; sums wrap as two's complement."""
+    a_low, a_high = a & _MASK32, a >> 32 & _MASK32
     middle = (a_low * b_low >> 32 & _MASK32) + a_high * b_low
     cross = (middle & _MASK32) + a_low * b_high
-    return a_high * b_high + (middle >> 32 & _MASK32) + (cross >> 32 & _MASK32), a * _signed(b)
+    return a_high * b_high + (middle >> 32 & _MASK32) + (cross >> 32 & _MASK32), a * b
 
 
 def _signed(x: int) -> int:

@@ -8,13 +8,18 @@ bytes per column and tile, at most one float32 copy of the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deltamerge.engine.tiles import block_elements
+from deltamerge.engine.traits import traits
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.select import magnitude_bits
-from deltamerge.methods.tiles import Tile, block_elements
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deltamerge.engine.tiles import Make, Tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,14 +35,14 @@ class ColumnCut:
 def best_of_columns(
     delta: torch.Tensor, norms: NDArray[np.float32], *, tile: Tile, density: float
 ) -> NDArray[np.int32]:
-    """int32 (≤ k + 1, m): the largest bits of abs(Δ_ji) · ‖x_j‖ of each column in this tile."""
+    """Return int32 (≤ k + 1, m): the largest bits of abs(Δ_ji) · ‖x_j‖ of each column in this tile."""
     bits = _bits(delta, norms, tile)
     k = round(density * tile.shape[0])
     return bits.topk(min(k + 1, len(bits)), dim=0).values.cpu().numpy()
 
 
 def pick_columns(best: NDArray[np.int32], *, density: float, rows: int) -> ColumnCut:
-    """The exact cut of every column of `rows` entries."""
+    """Return the exact cut of every column of `rows` entries."""
     k = round(density * rows)
     if k == 0:
         columns = best.shape[1]
@@ -48,28 +53,31 @@ def pick_columns(best: NDArray[np.int32], *, density: float, rows: int) -> Colum
     return ColumnCut(threshold, kept, (best == threshold).sum(0) > kept)
 
 
+def _no_ties(norms: NDArray[np.float32], cut: ColumnCut) -> bool:
+    """Tell whether all equal entries are kept."""
+    return not cut.more.any()
+
+
+@traits(needless=_no_ties)
 def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, *, tile: Tile) -> NDArray[np.int64]:
-    """int64 (blocks, m): how many entries of each block and column equal the threshold."""
+    """Return int64 (blocks, m): how many entries of each block and column equal the threshold."""
     equal = _bits(delta, norms, tile) == torch.from_numpy(cut.threshold).to(delta.device)
     step = block_elements(tile.shape) // tile.columns
     starts = range(0, len(equal), step)
     return torch.stack([equal[start : start + step].sum(0) for start in starts]).cpu().numpy()
 
 
-def equal_columns_needless(norms: NDArray[np.float32], cut: ColumnCut) -> bool:
-    """Whether all equal entries are kept."""
-    return not cut.more.any()
-
-
 def column_ranks(counts: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Per column the number of equal entries before each block; empty if it does not matter."""
+    """Return per column the number of equal entries before each block; empty if it does not matter."""
     return np.zeros((0, 0), np.int64) if counts is None else np.cumsum(counts, 0) - counts
 
 
 def keep_best_of_columns(
     delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, ranks: NDArray[np.int64], *, tile: Tile
 ) -> torch.Tensor:
-    """Δ where its score is among the round(density · n) largest of its column, else 0; equal scores from the top.
+    """Return Δ where its score is among the round(density · n) largest of its column, else 0.
+
+    Of equal scores the first rows are kept.
 
     delta   (in, out) tile
     norms   (in) of the input features
@@ -87,8 +95,18 @@ def keep_best_of_columns(
 
 
 def _bits(delta: torch.Tensor, norms: NDArray[np.float32], tile: Tile) -> torch.Tensor:
-    """(rows of the tile, m) the bits of the scores, which sort like the scores."""
+    """Return (rows of the tile, m) the bits of the scores, which sort like the scores."""
     rows = delta.view(-1, tile.columns)
     first = tile.start // tile.columns
     some = torch.from_numpy(norms[first : first + len(rows)]).to(delta.device)
     return magnitude_bits(rows.abs() * some[:, None])
+
+
+def largest_of_columns(make: Make, delta: Any, norms: Any, density: float) -> Any:
+    """Make the node of WANDA's mask of a weight stored (in, out)."""
+    shape = delta.shape
+    best = make(best_of_columns, [delta, norms], kind="concat", shape=shape, density=density)
+    cut = make(pick_columns, [best], kind="small", density=density, rows=shape[0])
+    equal = make(equal_columns, [delta, norms, cut], kind="concat", shape=shape)
+    ranks = make(column_ranks, [equal], kind="small")
+    return make(keep_best_of_columns, [delta, norms, cut, ranks], shape=shape)

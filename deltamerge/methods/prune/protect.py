@@ -5,18 +5,47 @@ Source: arXiv 2410.09344, App. D.2 (massive activations).
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
+from deltamerge.engine.fused import codes
+from deltamerge.engine.tiles import Kept
+from deltamerge.engine.traits import first_is_dense, first_is_sparse, traits
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import at
-from deltamerge.methods.tiles import Kept, Tile
 
-Columns = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Tile
+
+    Columns = NDArray[np.int64]
 
 
+def _replace_columns(assembly: Assembly, node: Node, columns: Node, others: int) -> None:
+    """Take the given columns from register `others`, or as 0 (-1)."""
+    delta, numbers = assembly.register(node.inputs[0]), tuple(assembly.values[id(columns)].tolist())
+    fields = (delta, others, assembly.form.row)
+    assembly.add(codes.COLUMNS, assembly.made(node), *fields, lists=numbers, count=len(numbers))
+
+
+def _clear_loop(assembly: Assembly, node: Node) -> None:
+    _replace_columns(assembly, node, node.inputs[1], -1)
+
+
+def _restore_loop(assembly: Assembly, node: Node) -> None:
+    _, tune, base, columns = node.inputs
+    whole = assembly.new()
+    assembly.add(codes.SUBTRACT, whole, assembly.operand(tune), assembly.operand(base))
+    _replace_columns(assembly, node, columns, whole)
+    assembly.free.append(whole)
+
+
+@traits(loop=_clear_loop, fits=first_is_dense, sparse=first_is_sparse)
 def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.Tensor | Kept:
-    """Δ of a matrix (out, in) with 0 in the given columns, which are ascending."""
+    """Return Δ of a matrix (out, in) with 0 in the given columns, which are ascending."""
     if isinstance(delta, Kept):
         inside = torch.from_numpy(is_among(columns, tile)).to(delta.positions.device)
         stays = ~inside[(delta.positions + tile.start) % tile.columns]
@@ -26,10 +55,11 @@ def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.
     return cleared
 
 
+@traits(loop=_restore_loop, fits=first_is_dense, sparse=first_is_sparse)
 def restore(
     delta: torch.Tensor | Kept, tune: torch.Tensor, base: torch.Tensor, columns: Columns, *, tile: Tile
 ) -> torch.Tensor | Kept:
-    """The kept entries of a delta, with fine-tune − base in the columns that `clear` took out.
+    """Return the kept entries of a delta, with fine-tune − base in the columns that `clear` took out.
 
     delta     the kept entries
     tune      tile in its stored dtype
@@ -47,14 +77,14 @@ def restore(
 
 
 def is_among(columns: Columns, tile: Tile) -> NDArray[np.bool_]:
-    """(n) whether a column is one of `columns`."""
+    """Tell of each of n columns whether it is one of `columns`."""
     among = np.zeros(tile.columns, np.bool_)
     among[columns] = True
     return among
 
 
 def places(columns: Columns, tile: Tile) -> Columns:
-    """The positions, relative to the tile's start, that lie in the columns; a tile may begin and end inside a row."""
+    """Return the positions, relative to the tile's start, in the columns. A tile may begin and end inside a row."""
     rows = np.arange(tile.start // tile.columns, -(-tile.stop // tile.columns), dtype=np.int64)
     flat = (rows[:, None] * tile.columns + columns).reshape(-1)
     return flat[(flat >= tile.start) & (flat < tile.stop)] - tile.start

@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import spread
+from deltamerge.engine.tiles import Kept, block_rows, densify, halved
+from deltamerge.engine.traits import first_is_sparse, traits
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import block_rows, densify, halved, over
-from deltamerge.methods.tiles import Kept, Tile
+from deltamerge.methods.ops import over
+
+if TYPE_CHECKING:
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Make, Tile
 
 
+def _divide_loop(assembly: Assembly, node: Node) -> None:
+    delta, divisor = node.inputs
+    q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
+    if sparse is not None:
+        kept = assembly.keep(node, sparse.places)
+        assembly.add(codes.DIVIDE, kept.register, sparse.register, sparse.places, scalars=(q, 1.0))
+        return
+    source, last = assembly.register(delta), assembly.operations[-1]
+    undivided = (last.code, last.to, last.scalars[0]) == (codes.DROP, source, 1.0)
+    if undivided and assembly.uses[id(delta)] == 1 and q > 0:  # a dropped entry stays +0
+        assembly.operations[-1] = replace(last, scalars=(q, 1.0))
+        assembly.registers[id(node)] = assembly.registers.pop(id(delta))
+        return
+    assembly.add(codes.DIVIDE, assembly.made(node), source, scalars=(q, 1.0))
+
+
+@traits(loop=_divide_loop, sparse=first_is_sparse)
 def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor | Kept:
-    """kept / q in float32 (DAREx section 3; vanilla DARE is q = density, "random drop" and importance masks q = 1)."""
+    """Return kept / q in float32 (DAREx, section 3).
+
+    Vanilla DARE is q = density, "random drop" and importance masks q = 1.
+    """
     if isinstance(delta, Kept):
         return Kept(delta.positions, over(delta.values, q))
     return over(delta, q)
 
 
+def _divide_rows_loop(assembly: Assembly, node: Node) -> None:
+    delta, divisor = node.inputs
+    q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
+    if isinstance(q, float):
+        _divide_loop(assembly, node)
+        return
+    how = int(q.shape[-1] != 1)
+    if not how:
+        q = row_divisors(q, node.shape)
+    if sparse is not None:
+        kept = assembly.keep(node, sparse.places)
+        spread(assembly, kept.register, sparse.register, q, how, (sparse.places,))
+    else:
+        source = assembly.register(delta)
+        spread(assembly, assembly.made(node), source, q, how)
+
+
+@traits(loop=_divide_rows_loop, sparse=first_is_sparse)
 def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
-    """kept_ij / q_i in float32: q is (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number; of
-    stacked matrices (E, m, 1), or (E, 1, 1) with one for each."""
+    """Return kept_ij / q_i in float32.
+
+    q   (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number; of stacked matrices (E, m, 1), or
+        (E, 1, 1) with one for each
+    """
     if isinstance(q, float):
         return divide(delta, q, tile=tile)
     values = delta.values if isinstance(delta, Kept) else delta
@@ -30,14 +79,14 @@ def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, 
 
 
 def multiply(delta: torch.Tensor | Kept, factor: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
-    """factor · Δ in float32; factors of rows have the shapes of `divide_rows`."""
+    """Return factor · Δ in float32; factors of rows have the shapes of `divide_rows`."""
     values = delta.values if isinstance(delta, Kept) else delta
     of_entry = float(np.float32(factor)) if isinstance(factor, float) else _of_entries(delta, factor, tile)
     return Kept(delta.positions, values * of_entry) if isinstance(delta, Kept) else values * of_entry
 
 
 def _of_entries(delta: torch.Tensor | Kept, q: np.ndarray[Any, Any], tile: Tile) -> torch.Tensor:
-    """A row's number for each entry of a tile."""
+    """Return a row's number for each entry of a tile."""
     values = delta.values if isinstance(delta, Kept) else delta
     places = delta.positions if isinstance(delta, Kept) else torch.arange(tile.size, device=values.device)
     flat = places + tile.start
@@ -49,18 +98,27 @@ def _of_entries(delta: torch.Tensor | Kept, q: np.ndarray[Any, Any], tile: Tile)
 
 
 def row_divisors(q: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """q (…, 1) for every row of a tensor: of matrices that are stacked each row has its matrix's."""
+    """Return q (…, 1) for every row of a tensor: of matrices that are stacked each row has its matrix's."""
     stacked = len(shape) == 3 and q.size != shape[0] * shape[1]
     return np.broadcast_to(q[..., 0], shape[:-1]) if stacked else q
 
 
 def constant(*, value: float) -> float:
-    """A q that the recipe gives as a number."""
+    """Return a q that the recipe gives as a number."""
     return value
 
 
+def _norm_loop(assembly: Assembly, node: Node, norm: str) -> None:
+    delta, row = assembly.register(node.inputs[0]), assembly.sums_of(node, 0)
+    if norm == "l2":
+        assembly.add(codes.DOTS, -1, delta, delta, row)
+    else:
+        assembly.add(codes.NORM, -1, delta, int(norm == "l1"), row)
+
+
+@traits(loop=_norm_loop, sums=True)
 def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any, Any]:
-    """Per block the float64 part of ‖Δ‖₁ (Σ abs), ‖Δ‖₂ (Σ squares) or ‖Δ‖∞ (max).
+    """Return per block the float64 part of ‖Δ‖₁ (Σ abs), ‖Δ‖₂ (Σ squares) or ‖Δ‖∞ (max).
 
     A block is summed by halving, so every device adds in the same order.
     """
@@ -71,8 +129,14 @@ def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any
 
 
 def ratio(kept: np.ndarray[Any, Any], whole: np.ndarray[Any, Any], *, norm: str) -> float:
-    """‖kept‖ / ‖Δ‖, the q that gives the kept entries the delta's norm; 1 where either is 0 or not finite."""
+    """Return ‖kept‖ / ‖Δ‖, the q that gives the kept entries the delta's norm; 1 where either is 0 or not finite."""
     a, b = (float(x.max(initial=0.0)) if norm == "linf" else math.fsum(x) for x in (kept, whole))
     if norm == "l2":
         a, b = math.sqrt(a), math.sqrt(b)
     return a / b if 0 < a < math.inf and 0 < b < math.inf else 1.0
+
+
+def matched(make: Make, whole: Any, kept: Any, kind: str) -> Any:
+    """Make the node of mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
+    norms = [make(norm, [node], kind="concat", shape=node.shape, norm=kind) for node in (kept, whole)]
+    return make(divide, [kept, make(ratio, norms, kind="small", norm=kind)], shape=whole.shape)

@@ -8,18 +8,25 @@ integers, so c is the same for any tiles, threads and device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.prune.bits import Key, words_torch
-from deltamerge.methods.prune.select import HIGH, LOW, Bin, magnitude_bits
-from deltamerge.methods.tiles import Tile
+from deltamerge.methods.prune.bits import words_torch
+from deltamerge.methods.prune.select import HIGH, LOW, Bin, low_histogram, magnitude_bits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deltamerge.engine.tiles import Tile
+    from deltamerge.methods.prune.bits import Key
+    from deltamerge.methods.registry import Masking
+
+    Integers = NDArray[np.int64]
 
 FAR = 1e200
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,7 @@ class Clip:
 
 
 def sums(delta: torch.Tensor, *, tile: Tile) -> Integers:
-    """int64 (2, 32768): for each value of the high 16 bits of abs(Δ) its count and the sum of low bits."""
+    """Return int64 (2, 32768): for each value of the high 16 bits of abs(Δ) its count and the sum of low bits."""
     bits = magnitude_bits(delta)
     high, low = bits >> 16, (bits & 0xFFFF).to(torch.float64)  # sums stay below 2**53: exact
     counts = torch.bincount(high, minlength=HIGH)
@@ -40,7 +47,7 @@ def sums(delta: torch.Tensor, *, tile: Tile) -> Integers:
 
 
 def pick_clip(found: Integers, *, expected: float) -> Clip:
-    """The highest bin whose lower edge, as 1/c, keeps at least `expected` = density · N entries."""
+    """Return the highest bin whose lower edge, as 1/c, keeps at least `expected` = density · N entries."""
     counts, lows = found.astype(np.float64)
     edges = _values(np.arange(HIGH) << 16)
     finite = np.isfinite(edges)
@@ -56,12 +63,12 @@ def pick_clip(found: Integers, *, expected: float) -> Clip:
 
 
 def clip_bin(clip: Clip) -> Bin:
-    """The bin in the form of `select.low_histogram`."""
+    """Return the bin in the form of `select.low_histogram`."""
     return Bin(clip.high, 1)
 
 
 def factor(low: Integers, clip: Clip, *, expected: float) -> float:
-    """c; the largest float32 if even all non-zero entries are fewer than `expected`."""
+    """Return c; the largest float32 if even all non-zero entries are fewer than `expected`."""
     values = _values((clip.high << 16) + np.arange(LOW))[::-1]
     counts = low.astype(np.float64)[::-1]
     clipped = clip.above + np.concatenate([[0.0], np.cumsum(counts)])
@@ -73,7 +80,7 @@ def factor(low: Integers, clip: Clip, *, expected: float) -> float:
 
 
 def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key: Key, density: float) -> torch.Tensor:
-    """Δ_i · density / π_i where kept, else 0: divided by q = density it is unbiased. Δ = 0 is never kept.
+    """Return Δ_i · density / π_i where kept, else 0: divided by q = density it is unbiased. Δ = 0 is never kept.
 
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
@@ -94,6 +101,17 @@ def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key
 
 
 def _values(bits: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The float32 numbers of these bits."""
+    """Return the float32 numbers of these bits."""
     with np.errstate(invalid="ignore"):  # the last bins are those of NaN
         return bits.astype(np.int32).view(np.float32).astype(np.float64)
+
+
+def importance(masking: Masking) -> Any:
+    """Make the node of what is kept: two passes find c, a third draws."""
+    make, delta, shape = masking.make, masking.delta, masking.shape
+    expected = masking.share * math.prod(shape)
+    clip = make(pick_clip, [make(sums, [delta], kind="sum", shape=shape)], kind="small", expected=expected)
+    inside = make(clip_bin, [clip], kind="small")
+    low = make(low_histogram, [delta, inside], kind="sum", shape=shape)
+    c = make(factor, [low, clip], kind="small", expected=expected)
+    return make(sampled, [*masking.pair, c], shape=shape, key=masking.key, density=masking.share)

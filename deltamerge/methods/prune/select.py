@@ -12,14 +12,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import spread
+from deltamerge.engine.tiles import LONGEST_ROW, Kept, alike, block_elements, densify, row_length
+from deltamerge.engine.traits import traits
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import alike, densify
-from deltamerge.methods.tiles import Kept, Tile, block_elements
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Make, Tile
+
+    Counts: TypeAlias = NDArray[np.int64]
+    Magnitudes: TypeAlias = NDArray[np.uint32]
 
 HIGH = 1 << 15
 LOW = 1 << 16
@@ -32,9 +42,6 @@ MOST = 1 << 20
 SAMPLE_LEAST, SAMPLE_MOST, SAMPLE_SHARE = 1 << 15, 1 << 18, 128
 # The distance of the bracket's ends, in standard deviations of the sample's rank.
 DEVIATIONS = 4.0
-
-Counts: TypeAlias = "NDArray[np.int64]"
-Magnitudes: TypeAlias = "NDArray[np.uint32]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +74,19 @@ class Cut:
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
-    """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes; NaN is 0x7F800001."""
+    """Return abs(Δ) as int32: float32's bits without the sign sort like the magnitudes; NaN is 0x7F800001."""
     return (delta.contiguous().view(torch.int32) & MAGNITUDE).clamp_max_(ANY_NAN)
 
 
 def sampled_run(shape: tuple[int, ...]) -> int:
-    """The length of the run of entries that the sample takes from each block."""
+    """Return the length of the run of entries that the sample takes from each block."""
     size, block = math.prod(shape), block_elements(shape)
     wanted = min(size, max(SAMPLE_LEAST, min(SAMPLE_MOST, size // SAMPLE_SHARE)))
     return min(block, -(-wanted // max(1, -(-size // block))))
 
 
 def run_start(number: int, size: int, run: int) -> int:
-    """Where the sampled run of block `number`, of `size` entries, begins in it.
+    """Say where the sampled run of block `number`, of `size` entries, begins in it.
 
     It moves from block to block by the golden ratio: blocks begin at rows, and otherwise all runs would take the same
     columns.
@@ -87,8 +94,21 @@ def run_start(number: int, size: int, run: int) -> int:
     return ((number * GOLDEN) & 0xFFFFFFFF) * max(0, size - run + 1) >> 32
 
 
+def _counted(assembly: Assembly, node: Node, code: int, size: int, wanted: int = 0) -> None:
+    """Count into `size` counters, or into one for each block (0)."""
+    delta = assembly.register(node.inputs[0])
+    assembly.counters[id(node)] = (len(assembly.operations), size)
+    assembly.add(code, -1, delta, wanted)
+
+
+def _sample_loop(assembly: Assembly, node: Node) -> None:
+    run = sampled_run(assembly.form.shape)
+    assembly.add(codes.SAMPLE, -1, assembly.register(node.inputs[0]), run, assembly.list_of(node))
+
+
+@traits(loop=_sample_loop, samples=sampled_run, rare=True)
 def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
-    """The bits of abs(Δ) of a run of each block."""
+    """Return the bits of abs(Δ) of a run of each block."""
     bits, step, run = magnitude_bits(delta), block_elements(tile.shape), sampled_run(tile.shape)
     number, parts = tile.start // step, [np.empty(0, np.uint32)]
     for rows in alike(bits, tile):
@@ -102,7 +122,7 @@ def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
 
 
 def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
-    """The bracket of the k-th largest (k ≥ 1) of `size` magnitudes; None: too many would lie inside.
+    """Return the bracket of the k-th largest (k ≥ 1) of `size` magnitudes; None: too many would lie inside.
 
     Differences of bfloat16 take few values. If the value at the sample's rank has so many equals that the true rank
     almost surely falls among them, the bracket is that one value, and nothing is listed.
@@ -120,9 +140,23 @@ def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
     return Bracket(middle, middle) if equals else None
 
 
+def _bracketed_loop(assembly: Assembly, node: Node) -> None:
+    delta, bracket = node.inputs
+    ends, row = assembly.values[id(bracket)], assembly.list_of(node)
+    assembly.add(codes.LIST, -1, assembly.register(delta), ends.low, row, ends.high)
+
+
+def _no_bracket(bracket: Bracket | None) -> bool:
+    """Tell whether there is no bracket, because too many entries would lie inside."""
+    return bracket is None
+
+
+@traits(loop=_bracketed_loop, needless=_no_bracket)
 def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
-    """Per block the numbers of magnitudes above and inside the bracket, and the bits of those inside in flat order;
-    without the bits if the bracket is one value."""
+    """Return per block the numbers of magnitudes above and inside the bracket, and the bits of those inside.
+
+    The bits are in flat order. If the bracket is one value they are left out.
+    """
     bits, parts = magnitude_bits(delta), [np.empty(0, np.uint32)]
     for rows in alike(bits, tile):
         inside = (rows >= bracket.low) & (rows <= bracket.high)
@@ -136,17 +170,12 @@ def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitude
     return np.concatenate(parts)
 
 
-def bracketed_needless(bracket: Bracket | None) -> bool:
-    """Whether there is no bracket, because too many entries would lie inside."""
-    return bracket is None
-
-
 def _words(bits: torch.Tensor) -> Magnitudes:
     return bits.cpu().numpy().view(np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class Candidates:
     """The result of `bracketed`: the number above the bracket, the numbers inside per block, and the bits of those
     inside (one for all if the bracket is one value)."""
 
@@ -160,24 +189,24 @@ class Listed:
         return self.values.size == 1
 
 
-def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Listed | None:
-    """The blocks of `bracketed`, joined."""
+def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Candidates | None:
+    """Join the blocks of `bracketed`."""
     if found is None or bracket is None:
         return None
     if bracket.low == bracket.high:
         per_block = found.reshape(-1, 2).astype(np.int64)
-        return Listed(int(per_block[:, 0].sum()), per_block[:, 1], np.array([bracket.low], np.uint32))
+        return Candidates(int(per_block[:, 0].sum()), per_block[:, 1], np.array([bracket.low], np.uint32))
     above, counts, blocks, at = 0, [], [], 0
     while at < found.size:
         above, count = above + int(found[at]), int(found[at + 1])
         counts.append(count)
         blocks.append(found[at + 2 : at + 2 + count])
         at += 2 + count
-    return Listed(above, np.array(counts, np.int64), np.concatenate(blocks))
+    return Candidates(above, np.array(counts, np.int64), np.concatenate(blocks))
 
 
-def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
-    """The cut of the k-th largest magnitude; None if it is not among those listed."""
+def pick_listed(listed: Candidates | None, *, k: int) -> Cut | None:
+    """Return the cut of the k-th largest magnitude; None if it is not among those listed."""
     if listed is None:
         return None
     rank, inside = k - listed.above, int(listed.counts.sum())
@@ -190,55 +219,70 @@ def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
     return replace(pick_cut(np.bincount(low, minlength=LOW), high), listed=True)
 
 
-def high_histogram(delta: torch.Tensor, listed: Cut | None = None, *, tile: Tile) -> Counts:
-    """Counts of the high 16 bits of abs(Δ): int64[32768]."""
-    return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
+def _high_loop(assembly: Assembly, node: Node) -> None:
+    _counted(assembly, node, codes.HIGH, HIGH)
 
 
-def high_histogram_needless(listed: Cut | None = None) -> bool:
-    """Whether the k-th largest was listed."""
+def _is_listed(listed: Cut | None = None) -> bool:
+    """Tell whether the k-th largest was listed."""
     return listed is not None
 
 
+@traits(loop=_high_loop, needless=_is_listed, rare=True)
+def high_histogram(delta: torch.Tensor, listed: Cut | None = None, *, tile: Tile) -> Counts:
+    """Count the high 16 bits of abs(Δ): int64[32768]."""
+    return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
+
+
 def pick_bin(counts: Counts, *, k: int) -> Bin:
-    """The bin that holds the k-th largest, k ≥ 1."""
+    """Return the bin that holds the k-th largest, k ≥ 1."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, k))
     high = HIGH - 1 - index
     return Bin(high, k - int(above[index] - counts[high]))
 
 
+def _nonzero_loop(assembly: Assembly, node: Node) -> None:
+    _counted(assembly, node, codes.NONZERO, 1)
+
+
+@traits(loop=_nonzero_loop)
 def count_nonzero(x: torch.Tensor, *, tile: Tile) -> Counts:
-    """How many entries are not 0: int64[1]."""
+    """Count the entries that are not 0: int64[1]."""
     return x.count_nonzero().view(1).cpu().numpy()
 
 
 def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
-    """The bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, with nothing of it kept."""
+    """Return the bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, with nothing of it kept."""
     k = int(share * int(nonzero[0]))
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
 
+def _low_loop(assembly: Assembly, node: Node) -> None:
+    _counted(assembly, node, codes.LOW, LOW, assembly.values[id(node.inputs[1])].high)
+
+
+def _no_bin(high: Bin | None) -> bool:
+    """Tell whether no bin was needed."""
+    return high is None
+
+
+@traits(loop=_low_loop, needless=_no_bin, rare=True)
 def low_histogram(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
-    """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
+    """Count the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
     assert high is not None
     bits = magnitude_bits(delta)
     inside = bits[(bits >> 16) == high.high]
     return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
 
 
-def low_histogram_needless(high: Bin | None) -> bool:
-    """Whether no bin was needed."""
-    return high is None
-
-
 def find_bin(counts: Counts | None, *, k: int) -> Bin | None:
-    """`pick_bin` of the counts, if they were made."""
+    """Return `pick_bin` of the counts, if they were made."""
     return None if counts is None else pick_bin(counts, k=k)
 
 
 def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> Cut:
-    """The cut from the listed magnitudes, else from the counts of low bits."""
+    """Return the cut from the listed magnitudes, else from the counts of low bits."""
     if listed is not None:
         return listed
     assert counts is not None
@@ -246,8 +290,8 @@ def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> 
     return pick_cut(counts, high)
 
 
-def ranks_listed(counts: Counts | None, listed: Listed | None, cut: Cut) -> Counts:
-    """`pick_ranks` of the counts of equal entries per block, or of the list."""
+def ranks_listed(counts: Counts | None, listed: Candidates | None, cut: Cut) -> Counts:
+    """Return `pick_ranks` of the counts of equal entries per block, or of the list."""
     if listed is None or not cut.listed or cut.equal_kept == cut.equal_total:
         return pick_ranks(counts)
     before = pick_ranks(listed.counts)
@@ -257,7 +301,7 @@ def ranks_listed(counts: Counts | None, listed: Listed | None, cut: Cut) -> Coun
 
 
 def pick_cut(counts: Counts, high: Bin) -> Cut:
-    """The exact k-th largest magnitude, and how many entries equal to it are kept."""
+    """Return the exact k-th largest magnitude, and how many entries equal to it are kept."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, high.rank))
     low = LOW - 1 - index
@@ -265,45 +309,76 @@ def pick_cut(counts: Counts, high: Bin) -> Cut:
     return Cut((high.high << 16) | low, high.rank - int(above[index] - equal), equal)
 
 
+def _equal_loop(assembly: Assembly, node: Node) -> None:
+    _counted(assembly, node, codes.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
+
+
+def _no_ties(cut: Cut) -> bool:
+    """Tell whether all equal entries are kept, or their places are known, so that no pass need count them."""
+    return cut.listed or cut.equal_kept == cut.equal_total
+
+
+@traits(loop=_equal_loop, needless=_no_ties, rare=True)
 def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
-    """How many entries of each block equal the threshold: int64 per block."""
+    """Count the entries of each block that equal the threshold: int64 per block."""
     equal = magnitude_bits(delta) == cut.threshold
     step = block_elements(tile.shape)
     blocks = torch.arange(tile.size, device=delta.device) // step
     return torch.bincount(blocks[equal], minlength=-(-tile.size // step)).cpu().numpy()
 
 
-def equal_counts_needless(cut: Cut) -> bool:
-    """Whether all equal entries are kept, or their places are known, so that no pass need count them."""
-    return cut.listed or cut.equal_kept == cut.equal_total
-
-
 def pick_ranks(counts: Counts | None) -> Counts:
-    """The number of equal entries before each block: exclusive prefix sums, int64; empty if it does not matter."""
+    """Return the number of equal entries before each block, int64; empty if it does not matter."""
     if counts is None:
         return np.zeros(0, np.int64)
     return np.cumsum(counts) - counts
 
 
 def nothing() -> Cut:
-    """The cut that keeps no entry."""
+    """Return the cut that keeps no entry."""
     return Cut(MAGNITUDE, 0, 0)
 
 
 def no_ranks() -> Counts:
-    """The ranks for a cut that keeps all equal entries."""
+    """Return the ranks for a cut that keeps all equal entries."""
     return np.zeros(0, np.int64)
 
 
+def _keep(assembly: Assembly, to: int, score: int, values: int, cut: Cut, before: Counts) -> None:
+    """Put into a register the values whose score is among the largest."""
+    offset = sum(map(len, assembly.ranks)) if before.size else -1
+    assembly.ranks += [before, np.array([cut.equal_total])] if before.size else []
+    assembly.add(codes.KEEP, to, score, cut.threshold, cut.equal_kept, offset, models=(values,))
+
+
+def _keep_largest_loop(assembly: Assembly, node: Node) -> None:
+    delta = assembly.register(node.inputs[0])
+    cut, ranks = (assembly.values[id(x)] for x in node.inputs[1:])
+    _keep(assembly, assembly.made(node), delta, delta, cut, ranks)
+
+
+@traits(loop=_keep_largest_loop)
 def keep_largest(delta: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) -> torch.Tensor:
-    """Δ where it is among the k largest magnitudes of the tensor, else 0."""
+    """Return Δ where it is among the k largest magnitudes of the tensor, else 0."""
     return delta.where(among_largest(delta, cut, ranks, tile), delta.new_zeros(()))
 
 
+def _keep_between_loop(assembly: Assembly, node: Node) -> None:
+    delta = assembly.register(node.inputs[0])
+    outer, outer_ranks, inner, inner_ranks = (assembly.values[id(x)] for x in node.inputs[1:])
+    wide, narrow = assembly.new(), assembly.new()
+    _keep(assembly, wide, delta, delta, outer, outer_ranks)
+    _keep(assembly, narrow, delta, delta, inner, inner_ranks)
+    # an entry that the inner cut keeps as +0.0 is +0.0 anyway
+    assembly.add(codes.CLEAR, assembly.made(node), wide, narrow)
+    assembly.free += [wide, narrow]
+
+
+@traits(loop=_keep_between_loop)
 def keep_between(
     delta: torch.Tensor, outer: Cut, outer_ranks: Counts, inner: Cut, inner_ranks: Counts, *, tile: Tile
 ) -> torch.Tensor:
-    """Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
+    """Return Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
 
         delta                  a tile
         outer, outer_ranks     the cut of the larger set, and ranks of its equal entries
@@ -315,8 +390,15 @@ def keep_between(
     return delta.where(keep, delta.new_zeros(()))
 
 
+def _keep_where_loop(assembly: Assembly, node: Node) -> None:
+    delta, score = map(assembly.register, node.inputs[:2])
+    cut, ranks = (assembly.values[id(x)] for x in node.inputs[2:])
+    _keep(assembly, assembly.made(node), score, delta, cut, ranks)
+
+
+@traits(loop=_keep_where_loop)
 def keep_where(delta: torch.Tensor | Kept, score: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) -> torch.Tensor:
-    """Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
+    """Return Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
     ones), else 0.
     """
     delta = densify(delta, tile.size)
@@ -324,7 +406,7 @@ def keep_where(delta: torch.Tensor | Kept, score: torch.Tensor, cut: Cut, ranks:
 
 
 def among_largest(score: torch.Tensor, cut: Cut, ranks: Counts, tile: Tile) -> torch.Tensor:
-    """Whether each entry's magnitude is one of the k largest of the tensor."""
+    """Tell whether each entry's magnitude is one of the k largest of the tensor."""
     bits = magnitude_bits(score)
     keep = bits > cut.threshold
     equal = bits == cut.threshold
@@ -336,17 +418,35 @@ def among_largest(score: torch.Tensor, cut: Cut, ranks: Counts, tile: Tile) -> t
     return keep
 
 
+def _keep_largest_rows_loop(assembly: Assembly, node: Node, density: float) -> None:
+    delta, row = assembly.register(node.inputs[0]), assembly.form.row
+    score, k = delta, round(density * row)
+    if len(node.inputs) > 1:
+        score = assembly.new()
+        spread(assembly, score, delta, assembly.values[id(node.inputs[1])], 2)
+    assembly.add(codes.ROWS, assembly.made(node), delta, score, k, row)
+    if score != delta:
+        assembly.free.append(score)
+
+
+def _rows_fit(node: Node, root: Node) -> bool:
+    return row_length(node.shape) <= LONGEST_ROW
+
+
+@traits(loop=_keep_largest_rows_loop, fits=_rows_fit, sorts=True)
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
-    """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equal ones
+    """Return Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equal ones
     from the left."""
     return _largest_of_rows(delta, delta.view(-1, tile.columns), density)
 
 
+@traits(loop=_keep_largest_rows_loop, fits=_rows_fit, sorts=True)
 def keep_largest_rows_scored(
     delta: torch.Tensor, norms: np.ndarray[tuple[int], np.dtype[np.float32]], *, tile: Tile, density: float
 ) -> torch.Tensor:
-    """Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i; equal ones from the
-    left.
+    """Return Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i.
+
+    Of equal ones the left are kept.
 
     `norms` (n) of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
     """
@@ -357,7 +457,7 @@ def keep_largest_rows_scored(
 def keep_largest_rows_stacked(
     delta: torch.Tensor, norms: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, tile: Tile, density: float
 ) -> torch.Tensor:
-    """The same of stacked matrices (E, m, n) with `norms` (E, n) of their inputs."""
+    """Do the same with stacked matrices (E, m, n) with `norms` (E, n) of their inputs."""
     rows = delta.view(-1, tile.columns)
     numbers = (tile.start // tile.columns + torch.arange(len(rows))) // tile.shape[-2]
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms)[numbers].to(delta.device), density)
@@ -366,14 +466,14 @@ def keep_largest_rows_stacked(
 def scored_stacked(
     delta: torch.Tensor | Kept, norms: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, tile: Tile
 ) -> torch.Tensor:
-    """abs(Δ_ji) · ‖x_j‖ in float32 of stacked matrices (E, n, m), stored (in, out), with `norms` (E, n)."""
+    """Return abs(Δ_ji) · ‖x_j‖ in float32 of stacked matrices (E, n, m), stored (in, out), with `norms` (E, n)."""
     rows = densify(delta, tile.size).view(-1, tile.columns)
     numbers = tile.start // tile.columns + torch.arange(len(rows))
     return (rows.abs() * torch.from_numpy(norms).reshape(-1)[numbers].to(rows.device)[:, None]).view(-1)
 
 
 def _largest_of_rows(delta: torch.Tensor, score: torch.Tensor, density: float) -> torch.Tensor:
-    """Δ where abs(score) (rows, n) is among the round(density · n) largest of its row."""
+    """Return Δ where abs(score) (rows, n) is among the round(density · n) largest of its row."""
     columns = score.shape[1]
     k = round(density * columns)
     if k == 0:
@@ -384,3 +484,34 @@ def _largest_of_rows(delta: torch.Tensor, score: torch.Tensor, density: float) -
     equal = bits == threshold
     keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return delta.where(keep.view(-1), delta.new_zeros(()))
+
+
+def largest(make: Make, delta: Any, k: int) -> Any:
+    """Make Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
+    if k >= math.prod(delta.shape):
+        return delta
+    return make(keep_largest, [delta, *end_of(make, delta, k)], shape=delta.shape)
+
+
+def above(make: Make, delta: Any, cut: Any) -> Any:
+    """Make Δ above a cut, and of the entries equal to it the first ones in flat order."""
+    equal = make(equal_counts, [delta, cut], kind="concat", shape=delta.shape)
+    return make(keep_largest, [delta, cut, make(pick_ranks, [equal], kind="small")], shape=delta.shape)
+
+
+def end_of(make: Make, delta: Any, k: int) -> tuple[Any, Any]:
+    """Make what says where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
+    if k == 0:
+        return make(nothing, kind="small"), make(no_ranks, kind="small")
+    shape = delta.shape
+    some = make(sample, [delta], kind="concat", shape=shape)
+    bracket = make(pick_bracket, [some], kind="small", k=k, size=math.prod(shape))
+    inside = make(bracketed, [delta, bracket], kind="concat", shape=shape)
+    listed = make(gathered, [inside, bracket], kind="small")
+    near = make(pick_listed, [listed], kind="small", k=k)
+    high = make(high_histogram, [delta, near], kind="sum", shape=shape)
+    found = make(find_bin, [high], kind="small", k=k)
+    low = make(low_histogram, [delta, found], kind="sum", shape=shape)
+    cut = make(pick_either, [near, low, found], kind="small")
+    equal = make(equal_counts, [delta, cut], kind="concat", shape=shape)
+    return cut, make(ranks_listed, [equal, listed, cut], kind="small")

@@ -1,38 +1,27 @@
-"""Arcee fusion: only the most important entries, by size and by their row's shift, are taken from the model."""
+"""Arcee fusion: take the most important entries from the model, by size and by their row's shift (https://arcee.ai).
+
+A row is the last dimension (`tiles.row_length_of`).
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from deltamerge.engine.tiles import alike, densify, row_length_of
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import alike, densify, row_length_of
 from deltamerge.methods.prune import select
-from deltamerge.methods.tiles import Kept, Make, Tile
+from deltamerge.methods.registry import delta_method
+
+if TYPE_CHECKING:
+    from deltamerge.engine.tiles import Kept, Make, Tile
 
 FLOOR = 1e-8
 
 
-def arcee_fusion(
-    base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
-) -> torch.Tensor:
-    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai).
-
-    base         tile in its stored dtype
-    delta        float32 tile
-    importance   of each entry, float32
-    threshold    the least importance that is taken
-
-    What is not a number reaches the threshold too, so that it is seen in the result.
-    """
-    dense = densify(delta, tile.size)
-    return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))
-
-
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
-    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
+    """Make the node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes entries."""
     score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
     high = make(select.high_histogram, [score], kind="sum", shape=shape)
@@ -47,10 +36,9 @@ def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], 
 
 
 def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) -> torch.Tensor:
-    """abs(Δ) · Σ p log(p / q) over the row, p and q the softmaxes of base + Δ and base, 1e-8 added to each.
+    """Return abs(Δ) · Σ p log(p / q) over the row, p and q the softmaxes of base + Δ and base, 1e-8 added to each.
 
-    Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32. A row is
-    the last dimension (`ops.row_length_of`).
+    Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32.
     """
     dense = densify(delta, tile.size)
     old, change = (alike(x.to(torch.float64).cpu(), tile) for x in (base, dense))
@@ -65,7 +53,7 @@ def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) ->
 
 
 def threshold(*quartiles: Any) -> float:
-    """median + 1.5 · (Q3 − Q1), in float32; of nothing, 0."""
+    """Return median + 1.5 · (Q3 − Q1), in float32; of nothing, 0."""
     if not quartiles:
         return 0.0
     bits = np.array([cut.threshold for cut in quartiles], np.int32)
@@ -76,3 +64,25 @@ def threshold(*quartiles: Any) -> float:
 def _softmax(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     raised = np.exp(rows - rows.max(1, keepdims=True))
     return np.asarray(raised / raised.sum(1, keepdims=True) + FLOOR)
+
+
+@delta_method(
+    "keep Δ where abs(Δ) · KL of the rows' softmaxes is at least median + 1.5 · IQR",
+    "https://arcee.ai",
+    maximum=1,
+    nodes=nodes,
+)
+def arcee_fusion(
+    base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
+) -> torch.Tensor:
+    """Return base + Δ where the importance reaches the threshold, base elsewhere; float32.
+
+    base         tile in its stored dtype
+    delta        float32 tile
+    importance   of each entry, float32
+    threshold    the least importance that is taken
+
+    NaN reaches the threshold too, so that it shows in the result.
+    """
+    dense = densify(delta, tile.size)
+    return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
 from deltamerge.io.lazy import torch
-from deltamerge.methods.merge.arithmetic import task_arithmetic
-from deltamerge.methods.tiles import Make, Tile, Whole
+from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 
 if TYPE_CHECKING:
+    from deltamerge.engine.tiles import Make, Tile, Whole
+
     Tensor = torch.Tensor
 
 # Singular values up to this part of the largest have no direction: what is left of them is rounding of float32.
@@ -46,7 +47,7 @@ def nodes(
     weights: tuple[float, ...],
     **parameters: Any,
 ) -> Any:
-    """The node of base + λ · `function` of the whole w_i Δ_i; of base + λ/n Σ w_i Δ_i where there is no `form`.
+    """Make the node of base + λ · `function` of the whole w_i Δ_i; of base + λ/n Σ w_i Δ_i where there is no `form`.
 
     `transposed`: matrices are stored (in, out).
     """
@@ -61,7 +62,7 @@ def nodes(
 
 
 def add(base: Tensor, merged: Tensor, *, tile: Tile, lambda_: float) -> Tensor:
-    """base + λ · merged in float32, of a tile and the merged delta of the whole tensor."""
+    """Return base + λ · merged in float32, of a tile and the merged delta of the whole tensor."""
     part = merged[tile.start : tile.stop]
     return base.to(torch.float32) + (part if lambda_ == 1 else part * lambda_)
 
@@ -133,20 +134,20 @@ class Tall:
 
 
 def spectrum(matrix: Tall) -> tuple[Tensor, Tensor]:
-    """(S, V): all singular values (r), descending, and right vectors (r, r), by R; NaN where it is not finite."""
+    """Return (S, V) by R: all singular values (r), descending, and right vectors (r, r). NaN where A is not finite."""
     found: Tensor | None = None
     for _, block in matrix.blocks():
         found = torch.linalg.qr(block if found is None else torch.cat([found, block]), mode="r").R
     assert found is not None
     if not bool(found.isfinite().all()):
         return torch.full_like(found[0], torch.nan), torch.full_like(found, torch.nan)
-    with found_by("svd"):
+    with solved_by("svd"):
         _, values, right = torch.linalg.svd(found)
     return values, positive(right.T)
 
 
 def gram(matrix: Tall) -> Tensor:
-    """AᵀA (r, r)."""
+    """Return AᵀA (r, r)."""
     size = matrix.values.shape[1]
     total = matrix.values.new_zeros(size, size, dtype=torch.float64)
     for _, block in matrix.blocks():
@@ -155,18 +156,20 @@ def gram(matrix: Tall) -> Tensor:
 
 
 def largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(S, V): the largest singular values (count), descending, and right vectors (r, count), of a matrix by AᵀA; NaN
-    where it is not finite."""
+    """Return (S, V) of A by AᵀA: the largest singular values (count), descending, and right vectors (r, count).
+
+    NaN where A is not finite.
+    """
     if not bool(gram.isfinite().all()):
         return gram.new_full((count,), torch.nan), gram.new_full((len(gram), count), torch.nan)
-    with found_by("eigh"):
+    with solved_by("eigh"):
         squares, vectors = torch.linalg.eigh(gram)
     return squares.flip(0)[:count].clamp(min=0).sqrt(), positive(vectors.flip(1)[:, :count])
 
 
 @contextmanager
-def found_by(name: str) -> Iterator[None]:
-    """InputError in place of LAPACK's: a decomposition did not converge."""
+def solved_by(name: str) -> Iterator[None]:
+    """Raise InputError in place of LAPACK's error: a decomposition did not converge."""
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch has it
@@ -174,17 +177,17 @@ def found_by(name: str) -> Iterator[None]:
 
 
 def positive(vectors: Tensor) -> Tensor:
-    """Columns with the sign that makes the largest entry of each positive, the first where several are."""
+    """Give columns the sign that makes the largest entry of each positive, the first where several are."""
     return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def inverse(values: Tensor, largest: Tensor) -> Tensor:
-    """1 / σ; 0 where σ has no direction beside the largest."""
+    """Return 1 / σ; 0 where σ has no direction beside the largest."""
     return torch.where(values <= TINY * largest, 0.0, 1.0 / values)
 
 
 def polar(matrix: Tall) -> Tensor:
-    """P = V S⁻¹ Vᵀ (r, r): A P is the nearest matrix of orthonormal columns to A, U Vᵀ."""
+    """Return P = V S⁻¹ Vᵀ (r, r): A P is the nearest matrix of orthonormal columns to A, U Vᵀ."""
     values, right = largest(gram(matrix), matrix.values.shape[1])
     return (right * inverse(values, values.max())) @ right.T
 
@@ -192,7 +195,7 @@ def polar(matrix: Tall) -> Tensor:
 def each(
     sources: tuple[Whole, ...], form: Form, weights: tuple[float, ...], merge: Callable[[Matrices, Tensor], None]
 ) -> Tensor:
-    """The merged delta of a tensor, flat float32: `merge` writes that of one matrix, (rows, columns)."""
+    """Return the merged delta of a tensor, flat float32: `merge` writes that of one matrix, (rows, columns)."""
     count, rows, columns = form
     out = torch.empty(count, rows, columns, dtype=torch.float32, device=sources[0].device)
     for i in range(count):
@@ -201,7 +204,7 @@ def each(
 
 
 def multiply(matrix: Tall, right: Tensor, out: Tensor) -> None:
-    """out = A · right, where `out` lies as A does: turned if its rows are fewer than its columns."""
+    """Set out = A · right, where `out` lies as A does: turned if its rows are fewer than its columns."""
     out = out.T if out.shape[0] < out.shape[1] else out
     for part, block in matrix.blocks():
         out[part] = (block @ right).to(torch.float32)
@@ -210,8 +213,12 @@ def multiply(matrix: Tall, right: Tensor, out: Tensor) -> None:
 def needs(
     form: Form, *, matrices: float, squares: float, spectra: float = 0, grams: float = 0, products: float = 0
 ) -> tuple[int, float]:
-    """(bytes, operations) of a merge that holds so many matrices of ℓ × r and of r × r in float64, and finds so many
-    spectra, and largest values of Gram matrices, and products of ℓ × r by r × r for each matrix."""
+    """Return (bytes, operations) of a merge.
+
+    matrices, squares   held at once in float64, of ℓ × r and of r × r
+    spectra, grams      decompositions for each matrix, by R and by AᵀA
+    products            of ℓ × r by r × r for each matrix
+    """
     count, rows, columns = form
     small, long = min(rows, columns), max(rows, columns)
     block = max(2 * small, BLOCK // small) * small

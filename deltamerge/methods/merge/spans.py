@@ -1,4 +1,4 @@
-"""Merges whose result is a weighted sum of their inputs, with weights found from the inputs' dot products alone.
+"""Weighted sums whose weights follow from the dot products of the inputs alone.
 
 slerp, nuslerp, multislerp, karcher and model_stock stay in the span of the flattened inputs x_i. One pass over the
 tensor computes their Gram matrix G_ij = ⟨x_i, x_j⟩ in float64, the method turns it into coefficients c_i, and a second
@@ -11,130 +11,32 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import weighted
+from deltamerge.engine.tiles import LONGEST_ROW, Kept, alike, densify, halved, row_length
+from deltamerge.engine.traits import traits
 from deltamerge.errors import InputError
+from deltamerge.io.lazy import numpy as np
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import alike, densify, halved
 from deltamerge.methods.prune.rescale import norm
-from deltamerge.methods.tiles import LONGEST_ROW, Kept, Make, Tile, row_length
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Make, Tile
+
     Part = torch.Tensor | Kept
+    Floats = NDArray[np.float64]
 
-Floats = NDArray[np.float64]
-
-COLINEAR = 0.9995
-ZERO_SUM = 1e-6
+ZERO_SUM = 1e-6  # weights whose sum is below have none
 LIMB_BITS = 30
 LIMBS = 3
 
 
-def slerp(gram: Floats, *, t: float, tile: Tile | None = None) -> Floats:
-    """sin((1 − t)θ)/sin θ and sin(tθ)/sin θ, θ the angle between base and model; 1 − t and t if abs(cos θ) > 0.9995.
-
-    https://en.wikipedia.org/wiki/Slerp; norms of at most 1e-8 count as 1.
-    """
-    norms = _norms(gram)
-    norms = np.where(norms > 1e-8, norms, 1.0)
-    cosine = np.clip(gram[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return _arc(cosine, np.abs(cosine) > COLINEAR, t)
-
-
-def nuslerp(gram: Floats, *, weights: tuple[float, ...], tile: Tile | None = None) -> Floats:
-    """slerp at t = w_2 / (w_1 + w_2), or 1/2 where that sum is 0; colinear only where sin θ is 0 to 1e-8."""
-    total = math.fsum(weights)
-    t = 0.5 if abs(total) < ZERO_SUM else weights[1] / total
-    norms = np.maximum(_norms(gram), 1e-7)
-    cosine = np.clip(gram[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return _arc(cosine, 1.0 - cosine * cosine <= 1e-16, t)
-
-
-def multislerp(
-    gram: Floats, *, weights: tuple[float, ...], normalize_weights: bool, eps: float, tile: Tile | None = None
-) -> Floats:
-    """Directions u_i = x_i / (‖x_i‖ + ε), averaged in the tangent space of their normalised mean m.
-
-        gram                of the models
-        weights             w_i
-        normalize_weights   whether to divide them by their sum
-        eps                 ε
-
-    v = Σ w_i (u_i − ⟨u_i, m⟩ m); back on the sphere m cos‖v‖ + v sin‖v‖/‖v‖; times Σ w_i ‖x_i‖. Two opposite models are
-    interpolated linearly; InputError if more of them add up to 0.
-
-    https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
-    """
-    count = gram.shape[-1]
-    share = np.array(weights, np.float64)
-    if normalize_weights:
-        if abs(share.sum()) < ZERO_SUM:
-            raise InputError("multislerp: the weights add up to 0", hint="change them, or set normalize_weights: false")
-        share = share / share.sum()
-    if count == 1:
-        return np.ones(1)
-    norms = _norms(gram)
-    unit = gram / np.multiply.outer(norms + eps, norms + eps)
-    length = _length(share, unit)
-    if length < max(eps, 1e-12):
-        if count == 2 or not norms.any():
-            return share
-        raise InputError("multislerp: the directions of the models add up to 0", hint="use other weights")
-    mean = share / length
-    tangent = share - (share @ unit @ mean) * mean
-    angle = _length(tangent, unit) + eps
-    direction = mean * math.cos(angle) + tangent * (math.sin(angle) / angle if angle else 1.0)
-    return np.asarray((norms @ share) * direction / np.where(norms + eps > 0.0, norms + eps, 1.0))
-
-
-def karcher(gram: Floats, *, max_iter: int, tol: float, tile: Tile | None = None) -> Floats:
-    """The point of the sphere nearest to all directions u_i, × the mean norm: m ← exp_m(mean of log_m(u_i)).
-
-    At most `max_iter` steps, until one is shorter than `tol`; models of norm ≤ `tol` have no direction
-    (arXiv 2603.04972).
-    """
-    norms = _norms(gram)
-    valid = norms > tol
-    if not valid.any():
-        return np.zeros(len(norms))
-    safe = np.where(valid, norms, 1.0)
-    unit = gram / np.multiply.outer(safe, safe)
-    share = valid / valid.sum()
-    length = _length(share, unit)
-    mean = share / length if length >= tol else np.eye(len(norms))[int(valid.argmax())]
-    for _ in range(max_iter):
-        cosine = np.clip(unit @ mean, -1.0, 1.0)
-        angle = np.where(valid, np.arccos(cosine), 0.0)
-        far = (angle >= tol) & (angle < math.pi)
-        factor = np.divide(angle, np.sin(angle), out=np.zeros_like(angle), where=far) * share
-        tangent = factor - (factor @ cosine) * mean
-        length = _length(tangent, unit)
-        if length < tol:
-            break
-        mean = math.cos(length) * mean + math.sin(length) * (tangent / length)
-        mean = mean / _length(mean, unit)
-    return np.asarray(norms.mean() * mean / safe)
-
-
-def model_stock(gram: Floats, *, tile: Tile | None = None) -> Floats:
-    """t / N for each delta, t = N c / (1 + (N − 1) c), c the mean cosine of the pairs; t = 0 where that has no value.
-
-    arXiv 2403.19522; products of norms below 1e-6 count as 1e-6.
-    """
-    count = gram.shape[-1]
-    norms = _norms(gram)
-    first, second = np.triu_indices(count, 1)
-    products = np.maximum(norms[..., first] * norms[..., second], 1e-6)
-    cosine = np.clip(gram[..., first, second] / products, -1.0, 1.0).mean(-1)
-    divisor = 1.0 + (count - 1) * cosine
-    singular = np.abs(divisor) < 1e-6
-    t = np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, divisor))
-    return np.repeat(t[..., None] / count, count, axis=-1)
-
-
 def keeps_single(**parameters: Any) -> bool:
-    """multislerp and karcher give back a single model as it is."""
+    """Say that multislerp and karcher give back a single model as it is."""
     return True
 
 
@@ -188,6 +90,14 @@ def _along(shape: tuple[int, ...], *, rows: bool, columns: bool) -> str:
     return "rows"
 
 
+def _gram_loop(assembly: Assembly, node: Node) -> None:
+    registers = list(map(assembly.register, node.inputs))
+    of = pairs(len(registers))
+    for row, (i, j) in enumerate(of, assembly.sums_of(node, len(of))):
+        assembly.add(codes.DOTS, -1, registers[i], registers[j], row)
+
+
+@traits(loop=_gram_loop, sums=True)
 def gram(*models: Part, tile: Tile) -> Floats:
     """Per block the upper triangle of ⟨x_i, x_j⟩: float64 (blocks, n(n+1)/2); products of float32 are exact in it."""
     rows = []
@@ -245,6 +155,17 @@ def from_limbs(limbs: NDArray[np.int64], scale: list[float], *, count: int) -> F
     return square(np.asarray(total) * [scale[i] * scale[j] for i, j in pairs(count)], count)
 
 
+def _combine_loop(assembly: Assembly, node: Node, along: str, based: bool) -> None:
+    *inputs, coefficients = node.inputs
+    weights = np.asarray(assembly.values[id(coefficients)]).tolist()
+    weighted(assembly, node, weights, models=inputs[based:], base=inputs[0] if based else None)
+
+
+def _is_along_tensor(node: Node, root: Node) -> bool:
+    return bool(node.parameter("along") == "tensor")
+
+
+@traits(loop=_combine_loop, fits=_is_along_tensor)
 def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
     """Σ c_i x_i in float32, added to the base if `based`; c (n), or (rows, n) of the tile, or (columns, n)."""
     *parts, coefficients = inputs
@@ -268,7 +189,8 @@ def _spread(coefficient: Floats, tile: Tile, along: str, part: Any) -> Any:
     return values[torch.arange(tile.start, tile.stop, device=device) % len(values)]
 
 
-def _arc(cosine: Floats, straight: Any, t: float) -> Floats:
+def arc(cosine: Floats, straight: Any, t: float) -> Floats:
+    """Return sin((1 − t)θ)/sin θ and sin(tθ)/sin θ, (…, 2); 1 − t and t where `straight`."""
     angle = np.arccos(np.where(straight, 0.0, cosine))
     sine = np.sin(angle)
     first = np.where(straight, 1.0 - t, np.sin((1.0 - t) * angle) / sine)
@@ -276,11 +198,12 @@ def _arc(cosine: Floats, straight: Any, t: float) -> Floats:
     return np.stack([first, second], axis=-1)
 
 
-def _norms(gram: Floats) -> Floats:
+def norms_of(gram: Floats) -> Floats:
+    """Return ‖x_i‖, (…, n)."""
     return np.asarray(np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1)))
 
 
-def _length(coefficients: Floats, gram: Floats) -> float:
+def length_of(coefficients: Floats, gram: Floats) -> float:
     """‖Σ c_i x_i‖."""
     return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
 

@@ -1,0 +1,108 @@
+"""What the engine knows of the functions that compute nodes: how the compiled loop does them, and what they need.
+
+A function declares its traits where it stands:
+
+    @traits(loop=variance_loop)
+    def variance(*deltas, tile): ...
+
+The engine imports no method. It asks the function that a node names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from deltamerge.engine.graph import function_of
+
+if TYPE_CHECKING:
+    from deltamerge.engine.graph import Node
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a function declares.
+
+    loop        loop(assembly, node, **parameters) adds the node's operations to the compiled loop; None: torch only
+    fits        fits(node, root): whether the loop can do this node of the tensor `root`; None: always
+    sparse      sparse(node): whether the node's value is `Kept`; None: never
+    patches     with sparse inputs the value is the first input, changed at the places that they keep
+    stores      the value is the output itself, in its dtype
+    sorts       sorts the entries of rows: a register holds whole rows
+    vectors     a tensor without rows is one row
+    sums        gives sums of blocks: with `sorts` in one pass a register holds a block
+    samples     samples(shape): the run of entries that it reads of each block; None: it reads all
+    rare        a reduction whose pass reads little of a tensor, or is nearly never made
+    needless    needless(*small inputs): of a reduction, whether no pass need be made; its value is then None
+    needs       needs(**parameters): of a `whole` function, (bytes, operations) that it takes, its value's among them
+    """
+
+    loop: Callable[..., None] | None = None
+    fits: Callable[[Node, Node], bool] | None = None
+    sparse: Callable[[Node], bool] | None = None
+    patches: bool = False
+    stores: bool = False
+    sorts: bool = False
+    vectors: bool = False
+    sums: bool = False
+    samples: Callable[[tuple[int, ...]], int] | None = None
+    rare: bool = False
+    needless: Callable[..., bool] | None = None
+    needs: Callable[..., tuple[int, float]] | None = None
+
+
+PLAIN = Traits()
+
+
+def traits(**declared: Any) -> Callable[[AnyFunction], AnyFunction]:
+    """Declare the traits of a function."""
+
+    def declare(function: AnyFunction) -> AnyFunction:
+        vars(function)["traits"] = Traits(**declared)
+        return function
+
+    return declare
+
+
+@cache
+def traits_of(function: str) -> Traits:
+    """Return what the function "module:name" declares."""
+    if ":" not in function:
+        return PLAIN
+    found = getattr(function_of(function), "traits", None)
+    return found if isinstance(found, Traits) else _by_suffix(function)
+
+
+def _by_suffix(function: str) -> Traits:
+    """Read the old form of packages of methods: functions `f_needs` and `f_needless` beside `f`."""
+    module, _, name = function.partition(":")
+    beside = vars(importlib.import_module(module))
+    found = {key: beside[f"{name}_{key}"] for key in ("needs", "needless") if f"{name}_{key}" in beside}
+    if found:
+        keys = ", ".join(f"{key}={name}_{key}" for key in found)
+        warnings.warn(f"{function}: declare it by @traits({keys})", FutureWarning, stacklevel=2)
+    return Traits(**found)
+
+
+def is_sparse(node: Node) -> bool:
+    """Tell whether a node's value is `Kept`."""
+    if node.kind == "read":
+        return False
+    sparse = traits_of(node.function).sparse
+    return sparse is not None and sparse(node)
+
+
+def first_is_sparse(node: Node) -> bool:
+    """Tell whether a node's first input is `Kept`: `sparse` of functions that keep its form."""
+    return is_sparse(node.inputs[0])
+
+
+def first_is_dense(node: Node, root: Node) -> bool:
+    """Tell whether a node's first input is dense: `fits` of functions that compiled code has for dense tiles alone."""
+    return not is_sparse(node.inputs[0])

@@ -1,0 +1,42 @@
+"""Iso-C: base + λ · mean(S) · U Vᵀ of U S Vᵀ = Σ w_i Δ_i (Marczak et al., "No task left behind", arXiv 2502.04959)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltamerge.methods.merge.matrices import each, inverse, multiply, needs, nodes, spectrum
+from deltamerge.methods.parameters import DeltaFactors, Lambda
+from deltamerge.methods.registry import delta_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from deltamerge.engine.tiles import Whole
+    from deltamerge.methods.merge.matrices import Form, Matrices
+
+
+def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+    """Return (bytes, operations): the total is held."""
+    return needs(form, matrices=1, squares=6, spectra=1, products=1)
+
+
+@delta_method(
+    "mean(S) · U Vᵀ of U S Vᵀ = Σ w_i Δ_i: all its singular values made equal",
+    "arXiv 2502.04959",
+    adds=True,
+    matrices=True,
+    nodes=nodes,
+    needs=needs_of,
+)
+def iso_c(*sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0) -> torch.Tensor:
+    """Return mean(S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
+
+    Directions whose singular value is nothing but rounding are left out. `matrices.nodes` takes `lambda_`.
+    """
+
+    def merge(matrices: Matrices, out: torch.Tensor) -> None:
+        total = matrices.total()
+        values, right = spectrum(total)
+        multiply(total, (right * (inverse(values, values.max()) * values.mean())) @ right.T, out)
+
+    return each(sources, form, weights, merge)

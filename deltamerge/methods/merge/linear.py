@@ -1,0 +1,50 @@
+"""Linear: Σ w_i x_i, ÷ Σ w_i if normalised (Wortsman et al., "Model soups", arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltamerge.engine.fused.operations import weighted
+from deltamerge.methods.merge.sums import divisor_of, weighted_sum
+from deltamerge.methods.ops import over
+from deltamerge.methods.parameters import Normalize, Weights
+from deltamerge.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Tile
+
+
+def loop(
+    assembly: Assembly,
+    node: Node,
+    weights: tuple[float, ...],
+    normalize: bool,
+    counts: tuple[float, ...] | None = None,
+) -> None:
+    """The same as an operation of the compiled loop."""
+    divisor = divisor_of(weights if counts is None else counts) if normalize else 1.0
+    weighted(assembly, node, weights, divisor, models=node.inputs)
+
+
+@merge_method(
+    "Σ w_i x_i, ÷ Σ w_i if normalize; the base is an input like any other",
+    "arXiv 2203.05482",
+    loop=loop,
+)
+def linear(
+    *tensors: torch.Tensor,
+    tile: Tile,
+    weights: Weights,
+    normalize: Normalize = True,
+    counts: tuple[float, ...] | None = None,
+) -> torch.Tensor:
+    """Return Σ w_i x_i, divided by Σ w_i if `normalize`; float32.
+
+    counts   what tensors count in the divisor, where some are running sums: a sum counts its own Σ w
+    """
+    total = weighted_sum([x.float() for x in tensors], weights)
+    return over(total, divisor_of(weights if counts is None else counts)) if normalize else total

@@ -1,0 +1,44 @@
+"""TSV-M: the top singular triplets of every task, made orthonormal (Gargiulo et al., arXiv 2412.00081)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltamerge.methods.merge.matrices import each, needs, nodes
+from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
+from deltamerge.methods.parameters import DeltaFactors, Lambda
+from deltamerge.methods.registry import delta_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from deltamerge.engine.tiles import Whole
+    from deltamerge.methods.merge.matrices import Form, Matrices
+
+
+def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+    """Return (bytes, operations): a delta is held, and the triplets, twice while they are put together."""
+    return needs(form, matrices=2.5, squares=10, grams=2 + len(weights), products=2)
+
+
+@delta_method(
+    "U⊥ diag(S) V⊥ᵀ: the top r / n singular triplets of each w_i Δ_i, their vectors made orthonormal",
+    "arXiv 2412.00081",
+    adds=True,
+    matrices=True,
+    nodes=nodes,
+    needs=needs_of,
+)
+def tsv_m(*sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0) -> torch.Tensor:
+    """Return U⊥ diag(S) V⊥ᵀ of the top r / n triplets of each of n w_i Δ_i, side by side (Algorithm 1).
+
+    U⊥ and V⊥ are the nearest orthonormal matrices to their U and V. int(r / n) triplets are taken, but at least one.
+    `matrices.nodes` takes `lambda_`.
+    """
+
+    def merge(matrices: Matrices, out: torch.Tensor) -> None:
+        own = max(1, matrices.rank // len(weights))
+        parts = [triplets(matrices.delta(i), own) for i in range(len(weights))]
+        orthonormal(*side_by_side(parts), out)
+
+    return each(sources, form, weights, merge)

@@ -1,0 +1,86 @@
+"""DARE: keep each entry with probability density, divide by q (Yu et al., arXiv 2311.03099; arXiv 2410.09344).
+
+δ ∘ Δ / q, δ ~ Bernoulli(density) for each entry; q is the density unless the recipe has another. With
+`sampling: magnitude` the probability is in proportion to abs(Δ) (`prune.sampling`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import subtract, subtract_at
+from deltamerge.engine.tiles import Kept
+from deltamerge.io.lazy import torch
+from deltamerge.methods.ops import at
+from deltamerge.methods.prune.bits import guided, is_sparse, keep_torch, positions_torch, threshold
+from deltamerge.methods.prune.sampling import importance
+from deltamerge.methods.registry import prune_method
+
+if TYPE_CHECKING:
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.graph import Node
+    from deltamerge.engine.tiles import Tile
+    from deltamerge.methods.prune.bits import Key
+    from deltamerge.methods.registry import Masking
+
+
+def nodes(masking: Masking) -> Any:
+    """Make the node of what is kept, with one probability for all entries or in proportion to abs(Δ)."""
+    if masking.sampling == "magnitude":
+        return importance(masking)
+    return masking.masked(*masking.pair, key=masking.key, density=masking.density)
+
+
+def loop(assembly: Assembly, node: Node, key: Key, density: float) -> None:
+    """The same as operations of the compiled loop."""
+    if is_sparse(density):
+        kept = assembly.keep(node, assembly.new_list())
+        assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)
+        assembly.tables.append(guided(density))
+        subtract_at(assembly, node, kept)
+        return
+    high, low = divmod(threshold(density), 1 << 16)
+    if high >> 16:
+        subtract(assembly, node)
+        return
+    tune, base = map(assembly.operand, node.inputs)
+    assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
+
+
+def gives_positions(node: Node) -> bool:
+    """Tell whether the mask is so sparse that its value is `Kept`."""
+    return is_sparse(node.parameter("density"))
+
+
+@prune_method(
+    "keep each entry with probability density, divide by q (default: density)",
+    "arXiv 2311.03099, 2410.09344",
+    options=frozenset({"rescale", "sampling", "protect", "budget"}),
+    random=True,
+    nodes=nodes,
+    loop=loop,
+    sparse=gives_positions,
+    q_decides_below=0.05,
+)
+def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, density: float) -> torch.Tensor | Kept:
+    """Return δ ∘ Δ, δ ~ Bernoulli(density) for each entry, not rescaled.
+
+        tune      flat tile in its stored dtype
+        base      flat tile in its stored dtype
+        key       the mask's
+        density   share of entries that are kept
+
+    Returns flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, whose cost grows with what is
+    kept.
+    """
+    if is_sparse(density):
+        return kept_at(tune, base, positions_torch(key, tile.start, tile.stop, density, tune.device))
+    delta = tune.to(torch.float32) - base.to(torch.float32)
+    kept = keep_torch(key, tile.start, tile.stop, density, tune.device)
+    return delta.where(kept, delta.new_zeros(()))
+
+
+def kept_at(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
+    """Return Δ at the positions that are kept."""
+    return Kept(positions, at(tune, positions) - at(base, positions))
