@@ -11,7 +11,8 @@ from typing import Any
 import kept_recipes
 import pytest
 import torch
-from conftest import make_checkpoint
+from backend_choice import available, computed_by
+from conftest import make_checkpoint, needs_kernels
 from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
 from simulated_gpu import GPU, Refused, out_of_memory, simulated
@@ -221,7 +222,7 @@ NANS = {"F16": 0x7E00, "BF16": 0x7FC0, "F32": 0x7FC00000}
 
 
 @pytest.mark.parametrize("dtype", NANS)
-def test_nan_has_the_same_bits_everywhere(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_has_the_same_bits_everywhere(dtype: str, tmp_path: Path) -> None:
     torch_type = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]
     bits = torch.tensor([0x7F800001, -0x7FFFFF, 0x7FFFFFFF, 0x3F800000], dtype=torch.int32)
     for name, value in (("base", torch.zeros(4)), ("a", bits.view(torch.float32)), ("b", torch.ones(4))):
@@ -234,9 +235,9 @@ def test_nan_has_the_same_bits_everywhere(dtype: str, tmp_path: Path, monkeypatc
         f"dtype: float32\nout_dtype: {out}\n"
     )
     found = set()
-    for name, fused in (("fused", True), ("torch", False)):
-        monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda fused=fused: fused)
-        found.add(nan_bits(run(path, tmp_path / name, device="cpu", allow_nonfinite=True).folder))
+    for backend in available():
+        with computed_by(backend):
+            found.add(nan_bits(run(path, tmp_path / backend, device="cpu", allow_nonfinite=True).folder))
     with simulated():
         found.add(nan_bits(run(path, tmp_path / "gpu", device="cuda", allow_nonfinite=True).folder))
     assert found == {(NANS[dtype],) * 3}
@@ -254,6 +255,7 @@ AUTO = {
 }
 
 
+@needs_kernels  # without them a GPU is for all that torch makes
 @pytest.mark.parametrize("name", AUTO)
 def test_auto_takes_a_gpu_for_what_it_does_faster(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_tensor(tmp_path, 8)
