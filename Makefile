@@ -73,7 +73,7 @@ torture: .venv/.installed-dev  ## kills at every call of every command, bad disk
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
 
 fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas, adapters against PEFT; FUZZ=1000 for less
-	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py tests/io/test_random_adapters.py
+	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py tests/models/test_random_adapters.py
 
 atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
 	@names=$$(PYTHONPATH=tests:. $(BIN)/python -c 'import fuzz_targets; print(*fuzz_targets.NAMES)') || exit 1; \
@@ -104,7 +104,7 @@ clean:  ## remove what the targets made, the environment too
 	rm -rf .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
-KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)) \
+KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \
   deltamerge/engine/fused/codes.py
 .venv/.installed-dev: EXTRAS := dev
 .venv/.installed-docs: EXTRAS := docs

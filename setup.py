@@ -1,4 +1,4 @@
-"""The compiled kernels (deltamerge/io/kernels/src); what else there is to build stands in pyproject.toml."""
+"""The compiled kernels (deltamerge/engine/kernels/src); what else there is to build stands in pyproject.toml."""
 
 import ast
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-SOURCES = Path("deltamerge/io/kernels/src")
+SOURCES = Path("deltamerge/engine/kernels/src")
 # Each product and sum is rounded by itself, as torch does, and no result depends on the processor: no contraction, no
 # fast math, no -march.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -56,7 +56,7 @@ write_codes()
 setup(
     ext_modules=[
         Extension(
-            "deltamerge.io.kernels._native",
+            "deltamerge.engine.kernels._native",
             sources=found("*.cpp"),
             depends=found("**/*.h"),
             extra_compile_args=FLAGS + MORE,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
 
 SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
 CODES = {

@@ -25,7 +25,7 @@ from transformers import AutoModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import deltamerge as dm
-from deltamerge.io.weight_files import is_weights
+from deltamerge.formats.weight_files import is_weights
 
 
 def batches(vocabulary: int, count: int) -> list[dict[str, torch.Tensor]]:

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.manifest import Base
-from deltamerge.delta.tensor_writer import BaseTensor
-from deltamerge.delta.writer import DeltaWriter
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
+from deltamerge.formats.delta.manifest import Base
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.models.delta_file import DeltaFile
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]

@@ -148,7 +148,7 @@ def tests(device: str, left: float) -> dict[str, Any]:
 @contextmanager
 def phases() -> Iterator[dict[str, float]]:
     """Seconds of each phase that deltamerge names, those inside others too."""
-    from deltamerge.io import progress
+    from deltamerge.files import progress
 
     found: dict[str, float] = {}
 

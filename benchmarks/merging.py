@@ -36,7 +36,7 @@ from merging_tasks import HOME, KEPT_BACK, TASKS
 from safetensors.torch import load_file, save_file
 from tasks import WORK, Part
 
-from deltamerge.io.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.lock_file import LOCK_NAME, read_lock
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from deltamerge.calibrate.searches import Searches
+from deltamerge.calibrate.q.choices import Searches
+from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.stage import calibrating
-from deltamerge.calibrate.subject import Subject
 from deltamerge.cli.plan_view import calibration_seconds
-from deltamerge.io.reader import Reader
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
+from deltamerge.tensors.reader import Reader
 
 CANDIDATES = (0.05, 0.1, 0.2)
 

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from deltamerge.io.pursuit import Atoms, nearest, pursuit
+from deltamerge.plan.pursuit import Atoms, nearest, pursuit
 
 
 def main() -> None:

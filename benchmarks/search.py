@@ -81,9 +81,9 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
     """The best of a grid over all numbers, and of a search of a tenth of its trials, on the search rows."""
     import itertools
 
-    from deltamerge.inspect.search.candidates import candidates_of
-    from deltamerge.inspect.search.outcome import Bench, best_of
-    from deltamerge.inspect.search.search import search
+    from deltamerge.apps.search.candidates import candidates_of
+    from deltamerge.apps.search.outcome import Bench, best_of
+    from deltamerge.apps.search.search import search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
@@ -108,8 +108,8 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
 
 
 def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
-    from deltamerge.inspect.search.candidates import candidates_of
-    from deltamerge.inspect.search.outcome import Bench
+    from deltamerge.apps.search.candidates import candidates_of
+    from deltamerge.apps.search.outcome import Bench
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
     from deltamerge.run.runner import run
@@ -180,8 +180,8 @@ def _rows(bench: Any, judge: Any, folder: Path) -> Path:
 
 def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     """What it takes to have every candidate's tensors, part by part, without running them."""
+    from deltamerge.apps.search.walk import Walk
     from deltamerge.engine import backends
-    from deltamerge.inspect.search.walk import Walk
 
     size = bench.study.together
     made = [bench.candidates.of(bench.file.recipe(one)) for one in values]

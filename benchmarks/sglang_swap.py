@@ -33,7 +33,7 @@ def measure(base: Path, models: list[Path], folder: Path) -> int:
     """How many models answer otherwise than they should."""
     from sglang.srt.entrypoints.engine import Engine
 
-    from deltamerge.run.sglang_switch import EngineSwitch
+    from deltamerge.apps.serve.sglang import EngineSwitch
 
     names = [*(model.name for model in models), "base"]
     deltas: list[Path | None] = [*extracted(base, models, folder / "store"), None]

@@ -29,12 +29,12 @@ import tasks
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.manifest import Base
-from deltamerge.delta.positions import CODINGS
-from deltamerge.delta.steps import decode_tile, encode_tile, tiles_of
-from deltamerge.delta.tensor_writer import BaseTensor
-from deltamerge.delta.writer import DeltaWriter
+from deltamerge.formats.delta.manifest import Base
+from deltamerge.formats.delta.positions import CODINGS
+from deltamerge.formats.delta.steps import decode_tile, encode_tile, tiles_of
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.models.delta_file import DeltaFile
 
 RATES = (1e-6, 3e-6, 1e-5)
 EARLY = 5

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import synthetic
 
-from deltamerge.io.journal import read_journal
-from deltamerge.io.writer import done_spans
+from deltamerge.files.journal import read_journal
+from deltamerge.formats.safetensors_writer import done_spans
 
 SIZES = {"S": synthetic.Size(768, 2048, 12, 12, 4, 16_000, 40_000_000), "tiny": synthetic.SIZES["tiny"]}
 RECIPE = """\
@@ -46,7 +46,7 @@ CHILD = """\
 import sys
 from bad_disk import BadDisk
 disk = BadDisk(chance={chance}, lasting={lasting}, short={short}, pace={pace}, seed={seed})
-import deltamerge.io.writer as writer
+import deltamerge.formats.safetensors_writer as writer
 from deltamerge.cli import main
 writer.SAVE_SECONDS = {save}
 try:

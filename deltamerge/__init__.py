@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.version import __version__
+
 if TYPE_CHECKING:
     from deltamerge.api import load_recipe, prune
-    from deltamerge.delta.chain.follow import follow
-    from deltamerge.delta.chain.live import load_delta
-    from deltamerge.delta.chain.switch import Switch
+    from deltamerge.apps.chain.follow import follow
+    from deltamerge.apps.chain.live import load_delta
+    from deltamerge.apps.chain.switch import Switch
+    from deltamerge.apps.train.callback import DeltaCallback
+    from deltamerge.apps.train.trainer import DeltaWriter
     from deltamerge.errors import DeltamergeError
-    from deltamerge.run.trainer import DeltaWriter
-    from deltamerge.run.trainer_callback import DeltaCallback
 
-__version__ = "0.1.0"
 __all__ = [
     "DeltaCallback",
     "DeltaWriter",
@@ -27,12 +28,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "DeltaCallback": "deltamerge.run.trainer_callback",
-    "DeltaWriter": "deltamerge.run.trainer",
+    "DeltaCallback": "deltamerge.apps.train.callback",
+    "DeltaWriter": "deltamerge.apps.train.trainer",
     "DeltamergeError": "deltamerge.errors",
-    "Switch": "deltamerge.delta.chain.switch",
-    "follow": "deltamerge.delta.chain.follow",
-    "load_delta": "deltamerge.delta.chain.live",
+    "Switch": "deltamerge.apps.chain.switch",
+    "follow": "deltamerge.apps.chain.follow",
+    "load_delta": "deltamerge.apps.chain.live",
     "load_recipe": "deltamerge.api",
     "prune": "deltamerge.api",
 }

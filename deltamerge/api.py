@@ -9,15 +9,10 @@ from typing import Any
 
 import yaml
 
+from deltamerge.apps.report.pictures import drawing
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.inspect.pictures import drawing
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import code_of, torch_dtype
-from deltamerge.io.lazy import torch
-from deltamerge.io.memory import in_memory
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, PlanOptions, plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.recipe.load import loads
@@ -26,6 +21,11 @@ from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
+from deltamerge.tensors.dtypes import code_of, torch_dtype
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.memory import in_memory
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-.venv/bin/python}"
 CHECKS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
 DELTAMERGE_FLAGS="$CHECKS" "$PYTHON" setup.py -q build --build-base .sanitize/build --build-lib .sanitize/lib
-ls .sanitize/lib/deltamerge/io/kernels/_native*.so >/dev/null
+ls .sanitize/lib/deltamerge/engine/kernels/_native*.so >/dev/null
 TESTS="${*:-tests/engine/test_misuse.py tests/engine/test_kernels.py tests/engine/test_stream.py \
-  tests/io/test_quantised_values.py tests/io/test_packed.py tests/delta/test_positions.py tests/delta/test_steps.py \
-  tests/delta/test_file.py tests/project/test_fuzz.py}"
+  tests/formats/test_quantised_values.py tests/formats/test_packed.py tests/formats/test_positions.py tests/formats/test_steps.py \
+  tests/models/test_file.py tests/project/test_fuzz.py}"
 # The kernels are those of .sanitize/lib, not of this folder; Python itself leaks on purpose.
 # shellcheck disable=SC2086
 exec env PYTHONSAFEPATH=1 PYTHONPATH="$PWD/.sanitize/lib:$PWD/tests" OMP_NUM_THREADS=1 DELTAMERGE_SANITIZED=1 \

@@ -18,7 +18,7 @@ from small_hub import Hub, serve
 from word_tokenizer import write_json as write_json
 from word_tokenizer import write_tokenizer as write_tokenizer
 
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
 
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")

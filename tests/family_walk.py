@@ -35,10 +35,10 @@ from reference_recipe import Place, Recipe, Unsure
 from running import make_plan, run
 from small_families import VOCABULARY, Unbuilt, build, families, shaken
 
+from deltamerge.apps.chain.extract import extract
 from deltamerge.errors import DeltamergeError
-from deltamerge.io.names import EMBEDDING, TASK_HEAD
 from deltamerge.run.apply import apply
-from deltamerge.run.extract import extract
+from deltamerge.tensors.names import EMBEDDING, TASK_HEAD
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "family_results.json"

@@ -39,36 +39,36 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from deltamerge.calibrate.rows import read as read_rows
-from deltamerge.delta.chain import slime
-from deltamerge.delta.chain.folder import head
-from deltamerge.delta.chain.live import load_delta
-from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.manifest import Base
-from deltamerge.delta.steps import decode_tile, encode_tile
-from deltamerge.delta.tensor_writer import BaseTensor
-from deltamerge.delta.writer import DeltaWriter
+from deltamerge.apps.chain.live import load_delta
+from deltamerge.apps.train.trainer import DeltaWriter as ChainWriter
+from deltamerge.calibrate.rows.rows import read as read_rows
+from deltamerge.engine import kernels
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.io import kernels
-from deltamerge.io.checkpoint import INDEX, open_checkpoint
-from deltamerge.io.dtypes import torch_dtype
-from deltamerge.io.hub import open_model
-from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
-from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
-from deltamerge.io.lock_file import LOCK_NAME
-from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.reader import Reader
-from deltamerge.io.running_sum import FILE as RUNNING_SUM
-from deltamerge.io.running_sum import RunningSum, read_running_sum
-from deltamerge.io.safetensors_file import read_header
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.torch_file import read_torch_header
-from deltamerge.io.weight_files import shards_of, weight_source
+from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.formats.delta.manifest import Base
+from deltamerge.formats.delta.steps import decode_tile, encode_tile
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.running_sum import FILE as RUNNING_SUM
+from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.safetensors import read_header
+from deltamerge.formats.torch_bin import read_torch_header
+from deltamerge.formats.weight_files import shards_of, weight_source
+from deltamerge.models.chain import slime
+from deltamerge.models.chain.folder import head
+from deltamerge.models.checkpoint import INDEX, open_checkpoint
+from deltamerge.models.decode import decoded
+from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.gguf_vocabulary import sentences
+from deltamerge.models.hub import open_model
+from deltamerge.models.hub_answers import check_range, header_by_ranges, read_listing
+from deltamerge.models.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
 from deltamerge.run import hashes
-from deltamerge.run.gguf_vocabulary import sentences
 from deltamerge.run.lock import Lock, verify
-from deltamerge.run.trainer import DeltaWriter as ChainWriter
+from deltamerge.tensors.dtypes import torch_dtype
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}

@@ -47,8 +47,8 @@ SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have
 # Loaded once for all children; none of them leaves a thread.
 HEAVY = (
     "torch", "transformers", "peft",
-    "deltamerge.run.apply", "deltamerge.run.extract", "deltamerge.run.squash",
-    "deltamerge.inspect.study", "deltamerge.inspect.first_recipe",
+    "deltamerge.run.apply", "deltamerge.apps.chain.extract", "deltamerge.apps.chain.squash",
+    "deltamerge.apps.recommend.study", "deltamerge.apps.recommend.first_recipe",
 )  # fmt: skip
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 

@@ -9,10 +9,10 @@ from typing import Any
 from running import make_plan
 
 from deltamerge.engine.execute import execute
-from deltamerge.engine.graph import Node, depth_first
-from deltamerge.io.audit import NonFinite
-from deltamerge.io.reader import Reader
-from deltamerge.io.writer import Writer
+from deltamerge.formats.audit import NonFinite
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.tensors.graph import Node, depth_first
+from deltamerge.tensors.reader import Reader
 
 STAGES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.stage:calibrate")
 

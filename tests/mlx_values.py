@@ -1,7 +1,8 @@
-"""Writes tests/io/mlx.safetensors by MLX itself (pip install 'mlx[cpu]', which the tests do not need): weights in each
-of its modes, and MLX's own float32 values of them.
+"""Write tests/formats/mlx.safetensors by MLX itself: weights in each of its modes, and its own float32 values of them.
 
-    python tests/mlx_values.py tests/io/mlx.safetensors
+Needs `pip install 'mlx[cpu]'`; the tests do not.
+
+    python tests/mlx_values.py tests/formats/mlx.safetensors
 """
 
 from __future__ import annotations

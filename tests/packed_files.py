@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 MLX = (
-    Path(__file__).parent / "io" / "mlx.safetensors"
+    Path(__file__).parent / "formats" / "mlx.safetensors"
 )  # written by mlx 0.32.4: mx.quantize, and `truth` by mx.dequantize
 
 

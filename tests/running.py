@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.inspect.pictures import drawing
+from deltamerge.apps.report.pictures import drawing
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.run import plans, runner

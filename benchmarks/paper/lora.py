@@ -15,7 +15,7 @@ from tasks import TASKS
 from training import OptimizerFactory, adamw, trained
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from deltamerge.run.adamr import AdamR
+from deltamerge.apps.train.adamr import AdamR
 from paper import encoders, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject

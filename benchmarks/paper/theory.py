@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import deltamerge
-from deltamerge.calibrate import statistics as S
-from deltamerge.run.adamr import AdamR
+from deltamerge.apps.train.adamr import AdamR
+from deltamerge.calibrate.q import closed_forms as S
 from paper import digits, plot
 from paper.frame import Experiment, Record, Setting, spread, table
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, TASK_HEAD, is_conv1d, numbers_as_stars
+from deltamerge.tensors.names import EMBEDDING, EXPERTS, EXPERTS_OUT, TASK_HEAD, is_conv1d, numbers_as_stars
 
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"

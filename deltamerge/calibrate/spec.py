@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.precision import Precision, chosen
+from deltamerge.calibrate.model.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
-from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.io.names import block_sizes, outside_blocks, resident_size
-from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Calibration
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
+from deltamerge.tensors.tensor import TensorInfo
 
 EVALUATIONS = 20
 STEPS = 40

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.calibrate.calibrated import Calibrated, QValue
-from deltamerge.calibrate.foreign import quiet
+from deltamerge.calibrate.model.foreign import quiet
 from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, rounded
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
-from deltamerge.io import progress
-from deltamerge.io.reader import Reader
+from deltamerge.files import progress
+from deltamerge.tensors.reader import Reader
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.searches import Found, Qs
-    from deltamerge.calibrate.statistics import LayerStatistics
-    from deltamerge.calibrate.subject import Judge
+    from deltamerge.calibrate.q.choices import Found, Qs
+    from deltamerge.calibrate.q.closed_forms import LayerStatistics
+    from deltamerge.calibrate.q.subject import Judge
 
 ACTIVATIONS = "measuring activations of"
 LONG = 40  # characters of a model's name beside its progress
@@ -34,7 +34,7 @@ LONG = 40  # characters of a model's name beside its progress
 
 def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
-    from deltamerge.calibrate.subject import Subject
+    from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
         subject = Subject(source, reader)
@@ -48,9 +48,9 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
-    from deltamerge.calibrate.judging import Rounds, by_metric, compare
-    from deltamerge.calibrate.searches import Searches
-    from deltamerge.calibrate.subject import Subject
+    from deltamerge.calibrate.q.choices import Searches
+    from deltamerge.calibrate.q.comparison import Rounds, by_metric, compare
+    from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]

@@ -17,13 +17,13 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from deltamerge import __version__
 from deltamerge.cli import chains, convert, deltas, inspect, progress, push, recipes, run, search, streams
 from deltamerge.cli.mergekit_flags import COMMANDS
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
+from deltamerge.engine import kernels
 from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
-from deltamerge.io import kernels
+from deltamerge.version import __version__
 
 # errors of writing to stdout
 AS_JSON_FLAG = "--json"

@@ -21,10 +21,10 @@ def list_versions(folder: Path, as_json: bool) -> None:
 
     Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
     """
-    from deltamerge.delta.chain.folder import head, is_chain, line
-    from deltamerge.delta.chain.store import is_store
-    from deltamerge.delta.chain.version import described
     from deltamerge.errors import InputError
+    from deltamerge.models.chain.folder import head, is_chain, line
+    from deltamerge.models.chain.store import is_store
+    from deltamerge.models.chain.version import described
 
     if not is_chain(folder):
         raise InputError(
@@ -50,7 +50,7 @@ def list_versions(folder: Path, as_json: bool) -> None:
 
 
 def _list_store(folder: Path, *, as_json: bool) -> None:
-    from deltamerge.delta.chain.store import described
+    from deltamerge.models.chain.store import described
 
     found = described(folder)
     deltas = found["deltas"]
@@ -93,8 +93,8 @@ def squash(
     It takes the place of the last of them in one step, and the others are removed; their names are refused from then
     on, with the name of the one that they are in. Versions that come after stay as they are.
     """
+    from deltamerge.apps.chain.squash import squash as squash_chain
     from deltamerge.engine.execute import default_workers
-    from deltamerge.run.squash import squash as squash_chain
 
     done = squash_chain(chain, keep, base, workers=workers or default_workers(), pickles=pickles)
     if as_json:
@@ -116,7 +116,7 @@ def remove_delta(delta: Path, quiet: bool) -> None:
     A version that another comes after stays: remove that first, or fold both with squash. A folder that holds what no
     run wrote stays too.
     """
-    from deltamerge.delta.chain.publish import remove_newest
+    from deltamerge.models.chain.publish import remove_newest
 
     remove_newest(delta)
     if not quiet:

@@ -110,9 +110,9 @@ def extract(
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
-    from deltamerge.delta.chain.store import Sharing, is_store
-    from deltamerge.run.extract import extract as extract_delta
-    from deltamerge.run.extract import name_in_store, name_of, pruning
+    from deltamerge.apps.chain.extract import extract as extract_delta
+    from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
+    from deltamerge.models.chain.store import Sharing, is_store
     from deltamerge.run.options import Options
 
     if base is None and len(models) == 2:
@@ -246,15 +246,15 @@ def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, a
     Of a chain, or a version of one, that each version was made from what the one before makes; of a store each of its
     deltas.
     """
-    from deltamerge.delta.chain.folder import is_chain
-    from deltamerge.delta.chain.store import is_store
-    from deltamerge.delta.chain.version import VERSION
     from deltamerge.engine.execute import default_workers
+    from deltamerge.models.chain.folder import is_chain
+    from deltamerge.models.chain.store import is_store
+    from deltamerge.models.chain.version import VERSION
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
     if is_store(folder):
-        from deltamerge.run.squash import verify_store
+        from deltamerge.apps.chain.squash import verify_store
 
         deltas = verify_store(folder, base, workers, pickles=pickles)
         if as_json:
@@ -266,7 +266,7 @@ def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, a
             tell(f"{folder}: every tensor of every delta, from {base}, as the deltas say")
         return
     if (folder / VERSION).is_file() or is_chain(folder):
-        from deltamerge.run.squash import verify_chain
+        from deltamerge.apps.chain.squash import verify_chain
 
         versions = verify_chain(folder, base, workers, pickles=pickles)
         if as_json:

@@ -42,10 +42,10 @@ from deltamerge.errors import RecipeError
 from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
-    from deltamerge.inspect.check import Checked
     from deltamerge.recipe.file import RecipeFile
     from deltamerge.recipe.open_values import Template
     from deltamerge.recipe.yaml_source import Loc
+    from deltamerge.run.check import Checked
 
 
 @click.command()
@@ -73,7 +73,7 @@ def check(
     Reads no weights; of hub models headers and tokenizers are fetched. Of a folder all recipes in it are checked; - is
     stdin.
     """
-    from deltamerge.inspect.check import check_recipe, recipes_in
+    from deltamerge.run.check import check_recipe, recipes_in
     from deltamerge.run.options import Options
 
     say_one = None if as_json else {"text": _say_checked, "github": _annotate_checked}.get(output_format)
@@ -150,10 +150,10 @@ def plan(
     deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
-    from deltamerge.inspect.check import in_words
-    from deltamerge.inspect.search.cost import describe_study
+    from deltamerge.apps.search.cost import describe_study
     from deltamerge.plan import review
     from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
+    from deltamerge.run.check import in_words
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans, target_of
 
@@ -227,8 +227,8 @@ def inspect(
     activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
     that a run made, --report draws what its lock says, too.
     """
+    from deltamerge.apps.recommend.study import inspect as inspect_delta
     from deltamerge.cli.studies import render_inspect
-    from deltamerge.inspect.study import inspect as inspect_delta
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
@@ -281,7 +281,7 @@ def recommend(
     from deltamerge.cli.studies import render_merge_advice, render_recommend
 
     if len(models) > 1:
-        from deltamerge.inspect.search.merge_advice import recommend_merge
+        from deltamerge.apps.recommend.merge import recommend_merge
         from deltamerge.run.options import Options
 
         rows = [one for one in calibration if one]
@@ -293,7 +293,7 @@ def recommend(
         else:
             say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
     else:
-        from deltamerge.inspect.study import recommend as recommend_pruning
+        from deltamerge.apps.recommend.study import recommend as recommend_pruning
 
         if density is None:
             raise click.UsageError("Missing option '--density', which one MODEL needs")
@@ -319,8 +319,8 @@ def diff(a: str, b: str, workers: int | None, pickles: bool, as_json: bool) -> N
 
     A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
     """
+    from deltamerge.apps.inspect.diff import diff as compare
     from deltamerge.engine.execute import default_workers
-    from deltamerge.inspect.diff import diff as compare
 
     found = compare(a, b, workers or default_workers(), pickles=pickles)
     say_json(found) if as_json else say(render_diff(found))

@@ -19,14 +19,14 @@ from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
 from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
-from deltamerge.io.names import block_name, natural
+from deltamerge.tensors.names import block_name, natural
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from deltamerge.delta.writer import Summary
+    from deltamerge.formats.delta.writer import Summary
+    from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
     from deltamerge.plan.planner import Plan
-    from deltamerge.run.lora_file import LayerRank, LowRankSummary
     from deltamerge.run.runner import Result
 
 

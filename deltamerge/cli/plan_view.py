@@ -11,7 +11,7 @@ from typing import Any
 from deltamerge.cli.tables import aligned, human, render_delta
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.errors.shown import shown
-from deltamerge.io.names import numbers_as_stars
+from deltamerge.tensors.names import numbers_as_stars
 
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and

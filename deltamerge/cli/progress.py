@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from deltamerge.cli import streams
 from deltamerge.cli.tables import human
 from deltamerge.errors.shown import printed
-from deltamerge.io.progress import BYTES, Phase, heard
+from deltamerge.files.progress import BYTES, Phase, heard
 
 EVERY = 10.0  # seconds between lines
 TICK = 0.125  # seconds between drawings

@@ -48,7 +48,7 @@ def init(
     deltamerge init ./math ./code --base ./base
     deltamerge init ./math --base ./base --calibration sentences.jsonl --density 0.01
     """
-    from deltamerge.inspect.first_recipe import check_new, first_recipe, write_new
+    from deltamerge.apps.recommend.first_recipe import check_new, first_recipe, write_new
 
     path = Path("recipe.yaml" if out == "-" else out)
     if out != "-":
@@ -56,7 +56,7 @@ def init(
     density = density or (0.05 if len(models) == 1 else 0.2)
     advice = []
     if calibration is not None:
-        from deltamerge.inspect.study import recommend
+        from deltamerge.apps.recommend.study import recommend
 
         given: dict[str, Any] = {"calibration": calibration, "device": device, "workers": workers, "pickles": pickles}
         advice = [recommend(model, base, density, **given) for model in models]

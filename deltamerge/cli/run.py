@@ -31,8 +31,8 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import Warnings, report_run, say, say_json, tell
 from deltamerge.cli.tables import render_calibration
-from deltamerge.io import kernels
-from deltamerge.io.files import scratch
+from deltamerge.engine import kernels
+from deltamerge.files.descriptors import scratch
 
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
@@ -105,7 +105,7 @@ def run(
     Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
     it stopped, from .NAME.partial beside its target, or is forgotten by --force.
     """
-    from deltamerge.inspect.pictures import drawing
+    from deltamerge.apps.report.pictures import drawing
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.lock import Lock
     from deltamerge.run.options import Options
@@ -159,7 +159,7 @@ def run(
         if finish:
             result = finish_parts(file, out, options)
         elif ray is not None:
-            from deltamerge.run.cluster import run_on_ray
+            from deltamerge.run.ray import run_on_ray
 
             result = run_on_ray(file, out, options, address=ray)
         else:
@@ -211,7 +211,7 @@ def calibrate(
 
     file = read_recipe(recipe, settings=settings)
     if plot is not None:
-        from deltamerge.inspect.pictures import check_plot, draw
+        from deltamerge.apps.report.pictures import check_plot, draw
 
         check_plot(plot, file.path.name, force=force)
     found = calibrate_recipe(file, Options(force=force, **options))

@@ -31,9 +31,9 @@ from deltamerge.cli.output import say, say_csv, say_json, tell
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.inspect.search.evaluate import Evaluation
-    from deltamerge.inspect.search.results import Found
-    from deltamerge.inspect.search.sweep import Keep, Swept
+    from deltamerge.apps.search.evaluate import Evaluation
+    from deltamerge.apps.search.results import Found
+    from deltamerge.apps.search.sweep import Keep, Swept
     from deltamerge.recipe.yaml_source import Loc
 
 SHOWN_ERRORS = 5
@@ -92,7 +92,7 @@ def evaluate(
     deltamerge eval ./merged ./models/math --calibration test.jsonl
     deltamerge eval ./merged ./models/* --recipe recipe.yaml    # every task, by its own head
     """
-    from deltamerge.inspect.search.evaluate import Question, evaluate, questions_of
+    from deltamerge.apps.search.evaluate import Question, evaluate, questions_of
     from deltamerge.recipe.file import read_recipe
     from deltamerge.recipe.schema import Calibration
 
@@ -157,8 +157,8 @@ def sweep(
     deltamerge sweep recipe.yaml --keep best
     deltamerge sweep recipe.yaml --set prune.density=0.1 --set prune.density=0.01 --set seed=0 --set seed=1
     """
-    from deltamerge.inspect.search.sweep import as_csv as csv_of
-    from deltamerge.inspect.search.sweep import sweep as run_sweep
+    from deltamerge.apps.search.sweep import as_csv as csv_of
+    from deltamerge.apps.search.sweep import sweep as run_sweep
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
@@ -226,7 +226,7 @@ def search(
     deltamerge search recipe.yaml --trials 200
     optuna-dashboard sqlite:///recipe-search/study.db
     """
-    from deltamerge.inspect.search.search import search as run_search
+    from deltamerge.apps.search.search import search as run_search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 

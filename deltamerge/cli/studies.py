@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.apps.inspect.layers import stacks
 from deltamerge.cli.layout import Column, Row, paragraph, table
 from deltamerge.cli.tables import figure
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.errors.shown import some
-from deltamerge.inspect.layers import stacks
-from deltamerge.io.names import block_name
+from deltamerge.tensors.names import block_name
 
 if TYPE_CHECKING:
-    from deltamerge.inspect.activations import Activations, Influence
-    from deltamerge.inspect.conflict import Conflict
-    from deltamerge.inspect.recommend import PruneCandidate, Recommendation
-    from deltamerge.inspect.search.merge_advice import MergeAdvice, MergeCandidate
-    from deltamerge.inspect.statistics import Report, Statistics
+    from deltamerge.apps.inspect.activations import Activations, Influence
+    from deltamerge.apps.inspect.statistics import Report, Statistics
+    from deltamerge.apps.recommend.conflict import Conflict
+    from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
+    from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
 DELTA = (
     Column("entries", 2), Column("mean\n|Δ|"), Column("max\n|Δ|", 5), Column("‖Δ‖/\n‖W‖"), Column("energy"),

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.engine.graph import Node
-from deltamerge.engine.tiles import Tile
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
-from deltamerge.io.lazy import torch
-from deltamerge.io.reader import Reader
+from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tiles import Tile
 
 # Bytes of a GPU for each element of a tile: stored and float32 values, and scratch inside a step.
 ALIVE = 128

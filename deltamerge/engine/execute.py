@@ -15,14 +15,14 @@ from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
 from deltamerge.engine.devices import fitting, torch_device, torch_devices
-from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
 from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
-from deltamerge.engine.tiles import block_elements
 from deltamerge.engine.worker import Worker
-from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
-from deltamerge.io.reader import Reader
+from deltamerge.tensors.dtypes import ITEMSIZE, nbytes_of
+from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first, function_of, schedule
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tiles import block_elements
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22

@@ -9,8 +9,8 @@ from typing import Any
 
 from deltamerge.engine.backends import Step, TorchBackend, steps
 from deltamerge.engine.devices import Lane
-from deltamerge.engine.graph import TILED, Node, function_of, last_uses
-from deltamerge.engine.tiles import Tile, block_elements, densify
+from deltamerge.tensors.graph import TILED, Node, function_of, last_uses
+from deltamerge.tensors.tiles import Tile, block_elements, densify
 
 
 class Stopped(Exception):

@@ -12,7 +12,7 @@ import numpy as np
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.graph import REDUCTIONS, Node, Schedule
+from deltamerge.tensors.graph import REDUCTIONS, Node, Schedule
 
 
 @dataclass(frozen=True, slots=True)

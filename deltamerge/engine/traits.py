@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deltamerge.engine.graph import function_of
+from deltamerge.tensors.graph import function_of
 
 if TYPE_CHECKING:
-    from deltamerge.engine.graph import Node
+    from deltamerge.tensors.graph import Node
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
-from deltamerge.engine.graph import Node
-from deltamerge.io.dtypes import nbytes_of
-from deltamerge.io.reader import Reader
+from deltamerge.tensors.dtypes import nbytes_of
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.reader import Reader
 
 
 def computed(

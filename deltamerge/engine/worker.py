@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from deltamerge.engine.backends import TorchBackend
 from deltamerge.engine.devices import Lane, is_out_of_memory, too_little
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.graph import REDUCTIONS, Node
 from deltamerge.engine.sink import Lender, Sink
 from deltamerge.engine.source import Making
 from deltamerge.engine.tasks import Job, Running, Task
-from deltamerge.engine.tiles import Tile, block_elements
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import REDUCTIONS, Node
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tiles import Tile, block_elements
 
 
 @dataclass(eq=False)

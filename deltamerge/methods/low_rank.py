@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.io.lazy import torch
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import operations
-from deltamerge.engine.tiles import Kept, Patched
-from deltamerge.engine.tiles import alike as alike
-from deltamerge.engine.tiles import block_rows as block_rows
-from deltamerge.engine.tiles import densify as densify
-from deltamerge.engine.tiles import halved as halved
-from deltamerge.engine.tiles import row_length_of as row_length_of
 from deltamerge.engine.traits import traits
-from deltamerge.io.dtypes import torch_dtype
-from deltamerge.io.lazy import torch
+from deltamerge.tensors.dtypes import torch_dtype
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import Kept, Patched
+from deltamerge.tensors.tiles import alike as alike
+from deltamerge.tensors.tiles import block_rows as block_rows
+from deltamerge.tensors.tiles import densify as densify
+from deltamerge.tensors.tiles import halved as halved
+from deltamerge.tensors.tiles import row_length_of as row_length_of
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Tile
 
     Tensor = torch.Tensor
 

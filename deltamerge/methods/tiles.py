@@ -1,9 +1,9 @@
-"""The names of `engine.tiles`, for packages of methods that import them from here."""
+"""The names of `tensors.tiles`, for packages of methods that import them from here."""
 
-from deltamerge.engine.tiles import Kept as Kept
-from deltamerge.engine.tiles import Make as Make
-from deltamerge.engine.tiles import Patched as Patched
-from deltamerge.engine.tiles import Tile as Tile
-from deltamerge.engine.tiles import Whole as Whole
-from deltamerge.engine.tiles import block_elements as block_elements
-from deltamerge.engine.tiles import row_length as row_length
+from deltamerge.tensors.tiles import Kept as Kept
+from deltamerge.tensors.tiles import Make as Make
+from deltamerge.tensors.tiles import Patched as Patched
+from deltamerge.tensors.tiles import Tile as Tile
+from deltamerge.tensors.tiles import Whole as Whole
+from deltamerge.tensors.tiles import block_elements as block_elements
+from deltamerge.tensors.tiles import row_length as row_length

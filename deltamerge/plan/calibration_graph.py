@@ -8,20 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
-from deltamerge.calibrate.gradients import squares
+from deltamerge.calibrate import stage
+from deltamerge.calibrate.merge import coefficients, joint_factor
+from deltamerge.calibrate.merge import inputs as merge_inputs
+from deltamerge.calibrate.merge.gradients import squares
+from deltamerge.calibrate.merge.second_moments import Measured
+from deltamerge.calibrate.q.threshold import model_cut
 from deltamerge.calibrate.reach import has_columns, is_linear
-from deltamerge.calibrate.second_moments import Measured
+from deltamerge.calibrate.rows.split import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, within
-from deltamerge.calibrate.split import split
-from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.devices import ALL
-from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.io.gathered import Gathered
-from deltamerge.io.patterns import finds
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.transplanted import Transplanted
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
@@ -29,8 +26,13 @@ from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.patterns import finds
+from deltamerge.tensors.rows import Gathered
+from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

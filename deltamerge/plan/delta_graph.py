@@ -10,23 +10,23 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.calibrate import spec
 from deltamerge.calibrate.calibrated import pick
+from deltamerge.calibrate.merge.second_moments import Measured
+from deltamerge.calibrate.q.threshold import cut_of
 from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
-from deltamerge.calibrate.second_moments import Measured
-from deltamerge.calibrate.threshold import cut_of
-from deltamerge.delta.over_base import added
-from deltamerge.engine.graph import Function, Graph, Node, function_of
 from deltamerge.errors import InputError
-from deltamerge.io.computed import update_of
-from deltamerge.io.patterns import finds
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
+from deltamerge.models.delta_over_base import added
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.computed import update_of
+from deltamerge.tensors.graph import Function, Graph, Node, function_of
+from deltamerge.tensors.patterns import finds
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,21 +7,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
-from deltamerge.engine.graph import READ, Node, depth_first, name_of
 from deltamerge.errors.shown import some
-from deltamerge.io.alike import count_alike, finite, places
-from deltamerge.io.audit import NonFinite
-from deltamerge.io.computed import Cast, LowRank, Zeros
-from deltamerge.io.dtypes import FLOATING
-from deltamerge.io.experts import Joined, Turned
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
+from deltamerge.formats.audit import NonFinite
+from deltamerge.formats.peft.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
 from deltamerge.methods.ops import put_back
+from deltamerge.plan.alike import count_alike, finite, places
 from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
+from deltamerge.tensors.computed import Cast, LowRank, Zeros
+from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.experts import Joined, Turned
+from deltamerge.tensors.graph import READ, Node, depth_first, name_of
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 # Tensors that are computed entry by entry from a model's own; not rows of several models nor a delta artifact's.
 ENTRYWISE = Cast | LowRank | Zeros | Joined | Turned | Experts | Hadamard | Kronecker | Residual | Rows | Shifted

@@ -8,11 +8,11 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.component import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
-from deltamerge.io.config_file import code_of as code_of
-from deltamerge.io.strict_json import read_json
-from deltamerge.io.weight_files import PICKLES
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
+from deltamerge.formats.config_json import code_of as code_of
+from deltamerge.formats.weight_files import PICKLES
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.recipe.schema import Recipe
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.delta.chain.models import Models
-from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint, by_component
-from deltamerge.io.component import PIPELINE
-from deltamerge.io.distributed import is_distributed
-from deltamerge.io.experts import Joined, Turned
-from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
-from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.components import PIPELINE
+from deltamerge.formats.dcp import is_distributed
+from deltamerge.models.chain.models import Models
+from deltamerge.models.checkpoint import Checkpoint, by_component
+from deltamerge.models.decode import decoded
+from deltamerge.models.delta_file import DeltaFile
 from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.plan.running_sum import check_sums
@@ -26,6 +23,9 @@ from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
+from deltamerge.tensors.experts import Joined, Turned
+from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
+from deltamerge.tensors.tensor import TensorInfo
 
 Opener = Callable[[str, Path], Checkpoint]
 SOURCES = 600_000  # tensors of all models, and of an output, each counted for every model that it comes from

@@ -22,14 +22,14 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.computed import floats
-from deltamerge.io.dtypes import ITEMSIZE, PLAIN, bits_type
-from deltamerge.io.front_matter import front_matter
-from deltamerge.io.names import TASK_HEAD
-from deltamerge.io.reader import Reader
-from deltamerge.io.strict_json import read_json
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.files.strict_json import read_json
+from deltamerge.models.front_matter import front_matter
 from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.tensors.computed import floats
+from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type
+from deltamerge.tensors.names import TASK_HEAD
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 SAMPLED = 12  # tensors that are compared
 PLACES, RUN = 4, 1024  # runs per tensor, and elements of a run

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deltamerge.io.dtypes import COPIED, FLOATING
-from deltamerge.io.names import block_of, blocks_of
-from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
+from deltamerge.tensors.dtypes import COPIED, FLOATING
+from deltamerge.tensors.names import block_of, blocks_of
+from deltamerge.tensors.tensor import TensorInfo
 
 # Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
 BUFFERS = re.compile(

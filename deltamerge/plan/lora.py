@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deltamerge.calibrate import adapter_masks
+from deltamerge.calibrate.q import adapter_masks
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Spec, mask_seeds
-from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.io.adapter_config import DERIVED
-from deltamerge.io.adapter_parts import factor_names
-from deltamerge.io.computed import LowRank, Zeros
-from deltamerge.io.strict_json import read_json
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.peft.config import DERIVED
+from deltamerge.formats.peft.parts import factor_names
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
@@ -24,6 +21,9 @@ from deltamerge.plan.merged_tensor import Tuned
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.computed import LowRank, Zeros
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.tensor import TensorInfo
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from deltamerge.io.names import EMBEDDING
 from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.recipe.schema import Output
+from deltamerge.tensors.names import EMBEDDING
 
 HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
 TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops

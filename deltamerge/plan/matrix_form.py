@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from deltamerge.calibrate.reach import is_stacked
-from deltamerge.io.names import EMBEDDING, TOKEN_HEAD
+from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD
 
 
 def matrix_form(name: str, shape: tuple[int, ...], models: int) -> tuple[int, int, int] | None:

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltamerge.engine.execute import own_tile
-from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
-from deltamerge.engine.tiles import block_elements
 from deltamerge.engine.traits import traits_of
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.io.coded_writer import LARGE
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.names import layer_index
-from deltamerge.io.outbox import ROOM, SLAB, room_for
+from deltamerge.files.outbox import ROOM, SLAB, room_for
+from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import REDUCTIONS, Node, peak_tiles, schedule
+from deltamerge.tensors.names import layer_index
+from deltamerge.tensors.tiles import block_elements
 
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe.parts import Section
+from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
+from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING
 
 # Names that mergekit gives parts of a model, where they are not components of tensor names.
 SPELLINGS = {"text_decoder": "language_model", "default": ""}

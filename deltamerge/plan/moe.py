@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.router import routers
-from deltamerge.calibrate.router_spec import Prompts, RouterSpec
+from deltamerge.calibrate.merge.router import routers
+from deltamerge.calibrate.merge.router_spec import Prompts, RouterSpec
 from deltamerge.engine import backends
-from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.component import CONFIG
-from deltamerge.io.dtypes import CODES, FLOATING, PLAIN
-from deltamerge.io.names import TOKEN_EMBEDDING
-from deltamerge.io.quantised.detect import without_keys
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.components import CONFIG
+from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
@@ -31,6 +27,10 @@ from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.written_config import settle
 from deltamerge.recipe.moe_keys import DRAWN, Expert
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
+from deltamerge.tensors.graph import Graph, Node
+from deltamerge.tensors.names import TOKEN_EMBEDDING
+from deltamerge.tensors.tensor import TensorInfo
 
 LAYER = re.compile(r"(?P<prefix>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
 WEIGHT = re.compile(rf"mlp\.({'|'.join(MLP)})\.weight")

@@ -9,17 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.delta.positions import expected_bits
-from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
-from deltamerge.engine.graph import Graph
-from deltamerge.io.component import folders_of, split
-from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
-from deltamerge.io.gathered import cut
-from deltamerge.io.layout import Layout
-from deltamerge.io.names import LM_HEAD, layer_index
-from deltamerge.io.quantised.coding import Coding
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.components import folders_of, split
+from deltamerge.formats.delta.positions import expected_bits
+from deltamerge.formats.delta.values import VALUE_BITS
+from deltamerge.formats.layout import Layout
+from deltamerge.formats.quantised.coding import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
 from deltamerge.plan.lacking import Spares, is_buffer, named
@@ -33,6 +28,11 @@ from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.plan.written_config import settle
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
+from deltamerge.tensors.graph import Graph
+from deltamerge.tensors.names import LM_HEAD, layer_index
+from deltamerge.tensors.rows import cut
+from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,26 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate import merge_inputs
+from deltamerge.calibrate.merge import inputs as merge_inputs
+from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.reach import in_words
-from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Share, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.engine.devices import AUTO
-from deltamerge.engine.graph import Node
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
-from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import Adapter
-from deltamerge.io.component import Component
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.layout import Layout, plan_layout
-from deltamerge.io.names import numbered_blocks
-from deltamerge.io.quantised.coding import Coding
-from deltamerge.io.quantised.packing import kept_bytes
-from deltamerge.io.running_sum import RunningSum
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.audit import NonFinite
+from deltamerge.formats.components import Component
+from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.peft.config import Adapter
+from deltamerge.formats.quantised.coding import Coding
+from deltamerge.formats.quantised.packing import kept_bytes
+from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.folders import refuse_adapter, remarks
@@ -46,6 +42,10 @@ from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.plan.written_config import WrittenConfig, adapter_warnings
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.names import numbered_blocks
+from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.plan.moe import Mixture, MixtureOutputs

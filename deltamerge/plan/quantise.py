@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from deltamerge.calibrate.reach import is_transposed
-from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import FLOATING
-from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
-from deltamerge.io.quantised.coding import Coding
-from deltamerge.io.quantised.detect import Scheme, keys_of, stated
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.quantised.coding import Coding
+from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
+from deltamerge.tensors.tensor import TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -180,7 +180,11 @@ class Afresh:
             self.fused.append(target.stored)
         if dtype not in FLOATING or not self._is_linear(target, shape):
             return None
-        from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups  # only where codes are written
+        from deltamerge.formats.quantised.encode import (  # only where codes are written
+            channels,
+            fp8_blocks,
+            int4_groups,
+        )
 
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
@@ -293,7 +297,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
-    from deltamerge.io.quantised.encode import kept
+    from deltamerge.formats.quantised.encode import kept
 
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
     return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from deltamerge.errors.shown import some
-from deltamerge.io.dtypes import TORCH_NAMES
 from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.tensors.dtypes import TORCH_NAMES
 
 SHOWN = 3
 

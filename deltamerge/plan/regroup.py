@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deltamerge.io import experts
-from deltamerge.io.matching import Names, match
-from deltamerge.io.names import numbers_as_stars
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.models.matching import Names, match
+from deltamerge.tensors import experts
+from deltamerge.tensors.names import numbers_as_stars
+from deltamerge.tensors.tensor import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 

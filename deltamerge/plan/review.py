@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deltamerge.errors.markdown import code, label, plain
 from deltamerge.errors.shown import some
-from deltamerge.io.markdown import code, label, plain
 
 Described = Mapping[str, Any]
 

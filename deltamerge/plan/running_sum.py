@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.running_sum import RunningSum
+from deltamerge.formats.running_sum import RunningSum
 from deltamerge.methods.merge.sums import divisor_of
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.recipe import series
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised.detect import without_keys
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, Place, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
 from deltamerge.plan.modules import Modules
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
+from deltamerge.tensors.tensor import TensorInfo
 
 # Tensors outside layers that hold a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")

@@ -11,19 +11,12 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate.calibrated import pick, pick_coefficient
-from deltamerge.calibrate.gradients import of_tensor
-from deltamerge.calibrate.merge_inputs import of_layer
-from deltamerge.calibrate.totals import totals
-from deltamerge.delta.positions import uniform_density
-from deltamerge.delta.values import VALUE_BITS
-from deltamerge.engine.graph import Function, Graph, Node, name_of
-from deltamerge.engine.graph import function_of as call
+from deltamerge.calibrate.merge.gradients import of_tensor
+from deltamerge.calibrate.merge.inputs import of_layer
+from deltamerge.calibrate.merge.totals import totals
 from deltamerge.errors import RecipeError
-from deltamerge.io.computed import LowRank, update_of
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.gathered import Gathered
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.transplanted import Transplanted
+from deltamerge.formats.delta.positions import uniform_density
+from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
@@ -34,10 +27,17 @@ from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.plan.running_sum import counts
+from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.prune_keys import MERGED
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
+from deltamerge.tensors.computed import LowRank, update_of
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import Function, Graph, Node, name_of
+from deltamerge.tensors.graph import function_of as call
+from deltamerge.tensors.rows import Gathered
+from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Literal
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.checkpoint import Adapter, Checkpoint
-from deltamerge.io.component import check_folder, listed_folders
-from deltamerge.io.hub import fetch
-from deltamerge.io.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
-from deltamerge.io.tokenizer_files import (
+from deltamerge.formats.components import check_folder, listed_folders
+from deltamerge.formats.peft.config import Adapter
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.hub import fetch
+from deltamerge.models.tokenizer_files import (
     CONFIG,
     MAP,
     MOST_TOKENS,
@@ -33,10 +33,11 @@ from deltamerge.io.tokenizer_files import (
     roles_in,
     tokenizer_config,
 )
-from deltamerge.io.vocabulary_files import FILES, SENTENCEPIECE, Reading, Words, same_step
+from deltamerge.models.vocabulary_files import FILES, SENTENCEPIECE, Reading, Words, same_step
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
 if TYPE_CHECKING:
     from deltamerge.plan.outputs import Outputs, Row

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Tokens
-from deltamerge.io.dtypes import PLAIN
-from deltamerge.io.names import TOKEN_EMBEDDING, TOKEN_HEAD
-from deltamerge.io.pursuit import SCREENED, held
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.tokenizer_files import ROLES, read_generation, read_roles, read_tokens
-from deltamerge.io.transplanted import Sums, Transplanted
+from deltamerge.models.checkpoint import Tokens
+from deltamerge.models.tokenizer_files import ROLES, read_generation, read_roles, read_tokens
 from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.pursuit import SCREENED, held
+from deltamerge.plan.transplant_rows import Sums, Transplanted
 from deltamerge.plan.vocabulary import BYTES_PER_TOKEN, Rows, Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_rows import vocabularies
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.dtypes import PLAIN
+from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD
+from deltamerge.tensors.tensor import TensorInfo
 
 TORCH_BYTES = 170_000_000  # of torch's code and its first product, measured
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.checkpoint import Tokens
-from deltamerge.io.gathered import gather
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
+from deltamerge.models.checkpoint import Tokens
+from deltamerge.models.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
 from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe.schema import ModelToken, Recipe, Token, ZeroToken
+from deltamerge.tensors.rows import gather
+from deltamerge.tensors.tensor import TensorInfo
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.io.tokenizer_files import ROLES
+from deltamerge.models.tokenizer_files import ROLES
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.transplant import Transplant
 from deltamerge.plan.vocabulary import Vocabulary

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deltamerge.io.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
+from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
 # Tensors that never have a row per token, whatever their size.
 OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")

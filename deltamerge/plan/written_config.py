@@ -13,9 +13,10 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.errors.shown import some
-from deltamerge.io.component import PIPELINE
-from deltamerge.io.config_class import UNKNOWN, class_of_type
-from deltamerge.io.config_differences import (
+from deltamerge.formats.components import PIPELINE
+from deltamerge.formats.quantised.detect import without_keys
+from deltamerge.models.config_class import UNKNOWN, class_of_type
+from deltamerge.models.config_differences import (
     ABSENT,
     ACTIVATION,
     FULL,
@@ -35,13 +36,12 @@ from deltamerge.io.config_differences import (
     known_keys,
     same,
 )
-from deltamerge.io.names import LM_HEAD
-from deltamerge.io.quantised.detect import without_keys
-from deltamerge.io.tokenizer_files import GENERATION
+from deltamerge.models.tokenizer_files import GENERATION
 from deltamerge.plan.inputs import Input, Inputs, input_named, ties
 from deltamerge.plan.layer_config import COUNTS
 from deltamerge.recipe.messages import suggest
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.names import LM_HEAD
 
 BESIDE = "config_changes.json"  # in an adapter's folder: what its model's config says otherwise than the base's
 TIE, TYPE = "tie_word_embeddings", "model_type"
@@ -207,7 +207,7 @@ def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
 
 
 def _read(model: Input) -> dict[str, Any] | None:
-    from deltamerge.io.strict_json import read_json
+    from deltamerge.files.strict_json import read_json
 
     path = model.checkpoint.path / GENERATION
     if not path.is_file():

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
-from deltamerge.io.config_differences import BOOKKEEPING
 from deltamerge.methods.parameters import KEPT
 from deltamerge.methods.registry import MERGE, NO_EFFECT
+from deltamerge.models.config_differences import BOOKKEEPING
 from deltamerge.recipe import moe_checks, prune_checks, sums
 from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
 from deltamerge.recipe.effective_prune import effective_prune

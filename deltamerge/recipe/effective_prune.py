@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.io.names import TASK_HEAD
 from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.values import Value, chain
+from deltamerge.tensors.names import TASK_HEAD
 
 if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import CalibratedQ, Protect, Prune

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.delta.chain.folder import expand
 from deltamerge.errors import InputError, Problem
-from deltamerge.io.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.methods.registry import MERGE
+from deltamerge.models.chain.folder import expand
 from deltamerge.recipe.schema import Model, model_name
 from deltamerge.recipe.series import Found, Series, find, running, shares
 from deltamerge.recipe.values import Value

@@ -9,7 +9,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.io import patterns
 from deltamerge.recipe import checks, documents, messages, moe_checks, open_values, yaml_source
 from deltamerge.recipe.expand import Member, members, weighed
 from deltamerge.recipe.parts import Section
@@ -18,6 +17,7 @@ from deltamerge.recipe.series import Series
 from deltamerge.recipe.short_form import in_full
 from deltamerge.recipe.values import Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
+from deltamerge.tensors import patterns
 
 MAX_PROBLEMS = 200  # shown for one recipe
 

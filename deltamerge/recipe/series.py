@@ -23,7 +23,7 @@ from typing import Literal
 
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.names import natural
+from deltamerge.tensors.names import natural
 
 Schedule = Literal["constant", "minus_sqrt", "ema"]
 

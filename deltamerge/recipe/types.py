@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from deltamerge.io import patterns
 from deltamerge.recipe.values import Items
+from deltamerge.tensors import patterns
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}

@@ -12,36 +12,37 @@ from typing import Any
 
 import yaml
 
-from deltamerge import __version__, errors
-from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.folder import line
-from deltamerge.delta.chain.layers import check_complete
-from deltamerge.delta.chain.models import open_model
-from deltamerge.delta.chain.publish import replacing
-from deltamerge.delta.entry import TILE
-from deltamerge.delta.file import DeltaFile, ResultTensor
-from deltamerge.delta.over_base import check, elements
-from deltamerge.delta.steps import STEP_TILE
+from deltamerge import errors
 from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors.markdown import code, plain
 from deltamerge.errors.shown import human
-from deltamerge.io import progress
-from deltamerge.io.atomic import replace_file
-from deltamerge.io.blobs import check_blobs
-from deltamerge.io.checkpoint import Checkpoint, is_delta
-from deltamerge.io.front_matter import card
-from deltamerge.io.layout import plan_layout
-from deltamerge.io.maker import MADE_BY, Guard, Maker
-from deltamerge.io.markdown import code, plain
-from deltamerge.io.outbox import ROOM, SLAB
-from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.reader import Reader
-from deltamerge.io.seals import seal
-from deltamerge.io.tree import files_of
-from deltamerge.io.workspace import refuse_inputs, workspace
-from deltamerge.io.writer import Writer
+from deltamerge.files import progress
+from deltamerge.files.atomic import replace_file
+from deltamerge.files.maker import MADE_BY, Guard, Maker
+from deltamerge.files.outbox import ROOM, SLAB
+from deltamerge.files.seals import seal
+from deltamerge.files.tree import files_of
+from deltamerge.files.workspace import refuse_inputs, workspace
+from deltamerge.formats.delta.entry import TILE
+from deltamerge.formats.delta.steps import STEP_TILE
+from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.models.blobs import check_blobs
+from deltamerge.models.chain.fold import folded
+from deltamerge.models.chain.folder import line
+from deltamerge.models.chain.layers import check_complete
+from deltamerge.models.chain.models import open_model
+from deltamerge.models.chain.publish import replacing
+from deltamerge.models.checkpoint import Checkpoint, is_delta
+from deltamerge.models.decode import decoded
+from deltamerge.models.delta_file import DeltaFile, ResultTensor
+from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.front_matter import card
+from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.run.assets import copied_files, write_files
+from deltamerge.tensors.reader import Reader
+from deltamerge.version import __version__
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result

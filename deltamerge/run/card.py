@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from deltamerge import __version__
 from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.calibrate.reach import in_words
-from deltamerge.delta.writer import Summary
-from deltamerge.engine.graph import Node
-from deltamerge.io.coded_writer import Losses
-from deltamerge.io.component import PIPELINE
-from deltamerge.io.front_matter import card
-from deltamerge.io.front_matter import front_matter as read_front_matter
-from deltamerge.io.markdown import code, fenced, plain
+from deltamerge.errors.markdown import code, fenced, plain
+from deltamerge.formats.components import PIPELINE
+from deltamerge.formats.delta.writer import Summary
+from deltamerge.formats.quantised.writer import Losses
+from deltamerge.models.front_matter import card
+from deltamerge.models.front_matter import front_matter as read_front_matter
+from deltamerge.outputs.budget import ChosenDensities, budget_of
+from deltamerge.outputs.lora_file import LowRankSummary
 from deltamerge.plan.planner import Plan
-from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.heads import head_of
 from deltamerge.run.lock import errors_of
-from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.moe_card import mixture_lines
+from deltamerge.tensors.graph import Node
+from deltamerge.version import __version__
 
 
 def _license(plan: Plan) -> str | None:

@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from deltamerge.delta.manifest import Base
-from deltamerge.delta.over_base import elements
-from deltamerge.delta.positions import CODINGS
-from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter, is_related
-from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.engine.execute import Task, execute, shared_values
-from deltamerge.engine.graph import Node
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import flat
-from deltamerge.io.journal import Journal
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.files.descriptors import flat
+from deltamerge.files.journal import Journal
+from deltamerge.formats.delta.manifest import Base
+from deltamerge.formats.delta.positions import CODINGS
+from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
+from deltamerge.formats.delta.writer import DeltaWriter, Summary
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.delta_over_base import elements
+from deltamerge.outputs.budget import ChosenDensities, given, search
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
-from deltamerge.run.budget import ChosenDensities, given, search
 from deltamerge.run.options import Options
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 
 def write_delta(

@@ -13,26 +13,27 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from deltamerge import __version__, errors
-from deltamerge.calibrate.hub_rows import commit
-from deltamerge.calibrate.rows import is_of_hub, local_files
+from deltamerge import errors
+from deltamerge.calibrate.rows.hub import commit
+from deltamerge.calibrate.rows.rows import is_of_hub, local_files
 from deltamerge.calibrate.spec import CalibrationInput
-from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
-from deltamerge.io import progress
-from deltamerge.io.blobs import sha256_of
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.component import CONFIG as CONFIG_FILE
-from deltamerge.io.files import flat, read_at
-from deltamerge.io.maker import DATA as DATA
-from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn, size_of
-from deltamerge.io.quantised.scaled import Streamed
-from deltamerge.io.seals import hash_bytes as hash_bytes
-from deltamerge.io.seals import hash_output as hash_output
-from deltamerge.io.seals import seal
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
+from deltamerge.files import progress
+from deltamerge.files.descriptors import flat, read_at
+from deltamerge.files.maker import DATA as DATA
+from deltamerge.files.pieces import Known, Pieces, hash_whole, inside, learn, size_of
+from deltamerge.files.seals import hash_bytes as hash_bytes
+from deltamerge.files.seals import hash_output as hash_output
+from deltamerge.files.seals import seal
+from deltamerge.formats.components import CONFIG as CONFIG_FILE
+from deltamerge.formats.quantised.scaled import Streamed
+from deltamerge.models.blobs import sha256_of
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
+from deltamerge.tensors.graph import depth_first
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.version import __version__
 
 WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
 
@@ -40,7 +41,7 @@ Mine = Callable[[int, int], bool]
 
 
 def hash_input(path: Path, pieces: Pieces | None = None) -> str:
-    """ "xxh3-64k:<hex>" of a local file, by `io.pieces`: as fast as it is read, against accidents, not against forgery.
+    """Return "xxh3-64k:<hex>" of a local file, by `files.pieces`. It guards against accidents, not against forgery.
 
     What `pieces` know is not read. A file of the hub's cache is "sha256:<hex>", which the hub already knows and
     `check_blobs` compares.

@@ -8,21 +8,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from deltamerge import __version__
-from deltamerge.delta.chain.publish import replacing
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.io.component import CONFIG
-from deltamerge.io.maker import Guard, Maker, place_named, place_of
-from deltamerge.io.safetensors_file import PREFIX, parse_header
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.workspace import is_begun
+from deltamerge.files.maker import Guard, Maker, place_named, place_of
+from deltamerge.files.workspace import is_begun
+from deltamerge.formats.components import CONFIG
+from deltamerge.formats.safetensors import PREFIX, parse_header
+from deltamerge.models.chain.publish import replacing
+from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.outputs.assets import assets, config
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.documents import references
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.run.assets import assets, config
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.version import __version__
 
 RECIPE = "recipe.yaml"
 

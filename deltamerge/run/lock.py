@@ -12,31 +12,31 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge import __version__
-from deltamerge.calibrate import router_spec
 from deltamerge.calibrate.calibrated import locked
-from deltamerge.engine.graph import Node
+from deltamerge.calibrate.merge import router_spec
 from deltamerge.errors import InputError, OutputError, VerifyError
-from deltamerge.io.atomic import replace_file
-from deltamerge.io.coded_writer import Losses, relative_error
-from deltamerge.io.lock_file import FORMAT as FORMAT
-from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
-from deltamerge.io.lock_file import ROWS as ROWS
-from deltamerge.io.lock_file import read_lock as read_lock
-from deltamerge.io.lock_file import unlisted
-from deltamerge.io.maker import MADE_BY, Maker, has_weights
-from deltamerge.io.own_files import refuse_others, replace_own
-from deltamerge.io.safetensors_file import read_header
-from deltamerge.io.seals import hash_bytes, hash_output
-from deltamerge.io.tree import is_inside, leads_out
+from deltamerge.files.atomic import replace_file
+from deltamerge.files.lock_file import FORMAT as FORMAT
+from deltamerge.files.lock_file import LOCK_NAME as LOCK_NAME
+from deltamerge.files.lock_file import ROWS as ROWS
+from deltamerge.files.lock_file import read_lock as read_lock
+from deltamerge.files.lock_file import unlisted
+from deltamerge.files.maker import MADE_BY, Maker, has_weights
+from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.seals import hash_bytes, hash_output
+from deltamerge.files.tree import is_inside, leads_out
+from deltamerge.formats.quantised.writer import Losses, relative_error
+from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
+from deltamerge.tensors.graph import Node
+from deltamerge.version import __version__
 
 if TYPE_CHECKING:
-    from deltamerge.run.budget import ChosenDensities
-    from deltamerge.run.lora_file import LowRankSummary
+    from deltamerge.outputs.budget import ChosenDensities
+    from deltamerge.outputs.lora_file import LowRankSummary
 
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deltamerge.engine.graph import Node
-from deltamerge.io.markdown import plain
+from deltamerge.errors.markdown import plain
 from deltamerge.plan.planner import Plan
+from deltamerge.tensors.graph import Node
 
 SHOWN = 3  # prompts of an expert
 LONG = 80  # characters of a prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
-from deltamerge.io import progress
+from deltamerge.files import progress
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock

@@ -9,10 +9,10 @@ from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
-from deltamerge.io.journal import check_facts, part_journals
-from deltamerge.io.layout import Layout
-from deltamerge.io.seals import Seal, damages, seal
-from deltamerge.io.workspace import Workspace
+from deltamerge.files.journal import check_facts, part_journals
+from deltamerge.files.seals import Seal, damages, seal
+from deltamerge.files.workspace import Workspace
+from deltamerge.formats.layout import Layout
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltamerge.delta.chain.models import Models
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.models.chain.models import Models
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run.intermediate import folder_of, result
@@ -74,7 +74,7 @@ class Planner:
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
         if document.recipe.output.gguf is not None:
-            from deltamerge.run.gguf_output import check
+            from deltamerge.outputs.gguf import check
 
             check(planned)
         return planned

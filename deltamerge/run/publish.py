@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamerge import __version__, errors
+from deltamerge import errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.errors.shown import some
-from deltamerge.io import hub
-from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.models import hub
 from deltamerge.recipe import yaml_source
 from deltamerge.run.hashes import DATA
 from deltamerge.run.lock import ROWS, Lock, verify
+from deltamerge.version import __version__
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deltamerge import errors
-from deltamerge.delta.chain.fold import covers
-from deltamerge.delta.over_base import check
-from deltamerge.engine.graph import depth_first
-from deltamerge.io.blobs import check_blobs
-from deltamerge.io.pieces import Pieces
-from deltamerge.io.reader import Reader
+from deltamerge.files.pieces import Pieces
+from deltamerge.models.blobs import check_blobs
+from deltamerge.models.chain.fold import covers
+from deltamerge.models.delta_over_base import check
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
 from deltamerge.run.layers_built import check_layers_built
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
+from deltamerge.tensors.graph import depth_first
+from deltamerge.tensors.reader import Reader
 
 T = TypeVar("T")
 

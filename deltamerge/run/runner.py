@@ -9,32 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.io.adapter_config import CONFIG
-from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.lock_file import LOCK_NAME, read_lock
-from deltamerge.io.maker import Guard
-from deltamerge.io.seals import seal
-from deltamerge.io.tree import files_of
-from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
-from deltamerge.io.writer import write_index
+from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.maker import Guard
+from deltamerge.files.seals import seal
+from deltamerge.files.tree import files_of
+from deltamerge.files.workspace import Workspace, is_begun, refuse_inputs, workspace
+from deltamerge.formats.audit import NonFinite
+from deltamerge.formats.delta.writer import Summary
+from deltamerge.formats.peft.config import CONFIG
+from deltamerge.formats.safetensors_writer import write_index
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.outputs.assets import asset_files, assets, left_out, write_files
+from deltamerge.outputs.budget import budget_of
+from deltamerge.outputs.lora_file import LowRankSummary
+from deltamerge.outputs.peft import write_adapter
 from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run import hashes
-from deltamerge.run.assets import asset_files, assets, left_out, write_files
-from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, guard_of, is_current
 from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock
-from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
-from deltamerge.run.peft import write_adapter
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
 from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
@@ -249,7 +249,7 @@ def _complete(
         ending(folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if planned.recipe.output.gguf is not None:
-        from deltamerge.run.gguf_output import write_gguf
+        from deltamerge.outputs.gguf import write_gguf
 
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.chosen}

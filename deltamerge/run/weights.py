@@ -10,31 +10,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.delta.writer import Summary
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute, shared_values
-from deltamerge.engine.graph import Node, function_of
 from deltamerge.engine.tasks import on_gpu
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
-from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.coded_writer import CodedWriter, Losses
-from deltamerge.io.files import writing
-from deltamerge.io.pieces import Pieces
-from deltamerge.io.reader import Reader
-from deltamerge.io.seals import Seal, seal
-from deltamerge.io.work_folder import CALIBRATION, SPOOL
-from deltamerge.io.workspace import Workspace
-from deltamerge.io.writer import Writer
+from deltamerge.files.descriptors import writing
+from deltamerge.files.pieces import Pieces
+from deltamerge.files.seals import Seal, seal
+from deltamerge.files.work_folder import CALIBRATION, SPOOL
+from deltamerge.files.workspace import Workspace
+from deltamerge.formats.audit import Findings, NonFinite
+from deltamerge.formats.delta.writer import Summary
+from deltamerge.formats.quantised.writer import CodedWriter, Losses
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.outputs.budget import ChosenDensities, budget_of
+from deltamerge.outputs.lora_file import LowRankSummary
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import room
 from deltamerge.plan.planner import Plan
-from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
 from deltamerge.run.lock import Lock
-from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
+from deltamerge.tensors.graph import Node, function_of
+from deltamerge.tensors.reader import Reader
 
 WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
 
@@ -102,7 +102,7 @@ def _make(
 def _make_lora(
     planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any]
 ) -> Weights:
-    from deltamerge.run.lora_output import write_lora
+    from deltamerge.outputs.lora import write_lora
 
     if part is not None:
         raise UsageError("--part: a LoRA is one small file", hint="run it without --part")

@@ -11,10 +11,10 @@ import torch
 import transformers
 from tiny_models import batches, make
 
-from deltamerge.calibrate.activations import collect
-from deltamerge.calibrate.blocks import BlockModel, from_reader
-from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.engine.tiles import Kept
+from deltamerge.calibrate.model.activations import collect
+from deltamerge.calibrate.model.blocks import BlockModel, from_reader
+from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.tensors.tiles import Kept
 
 
 def caught(

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltamerge.calibrate.agreement import discord, divergence
+from deltamerge.apps.report.pictures import draw
+from deltamerge.calibrate.q.agreement import discord, divergence
 from deltamerge.errors import InputError, OutputError
-from deltamerge.inspect.pictures import draw
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

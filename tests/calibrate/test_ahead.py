@@ -13,10 +13,10 @@ from conftest import tiny_llama
 from running import calibrate
 from test_stage import RUNS, recipe
 
-from deltamerge.calibrate import tensors
-from deltamerge.calibrate.ahead import Ahead
-from deltamerge.calibrate.blocks import BlockModel
-from deltamerge.calibrate.passes import stored
+from deltamerge.calibrate.model.ahead import Ahead
+from deltamerge.calibrate.model.blocks import BlockModel
+from deltamerge.calibrate.model.passes import stored
+from deltamerge.calibrate.q import tensors
 
 LAYERS = 4
 

@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, SMALL, batches, make
 
-from deltamerge.calibrate.blocks import BlockModel, Linear, from_reader
+from deltamerge.calibrate.model.blocks import BlockModel, Linear, from_reader
 from deltamerge.errors import InputError
-from deltamerge.io.names import numbered_blocks
+from deltamerge.tensors.names import numbered_blocks
 
 
 def plain(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import image_processor
 
-from deltamerge.calibrate import rows
-from deltamerge.calibrate.rows import Row
-from deltamerge.calibrate.split import split
+from deltamerge.calibrate.rows import rows
+from deltamerge.calibrate.rows.rows import Row
+from deltamerge.calibrate.rows.split import split
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
@@ -202,7 +202,7 @@ def tokenizer(folder: Path, **special: str) -> Path:
 def reader(folder: Path, architecture: str, task: str, length: int = 8, **settings: Any) -> Any:
     import transformers
 
-    from deltamerge.calibrate.data import RowReader
+    from deltamerge.calibrate.rows.batches import RowReader
 
     family = getattr(transformers, architecture.partition("For")[0] + "Config")
     config = family(architectures=[architecture], max_position_embeddings=16, **settings)

@@ -20,10 +20,10 @@ from running import calibrate, make_plan
 from safetensors.torch import load_file
 from tiny_models import image_processor
 
-from deltamerge.calibrate.blocks import BlockModel, from_reader
-from deltamerge.calibrate.data import RowReader
-from deltamerge.calibrate.families import check_family
-from deltamerge.calibrate.rows import Row
+from deltamerge.calibrate.model.blocks import BlockModel, from_reader
+from deltamerge.calibrate.model.families import check_family
+from deltamerge.calibrate.rows.batches import RowReader
+from deltamerge.calibrate.rows.rows import Row
 from deltamerge.errors import DeltamergeError, InputError
 
 REFUSED = {
@@ -88,7 +88,7 @@ def test_pictures_run_picture_models(architecture: str) -> None:
 
 def test_neither_torch_nor_transformers_is_imported_for_it() -> None:
     code = (
-        "import sys\nfrom deltamerge.calibrate.families import check_family\n"
+        "import sys\nfrom deltamerge.calibrate.model.families import check_family\n"
         "check_family({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}, 'text')\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

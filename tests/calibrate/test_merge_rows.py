@@ -18,12 +18,12 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from deltamerge.calibrate.coefficients import calibrate
-from deltamerge.calibrate.combining import combined
-from deltamerge.calibrate.gradients import of_tensor
-from deltamerge.calibrate.merge_inputs import Spooled
-from deltamerge.engine.tiles import Kept
+from deltamerge.calibrate.merge.coefficients import calibrate
+from deltamerge.calibrate.merge.gradients import of_tensor
+from deltamerge.calibrate.merge.inputs import Spooled
+from deltamerge.calibrate.merge.sums import combined
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.tensors.tiles import Kept
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     """The merged tensors, from transformers' own forward of whole models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamerge.calibrate.split import split
+    from deltamerge.calibrate.rows.split import split
 
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
@@ -294,7 +294,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
 def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.split import split
+    from deltamerge.calibrate.rows.split import split
 
     folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
     path = recipe(folder, "fisher", "fisher")

@@ -23,15 +23,15 @@ from safetensors.numpy import load_file as load_rows
 from safetensors.torch import load_file, save_file
 from test_families import small
 
-from deltamerge.calibrate.activations import collect
-from deltamerge.calibrate.blocks import BlockModel, from_reader
-from deltamerge.calibrate.layers import Cut
+from deltamerge.calibrate.model.activations import collect
+from deltamerge.calibrate.model.blocks import BlockModel, from_reader
+from deltamerge.calibrate.model.layers import Cut
+from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
 from deltamerge.calibrate.reach import stacked_transposed
-from deltamerge.calibrate.rows import LANGUAGE_HEADS
+from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
 from deltamerge.calibrate.stage import activations
-from deltamerge.calibrate.statistics import LayerStatistics, drawn
 from deltamerge.errors import InputError
-from deltamerge.io.names import numbers_as_stars
+from deltamerge.tensors.names import numbers_as_stars
 
 DENSITY = 0.3
 RECIPE = """\

@@ -14,10 +14,10 @@ from tiny_models import batches, make
 from tolerance import gamma
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate import head
-from deltamerge.calibrate.blocks import BlockModel, from_reader
-from deltamerge.calibrate.candidates import Cache, apply, pruned
-from deltamerge.calibrate.objectives import (
+from deltamerge.calibrate.model import head
+from deltamerge.calibrate.model.blocks import BlockModel, from_reader
+from deltamerge.calibrate.model.candidates import Cache, apply, pruned
+from deltamerge.calibrate.q.objectives import (
     Distribution,
     Generation,
     OutputChange,
@@ -28,8 +28,8 @@ from deltamerge.calibrate.objectives import (
     over_seeds,
     per_token,
 )
-from deltamerge.engine.tiles import Kept
 from deltamerge.errors import InputError
+from deltamerge.tensors.tiles import Kept
 
 
 class Pair:

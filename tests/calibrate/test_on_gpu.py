@@ -20,18 +20,18 @@ from running import calibrate, make_plan, run
 from simulated_gpu import GPU, out_of_memory, simulated
 from test_stage import RUNS, recipe
 
-from deltamerge.calibrate import subject as subjects
-from deltamerge.calibrate import tensors
-from deltamerge.calibrate.ahead import Ahead
-from deltamerge.calibrate.arrivals import Arrivals
-from deltamerge.calibrate.resident import Resident
-from deltamerge.calibrate.subject import Subject
+from deltamerge.apps.recommend import study
+from deltamerge.calibrate.model.ahead import Ahead
+from deltamerge.calibrate.model.arrivals import Arrivals
+from deltamerge.calibrate.model.resident import Resident
+from deltamerge.calibrate.q import subject as subjects
+from deltamerge.calibrate.q import tensors
+from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
+from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.inspect import study
-from deltamerge.io import kernels
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 BY_ROW = ["least-squares-row"]
 LEARNED = ["learned", "learned-row"]

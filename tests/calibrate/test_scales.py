@@ -10,10 +10,10 @@ import torch
 import transformers
 from tiny_models import batches, make
 
-from deltamerge.calibrate.blocks import BlockModel
-from deltamerge.calibrate.candidates import pruned
-from deltamerge.calibrate.objectives import Distribution, evaluate
-from deltamerge.calibrate.scales import Learned, learn, row_shape
+from deltamerge.calibrate.model.blocks import BlockModel
+from deltamerge.calibrate.model.candidates import pruned
+from deltamerge.calibrate.q.learned import Learned, learn, row_shape
+from deltamerge.calibrate.q.objectives import Distribution, evaluate
 
 BERT = "BertForSequenceClassification"
 

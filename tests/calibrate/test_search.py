@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, passed, scan
+from deltamerge.calibrate.q.search import BUDGET, Minima, closer, grid, minimise, model, passed, scan
 from deltamerge.calibrate.spec import CLOSER
 
 SHAPES: dict[str, Callable[[float, float], float]] = {

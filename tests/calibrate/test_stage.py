@@ -20,15 +20,15 @@ from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
 from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
-from deltamerge.calibrate import precision
+from deltamerge.calibrate.model import precision
 from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan_view import calibration_seconds
-from deltamerge.engine.tiles import Kept, Tile
 from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
 from deltamerge.run.lock import verify
+from deltamerge.tensors.tiles import Kept, Tile
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
 
@@ -180,7 +180,7 @@ def test_one_q_takes_few_passes(models: Path, tmp_path: Path, monkeypatch, famil
     """Of 50 sequences, with 4 masks where they are random; the comparison on held-out rows is counted. By predictions
     always, never, or where the output change says little."""
     if little is not None:
-        monkeypatch.setattr("deltamerge.calibrate.searches.HARDLY_LESS", little)
+        monkeypatch.setattr("deltamerge.calibrate.q.choices.HARDLY_LESS", little)
     rows(models / family / "many.jsonl", 250)
     path = recipe(models / family, f"few-{name}", RUNS[name])
     text = path.read_text().replace("calib.jsonl, sequences: 8", "many.jsonl, sequences: 50")

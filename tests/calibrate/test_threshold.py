@@ -12,7 +12,7 @@ import torch
 from conftest import load_tensors, tiny_llama
 from running import make_plan, run
 
-from deltamerge.calibrate import threshold
+from deltamerge.calibrate.q import threshold
 
 HEAD = "lm_head.weight"
 

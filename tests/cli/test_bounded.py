@@ -11,11 +11,11 @@ import pytest
 from conftest import tiny_llama
 from running import make_plan
 
-from deltamerge.calibrate import rows
+from deltamerge.calibrate.rows import rows
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io import patterns
 from deltamerge.plan import memory
 from deltamerge.run import options
+from deltamerge.tensors import patterns
 
 BASED = "base_model: ./base\nmerge_method: ties\nparameters: {density: 0.5, weight: 1}\n"
 ONE = BASED + "models: [{model: ./a}]\n"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tolerance import gamma
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.models.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

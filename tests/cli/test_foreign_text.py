@@ -16,9 +16,8 @@ from conftest import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.errors import InputError, Problem, RecipeError, markdown
 from deltamerge.errors.shown import LONGEST, printed, shown
-from deltamerge.io import markdown
 
 NASTY = {
     "escape": "\x1b]0;gone\x07\x1b[2J",

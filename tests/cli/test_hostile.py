@@ -15,16 +15,16 @@ from running import make_plan, run
 from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
-from deltamerge.calibrate.rows import Row, class_labels
-from deltamerge.calibrate.rows import read as read_rows
-from deltamerge.delta.manifest import Record
+from deltamerge.calibrate.rows.rows import Row, class_labels
+from deltamerge.calibrate.rows.rows import read as read_rows
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
-from deltamerge.io import patterns
-from deltamerge.io.adapter import open_adapter
-from deltamerge.io.checkpoint import INDEX, open_checkpoint
-from deltamerge.io.journal import read_journal
+from deltamerge.files.journal import read_journal
+from deltamerge.formats.delta.manifest import Record
+from deltamerge.models.adapter import open_adapter
+from deltamerge.models.checkpoint import INDEX, open_checkpoint
 from deltamerge.run import lock as locks
 from deltamerge.run.card import front_matter
+from deltamerge.tensors import patterns
 
 
 @pytest.fixture

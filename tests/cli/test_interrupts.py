@@ -80,7 +80,11 @@ WEIGHTS = "deltamerge.run.runner.make_weights"
         (["convert", "a", "d", "--dtype", "bfloat16"], RECIPE, WEIGHTS),
         (["calibrate", "r.yaml"], CALIBRATED, "deltamerge.run.runner.shared_values"),
         (["lock", "r.yaml"], RECIPE, "deltamerge.run.runner.shared_values"),
-        (["init", "a", "--base", "base", "--out", "new.yaml"], RECIPE, "deltamerge.inspect.first_recipe.write_new"),
+        (
+            ["init", "a", "--base", "base", "--out", "new.yaml"],
+            RECIPE,
+            "deltamerge.apps.recommend.first_recipe.write_new",
+        ),
     ],
 )
 def test_where_nothing_is_kept_it_is_said(
@@ -110,7 +114,7 @@ def test_a_study_says_where_what_it_found_stays(
     if command == "search":
         pytest.importorskip("optuna")
     (folder / "r.yaml").write_text((SWEPT if command == "sweep" else SEARCHED) + JUDGED)
-    breaks(monkeypatch, "deltamerge.inspect.search.outcome:Bench.measure", KeyboardInterrupt())
+    breaks(monkeypatch, "deltamerge.apps.search.outcome:Bench.measure", KeyboardInterrupt())
     code, _, err = call(capsys, command, "r.yaml")
     assert code == 130
     where = folder / f"r-{command}"
@@ -143,7 +147,7 @@ def test_results_of_earlier_documents_are_named(folder: Path, monkeypatch: pytes
 def test_a_squash_says_that_the_chain_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(capsys, "extract", "a", "base", "--out", "chain/1")[0] == 0
     assert call(capsys, "extract", "b", "base", "--out", "chain/2", "--after", "chain/1")[0] == 0
-    breaks(monkeypatch, "deltamerge.run.squash._write", KeyboardInterrupt())
+    breaks(monkeypatch, "deltamerge.apps.chain.squash._write", KeyboardInterrupt())
     code, _, err = call(capsys, "squash", "chain", "--keep", "0")
     if code == 2:
         code, _, err = call(capsys, "squash", "chain")
@@ -171,8 +175,8 @@ def test_the_folder_that_keeps_work_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], state: str, what: str
 ) -> None:
     """All weights are there, and the card cannot be written."""
-    monkeypatch.setattr("deltamerge.io.writer.SAVE_SECONDS", -1)
-    monkeypatch.setattr("deltamerge.delta.spool.SECONDS", -1)
+    monkeypatch.setattr("deltamerge.formats.safetensors_writer.SAVE_SECONDS", -1)
+    monkeypatch.setattr("deltamerge.formats.delta.spool.SECONDS", -1)
     (folder / "deep").mkdir()
     with monkeypatch.context() as broken:
         breaks(broken, "deltamerge.run.runner.write_files", ERRORS[what]())
@@ -189,7 +193,7 @@ def test_a_work_folder_that_cannot_be_removed_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     breaks(monkeypatch, WEIGHTS, OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr("deltamerge.io.work_folder.remove", lambda state: None)
+    monkeypatch.setattr("deltamerge.files.work_folder.remove", lambda state: None)
     code, _, err = call(capsys, "run", "r.yaml", "--out", "m")
     assert code == 1
     assert f"{folder / '.m.partial'} could not be removed: remove it\n" in err

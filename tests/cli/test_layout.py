@@ -14,15 +14,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from terminals import terminal
 
+from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
+from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
+from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.cli import excerpt, main
 from deltamerge.cli.catalogue import catalogue
 from deltamerge.cli.layout import Column, cut, ended, table
 from deltamerge.cli.studies import render_inspect, render_recommend
 from deltamerge.cli.tables import render_method, render_methods
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.inspect.recommend import Evidence, Paper, PruneCandidate, Recommendation
-from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.yaml_source import loads_all

@@ -16,7 +16,7 @@ from terminals import terminal
 from deltamerge.cli import progress
 from deltamerge.cli.output import tell
 from deltamerge.cli.progress import Seen, State, bars, lasting, line
-from deltamerge.io.progress import PASSES, Phase, phase
+from deltamerge.files.progress import PASSES, Phase, phase
 
 GB = 10**9
 

@@ -18,16 +18,16 @@ import torch
 from conftest import LEVELS, needs_kernels
 from safetensors.torch import save_file
 
+from deltamerge.engine import kernels
 from deltamerge.engine.backends import FusedBackend, choose
 from deltamerge.engine.execute import Task, execute
-from deltamerge.engine.graph import REDUCTIONS, Graph, Node
-from deltamerge.engine.tiles import row_length
-from deltamerge.io import kernels
-from deltamerge.io.dtypes import torch_dtype
-from deltamerge.io.reader import Reader
-from deltamerge.io.safetensors_file import read_header
+from deltamerge.formats.safetensors import read_header
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.select import Bin, Bracket, Cut
+from deltamerge.tensors.dtypes import torch_dtype
+from deltamerge.tensors.graph import REDUCTIONS, Graph, Node
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tiles import row_length
 
 pytestmark = needs_kernels
 

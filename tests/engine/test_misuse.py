@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.program import OPERATION
-from deltamerge.io import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 SIZE = 10_000

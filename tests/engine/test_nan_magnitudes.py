@@ -19,7 +19,7 @@ from raw_tensors import read_checkpoint, write_checkpoint
 from running import run
 from simulated_gpu import simulated
 
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
 
 PAYLOADS = {
     "F32": [0x7FC00000, 0xFFC00001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001],

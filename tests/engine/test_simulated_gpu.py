@@ -17,19 +17,19 @@ from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
 from simulated_gpu import GPU, Refused, out_of_memory, simulated
 
-from deltamerge.engine.graph import Graph
 from deltamerge.engine.tasks import Job
 from deltamerge.engine.whole import computed
 from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
-from deltamerge.io import outbox
-from deltamerge.io.outbox import Outbox
-from deltamerge.io.reader import Reader
-from deltamerge.io.safetensors_file import read_header
+from deltamerge.files import outbox
+from deltamerge.files.outbox import Outbox
+from deltamerge.formats.safetensors import read_header
 from deltamerge.methods.ops import dense, subtract
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.dare import dare
 from deltamerge.methods.prune.della import della
+from deltamerge.tensors.graph import Graph
+from deltamerge.tensors.reader import Reader
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltamerge.engine.tiles import Kept, Tile
 from deltamerge.methods.prune.bits import SPARSE_BELOW, choose_columns, mask_key, positions
 from deltamerge.methods.prune.dare import dare
 from deltamerge.methods.prune.structured import structured
+from deltamerge.tensors.tiles import Kept, Tile
 
 KEY = mask_key(3, "tune", "w")
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

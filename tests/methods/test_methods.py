@@ -12,11 +12,11 @@ from conftest import load_tensors, make_checkpoint
 from running import run
 
 from deltamerge.engine import backends
-from deltamerge.engine.tiles import Patched, Tile
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.methods.ops import cast
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
+from deltamerge.tensors.tiles import Patched, Tile
 
 SHAPES = {
     "embed.weight": (301, 24),

@@ -14,9 +14,9 @@ from conftest import load_tensors, tiny_bert_pair
 from running import make_plan, run
 from safetensors.numpy import load_file
 
-from deltamerge.engine.tiles import Kept, Tile
 from deltamerge.errors import InputError
 from deltamerge.methods.prune import protect
+from deltamerge.tensors.tiles import Kept, Tile
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight")
 

@@ -7,9 +7,9 @@ import pytest
 import reference
 import torch
 
-from deltamerge.engine.tiles import Tile, block_elements
 from deltamerge.methods.prune import sampling, select
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.tensors.tiles import Tile, block_elements
 
 DENSITIES = [0.001, 0.01, 0.3, 0.9, 1.0]
 

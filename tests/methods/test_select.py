@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.engine.graph import REDUCTIONS, Graph, depth_first, function_of
-from deltamerge.engine.tiles import Tile, block_elements
 from deltamerge.engine.traits import traits_of
 from deltamerge.methods.prune import select
+from deltamerge.tensors.graph import REDUCTIONS, Graph, depth_first, function_of
+from deltamerge.tensors.tiles import Tile, block_elements
 
 
 def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, set[str]]:

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 import deltamerge as dm
 from deltamerge.errors import InputError
-from deltamerge.io.config_class import class_of_type
-from deltamerge.io.config_differences import differences, known_keys
+from deltamerge.models.config_class import class_of_type
+from deltamerge.models.config_differences import differences, known_keys
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -10,11 +10,11 @@ import pytest
 from conftest import write_tokenizer
 from running import make_plan, run
 
+from deltamerge.apps.chain.extract import extract
+from deltamerge.apps.inspect.diff import diff_checkpoints
 from deltamerge.errors import DeltamergeError
-from deltamerge.inspect.diff import diff_checkpoints
-from deltamerge.io.dtypes import COPIED, nbytes_of
-from deltamerge.io.safetensors_file import read_header
-from deltamerge.run.extract import extract
+from deltamerge.formats.safetensors import read_header
+from deltamerge.tensors.dtypes import COPIED, nbytes_of
 
 SHAPE = (4, 6)
 

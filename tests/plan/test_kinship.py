@@ -12,10 +12,10 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, 
 from running import make_plan, run
 
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import open_checkpoint
-from deltamerge.io.reader import Reader
+from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.kinship import measured
+from deltamerge.tensors.reader import Reader
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.io.safetensors_file import read_header
+from deltamerge.formats.safetensors import read_header
 from deltamerge.plan import inputs
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.plans import make_plans

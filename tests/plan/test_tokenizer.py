@@ -21,13 +21,13 @@ from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vo
 
 from deltamerge.cli.plan_view import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
-from deltamerge.io.checkpoint import open_checkpoint
-from deltamerge.io.gathered import Gathered, gather
-from deltamerge.io.reader import Reader
-from deltamerge.io.tokenizer_files import read_chat_template, read_tokens
+from deltamerge.models.checkpoint import open_checkpoint
+from deltamerge.models.tokenizer_files import read_chat_template, read_tokens
 from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
 from deltamerge.recipe import load
 from deltamerge.recipe.chat_templates import BUILT_IN
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.rows import Gathered, gather
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\

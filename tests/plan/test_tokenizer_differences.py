@@ -20,11 +20,11 @@ from running import make_plan, run
 from safetensors.torch import save_file
 from vocabularies import TEMPLATE, rows64, word_tokenizer
 
+from deltamerge.apps.inspect.diff import diff
 from deltamerge.errors import InputError
-from deltamerge.inspect.check import check_recipe
-from deltamerge.inspect.diff import diff
-from deltamerge.io.strict_json import Parts, read_json
-from deltamerge.io.vocabulary_files import Reading, sentences
+from deltamerge.files.strict_json import Parts, read_json
+from deltamerge.models.vocabulary_files import Reading, sentences
+from deltamerge.run.check import check_recipe
 from deltamerge.run.options import Options
 
 WORDS = [*(f"w{i}" for i in range(292)), "<r0>", "<r1>", "<r2>", "<r3>"]  # with special tokens 300

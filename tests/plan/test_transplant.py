@@ -20,10 +20,10 @@ from vocabularies import WORDS, rows64, vocab_of, word_tokenizer
 
 from deltamerge.cli.plan_view import render_plan
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.io.checkpoint import Tokens
-from deltamerge.io.lock_file import LOCK_NAME
-from deltamerge.io.pursuit import Atoms, Blocks, nearest, pursuit
-from deltamerge.io.token_text import Spelling, spelling_of
+from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.models.checkpoint import Tokens
+from deltamerge.models.token_text import Spelling, spelling_of
+from deltamerge.plan.pursuit import Atoms, Blocks, nearest, pursuit
 from deltamerge.plan.transplant import match
 from deltamerge.run.partition import Part
 

@@ -20,13 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import make_plan, run
 
-from deltamerge.delta.file import DeltaFile
-from deltamerge.io.checkpoint import INDEX, open_checkpoint
-from deltamerge.io.journal import Journal, read_journal
-from deltamerge.io.layout import plan_layout
-from deltamerge.io.work_folder import mark
-from deltamerge.io.workspace import workspace
-from deltamerge.io.writer import Writer
+from deltamerge.files.journal import Journal, read_journal
+from deltamerge.files.work_folder import mark
+from deltamerge.files.workspace import workspace
+from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.models.checkpoint import INDEX, open_checkpoint
+from deltamerge.models.delta_file import DeltaFile
 from deltamerge.run.card import front_matter
 
 LONG = "FUZZ" in os.environ

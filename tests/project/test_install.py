@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-from deltamerge.io import kernels
+from deltamerge.engine import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

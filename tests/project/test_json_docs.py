@@ -12,11 +12,11 @@ from calls import call
 from conftest import tiny_llama
 from pydantic import BaseModel
 
-from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.inspect.conflict import Conflict
-from deltamerge.inspect.recommend import Evidence, Paper, PruneCandidate, Recommendation
-from deltamerge.inspect.search.merge_advice import MergeAdvice, MergeCandidate, Tried
-from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
+from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
+from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
+from deltamerge.apps.recommend.conflict import Conflict
+from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, Tried
+from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
 
@@ -69,9 +69,9 @@ def _type(annotation: object) -> str:
     text = re.sub(r"Annotated\[float, FieldInfo\(.*?\)\]\)\]", "float", text)
     text = re.sub(r"^typing.Union\[(\w+), (.*)\]$", r"\1 | \2", text)
     for module in (
-        "deltamerge.inspect.statistics.",
-        "deltamerge.inspect.activations.",
-        "deltamerge.inspect.search.merge_advice.",
+        "deltamerge.apps.inspect.statistics.",
+        "deltamerge.apps.inspect.activations.",
+        "deltamerge.apps.recommend.merge.",
         "deltamerge.run.calibration_record.",
         "typing.",
     ):

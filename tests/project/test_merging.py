@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerance import gamma, largest_log_probability, of_divergence
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from deltamerge.calibrate import coefficients
-from deltamerge.io.lock_file import LOCK_NAME, read_lock
+from deltamerge.calibrate.merge import coefficients
+from deltamerge.files.lock_file import LOCK_NAME, read_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))

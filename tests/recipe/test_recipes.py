@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# below, in tests/run/ of quantised and packed merges, of quantised outputs and of mixtures, in tests/inspect/search/
+# below, in tests/run/ of quantised and packed merges, of quantised outputs and of mixtures, in tests/apps/search/
 ELSEWHERE = {"moe.yaml", "diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml"}
 
 

@@ -14,15 +14,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamerge.engine.graph import name_of
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.io.names import TASK_HEAD
 from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import value_for
+from deltamerge.tensors.graph import name_of
+from deltamerge.tensors.names import TASK_HEAD
 
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 

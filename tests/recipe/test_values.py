@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from deltamerge.io.names import layer_index, layer_position
 from deltamerge.recipe.values import Filter, Scalar, Value, chain, leaves, lookup, value_for
+from deltamerge.tensors.names import layer_index, layer_position
 
 ADAPTER: TypeAdapter[Value] = TypeAdapter(Value)
 MLP = "model.layers.3.mlp.up_proj.weight"

@@ -17,7 +17,7 @@ from running import make_plans, run
 from tolerance import after_rounding
 
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
-from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.recipe import series
 from deltamerge.recipe.load import loads
 

@@ -18,8 +18,8 @@ from calls import call
 from interrupted import RECIPE, calibrated, files, models
 from running import run
 
-from deltamerge.io.journal import has_work, read_journal
-from deltamerge.io.writer import done_spans
+from deltamerge.files.journal import has_work, read_journal
+from deltamerge.formats.safetensors_writer import done_spans
 from deltamerge.run.lock import verify
 
 # In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
@@ -29,7 +29,7 @@ import os, sys, time
 os.environ["DELTAMERGE_KERNELS"] = "off"  # fewer, larger writes would be too soon done; the bytes are the same
 write, written = os.pwrite, []
 def slow(fd, data, at):
-    writer = sys.modules.get("deltamerge.io.writer")
+    writer = sys.modules.get("deltamerge.formats.safetensors_writer")
     if writer is not None:
         writer.SAVE_SECONDS = 0.05
     if writer is not None and len(data) > 4096:
@@ -260,6 +260,6 @@ def test_without_ray_it_is_said(recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_task_takes_the_gpu_that_ray_gives_it(device: str, expected: tuple[int, str]) -> None:
-    from deltamerge.run.cluster import gpus_of
+    from deltamerge.run.ray import gpus_of
 
     assert gpus_of(device) == expected

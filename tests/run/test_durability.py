@@ -21,9 +21,9 @@ from interrupted import files
 from running import run
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.io import writer
-from deltamerge.io.journal import read_journal
-from deltamerge.io.writer import done_spans
+from deltamerge.files.journal import read_journal
+from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats.safetensors_writer import done_spans
 
 CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir", "copy_file_range")
 

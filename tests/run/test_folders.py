@@ -16,11 +16,11 @@ from interrupted import Stop
 from raw_tensors import Stored, stored, widened, write_checkpoint, write_weights
 from running import finish, make_plan, run
 
+from deltamerge.apps.chain.extract import extract
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError
-from deltamerge.io import writer
+from deltamerge.formats import safetensors_writer as writer
 from deltamerge.run.apply import apply
-from deltamerge.run.extract import extract
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
 from deltamerge.run.usage import next_steps

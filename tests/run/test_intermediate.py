@@ -14,8 +14,8 @@ from running import calibrate, make_plans, run
 
 from deltamerge import cli
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
-from deltamerge.io.journal import Journal
-from deltamerge.io.work_folder import mark
+from deltamerge.files.journal import Journal
+from deltamerge.files.work_folder import mark
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.lock import verify
 

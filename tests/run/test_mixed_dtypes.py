@@ -11,7 +11,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 from running import run
 
-from deltamerge.io.dtypes import torch_dtype
+from deltamerge.tensors.dtypes import torch_dtype
 
 PAIRS = [("BF16", "F8_E4M3"), ("BF16", "F8_E5M2"), ("F16", "F32"), ("F32", "F16"), ("F16", "BF16"), ("F32", "F8_E4M3")]
 METHODS = {

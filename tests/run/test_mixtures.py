@@ -18,7 +18,7 @@ from running import finish, make_plan, run
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from deltamerge.calibrate.router import routers
+from deltamerge.calibrate.merge.router import routers
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.plan.moe_layout import FAMILIES

@@ -14,11 +14,11 @@ from conftest import load_tensors, make_checkpoint, tiny_llama
 from packed_files import CASES, awq, gptq, mxfp4
 from running import run
 
-from deltamerge.inspect.diff import diff
-from deltamerge.io.checkpoint import open_checkpoint
-from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.quantised.packing import KEPT
-from deltamerge.io.reader import Reader
+from deltamerge.apps.inspect.diff import diff
+from deltamerge.formats.quantised.packing import KEPT
+from deltamerge.models.checkpoint import open_checkpoint
+from deltamerge.models.decode import decoded
+from deltamerge.tensors.reader import Reader
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GPT_OSS = {

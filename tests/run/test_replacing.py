@@ -18,13 +18,13 @@ import yaml
 from calls import call
 from conftest import make_checkpoint
 
-from deltamerge.delta.chain import folder as folders
-from deltamerge.delta.chain.link import Link
-from deltamerge.delta.chain.publish import one_writer, publishing
+from deltamerge.apps.chain.link import Link
 from deltamerge.errors import OutputError
-from deltamerge.io import maker, workspace
-from deltamerge.io.lock_file import read_lock
-from deltamerge.io.tree import files_of
+from deltamerge.files import maker, workspace
+from deltamerge.files.lock_file import read_lock
+from deltamerge.files.tree import files_of
+from deltamerge.models.chain import folder as folders
+from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.run import runner
 from deltamerge.run.lock import verify
 

@@ -19,17 +19,18 @@ from conftest import make_checkpoint
 from interrupted import RECIPE, Stop, calibrated, earlier, files, models
 from running import finish, make_plan, run
 
-from deltamerge.delta import spool
-from deltamerge.delta.tensor_writer import TensorWriter
+from deltamerge.engine import kernels
 from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.io import kernels, writer
-from deltamerge.io.audit import INFINITY, count_nonfinite
-from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
-from deltamerge.io.journal import Journal, check_facts, read_journal
-from deltamerge.io.work_folder import mark
+from deltamerge.files.journal import Journal, check_facts, read_journal
+from deltamerge.files.work_folder import mark
+from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats.audit import INFINITY, count_nonfinite
+from deltamerge.formats.delta import spool
+from deltamerge.formats.delta.tensor_writer import TensorWriter
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
+from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def test_a_shard_that_is_damaged_between_part_and_finish_is_named(
 def test_what_was_just_hashed_is_not_read_again(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltamerge.io.seals.hash_output", lambda path: pytest.fail(f"{path} read again"))
+    monkeypatch.setattr("deltamerge.files.seals.hash_output", lambda path: pytest.fail(f"{path} read again"))
     assert verify(run(recipe("ties"), tmp_path / "out").folder, 1)
 
 

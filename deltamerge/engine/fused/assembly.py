@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.graph import Node
-from deltamerge.engine.tiles import RUN, block_elements, row_length
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import Descriptor
-from deltamerge.io.quantised.scaled import Streamed
-from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
+from deltamerge.files.descriptors import Descriptor
+from deltamerge.formats.quantised.scaled import Streamed
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 
 @dataclass(frozen=True, slots=True)

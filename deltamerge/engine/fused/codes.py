@@ -1,7 +1,7 @@
 """What the compiled loop can do with a piece of a tensor: the numbers of its operations.
 
-This is the one table of them: setup.py makes io/kernels/src/codes.h of it, for the compiled loop. An assignment here is
-a name and a plain number.
+This is the one table of them: setup.py makes engine/kernels/src/codes.h of it, for the compiled loop. An assignment
+here is a name and a plain number.
 """
 
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
-from deltamerge.io import kernels
-from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.io.quantised.scaled import Part, TurnedPart
-from deltamerge.io.reader import Reader
+from deltamerge.files.pieces import PIECE_BYTES, Pieces
+from deltamerge.formats.quantised.scaled import Part, TurnedPart
+from deltamerge.tensors.reader import Reader
 
 # The structures of kernels/src/program.h.
 OPERATION = np.dtype(

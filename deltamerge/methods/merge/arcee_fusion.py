@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.tiles import alike, densify, row_length_of
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune import select
 from deltamerge.methods.registry import delta_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import alike, densify, row_length_of
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Make, Tile
+    from deltamerge.tensors.tiles import Kept, Make, Tile
 
 FLOOR = 1e-8
 

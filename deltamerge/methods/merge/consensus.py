@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.task_masks import is_tall, onto_base, summed
 from deltamerge.methods.parameters import Lambda, Threshold
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Tile
+    from deltamerge.tensors.tiles import Kept, Tile
 
     Tensor = torch.Tensor
 

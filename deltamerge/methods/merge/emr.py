@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.tiles import block_rows, halved
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.task_masks import nodes, onto_base, summed
 from deltamerge.methods.parameters import TaskNumber
 from deltamerge.methods.registry import delta_method
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import block_rows, halved
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Tile
+    from deltamerge.tensors.tiles import Kept, Tile
 
     Tensor = torch.Tensor
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from deltamerge.engine.tiles import densify
-from deltamerge.io.lazy import torch
 from deltamerge.methods.parameters import Lambda, RowWeights
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.tiles import Tile
 
     Tensor = torch.Tensor
 

@@ -12,8 +12,8 @@ from deltamerge.methods.registry import Param, delta_method
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.engine.tiles import Whole
     from deltamerge.methods.merge.matrices import Form, Matrices
+    from deltamerge.tensors.tiles import Whole
 
 Common = Annotated[float, Param("fraction of the directions that are the sum's", low=0, high=1)]
 

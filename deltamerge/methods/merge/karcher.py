@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.merge.spans import keeps_single, length_of, nodes, norms_of
 from deltamerge.methods.registry import Param, merge_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.merge.spans import Floats
+    from deltamerge.tensors.tiles import Tile
 
 MaxIter = Annotated[int, Param("iterations at most", None, "integer", low=0, scalar=True)]
 Tol = Annotated[float, Param("angles below this are none", low=0)]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Tile
 
 
 def loop(

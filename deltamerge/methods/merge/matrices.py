@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Make, Tile, Whole
+    from deltamerge.tensors.tiles import Make, Tile, Whole
 
     Tensor = torch.Tensor
 

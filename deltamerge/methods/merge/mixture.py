@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune import bits
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.tiles import Tile
 
 
 class Vectors(Protocol):

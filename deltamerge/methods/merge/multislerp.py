@@ -9,14 +9,14 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 from deltamerge.errors import InputError
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.merge.spans import ZERO_SUM, keeps_single, length_of, nodes, norms_of
 from deltamerge.methods.parameters import Shares
 from deltamerge.methods.registry import Param, merge_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.merge.spans import Floats
+    from deltamerge.tensors.tiles import Tile
 
 NormalizeWeights = Annotated[bool, Param("divide the weights by their sum", kind="bool")]
 Eps = Annotated[float, Param("added to norms before dividing by them", low=0)]

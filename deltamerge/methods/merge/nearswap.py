@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.engine.tiles import densify
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Tile
+    from deltamerge.tensors.tiles import Kept, Tile
 
 Distance = Annotated[float, Param("abs(Δ) up to which the model's entry is taken whole", low=0)]
 SMALLEST_DIFFERENCE = 1e-6

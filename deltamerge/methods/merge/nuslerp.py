@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.merge.spans import ZERO_SUM, arc, nodes, norms_of
 from deltamerge.methods.parameters import Shares
 from deltamerge.methods.registry import Param, merge_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.merge.spans import Floats
+    from deltamerge.tensors.tiles import Tile
 
 Flatten = Annotated[bool, Param("whole tensors; false: row by row", kind="bool", scalar=True)]
 RowWise = Annotated[bool, Param("where not flattened, along the first dimension", kind="bool", scalar=True)]

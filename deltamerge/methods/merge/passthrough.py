@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from deltamerge.engine.fused.operations import weighted
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.registry import Param, merge_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Tile
 
 Scales = Annotated[tuple[float, ...], Param("factor of the model", 1.0, per_model=True)]
 

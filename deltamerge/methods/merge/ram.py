@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deltamerge.engine.tiles import densify
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.parameters import Change
 from deltamerge.methods.registry import delta_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Tile
+    from deltamerge.tensors.tiles import Kept, Tile
 
 
 def changes(deltas: list[torch.Tensor], epsilon: float) -> torch.Tensor:

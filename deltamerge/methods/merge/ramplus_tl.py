@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from deltamerge.engine.tiles import densify
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.ram import averaged, changes
 from deltamerge.methods.parameters import Change
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from deltamerge.engine.tiles import Kept, Make, Tile
+    from deltamerge.tensors.tiles import Kept, Make, Tile
 
 Rate = Annotated[float, Param("how much a model's own entries are amplified")]
 Cap = Annotated[float, Param("cap on shared / own", low=0)]

@@ -9,16 +9,16 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from deltamerge.errors import InputError
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.matrices import each
 from deltamerge.methods.merge.matrices import nodes as matrix_nodes
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.parameters import Lambda, RowWeights
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Make
     from deltamerge.methods.merge.matrices import Form, Matrices
+    from deltamerge.tensors.tiles import Make
 
     Tensor = torch.Tensor
 

@@ -9,19 +9,19 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.tiles import densify
 from deltamerge.engine.traits import traits
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.sums import weighted_sum
 from deltamerge.methods.prune import select
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Kept, Make, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Kept, Make, Tile
 
 TopShare = Annotated[float, Param("fraction of the entries that vary, kept", low=0, high=1)]
 SMALLEST_WEIGHT = 1e-6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.matrices import Tall, gram, inverse, largest, multiply, polar
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     Tensor = torch.Tensor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.merge.spans import arc, nodes, norms_of
 from deltamerge.methods.registry import Param, merge_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.merge.spans import Floats
+    from deltamerge.tensors.tiles import Tile
 
 Fraction = Annotated[float, Param("0 is the base, 1 the other")]
 COLINEAR = 0.9995

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import weighted
-from deltamerge.engine.tiles import LONGEST_ROW, Kept, alike, densify, halved, row_length
 from deltamerge.engine.traits import traits
 from deltamerge.errors import InputError
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.rescale import norm
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import LONGEST_ROW, Kept, alike, densify, halved, row_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Make, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Make, Tile
 
     Part = torch.Tensor | Kept
     Floats = NDArray[np.float64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.io.lazy import numpy as np
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch

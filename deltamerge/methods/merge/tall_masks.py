@@ -11,7 +11,7 @@ from deltamerge.methods.registry import delta_method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.engine.tiles import Kept, Tile
+    from deltamerge.tensors.tiles import Kept, Tile
 
 
 @delta_method(

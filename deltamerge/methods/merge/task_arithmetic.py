@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamerge.engine.fused.operations import weighted
-from deltamerge.io.lazy import numpy as np
 from deltamerge.methods.merge.sums import divisor_of, keeps_single, weighted_sum
 from deltamerge.methods.ops import onto, over
 from deltamerge.methods.parameters import DeltaWeights, Lambda, Normalize
 from deltamerge.methods.registry import delta_method
+from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Kept, Patched, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Kept, Patched, Tile
 
 
 def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.tiles import densify
 from deltamerge.errors import InputError
 from deltamerge.methods.merge.sums import weighted_sum
+from deltamerge.tensors.tiles import densify
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.engine.tiles import Kept, Make, Tile
+    from deltamerge.tensors.tiles import Kept, Make, Tile
 
 
 def nodes(

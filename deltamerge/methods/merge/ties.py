@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamerge.engine.fused.operations import agreeing
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.sums import SMALLEST_DIVISOR, keeps_single, weighted_sum
 from deltamerge.methods.ops import onto
 from deltamerge.methods.parameters import DeltaWeights, Density, Lambda, MatchSum, Normalize
 from deltamerge.methods.registry import delta_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Kept, Patched, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Kept, Patched, Tile
 
 
 def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:

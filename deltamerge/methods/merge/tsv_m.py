@@ -12,8 +12,8 @@ from deltamerge.methods.registry import delta_method
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.engine.tiles import Whole
     from deltamerge.methods.merge.matrices import Form, Matrices
+    from deltamerge.tensors.tiles import Whole
 
 
 def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:

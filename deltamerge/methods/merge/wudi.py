@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.matrices import each, nodes
 from deltamerge.methods.parameters import DeltaFactors, Lambda
 from deltamerge.methods.registry import Param, delta_method
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Whole
     from deltamerge.methods.merge.matrices import Form, Matrices
+    from deltamerge.tensors.tiles import Whole
 
     Tensor = torch.Tensor
 

@@ -25,9 +25,9 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.tiles import SPARSE_BLOCK
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import SPARSE_BLOCK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.tiles import block_elements
 from deltamerge.engine.traits import traits
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.select import magnitude_bits
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import block_elements
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.tiles import Make, Tile
+    from deltamerge.tensors.tiles import Make, Tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import subtract, subtract_at
-from deltamerge.engine.tiles import Kept
-from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import at
 from deltamerge.methods.prune.bits import guided, is_sparse, keep_torch, positions_torch, threshold
 from deltamerge.methods.prune.sampling import importance
 from deltamerge.methods.registry import prune_method
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import Kept
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Tile
 
 
 def nodes(masking: Masking) -> Any:

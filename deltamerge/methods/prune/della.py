@@ -9,23 +9,23 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.tiles import alike, densify, row_length_of
 from deltamerge.errors import InputError
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.parameters import Epsilon
 from deltamerge.methods.prune.bits import words_torch
 from deltamerge.methods.prune.select import magnitude_bits
 from deltamerge.methods.registry import prune_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import alike, densify, row_length_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Kept, Tile
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Kept, Tile
 
 
 def nodes(masking: Masking) -> Any:

@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.tiles import Kept
 from deltamerge.engine.traits import first_is_dense, first_is_sparse, traits
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import at
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import Kept
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Tile
 
     Columns = NDArray[np.int64]
 

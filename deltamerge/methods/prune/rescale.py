@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import spread
-from deltamerge.engine.tiles import Kept, block_rows, densify, halved
 from deltamerge.engine.traits import first_is_sparse, traits
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import over
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import Kept, block_rows, densify, halved
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Make, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Make, Tile
 
 
 def _divide_loop(assembly: Assembly, node: Node) -> None:

@@ -12,17 +12,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.bits import words_torch
 from deltamerge.methods.prune.select import HIGH, LOW, Bin, low_histogram, magnitude_bits
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.tiles import Tile
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
+    from deltamerge.tensors.tiles import Tile
 
     Integers = NDArray[np.int64]
 

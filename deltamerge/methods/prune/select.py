@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import spread
-from deltamerge.engine.tiles import LONGEST_ROW, Kept, alike, block_elements, densify, row_length
 from deltamerge.engine.traits import traits
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.tiles import LONGEST_ROW, Kept, alike, block_elements, densify, row_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.engine.graph import Node
-    from deltamerge.engine.tiles import Make, Tile
+    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tiles import Make, Tile
 
     Counts: TypeAlias = NDArray[np.int64]
     Magnitudes: TypeAlias = NDArray[np.uint32]

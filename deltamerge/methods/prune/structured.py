@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from deltamerge.io.lazy import numpy as np
-from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.bits import choose_columns, is_sparse, positions_torch
 from deltamerge.methods.prune.dare import dare, kept_at
 from deltamerge.methods.registry import Param, prune_method
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.tiles import Kept, Tile
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
+    from deltamerge.tensors.tiles import Kept, Tile
 
 Columns = Annotated[float, Param("fraction of the input columns that are picked", low=0, high=1, low_open=True)]
 Inside = Annotated[float, Param("fraction kept inside the picked columns", low=0, high=1, low_open=True)]

@@ -1,0 +1,193 @@
+"""Many fine-tunes of one base in one process: their deltas are written into its tensors, one at a time, and undone."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from deltamerge import errors
+from deltamerge.apps.chain.change import Change, Write, change_of, whole_of, write_of
+from deltamerge.apps.chain.live import Delta
+from deltamerge.errors import InputError
+from deltamerge.formats.config_json import CONFIG, read_config
+from deltamerge.formats.delta.entry import OTHER_BASE, Entry
+from deltamerge.models.chain.fold import folded
+from deltamerge.models.chain.folder import Stamp, line, resolve, stamp
+from deltamerge.models.chain.version import Version
+from deltamerge.models.config_differences import differences
+from deltamerge.models.delta_file import DeltaFile, digest_of
+from deltamerge.tensors.dtypes import code_of
+from deltamerge.tensors.lazy import torch
+
+T = TypeVar("T")
+
+
+class Switch:
+    """A model that holds its base, switched between the fine-tunes whose deltas are named.
+
+    base    a torch module, or a state dict of torch tensors on any device, which are written in place. While a delta is
+            on, nobody else may write to them: going back restores the base's values where the delta has changed them.
+            Tensors are found by their names in the base, else in the fine-tune, whose head may be there too
+    keep    how many deltas' changes stay decoded in memory, those used last; None: all
+    at      the delta that is on, as `to` was given it; None: the base
+
+    The first `to` of a delta reads and decodes it, checks the base's tensors and its own by hash, and takes the time of
+    that; every other one, while its folder holds the same one, the time of writing what changes. Memory: of each delta
+    kept, values and int32 positions (whole tensors where more than an eighth changes); of the one that is on, the
+    base's values too.
+    """
+
+    def __init__(self, base: Any, *, keep: int | None = None) -> None:
+        state = base.state_dict() if hasattr(base, "state_dict") else base
+        if not isinstance(state, Mapping):
+            raise InputError(f"Switch takes a module or a state dict, not {type(base).__name__}")
+        self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        to_dict = getattr(getattr(base, "config", None), "to_dict", None)
+        self._config: Mapping[str, Any] = {} if to_dict is None else to_dict()
+        self._known = Known(keep, self._prepare)
+        self._hashes: dict[str, str] = {}
+        self._undo: list[Write] = []
+        self.at: str | Path | Delta | None = None
+
+    def __repr__(self) -> str:
+        return f"<Switch at {'the base' if self.at is None else self.at}, {len(self._known)} deltas known>"
+
+    def to(self, delta: str | Path | Delta | None) -> None:
+        """Make the model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None: the base.
+
+        InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes;
+        or its config.json gives places in the weights another meaning. A module computes with its own config: a warning
+        (`UserWarning`) says where the delta's says otherwise. Whatever fails, the model is its base afterwards.
+        """
+        self._back()
+        if delta is None:
+            return
+        with torch.no_grad():
+            writes = self._known.get(delta)
+            try:
+                for write in writes:
+                    self._undo.append(write.kept())
+                    write.put()
+            except BaseException:
+                self._back()
+                raise
+        self.at = delta
+
+    def _back(self) -> None:
+        """Restore the base, the last write first. It can be called again if it is interrupted."""
+        self.at = None
+        while self._undo:
+            self._undo[-1].put()
+            self._undo.pop()
+
+    def _prepare(self, versions: Sequence[Version]) -> tuple[Write, ...]:
+        """What a line of versions writes into the base. InputError: see `to`."""
+        check_config(self._config, versions)
+        changes = changes_of(folded(versions), self._state, self._hashes)
+        return tuple(write_of(change, self._state[change.key]) for change in changes)
+
+
+class Known(Generic[T]):
+    """What is made of deltas, by folder: of each while it holds the same artifact, and of no more than `keep`."""
+
+    def __init__(self, keep: int | None, make: Callable[[Sequence[Version]], T]) -> None:
+        if keep is not None and keep < 1:
+            raise InputError(f"keep is {keep}: at least the delta that is on is kept")
+        self._keep, self._make = keep, make
+        self._made: OrderedDict[str, tuple[Stamp | None, T]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def get(self, delta: str | Path | Delta) -> T:
+        """What is made of an artifact, a version of a chain, or a chain (its newest). InputError: one is damaged."""
+        path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
+        key, held = str(path), stamp(path)
+        if (found := self._made.get(key)) is None or found[0] != held:
+            self._made.pop(key, None)
+            with errors.context(str(path if isinstance(delta, Delta) else delta)):
+                versions = delta.versions if isinstance(delta, Delta) else line(path)
+                self._made[key] = held, self._make(versions)
+        self._made.move_to_end(key)
+        while self._keep is not None and len(self._made) > self._keep:
+            self._made.popitem(last=False)
+        return self._made[key][1]
+
+
+def check_config(base: Mapping[str, Any], versions: Sequence[Version]) -> None:
+    """Warn of keys in which the config of what versions make differs from the base's, which stays as weights change.
+    InputError: the same places of weights mean different things. A base of which nothing is known is not compared."""
+    folders = (version.path for version in reversed(versions))
+    path = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    if not base or path is None:
+        return
+    for one in differences([("the base", base), (path.name, read_config(path))]):
+        if one.kind == "positions":
+            message = f"{one.key} is {one.said()}: the same places of their weights mean different things"
+            raise InputError(message, hint="deltamerge apply makes a model with a config of its own")
+        if one.kind == "function":
+            said = f"{path}: config.json: {one.key} is {one.said()}; the model computes on with the base's"
+            warnings.warn(said, stacklevel=2)
+
+
+def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMapping[str, str]) -> Iterator[Change]:
+    """What a delta changes of a base's tensors, tensor by tensor; every tensor that it names is checked, and what it
+    makes of it. `hashes` are those known of the base's tensors. InputError: it is damaged or of another base, or makes
+    tensors of other names, dtypes or shapes."""
+    if gone := state.keys() & {*delta.manifest.removed}:
+        raise _unfit(min(gone), "is dropped")
+    keys = {name: entry.key_in(state) for name, entry in delta.entries.items()}
+    uses = Counter(keys.values())
+    for name, entry in delta.entries.items():
+        key, record = keys[name], entry.record
+        tensor, belongs = state.get(key), f"it belongs to {delta.manifest.base}"
+        _refuse_unfit(entry, key, tensor, belongs, copied=uses[key] > 1)
+        with errors.context(name):
+            if record.base is None:
+                yield whole_of(entry, None)
+                continue
+            if not record.count and record.result == record.base:
+                if key not in hashes:
+                    hashes[key] = digest_of(tensor)
+                if hashes[key] != record.base:
+                    raise InputError(OTHER_BASE, hint=belongs)
+                continue
+            try:
+                change = change_of(entry, key, tensor)
+            except InputError as error:
+                error.hint = error.hint or belongs
+                raise
+        hashes[key] = record.base
+        if change is not None:
+            yield change
+
+
+def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, copied: bool) -> None:
+    """InputError: a tensor is not of the base's dtype and shape, or the delta makes it another one, or several."""
+    record = entry.record
+    becomes = entry.kind
+    wanted = becomes if record.base is None else entry.base_kind
+    found = None if tensor is None else (code_of(tensor.dtype), tuple(tensor.shape))
+    if record.base is None and found != wanted:
+        raise _unfit(entry.name, f"is new, {_said(wanted)}")
+    if found != wanted:
+        said = "is not there" if found is None else f"is {_said(found)}"
+        raise InputError(f"{key} {said}, the delta was made from {_said(wanted)}", hint=belongs)
+    if becomes != wanted:
+        raise _unfit(entry.name, f"becomes {_said(becomes)}")
+    if copied:
+        raise _unfit(entry.name, f"comes from {key} as others do")
+
+
+def _said(kind: tuple[str | None, tuple[int, ...]]) -> str:
+    return f"{kind[0] or 'of another dtype'} {list(kind[1])}"
+
+
+def _unfit(name: str, what: str) -> InputError:
+    return InputError(
+        f"{name} {what}, and a model that is switched keeps its tensors",
+        hint="load_delta(path).apply_(state_dict), or deltamerge apply",
+    )

@@ -1,0 +1,191 @@
+"""The differences between two checkpoints, tensor by tensor, or between two locks; weights are streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.errors import InputError, UsageError
+from deltamerge.files import progress
+from deltamerge.formats.delta.entry import TILE
+from deltamerge.formats.weight_files import is_weights
+from deltamerge.models.chain.models import Models
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.config_differences import Difference, differences, in_words
+from deltamerge.models.decode import decoded
+from deltamerge.models.delta_over_base import check, elements
+from deltamerge.plan.regroup import form_of, regrouped, shared_names
+from deltamerge.plan.tokenizer_differences import tokenizers_apart
+from deltamerge.run import lock as locks
+from deltamerge.tensors.dtypes import FLOATING, PACKED, widen
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
+
+        changed   entries whose bits differ; if the dtypes differ, whose values do
+        max_abs, mean_abs   of Δ, over all entries; of the largest NaN is left out
+        norm      ‖Δ‖ / ‖a‖
+        a, b      dtype and shape, where they differ
+
+    Figures of Δ are None for dtypes that are not floating, and where shapes differ.
+    """
+
+    name: str
+    elements: int
+    changed: int
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    norm: float | None = None
+    a: str | None = None
+    b: str | None = None
+
+
+def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
+    """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
+
+    UsageError: a checkpoint and a lock.
+    """
+    are_files = [Path(reference).is_file() and not is_weights(reference) for reference in (a, b)]
+    if any(are_files):
+        if not all(are_files):
+            raise UsageError("one is a lock, the other a checkpoint", hint="give two locks, or two folders")
+        return {"kind": "locks", **diff_locks(Path(a), Path(b))}
+    return {"kind": "checkpoints", **diff_checkpoints(a, b, workers, pickles=pickles)}
+
+
+def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
+    """The differences between two checkpoints, one of which may be a delta of the other.
+
+    `tensors` that differ, the largest norm first; `config`: keys of config.json that mean something else, and what in A
+    and in B; `added`, `removed`: names that only B, or only A, has; counts; the relative norm; `tokenizers`: how B's
+    differs, in words.
+    """
+    here = Path.cwd()
+    models = Models()
+    first, second = (_plain(models.open(reference, here, weights=True, pickles=pickles)) for reference in (a, b))
+    if second.is_delta and second.base is None:
+        second, _ = models.over(second, first)
+    elif first.is_delta and first.base is None:
+        first, _ = models.over(first, second)
+    tensors, names = shared_names([first.tensors, second.tensors], [a, b])
+    named = [{n.canonical[t]: own[t] for t in own} for own, n in zip(tensors, names, strict=True)]
+    form = form_of(named[0], first.tensors)
+    named[1], _ = regrouped(named[1], {name: name for name in named[1]}, form)
+    named[0], _ = regrouped(named[0], {name: name for name in named[0]}, form)
+    shared = [name for name in named[1] if name in named[0]]
+    with Reader() as reader, ThreadPoolExecutor(workers) as pool:
+        for checkpoint in (first, second):
+            if checkpoint.base is not None:
+                with errors.context(checkpoint.reference):
+                    check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
+        with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
+
+            def compared(name: str) -> tuple[Change, float, float]:
+                found = _compare(reader, named[0][name], named[1][name])
+                comparing.step(named[1][name].nbytes)
+                return found
+
+            found = list(pool.map(compared, shared))
+    changes = [change for change, _, _ in found if change.changed or change.a is not None]
+    changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
+    squares = math.fsum(square for _, square, _ in found)
+    return {
+        "a": a,
+        "b": b,
+        "tensors": [asdict(change) for change in changes],
+        "added": [named[1][name].name for name in named[1] if name not in named[0]],
+        "removed": [named[0][name].name for name in named[0] if name not in named[1]],
+        "config": {one.key: _values(one) for one in differences([("a", first.config), ("b", second.config)])},
+        "same": len(shared) - len(changes),
+        "elements": sum(change.elements for change, _, _ in found),
+        "changed": sum(change.changed for change, _, _ in found),
+        "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
+        "tokenizers": tokenizers_apart(first, second),
+    }
+
+
+def _values(one: Difference) -> list[str]:
+    """What a key of config.json means in A and in B, in words."""
+    return [in_words(one.values[name]) for name in ("a", "b")]
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantised checkpoint decoded, so that values are compared; its codes and scales where nothing decodes them."""
+    try:
+        return decoded(checkpoint)
+    except InputError:
+        return checkpoint
+
+
+def _ratio(squares: float, of_a: float) -> float | None:
+    """The ratio of two norms, from their squares; None if A is all zeros and B is not."""
+    return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
+
+
+def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
+    """The difference of two tensors, Σ Δ² and Σ a²."""
+    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
+        a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
+    size = math.prod(b.shape)
+    differ = (a.dtype, a.shape) != (b.dtype, b.shape)
+    kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)
+    floating = {a.dtype, b.dtype} <= FLOATING
+    if a.shape != b.shape or (a.dtype != b.dtype and not floating):
+        return Change(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
+    changed, largest = 0, 0.0
+    sums: list[tuple[float, float, float]] = []
+    for x, y in _tiles(reader, a, b):
+        if not floating:
+            changed += int(np.count_nonzero(x != y))
+            continue
+        old, new = widen(x, a.dtype), widen(y, b.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            changed += int(np.count_nonzero(x != y if a.dtype == b.dtype else old != new))
+            delta = np.abs(new - old).astype(np.float64)
+            largest = float(np.fmax.reduce(delta, axis=None, initial=largest))  # of those that are no NaN
+            squares, of_a = np.square(delta).sum(), np.square(old, dtype=np.float64).sum()
+            sums.append((float(delta.sum()), float(squares), float(of_a)))
+    if not floating:
+        return Change(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
+    total, square, of_old = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+    mean = total / size if size else 0.0
+    return Change(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
+
+
+def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, Any]]:
+    read_a, read_b, size = elements(reader, a), elements(reader, b), math.prod(b.shape)
+    for start in range(0, size, TILE):
+        stop = min(start + TILE, size)
+        yield read_a(start, stop), read_b(start, stop)
+
+
+def diff_locks(a: Path, b: Path) -> dict[str, Any]:
+    """`changes`: key path -> [in A, in B], None where absent; files are compared by hash, q's by value."""
+    first, second = (dict(_flat(locks.read_lock(path))) for path in (a, b))
+    if first.keys().isdisjoint(second):
+        raise InputError(f"{a} and {b} have nothing in common")
+    keys = [*first, *(key for key in second if key not in first)]
+    changes = {key: [first.get(key), second.get(key)] for key in keys if first.get(key) != second.get(key)}
+    return {"a": str(a), "b": str(b), "changes": changes}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by their path; a file's hash and size are one leaf, and a list is one."""
+    if isinstance(value, dict) and value.keys() == {"hash", "size"}:
+        yield path, value["hash"]
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}: {key}" if path else str(key))
+    else:
+        yield path, value

@@ -1,0 +1,174 @@
+"""A commented first recipe for the user's models, checked against their headers before it is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from deltamerge import errors
+from deltamerge.errors import OutputError
+from deltamerge.files.atomic import replace_file
+from deltamerge.models.chain.models import open_model
+from deltamerge.models.decode import decoded
+from deltamerge.recipe.advice import choose, q_decides
+from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.tensors.dtypes import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
+
+HEAD = """\
+# deltamerge check {name}    the headers of every model, no weights read
+# deltamerge plan {name}     every output tensor, its sources, method and bytes
+# deltamerge run {name}      the checkpoint, with card, recipe and lock
+base_model: {base}
+"""
+ONE = """\
+merge_method: task_arithmetic    # base + weight · delta
+models:
+  - model: {model}
+    parameters: {{weight: 1.0}}
+"""
+SEVERAL = """\
+merge_method: ties               # the largest entries of each delta, elected sign; or task_arithmetic, dare_ties, …
+models:
+"""
+OF_SEVERAL = """\
+  - model: {model}
+    parameters: {{weight: 1.0, density: {density:g}}}    # the fraction of the delta that is kept
+"""
+ADVISED = """\
+merge_method: task_arithmetic    # base + Σ weight · delta, each delta pruned first
+models:
+"""
+WEIGHTED = """\
+  - model: {model}
+    parameters: {{weight: 1.0}}
+"""
+PRUNED = """\
+prune: {plain}    # {plain_why}
+# prune: {calibrated}    # {calibrated_why}
+# calibration: {{data: sentences.jsonl}}    # unlabelled text; 50 sequences are enough
+"""
+CALIBRATION = """\
+calibration: {rows}    # unlabelled text; 50 sequences are enough
+"""
+TAIL = """\
+dtype: {dtype}    # of the output; arithmetic is float32
+seed: 0    # the same recipe gives the same bytes
+output: {{path: merged}}
+"""
+DTYPES = ("BF16", "F16", "F32")  # the most common of them is the output's; of equals the first
+
+
+def first_recipe(
+    base: str,
+    models: Sequence[str],
+    path: Path,
+    *,
+    density: float,
+    calibration: Mapping[str, Any] | None = None,
+    advice: Sequence[Recommendation] = (),
+    pickles: bool = False,
+) -> str:
+    """The text of a recipe that merges `models` on `base`. InputError: a model that cannot be opened.
+
+        base          folder or hub id
+        models        folders or hub ids
+        path          of the recipe; folders are written relative to it
+        density       of the pruning
+        calibration   the recipe's section, whose rows gave the advice
+        advice        the recommended pruning of each model
+        pickles       torch's own files are read where there are no safetensors
+
+    One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
+    Several are pruned and added up, too, at a density at which ties keeps too little of them. Only headers are read.
+    """
+    checkpoints = [open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
+    with errors.context(base):
+        weights = decoded(checkpoints[0]).tensors.values()
+    dtypes = [tensor.output_dtype for tensor in weights]
+    dtype = max(DTYPES, key=dtypes.count)
+    first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
+    text = HEAD.format(name=path.name, base=first)
+    if advice:
+        text += ADVISED + "".join(_advised(model, one) for model, one in zip(named, advice, strict=True))
+        if calibration and any(_chosen(one).needs_calibration for one in advice):
+            rows = {**calibration, "data": seen_from(path.parent, str(calibration["data"]))}
+            text += CALIBRATION.format(rows=_flow(rows))
+    elif len(models) == 1:
+        text += ONE.format(model=named[0]) + _pruned(density)
+    elif q_decides(Pruning("none"), density):  # of ties
+        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _pruned(density)
+    else:
+        text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
+    return text + TAIL.format(dtype=TORCH_NAMES[dtype]) + ("pickles: true\n" if pickles else "")
+
+
+def _pruned(density: float) -> str:
+    """The lines of what keeps most at a density without rows, and in comments with them."""
+    plain, calibrated = choose(density, rows=False), choose(density, rows=True)
+    return PRUNED.format(
+        plain=_flow(plain.prune),
+        plain_why=plain.why,
+        calibrated=_flow(calibrated.prune),
+        calibrated_why=calibrated.why,
+    )
+
+
+def _chosen(advice: Recommendation) -> PruneCandidate:
+    return next(one for one in advice.candidates if one.name == advice.method)
+
+
+def _advised(model: str, advice: Recommendation) -> str:
+    """A model of the recipe with its pruning, and above it the measurements of every candidate."""
+    lines = [f"{advice.method}, by `deltamerge recommend`:", *advice.why, ""]
+    rows = [f"{'':24}{'loses':>8}{'layer':>9}{'q':>9}"]
+    for one in advice.candidates:
+        lost = "" if one.lost is None else f"{one.lost:.1%}"
+        layer, q = ("" if value is None else f"{value:.3g}" for value in (one.layer_error, one.q))
+        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}{'  <-' * (one.name == advice.method)}")
+    lines += [
+        *rows,
+        "",
+        "loses: of the fine-tune's effect on held-out outputs; layer: relative error of a layer's output",
+    ]
+    comment = "".join(f"    # {line}".rstrip() + "\n" for line in lines)
+    prune = _flow(_chosen(advice).prune)
+    return f"  - model: {model}\n    parameters: {{weight: 1.0}}\n{comment}    prune: {prune}\n"
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    """A mapping on one line of YAML."""
+    return yaml.safe_dump(
+        dict(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    ).strip()
+
+
+def seen_from(folder: Path, reference: str) -> str:
+    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
+    expanded = Path(reference).expanduser()
+    if not expanded.exists() or expanded.is_absolute():
+        return reference
+    relative = os.path.relpath(expanded, folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _scalar(text: str) -> str:
+    """`text` as a YAML scalar, quoted where necessary."""
+    return yaml.safe_dump(text, width=10**6, allow_unicode=text.isprintable()).removesuffix("\n...\n").strip()
+
+
+def check_new(path: Path) -> None:
+    """OutputError: a file exists at `path`."""
+    if os.path.lexists(path):
+        raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write `text` to a new file. OutputError: it exists, or cannot be created."""
+    replace_file(path, text, new=True)

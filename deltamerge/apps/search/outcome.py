@@ -1,0 +1,197 @@
+"""The goals of a study as numbers, of candidates that are judged in memory or, by a command, as folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamerge.apps.search.candidates import Candidate, Candidates
+from deltamerge.apps.search.command import value_of, words_of
+from deltamerge.apps.search.judge import Judge, Part, Scores, is_lower, judged_by, worth
+from deltamerge.apps.search.kept import make_folder
+from deltamerge.calibrate.calibrated import Calibrated
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.run.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a candidate is worth: a number for each goal, every fine-tune's scores, or why it failed."""
+
+    values: tuple[float, ...] = ()
+    scores: Scores = field(default_factory=dict)
+    error: str | None = None
+
+
+class Bench:
+    """Measures the candidates of a template: values by place -> `Outcome`.
+
+    lower   of each goal whether less is better
+    judges  of each choice of fine-tunes, base and rows; most templates have one
+    """
+
+    def __init__(
+        self,
+        file: TemplateFile,
+        first: Mapping[Loc, Any],
+        candidates: Candidates,
+        options: Options,
+        *,
+        commands: bool = False,
+    ) -> None:
+        self.file, self.candidates, self.options = file, candidates, options
+        recipe = file.recipe(first)
+        self.study = recipe.study or Study.model_validate({})
+        self.goals = self.study.goals
+        for goal in self.goals:
+            if goal.command is not None:
+                words = words_of(goal.command)
+                if not commands:
+                    raise InputError(f"{file.path}: the study runs {words[0]}, as this user", hint="--allow-command")
+        self.inside = [goal for goal in self.goals if goal.command is None]
+        self.judges: dict[str, Judge] = {}
+        judge = self.judge(recipe)
+        self.lower = tuple(is_lower(goal, judged_by(judge) if judge else {}) for goal in self.goals)
+
+    def judge(self, recipe: Recipe) -> Judge | None:
+        """The judge of a recipe's fine-tunes; None where commands alone judge."""
+        if not self.inside:
+            return None
+        rows = {i: calibration for i in recipe.fine_tunes if (calibration := recipe.calibration_of(i)) is not None}
+        tunes = [[recipe.names[i], recipe.models[i].model, rows[i].model_dump() if i in rows else None]
+                 for i in recipe.fine_tunes]  # fmt: skip
+        key = json.dumps([recipe.base_model, tunes], sort_keys=True)
+        if key not in self.judges:
+            self.judges[key] = Judge(self.candidates, recipe, self.study, self.inside)
+        return self.judges[key]
+
+    def close(self) -> None:
+        """Close the files."""
+        for judge in self.judges.values():
+            judge.close()
+
+    def rows(self, part: Part) -> dict[str, int]:
+        """The number of rows of each fine-tune."""
+        return {name: count for judge in self.judges.values() for name, count in judge.rows(part).items()}
+
+    def references(self, part: Part) -> dict[str, dict[str, Mapping[str, float]]]:
+        """What the base and the fine-tunes score."""
+        found: dict[str, dict[str, Mapping[str, float]]] = {}
+        for judge in self.judges.values():
+            judge.rows(part)
+            for kind, scores in judge.references[part].items():
+                found.setdefault(kind, {}).update(scores)
+        return found
+
+    def calibrated(self, values: Mapping[Loc, Any]) -> dict[str, Calibrated]:
+        """The q's of a candidate that was measured, by the names of their stages."""
+        recipe = self.file.recipe(values)
+        judge = self.judge(recipe)
+        if judge is None:
+            return {}
+        candidate = self.candidates.of(recipe)
+        judge.prepare(candidate)
+        known = {node: judge.known[node] for node in candidate.stages}
+        return {node.parameter("spec").name: value for node, value in known.items() if isinstance(value, Calibrated)}
+
+    def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
+        """The outcomes of candidates; a fault of one is its outcome. `work` is a folder for what commands are given."""
+        found: list[Outcome | None] = [None] * len(some)
+        made: dict[Judge, dict[int, Candidate]] = {}
+        for i, values in enumerate(some):
+            try:
+                recipe = self.file.recipe(values)
+                judge = self.judge(recipe)
+                if judge is not None:
+                    candidate = self.candidates.of(recipe)
+                    judge.prepare(candidate)
+                    made.setdefault(judge, {})[i] = candidate
+            except DeltamergeError as error:
+                found[i] = Outcome(error=one_line(error))
+        scores: dict[int, Scores] = {}
+        metrics: dict[int, Mapping[str, str]] = {}
+        for judge, own in made.items():
+            metrics |= dict.fromkeys(own, judged_by(judge))
+            try:
+                scores |= zip(own, judge.scores(list(own.values()), part), strict=True)
+            except DeltamergeError as error:
+                for i in own:  # alone, to see whose fault it is
+                    alone = len(own) == 1
+                    found[i] = Outcome(error=one_line(error)) if alone else self.measure([some[i]], part, work)[0]
+        for i, values in enumerate(some):
+            if found[i] is None:
+                found[i] = self._outcome(values, scores.get(i, {}), metrics.get(i, {}), work)
+        return [one for one in found if one is not None]
+
+    def _outcome(self, values: Mapping[Loc, Any], scores: Scores, metrics: Mapping[str, str], work: Path) -> Outcome:
+        numbers: list[float] = []
+        folder: Path | None = None
+        try:
+            for goal in self.goals:
+                if goal.command is None:
+                    numbers.append(worth(goal, scores, metrics))
+                    continue
+                if folder is None:
+                    folder = work / "candidate"
+                    shutil.rmtree(folder, ignore_errors=True)
+                    make_folder(self.file.file(values), self.calibrated(values), self.options, folder)
+                numbers.append(value_of(goal.command, folder.resolve(), self.candidates.folder))
+        except DeltamergeError as error:
+            return Outcome(scores=scores, error=one_line(error))
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if any(number != number for number in numbers):
+            return Outcome(scores=scores, error="the objective is not a number")
+        return Outcome(tuple(numbers), scores)
+
+
+def one_line(error: DeltamergeError) -> str:
+    """An error on one line."""
+    return " ".join(str(error).split())
+
+
+def best_of(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> int | None:
+    """The first of `ranked`."""
+    return next(iter(ranked(outcomes, lower)), None)
+
+
+def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
+    """Candidates that did not fail, the best first: by the goal or, of several, by the distance from the best of each,
+    every goal scaled to [0, 1]."""
+    costs = _costs(outcomes, lower)
+    if len(lower) == 1:
+        return sorted(costs, key=lambda i: (costs[i][0], i))
+    least = [min(several) for several in zip(*costs.values(), strict=True)]
+    most = [max(several) for several in zip(*costs.values(), strict=True)]
+
+    def distance(i: int) -> float:
+        return sum(((c - a) / (b - a)) ** 2 if b > a else 0.0 for c, a, b in zip(costs[i], least, most, strict=True))
+
+    return sorted(costs, key=lambda i: (distance(i), i))
+
+
+def pareto(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
+    """The candidates that no other betters in one goal without being worse in another, in order."""
+    costs = _costs(outcomes, lower)
+
+    def beaten(i: int) -> bool:
+        return any(
+            all(a <= b for a, b in zip(other, costs[i], strict=True)) and other != costs[i] for other in costs.values()
+        )
+
+    return [i for i in costs if not beaten(i)]
+
+
+def _costs(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> dict[int, list[float]]:
+    """Of every candidate that did not fail its goals, of which less is better."""
+    done = {i: one.values for i, one in enumerate(outcomes) if one.error is None and one.values}
+    return {i: [v if low else -v for v, low in zip(values, lower, strict=True)] for i, values in done.items()}

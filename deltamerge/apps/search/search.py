@@ -1,0 +1,283 @@
+"""Searches: values between bounds that Optuna proposes, judged in memory; rows that no trial has seen decide."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from xxhash import xxh3_128
+
+from deltamerge.apps.search.candidates import candidates_of
+from deltamerge.apps.search.folder import StudyFolder
+from deltamerge.apps.search.judge import Part
+from deltamerge.apps.search.kept import check_best
+from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, ranked
+from deltamerge.apps.search.pool import Pool, pool_of
+from deltamerge.apps.search.proposals import (
+    decoded,
+    distributions,
+    encoded,
+    importance,
+    load_optuna,
+    opened,
+    run_again,
+    sampler,
+    sampler_of,
+)
+from deltamerge.apps.search.results import Found, Trial, write
+from deltamerge.apps.search.rows import input_facts, refuse_strangers
+from deltamerge.errors import InputError, RecipeError
+from deltamerge.files import progress
+from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.run.options import Options
+from deltamerge.tensors.names import layer_index
+
+if TYPE_CHECKING:
+    import optuna
+
+STORAGE = "study.db"
+SHORTLIST = 8  # trials that are compared on held-out rows
+HOPELESS = 10  # first trials that all fail
+FACTS, SCORES, ERROR = "facts", "scores", "error"
+
+
+def check(file: TemplateFile) -> Recipe:
+    """The recipe of the first trial. RecipeError: nothing is to be searched, something is swept, or it is no recipe, at
+    its start or where all numbers are at a bound."""
+    source, ranges = file.template.source, file.template.ranges
+    if file.template.sweeps:
+        hint = f"deltamerge sweep {file.path.name}"
+        raise RecipeError(str(file.path), [source.problem(file.template.sweeps[0].loc, "is to be swept", hint)])
+    if not ranges:
+        hint = "weight: {search: [0, 1]}"
+        raise RecipeError(str(file.path), [source.problem((), "has no values to search", hint)])
+    for found in file.template.ends():
+        file.recipe(file.template.values(found, 1))
+    recipe = file.recipe(file.template.values(file.template.start(), 1))
+    refuse_strangers(file, [recipe])
+    return recipe
+
+
+def search(
+    file: TemplateFile,
+    options: Options,
+    out: Path | None = None,
+    *,
+    trials: int | None = None,
+    keep: Literal["best", "none"] = "none",
+    force: bool = False,
+    commands: bool = False,
+    ray: str | None = None,
+) -> Found:
+    """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
+
+    A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
+    killed run again. `trials` wins over the recipe's; `ray` is a cluster, on which candidates are judged. The best
+    recipe and its lock go beside the recipe, its merged folder is written where it is kept.
+
+    RecipeError: see `check`. InputError: Optuna is not there, the rows cannot judge, or all trials fail.
+    """
+    optuna = load_optuna()
+    recipe = check(file)
+    folder = StudyFolder.of(file.path, "search", out)
+    options = replace(options, force=force)
+    check_best(file.path, force=force)
+    with folder.locked(force=force) as there:
+        candidates = candidates_of(file, options)
+        bench = Bench(file, file.template.values(file.template.start(), 1), candidates, options, commands=commands)
+        with closing(bench), pool_of(file, options, ray, commands=commands) as pool:
+            layers = layers_of(bench, recipe)
+            wanted = bench.study.trials if trials is None else trials
+            with opened(optuna, there / STORAGE, bench.study, bench.lower) as study:
+                _same(study, file, bench, options)
+                run_again(study)
+                if not study.get_trials(deepcopy=False):
+                    study.enqueue_trial(
+                        encoded(file.template.ranges, file.template.start()), user_attrs={"start": True}
+                    )
+                runner = _Runner(optuna, study, file, bench, layers, there, pool)
+                runner.run(wanted)
+                found = runner.finished()
+                study.set_user_attr("best", found.chosen.number)
+            return write(found, file, bench, options, runner.values(found.chosen.params), keep)
+
+
+def layers_of(bench: Bench, recipe: Recipe) -> int:
+    """The number of layers of the merged model, over which groups are spread."""
+    inputs = bench.candidates.inputs(recipe)
+    numbers = [n for name in inputs.template.tensors if (n := layer_index(name)) is not None]
+    return 1 + max(numbers, default=0)
+
+
+def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Options) -> None:
+    """InputError: the study is of another recipe, other models or other rows."""
+    data = {key: value for key, value in file.template.source.data.items() if key != "study"}
+    judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
+    given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
+    given |= input_facts(file, file.template.values(file.template.start(), 1), options)
+    known = study.user_attrs.get(FACTS)
+    if known is None:
+        study.set_user_attr(FACTS, json.loads(json.dumps(given)))
+        return
+    changed = [n for n in {**known, **given} if known.get(n) != json.loads(json.dumps(given.get(n)))]
+    if changed:
+        raise InputError(
+            f"{bench.file.path}: the study was begun with another {changed[0].removeprefix('the ')}",
+            hint="--force begins anew, or give --out",
+        )
+
+
+class _Runner:
+    """Asks for trials, several at once, has them evaluated, and tells what came of them."""
+
+    def __init__(
+        self,
+        optuna: Any,
+        study: optuna.Study,
+        file: TemplateFile,
+        bench: Bench,
+        layers: int,
+        folder: Path,
+        pool: Pool | None,
+    ) -> None:
+        self.optuna, self.study, self.file, self.bench = optuna, study, file, bench
+        self.layers, self.folder, self.pool = layers, folder, pool
+        self.distributions = distributions(optuna, file.template.ranges)
+
+    def run(self, wanted: int) -> None:
+        """Trials until there are `wanted`. InputError: the first ones all fail."""
+        settings = self.bench.study
+        with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
+            phase.step(min(wanted, len(self._done())))
+            most = settings.together * (self.pool.size if self.pool else 1)
+            while (done := len(self._done())) < wanted:
+                size = min(most - done % most, wanted - done)  # a batch that was cut short is asked for as it was
+                asked = [self._ask() for _ in range(size)]
+                self._evaluate(asked)
+                phase.step(size)
+                self._hope()
+
+    def _ask(self) -> optuna.Trial:
+        """The next trial. What is proposed follows from the study's seed, the number of trials and what they found."""
+        study, settings = self.study, self.bench.study
+        number = len(study.get_trials(deepcopy=False))
+        study.sampler = sampler(self.optuna, settings, number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return study.ask(self.distributions)
+
+    def _done(self) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+    def _hope(self) -> None:
+        trials = self._done()
+        if len(trials) >= min(HOPELESS, self.bench.study.trials) and all(t.state.name == "FAIL" for t in trials):
+            said = trials[-1].user_attrs.get(ERROR, "no reason given")
+            raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
+
+    def values(self, params: Mapping[str, Any]) -> dict[Loc, Any]:
+        """What a trial's numbers put into the recipe."""
+        return self.file.template.values(params, self.layers)
+
+    def _evaluate(self, asked: Sequence[optuna.Trial]) -> None:
+        alive = list(asked)
+        if self.bench.study.pruner != "none":
+            alive = self._survivors(alive)
+        for trial, outcome in zip(alive, self._outcomes(alive, "search"), strict=True):
+            trial.set_user_attr(SCORES, outcome.scores)
+            if outcome.error is not None:
+                trial.set_user_attr(ERROR, outcome.error)
+                self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+            else:
+                self.study.tell(trial, list(outcome.values))
+
+    def _survivors(self, asked: Sequence[optuna.Trial]) -> list[optuna.Trial]:
+        """The trials that are not pruned after a quarter of the rows."""
+        alive = []
+        for trial, outcome in zip(asked, self._outcomes(asked, "first"), strict=True):
+            if outcome.error is None:
+                trial.report(outcome.values[0], 1)
+                if trial.should_prune():
+                    trial.set_user_attr(SCORES, outcome.scores)
+                    self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+                    continue
+            alive.append(trial)
+        return alive
+
+    def _outcomes(self, asked: Sequence[optuna.Trial], part: Any) -> list[Outcome]:
+        some = [self.values(decoded(trial.params)) for trial in asked]
+        if self.pool is not None:
+            return list(self.pool.measure(some, part))
+        return self.bench.measure(some, part, self.folder)
+
+    def finished(self) -> Found:
+        """The study's trials, and the best of them on held-out rows."""
+        made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
+        trials = [trial for trial in made if trial is not None]
+        lower = self.bench.lower
+        outcomes = [t.outcome if t.state == "complete" else Outcome(error=t.outcome.error or t.state) for t in trials]
+        front = tuple(pareto(outcomes, lower)) if len(lower) > 1 else ()
+        best = best_of(outcomes, lower)
+        if best is None:
+            raise InputError(f"{self.file.path}: no trial is complete: {outcomes[0].error if outcomes else 'none ran'}")
+        why = "of all trials"
+        if self.bench.inside and not any(goal.command for goal in self.bench.goals):
+            trials, best, why = self._decide(trials, outcomes, best, front)
+        goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
+        parts: list[Part] = ["search", "held"] if self.bench.inside else []
+        return Found(
+            folder=self.folder,
+            storage=self.folder / STORAGE,
+            goals=goals,
+            trials=tuple(trials),
+            best=best,
+            front=front,
+            why=why,
+            importance=importance(self.optuna, self.study),
+            rows={part: self.bench.rows(part) for part in parts},
+            references={part: self.bench.references(part) for part in parts},
+            sampler=sampler_of(self.bench.study),
+        )
+
+    def _trial(self, one: optuna.trial.FrozenTrial) -> Trial | None:
+        names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+        if one.state.name not in names:
+            return None
+        params = decoded(one.params)
+        values = tuple(one.values or ()) if one.state.name == "COMPLETE" else ()
+        outcome = Outcome(values, one.user_attrs.get(SCORES, {}), one.user_attrs.get(ERROR))
+        return Trial(one.number, params, outcome, names[one.state.name])
+
+    def _decide(
+        self, trials: list[Trial], outcomes: Sequence[Outcome], best: int, front: Sequence[int]
+    ) -> tuple[list[Trial], int, str]:
+        """The trials, those that were compared with their outcome on held-out rows; the index of the best there."""
+        lower = self.bench.lower
+        order = ranked(outcomes, lower)
+        if front:
+            order = [i for i in order if i in front]
+        distinct: dict[str, int] = {}
+        for i in order:
+            distinct.setdefault(str(sorted(trials[i].params.items())), i)
+        some = list(distinct.values())[:SHORTLIST]
+        compared = f"of the {len(some)} best trials"
+        if outcomes[0].error is None:
+            compared += " and the start"
+            some += [0] if 0 not in some else []
+        values = [self.values(trials[i].params) for i in some]
+        held = self.bench.measure(values, "held", self.folder)
+        chosen = best_of(held, lower)
+        if chosen is None:
+            raise InputError(f"{self.file.path}: the best trials fail on held-out rows: {held[0].error}")
+        for i, outcome in zip(some, held, strict=True):
+            trials[i] = replace(trials[i], held=outcome)
+        rows = self.bench.rows("held")
+        counted = ", ".join(f"{count} of {name}" for name, count in rows.items())
+        return trials, some[chosen], f"{compared} on held-out rows ({counted})"

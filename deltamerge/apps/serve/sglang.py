@@ -1,0 +1,56 @@
+"""A SGLang engine switched between the fine-tunes of its base, by deltas on a disk that this process sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deltamerge.apps.chain.live import Delta
+from deltamerge.apps.serve.fine_tunes import Served
+from deltamerge.errors import InputError, OutputError
+
+
+class EngineSwitch:
+    """What `dm.Switch` is for a module, for a `sglang.Engine`.
+
+    engine  serves the base, in the base's dtypes, not quantised, as parts of what SGLang has packed cannot be written;
+            with disable_radix_cache, as SGLang may refuse to drop what the weights before have computed of prompts
+    base    what the engine's model was loaded from, and the deltas were made from: a folder or hub id
+    keep    how many deltas' changes stay decoded in memory, those used last; None: all
+
+    The tensors that change go to the engine's processes whole, in one update: requests in flight end first, later ones
+    wait. Nobody else may update the engine's weights.
+    """
+
+    def __init__(self, engine: Any, base: str | Path, *, keep: int | None = None) -> None:
+        if (packed := engine.server_args.quantization) is not None:
+            raise InputError(
+                f"the engine's weights are packed, {packed}",
+                hint="deltamerge apply, and update_weights_from_disk with its folder",
+            )
+        if not engine.server_args.disable_radix_cache:
+            raise InputError(
+                "the engine keeps what its weights have computed of prompts",
+                hint="sglang.Engine(..., disable_radix_cache=True)",
+            )
+        self._engine, self._served = engine, Served(base, keep=keep)
+
+    def to(self, delta: str | Path | Delta | None) -> None:
+        """Make the engine's model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None:
+        the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of other
+        names, dtypes or shapes. OutputError: SGLang has not taken them; the next `to` sends every tensor."""
+        changes = self._served.changes(delta)
+        if names := self._served.touched(changes):
+            weights = list(self._served.weights(changes, names))
+            self._served.at = None
+            _taken(self._engine.begin_weight_update())
+            try:
+                _taken(self._engine.update_weights_from_tensor(weights, flush_cache=False))
+            finally:
+                _taken(self._engine.end_weight_update())
+        self._served.at = changes
+
+
+def _taken(answer: tuple[bool, str]) -> None:
+    if not answer[0]:
+        raise OutputError(f"SGLang: {answer[1]}")

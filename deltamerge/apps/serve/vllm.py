@@ -1,0 +1,121 @@
+"""vLLM's weight-transfer engine "deltamerge": a served model becomes a fine-tune of its base, by a delta on a disk.
+
+    init_weight_transfer_engine({"base": "./base"})       the served model's own folder or hub id if it is not given
+    start_weight_update(); update_weights({"delta": "deltas/math"}); finish_weight_update()
+
+`delta` is an artifact, a version of a chain, or a chain (its newest version); None: the base. Every worker reads it,
+and checks it and the base by hash before anything is written. vLLM does not undo a write that fails: the next update
+then writes every tensor.
+
+Of a model that keeps its weights as they are loaded only the positions that change are written, where they are few.
+Where most of a tensor changes, or vLLM has packed the weights (on the CPU, quantised, experts), the layers of the
+tensors that change are loaded anew, from the base's file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    layerwise_groups,
+)
+from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+    CheckpointWeightPatch,
+    load_checkpoint_weight_patches,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from deltamerge.apps.serve.fine_tunes import Changes, Served
+from deltamerge.errors import InputError
+
+
+@dataclass
+class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not read for types
+    """base      what the served model was loaded from, and the deltas were made from; None: the model's folder
+    in_place  write single positions into the loaded weights; None: where the model keeps them as they are loaded
+    keep      how many deltas' changes a worker holds decoded; None: all
+    """
+
+    base: str | None = None
+    in_place: bool | None = None
+    keep: int | None = None
+
+
+@dataclass
+class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not read for types
+    """delta   a folder that every worker sees; None: the base"""
+
+    delta: str | None = None
+
+
+class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]  # vLLM is not read for types
+    """One worker's."""
+
+    init_info_cls = DeltaInit
+    update_info_cls = DeltaUpdate
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: DeltaInit) -> None:
+        """Open the base, which the model has to hold now. InputError: it is no checkpoint."""
+        self._served = Served(init_info.base or self.model_config.model, keep=init_info.keep)
+        self._in_place = keeps_weights(self) if init_info.in_place is None else init_info.in_place
+
+    def start_weight_update(self) -> None:
+        """Nothing: an update is whole in `receive_weights`, which refuses before it begins."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing, likewise."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: DeltaUpdate) -> None:
+        """Make the model the one of a delta. InputError, with nothing written: the delta is damaged or of another
+        base."""
+        if not hasattr(self, "_served"):
+            raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
+        changes = self._served.changes(update_info.delta)
+        patches = self._patches(changes) if self._in_place else []
+        anew = {*self._served.touched(changes)} - {patch.name for patch in patches}
+        self._served.at = None
+        if patches:
+            load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
+        if anew:
+            self._load(changes, anew)
+        self._served.at = changes
+
+    def _patches(self, changes: Changes) -> list[CheckpointWeightPatch]:
+        """The changes that vLLM can write in place: of single positions, floating, without NaN, which says to it that
+        nothing changes."""
+        return [
+            CheckpointWeightPatch(*patch)
+            for patch in self._served.patches(changes)
+            if patch.indices is not None and patch.dtype.is_floating_point and not bool(patch.values.isnan().any())
+        ]
+
+    def _load(self, changes: Changes, names: set[str]) -> None:
+        """Load the layers of some tensors anew, as vLLM reloads them."""
+        groups = layerwise_groups(list(self._served.base))
+        wanted = [name for group in groups if not names.isdisjoint(group) for name in group]
+        with torch.device(self.device):
+            initialize_layerwise_reload(self.model)
+            try:
+                self.model.load_weights(self._served.weights(changes, wanted))
+            finally:
+                finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held but memory."""
+
+
+def keeps_weights(engine: DeltaEngine) -> bool:
+    """Whether a model computes with its weights as they were loaded, so that they can be written in place."""
+    plain = engine.device.type != "cpu" and engine.model_config.quantization is None
+    return plain and not any("MoE" in type(module).__name__ for module in engine.model.modules())

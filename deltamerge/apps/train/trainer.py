@@ -1,0 +1,266 @@
+"""Writes the versions of a chain from a training run: what has changed since the last one, in the background."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError, OutputError
+from deltamerge.formats.delta.entry import TILE, Read
+from deltamerge.formats.delta.positions import Array
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import DeltaWriter as ArtifactWriter
+from deltamerge.models.chain.fold import folded
+from deltamerge.models.chain.folder import head, line, names
+from deltamerge.models.chain.layers import check_complete
+from deltamerge.models.chain.models import open_origin
+from deltamerge.models.chain.publish import one_writer, publishing
+from deltamerge.models.chain.version import (
+    Named,
+    Note,
+    Version,
+    base_contents,
+    contents,
+    open_version,
+    state_of,
+    stored_files,
+    write_note,
+)
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
+from deltamerge.models.delta_over_base import elements
+from deltamerge.outputs.assets import RECIPE, copied_files, write_files
+from deltamerge.run.delta_output import base_of
+from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.reader import Reader
+
+Bits = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A version that was published: its folder, entries that changed, elements, and bytes of the artifact."""
+
+    path: Path
+    changed: int
+    elements: int
+    nbytes: int
+
+
+class DeltaWriter:
+    """Adds a version to a chain for every call of `write`, from the weights of a model that is being trained.
+
+        chain   its folder; made if it is not there, gone on with if it is
+        model   an nn.Module, whose `state_dict()` is written; None: every `write` is given one
+        base    the checkpoint that the chain's first version is made from, a folder or hub id; where it is not given,
+                what the model's `name_or_path` says
+
+    The tensors, their names and their dtypes are the base's: float32 masters of a bfloat16 base are rounded to
+    bfloat16. `write` copies the weights, and returns; a thread compares and writes them, and the next `write` waits for
+    it. What it fails with is raised by the next `write`, `flush` or `close`. On the CPU there are two copies of the
+    weights, in the base's dtypes: the last version's, and those being written.
+
+    InputError: the base or the chain cannot be read, or do not have the model's tensors. OutputError: another process
+    adds versions to the chain.
+    """
+
+    def __init__(self, chain: str | Path, model: Any = None, *, base: str | Path | None = None) -> None:
+        self.chain, self._model = Path(chain), model
+        named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
+        self._held = ExitStack()
+        self._held.enter_context(one_writer(self.chain, "adding"))
+        self._pending: Future[Written] | None = None
+        try:
+            versions, origin = self._open(None if not named else os.fspath(named))
+            self._last = versions[-1] if versions else None
+            self._base, self._assets = base_of(origin), _assets(origin)
+            self._bits = _read(origin, versions)
+            self._spare: Bits = {}
+            self._shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
+            if self._last is not None:
+                self._shapes = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
+            if model is not None:
+                _matched(self._shapes, model.state_dict())
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> DeltaWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+
+    @property
+    def last(self) -> str | None:
+        """The name of the version last published; None: there is none yet."""
+        return None if self._last is None else self._last.name
+
+    def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[Written]:
+        """Write what has changed since the last version as the next one; returns what will say what was written.
+
+        `state` is the model's if not given; `step` is noted, and the version's number is at least it. InputError: its
+        tensors are not those of the base. Whatever the version before failed with is raised here, and that version is
+        not there: what it would have held is part of this one, if `write` is called again.
+        """
+        self.flush()
+        if state is None:
+            if self._model is None:
+                raise InputError("there is no model", hint="write(state_dict)")
+            state = self._model.state_dict()
+        new = _copied(self._shapes, state, self._spare)
+        self._spare = {}
+        number = max(0 if self._last is None else _number(self._last.name) + 1, step or 0, 1)
+        future: Future[Written] = Future()
+        self._pending = future
+
+        def work() -> None:
+            try:
+                future.set_result(self._publish(f"{number:06d}", new, step))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="deltamerge-chain").start()
+        return future
+
+    def flush(self) -> None:
+        """Wait until the version that is being written is there. Raises what it failed with, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the last version, and let the chain go. Raises what it failed with."""
+        try:
+            self.flush()
+        finally:
+            self._held.close()
+
+    def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
+        """The versions of the chain, and its base."""
+        versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
+        if versions:
+            base = base or str(versions[0].delta.manifest.base)
+        if not base:
+            raise InputError(f"{self.chain}: has no version yet, and no base", hint="DeltaWriter(chain, model, base=…)")
+        origin = open_origin(base)
+        if not origin.is_simple:
+            raise InputError(f"{base}: has several components", hint="a chain of each")
+        return versions, origin
+
+    def _publish(self, name: str, new: Bits, step: int | None) -> Written:
+        before = self._last
+        with publishing(self.chain, name, "adding") as folder:
+            with ArtifactWriter(folder, self._base) as writer:
+                for tensor, (dtype, shape) in self._shapes.items():
+                    old = self._bits[tensor]
+                    source = BaseTensor(tensor, dtype, shape, _slices(old))
+                    target = writer.tensor(tensor, dtype, shape, source)
+                    for start in range(0, old.size, TILE):
+                        target.write(start, new[tensor][start : start + TILE])
+                summary = writer.finish()
+            assets = self._assets if before is None else {n: p for n, p in self._assets.items() if n == "config.json"}
+            write_files({**assets}, folder)
+            opened = DeltaFile.open(folder)
+            note = Note(
+                name=name,
+                base=state_of(base_contents(opened.manifest)) if before is None else before.base,
+                state=state_of(contents(opened.manifest)),
+                after=None if before is None else Named(name=before.name, state=before.state),
+                step=step,
+                files=stored_files(folder, [*opened.files, *(folder / name for name in assets)]),
+            )
+            write_note(folder, note)
+        self._last = open_version(self.chain / name)
+        self._spare, self._bits = self._bits, new
+        size = sum(bits.size for bits in new.values())
+        return Written(self.chain / name, summary.entries, size, summary.nbytes)
+
+
+def _slices(bits: Array) -> Read:
+    return lambda start, stop: bits[start:stop]
+
+
+def _number(name: str) -> int:
+    digits = name.rpartition("-")[2]
+    if not digits.isdigit():
+        raise OutputError(
+            f"{name}: is the newest version, and no number", hint="name its successor with extract --after"
+        )
+    return int(digits)
+
+
+def _assets(origin: Checkpoint) -> dict[str, Path]:
+    """Config and tokenizer files of the base, which the first version has too."""
+    folder = origin.path if origin.path.is_dir() else origin.path.parent
+    return {name: path for name, path in copied_files(folder).items() if name != RECIPE}
+
+
+def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
+    """The weights of the newest version, or of the base, checked by hash if they are a version's."""
+    found: Bits = {}
+    with Reader() as reader:
+        if not versions:
+            return {name: elements(reader, info)(0, math.prod(info.shape)) for name, info in origin.tensors.items()}
+        check_complete(versions[0], origin)
+        delta = folded(versions)
+        shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
+        with errors.context(str(versions[-1].path)):
+            for one in delta.result(shapes):
+                info = None if one.base_name is None else origin.tensors[one.base_name]
+                assert one.entry is not None
+                found[one.name] = one.entry.whole(None if info is None else elements(reader, info))
+    return found
+
+
+def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
+    """InputError unless the state has every tensor of the base, of a dtype that becomes its, and no weight more."""
+    hint = "model.save_pretrained(FOLDER) once, and base=FOLDER; or write(state) with the base's names"
+    for name, (dtype, shape) in wanted.items():
+        tensor = state.get(name)
+        if tensor is None:
+            raise InputError(f"the model has no {name}, which the base has", hint=hint)
+        if hasattr(tensor, "full_tensor"):
+            raise InputError(
+                f"{name} is spread over processes", hint="gather it: write(full_state_dict) on one of them"
+            )
+        code = code_of(tensor.dtype)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name} is {list(tensor.shape)}, in the base {list(shape)}", hint=hint)
+        if code != dtype and not {code, dtype} <= FLOATING:
+            raise InputError(f"{name} is {code or tensor.dtype}, in the base {dtype}", hint=hint)
+    known = {tensor.data_ptr() for name in wanted if (tensor := state[name]).numel()}
+    for name, tensor in state.items():
+        if name not in wanted and tensor.data_ptr() not in known and code_of(tensor.dtype) in FLOATING:
+            raise InputError(f"the base has no {name}, which the model has", hint=hint)
+
+
+def _copied(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
+    """The bits of a state in the base's dtypes, rounded to the nearest, ties to even; into `spare` memory if given."""
+    _matched(wanted, state)
+    found: Bits = {}
+    with torch.no_grad():
+        for name, (dtype, shape) in wanted.items():
+            target = spare.get(name)
+            made = (
+                torch.empty(shape, dtype=torch_dtype(dtype))
+                if target is None
+                else to_torch(target, dtype).reshape(shape)
+            )
+            made.copy_(state[name])
+            found[name] = bits_of(made)
+    return found

@@ -1,0 +1,283 @@
+"""Calibration `per: merge` with `coefficients`: a factor of every delta of the merge, by tensor or row, by gradient.
+
+The merged model base + Σ c_k D_k is fitted to every fine-tune's output distribution on that fine-tune's own rows, with
+its head, by Adam on the c alone. Nothing is labelled. The distances are shares of the base's, so that all tasks count
+alike. Weights of a block are made when it runs, forward and backward, and then freed. Several GPUs share the
+fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients are added up in their order on the
+first. A plan names `calibrate`, so torch is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.calibrate.calibrated import Calibrated, QValue
+from deltamerge.calibrate.merge.joint_factor import mean_judge
+from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
+from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.engine.devices import torch_devices
+from deltamerge.tensors.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltamerge.calibrate.merge.sums import Shared
+    from deltamerge.calibrate.model.blocks import Weights
+    from deltamerge.calibrate.q.objectives import Distribution
+    from deltamerge.calibrate.q.subject import Judge, Subject
+    from deltamerge.tensors.graph import Node
+
+Coefficients = Mapping[str, "Tensor"]
+"""By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
+RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
+PATIENCE = 5  # looks in a row that are no better, after which a fit ends
+JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
+SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
+
+
+def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
+    """The coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
+    from deltamerge.calibrate.q.choices import Found
+    from deltamerge.calibrate.q.subject import Subject
+
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
+        known = dict(zip(spec.shared, inputs, strict=True))
+        devices = torch_devices(spec.source.device)[: len(spec.parts)]
+        share = math.ceil(len(spec.parts) / len(devices))
+        subjects = []
+        for i, part in enumerate(spec.parts):
+            source, reads = replace(part.source, share=share), i < len(devices)
+            if len(devices) > 1:
+                cache = spec.source.cache if reads else source.cache
+                source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
+            masks = _deltas(spec, i) if reads else ()
+            subjects.append(Subject(source, reader, masks, known, halved=spec.halved))
+        merge = _Merge(spec, subjects, subjects[: len(devices)])
+        start = merge.start()
+        fitted, path = _fit(merge, start)
+        judge, held, plain = _judged(merge, [fitted, start])
+        step, value = min(path, key=lambda point: (point[1], point[0]))
+        found = [Found({}, value, {"step": float(step)})]
+        some = judge.eligible(found)
+        chosen, record = decide(spec, judge, found, some, [*held[: len(some)], plain], path[0][1])
+        record |= {
+            "coefficients": spec.scope,
+            "models": [part.source.model for part in spec.parts],
+            "plain": {"q": 1.0, "value": rounded(path[0][1])},
+            "sequences": subjects[0].counts[0],
+            "forward_passes": sum(subject.passes for subject in subjects),
+            "path": [["step", float(at), rounded(loss)] for at, loss in path],
+        }
+        for subject in subjects:
+            subject.forget()
+        return Calibrated({} if chosen is None else _named(spec, fitted), record)
+
+
+def _deltas(spec: Spec, part: int) -> list[dict[str, Node]]:
+    """Of each coefficient the nodes of its deltas, by the names of a fine-tune's tensors."""
+    masked = {one.name: one.masked for one in spec.pruned}
+    return [{one.stored: masked[one.name][k] for one in spec.parts[part].pruned} for k in range(len(spec.coefficients))]
+
+
+def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:
+    found: dict[str, QValue] = {}
+    for name, values in fitted.items():
+        for delta, value in zip(spec.coefficients, values, strict=True):
+            one: QValue = value.numpy() if value.dim() else rounded(float(value))
+            found[f"{delta}:{name}"] = one
+    return found
+
+
+@dataclass(eq=False)
+class _Merge:
+    """The fine-tunes of a merge, side by side; the first of each device, `places`, reads the deltas of all."""
+
+    spec: Spec
+    subjects: Sequence[Subject]
+    places: Sequence[Subject]
+
+    def __post_init__(self) -> None:
+        self.own = [{one.stored: one.name for one in part.pruned} for part in self.spec.parts]
+        self.stored = [{one.name: one.stored for one in part.pruned} for part in self.spec.parts[: len(self.places)]]
+
+    def start(self) -> dict[str, Tensor]:
+        """The recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of theirs."""
+        import torch
+
+        from deltamerge.calibrate.q.learned import row_shape
+
+        first, layers = self.subjects[0], self.subjects[0].layers
+        plain = torch.tensor(self.spec.starts, dtype=torch.float32, device=first.device)
+        found = {}
+        for name, stored in self.stored[0].items():
+            shape: tuple[int, ...] = ()
+            if self.spec.scope == "row" and stored in layers and len(first.infos[stored].shape) == 2:
+                shape = row_shape(layers[stored].transposed, first.infos[stored].shape)
+            found[name] = plain.view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
+        return found
+
+    def nothing(self) -> dict[str, Tensor]:
+        """Of the base."""
+        return {name: values * 0.0 for name, values in self.start().items()}
+
+    def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
+        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients, where
+        weights are `shared` when they descend."""
+        from deltamerge.calibrate.merge.sums import combined
+
+        subject, own = self.subjects[task], self.own[task]
+        first, of_first = self.places[task % len(self.places)], self.stored[task % len(self.places)]
+
+        def made(names: Sequence[str]) -> dict[str, Tensor]:
+            bases = subject.start.several(names)
+            stored = [of_first[own[name]] for name in names if name in own]
+            deltas = [cache.several(stored) for cache in first.masks]
+            found = {}
+            for name in names:
+                if name not in own:
+                    found[name] = bases[name]
+                    continue
+                stored_there = of_first[own[name]]
+                parts = [one for some in deltas if (one := some[stored_there]) is not None]
+                make = partial(combined, bases[name], coefficients[own[name]], parts)
+                alike = subject.infos[name].shape == first.infos[stored_there].shape
+                found[name] = shared.sum(own[name], make) if shared is not None and alike else make()
+            return found
+
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A fine-tune's rows: batches that are learned from, the indices of each step's, and those that decide."""
+
+    learned: Distribution
+    groups: list[list[int]]
+    stop: Distribution
+
+
+def _rows(subject: Subject, step: int) -> _Rows:
+    batches, groups, stop = subject.steps(step)
+    return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
+
+
+def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
+    """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
+
+    A look comes before the first step and after every turn through the rows.
+    PATIENCE of them in a row that are no better end it.
+    """
+    import torch
+
+    from deltamerge.calibrate.merge.sums import Shared
+    from deltamerge.calibrate.model.spread import add_gradients, in_turns
+    from deltamerge.calibrate.q.learned import descend
+
+    every = range(len(merge.subjects))
+    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, COEFFICIENT_STEP)))
+    scales = _values(merge, [task.stop for task in tasks], merge.nothing())
+    scales = [value if value > SMALLEST else 1.0 for value in scales]
+    leaves, named = _leaves(merge.spec.scope, start)
+    optimiser = torch.optim.Adam(leaves, lr=RATE)
+
+    def of_name() -> dict[str, Tensor]:
+        return named(leaves)
+
+    def look() -> float:
+        values = _values(merge, [task.stop for task in tasks], of_name())
+        return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
+
+    def descend_task(step: int, shared: Shared | None, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
+        task, subject = tasks[i], merge.subjects[i]
+        group = task.groups[(step - 1) % len(task.groups)]
+        size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
+        weights = merge.weights(i, named(copies), shared)
+        for batch in group:
+            descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
+            subject.count([task.learned.batches[batch]], 3)
+
+    path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
+    turn = max(len(task.groups) for task in tasks)
+    steps = max(1, _turns(merge, tasks)) * turn
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        if merge.spec.shares_weights:
+            (place,) = merge.places
+            shared = Shared(place.device)
+            for i in every:
+                descend_task(step, shared, place, i, leaves)
+            shared.descend()
+        else:
+            add_gradients(leaves, merge.places, every, partial(descend_task, step, None))
+        for group_ in optimiser.param_groups:
+            group_["lr"] = RATE * (1.0 - (step - 1) / steps)
+        optimiser.step()
+        if step % turn == 0:
+            path.append((step, look()))
+            best = min(path, key=lambda point: (point[1], -point[0]))[0]
+            if step == best:
+                kept = {name: value.detach().clone() for name, value in of_name().items()}
+            elif step >= best + PATIENCE * turn:
+                break
+    return {name: value.cpu() for name, value in kept.items()}, path
+
+
+def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
+    """What is fitted, and what gives the coefficients of every tensor that it stands for."""
+    if scope == "model":
+        one = next(iter(start.values())).clone().requires_grad_(True)
+        return [one], lambda some: dict.fromkeys(start, some[0])
+    own = [value.clone().requires_grad_(True) for value in start.values()]
+    return own, lambda some: dict(zip(start, some, strict=True))
+
+
+def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
+    """How often all fine-tunes' rows can be gone through, within the passes that are left for it."""
+    from deltamerge.calibrate.model.passes import sequences
+
+    turn, left = max(len(task.groups) for task in tasks), []
+    for subject, task in zip(merge.subjects, tasks, strict=True):
+        search, held = subject.counts
+        once = sum(map(sequences, task.learned.batches)) / len(task.groups) * turn
+        stop = sum(map(sequences, task.stop.batches))
+        left.append((FITTED_PASSES * search - subject.sequences - JUDGED * held) / (3 * once + stop))
+    return int(min(left))
+
+
+def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
+    """Of each fine-tune that of its objective."""
+    from deltamerge.calibrate.model.spread import in_turns
+
+    every = range(len(objectives))
+    return list(in_turns(merge.places, every, lambda _, i: _value(merge, i, objectives[i], coefficients)))
+
+
+def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:
+    from deltamerge.calibrate.q import objectives as O
+
+    subject = merge.subjects[task]
+    detached = {name: value.detach().to(subject.device) for name, value in coefficients.items()}
+    counted = partial(subject.count, objective.batches)
+    return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
+
+
+def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
+    """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
+    from deltamerge.calibrate.model.spread import in_turns
+
+    judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
+    objectives = [judge.objective for judge in judges]
+    labelled = all(subject.metric is not None for subject in merge.subjects)
+    scales = [1.0] * len(judges) if labelled else _values(merge, objectives, merge.nothing())
+    totals = []
+    for chosen in choices:
+        values = zip(_values(merge, objectives, chosen), scales, strict=True)
+        totals.append(sum(value / (scale if scale > SMALLEST else 1.0) for value, scale in values) / len(judges))
+    judge = mean_judge(judges)
+    if not labelled:
+        judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's,")
+    return judge, totals[:-1], totals[-1]

@@ -1,0 +1,407 @@
+"""Runs a transformers model block by block, with weights that come from the merge's own reader.
+
+The model is built without weights (parameters on the meta device, no remote code). Every call gets its tensors through
+`torch.func.functional_call`, so nothing is ever loaded into it. A pass has three steps:
+
+    prologue   the model's own forward with the real block 0; every other block is a stub that records its call
+    blocks     block after block, over all variants and batches: one block's weights are resident, and hidden states
+    epilogue   the model's own forward again; every block is a stub that returns the last block's output
+
+The result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot be
+identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
+
+With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32);
+the residual stream, norms, embeddings and the head stay float32, and so does all that is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from deltamerge.calibrate.model.foreign import running
+from deltamerge.calibrate.model.head import LastLayer
+from deltamerge.calibrate.model.layers import Cut, Linear, cuts, input_of, modules, stacks
+from deltamerge.calibrate.model.loading import Group, Loading, Shaped
+from deltamerge.calibrate.model.passes import COMPARED, BlockOutput, Inputs, Watch, Weights, from_reader
+from deltamerge.calibrate.model.precision import Precision, multiplying, same_every_time
+from deltamerge.calibrate.model.products import Box, Products
+from deltamerge.calibrate.model.skeleton import (
+    bodies,
+    find_blocks,
+    hidden_states,
+    ignored,
+    place_buffers,
+    shifted,
+    skeleton,
+)
+from deltamerge.calibrate.model.trace import Generating, NotAChain, Shell, Stop, Trace, patched, together
+from deltamerge.errors import InputError
+
+__all__ = ["BlockModel", "BlockOutput", "Inputs", "Linear", "Watch", "Weights", "from_reader"]
+T = TypeVar("T")
+
+
+class BlockModel:
+    """A model of `config.architectures[0]`, of the checkpoint's `tensors`, whose shapes are asked.
+
+        parts     checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
+        layers    the linear layers of each part
+        stacked   of each part the other tensors that may hold linear layers, such as experts stacked in one
+        lookups   the weights of embeddings
+        reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
+                  one by one, all where one has had one
+        turned    of the reached of `stacked`, whether they are stored (in, out)
+        walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
+        entering  is told, before a block's turn, the part that comes after it, and whose weights begin there
+        relieved  is asked where a device has too little memory whether some has been freed: then a walk begins again
+        whole     True where blocks cannot be identified: then there is one part
+        precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
+                  bfloat16
+
+    Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        tensors: Mapping[str, Shaped],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pad_token_id: int | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        self.device, self.dtype, self.precision = torch.device(device), dtype, precision
+        self.entering: Callable[[int, Weights], None] = lambda part, weights: None
+        self.relieved: Callable[[], bool] = lambda: False
+        self.module = skeleton(config, pad_token_id)
+        # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
+        self._bodies = bodies(self.module)
+        self.loading = Loading(self.module, tensors)
+        self.checkpoint_name = self.loading.checkpoint_name  # state name -> checkpoint name
+        place_buffers(self.module, self.device, self.loading.states)
+        self.blocks = find_blocks(self.module)
+        self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
+        self._ignored = ignored(self.module) | {COMPARED}
+        self._last_layer = LastLayer(self.module)
+        self.reached: set[str] = set()
+        self.turned: dict[str, bool] = {}
+        self._cuts: dict[Box, list[Cut]] = {}
+        self._seen: Callable[[Cut, Tensor], None] | None = None
+        self._noting: list[RemovableHandle] = []
+        self._chained = False  # True once a forward has shown that each block is called once, after the block before it
+        self._lay_out()
+
+    @property
+    def whole(self) -> bool:
+        """Whether blocks cannot be identified, so that the model is one part."""
+        return not self.blocks
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model has no head: its output is its last hidden state."""
+        return bool(self.module.base_model is self.module)
+
+    @property
+    def _cannot_run(self) -> str:
+        return f"transformers cannot run {type(self.module).__name__} on the calibration data"
+
+    def _lay_out(self) -> None:
+        path = {module: name for name, module in self.module.named_modules()}
+        prefixes = [path[block] + "." for block in self.blocks]
+        groups: list[list[Group]] = [[] for _ in range(1 + len(prefixes))]
+        owner: dict[str, int] = {}
+        for group in self.loading.groups:
+            part = next((1 + i for i, p in enumerate(prefixes) if group.states[0].startswith(p)), 0)
+            owner |= dict.fromkeys(group.states, part)
+            groups[part].append(group)
+        self._groups = groups
+        self._prefixes = prefixes
+        self.parts = [[file for group in part for file in group.files] for part in groups]
+        self.lookups = {
+            self.checkpoint_name[f"{name}.weight"]
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in self.checkpoint_name
+        }
+        self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in groups]
+        self._halved: list[set[str]] = [set() for _ in groups]
+        for weight, module, layer in modules(self.module, self.loading):
+            if isinstance(module, nn.Linear):
+                self._halved[owner[weight]].add(weight)
+            self._linears[owner[weight]].append((module, layer))
+        self.layers = [[layer for _, layer in part] for part in self._linears]
+        self._stacks = stacks(self.module, self.loading)
+        self.stacked: list[list[Linear]] = [[] for _ in groups]
+        for state, (some, _) in self._stacks.items():
+            self.stacked[owner[state]] += [one for one in some if one not in self.stacked[owner[state]]]
+        self._cuts.clear()
+        for handle in self._noting:
+            handle.remove()
+        self._noting = [m.register_forward_pre_hook(self._note(layer)) for part in self._linears for m, layer in part]
+
+    def _note(self, layer: Linear) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, args: Any) -> None:
+            if input_of(layer, module, args) is not None:
+                self.reached.add(layer.name)
+
+        return note
+
+    def _products(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        """Sees the products with stacked parameters among `tensors`."""
+        watched = {n: tensors[n] for n in self._stacks if n in tensors}
+        return Products(watched, self._product) if watched else nullcontext()
+
+    def _product(self, box: Box, x: Tensor) -> None:
+        if box in self._cuts and self._seen is None:
+            return
+        x = x[x.detach().any(1)]  # a router's zeros are no tokens
+        if not len(x):
+            return
+        if box not in self._cuts:
+            some, pieces = self._stacks[box.state]
+            named, shape = {layer.name: layer for layer in some}, self.loading.shape(box.state)
+            found = cuts(box, pieces[box.matrix], named, shape)
+            self._cuts[box] = found
+            for layer in some:
+                self.reached.add(layer.name)
+                self.turned.setdefault(layer.name, any(cut.transposed for cut in found))
+            self.turned |= {cut.layer.name: cut.transposed for cut in found}
+        if self._seen is not None:
+            for cut in self._cuts[box]:
+                self._seen(cut, x)
+
+    @torch.no_grad()
+    def run(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        *,
+        watch: Watch | None = None,
+    ) -> list[list[T]]:
+        """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
+
+        Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
+        decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
+        the linear layers of the first variant.
+        """
+        try:
+            return together([self.walk(batches, variants, reduce, watch=watch)])[0]
+        except torch.OutOfMemoryError:
+            if watch is not None or not self.relieved():
+                raise
+            return self.run(batches, variants, reduce)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        *,
+        watch: Watch | None = None,
+    ) -> Generator[None, None, list[list[T]]]:
+        """`run` in steps, for `together`: it waits before each variant's turn at a part of the model."""
+        if self.blocks:
+            try:
+                return (yield from self._walk(batches, variants, reduce, watch))
+            except NotAChain:
+                self.blocks = ()
+                self._lay_out()
+            except InputError:
+                if self.precision == "float32":
+                    raise
+                self.precision = "float32"
+                return (yield from self.walk(batches, variants, reduce, watch=watch))
+        return (yield from self._last(batches, variants, reduce, None, watch))
+
+    def _walk(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        watch: Watch | None,
+    ) -> Generator[None, None, list[list[T]]]:
+        traces, outputs = [], []
+        self.entering(2, variants[0])
+        for v, weights in enumerate(variants):
+            yield
+            traces.append(self.prologue(weights, batches))
+            outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
+        for i in range(len(self.blocks)):
+            if i > 0:
+                self.entering(2 + i, variants[0])
+            for v, weights in enumerate(variants):
+                seen = watch if v == 0 else None
+                if i > 0 or seen is not None:  # the prologue has run block 0 already
+                    yield
+                    self.block(i, weights, traces[v], outputs[v], seen)
+            self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
+        return (yield from self._last(batches, variants, reduce, outputs, watch))
+
+    def _last(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        outputs: Sequence[Any] | None,
+        watch: Watch | None,
+    ) -> Generator[None, None, list[list[T]]]:
+        found = []
+        for v, weights in enumerate(variants):
+            yield
+            found.append(self.epilogue(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
+        return found
+
+    def block(self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None) -> None:
+        """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
+        quick = watch is None
+        tensors, shell = self._tensors(weights, 1 + i, quick=quick), Shell(self.blocks[i])
+        precision: Precision = self.precision if quick else "float32"
+        local = self._local(tensors, i)
+
+        def step(b: int) -> Any:
+            with running(self._cannot_run), self._products(tensors), multiplying(precision, self.device):
+                return functional_call(shell, local, *traces[b].call(i, outputs[b]))
+
+        if watch is None:
+            for b in range(len(traces)):
+                outputs[b] = step(b)
+        else:  # may go through the batches twice
+            outputs[:] = self._watched(1 + i, watch, step, len(traces))
+
+    def epilogue(
+        self,
+        weights: Weights,
+        batches: Sequence[Inputs],
+        reduce: Callable[[int, BlockOutput], T],
+        outputs: Sequence[Any] | None,
+        watch: Watch | None,
+    ) -> list[T]:
+        """Run the forward on every batch; blocks, if there are any, are stubs that return the last block's output."""
+        tensors = self._tensors(weights, 0)
+
+        def step(b: int) -> T:
+            with patched(self.blocks, lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
+                return reduce(b, self._last_layer.put_off(partial(self._forward, tensors, batches[b])))
+
+        return self._watched(0, watch, step, len(batches))
+
+    def prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
+        tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
+        forward, traces = self.blocks[0].forward, []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            with multiplying(self.precision, self.device):
+                return forward(*args, **kwargs)
+
+        for inputs in batches:
+            trace = Trace(first, stop_after=len(self.blocks) if self._chained else None)
+            try:
+                with patched(self.blocks, trace.stub), self._last_layer.stopping(), suppress(Stop):
+                    self._forward(tensors, inputs)
+            except InputError:
+                if self._chained or self.precision != "float32":
+                    raise
+                raise NotAChain from None  # blocks pass on something that a stub does not
+            if len(trace.calls) != len(self.blocks):
+                raise NotAChain
+            self._chained = True
+            traces.append(trace)
+        return traces
+
+    def differentiable(self, inputs: Inputs, weights: Weights, precision: Precision = "float32") -> BlockOutput:
+        """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
+        (activation checkpointing, block by block): a block's tensors exist only while it runs."""
+
+        def wrap(i: int) -> Callable[..., Any]:
+            shell = Shell(self.blocks[i])
+
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                with same_every_time(self.device), multiplying(precision, self.device):
+                    return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
+
+            return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
+
+        with patched(self.blocks, wrap), same_every_time(self.device):
+            return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
+        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU. All
+        weights are resident. `options` go to transformers' `generate`."""
+        tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
+        local = {f"model.{n}": t for n, t in tensors.items()}
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
+        made = []
+        for inputs in prompts:
+            placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
+            with running(self._cannot_run):
+                tokens = functional_call(Generating(self.module), local, (), {**placed, **options})
+            start = 1 if self.module.config.is_encoder_decoder else placed["input_ids"].shape[1]
+            made.append(tokens[:, start:].cpu())
+        return made
+
+    def _tensors(self, weights: Weights, part: int, *, quick: bool = False) -> dict[str, Tensor]:
+        """The states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
+        half = self._halved[part] if quick and self.precision == "bfloat16" else set[str]()
+        found, made = dict(weights(self.parts[part])), dict[str, Tensor]()
+        for group in self._groups[part]:
+            own = {file: found.pop(file) for file in group.files}
+            for name, tensor in self.loading.made(group, own).items():
+                made[name] = tensor.to(self.device, torch.bfloat16) if name in half else self._placed(tensor)
+        return made
+
+    def _local(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+        """Block i's tensors, named as in `Shell`."""
+        prefix = self._prefixes[i]
+        return {f"block.{n.removeprefix(prefix)}": t for n, t in tensors.items()}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> BlockOutput:
+        placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
+        if (said := placed.get("decoder_input_ids")) is not None:
+            placed["decoder_input_ids"] = shifted(self.module, said)
+        with hidden_states(self._bodies) as hidden, running(self._cannot_run), self._products(tensors):
+            result = functional_call(self.module, tensors, (), placed)
+        if not hidden:
+            raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
+        return BlockOutput(hidden[-1], getattr(result, "logits", None))
+
+    def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
+        if watch is None:
+            return [step(b) for b in range(count)]
+        batch, hooks = 0, list[RemovableHandle]()
+        for module, layer in self._linears[part]:
+
+            def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
+                if (x := input_of(layer, module, args)) is not None:
+                    watch.see(layer, x, batch)
+
+            hooks.append(module.register_forward_pre_hook(see))
+        layers = [*self.layers[part], *self.stacked[part]]
+        try:
+            self._seen = lambda cut, x: watch.see(cut, x, batch)
+            watch.enter(layers)
+            again = True
+            while again:
+                values = []
+                for batch in range(count):
+                    values.append(step(batch))
+                again = watch.leave(layers)
+            return values
+        finally:
+            self._seen = None
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,132 @@
+"""Pruned models that differ only in their q's: base + masked delta / q, computed part by part from cached tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from deltamerge.calibrate.model.blocks import Weights
+from deltamerge.tensors.tiles import Kept
+
+Masked = Tensor | Kept
+"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
+Q = float | Tensor
+"""One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
+or (E, m, 1) for stacked experts."""
+T = TypeVar("T")
+
+
+class Cache(Generic[T]):
+    """Keeps what `read` gives by name: the first `pinned` bytes for good, of the others the last `recent` bytes.
+
+    A walk asks for all names in a circle. Of what does not fit, the last used is always gone when its turn comes again,
+    so the first is kept; the recent serve the variants of one part of a walk.
+    """
+
+    def __init__(self, read: Callable[[Sequence[str]], Mapping[str, T]], recent: int, pinned: int = 0) -> None:
+        self._read, self._room, self._left, self._held = read, recent, pinned, 0
+        self._pinned: dict[str, T] = {}
+        self._recent: OrderedDict[str, T] = OrderedDict()
+        self._pinned_room = pinned
+
+    def __call__(self, name: str) -> T:
+        return self.several([name])[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a value is there."""
+        return name in self._pinned or name in self._recent
+
+    def several(self, names: Sequence[str]) -> dict[str, T]:
+        """The values of names, of which the missing are read together."""
+        found = {name: self._pinned[name] for name in names if name in self._pinned}
+        for name in names:
+            if name in self._recent:
+                self._recent.move_to_end(name)
+                found[name] = self._recent[name]
+        missing = [name for name in names if name not in found]
+        if missing:
+            for name, value in self._read(missing).items():
+                found[name] = value
+                self._keep(name, value)
+        return {name: found[name] for name in names}
+
+    def _keep(self, name: str, value: T) -> None:
+        size = _bytes(value)
+        if size <= self._left:
+            self._pinned[name] = value
+            self._left -= size
+            return
+        self._recent[name] = value
+        self._held += size
+        while self._held > self._room and len(self._recent) > 1:
+            self._held -= _bytes(self._recent.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self._pinned.clear()
+        self._recent.clear()
+        self._held, self._left = 0, self._pinned_room
+
+
+def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
+    """Weights of base + masked/q; a tensor without a q has q = 1.
+
+        base     reads the tensor that the delta is added to; of one that is not pruned (the head) the fine-tune's own
+        masked   reads its masked delta, None where there is none
+
+    With `Cache`s for both, candidates of one mask share their reads.
+    """
+
+    def weights(names: Sequence[str]) -> dict[str, Tensor]:
+        bases, kept = _several(base, names), _several(masked, names)
+        return {name: apply(bases[name], kept[name], q.get(name, 1.0)) for name in names}
+
+    return weights
+
+
+def _several(read: Callable[[str], T], names: Sequence[str]) -> Mapping[str, T]:
+    return read.several(names) if isinstance(read, Cache) else {name: read(name) for name in names}
+
+
+def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
+    """base + masked/q in float32; gradients flow to q."""
+    if masked is None:
+        return base
+    if isinstance(q, Tensor) and q.dim():
+        q = q.to(base.device)
+    if isinstance(masked, Kept):
+        start = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        positions, values = masked.positions.to(start.device), masked.values.to(start.device)
+        start.view(-1).index_add_(0, positions, values / _at(q, positions, start.shape))
+        return start
+    return base.to(torch.float32) + masked.to(base.device, torch.float32) / q
+
+
+def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
+    """The masked delta as a float32 tensor of `shape`."""
+    if not isinstance(masked, Kept):
+        return masked.to(torch.float32).view(*shape)
+    flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=masked.values.device)
+    flat[masked.positions] = masked.values
+    return flat.view(*shape)
+
+
+def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
+    """q at flat positions of a tensor of `shape`, to which it broadcasts."""
+    if not isinstance(q, Tensor) or q.dim() == 0:
+        return q
+    index, left = [], positions
+    for size, own in zip(reversed(shape), reversed(q.shape), strict=False):
+        index.append(left % size if own > 1 else torch.zeros_like(left))
+        left = left // size
+    return q[tuple(reversed(index))]
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, Kept):
+        return _bytes(value.positions) + _bytes(value.values)
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -1,0 +1,339 @@
+"""How the parameters of a module are made of a checkpoint's tensors, by transformers' own conversion tables.
+
+Most are one to one, some renamed; `WeightConverter`s stack experts that a file stores one by one, join or split
+projections, transpose. They only move entries, so running one on the entries' places tells where each lies in the file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deltamerge.calibrate.model.foreign import running
+from deltamerge.errors import InputError
+
+Index = slice | Tensor
+"""Rows or columns of a matrix: a slice, or their numbers (int64)."""
+
+HINT = "calibration needs a checkpoint whose tensors this version of transformers loads"
+
+
+class Shaped(Protocol):
+    """A tensor, or the header's entry of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where rows of a state's matrix lie in the file (its columns, where `turned`).
+
+    file      the checkpoint's tensor
+    lead      which of its matrices, where it stacks several
+    at        the rows of the state's matrix
+    rows      the same rows in the file's matrix
+    columns   the file's columns, in the order of the state's
+    turned    whether the file's matrix is transposed
+    """
+
+    file: str
+    lead: int
+    at: Index
+    rows: Index
+    columns: Index
+    turned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """States of the module that are made together, of tensors of the file.
+
+    states, files   their names
+    patterns        of each file the converter's pattern that found it
+    converter       transformers' converter; None where one file is one state
+    """
+
+    states: tuple[str, ...]
+    files: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    converter: Any = None
+
+
+class Loading:
+    """The groups of a model that loads `tensors`, the checkpoint's by name; tied weights appear once.
+
+    InputError: the model has a parameter that nothing of the checkpoint makes.
+    """
+
+    def __init__(self, model: Any, tensors: Mapping[str, Shaped]) -> None:
+        self.model, self.tensors = model, tensors
+        self._sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._known: dict[Any, dict[str, list[list[tuple[int, Piece]]]]] = {}
+        single, converted = _matched(model, tensors)
+        made = {state for group in converted for state in group.states}
+        _untie(model, lambda name: name in single or name in made)
+        tied = aliases(model)
+        parameters = [name for name, _ in model.named_parameters()]
+        buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+        self.groups: list[Group] = []
+        missing = []
+        for name in [*parameters, *buffers]:
+            file = next((single[n] for n in (name, *tied.get(name, ())) if n in single), None)
+            if file is not None:
+                self.groups.append(Group((name,), (file,)))
+            elif made.isdisjoint((name, *tied.get(name, ()))) and name in parameters and not _computed(model, name):
+                missing.append(name)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(
+                f"{type(model).__name__} needs {missing[0]}{more}, which the checkpoint lacks under that name",
+                hint=HINT,
+            )
+        self.groups += converted
+
+    @cached_property
+    def checkpoint_name(self) -> dict[str, str]:
+        """State name -> checkpoint name, of the states that are one tensor of the file each."""
+        return {g.states[0]: g.files[0] for g in self.groups if g.converter is None}
+
+    @cached_property
+    def states(self) -> frozenset[str]:
+        """Every state that is made of the checkpoint."""
+        return frozenset(state for group in self.groups for state in group.states)
+
+    def shape(self, state: str) -> tuple[int, ...]:
+        """A state's."""
+        return self._sizes[state]
+
+    def made(self, group: Group, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The states of a group, from the tensors of the file; gradients flow through."""
+        if group.converter is None:
+            return {group.states[0]: found[group.files[0]]}
+        return _convert(group, [found[file] for file in group.files], self.model)
+
+    def pieces(self, group: Group) -> dict[str, list[list[Piece]]]:
+        """state -> of each of its matrices, where they lie in the file; without states that are no matrices of it."""
+        if group.converter is None:
+            shape = tuple(self.tensors[group.files[0]].shape)
+            if len(shape) < 2:
+                return {}
+            whole = slice(0, shape[-2]), slice(0, shape[-2]), slice(0, shape[-1])
+            return {group.states[0]: [[Piece(group.files[0], e, *whole)] for e in range(math.prod(shape[:-2]))]}
+        shapes = tuple(tuple(self.tensors[file].shape) for file in group.files)
+        sizes = tuple(self._sizes[state] for state in group.states)
+        key = id(group.converter), group.patterns, shapes, sizes
+        if key not in self._known:
+            placed = _placed(group, shapes, self.model)
+            self._known[key] = {str(group.states.index(state)): found for state, found in placed.items()}
+        return {
+            group.states[int(number)]: [
+                [replace(piece, file=group.files[k]) for k, piece in matrix] for matrix in matrices
+            ]
+            for number, matrices in self._known[key].items()
+        }
+
+
+def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
+    """State name -> checkpoint name, for parameters and stored buffers; tied weights appear once.
+
+    InputError: the checkpoint's tensors are not the model's one to one.
+    """
+    return Loading(model, {name: _Nothing() for name in names}).checkpoint_name
+
+
+class _Nothing:
+    shape: tuple[int, ...] = ()
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """First name of every parameter -> its other names (tied weights)."""
+    first: dict[nn.Parameter, str] = {}
+    others: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in first:
+            others.setdefault(first[parameter], []).append(name)
+        else:
+            first[parameter] = name
+    return others
+
+
+def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
+    """Untie a tied weight that the checkpoint also stores under its own name."""
+    for name, others in aliases(model).items():
+        for alias in others:
+            if stored(name) and stored(alias):
+                path, _, leaf = alias.rpartition(".")
+                parent = model.get_submodule(path)
+                setattr(parent, leaf, nn.Parameter(torch.empty_like(getattr(parent, leaf)), requires_grad=False))
+
+
+def _computed(model: Any, name: str) -> bool:
+    """Whether a parameter that no file has is always the same (sinusoidal positions); it is then given its values."""
+    path, _, leaf = name.rpartition(".")
+    module, values = model.get_submodule(path), []
+    if list(module._parameters) != [leaf]:
+        return False
+    meta = module._parameters[leaf]
+    with torch.random.fork_rng(devices=[]), running(f"transformers cannot compute {name}"):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            module._parameters[leaf] = nn.Parameter(torch.full(meta.shape, float("nan")), requires_grad=False)
+            model._init_weights(module)
+            values.append(module._parameters[leaf].detach())
+    if torch.equal(*values):
+        return True
+    module._parameters[leaf] = meta
+    return False
+
+
+def _matched(model: Any, tensors: Mapping[str, Shaped]) -> tuple[dict[str, str], list[Group]]:
+    """(state -> the file's tensor that it is, the groups that a converter makes)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
+    single: dict[str, str] = {}
+    found: dict[str, tuple[Any, list[str], list[str]]] = {}
+    for name in sorted(tensors, key=dot_natural_key):
+        renamed, converter, pattern = name, None, None
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for candidate in converters:
+            renamed, pattern = candidate.rename_source_key(renamed)
+            if pattern is not None:
+                converter = candidate
+                break
+        state = _spelled(renamed, there, model.base_model_prefix)
+        if state is None:
+            state, converter = _spelled(name, there, model.base_model_prefix), None
+        if state is None:
+            continue
+        if converter is None or pattern is None:
+            if state not in single or renamed == state:
+                single[state] = name
+            continue
+        _, files, patterns = found.setdefault(state, (converter, [], []))
+        files.append(name)
+        patterns.append(pattern)
+    groups = [
+        _checked(Group((state,), tuple(files), tuple(patterns), converter), tensors, model)
+        for state, (converter, files, patterns) in found.items()
+    ]
+    return single, groups
+
+
+def _spelled(name: str, there: Collection[str], prefix: str) -> str | None:
+    """A name as the model has it: the same, or after `prefix.` is taken off or put before it."""
+    spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
+    return next((spelling for spelling in spellings if spelling in there), None)
+
+
+def _checked(group: Group, tensors: Mapping[str, Shaped], model: Any) -> Group:
+    """The group with all states that its converter makes. InputError: they do not have the model's shapes."""
+    shapes = [tuple(tensors[file].shape) for file in group.files]
+    if any(isinstance(tensors[file], _Nothing) for file in group.files):
+        message = f"{group.files[0]} is only a part of {type(model).__name__}'s {group.states[0]}"
+        raise InputError(message, hint="its tensors are not the model's one to one")
+    made = _convert(group, [torch.empty(shape, device="meta") for shape in shapes], model)
+    wanted = model.state_dict()
+    for state, tensor in made.items():
+        there = tuple(wanted[state].shape) if state in wanted else None
+        if tuple(tensor.shape) != there:
+            raise InputError(
+                f"{group.files[0]} and what is loaded with it make {state} of {list(tensor.shape)}, "
+                f"and {type(model).__name__} has {'none' if there is None else list(there)}",
+                hint=HINT,
+            )
+    return replace(group, states=tuple(made))
+
+
+def _convert(group: Group, tensors: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """A group's states by its converter's operations, as `WeightConverter.convert` does it, but with gradients."""
+    collected: dict[str, Any] = {}
+    for pattern, tensor in zip(group.patterns, tensors, strict=True):
+        collected.setdefault(pattern, []).append(tensor)
+    first = group.states[0]
+    with running(f"transformers cannot make {first} of {group.files[0]}", HINT):
+        for operation in group.converter.operations:
+            convert = inspect.unwrap(type(operation).convert)  # without its no_grad
+            collected = convert(
+                operation,
+                collected,
+                source_patterns=group.converter.source_patterns,
+                target_patterns=group.converter.target_patterns,
+                full_layer_name=first,
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+    prefix, suffix = "", ""
+    for target in collected:
+        if target in first:
+            prefix, _, suffix = first.partition(target)
+            break
+    return {prefix + t + suffix: v[0] if isinstance(v, list) else v for t, v in collected.items()}
+
+
+def _placed(group: Group, shapes: Sequence[tuple[int, ...]], model: Any) -> dict[str, list[list[tuple[int, Piece]]]]:
+    """Of each state and its matrices the pieces, with the numbers of their files: the converter run on int32 places."""
+    if any(len(shape) < 2 for shape in shapes):
+        return {}
+    starts = [0]
+    for shape in shapes:
+        starts.append(starts[-1] + math.prod(shape[:-1]))
+    rows, columns = [], []
+    for start, shape in zip(starts, shapes, strict=False):
+        number = torch.arange(start, start + math.prod(shape[:-1]), dtype=torch.int32)
+        rows.append(number.view(*shape[:-1], 1).expand(shape))
+        columns.append(torch.arange(shape[-1], dtype=torch.int32).expand(shape))
+    found: dict[str, list[list[tuple[int, Piece]]]] = {}
+    of_rows, of_columns = _convert(group, rows, model), _convert(group, columns, model)
+    for state, places in of_rows.items():
+        if places.dim() < 2:
+            continue
+        r, c = (made.reshape(-1, *made.shape[-2:]) for made in (places, of_columns[state]))
+        turned = not (_same(r, 2) and _same(c, 1))
+        if turned and not (_same(r, 1) and _same(c, 2)):
+            continue
+        r, c = (r[:, 0], c[:, :, 0]) if turned else (r[:, :, 0], c[:, 0])
+        matrices = zip(r.to(torch.int64), c.to(torch.int64), strict=True)
+        found[state] = [list(_cut(*matrix, shapes, starts, turned=turned)) for matrix in matrices]
+    return found
+
+
+def _same(numbers: Tensor, axis: int) -> bool:
+    """Whether numbers (E, rows, columns) are the same along an axis."""
+    return bool((numbers == numbers.narrow(axis, 0, 1)).all())
+
+
+def _cut(
+    rows: Tensor, columns: Tensor, shapes: Sequence[tuple[int, ...]], starts: Sequence[int], *, turned: bool
+) -> Iterator[tuple[int, Piece]]:
+    """The pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
+    bounds = torch.tensor(starts)
+    of_file = torch.bucketize(rows, bounds, right=True) - 1
+    for k in torch.unique(of_file).tolist():
+        at = (of_file == k).nonzero()[:, 0]
+        high = shapes[k][-2]
+        own = rows[at] - starts[k]
+        for lead in torch.unique(own // high).tolist():
+            chosen = own // high == lead
+            yield k, Piece("", lead, simple(at[chosen]), simple(own[chosen] % high), simple(columns), turned)
+
+
+def simple(numbers: Tensor) -> Index:
+    """A slice for ascending neighbours, else the numbers."""
+    first = int(numbers[0])
+    neighbours = torch.arange(first, first + len(numbers), device=numbers.device)
+    return slice(first, first + len(numbers)) if torch.equal(numbers, neighbours) else numbers

@@ -1,0 +1,393 @@
+"""The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
+
+A calibrated q divides the weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which
+measures better than rescaling them too (docs/calibration.md). Experts are linear layers, stacked in one tensor or not:
+each has a q of its own, but in the scope global; one that no token reached has that of its layer. Other pruned tensors
+are divided as their method divides without calibration. Learned scales apply to all pruned tensors that the output
+depends on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltamerge.calibrate import reach
+from deltamerge.calibrate.model.candidates import Q
+from deltamerge.calibrate.model.layers import Linear
+from deltamerge.calibrate.q import closed_forms as statistics
+from deltamerge.calibrate.q import objectives as O
+from deltamerge.calibrate.q import search
+from deltamerge.calibrate.q.closed_forms import LayerStatistics, Vector
+from deltamerge.calibrate.q.comparison import Rounds, same
+from deltamerge.calibrate.q.learned import learn, row_shape
+from deltamerge.calibrate.q.subject import Subject
+from deltamerge.calibrate.spec import SHORTLIST, STEPS, Spec, grid_step, rounded
+from deltamerge.errors import InputError
+
+Qs = dict[str, Q]
+Path = list[list[Any]]
+KAPPA = (0.25, 4.0)
+HARDLY_LESS = 0.8  # share of the base's distance from the fine-tune: where no q leaves less, predictions are compared
+SCAN = "few rows"  # the name of a search's first round in a lock's path
+# Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
+# learned scales pass 100 on tensors that hardly matter.
+HIGHEST = 10.0
+LOWEST = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """q's by the fine-tune's names, their objective, the searched numbers by name; `edge`: on a bound of the search.
+
+    `own`: the tensors whose q was searched for them; the others have it from `Searches.rest`.
+    """
+
+    q: Qs
+    value: float
+    numbers: dict[str, float | str]
+    edge: bool = False
+    own: frozenset[str] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """The searched numbers in words."""
+        return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
+
+
+class Searches:
+    """Runs the search that a spec asks for, on a subject.
+
+    path     records every point evaluated
+    rounds   of held-out rows, whose predictions are compared where the output change says little
+    few      the objective on a part of the rows, where it was no use beyond the first round
+    masks    how many masks the smallest objective is a mean over; 0: all
+    passed   more candidates for a judge other than the objective, from a search of one q by output change
+    """
+
+    def __init__(self, spec: Spec, subject: Subject, rounds: Rounds | None = None) -> None:
+        self.spec, self.subject = spec, subject
+        if not subject.may_have_layers:
+            raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
+        self.path: Path = []
+        self.masks = 0
+        self.few: O.OutputChange | None = None
+        self.rounds = None if spec.search == "gradient" or subject.metric is not None else rounds
+        self.passed: list[Found] = []
+        self._valued: list[tuple[Qs, float]] = []
+
+    @cached_property
+    def layers(self) -> dict[str, Linear]:
+        """The pruned linear layers, stacked experts that the rows reach among them."""
+        _ = self.objective  # a pass shows which they are
+        _ = self.subject.reached
+        return self.subject.layers
+
+    @cached_property
+    def plain(self) -> dict[str, float]:
+        """The q's without calibration."""
+        return {p.stored: p.plain for p in self.spec.pruned}
+
+    @cached_property
+    def density(self) -> dict[str, float]:
+        """Of the layers."""
+        return {p.stored: p.density for p in self.spec.pruned if p.stored in self.layers}
+
+    @cached_property
+    def reached(self) -> list[str]:
+        """The layers that the rows reach."""
+        found = self.subject.reached & self.layers.keys()
+        if not found:
+            raise InputError("no pruned linear layer was reached by the calibration data")
+        return [name for name in self.layers if name in found]
+
+    def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
+        """(q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
+        found = {}
+        for pruned in self.spec.pruned:
+            name = pruned.stored
+            if name in own:
+                continue
+            if name in self.layers:
+                found[name] = pruned.plain, reach.UNSEEN
+            elif name in self.subject.model.lookups or reach.is_unscaled(name, self.subject.infos[name].shape):
+                found[name] = 1.0, reach.UNSCALED
+            else:
+                found[name] = pruned.plain, reach.OTHER
+        return found
+
+    def closer(self, candidates: Sequence[Found], values: Sequence[float]) -> Found | None:
+        """One more candidate of one q: the minimum of the parabola in log q through the best and its neighbours."""
+        if self.few is None:
+            return None
+        some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
+        q = search.closer(some)
+        return None if q is None else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
+
+    def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
+        """The entry of the lock about tensors without a searched q."""
+        names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
+        return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
+
+    def _whole(self, own: Qs) -> Qs:
+        return {name: q for name, (q, _) in self.rest(own).items()} | own
+
+    def _found(self, own: Qs, value: float, numbers: dict[str, float | str], edge: bool = False) -> Found:
+        return Found(self._whole(own), value, numbers, edge, frozenset(own))
+
+    def run(self) -> list[Found]:
+        """The candidates, the smallest objective first; learned scales come before their start."""
+        if self.objective is None:
+            return self._closed_form()
+        if self.spec.search == "gradient":
+            return self._learned()
+        if self.spec.scope == "global":
+            return self._global()
+        return self._families() if self.spec.random else self._scaled()
+
+    @cached_property
+    def objective(self) -> O.Objective | O.Generation | None:
+        """The spec's objective; None for layer_mse, which has a closed form."""
+        if self.spec.objective == "layer_mse":
+            return None
+        if self.spec.objective == "validation":
+            return self.subject.validation("search")
+        return self.subject.output_change("search")
+
+    @property
+    def compared(self) -> int:
+        """The masks that the plain choice's objective is a mean over."""
+        return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
+
+    def value(self, q: Qs) -> float:
+        """The objective on the rows that are searched on, over `compared` masks; of a choice of the first round, if one
+        mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
+        if self.compared == 1 and (known := [value for some, value in self._valued if same(some, q)]):
+            return known[0]
+        if self.objective is None:
+            return _layer_error(self._drawn, q)
+        return self.subject.values(self.few or self.objective, [q], seeds=self.compared)[0]
+
+    def _global(self) -> list[Found]:
+        low, high = self._bounds(min(self.density.values()), 1.0)
+        return self._minimise("q", lambda q: dict.fromkeys(self.reached, q), low, high)
+
+    def _minimise(
+        self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
+    ) -> list[Found]:
+        """The local minima over one number that all q's follow from."""
+        found = self._search(name, lambda points: [self._whole(qs(point)) for point in points], low, high)
+        named: dict[str, float | str] = {} if family is None else {"family": family}
+        few = f"{family}, {SCAN}" if family else SCAN
+        self.path += [[few, name, rounded(x), rounded(value)] for x, value in found.scan]
+        self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
+        short = search.shortlist(found, low, high)
+        change = self.spec.objective == "output_change" and self.spec.search != "gradient"
+        if name == "q":
+            self._valued = [(self._whole(qs(x)), value * found.scale) for x, value in found.scan]
+        if name == "q" and change and (self.subject.metric is not None or self.few is not None):
+            known = {x for x, _, _ in short}
+            points = [point for point in search.passed(found, low, high) if point[0] not in known]
+            self.passed = [self._found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
+        return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
+
+    def _search(self, name: str, qs: Callable[[Sequence[float]], list[Qs]], low: float, high: float) -> search.Minima:
+        """The minimum over one number: of the output change by a model of it, of a metric by trying."""
+        objective, subject = self.objective, self.subject
+        assert objective is not None
+
+        def evaluate(points: Sequence[float]) -> list[float]:
+            return subject.values(objective, qs(points))
+
+        if self.spec.search == "grid" and name == "q":
+            return search.grid(evaluate, low, high, step=grid_step(low))
+        if self.spec.search == "grid":
+            return search.minimise(evaluate, low, high, coarse=16, budget=16)
+        if not isinstance(objective, O.OutputChange):
+            return search.minimise(evaluate, low, high)
+        few = O.first(objective, subject.few)
+        seen = search.scan(lambda points: subject.values(few, qs(points), seeds=1), low, high)
+        if name == "q" and self._says_little(few, seen.values[seen.minima[0]]):
+            self.few, self.masks = few, 1
+            return search.Minima(seen.best, seen.values[seen.minima[0]], (), seen.path)
+        found = search.model(
+            seen, lambda points, masks: subject.of_masks(objective, qs(points), masks), len(subject.masks)
+        )
+        self.masks = max(self.masks, found.masks)
+        return found
+
+    def _says_little(self, few: O.OutputChange, least: float) -> bool:
+        """Whether the least output change is hardly less than the base's, and predictions can be compared instead."""
+        if self.rounds is None or not self.rounds.judge.trusted:
+            return False
+        return few.distance(least) > HARDLY_LESS * few.distance(self.subject.nothing(few))
+
+    def _bounds(self, low: float, high: float) -> tuple[float, float]:
+        return self.spec.bounds or (low, high)
+
+    def _families(self) -> list[Found]:
+        """Random masks: q per layer from the paper's bound or from least squares, one η searched in each."""
+        layers = self._seen(self.subject.statistics(drawn=False))
+        low, high = self._bounds(0.0, 1.0)
+        mean_density = float(np.mean([self.density[name] for name in layers]))
+        rows: dict[str, Callable[[LayerStatistics, float, float], Vector]] = {
+            "bound": statistics.bound_rows,
+            "least_squares": statistics.least_squares_rows,
+        }
+        found: list[Found] = []
+        for family, of_rows in rows.items():
+            of_layer = statistics.FAMILIES[family]
+
+            def qs(eta: float, of_rows: Any = of_rows, of_layer: Any = of_layer) -> Qs:
+                def own(name: str, layer: LayerStatistics) -> Q:
+                    density = self.density[name]
+                    return self._own(
+                        name,
+                        layer,
+                        lambda s: of_layer(s, density, eta),
+                        lambda s: of_rows(s, density, eta),
+                        (low, high),
+                    )
+
+                return {name: own(name, layer) for name, layer in layers.items()}
+
+            found += self._minimise(
+                "eta", qs, *statistics.eta_range(of_layer, layers.values(), mean_density), family=family
+            )
+        return sorted(found, key=lambda one: one.value)[:SHORTLIST]
+
+    def _scaled(self) -> list[Found]:
+        """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
+        exact = {name: self._exact(name, layer) for name, layer in layers.items()}
+
+        def qs(kappa: float) -> Qs:
+            return {name: self._clipped(kappa * q, low, high) for name, q in exact.items()}
+
+        return self._minimise("kappa", qs, *KAPPA)
+
+    def _closed_form(self) -> list[Found]:
+        """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
+        if self.spec.scope == "global":
+            parts = [
+                (np.sum(s.power) / s.energy.sum(), np.sum(s.cross) / s.energy.sum())
+                for s in layers.values()
+                if s.power is not None and s.cross is not None and s.energy.sum() > 0.0
+            ]
+            power, cross = (float(sum(column)) for column in zip(*parts, strict=True)) if parts else (0.0, 0.0)
+            q = power / cross if cross > 0.0 and power > 0.0 else 1.0
+            qs: Qs = dict.fromkeys(self.reached, rounded(float(np.clip(q, low, high))))
+        else:
+            qs = {name: self._clipped(self._exact(name, s), low, high) for name, s in layers.items()}
+        return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
+
+    def _exact(self, name: str, layer: LayerStatistics) -> Q:
+        """The closed-form q; of a mask without one the plain q of its layer."""
+        none = self.plain[name]
+        return self._own(
+            name,
+            layer,
+            lambda s: statistics.drawn(s) or none,
+            lambda s: statistics.drawn_rows(s, none),
+            (0.0, math.inf),
+        )
+
+    def _lowest(self) -> float:
+        return min(LOWEST, *self.density.values())
+
+    def _learned(self) -> list[Found]:
+        """Scales of all pruned tensors, fitted by gradient from the best global q; rows of their own decide when to
+        stop.
+
+        Those rows cannot judge whether the scales are better than their start, so both are candidates.
+        """
+        subject = self.subject
+        batches, groups, stop = subject.steps()
+        starts = self._global()
+        start = self._agreeing(starts, stop)
+        q = float(start.numbers["q"])
+        rows = self.layers if self.spec.scope == "row" else {}
+        others = {name: plain for name, (plain, why) in self.rest(self.reached).items() if why != reach.UNSCALED}
+        first: Qs = {}
+        for name in (pruned.stored for pruned in self.spec.pruned):
+            begin = others.get(name, q)
+            shape = row_shape(rows[name].transposed, subject.infos[name].shape) if name in rows else ()
+            first[name] = torch.full(shape, begin) if name in rows else begin
+        learned = learn(
+            subject.model,
+            subject.distribution([*batches, *stop]),
+            subject.start,
+            subject.masks[0],
+            first,
+            groups=groups,
+            held_out=range(len(batches), len(batches) + len(stop)),
+            bounds=self._bounds(self._lowest(), HIGHEST),
+            steps=STEPS,
+            others=subject.learners,
+        )
+        subject.count(stop, len(learned.path))
+        for step in range(learned.steps):
+            subject.count([batches[b] for b in groups[step % len(groups)]], 3)
+        qs = {n: q if q.dim() else rounded(float(q)) for n, q in learned.q.items() if n in learned.reached}
+        self.path += [["step", step, rounded(loss)] for step, loss in learned.path]
+        numbers: dict[str, float | str] = {"family": "learned", "step": float(learned.step), "from q": q}
+        return [self._found(qs, self.value(self._whole(qs)), numbers), *starts]
+
+    def _agreeing(self, found: Sequence[Found], inputs: Sequence[Mapping[str, torch.Tensor]]) -> Found:
+        """Of several minima the one whose predictions are nearest to the fine-tune's."""
+        some = [one for one in found if not one.edge] or list(found)
+        if len(some) == 1:
+            return some[0]
+        values = self.subject.values(self.subject.agreement(inputs).objective, [one.q for one in some], seeds=1)
+        return some[values.index(min(values))]
+
+    @cached_property
+    def _drawn(self) -> dict[str, LayerStatistics]:
+        return self._seen(self.subject.statistics(drawn=True))
+
+    def _seen(self, layers: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        found = {name: layer for name, layer in layers.items() if name in self.layers}
+        if not found:
+            raise InputError("no pruned linear layer was reached by the calibration data")
+        return found
+
+    def _own(
+        self,
+        name: str,
+        layer: LayerStatistics,
+        of_layer: Callable[[LayerStatistics], float],
+        of_rows: Callable[[LayerStatistics], Vector],
+        bounds: tuple[float, float],
+    ) -> Q:
+        """A layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
+        shape, parts = self.subject.infos[name].shape, layer.parts or (layer,)
+        if self.spec.scope == "row" and not (layer.parts and layer.transposed):
+            values = np.concatenate([of_rows(part) for part in parts])
+            to = row_shape(layer.transposed, shape)
+        elif layer.parts:
+            values, to = np.array([of_layer(part) for part in parts]), (*shape[:-2], 1, 1)
+        else:
+            return rounded(float(np.clip(of_layer(layer), *bounds)))
+        return torch.from_numpy(np.clip(values, *bounds).astype(np.float32)).view(to)
+
+    @staticmethod
+    def _clipped(q: Q, low: float, high: float) -> Q:
+        return q.clamp(low, high) if isinstance(q, torch.Tensor) else rounded(float(np.clip(q, low, high)))
+
+
+def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> float:
+    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
+    errors = []
+    for name, layer in layers.items():
+        own = np.asarray(q.get(name, 1.0), dtype=np.float64)
+        parts = layer.parts or (layer,)
+        each = own.reshape(len(parts), -1) if own.ndim and layer.parts else [own.reshape(-1)] * len(parts)
+        errors += [statistics.drawn_error(part, value) for part, value in zip(parts, each, strict=True)]
+    return float(np.mean(errors))

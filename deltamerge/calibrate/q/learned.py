@@ -1,0 +1,161 @@
+"""Learned scales: the q of every tensor, or of every output row, of a drawn mask, fitted by gradient without labels.
+
+The pruned model base + masked/q is fitted to the fine-tune's output distribution (`objectives.Distribution`) by Adam on
+log q. Only q has gradients. A block's weights are computed when it runs, forward and backward, and then freed, so
+memory is that of one forward pass with checkpoints at the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from deltamerge.calibrate.model.blocks import BlockModel, Weights
+from deltamerge.calibrate.model.candidates import Masked, Q, pruned
+from deltamerge.calibrate.model.precision import Precision
+from deltamerge.calibrate.model.spread import add_gradients
+from deltamerge.calibrate.q.objectives import Distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The q's of the step with the smallest held-out loss: float32, in the shapes of the starting values.
+
+    path      (step, held-out loss) at each evaluation; step 0 is the start
+    step      the step chosen
+    steps     the number of steps; each is three forward passes (forward, again from the checkpoints, backward)
+    reached   the tensors that the output depends on; others keep their starting values
+    """
+
+    q: dict[str, Tensor]
+    step: int
+    path: tuple[tuple[int, float], ...]
+    steps: int
+    reached: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A model on a device, the fine-tune's outputs there, and what its weights are computed from."""
+
+    model: BlockModel
+    objective: Distribution
+    base: Callable[[str], Tensor]
+    masked: Callable[[str], Masked | None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.device
+
+
+def learn(
+    model: BlockModel,
+    objective: Distribution,
+    base: Callable[[str], Tensor],
+    masked: Callable[[str], Masked | None],
+    start: Mapping[str, Q],
+    *,
+    fixed: Mapping[str, Q] | None = None,
+    groups: Sequence[Sequence[int]],
+    held_out: Sequence[int],
+    bounds: tuple[float, float],
+    steps: int = 40,
+    lr: float = 0.1,
+    patience: int = 3,
+    others: Callable[[Distribution], Sequence[Learner]] = lambda _: (),
+) -> Learned:
+    """Fit q from `start`, whose tensors say what is learned: a number or () for a tensor, `row_shape` for its rows.
+
+    base, masked  as in `candidates.pruned`;  fixed  q's that are not learned
+    groups        batch indices of each step's data, used in turn, gradients summed over a group
+    held_out      batch indices of the data that decides: looked at before the first step and after every turn through
+                  `groups`; the search ends when `patience` looks in a row were no better, and the best look is kept
+    bounds        of every q: without them scales pass 100 on tensors that hardly matter
+    others        the same on other devices, which share the batches of a step; q is what one device finds
+    """
+    low, high = math.log(bounds[0]), math.log(bounds[1])
+    logs = {name: _log(q, low, high, model.device) for name, q in start.items()}
+    optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
+
+    first = Learner(model, objective, base, masked)
+    places, subset = [first, *others(objective)], _subset(objective, held_out)
+
+    def weights(at: Learner, some: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
+        q = {name: some[name].exp() for name in names if name in some}
+        return pruned(at.base, at.masked, {**(fixed or {}), **q})(names)
+
+    def look() -> float:
+        return subset.value(model.run(subset.batches, [partial(weights, first, logs)], subset.reduce)[0])
+
+    def descend_batch(count: int, at: Learner, batch: int, copies: Sequence[Tensor]) -> None:
+        own = dict(zip(logs, copies, strict=True))
+        descend(at.model, at.objective, batch, partial(weights, at, own), count)
+
+    path = [(0, look())]
+    reached: set[str] = set()
+    best, smallest, kept, worse, taken = 0, path[0][1], _copy(logs), 0, 0
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        group = groups[(step - 1) % len(groups)]
+        count = sum(map(objective.count, group))
+        add_gradients(list(logs.values()), places, group, partial(descend_batch, count))
+        reached |= {name for name, log in logs.items() if log.grad is not None}
+        optimiser.step()
+        with torch.no_grad():
+            for log in logs.values():
+                log.clamp_(low, high)
+        taken = step
+        if step % len(groups) and step < steps:
+            continue
+        path.append((step, look()))
+        if path[-1][1] < smallest:
+            best, smallest, kept, worse = step, path[-1][1], _copy(logs), 0
+        else:
+            worse += 1
+            if worse >= patience:
+                break
+    return Learned(kept, best, tuple(path), taken, frozenset(reached))
+
+
+def descend(
+    model: BlockModel,
+    objective: Distribution,
+    batch: int,
+    weights: Weights,
+    size: float,
+    precision: Precision = "float32",
+) -> None:
+    """Add the gradient of a batch's loss over `size` to those of what the weights are computed from."""
+    total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights, precision))
+    torch.autograd.backward(total / size)
+
+
+def row_shape(transposed: bool, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of one q per output row that broadcasts to the stored weight: (m, 1), or (1, m) of one stored (in, out).
+
+    Of stacked matrices (E, m, 1); of those stored (in, out) one per matrix, (E, 1, 1).
+    """
+    if len(shape) > 2:
+        return (*shape[:-2], 1, 1) if transposed else (*shape[:-1], 1)
+    return (1, shape[1]) if transposed else (shape[0], 1)
+
+
+def _log(q: Q, low: float, high: float, device: torch.device) -> Tensor:
+    value = torch.as_tensor(q, dtype=torch.float32).detach().to(device)
+    return value.log().clamp(low, high).clone().requires_grad_(True)
+
+
+def _copy(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: log.detach().exp().cpu() for name, log in logs.items()}
+
+
+def _subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+    return Distribution(
+        [objective.batches[b] for b in batches], [objective.targets[b] for b in batches], objective.regression
+    )

@@ -1,0 +1,374 @@
+"""The objectives that calibration minimises. Each turns a forward pass into one number; smaller is better.
+
+An objective has two steps: `reduce(batch, output)` for every batch of a pass, then `value` of the results. Unlabelled
+objectives compare with the fine-tune, whose outputs `of` collects once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights
+from deltamerge.calibrate.model.head import Head, at, pieces, taken
+from deltamerge.calibrate.model.passes import COMPARED
+from deltamerge.calibrate.q import agreement
+from deltamerge.calibrate.rows.metrics import METRICS, exact_match
+from deltamerge.calibrate.spec import WALKED
+from deltamerge.errors import InputError
+
+Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
+"""An objective that compares with the fine-tune's outputs, one of each batch."""
+Placed = TypeVar("Placed")
+TOP = 5
+CLASSES = 64
+
+
+class Objective(Protocol):
+    """A function of a pass over `batches`."""
+
+    batches: Sequence[Inputs]
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any: ...
+    def value(self, parts: Sequence[Any]) -> float: ...
+
+
+def evaluate(
+    model: BlockModel,
+    objective: Objective | Generation,
+    variants: Sequence[Weights],
+    group: int = WALKED,
+    counted: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """The objective of every variant; `group` of them share one walk through the blocks, after which their number is
+    `counted`."""
+    if not isinstance(objective, Generation):
+        return [objective.value(parts) for parts in reduced(model, objective, variants, group, counted)]
+    values: list[float] = []
+    for weights in variants:
+        values.append(objective.measure(model, weights))
+        counted(1)
+    return values
+
+
+def reduced(
+    model: BlockModel,
+    objective: Objective,
+    variants: Sequence[Weights],
+    group: int = WALKED,
+    counted: Callable[[int], None] = lambda _: None,
+) -> list[list[Any]]:
+    """Of every variant what `objective.value` takes, a part a batch; see `evaluate`."""
+    found: list[list[Any]] = []
+    for start in range(0, len(variants), group):
+        some = variants[start : start + group]
+        found += model.run(objective.batches, some, objective.reduce)
+        counted(len(some))
+    return found
+
+
+def placed(objective: Placed, device: torch.device) -> Placed:
+    """The objective with the fine-tune's outputs on a device."""
+    if not isinstance(objective, OutputChange | Distribution):
+        return objective
+    targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
+    return replace(objective, targets=targets)
+
+
+def first(objective: Compared, count: int) -> Compared:
+    """The objective on the first `count` of its batches."""
+    return replace(objective, batches=objective.batches[:count], targets=objective.targets[:count])
+
+
+def joined(objectives: Sequence[Compared]) -> Compared:
+    """The objective on the batches of all."""
+    batches = [batch for one in objectives for batch in one.batches]
+    return replace(objectives[0], batches=batches, targets=[target for one in objectives for target in one.targets])
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """The mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
+    some = np.asarray(values, dtype=np.float64)
+    if len(some) > 2:
+        some = np.delete(some, np.argmax(np.abs(some - some.mean())))
+    return float(some.mean())
+
+
+def per_token(scores: Tensor | Head | None) -> bool:
+    """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
+    if isinstance(scores, tuple | list):
+        raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
+    return scores is not None and (scores.x if isinstance(scores, Head) else scores).dim() == 3
+
+
+@dataclass
+class OutputChange:
+    """The distance of the pruned model's output from the fine-tune's, unlabelled (the paper's q_e).
+
+    encoders, ViT, classification heads   mean |h − h'| over real tokens and neurons of the last hidden state
+    language models                       mean (z − z')² over real tokens and the fine-tune's top 5 logits
+    """
+
+    batches: Sequence[Inputs]
+    targets: Sequence[tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
+        """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
+
+        def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
+            if per_token(output.scores):
+                scores = _scores(output, batches[b])
+                top = torch.cat([some.topk(min(TOP, some.shape[-1])).indices for _, some in pieces(scores)])
+                return at(scores, top), top
+            return _tokens(output.hidden, batches[b]), None
+
+        return cls(batches, model.run(batches, [tune], keep)[0])
+
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
+        target, index = self.targets[batch]
+        if index is not None:
+            change = at(_scores(output, self.batches[batch]), index) - target
+            return float(change.square().sum(dtype=torch.float64)), change.numel()
+        change = _tokens(output.hidden, self.batches[batch]) - target
+        return float(change.abs().sum(dtype=torch.float64)), change.numel()
+
+    def value(self, parts: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    def distance(self, value: float) -> float:
+        """A value in the units of outputs: the root of a squared change."""
+        squared = any(index is not None for _, index in self.targets)
+        return math.sqrt(value) if squared else value
+
+
+@dataclass
+class Validation:
+    """1 − metric on labelled data (the paper's q_v), or the mean loss for metric `loss`.
+
+    `labels`: per batch (B) class indices or float targets; for language models (B, T) token ids, −100 where not scored.
+    """
+
+    batches: Sequence[Inputs]
+    labels: Sequence[Tensor]
+    metric: str
+
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, Any]:
+        if output.scores is None:
+            raise InputError("validation needs a model with a head", hint="objective: output_change")
+        labels = self.labels[batch].to(output.hidden.device)
+        if self.metric == "loss":
+            return _loss(output, labels)
+        logits = output.logits
+        assert logits is not None
+        predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+        return predicted.cpu().numpy(), labels.cpu().numpy()
+
+    def value(self, parts: Sequence[tuple[Any, Any]]) -> float:
+        if self.metric == "loss":
+            return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
+        predicted, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return 1.0 - METRICS[self.metric](predicted, labels)
+
+
+@dataclass
+class Generation:
+    """1 − exact match of greedily generated texts with the reference answers; all weights are resident.
+
+    batches  left-padded prompts, `answers` their reference texts, `decode` turns tokens (B, T) into texts
+    pattern  what of a text is its answer (`metrics.answer`): the whole text where None
+    """
+
+    batches: Sequence[Inputs]
+    answers: Sequence[Sequence[str]]
+    decode: Callable[[Tensor], list[str]]
+    pattern: str | None = None
+    new_tokens: int = 64
+
+    def measure(self, model: BlockModel, weights: Weights) -> float:
+        """One variant's 1 − exact match."""
+        made = model.generate(self.batches, weights, new_tokens=self.new_tokens)
+        texts = [text for tokens in made for text in self.decode(tokens)]
+        return 1.0 - exact_match(texts, [answer for some in self.answers for answer in some], self.pattern)
+
+
+@dataclass
+class Distribution:
+    """The distance of the output distribution from the fine-tune's, differentiable: the loss of learned scales.
+
+    classes      KL(fine-tune ‖ pruned), mean over sequences
+    next token   the same, mean over real tokens; of a vocabulary above 64 tokens the fine-tune's 64 likeliest, and all
+                 others as one class, which bounds the full divergence from below
+    regression   mean squared error of the logits
+    no head      mean squared error of the last hidden state
+    """
+
+    batches: Sequence[Inputs]
+    targets: Sequence[tuple[Tensor, Tensor | None]]
+    regression: bool
+
+    @classmethod
+    def of(
+        cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False
+    ) -> Distribution:
+        """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens."""
+
+        def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
+            if regression:
+                return _numbers(output, batches[b]), None
+            of_tokens = per_token(output.scores)
+            found = [_likeliest(some.log_softmax(-1), few=of_tokens) for _, some in pieces(_scores(output, batches[b]))]
+            indices = [index for _, index in found if index is not None]
+            return torch.cat([logs for logs, _ in found]), torch.cat(indices) if indices else None
+
+        regression = regression or model.headless
+        return cls(batches, model.run(batches, [tune], keep)[0], regression)
+
+    def count(self, batch: int) -> int:
+        """Sequences, tokens, or elements that a batch's loss is a sum over."""
+        target, _ = self.targets[batch]
+        return target.numel() if self.regression else len(target)
+
+    def loss(self, batch: int, output: BlockOutput) -> tuple[Tensor, int]:
+        """(sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
+        target, index = self.targets[batch]
+        if self.regression:
+            return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
+        found: list[Tensor] = []
+        for rows, some in pieces(_scores(output, self.batches[batch])):
+            logs = some.log_softmax(-1)
+            if index is not None:
+                logs = _with_rest(logs.gather(-1, index[rows]))
+            found.append(F.kl_div(logs, target[rows], reduction="none", log_target=True).sum(-1))
+        return torch.cat(found).sum(), len(target)
+
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
+        total, count = self.loss(batch, output)
+        return float(total), count
+
+    def value(self, parts: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+
+@dataclass
+class Agreement:
+    """The distance of a classifier's or regression's predictions from the fine-tune's; see `agreement`."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> Agreement:
+        """Collect the fine-tune's logits (B, C)."""
+        return cls(batches, model.run(batches, [tune], lambda b, output: _logits(output))[0], regression)
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        return _logits(output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        measure = agreement.discord if self.regression else agreement.divergence
+        return measure(np.concatenate(parts), np.concatenate(self.targets))
+
+
+@dataclass
+class SameAnswers:
+    """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
+    the distance of `agreement.discord`, one minus their correlation."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
+        """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
+        made = cls(batches, [], regression)
+        (targets,) = model.run(batches, [tune], made._answers)
+        return replace(made, targets=targets)
+
+    def _answers(self, batch: int, output: BlockOutput) -> Any:
+        if self.regression:
+            return _logits(output)
+        answers = [some.argmax(-1) for _, some in pieces(_scores(output, self.batches[batch]))]
+        return torch.cat(answers).cpu().numpy()
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        return self._answers(batch, output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
+        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
+
+
+def is_regression(config: Any) -> bool:
+    """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
+    kind = getattr(config, "problem_type", None)
+    return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
+
+
+def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
+    """(tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the latter."""
+    flat = values.reshape(-1, values.shape[-1])
+    mask = inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
+    if mask is None or mask.numel() != len(flat):
+        return flat
+    return flat[mask.reshape(-1).to(flat.device, torch.bool)]
+
+
+def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | Head:
+    """Logits (sequences, C), or (real tokens, V) of a language model."""
+    scores = output.scores
+    if scores is None:
+        raise InputError("the model gives no logits", hint="give a number as q")
+    return taken(scores, lambda values: _tokens(values, inputs)) if per_token(scores) else scores
+
+
+def _logits(output: BlockOutput) -> Any:
+    """(B, C) float64 on the host."""
+    if output.logits is None:
+        raise InputError("the model gives no logits", hint="give a number as q")
+    return output.logits.detach().to("cpu", torch.float64).numpy()
+
+
+def _numbers(output: BlockOutput, inputs: Inputs) -> Tensor:
+    return _tokens(output.hidden, inputs) if output.logits is None else output.logits
+
+
+def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities; where there are many and `few` are wanted, those of the likeliest and of all others, and
+    which these are."""
+    if not few or logs.shape[-1] <= CLASSES:
+        return logs, None
+    top = logs.topk(CLASSES)
+    return _with_rest(top.values), top.indices
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    """Log-probabilities (N, K) with one more class that holds the remaining probability."""
+    rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
+    return torch.cat([logs, rest.log()], -1)
+
+
+def _loss(output: BlockOutput, labels: Tensor) -> tuple[float, int]:
+    """(sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
+    scores = output.scores
+    assert scores is not None
+    if per_token(scores):
+        labels = labels[:, 1:].reshape(-1)
+        scored = labels != -100
+        said = taken(scores, lambda values: values[:, :-1].reshape(-1, values.shape[-1])[scored])
+        losses = [F.cross_entropy(some, labels[scored][rows], reduction="none") for rows, some in pieces(said)]
+        return float(torch.cat(losses).sum()), int(scored.sum())
+    logits = output.logits
+    assert logits is not None
+    if logits.shape[-1] == 1:
+        return float((logits.squeeze(-1) - labels.to(logits.dtype)).square().sum()), len(labels)
+    return float(F.cross_entropy(logits, labels, reduction="sum")), len(labels)

@@ -1,0 +1,315 @@
+"""The fine-tune under calibration: its weights, deltas and masks, read through the merge's own nodes, and its rows."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from deltamerge.calibrate.model.activations import Draw, collect
+from deltamerge.calibrate.model.blocks import BlockModel, Inputs, Weights
+from deltamerge.calibrate.model.candidates import Q, pruned
+from deltamerge.calibrate.model.layers import Linear
+from deltamerge.calibrate.model.passes import sequences
+from deltamerge.calibrate.model.spread import spread
+from deltamerge.calibrate.q import objectives as O
+from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q.learned import Learner
+from deltamerge.calibrate.q.tensors import Tensors
+from deltamerge.calibrate.rows.batches import Batches, check_new_tokens, config_of
+from deltamerge.calibrate.rows.batches import RowReader as Rows
+from deltamerge.calibrate.rows.rows import Row, has_head, select
+from deltamerge.calibrate.rows.split import LANGUAGE, metric_of, split, task_of
+from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
+from deltamerge.engine.devices import current, torch_device, torch_devices
+from deltamerge.files import progress
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.reader import Reader
+
+T = TypeVar("T")
+Part = Literal["search", "held"]
+
+BATCH = 32  # rows at most
+BATCH_TOKENS = 4096
+LOGITS_BYTES = 1 << 27  # of a batch's logits, where every token has its own
+FEW = 4  # one of so many rows is in the first round of a search
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Compares candidates on held-out rows; smaller is better.
+
+    measure   its name
+    higher    whether it is shown as 1 − value
+    trusted   whether it differs from the searched objective, so that it can judge a minimum on the search's bound
+    """
+
+    objective: O.Objective | O.Generation
+    measure: str
+    rows: int
+    trusted: bool
+    higher: bool = False
+
+    def eligible(self, found: Sequence[T]) -> list[T]:
+        """The candidates that this judge can compare."""
+        return [one for one in found if self.trusted or not getattr(one, "edge", False)]
+
+    def shown(self, value: float) -> float:
+        """A value as it is shown."""
+        return 1.0 - value if self.higher else value
+
+
+class Subject:
+    """A fine-tune and its rows; `masks[s]` has the masked deltas of mask seed s, by the fine-tune's tensor names.
+
+    inputs      batches of the search rows ("search"), of which the first `few` hold a quarter of them, and of the
+                held-out rows ("held")
+    sequences   sequences that have gone through the model so far; a backward pass counts as two
+    """
+
+    def __init__(
+        self,
+        source: CalibrationInput,
+        reader: Reader,
+        masks: Sequence[Mapping[str, Node]] = (),
+        known: Mapping[Node, Any] | None = None,
+        protected: Mapping[str, Node] | None = None,
+        *,
+        reports: bool = True,
+        halved: bool = False,
+    ) -> None:
+        self._given, self._reports = (reader, masks, known, protected), reports
+        self.check: Callable[[], None] = lambda: None
+        self.source = source
+        self.device = torch_device(source.device)
+        self.infos = {tensor.name: tensor for tensor in source.tensors}
+        self.config = config_of(source.checkpoint)
+        self.settings = settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
+        self.task = task_of(source.calibration, settings)
+        self.metric = metric_of(source.calibration, settings) if source.labelled else None
+        search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
+        self.reads = Rows(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
+        self.rows: dict[Part, list[Row]] = {"search": search, "held": held}
+        self.counts = len(search), len(held)
+        labelled = source.labelled and self.metric != "exact_match"
+        self.size = self._batch_rows()
+        some, rest = search[FEW - 1 :: FEW], [row for i, row in enumerate(search, 1) if i % FEW]
+        some, rest = (some, rest) if some else (rest, [])
+        quarter = self._batched(some, labelled=labelled)
+        self.few = len(quarter.inputs)
+        self.batches: dict[Part, Batches] = {
+            "search": quarter.with_more(self._batched(rest, labelled=labelled)) if rest else quarter,
+            "held": self._batched(held, labelled=labelled),
+        }
+        self.model = BlockModel(
+            self.config,
+            self.infos,
+            device=self.device,
+            pad_token_id=self.reads.pad_token_id,
+            precision=source.precision,
+        )
+        self.tensors = Tensors(
+            source, reader, self.infos, self.model, masks, known or {}, protected or {}, halved=halved
+        )
+        self.pairs = self.tensors.pairs
+        self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
+        self.model.walked = self._walked
+        self.sequences = 0
+        self._counting = threading.Lock()
+
+    def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
+        return self.reads.batches(rows, size=self.size, labelled=labelled)
+
+    def _batch_rows(self) -> int:
+        """Rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
+        if self.task == "image-classification":
+            return BATCH
+        length = self.source.calibration.length
+        most = min(BATCH, BATCH_TOKENS // length)
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) if self.task in LANGUAGE else None
+        if isinstance(vocabulary, int) and vocabulary > 0 and self._has_head:
+            most = min(most, LOGITS_BYTES // (4 * length * vocabulary))
+        return max(1, most)
+
+    def rounds(self, rows: int) -> list[list[dict[str, Tensor]]]:
+        """Batches of the held-out rows, about `rows` of them in each round."""
+        held = self.rows["held"]
+        count = max(1, round(len(held) / rows))
+        return [self._batched(held[i::count]).inputs for i in range(count)]
+
+    def forget(self) -> None:
+        """Free the cached weights and masks."""
+        for other in self.__dict__.pop("others", ()):
+            other.forget()
+        self.tensors.forget()
+
+    @property
+    def layers(self) -> dict[str, Linear]:
+        """The linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a pass
+        has reached."""
+        model = self.model
+        found = [layer for part in model.layers for layer in part]
+        stacked = [layer for part in model.stacked for layer in part if layer.name in model.turned]
+        found += [replace(layer, transposed=model.turned[layer.name]) for layer in stacked]
+        return {layer.name: layer for layer in found if layer.name in self.pairs}
+
+    @property
+    def may_have_layers(self) -> bool:
+        """Whether a pruned tensor may be a linear layer's."""
+        some = (layer for part in (*self.model.layers, *self.model.stacked) for layer in part)
+        return any(layer.name in self.pairs for layer in some)
+
+    @property
+    def reached(self) -> set[str]:
+        """The linear layers of the fine-tune that have had an input."""
+        if not self.model.reached:
+            inputs = self.batches["search"].inputs
+            self.model.run(inputs, [self.tune], lambda batch, output: None)
+            self.count(inputs)
+        return self.model.reached
+
+    @property
+    def passes(self) -> int:
+        """Forward passes over the search rows so far, from the count of sequences."""
+        return math.ceil(self.sequences / self.counts[0])
+
+    def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
+        """Count `models` passes over `batches`."""
+        count = models * sum(map(sequences, batches))
+        with self._counting:
+            self.sequences += count
+        progress.here(progress.PASSES).step(count / self.counts[0])
+
+    def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
+        """Say that a walk has made so many passes over batches; end it where another device's share has failed."""
+        self.check()
+        if self._reports:
+            progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
+
+    def output_change(self, part: Part) -> O.OutputChange:
+        """The objective of that name, on "search" or "held" rows."""
+        return self._change(self.batches[part].inputs)
+
+    def _change(self, inputs: Sequence[Inputs]) -> O.OutputChange:
+        change = O.OutputChange.of(self.model, self.tune, inputs)
+        self.count(inputs)
+        return change
+
+    def validation(self, part: Part) -> O.Validation | O.Generation:
+        """The objective of that name, on "search" or "held" rows."""
+        assert self.metric is not None
+        if self.metric == "exact_match":
+            made, settings = self.reads.prompts(self.rows[part], size=self.size), self.source.calibration
+            check_new_tokens(settings.length, settings.new_tokens, self.config)
+            assert made.texts is not None
+            return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
+        labels = self.batches[part].labels
+        assert labels is not None
+        return O.Validation(self.batches[part].inputs, labels, self.metric)
+
+    def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
+        """The objective of learned scales on batches of the given rows."""
+        found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
+        self.count(inputs)
+        return found
+
+    def judge(self) -> Judge:
+        """The judge: the metric where there are labels, else predictions; without a head the output change."""
+        if self.metric is None:
+            return self.agreement(self.batches["held"].inputs)
+        objective = self.validation("held")
+        return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
+
+    def agreement(self, inputs: Sequence[Inputs]) -> Judge:
+        """The distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
+        rows = sum(map(sequences, inputs))
+        if self.task in LANGUAGE and self._has_head:
+            return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
+        if self._has_head:
+            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
+            self.count(inputs)
+            measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
+            return Judge(objective, measure, rows, trusted=True)
+        return Judge(self._change(inputs), "output change", rows, trusted=False)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the head's outputs are numbers."""
+        return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
+
+    @property
+    def _has_head(self) -> bool:
+        return has_head(self.settings, self.task)
+
+    def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+        """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
+        rows = self.rows["search"]
+        stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
+        chosen = {row.number for row in stop}
+        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step)
+        return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
+
+    def values(
+        self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
+    ) -> list[float]:
+        """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
+        return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
+
+    def of_masks(
+        self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], masks: range
+    ) -> list[list[float]]:
+        """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
+        it is not kept."""
+        jobs = [(mask, q) for mask in masks for q in qs]
+        found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
+        return [found[i :: len(qs)] for i in range(len(qs))]
+
+    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]]) -> list[list[Any]]:
+        """Of every choice of q's what `objective.value` takes, for the first mask."""
+        return self._spread(O.reduced, objective, qs, lambda at, q: pruned(at.start, at.masks[0], q))
+
+    def _spread(
+        self,
+        value: Callable[..., list[Any]],
+        objective: O.Objective | O.Generation,
+        jobs: Sequence[T],
+        weights: Callable[[Subject, T], Weights],
+    ) -> list[Any]:
+        """`value` of the models that jobs stand for, which several GPUs share."""
+
+        def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
+            at.check = check
+            variants = [weights(at, job) for job in share]
+            there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
+            with current(at.device):
+                return value(at.model, there, variants, counted=counted)
+
+        return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
+
+    @cached_property
+    def others(self) -> list[Subject]:
+        """The same on the other GPUs that calibration may use."""
+        devices = torch_devices(self.source.device)[1:]
+        return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
+
+    def learners(self, objective: O.Distribution) -> list[Learner]:
+        """What learns scales of the first mask on the other GPUs."""
+        return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
+
+    def nothing(self, objective: O.Objective | O.Generation) -> float:
+        """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
+        nothing = [pruned(self.start, lambda name: None, {})]
+        return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
+
+    def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
+        """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
+        draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
+        inputs = self.batches["search"].inputs
+        found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
+        self.count(inputs, 2 if drawn else 1)
+        return found

@@ -1,0 +1,261 @@
+"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set. No torch: `check` reads them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deltamerge.calibrate.rows import hub as hub_rows
+from deltamerge.errors import InputError, context
+from deltamerge.files.descriptors import input_error
+
+Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
+LANGUAGE_HEADS = "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"
+HEADS: dict[str, tuple[str, ...]] = {
+    "text-classification": ("ForSequenceClassification",),
+    "image-classification": ("ForImageClassification",),
+    "text-generation": LANGUAGE_HEADS,
+    "causal-lm": LANGUAGE_HEADS,
+}
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+MAX_BYTES = 1 << 30
+MAX_ENTRIES = 100_000  # files in a folder of pictures
+FILES = frozenset({".jsonl", ".csv", ".txt"})
+ANSWERED = ("prompt", "completion")  # fields, as TRL names them
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1.
+
+    `completion` is what a language model says after `content`, and all of the row that is compared; None: the whole.
+    """
+
+    content: Any
+    label: Any
+    number: int
+    completion: str | None = None
+
+
+def read(
+    source: str,
+    *,
+    folder: Path,
+    text: str | Sequence[str] = "text",
+    label: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    limit: int = 1000,
+) -> list[Row]:
+    """The rows of `source`, in order.
+
+        source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
+                 or a hub data set id, org/name or org/name@revision
+        folder   the recipe's
+        text     the field of the text or picture; two fields make sentence pairs. A row without `text` may have a
+                 `prompt` and its `completion`
+        label    the field of the label; for pictures in folders, the folder's name
+        config   of a hub data set
+        split    of a hub data set
+        limit    rows that are read of a hub data set
+
+    InputError: no such file, no rows, a row that lacks a field.
+    """
+    path = folder / source
+    fields = [text] if isinstance(text, str) else list(text)
+    with context(f"calibration data {source}"):
+        of_hub = is_of_hub(source, folder)
+        if not of_hub and (config or split):
+            raise InputError(f"calibration.{'config' if config else 'split'} is for hub data sets, and this is none")
+        if path.is_dir():
+            rows = list(_pictures(path, labelled=label is not None))
+        elif path.is_file() and path.suffix in FILES:
+            rows = [_row(n, fields, label, record, path.parent) for n, record in _records(path)]
+        elif not of_hub:
+            wrong = "is no .jsonl, .csv or .txt file" if path.exists() else "no such file"
+            raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
+        else:
+            found = hub_rows.read(source, config=config, split=split or "train", limit=limit)
+            rows = [_row(n, fields, label, record, None) for n, record in enumerate(found, 1)]
+        if not rows:
+            raise InputError("holds no rows")
+    return rows
+
+
+def is_of_hub(source: str, folder: Path) -> bool:
+    """Whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
+    return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
+
+
+def local_files(source: str, folder: Path) -> list[Path]:
+    """The local files of `source`: one file, or a folder's pictures; none for a hub data set."""
+    path = folder / source
+    if path.is_dir():
+        return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
+    return [path] if path.is_file() else []
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """All files below a folder; links to folders are not followed. InputError: too many."""
+    listed = 0
+    pending = [str(folder)]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    listed += 1
+                    if listed > MAX_ENTRIES:
+                        message = f"holds more than {MAX_ENTRIES:,} files and folders"
+                        raise InputError(message, hint="name a folder that holds pictures only")
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        yield entry.path
+        except OSError as error:
+            raise input_error(error) from error
+
+
+def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """`count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
+
+    def rank(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+
+    return [rows[i] for i in sorted(sorted(range(len(rows)), key=rank)[:count])]
+
+
+def has_head(config: Mapping[str, Any], task: str) -> bool:
+    """Whether the model of a config.json has the head that the task needs."""
+    return _architecture(config).endswith(HEADS[task])
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or ["none"])[0])
+
+
+def check_head(config: Mapping[str, Any], task: str) -> None:
+    """InputError unless the model of a config.json has the head that the task needs."""
+    if not has_head(config, task):
+        raise InputError(
+            f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {_architecture(config)}",
+            hint="set calibration.task to what the model does, or use an objective without labels",
+        )
+
+
+def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] | list[int]:
+    """Labels in the form of the head: floats for one output, else class indices; names are looked up in `label2id`."""
+    names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
+    outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
+    if outputs == 1 or config.get("problem_type") == "regression":
+        return [_number(row) for row in rows]
+    return [_index(row, names, outputs) for row in rows]
+
+
+def _number(row: Row) -> float:
+    try:
+        return float(row.label)
+    except (TypeError, ValueError, OverflowError):
+        said = repr(row.label)[:80]
+        raise InputError(f"row {row.number}: label {said} is no number, but the head is a regression") from None
+
+
+def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
+    if str(row.label) in names:
+        return names[str(row.label)]
+    try:
+        index = int(row.label)
+        if index != float(row.label):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        known = ", ".join(sorted(names, key=names.__getitem__)[:8]) or f"0 to {outputs - 1}"
+        raise InputError(
+            f"row {row.number}: label {repr(row.label)[:80]} does not fit the head, whose labels are {known}"
+        ) from None
+    if not 0 <= index < outputs:
+        raise InputError(
+            f"row {row.number}: label {index} does not fit a head of {outputs} labels (0 to {outputs - 1})"
+        )
+    return index
+
+
+def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None) -> Row:
+    if fields == ["text"] and record.get("text") is None and all(record.get(name) is not None for name in ANSWERED):
+        return _answered(number, label, record)
+    for name in [*fields, *([label] if label else [])]:
+        if record.get(name) is None:
+            raise InputError(
+                f"row {number}: no field {name!r}",
+                hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
+            )
+    values = [record[name] for name in fields]
+    _check_text(number, *values, record[label] if label else None)
+    if len(values) == 1 and isinstance(values[0], str) and folder and Path(values[0]).suffix.lower() in PICTURES:
+        values = [folder / values[0]]
+    if len(values) > 1 and not all(isinstance(v, str) for v in values):
+        raise InputError(f"row {number}: sentence pairs need two texts")
+    return Row(values[0] if len(values) == 1 else tuple(values), record[label] if label else None, number)
+
+
+def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Row:
+    """A row of a prompt and its completion, which is its label where it has no other."""
+    prompt, completion = (record[name] for name in ANSWERED)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
+    told = record[label] if label and record.get(label) is not None else completion
+    _check_text(number, prompt, completion, told)
+    return Row(prompt, told if label else None, number, completion)
+
+
+def _check_text(number: int, *values: Any) -> None:
+    """InputError: a text among the values that has no UTF-8."""
+    try:
+        "".join(value for value in values if isinstance(value, str)).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"row {number}: half a surrogate pair, which is no text") from None
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"has {size:,} bytes, more than {MAX_BYTES:,}", hint="take some of its rows")
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                yield from enumerate(csv.DictReader(file, strict=True), 1)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, {"text": line.strip()} if path.suffix == ".txt" else _object(number, line)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"not CSV: {error}") from None
+    except OSError as error:
+        raise input_error(error) from error
+
+
+def _object(number: int, line: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise InputError(f"row {number}: nested too deeply") from None
+    except ValueError as error:  # not JSON, or a number with more digits than Python parses
+        raise InputError(f"row {number}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"row {number}: not a JSON object")
+    return value
+
+
+def _pictures(folder: Path, *, labelled: bool) -> Iterator[Row]:
+    found = local_files("", folder)
+    if not found:
+        raise InputError("the folder holds no pictures", hint=f"names must end in {', '.join(sorted(PICTURES))}")
+    for number, file in enumerate(found, 1):
+        if labelled and file.parent == folder:
+            raise InputError(f"{file.name} lies in no folder named after its label")
+        yield Row(file, file.parent.name if labelled else None, number)

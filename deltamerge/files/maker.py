@@ -1,0 +1,215 @@
+"""What made an output folder, and whether a command may put its own in the place.
+
+The lock of an output names its maker: the command, the name of the recipe's file, the models. Where the recipe lies is
+no part of an output, whose bytes are the same on every machine: it is noted on the folder, as a hash in an attribute,
+where the file system has attributes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from deltamerge.errors import InputError, OutputError
+from deltamerge.errors.shown import shown, some
+from deltamerge.files.descriptors import output_error
+from deltamerge.files.lock_file import LOCK_NAME, not_made, read_lock
+from deltamerge.files.seals import Seal, damages, seal
+
+DATA = "calibration data"
+MADE_BY = "made_by"  # of a lock
+NOTE = b"user.deltamerge.place"
+WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """A command as the maker of an output.
+
+    command   run, extract, …
+    recipe    the name of the recipe's file; "" where there is none
+    document  the name of a document that others need; "" of the output
+    models    what it is made of, as the recipe names it
+    place     a hash of where the recipe lies, seen from the output; of a command without one, of where its models lie
+    own       the output lies where the recipe puts it unasked
+    """
+
+    command: str
+    recipe: str = ""
+    document: str = ""
+    models: frozenset[str] = frozenset()
+    place: str = ""
+    own: bool = False
+
+    def describe(self) -> dict[str, str]:
+        """What a lock says of it, which is the same wherever the recipe lies."""
+        said = {"command": self.command, "recipe": self.recipe, "document": self.document}
+        return {key: value for key, value in said.items() if value}
+
+    def note(self, folder: Path) -> None:
+        """Note the place on a folder, if the file system can."""
+        with suppress(OSError, AttributeError):  # AttributeError: a system without attributes
+            os.setxattr(folder, NOTE, self.place.encode())
+
+    def made(self, folder: Path) -> bool:
+        """Whether an output is of this maker, whose recipe may have said something else then.
+
+        Where the lock does not name its maker, or no place is noted, the models must tell: all of a command's, two of a
+        recipe's, none where the output lies where the recipe puts it. InputError: the folder has no lock.
+        """
+        lock = read_lock(folder / LOCK_NAME)
+        said = lock.get(MADE_BY)
+        if said is not None:
+            if said != self.describe():
+                return False
+            if self.place and (noted := _noted(folder)):
+                return noted == self.place
+        models = frozenset(models_of(lock))
+        return models == self.models or bool(self.recipe and (self.own or len(models & self.models) > 1))
+
+
+def place_of(path: Path, folder: Path) -> str:
+    """A hash of where `path` lies, seen from the folder that `folder` is in."""
+    seen = os.path.relpath(Path(os.path.realpath(path.parent)) / path.name, os.path.realpath(folder.parent))
+    return place_named(os.fsencode(seen))
+
+
+def place_named(text: bytes) -> str:
+    """A hash of what says where something lies."""
+    return blake3(text).hexdigest()[:32]
+
+
+def models_of(lock: Mapping[str, Any]) -> list[str]:
+    """The models that a lock names, without calibration data."""
+    return sorted(name for name in lock.get("inputs", {}) if not name.startswith(DATA))
+
+
+def told(lock: Mapping[str, Any]) -> str:
+    """What made the output of a lock, of which models."""
+    said, models = lock.get(MADE_BY) or {"command": "an earlier version"}, models_of(lock)
+    words = " ".join(shown(said[key]) for key in ("command", "recipe") if said.get(key))
+    of = f" of {shown(some(models))}" if models else ""
+    return f"made by {words}{of}"
+
+
+Stamp = tuple[int, Seal | None]
+Seals = dict[str, Seal]
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What a command that makes `target` may replace there: what was there when the command began.
+
+    maker    whose earlier output it may replace unasked; None: nobody's
+    began    what was there; None: nothing
+    keeping  a context in which the target may be replaced. OutputError: it never is, or not now.
+    """
+
+    target: Path
+    maker: Maker | None
+    began: Stamp | None
+    keeping: Callable[[], AbstractContextManager[None]] = nullcontext
+    _known: dict[Stamp, Seals] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        target: Path,
+        maker: Maker | None = None,
+        keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Guard:
+        """The guard of a command that begins now. OutputError: the target cannot be read."""
+        return cls(target, maker, stamp(target), keeping)
+
+    def check(self, *, force: bool, changed: bool = False) -> None:
+        """OutputError: the target is not empty, and may not be replaced: it is what another command made, what somebody
+        changed, or what was made since this one began; with `force`, it holds files that no run made.
+
+        `changed`: the run is done, but for the target's name.
+        """
+        target = self.target
+        now = stamp(target)
+        if (outer := _output_around(target)) is not None:
+            raise OutputError(
+                f"{target}: lies in {outer}, an output, which it would be no part of",
+                hint="choose a folder outside with --out",
+            )
+        if now is None:
+            return
+        lost = not_made(target)
+        if lost and force:
+            raise OutputError(
+                f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
+                hint="move that away or remove the folder yourself, or choose another with --out",
+            )
+        empty = f"{target}: not empty{' any more' if changed else ''}"
+        flags = "--resume --force" if changed else "--force"
+        hint = f"choose another folder with --out{'' if lost else f', or replace what is there with {flags}'}"
+        if lost:
+            raise OutputError(f"{empty}: holds {some(sorted(lost))}, which no run made", hint=hint)
+        lock = read_lock(target / LOCK_NAME)
+        if now != self.began:
+            raise OutputError(f"{empty}: what is there was {told(lock)}, since this command began", hint=hint)
+        if force:
+            return
+        if self.maker is None or not self.maker.made(target):
+            raise OutputError(f"{empty}: what is there was {told(lock)}", hint=hint)
+        if wrong := self._changes(now, lock):
+            raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
+
+    def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
+        """The files of the target that are not as its lock says; what is known of them is not read again."""
+        outputs = lock["outputs"]
+        seals = {}
+        for name in outputs:
+            with suppress(OSError):
+                seals[name] = seal(self.target / name)
+        wrong = damages(self.target, outputs, self._known.get(now, {}), WORKERS)
+        self._known[now] = {name: one for name, one in seals.items() if name not in wrong}
+        return sorted(wrong)
+
+
+def stamp(target: Path) -> Stamp | None:
+    """Which folder a target is, and which lock is in it; None: it is not there, or empty. OutputError: no access."""
+    try:
+        if not target.is_dir() or not any(target.iterdir()):
+            return None
+        inode = target.stat().st_ino
+    except OSError as error:
+        raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
+    try:
+        return inode, seal(target / LOCK_NAME)
+    except OSError:
+        return inode, None
+
+
+def has_weights(lock: Path) -> bool:
+    """Whether a lock is that of the output that it lies in: weights are there that it lists."""
+    try:
+        outputs = read_lock(lock)["outputs"]
+    except InputError:
+        return False
+    return any((lock.parent / name).is_file() for name in outputs if name.endswith((".safetensors", ".gguf")))
+
+
+def _output_around(target: Path) -> Path | None:
+    """The output, or the delta artifact, that a folder is or would be in."""
+    for outer in Path(os.path.realpath(target)).parents:
+        if os.path.isfile(outer / "delta.json") or (
+            os.path.isfile(outer / LOCK_NAME) and has_weights(outer / LOCK_NAME)
+        ):
+            return outer
+    return None
+
+
+def _noted(folder: Path) -> str:
+    try:
+        return os.getxattr(folder, NOTE).decode("ascii", "replace")
+    except (OSError, AttributeError):
+        return ""

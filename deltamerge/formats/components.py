@@ -1,0 +1,138 @@
+"""Components: the folders of a model that has several, each with its own config and weight files.
+
+A diffusers pipeline lists its components in model_index.json (`unet`, `vae`, `text_encoder`), a sentence-transformers
+model its modules in modules.json (``, `1_Pooling`, `2_Dense`). A tensor of a component is named by its folder, a slash
+and its name in the file: `unet/conv_in.weight`. A plain model is one component, whose folder is "".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.files.descriptors import refuse_link
+from deltamerge.files.strict_json import read_json, read_list
+from deltamerge.files.tree import is_plain_folder
+from deltamerge.formats.config_json import CONFIG as CONFIG
+
+PIPELINE = "model_index.json"
+MODULES = "modules.json"
+MAX_COMPONENTS = 100
+
+_STEMS = r"(?P<stem>model|diffusion_pytorch_model|consolidated)"
+_WEIGHTS = re.compile(rf"{_STEMS}(\.(?P<variant>[\w-]+))?\.safetensors|{_STEMS.replace('stem', 'indexed')}"
+                      r"\.safetensors\.index(\.(?P<of>[\w-]+))?\.json")  # fmt: skip
+_PICKLED = re.compile(
+    r"(?P<stem>pytorch_model|diffusion_pytorch_model)(\.(?P<variant>[\w-]+))?\.bin(\.index(\.(?P<of>[\w-]+))?\.json)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A folder of weights, and how its weight files are called.
+
+    folder    below the model's, with slashes; "" is the model's own
+    stem      `model`, or `diffusion_pytorch_model` in diffusers
+    variant   `fp16` of diffusion_pytorch_model.fp16.safetensors, else ""
+    config    its config.json; empty if it has none
+    """
+
+    folder: str = ""
+    stem: str = "model"
+    variant: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, name: str) -> str:
+        """The name, or path below the model's folder, of what is called `name` in this component."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    @property
+    def single(self) -> str:
+        """The path of the weight file where there is only one."""
+        return self.at(f"{self.stem}{self._dotted}.safetensors")
+
+    @property
+    def index(self) -> str:
+        """The path of the index of several weight files."""
+        return self.at(f"{self.stem}.safetensors.index{self._dotted}.json")
+
+    def shard(self, number: int, count: int) -> str:
+        """The path of weight file `number`, from 1, of several."""
+        return self.at(f"{self.stem}{self._dotted}-{number:05d}-of-{count:05d}.safetensors")
+
+    @property
+    def _dotted(self) -> str:
+        return f".{self.variant}" if self.variant else ""
+
+
+def named_by(source: str, folder: str = "") -> Component:
+    """The component whose weight file or index is called `source`; its output is called so too, as safetensors.
+
+    A plain transformers model has `model.safetensors` whatever its variant, which is what loads without further words.
+    """
+    if pickled := _PICKLED.fullmatch(source):
+        stem = "model" if pickled["stem"] == "pytorch_model" else pickled["stem"]
+        return Component(folder, stem, pickled["variant"] or pickled["of"] or "")
+    if (found := _WEIGHTS.fullmatch(source)) is None:
+        return Component(folder)
+    stem, variant = found["stem"] or found["indexed"], found["variant"] or found["of"] or ""
+    return Component(folder, stem, variant if folder or stem != "model" else "")
+
+
+def is_composed(names: Collection[str]) -> bool:
+    """Whether a model's file names are those of a model of several components."""
+    return PIPELINE in names or MODULES in names
+
+
+def listed_folders(path: Path) -> list[str]:
+    """The folders of components that a model's index lists, whether they are there or not; "" is the model's own.
+
+    InputError: no valid index, or a folder that does not lie below the model's.
+    """
+    name = PIPELINE if (path / PIPELINE).is_file() else MODULES
+    if name == PIPELINE:
+        listed: list[Any] = [key for key, value in read_json(path / name).items() if _is_component(key, value)]
+    else:
+        modules = read_list(path / name)
+        listed = [module.get("path") if isinstance(module, dict) else None for module in modules]
+    with errors.context(name):
+        if len(listed) > MAX_COMPONENTS:
+            raise InputError(f"lists {len(listed)} components, more than {MAX_COMPONENTS}")
+        for folder in listed:
+            if not isinstance(folder, str) or not (folder == "" or is_plain_folder(folder)):
+                hint = "components lie in folders below the model's, under plain names"
+                raise InputError(f"{str(folder)[:80]!r} is no folder of a component", hint=hint)
+    return list(dict.fromkeys(listed))
+
+
+def check_folder(path: Path, folder: str) -> bool:
+    """Whether the folder of a component is there. InputError: it is, or lies behind, a link that leaves the model's."""
+    at = path
+    for part in folder.split("/"):
+        at = at / part
+        refuse_link(at)
+    return at.is_dir()
+
+
+def folders_of(components: Iterable[Component]) -> tuple[str, ...]:
+    """The folders of components, the longest first, so that the first that a name begins with is its own."""
+    return tuple(sorted((c.folder for c in components if c.folder), key=lambda folder: (-len(folder), folder)))
+
+
+def split(name: str, folders: Sequence[str]) -> tuple[str, str]:
+    """The folder of a tensor's component, of those that `folders_of` gives, and its name there."""
+    for folder in folders:
+        if name.startswith(folder) and name[len(folder) : len(folder) + 1] == "/":
+            return folder, name[len(folder) + 1 :]
+    return "", name
+
+
+def _is_component(key: str, value: Any) -> bool:
+    """Whether an entry of model_index.json is a component: [library, class], [null, null] where it is left out."""
+    plain = isinstance(value, list) and len(value) == 2 and not key.startswith("_")
+    return plain and all(isinstance(part, str) for part in value)

@@ -1,0 +1,304 @@
+"""Checkpoints of torch.distributed.checkpoint (DCP), read without torch and without unpickling.
+
+    step-1000/.metadata        a pickle of torch's classes: each tensor's dtype, size and chunks, and where they lie
+    step-1000/__0_0.distcp     what one writer wrote: a torch.save of each chunk, one after another
+
+The pickle is read by a machine that knows the classes of `CLASSES` as records and calls nothing. Chunks are read in
+place, and a tensor that ranks share is put together as it is read (`tensors.chunks`). Of
+{"model": …, "optimizer": …} the model's tensors are taken, under their own names; optimizers are passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.errors.shown import some
+from deltamerge.files.descriptors import refuse_link
+from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, Named, run
+from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
+from deltamerge.formats.torch_bin import BY_TORCH, read_torch_tensor
+from deltamerge.tensors.chunks import Sharded, covers
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.tensor import TensorInfo
+
+METADATA, SUFFIX = ".metadata", ".distcp"
+HINT = "write it again with torch.distributed.checkpoint.save"
+OPTIMIZERS = re.compile(r"^(optim|opt(_|$)|lr_scheduler|sched)", re.IGNORECASE)
+MODELS = ("model", "module", "state_dict", "model_state_dict")
+MAX_FIELDS = 64  # attributes of an object; each of torch's has five at most
+_HOME = "torch.distributed.checkpoint.metadata"
+CLASSES = frozenset({
+    *((_HOME, name) for name in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+})  # fmt: skip
+PATHS = frozenset({"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"})
+CALLS = frozenset({
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    (_HOME, "_MEM_FORMAT_ENCODING"), ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in PATHS),
+})  # fmt: skip
+
+Opener = Callable[[str], tuple[Path, BinaryIO]]
+
+
+class Record:
+    """An object of one of torch's classes: its attributes, or the tuple that it is pickled as."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: dict[str, Any] = {}
+        self.values: tuple[Any, ...] = ()
+
+
+class _Metadata(Machine):
+    """The machine of a .metadata file."""
+
+    functions = CALLS
+    bounds: Mapping[str, Bound] = {  # of small objects: a tensor takes 200 bytes, 37 entries of the memo and 47 objects
+        "operations": Bound(1, MAX_OPERATIONS),
+        "entries in its memo": Bound(5.2, 6_000_000),
+        "tables, lists and tuples": Bound(3, 10_000_000),
+        "tables and lists": Bound(8, 3_000_000),
+        "places on its stack": BOUNDS["places on its stack"],
+    }
+    what = "checkpoint's metadata"
+    hint = HINT
+
+    def protocol(self) -> None:
+        if self.number(1) > 5:
+            raise InputError("its pickle has a later protocol than 5")
+
+    def memoize(self) -> None:
+        self.memo[len(self.memo)] = self.top(object)
+
+    def global_name(self) -> None:
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise IndexError
+        self.named(module, name)
+
+    def is_class(self, module: str, name: str) -> bool:
+        return (module, name) in CLASSES
+
+    def new_object(self) -> None:
+        arguments, named = self.pop(), self.pop()
+        if not isinstance(named, Named) or (named.module, named.name) not in CLASSES or arguments != ():
+            raise InputError("its pickle makes an object that no checkpoint's metadata needs", hint=HINT)
+        self.push(Record(named.name))
+
+    def reduce(self) -> None:
+        function, arguments = self.call()
+        if function.name == "Size":
+            if len(arguments) != 1 or not _are_sizes(arguments[0]) or len(arguments[0]) > MAX_DIMENSIONS:
+                raise InputError("its pickle has a size that is none")
+            self.push(tuple(arguments[0]))
+        else:
+            self.push({} if function.name == "OrderedDict" else None)
+
+    def build(self) -> None:
+        state = self.pop()
+        if isinstance(state, tuple) and len(state) == 2 and state[0] is None and isinstance(state[1], dict):
+            state = state[1]  # of a class with slots
+        record = self.stack[-1]
+        if isinstance(state, dict) and len(state) > MAX_FIELDS and isinstance(record, Record):
+            raise InputError(f"its pickle has an object with {len(state):,} attributes", hint=HINT)
+        if isinstance(record, Record) and isinstance(state, dict):
+            record.state.update(state)
+        elif isinstance(record, Record) and isinstance(state, tuple):
+            record.values = state
+        elif not isinstance(record, dict):
+            raise IndexError
+
+    def set_items(self, found: list[Any]) -> None:
+        table = self.top(dict)
+        if len(found) % 2 or not all(isinstance(key, str | int | Record) for key in found[::2]):
+            raise InputError("its pickle has a table with keys that no checkpoint's metadata needs", hint=HINT)
+        table.update(zip(found[::2], found[1::2], strict=True))
+
+    operations = {code: does for code, does in OPERATIONS.items() if code != ord("Q")} | {
+        0x80: protocol, 0x95: lambda r: r.number(8), 0x94: memoize, 0x93: global_name, 0x81: new_object,
+        0x8C: lambda r: r.text(1), 0x8D: lambda r: r.text(8), ord("R"): reduce, ord("b"): build,
+        ord("s"): Machine.set_item, ord("u"): lambda r: r.set_items(r.since_mark()),
+    }  # fmt: skip
+
+
+def is_distributed(names: Iterable[str | Path]) -> bool:
+    """Whether a folder's file names, or a model's files, are those of a distributed checkpoint."""
+    texts = list(map(str, names))
+    return any(name.endswith(SUFFIX) for name in texts) and not any(name.endswith(".safetensors") for name in texts)
+
+
+def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    """The model's tensors in a folder of these file names, and the files that hold them; the metadata's is one.
+
+    InputError: no metadata, as while it is still written; a file that is missing, short or foreign; no model in it.
+    """
+    if METADATA not in names:
+        raise InputError(f"has {SUFFIX} files and no {METADATA}, which is written last", hint="the save did not end")
+    path = folder / METADATA
+    refuse_link(path)
+    with errors.context(METADATA):
+        try:
+            with path.open("rb") as file:
+                root = run(_Metadata(file, {}))
+                if file.read(1):
+                    raise InputError("has bytes behind its pickle")
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}") from error
+        if not isinstance(root, Record) or root.name != "Metadata":
+            raise InputError("is no metadata of a distributed checkpoint")
+        described, stored = (_table(root, key) for key in ("state_dict_metadata", "storage_data"))
+        chosen = _model(described, root.state.get("planner_data"))
+        places = _places(stored)
+    ends: dict[str, int] = {}
+    for name, begin, nbytes in places.values():
+        ends[name] = max(begin + nbytes, ends.get(name, 0))
+    with ExitStack() as stack:
+        opened: dict[str, tuple[Path, BinaryIO]] = {}
+        tensors = {}
+        for name, key in chosen.items():
+            with errors.context(name[:80]):
+                tensors[name] = _tensor(name, key, described[key], places, _opener(folder, names, ends, opened, stack))
+    return tensors, (path, *sorted(place for place, _ in opened.values()))
+
+
+def _table(root: Record, key: str) -> dict[Any, Any]:
+    found = root.state.get(key)
+    if not isinstance(found, dict):
+        raise InputError(f"has no {key}")
+    if len(found) > MAX_TENSORS:
+        raise InputError(f"has more than {MAX_TENSORS:,} entries")
+    return found
+
+
+def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
+    """The names of the model's tensors, and the keys that they are stored by.
+
+    `planned` has the path of each key in the nested tables that were saved: the last is a tensor's own name.
+    """
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    for key, entry in described.items():
+        if not isinstance(key, str) or not isinstance(entry, Record):
+            raise InputError("describes what is no tensor")
+        if entry.name != "TensorStorageMetadata":
+            continue
+        path = planned.get(key) if isinstance(planned, dict) else None
+        if not (isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path)):
+            path = (key,)
+        outer, own = tuple(map(str, path[:-1])), str(path[-1])
+        if any(OPTIMIZERS.search(part) for part in outer) or OPTIMIZERS.search(own.split(".")[0]):
+            continue
+        if not (0 < len(own) <= 1000 and own.isprintable()):
+            raise InputError(f"{own[:80]!r}: a name must have 1 to 1000 printable characters")
+        groups.setdefault(outer, {})[own] = key
+    models = [outer for outer in groups if outer and outer[-1] in MODELS]
+    chosen = models or list(groups)
+    if len(chosen) != 1:
+        listed = some(".".join(outer) or "tensors without a name before them" for outer in chosen)
+        raise InputError(f"has several state dicts, and which is the model's is not known: {listed}" if chosen else
+                         "has no tensors of a model", hint='save {"model": model.state_dict()}')  # fmt: skip
+    return groups[chosen[0]]
+
+
+def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
+    """Of each chunk, by its tensor's key and its offsets: file, offset and bytes."""
+    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    for index, info in stored.items():
+        if not (isinstance(index, Record) and index.name == "MetadataIndex"):
+            raise InputError("has no places of chunks")
+        if not (isinstance(info, Record) and info.name == "_StorageInfo"):
+            raise InputError("stores its chunks in a way that is not known", hint=HINT)
+        key, offsets = index.state.get("fqn"), index.state.get("offset") or ()
+        place: list[Any] = [info.state.get(field) for field in ("relative_path", "offset", "length")]
+        name, begin, nbytes = place
+        numbers = all(type(n) is int and 0 <= n < LARGEST for n in (begin, nbytes))
+        if not (isinstance(key, str) and _are_sizes(offsets) and isinstance(name, str) and numbers):
+            raise InputError("has a place of a chunk that is none")
+        if info.state.get("transform_descriptors"):
+            raise InputError(f"{key[:80]} is stored transformed (compressed, encrypted): not read", hint=HINT)
+        places[key, tuple(offsets)] = name, begin, nbytes
+    return places
+
+
+def _opener(
+    folder: Path,
+    names: Collection[str],
+    ends: Mapping[str, int],
+    opened: dict[str, tuple[Path, BinaryIO]],
+    stack: ExitStack,
+) -> Opener:
+    """A function that opens a file of the checkpoint, once: its path, the file; `ends` is where its last chunk ends."""
+
+    def get(name: str) -> tuple[Path, BinaryIO]:
+        if name not in opened:
+            if name not in names or not name.endswith(SUFFIX):
+                what = f"lacks {name[:80]!r}, which its metadata names"
+                raise InputError(what, hint="copy all files of the checkpoint, of every node")
+            path = folder / name
+            refuse_link(path)
+            try:
+                opened[name] = path, stack.enter_context(path.open("rb"))
+                size = path.stat().st_size
+            except OSError as error:
+                raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+            if ends[name] > size:
+                raise InputError(f"{name}: the file is truncated: a chunk ends at byte {ends[name]} of {size}")
+        return opened[name]
+
+    return get
+
+
+def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opened: Opener) -> TensorInfo:
+    properties, shape, chunks = (entry.state.get(field) for field in ("properties", "size", "chunks"))
+    values = properties.values or tuple(properties.state.values()) if isinstance(properties, Record) else ()
+    dtype = next((value.name for value in values if isinstance(value, Named)), None)
+    code = BY_TORCH.get(dtype or "")
+    if code is None or ITEMSIZE.get(code) is None:
+        raise InputError(f"dtype {str(dtype)[:40]} is not one of safetensors")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(shape) >= LARGEST:
+        raise InputError("has a size that is none")
+    if not isinstance(chunks, list) or not chunks:
+        raise InputError("has no chunks")
+    placed = [_chunk(key, chunk, shape, code, places, opened) for chunk in chunks]
+    if not covers(shape, [(offsets, info.shape) for offsets, info in placed]):
+        raise InputError("its chunks overlap or leave holes", hint=HINT)
+    first = placed[0][1]
+    if len(placed) == 1:
+        return replace(first, name=name)
+    nbytes = math.prod(shape) * ITEMSIZE[code]
+    made = Sharded(code, tuple(shape), tuple(one for one in placed if one[1].nbytes))
+    return TensorInfo(name, code, tuple(shape), first.path, 0, nbytes, made)
+
+
+def _chunk(
+    key: str, chunk: Any, shape: Sequence[int], code: str, places: Mapping[Any, Any], opened: Opener
+) -> tuple[tuple[int, ...], TensorInfo]:
+    """A chunk's offsets, and its tensor in its file."""
+    offsets, sizes = (chunk.state.get(field) if isinstance(chunk, Record) else None for field in ("offsets", "sizes"))
+    if not (_are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
+        raise InputError("has a chunk without offsets and sizes")
+    if (place := places.get((key, tuple(offsets)))) is None:
+        raise InputError(f"its chunk at {list(offsets)} lies nowhere", hint=HINT)
+    file_name, begin, nbytes = place
+    path, file = opened(file_name)
+    with errors.context(file_name):
+        info = read_torch_tensor(file, path, begin, nbytes)
+    if info.dtype != code or info.shape != tuple(sizes):
+        raise InputError(f"its chunk is {info.dtype} {list(info.shape)}, its metadata says {code} {list(sizes)}")
+    return tuple(offsets), info
+
+
+def _are_sizes(value: Any) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, tuple | list) and all(type(n) is int and 0 <= n < LARGEST for n in value)

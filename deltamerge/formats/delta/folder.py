@@ -1,0 +1,114 @@
+"""The folder of a delta artifact: its files are checked against the manifest before any tensor is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.delta.entry import Entry
+from deltamerge.formats.delta.manifest import FORMAT, VERSIONS, Manifest, check_record, groups, stored_arrays
+from deltamerge.formats.delta.positions import Sliced, most_bytes
+from deltamerge.formats.delta.steps import most_step_bytes
+from deltamerge.formats.delta.stored import StoredArray, StoredFiles
+from deltamerge.formats.safetensors import read_header
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.tensor import TensorInfo
+
+MANIFEST = "delta.json"
+SINGLE = "delta.safetensors"
+INDEX = "delta.safetensors.index.json"
+
+_SHARD = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
+_NOTHING = np.empty(0, np.uint8)
+
+
+def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
+    """The manifest, the entries in its order, and the artifact's files. InputError: it does not follow the format."""
+    manifest = _manifest(folder)
+    stored: dict[str, TensorInfo] = {}
+    shards = _files(folder)
+    opened = StoredFiles({})
+    for file in shards:
+        header = read_header(folder / file)
+        stored |= header.tensors
+        opened.sizes[folder / file] = header.size
+    entries = {}
+    for name, record in manifest.tensors.items():
+        with errors.context(f"{MANIFEST}: {name}"):
+            check_record(record)
+            arrays: dict[str, Sliced] = {
+                suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), opened)
+                for suffix, expected in stored_arrays(record).items()
+            }
+            values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
+            index = next(iter(arrays.values()), None)
+            size = math.prod(record.shape)
+            if record.encoding == "steps":
+                most = most_step_bytes(size)
+                if manifest.version < 2:
+                    raise InputError("steps are of version 2, this is version 1")
+            else:
+                most = most_bytes(record.encoding, record.count, size, record.k)
+            if index is not None and record.encoding != "indices" and index.size > most:
+                raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
+            if scales is not None and scales.size > (most := -(-groups(record) * len(record.ranks or "0000") // 8)):
+                raise InputError(f"scales of {scales.size} bytes, at most {most} can be needed")
+        entries[name] = Entry(name, record, values, index, scales)
+    if stored:
+        raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
+    files = (MANIFEST, *(() if shards == [SINGLE] else (INDEX,)), *shards)
+    return manifest, entries, tuple(folder / file for file in files)
+
+
+def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None, opened: StoredFiles) -> StoredArray:
+    dtype, length = expected
+    if info is None:
+        raise InputError(f"{name} is not stored")
+    if info.dtype != dtype or len(info.shape) != 1 or length not in (None, info.shape[0]):
+        wanted = dtype if length is None else f"{dtype} of length {length}"
+        raise InputError(f"{name} is {info.dtype} {list(info.shape)}, not {wanted}")
+    kind = f"<{'i' if name.endswith('.indices') else 'u'}{ITEMSIZE[dtype]}"
+    return StoredArray(opened, info.path, info.begin, info.shape[0], kind)
+
+
+def _manifest(folder: Path) -> Manifest:
+    if not os.path.lexists(folder / MANIFEST):
+        what = f"has no {MANIFEST}" if folder.is_dir() else "is not there"
+        raise InputError(what, hint="name the folder of a delta, as deltamerge extract makes it")
+    raw = read_json(folder / MANIFEST)
+    with errors.context(MANIFEST):
+        if raw.get("format") != FORMAT:
+            raise InputError("is not the manifest of a deltamerge delta")
+        if raw.get("version") not in VERSIONS or isinstance(raw["version"], bool):
+            raise InputError(
+                f"has version {raw.get('version')!r}, this deltamerge reads versions {VERSIONS[0]} and {VERSIONS[1]}",
+                hint="upgrade deltamerge",
+            )
+        try:
+            return Manifest.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise InputError(f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def _files(folder: Path) -> list[str]:
+    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if single == index:
+        raise InputError(f"has {'both' if single else 'neither'} {SINGLE} {'and' if single else 'nor'} {INDEX}")
+    if single:
+        return [SINGLE]
+    table = read_json(folder / INDEX).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise InputError(f"{INDEX}: {str(name)[:80]!r} is not the name of a shard")
+    return sorted(set(names))

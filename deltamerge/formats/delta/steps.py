@@ -1,0 +1,388 @@
+"""The encoding `steps`: what changed in a tensor of bfloat16 or float16, given the base's.
+
+Elements are taken in tiles of 2**20, each by itself. Which of them change is coded apart for each group of neighbouring
+exponents of the base: an element of a small exponent changes more often, as its unit in the last place is smaller. What
+it becomes is a step: how many places further it stands when all bit patterns are ordered from the negative NaNs over
+-inf, -0 and +0 to the positive NaNs, modulo 2**16. docs/delta-format.md has the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltamerge.engine import kernels
+from deltamerge.errors import InputError
+from deltamerge.formats.delta.bit_lists import LARGEST_RICE, LARGEST_WIDE, BitReader, BitWriter, best_rice, best_wide
+from deltamerge.formats.delta.positions import Array, Sliced
+
+STEP_TILE = 1 << 20
+MANTISSA = {"BF16": 7, "F16": 10}  # the dtypes that have steps, and the bits below their exponent
+EXPONENTS = 256
+NO_GROUP = 255
+MOST_GROUPS = 254
+LARGEST_EXCESS = (1 << 15) - 2
+_INVERTED = 64
+_SIGN = np.uint16(0x8000)
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """A list of gaps in a header: how many entries, rice's k, and whether they are those that do not."""
+
+    listed: int = 0
+    k: int = 0
+    inverted: bool = False
+
+    def chosen(self, size: int) -> int:
+        """How many of `size` it chooses. InputError: more than there are."""
+        if self.listed > size:
+            raise InputError("it lists more elements than there are")
+        return size - self.listed if self.inverted else self.listed
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group in the header of a tile.
+
+    last      its largest exponent
+    changed   its elements that change
+    large     of these, those by more than one step; and wide rice's k for how much more, less 2
+    """
+
+    last: int
+    changed: _List
+    large: _List = _List()
+    excess_k: int = 0
+
+
+def ordered(bits: Array) -> Array:
+    """The places of bit patterns in their order, both uint16."""
+    places: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return places
+
+
+def unordered(places: Array) -> Array:
+    """The bit patterns of places, both uint16."""
+    bits: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return bits
+
+
+def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Array:
+    """The bytes of a tile (uint8); none if nothing changes.
+
+    base        its bits (uint16)
+    positions   int64, ascending, of those that change
+    values      bits of what these become, all of them different from the base's
+    """
+    if not positions.size:
+        return np.empty(0, np.uint8)
+    before = base[positions]
+    steps = (ordered(values) - ordered(before)).view(np.int16)
+    sizes = np.abs(steps.astype(np.int32))
+    exponents = _exponents(before, dtype)
+    counts = _count(base, dtype)
+    lasts = _choose_groups(counts, exponents, sizes > 1)
+    group_of = _group_of(lasts)
+    ids = group_of[exponents]
+    ranks, totals = _rank(base, group_of, positions, dtype), _totals(counts, group_of, len(lasts))
+    order = np.argsort(ids, kind="stable")
+    ends = np.cumsum(np.bincount(ids, minlength=len(lasts)))
+    header, bits = bytearray([len(lasts)]), BitWriter(64 * positions.size + 64 * len(lasts) + base.size)
+    for number, (last, stop, total) in enumerate(zip(lasts, ends.tolist(), totals.tolist(), strict=True)):
+        own = order[(0 if not number else int(ends[number - 1])) : stop]
+        header += bytes([last])
+        header += _put_chosen(bits, ranks[own], total)
+        if not own.size:
+            continue
+        bits.put_bits(steps[own] < 0)
+        large = np.flatnonzero(sizes[own] > 1)
+        header += _put_chosen(bits, large, own.size)
+        if large.size:
+            excess = (sizes[own][large] - 2).astype(np.uint32)
+            k, _ = best_wide(excess)
+            header += bytes([k])
+            bits.put(excess, k, wide=True)
+    return np.concatenate([np.frombuffer(bytes(header), np.uint8), bits.bytes()])
+
+
+def _put_chosen(bits: BitWriter, chosen: Array, size: int) -> bytes:
+    """Write which of `size` are chosen (ascending), or which are not if these are fewer; the header's bytes."""
+    inverted = 2 * chosen.size > size
+    if inverted:
+        mask = np.ones(size, bool)
+        mask[chosen] = False
+        chosen = np.flatnonzero(mask)
+    head = _varint(chosen.size)
+    if not chosen.size:
+        return head + bytes([_INVERTED * inverted])
+    gaps = np.diff(chosen.astype(np.int64), prepend=-1)
+    gaps -= 1
+    values = gaps.astype(np.uint32)
+    k, _ = best_rice(values)
+    bits.put(values, k)
+    return head + bytes([k + _INVERTED * inverted])
+
+
+def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
+    """Positions (int64, ascending) in a tile and the bits (uint16) that they get, from the base's bits.
+
+    InputError: `stored` is damaged, or made from another base.
+    """
+    if not stored.size:
+        return np.empty(0, np.int64), np.empty(0, np.uint16)
+    groups, begin = _read_header(stored)
+    bits = BitReader(stored[begin:])
+    group_of = _group_of([group.last for group in groups])
+    totals = [base.size] * len(groups)
+    if any(group.changed.inverted for group in groups):
+        totals = _totals(_count(base, dtype), group_of, len(groups)).tolist()
+    listed, steps = [np.empty(0, np.uint32)], [np.empty(0, np.uint16)]
+    for group, total in zip(groups, totals, strict=True):
+        count = group.changed.chosen(total)
+        listed.append(_take_ranks(bits, group.changed.listed, group.changed.k, total))
+        negative = bits.take_bits(count)
+        sizes = np.ones(count, np.uint16)
+        large = _take_ranks(bits, group.large.listed, group.large.k, count)
+        which: Any = large
+        if group.large.inverted:
+            which = np.ones(count, bool)
+            which[large] = False
+        many = group.large.chosen(count)
+        if many:
+            excess = bits.take(many, group.excess_k, wide=True)
+            if excess.max() > LARGEST_EXCESS:
+                raise InputError("it has a step beyond 2**15")
+            sizes[which] = excess.astype(np.uint16) + np.uint16(2)
+        steps.append(np.where(negative, -sizes, sizes))
+    bits.end()
+    inverted = np.array([group.changed.inverted for group in groups], np.uint8)
+    positions, sources = _place(base, group_of, listed[1:], inverted, [part.size for part in steps[1:]], dtype)
+    return positions, unordered(ordered(base[positions]) + np.concatenate(steps)[sources])
+
+
+def _take_ranks(bits: BitReader, count: int, k: int, size: int) -> Array:
+    """Ascending numbers below `size`, of their gaps."""
+    gaps = bits.take(count, k)
+    ranks = np.cumsum(gaps, dtype=np.int64)
+    ranks += np.arange(count)
+    if count and ranks[-1] >= size:
+        raise InputError("it lists an element that is not there")
+    return ranks.astype(np.uint32)
+
+
+def _read_header(stored: Array) -> tuple[list[_Group], int]:
+    """The groups of a tile, and where its bits begin."""
+    numbers = _Numbers(stored[: 1 + MOST_GROUPS * 12].tobytes())
+    groups: list[_Group] = []
+    for _ in range(numbers.byte()):
+        last = numbers.byte()
+        if groups and last <= groups[-1].last:
+            raise InputError("its groups are not ascending")
+        changed = numbers.list()
+        large, excess_k = _List(), 0
+        if changed.listed or changed.inverted:
+            large = numbers.list()
+            if large.listed or large.inverted:
+                excess_k = numbers.byte()
+        if excess_k > LARGEST_WIDE:
+            raise InputError("its k is too large")
+        groups.append(_Group(last, changed, large, excess_k))
+    if not groups or len(groups) > MOST_GROUPS:
+        raise InputError(f"it has {len(groups)} groups")
+    return groups, numbers.at
+
+
+class _Numbers:
+    """Reads the header of a tile. InputError: it is cut off, or a number is too large."""
+
+    def __init__(self, stored: bytes) -> None:
+        self._stored = stored
+        self.at = 0
+
+    def byte(self) -> int:
+        if self.at == len(self._stored):
+            raise InputError("its header is cut off")
+        self.at += 1
+        return self._stored[self.at - 1]
+
+    def list(self) -> _List:
+        listed = shift = 0
+        while (byte := self.byte()) > 127:
+            listed |= (byte & 127) << shift
+            shift += 7
+            if shift > 14:
+                break
+        listed |= (byte & 127) << shift
+        how = self.byte()
+        k = how & ~_INVERTED
+        if byte > 127 or listed > STEP_TILE or k > LARGEST_RICE or (not listed and k):
+            raise InputError("its header is damaged")
+        return _List(listed, k, how >= _INVERTED)
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit is set where another byte follows."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _choose_groups(counts: Array, exponents: Array, large: Array) -> list[int]:
+    """The last exponents of the groups: neighbours are one group where that is expected to take fewer bits.
+
+    counts      (256) elements of each exponent
+    exponents   of the elements that change
+    large       which of these change by more than one step
+    """
+    changed = np.bincount(exponents, minlength=EXPONENTS)
+    many = np.bincount(exponents[large], minlength=EXPONENTS)
+    present = np.flatnonzero(counts)
+    present = present[: int(np.flatnonzero(changed[present])[-1]) + 1]
+    triples = np.stack([counts, changed, many], 1)[present].tolist()
+    groups = [(last, *triple, _cost(*triple)) for last, triple in zip(present.tolist(), triples, strict=True)]
+    while True:
+        out: list[tuple[int, int, int, int, float]] = []
+        for group in groups:
+            if out:
+                _, n, k, b, cost = out[-1]
+                joined = n + group[1], k + group[2], b + group[3]
+                together = _cost(*joined)
+                if together <= cost + group[4]:
+                    out[-1] = (group[0], *joined, together)
+                    continue
+            out.append(group)
+        if len(out) == len(groups):
+            lasts = [group[0] for group in out]
+            return lasts if len(lasts) <= MOST_GROUPS else [*lasts[: MOST_GROUPS - 1], lasts[-1]]
+        groups = out
+
+
+def _cost(size: int, changed: int, large: int) -> float:
+    """Expected bits of a group: its header, which elements change, which change by more than one step."""
+    if not changed:
+        return 24.0
+    return (48.0 if large else 40.0) + _entropy(size, changed) + _entropy(changed, large)
+
+
+def _entropy(size: int, chosen: int) -> float:
+    """Bits to say which are chosen, to whole 1/64 of a bit, so that no rounding of a logarithm decides."""
+    nats = [n * math.log2(n) if n else 0.0 for n in (size, chosen, size - chosen)]
+    return round(64 * (nats[0] - nats[1] - nats[2])) / 64
+
+
+def _exponents(bits: Array, dtype: str) -> Array:
+    mantissa = MANTISSA[dtype]
+    return (bits >> mantissa & ((1 << 15 - mantissa) - 1)).astype(np.uint8)
+
+
+def _group_of(lasts: list[int]) -> Array:
+    """(256) the group of each exponent."""
+    lower = np.searchsorted(np.array(lasts), np.arange(EXPONENTS))
+    return np.where(lower < len(lasts), lower, NO_GROUP).astype(np.uint8)
+
+
+def _numbers(dtype: str) -> tuple[int, int]:
+    mantissa = MANTISSA[dtype]
+    return mantissa, (1 << 15 - mantissa) - 1
+
+
+def _count(base: Array, dtype: str) -> Array:
+    """(256) how many elements have each exponent."""
+    native = kernels.native()
+    if native is None:
+        return np.bincount(_exponents(base, dtype), minlength=EXPONENTS)
+    counts = np.empty(EXPONENTS, np.int64)
+    native.steps_count(base, counts, *_numbers(dtype))
+    return counts
+
+
+def _totals(counts: Array, group_of: Array, groups: int) -> Array:
+    """How many elements each group has."""
+    return np.bincount(group_of, counts, EXPONENTS)[:groups].astype(np.int64)
+
+
+def _rank(base: Array, group_of: Array, positions: Array, dtype: str) -> Array:
+    """Of each of `positions` how many elements of its group stand before it (uint32)."""
+    native = kernels.native()
+    ranks = np.empty(positions.size, np.uint32)
+    if native is not None:
+        if not native.steps_rank(base, group_of, positions, ranks, *_numbers(dtype)):
+            raise ValueError("positions are not ascending")
+        return ranks
+    ids = group_of[_exponents(base, dtype)]
+    own = ids[positions]
+    for group in np.unique(own):
+        ranks[own == group] = np.searchsorted(np.flatnonzero(ids == group), positions[own == group])
+    return ranks
+
+
+def _place(
+    base: Array, group_of: Array, listed: list[Array], inverted: Array, counts: list[int], dtype: str
+) -> tuple[Array, Array]:
+    """Positions of the elements that change, and which of all groups' changes (one group's after another's) each is.
+
+    listed     ranks (uint32) of each group
+    inverted   (uint8) whether these are the elements that do not change
+    counts     changes of each group
+    """
+    firsts = np.cumsum(counts) - counts
+    native = kernels.native()
+    if native is not None:
+        starts = np.concatenate([[0], np.cumsum([part.size for part in listed])]).astype(np.int64)
+        positions, sources = np.empty((2, sum(counts)), np.int64)
+        found = native.steps_place(
+            base, group_of, np.concatenate(listed), starts, inverted, firsts, positions, sources, *_numbers(dtype)
+        )
+        if found != positions.size:
+            raise InputError("it belongs to another base")
+        return positions, sources
+    ids = group_of[_exponents(base, dtype)]
+    parts = []
+    for number, ranks in enumerate(listed):
+        own = np.flatnonzero(ids == number)
+        if ranks.size and ranks[-1] >= own.size:
+            raise InputError("it belongs to another base")
+        if inverted[number]:
+            mask = np.ones(own.size, bool)
+            mask[ranks] = False
+            parts.append(own[mask])
+        else:
+            parts.append(own[ranks])
+        if parts[-1].size != counts[number]:
+            raise InputError("it belongs to another base")
+    positions = np.concatenate(parts)
+    sources = np.argsort(positions, kind="stable")
+    return positions[sources], sources
+
+
+def tiles_of(size: int) -> Iterator[tuple[int, int]]:
+    """Where the tiles of a tensor of `size` elements begin and end."""
+    return ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
+
+
+def table_bytes(size: int) -> int:
+    """Bytes of the lengths (uint32, of each tile) that stand before the tiles of a tensor of `size` elements."""
+    return -(-size // STEP_TILE) * 4
+
+
+def most_step_bytes(size: int) -> int:
+    """The bytes that steps of a tensor can take at most: more than its values they never do."""
+    return 2 * size
+
+
+def starts_of(stored: Sliced, size: int) -> Array:
+    """Where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
+    begin = table_bytes(size)
+    lengths = stored[: min(begin, stored.size)].view(np.uint8)
+    if lengths.size == begin:
+        starts: Array = np.concatenate([[0], np.cumsum(lengths.view("<u4"), dtype=np.int64)]) + begin
+        if starts[-1] == stored.size:
+            return starts
+    raise InputError(f"steps of {stored.size} bytes do not have {begin // 4} tiles")

@@ -1,0 +1,342 @@
+"""Writes one tensor of a delta artifact: its pieces are compared with the base's, coded, and kept until the end.
+
+Memory holds at most the open tensors' positions (size / 8 bytes each), pieces that came too early, and the values of
+tensors that become int8 or sign codes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge import errors
+from deltamerge.files.descriptors import flat, read_at, write_at, writing
+from deltamerge.formats.audit import NonFinite, count_nonfinite
+from deltamerge.formats.delta.entry import Entry, Read, as_bits, digest, extend
+from deltamerge.formats.delta.manifest import Encoding, Record, stored_arrays
+from deltamerge.formats.delta.positions import Array, ChosenCoding, Positions, choose, encode
+from deltamerge.formats.delta.spool import Spool
+from deltamerge.formats.delta.step_spool import StepSpool
+from deltamerge.formats.delta.steps import MANTISSA
+from deltamerge.formats.delta.values import (
+    ARRAY_BYTES,
+    SCALED,
+    VALUE_BITS,
+    Coded,
+    Values,
+    cheapest,
+    encode_values,
+    relative_error,
+    scale_group,
+)
+from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, bits_type, cast
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """The base's tensor that a tensor of the result comes from; `read` returns its flat elements [start, stop)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Read
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An array in the spool: from byte `offset` of the file at `path`."""
+
+    name: str
+    dtype: str
+    length: int
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Storing:
+    """How the tensors of an artifact are stored: coding of `values` to add, allowed `codings` of positions (and steps),
+    and the `spool`."""
+
+    values: Values
+    codings: frozenset[Encoding]
+    spool: Spool
+
+
+class TensorWriter:
+    """One tensor of the result, written with `write`, or in an artifact that adds with `add` and `finish`."""
+
+    def __init__(
+        self, storing: Storing, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
+    ) -> None:
+        self.path = path
+        self.stored: list[Stored] = []
+        self.squares = (0.0, 0.0)
+        self.nonfinite = NonFinite(0, 0)
+        self._storing, self._name, self._dtype, self._shape = storing, name, dtype, shape
+        is_change = base is not None and is_related(base.dtype, base.shape, dtype, shape)
+        self._base = base if is_change else None
+        self._size = math.prod(shape)
+        self._record: Record | None = None
+        self._lock = threading.Lock()
+        self._early: dict[int, Array] = {}
+        self._done = 0
+        self._whole = True  # whether the spool has every value so far, not only those that differ from the base's
+        self._fd = -1
+        self._spooled = 0
+        self._listed = Positions()
+        self._values: list[Array] = []
+        self._base_hash, self._result_hash = blake3(), blake3()
+        has_steps = is_change and dtype in MANTISSA and "steps" in storing.codings
+        self._steps = StepSpool(path.with_name(f"{path.name}.steps"), self._size, dtype) if has_steps else None
+        if self._restore(storing.spool.kept(name)):
+            return
+        if not self._size:
+            self._finish_write()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is finished, in this run or an earlier one."""
+        return self._record is not None
+
+    @property
+    def record(self) -> Record:
+        """The record for the manifest. RuntimeError: some elements are not written (a bug)."""
+        if self._record is None:
+            raise RuntimeError(f"{self._done} of {self._size} elements of {self._name} were written")
+        return self._record
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._steps is not None:
+            self._steps.close()
+
+    def write(self, start: int, data: Any) -> None:
+        """Final values (a buffer in the result's dtype) from flat element `start`; the last piece finishes it."""
+        view = flat(data)
+        if not view:
+            return
+        bits = np.frombuffer(view, bits_type(self._dtype))
+        with self._lock, errors.context(self._name):
+            if start != self._done:
+                self._early[start] = bits.copy()
+                return
+            while bits.size:
+                self._next(bits)
+                bits = self._early.pop(self._done, bits[:0])
+            if self._done == self._size:
+                self._finish_write()
+
+    def add(self, positions: Array, values: Array) -> None:
+        """float32 `values` to add at the next ascending flat int64 `positions`; end with `finish`."""
+        with self._lock, errors.context(self._name):
+            if self._base is None or self._done or self._record is not None:
+                raise ValueError("nothing can be added to it")
+            if not positions.size:
+                return
+            self._listed.add(positions)
+            values = np.ascontiguousarray(values, np.float32)
+            if self._storing.values in SCALED:
+                self._values.append(values)
+            else:
+                self._append_coded(encode_values(values, positions, 1, 1, self._storing.values))
+
+    def finish(self) -> None:
+        """Finish a tensor written with `add`, or one that equals the base's; reads the base for the hashes."""
+        with self._lock, errors.context(self._name):
+            if self._record is None:
+                self._finish_add()
+
+    def _next(self, bits: Array) -> None:
+        start, stop = self._done, self._done + bits.size
+        if stop > self._size:
+            raise ValueError(f"element {stop} of {self._size} was written")
+        self._done = stop
+        self._saw(bits)
+        if self._base is not None:
+            base = self._read_base(start, stop)
+            old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
+            positions = np.flatnonzero(old != bits)
+            # from here on a bitmask is smaller than the unchanged values
+            unchanged = stop - self._listed.count - positions.size
+            if self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
+                self._thin()
+            self._listed.add(positions + start)
+            if self._steps is not None:
+                self._steps.add(old, bits)
+            if not self._whole:
+                bits = bits[positions]
+        self._append(bits)
+
+    def _saw(self, bits: Array) -> None:
+        """Hash the next bits of the result, and count what is not finite."""
+        self._result_hash.update(flat(bits))
+        nan, inf = count_nonfinite(bits.view(np.uint8), self._dtype)
+        self.nonfinite = NonFinite(self.nonfinite.nan + nan, self.nonfinite.inf + inf)
+
+    def _read_base(self, start: int, stop: int) -> Array:
+        assert self._base is not None
+        end = math.prod(self._base.shape)
+        base = as_bits(self._base.read(min(start, end), min(stop, end)), self._base.dtype)
+        self._base_hash.update(flat(base))
+        return base
+
+    def _thin(self) -> None:
+        """Keep only the spooled values that differ from the base's."""
+        dtype = np.dtype(bits_type(self._dtype))
+        self._whole, self._spooled = False, 0
+        for positions in self._listed.pieces():
+            first, last = int(positions[0]), int(positions[-1])
+            buffer = bytearray((last - first + 1) * dtype.itemsize)
+            read_at(self._fd, first * dtype.itemsize, memoryview(buffer))
+            self._append(np.frombuffer(buffer, dtype)[positions - first])
+
+    def _append(self, array: Array) -> None:
+        if self._fd < 0:
+            with writing():
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        view = flat(array)
+        write_at(self._fd, self._spooled, view)
+        self._spooled += len(view)
+
+    def _append_coded(self, coded: Coded) -> None:
+        self.squares = (self.squares[0] + coded.squared_error, self.squares[1] + coded.squared)
+        self._append(coded.values)
+
+    def _finish_write(self) -> None:
+        choice = ChosenCoding("dense", 0)
+        if self._base is not None:
+            if not self._size:
+                self._read_base(0, 0)
+            bits = 8 * ITEMSIZE[self._dtype]
+            choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._storing.codings)
+            if self._are_steps_smaller(choice):
+                self._store_steps()
+                return
+            if choice.coding != "dense" and self._whole:
+                self._thin()
+        self._store(self._new_record(choice.coding, choice.k), None, self._index(choice))
+
+    def _are_steps_smaller(self, choice: ChosenCoding) -> bool:
+        """Whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
+        if self._steps is None or not self._listed.count:
+            return False
+        width, count = ITEMSIZE[self._dtype], self._listed.count
+        others = self._size * width if choice.coding == "dense" else count * width + choice.nbytes + ARRAY_BYTES
+        return self._steps.nbytes < min(others, self._size * width)
+
+    def _store_steps(self) -> None:
+        """Let the file of the steps take the place of that of the values."""
+        assert self._steps is not None
+        record = self._new_record("steps")
+        self._steps.finish(self.path, self._fd)
+        self._spooled = self._steps.nbytes
+        self.stored.append(Stored(f"{self._name}.steps", "U8", self._spooled, self.path, 0))
+        self._finished(record)
+
+    def _finish_add(self) -> None:
+        if self._base is None or self._done:
+            raise ValueError("not every element was written")
+        count, group = self._listed.count, scale_group(self._shape)
+        groups = -(-self._size // group)
+        coding = cheapest(self._storing.values, count, groups)
+        added: dict[str, Any] = {"values": coding} if count else {}
+        scales: Array | None = None
+        if self._values:
+            positions = np.concatenate(list(self._listed.pieces()))
+            coded = encode_values(np.concatenate(self._values), positions, groups, group, coding)
+            self._append_coded(coded)
+            self._values.clear()
+            if coding in SCALED:
+                scales = coded.scales
+                added |= {"group": group, "unit": coded.unit} | ({"ranks": coded.ranks} if coded.ranks else {})
+        if count and coding != "float32":
+            added["error"] = relative_error(*self.squares)
+        choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._storing.codings)
+        index, stored = self._index(choice), np.empty(0, np.uint8)
+        if count:
+            stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
+        record = self._new_record(choice.coding, choice.k, **added)
+        entry = Entry(self._name, record, stored, index, scales)
+        for bits in entry.tiles(self._read_base, check=False):
+            self._saw(bits)
+        self._store(self._new_record(choice.coding, choice.k, **added), scales, index)
+
+    def _index(self, choice: ChosenCoding) -> Array | None:
+        if choice.coding == "dense" or not self._listed.count:
+            return None
+        return encode(choice, self._listed.pieces(), self._listed.count, self._size)
+
+    def _new_record(self, encoding: Encoding, k: int = 0, **added: Any) -> Record:
+        base = self._base
+        fields: dict[str, Any] = {}
+        if base is not None:
+            fields["base"] = digest(self._base_hash)
+            fields |= {"base_name": base.name} if base.name != self._name else {}
+            fields |= {"base_shape": list(base.shape)} if base.shape != self._shape else {}
+            fields |= {"base_dtype": base.dtype} if base.dtype != self._dtype else {}
+        return Record(
+            shape=list(self._shape),
+            dtype=self._dtype,
+            encoding=encoding,
+            k=k,
+            count=self._size if encoding == "dense" else self._listed.count,
+            result=digest(self._result_hash),
+            **fields,
+            **added,
+        )
+
+    def _store(self, record: Record, scales: Array | None, index: Array | None) -> None:
+        """Append scales and positions to the values in the spool, and list all three."""
+        offset = 0
+        behind = {".scales": scales, f".{record.encoding}": index}
+        for array in behind.values():
+            if array is not None and array.size:
+                self._append(array)
+        for suffix, (dtype, length) in stored_arrays(record).items():
+            if (array := behind.get(suffix)) is not None:
+                length = array.size
+            assert length is not None
+            self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
+            offset += length * ITEMSIZE[dtype]
+        self._finished(record)
+
+    def _finished(self, record: Record) -> None:
+        self._listed.packed.clear()
+        self._record = record
+        self.close()
+        self._steps = None
+        state = {
+            "record": record.model_dump(exclude_defaults=True),
+            "stored": [[array.name, array.dtype, array.length, array.offset] for array in self.stored],
+            "squares": self.squares,
+            "nonfinite": self.nonfinite,
+            "bytes": self._spooled,
+        }
+        self._storing.spool.finished(self._name, self.path, state)
+
+    def _restore(self, state: Any) -> bool:
+        """Take over what an earlier run has finished, if its file still exists."""
+        if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
+            return False
+        self.stored = [Stored(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
+        self.squares = tuple(state["squares"])
+        self.nonfinite = NonFinite(*state["nonfinite"])
+        self._record = Record.model_validate(state["record"])
+        return True
+
+
+def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
+    casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
+    grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
+    return casts and (old == shape or grows)

@@ -1,0 +1,197 @@
+"""Headers of GGUF files, checked before anything in them is believed.
+
+A file is "GGUF", version, counts, key-value pairs, a table of tensors, and their aligned bytes:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No byte of a weight is read here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.files.descriptors import input_error, refuse_link
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+MAX_PAIRS, MAX_TENSORS, MAX_ITEMS, MAX_TEXT, MAX_DIMENSIONS = 100_000, 200_000, 1 << 24, 1 << 26, 4
+NUMBERS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+TEXT, ARRAY = 8, 9
+# Factors of a rotary embedding.
+FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+MAX_FACTORS = 1 << 16
+ALIGNMENT = 32
+AGAIN = "download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A tensor of a GGUF file: `kind` is ggml's number of its type, `shape` has the slowest dimension first, bytes
+    `begin` to `begin` + `nbytes` of the file are its own."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """A file's key-value pairs and tensors; of arrays of texts only the number of items. `factors` are the bytes of the
+    small tensors that belong to the config (`FACTORS`)."""
+
+    path: Path
+    pairs: Mapping[str, Any]
+    blocks: tuple[Block, ...]
+    size: int
+    factors: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.pairs["general.architecture"])
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of the GGUF file at `path`; errors name the file. InputError: unreadable, a link that leaves its
+    folder, or no valid header (see `parse_gguf_header`)."""
+    refuse_link(path)
+    with errors.context(path.name):
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputError("is not a regular file")
+            with path.open("rb") as file:
+                header = parse_gguf_header(file.read, path, os.fstat(file.fileno()).st_size)
+                return with_factors(header, lambda begin, count: os.pread(file.fileno(), count, begin))
+        except OSError as error:
+            raise input_error(error) from error
+
+
+def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> GgufHeader:
+    """The header of a file of `size` bytes whose next bytes `read` returns.
+
+    InputError: no GGUF, of another version, big-endian, truncated, counts or texts beyond bounds, a name twice, no
+    architecture, a type that gguf does not know, or a tensor that does not lie where it may.
+    """
+    cursor = _Cursor(read, size)
+    if cursor.take(4) != MAGIC:
+        raise InputError("is no GGUF file")
+    version = cursor.number("<I")
+    if version not in VERSIONS:
+        what = "big-endian" if struct.unpack(">I", struct.pack("<I", version))[0] in VERSIONS else f"version {version}"
+        raise InputError(f"is GGUF of {what}, known are versions 2 and 3")
+    tensors, count = cursor.count(MAX_TENSORS, "tensors"), cursor.count(MAX_PAIRS, "keys")
+    pairs: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.text(1 << 16)
+        if key in pairs:
+            raise InputError(f"key {key[:80]!r} twice")
+        pairs[key] = cursor.value(cursor.number("<I"))
+    if not isinstance(pairs.get("general.architecture"), str):
+        raise InputError("has no general.architecture")
+    alignment = pairs.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment % 8:
+        raise InputError(f"its alignment is {str(alignment)[:40]}")
+    table = [_entry(cursor) for _ in range(tensors)]
+    begin = -(-cursor.at // alignment) * alignment
+    blocks = tuple(_block(*entry, path, begin, size, alignment) for entry in table)
+    if len({block.name for block in blocks}) < len(blocks):
+        raise InputError("has two tensors of one name", hint=AGAIN)
+    return GgufHeader(path, pairs, blocks, size)
+
+
+def with_factors(header: GgufHeader, read: Callable[[int, int], bytes]) -> GgufHeader:
+    """The header with its factors, of which `read` returns bytes (first, count)."""
+    found = [block for block in header.blocks if block.name in FACTORS]
+    for block in found:
+        if block.kind or block.nbytes > MAX_FACTORS:
+            raise InputError(f"{block.name}: is no short vector of float32")
+    return replace(header, factors={block.name: read(block.begin, block.nbytes) for block in found})
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """The bytes of a header, one after the other."""
+
+    read: Callable[[int], bytes]
+    size: int
+    at: int = 0
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise InputError("is truncated: its header ends early", hint=AGAIN)
+        raw = self.read(count)
+        if len(raw) != count:
+            raise InputError("is truncated: its header ends early", hint=AGAIN)
+        self.at += count
+        return raw
+
+    def number(self, form: str) -> Any:
+        (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
+        return value
+
+    def count(self, most: int, what: str) -> int:
+        value: int = self.number("<Q")
+        if value > most:
+            raise InputError(f"has {value:,} {what}, more than {most:,}")
+        return value
+
+    def text(self, most: int = MAX_TEXT) -> str:
+        raw = self.take(self.count(most, "bytes in a text"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise InputError(f"a text is not UTF-8: {raw[:40]!r}") from None
+
+    def value(self, kind: int) -> Any:
+        """A value; of an array of texts the number of them."""
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == TEXT:
+            return self.text()
+        if kind != ARRAY:
+            raise InputError(f"a value is of type {kind}, which GGUF does not have")
+        inner, count = self.number("<I"), self.count(MAX_ITEMS, "items in an array")
+        if inner in NUMBERS:
+            form = f"<{count}{NUMBERS[inner][1]}"
+            return list(struct.unpack(form, self.take(struct.calcsize(form))))
+        if inner != TEXT:
+            raise InputError(f"an array is of type {inner}, which is not read")
+        for _ in range(count):
+            self.take(self.count(MAX_TEXT, "bytes in a text"))
+        return count
+
+
+def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """The name, shape, type and offset of the next tensor in the table."""
+    name = cursor.text(1 << 12)
+    dimensions = cursor.number("<I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise InputError(f"{name[:80]}: has {dimensions} dimensions")
+    sizes = [cursor.count(1 << 48, "elements along a side") for _ in range(dimensions)]
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    return name, tuple(reversed(sizes)), kind, offset
+
+
+def _block(
+    name: str, shape: tuple[int, ...], kind: int, offset: int, path: Path, begin: int, size: int, alignment: int
+) -> Block:
+    from deltamerge.formats.gguf.blocks import block_of
+
+    with errors.context(name[:80]):
+        elements, nbytes = block_of(kind)
+        if 0 in shape or shape[-1] % elements:
+            raise InputError(f"its rows of {shape[-1]} are no whole blocks of {elements}", hint=AGAIN)
+        total = math.prod(shape) // elements * nbytes
+        if offset % alignment or begin + offset + total > size:
+            raise InputError(f"its {total:,} bytes at {offset:,} do not lie in the file", hint=AGAIN)
+        return Block(name, kind, shape, path, begin + offset, total)

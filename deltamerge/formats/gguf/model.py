@@ -1,0 +1,155 @@
+"""A model in GGUF files as transformers has it: names, shapes, values and config."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.formats.gguf.blocks import (
+    PLAIN,
+    Blocks,
+    Joined,
+    Mapped,
+    Reordered,
+    Transposed,
+    made,
+    tensor_of,
+    type_name,
+)
+from deltamerge.formats.gguf.config import config_of
+from deltamerge.formats.gguf.header import FACTORS, Block, GgufHeader
+from deltamerge.formats.gguf.names import ARCHITECTURES, Architecture
+from deltamerge.formats.quantised.detect import Scheme
+from deltamerge.tensors.tensor import TensorInfo
+
+# Axes of one that llama.cpp leaves out.
+SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """`tensors` under transformers' names; `config` is {} where the folder has one, `scheme` None of plain floats."""
+
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    scheme: Scheme | None
+
+
+def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel:
+    """The model in the files of `headers`. InputError: an architecture or tensor that transformers does not read."""
+    header = headers[0]
+    known = ARCHITECTURES.get(header.architecture)
+    if known is None:
+        names = ", ".join(sorted(ARCHITECTURES))
+        hint = f"merge the safetensors that it was made of; architectures that are read: {names}"
+        raise InputError(f"is GGUF of the architecture {header.architecture[:40]!r}, which is not read", hint=hint)
+    count = header.pairs.get("split.count", 1)
+    if count not in (0, len(headers)):
+        raise InputError(f"is one of {str(count)[:20]} parts", hint="name the first, with all others beside it")
+    blocks = [block for part in headers for block in part.blocks]
+    stored: dict[str, Block] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for block in blocks:
+        if block.name in FACTORS:
+            continue
+        name = known.name(block.name)
+        if name is None:
+            hint = "merge the safetensors that it was made of"
+            raise InputError(f"transformers has no {block.name[:80]} in a {header.architecture}", hint=hint)
+        with errors.context(block.name):
+            if name in tensors:
+                tensors[name] = _joined(stored[name], block, tensors[name])
+            else:
+                tensors[name] = _undone(header, known, block, name)
+                stored[name] = block
+    _check_experts(tensors, stored)
+    dtype = _dtype(blocks)
+    kinds = Counter(type_name(block.kind) for block in blocks if block.kind not in PLAIN)
+    scheme = None
+    if kinds:
+        weights = MappingProxyType({name: (block.name,) for name, block in stored.items()})
+        types = MappingProxyType({name: type_name(block.kind) for name, block in stored.items()})
+        scheme = Scheme("gguf", kinds.most_common(1)[0][0], weights, types)
+    embeddings = next((b.shape[0] for b in blocks if b.name == "token_embd.weight"), 0)
+    config = config_of(header, known, {block.name for block in blocks}, embeddings) if with_config else {}
+    found = {name: _saved(info, stored[name], dtype) for name, info in tensors.items()}
+    return GgufModel(found, config, scheme)
+
+
+def _undone(header: GgufHeader, known: Architecture, block: Block, name: str) -> TensorInfo:
+    """A tensor as transformers has it."""
+    info = tensor_of(block, name)
+    rest = re.sub(r"^((enc|dec)\.)?blk\.\d+\.", "", block.name)
+    columns = block.shape[-1] if len(block.shape) > 1 else 1
+    if known.less_one and block.name.endswith("norm.weight"):
+        return made(name, block.shape, block, Mapped(info, "less_one"))
+    if known.halves and rest.startswith(("attn_q.", "attn_k.")):
+        heads = _heads(header, "head_count" if rest.startswith("attn_q.") else "head_count_kv")
+        return made(name, block.shape, block, Reordered(info, _head(block, heads, 2), columns))
+    if known.fused and rest.startswith("attn_qkv."):
+        heads = _heads(header, "head_count")
+        return made(name, block.shape, block, Reordered(info, _head(block, 3 * heads, 1), columns, heads))
+    if rest.startswith("attn_qkv.") and header.architecture == "falcon" and _heads(header, "head_count_kv") != 1:
+        raise InputError("has several heads of keys, in an order of llama.cpp's own, which transformers does not undo")
+    if rest in known.transposed:
+        return made(name, block.shape[::-1], block, Transposed(info))
+    if rest == "ssm_a":
+        return made(name, block.shape, block, Mapped(info, "log_of_negative"))
+    axis = SQUEEZED.get(rest)
+    if axis is not None and len(block.shape) == 1 + axis:
+        return replace(info, shape=(*block.shape[:axis], 1, *block.shape[axis:]))
+    return info
+
+
+def _heads(header: GgufHeader, key: str) -> int:
+    pairs, arch = header.pairs, header.architecture
+    heads = pairs.get(f"{arch}.attention.{key}", pairs.get(f"{arch}.attention.head_count"))
+    if type(heads) is not int or heads < 1:
+        raise InputError(f"its {arch}.attention.{key} is {str(heads)[:40]}")
+    return heads
+
+
+def _head(block: Block, heads: int, parts: int) -> int:
+    """The rows of a head. InputError: heads or their parts do not divide the rows."""
+    if block.shape[0] % (heads * parts):
+        raise InputError(f"{block.shape[0]} rows are no {heads} heads")
+    return block.shape[0] // heads
+
+
+def _joined(first: Block, second: Block, one: TensorInfo) -> TensorInfo:
+    """The rows of gate and up of all experts, in this order."""
+    other = tensor_of(second, one.name)
+    gate, up = (one, other) if "gate" in first.name else (other, one)
+    if len(gate.shape) != 3 or gate.shape != up.shape:
+        raise InputError(f"has the shape {list(second.shape)}, {first.name} {list(first.shape)}")
+    experts, rows, columns = gate.shape
+    return made(one.name, (experts, 2 * rows, columns), second, Joined((gate, up)))
+
+
+def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, Block]) -> None:
+    for name, block in stored.items():
+        if name.endswith("gate_up_proj") and "_exps" in block.name and not isinstance(tensors[name].made, Joined):
+            raise InputError(f"{block.name}: the other half of {name} is missing", hint="download the model again")
+
+
+def _dtype(blocks: Sequence[Block]) -> str:
+    """The dtype of outputs: that of most elements of matrices, bfloat16 for blocks."""
+    counts: Counter[str] = Counter()
+    for block in blocks:
+        if len(block.shape) > 1:
+            counts[PLAIN.get(block.kind, "BF16")] += math.prod(block.shape)
+    return counts.most_common(1)[0][0] if counts else "F32"
+
+
+def _saved(info: TensorInfo, block: Block, dtype: str) -> TensorInfo:
+    """A tensor that is stored as it is in the outputs' dtype is read as it is; others are computed."""
+    if PLAIN.get(block.kind) == dtype and isinstance(info.made, Blocks):
+        return TensorInfo(info.name, dtype, info.shape, block.path, block.begin, block.nbytes)
+    return replace(info, saved_as=dtype)

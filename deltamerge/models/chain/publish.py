@@ -1,0 +1,203 @@
+"""Writes to a chain: each version whole under its name, or not there at all.
+
+One process at a time adds versions, and one folds old ones; both may be at work at once, since what is folded keeps its
+name and its state. Each removes what one of its kind left when it was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from deltamerge.errors import InputError, OutputError
+from deltamerge.errors.shown import some
+from deltamerge.files.atomic import exchange
+from deltamerge.files.descriptors import sync_path, writing
+from deltamerge.files.lock_file import HIDDEN, LOCK_NAME, read_lock
+from deltamerge.files.tree import files_of
+from deltamerge.models.chain.folder import is_version, names
+from deltamerge.models.chain.store import is_member
+from deltamerge.models.chain.version import VERSION, read_note
+
+Work = Literal["adding", "folding"]
+LEFT: dict[Work, tuple[str, ...]] = {"adding": ("adding",), "folding": ("folding", "gone", "old")}
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>adding|folding|gone|old)", re.DOTALL)
+
+
+@contextmanager
+def one_writer(chain: Path, work: Work, *, sweep: bool = True) -> Iterator[None]:
+    """Hold the chain's lock for one kind of work, which the system releases when a process dies; and with `sweep`
+    remove what a killed one left.
+
+    OutputError: another process does that, or it is no folder that can be written.
+    """
+    with writing(chain):
+        chain.mkdir(parents=True, exist_ok=True)
+        fd = os.open(chain / _lock_of(work), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{chain}: another process is {work} versions", hint="wait until it ends: one does so at a time"
+            ) from None
+        if sweep:
+            with writing(chain):
+                _sweep(chain, work)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def publishing(chain: Path, name: str, work: Work) -> Iterator[Path]:
+    """A new folder in which a version is written; when the block ends it is synced and gets its name in one step.
+
+    The caller holds the lock. What is folded replaces the version of its name. OutputError: the disk; or the name of a
+    version that is added is taken.
+    """
+    target, made = chain / name, chain / f".{name}.{secrets.token_hex(8)}.{work}"
+    if target.exists() and work == "adding":
+        raise OutputError(f"{target}: is there already", hint="a version is never written twice: take the next name")
+    try:
+        with writing(target):
+            made.mkdir()
+        yield made
+        with writing(target):
+            for path in files_of(made).values():
+                sync_path(path)
+            sync_path(made)
+            _put(made, target, work)
+            sync_path(chain)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Iterator[None]:
+    """A context in which a run may give `target` its name, also where it has replaced what is there; meanwhile nobody
+    adds to a chain that it is in, or folds it.
+
+    `delta`: what is made is a delta artifact; `adding`: it comes after a version of the chain, whose lock is held.
+    OutputError: what is there is never replaced, not even by force: a version that others come after, a delta of a
+    store; or the name is that of a version that was folded, or `delta` would be a second beginning of a chain.
+    """
+    resolved = Path(os.path.realpath(target))
+    chain, name = resolved.parent, resolved.name
+    with ExitStack() as held:
+        if is_version(resolved):
+            for work in LEFT:
+                if (chain / _lock_of(work)).is_file() and not (adding and work == "adding"):
+                    held.enter_context(one_writer(chain, work, sweep=False))
+            refuse_kept(target)
+        found = {}
+        if chain.is_dir() and (resolved.exists() or delta):
+            with suppress(InputError):  # of others, which only who reads them has to understand
+                found = {other: read_note(chain / other) for other in names(chain)}
+        for other, note in found.items():
+            if other != name and note is not None and name in {one.name for one in note.folded}:
+                raise OutputError(f"{target}: was folded into {other}, which has its name too", hint="another --out")
+        follower = next((other for other, note in found.items() if note is not None and note.after is not None), None)
+        if delta and not adding and follower is not None:
+            raise OutputError(
+                f"{target}: {chain} is a chain, in which it would come after no version",
+                hint=f"--after {chain / follower}, or another --out",
+            )
+        yield
+
+
+def refuse_kept(path: Path) -> None:
+    """OutputError: others come after the version in the folder `path`, or it is a delta of a store."""
+    resolved = Path(os.path.realpath(path))
+    chain, name = resolved.parent, resolved.name
+    found = {other: read_note(chain / other) for other in names(chain) if other != name}
+    after = [other for other, note in found.items() if note is not None and note.after and note.after.name == name]
+    if after:
+        raise OutputError(
+            f"{path}: is a version of a chain that {some(after)} comes after, and is never replaced",
+            hint=f"another --out; `deltamerge squash {chain} --keep N` folds old versions, `deltamerge remove` takes "
+            "away the newest",
+        )
+    if is_member(resolved):
+        raise OutputError(
+            f"{path}: is a delta of the store {chain}, and is never replaced",
+            hint=f"another --out, or `deltamerge remove {path}` before",
+        )
+
+
+def remove_newest(path: Path) -> None:
+    """Remove a delta of a store, or a version that no other comes after.
+
+    InputError: it is no delta artifact. OutputError: a version comes after it, it holds what no run wrote, another
+    process writes to the chain, or the disk.
+    """
+    if not is_version(path):
+        raise InputError(f"{path}: is no delta", hint="a version of a chain, or a delta of a store")
+    resolved = Path(os.path.realpath(path))
+    chain = resolved.parent
+    with one_writer(chain, "adding"), one_writer(chain, "folding"):
+        notes = {name: read_note(chain / name) for name in names(chain) if name != resolved.name}
+        after = [name for name, note in notes.items() if note and note.after and note.after.name == resolved.name]
+        if after:
+            raise OutputError(f"{path}: {some(after)} comes after it", hint=f"deltamerge remove {chain / after[0]}")
+        refuse_foreign(resolved)
+        remove(chain, resolved.name)
+
+
+def remove(chain: Path, name: str) -> None:
+    """Remove a version: it loses its name in one step. OutputError: the disk."""
+    gone = chain / f".{name}.{secrets.token_hex(8)}.gone"
+    with writing(chain / name):
+        os.rename(chain / name, gone)
+        sync_path(chain)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """OutputError: a version's folder holds files that no run wrote there, which removing it would lose."""
+    note, known = read_note(path), {VERSION, LOCK_NAME} | HIDDEN
+    known |= set() if note is None else note.files.keys()
+    if (path / LOCK_NAME).is_file():
+        known |= read_lock(path / LOCK_NAME)["outputs"].keys()
+    if strange := [name for name in files_of(path) if name not in known and name.split("/")[0] not in HIDDEN]:
+        raise OutputError(f"{path}: holds what no run wrote: {some(sorted(strange))}", hint="move that away")
+
+
+def _lock_of(work: Work) -> str:
+    return f".{work}.lock"
+
+
+def _put(made: Path, target: Path, work: Work) -> None:
+    if work == "adding" or not target.exists():
+        os.rename(made, target)  # fails where another writer has taken the name since
+    elif not exchange(made, target):  # no such call here: for a moment there is none
+        old = target.parent / f".{target.name}.{secrets.token_hex(8)}.old"
+        os.rename(target, old)
+        os.rename(made, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(chain: Path, work: Work) -> None:
+    """Remove what was left of a kind of work by who was killed."""
+    for entry in sorted(os.listdir(chain)):
+        found = UNFINISHED.fullmatch(entry)
+        if found is None or found["kind"] not in LEFT[work] or (chain / entry).is_symlink():
+            continue
+        if found["kind"] == "old" and not (chain / found["name"]).exists():
+            os.rename(chain / entry, chain / found["name"])
+        else:
+            shutil.rmtree(chain / entry, ignore_errors=True)
+    if work == "folding":
+        there = names(chain)
+        found_in = (read_note(chain / name) for name in there)
+        folded = {one.name for note in found_in if note is not None for one in note.folded}
+        for name in sorted(folded & {*there}):
+            refuse_foreign(chain / name)
+            remove(chain, name)

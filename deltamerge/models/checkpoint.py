@@ -1,0 +1,326 @@
+"""Checkpoints: headers are read first and bytes on demand; names are matched between models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.files.descriptors import input_error
+from deltamerge.formats.components import (
+    CONFIG,
+    PIPELINE,
+    Component,
+    check_folder,
+    folders_of,
+    is_composed,
+    listed_folders,
+    named_by,
+    split,
+)
+from deltamerge.formats.config_json import read_config
+from deltamerge.formats.dcp import is_distributed, read_distributed
+from deltamerge.formats.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.formats.gguf.model import open_model
+from deltamerge.formats.gguf.parts import SUFFIX as GGUF
+from deltamerge.formats.gguf.parts import parts_of
+from deltamerge.formats.peft.config import Adapter
+from deltamerge.formats.quantised.detect import Scheme
+from deltamerge.formats.running_sum import FILE as RUNNING_SUM
+from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.safetensors import Header
+from deltamerge.formats.weight_files import (
+    ALLOW,
+    MISTRAL,
+    PICKLES,
+    is_weights,
+    join,
+    open_weights,
+    read_weights,
+    weight_source,
+)
+from deltamerge.formats.weight_files import INDEX as INDEX
+from deltamerge.formats.weight_files import SINGLE as SINGLE
+from deltamerge.models.token_text import TEXT, Spelling
+from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.tensor import TensorInfo as TensorInfo
+
+DELTA = "delta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenizer's vocabulary.
+
+    `ids` maps tokens to ids, in the order of ids; `added` has the tokens that are matched before the model sees the
+    text, as tokenizer.json lists them (without the id); `plain` is the number of the model's own tokens; `spelling` is
+    how those are spelled.
+    """
+
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    plain: int
+    spelling: Spelling = TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's tensors and where they lie, as its headers say.
+
+    reference       what the recipe calls it
+    tensors         in transformers' order: files by name, each file in the order of its header
+    files           the weight files
+    revision        a commit; None for a local folder, as is `hub_id`
+    is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
+                    (`models.delta_over_base`)
+    quantised       how its weights were stored, where they are decoded (`models.decode`)
+    components      the folders that hold its weights; a plain model is one, whose folder is ""
+    config_file     the name of the file that `config` was read from; "" where there is none
+    tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
+    """
+
+    reference: str
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    revision: str | None = None
+    hub_id: str | None = None
+    is_delta: bool = False
+    base: Checkpoint | None = field(default=None, compare=False, repr=False)
+    adapter: Adapter | None = None
+    quantised: Scheme | None = field(default=None, compare=False, repr=False)
+    components: tuple[Component, ...] = (Component(),)
+    config_file: str = CONFIG
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)
+    chat_template: str | None = field(default=None, compare=False, repr=False)
+    running_sum: RunningSum | None = None
+
+    @property
+    def base_reference(self) -> str:
+        """`reference` without its adapter."""
+        return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether all weights lie in the model's own folder, so that tensors have the names of its files."""
+        return all(not component.folder for component in self.components)
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """The model's folder, and its adapter's."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    reference: str | None = None,
+    revision: str | None = None,
+    hub_id: str | None = None,
+    pickles: bool = False,
+    sums: bool = False,
+) -> Checkpoint:
+    """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
+
+    It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
+    `.safetensors` file; or the components of a diffusers pipeline or a sentence-transformers model; or `path` is itself
+    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors. `sums`: it may
+    be a running sum, whose tensors are no model's.
+    InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
+    missing or does not hold what the index says, or a header at fault.
+    """
+    reference = reference or str(path)
+    with errors.context(reference):
+        if not path.is_dir():
+            return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
+        if is_distributed(names := LocalFolder(path).names()):
+            return _distributed(path, names, reference)
+        found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
+        summed = read_running_sum(path) if sums else None
+        return found if summed is None else summed_up(found, summed)
+
+
+def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
+    """The model in a folder of torch's distributed checkpoints. Its config, tokenizer and other files are in the folder
+    itself, in that of the run, or in the one above it; else it has none."""
+    tensors, files = read_distributed(path, names)
+    for home in (path, path.parent, path.parent.parent):
+        if (home / CONFIG).is_file():
+            return Checkpoint(reference, home, tensors, files, read_config(home))
+    return Checkpoint(reference, path, tensors, files, {}, config_file="")
+
+
+def summed_up(checkpoint: Checkpoint, summed: RunningSum) -> Checkpoint:
+    """A running sum: its tensors, and what its file says. InputError: dtypes that are none of an average."""
+    if not FLOATING.issuperset(summed.dtypes.values()):
+        raise InputError(f"{RUNNING_SUM}: is damaged", hint="make the running sum again from its checkpoints")
+    return replace(checkpoint, tensors=summed.marked(checkpoint.tensors), running_sum=summed)
+
+
+class Folder(Protocol):
+    """A model's folder: a local one, or the hub's, of which files are fetched when they are asked for."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def names(self, inner: str = "") -> list[str]:
+        """The names of what lies in a folder in it; none where that is not there."""
+
+    def read(self, paths: Sequence[Path]) -> list[Header]:
+        """The headers of weight files."""
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        """The headers of GGUF files."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    path: Path
+
+    def names(self, inner: str = "") -> list[str]:
+        if inner and not check_folder(self.path, inner):
+            return []
+        try:
+            return os.listdir(self.path / inner)
+        except OSError as error:
+            raise input_error(error) from error
+
+    def read(self, paths: Sequence[Path]) -> list[Header]:
+        return [read_weights(path) for path in paths]
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        return [read_gguf_header(path) for path in paths]
+
+
+def open_folder(
+    folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool, sums: bool = False
+) -> Checkpoint:
+    """The checkpoint in a folder whose configs, lists and indexes are there. InputError: as `open_checkpoint`."""
+    path, names = folder.path, folder.names()
+    if RUNNING_SUM in names and not sums:
+        raise InputError("is the running sum of an average, no model", hint="average it first: merge_method: linear")
+    file = config_file_of(names)
+    if is_delta(names):
+        config = read_config(path, file)
+        return Checkpoint(reference, path, {}, (), config, revision, hub_id, is_delta=True, config_file=file)
+    if not is_composed(names):
+        source = weight_source(names, pickles=pickles)
+        if source.endswith(GGUF):
+            return _gguf(folder, source, reference, revision, hub_id)
+        source, tensors, files = open_weights(path, names, folder.read, pickles=pickles)
+        file = config_file_of(names, source)
+        config = read_config(path, file) if file else {}
+        component = replace(named_by(source), config=config)
+        return Checkpoint(
+            reference, path, tensors, files, config, revision, hub_id, components=(component,), config_file=file
+        )
+    tensors, files, components = {}, (), []
+    for inner in listed_folders(path):
+        there = folder.names(inner)
+        if not any(map(is_weights, there)):
+            continue
+        with errors.context(inner):
+            source, found, shards = open_weights(path / inner, there, folder.read, pickles=pickles)
+            config = read_config(path / inner) if CONFIG in there else {}
+        component = replace(named_by(source, inner), config=config)
+        tensors |= {component.at(name): replace(info, name=component.at(name)) for name, info in found.items()}
+        files += shards
+        components.append(component)
+    if not components:
+        raise InputError("no component has weights", hint="download the folders that its list names")
+    file = file if file in names else ""
+    config = read_config(path, file) if file else {}
+    return Checkpoint(
+        reference, path, tensors, files, config, revision, hub_id, components=tuple(components), config_file=file
+    )
+
+
+def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
+    """The checkpoint in the GGUF file `name` of a folder, whose config.json counts where there is one."""
+    names = folder.names()
+    files = tuple(folder.path / part for part in parts_of(name, names))
+    is_there = CONFIG in names
+    model = open_model(folder.read_gguf(files), with_config=not is_there)
+    config = read_config(folder.path) if is_there else model.config
+    file = CONFIG if is_there else ""
+    return Checkpoint(
+        reference, folder.path, model.tensors, files, config, revision, hub_id, quantised=model.scheme, config_file=file
+    )
+
+
+def config_file_of(names: Collection[str], source: str = "") -> str:
+    """The file that holds a model's config; "" for Mistral's own files and GGUF, which have none."""
+    if PIPELINE in names:
+        return PIPELINE
+    has_own = source.startswith(MISTRAL) or source.endswith(GGUF)
+    return "" if has_own and CONFIG not in names else CONFIG
+
+
+def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
+    """The checkpoint that is one weight file, without a config or any other file."""
+    if not path.exists():
+        raise InputError("no such folder")
+    if path.suffix == GGUF:
+        found = _gguf(LocalFolder(path.parent), path.name, reference, None, None)
+        return found if found.config_file else replace(found, path=path)
+    if path.suffix in PICKLES and not pickles:
+        raise InputError("is a PyTorch pickle file; deltamerge never unpickles", hint=ALLOW)
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError("is a file, not a model's folder")
+    tensors = join({path.name: read_weights(path)}, None)
+    return Checkpoint(reference, path, tensors, (path,), {}, config_file="")
+
+
+def with_configs(components: Sequence[Component], path: Path) -> tuple[Component, ...]:
+    """Components with the configs that their folders below `path` have."""
+    found = []
+    for component in components:
+        there = not component.folder or check_folder(path, component.folder)
+        is_config = there and (path / component.at(CONFIG)).is_file()
+        config = read_config(path / component.folder) if is_config else {}
+        found.append(replace(component, config=config))
+    return tuple(found)
+
+
+def by_component(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, list[Checkpoint | None]]]:
+    """The folders of all components, in order, and each model's tensors there as a checkpoint of its own, under the
+    names and with the config that they have there; None for a model that has none."""
+    split_up = [_split(checkpoint) for checkpoint in checkpoints]
+    for folder in dict.fromkeys(folder for parts in split_up for folder in parts):
+        yield folder, [parts.get(folder) for parts in split_up]
+
+
+def recombined(checkpoint: Checkpoint, parts: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
+    """The tensors of a model's components, as `by_component` gives them, under the names that they have in it."""
+    of = {component.folder: component for component in checkpoint.components}
+    named = {}
+    for folder, part in parts.items():
+        for own, info in part.tensors.items():
+            name = of.get(folder, Component(folder)).at(own)
+            named[name] = info if info.name == name else replace(info, name=name)
+    return named
+
+
+def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    if checkpoint.is_simple:
+        return {"": checkpoint}
+    folders = folders_of(checkpoint.components)
+    tensors: dict[str, dict[str, TensorInfo]] = {component.folder: {} for component in checkpoint.components}
+    for name, info in checkpoint.tensors.items():
+        folder, own = split(name, folders)
+        tensors.setdefault(folder, {})[own] = info
+    configs = {component.folder: dict(component.config) for component in checkpoint.components}
+    return {
+        folder: replace(checkpoint, tensors=own, config=configs.get(folder, {}), components=(Component(),))
+        for folder, own in tensors.items()
+    }
+
+
+def is_delta(names: Collection[str]) -> bool:
+    """Whether a model's file names are those of a delta artifact."""
+    return DELTA in names and SINGLE not in names and INDEX not in names

@@ -1,0 +1,291 @@
+"""A delta artifact: the changes of a base checkpoint in few bytes; opened, checked and applied.
+
+docs/delta-format.md describes the format. torch is imported only where tensors are returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.formats.delta.entry import OTHER_BASE, Entry, Read, hash_of
+from deltamerge.formats.delta.folder import open_folder
+from deltamerge.formats.delta.manifest import Base, Manifest
+from deltamerge.formats.delta.positions import Array, index_itemsize
+from deltamerge.formats.delta.stored import Scratch
+from deltamerge.models.checkpoint import open_checkpoint
+from deltamerge.models.delta_in_place import apply_in_place
+from deltamerge.models.delta_over_base import elements
+from deltamerge.tensors.dtypes import code_of, torch_dtype
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.reader import Reader
+
+THREADED = 1 << 15
+
+
+class Patch(NamedTuple):
+    """Final values of a checkpoint tensor: 1-D `values` of `dtype` at flat ascending `indices`; None: at all of them.
+
+    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are those of vLLM's
+    CheckpointWeightPatch: vllm/model_executor/model_loader/checkpoint_weight_patch.py.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTensor:
+    """A tensor of the result.
+
+    base_name   the base's tensor that it comes from; None: the base has none
+    entry       its changes; None: it is unchanged
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_name: str | None
+    entry: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFile:
+    """An open artifact: its manifest, and its tensors in the order of the manifest."""
+
+    path: Path
+    manifest: Manifest
+    entries: dict[str, Entry]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> DeltaFile:
+        """Open and check the folder at `path`; arrays are read when used. InputError: it does not follow the format."""
+        folder = Path(path)
+        with errors.context(str(path)):
+            return cls(folder, *open_folder(folder))
+
+    def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
+        """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
+
+        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
+        need. InputError: steps, and no base (before the first tensor); or another base than the delta was made from.
+        """
+        stepped = next((name for name, entry in self.entries.items() if entry.has_steps), None)
+        if stepped is not None and base is None:
+            raise InputError(
+                f"{self.path}: {stepped}: holds steps from the base's values, which cannot be told without them",
+                hint="give the base: load_delta(path, base), a state dict or a folder",
+            )
+        with Reader() as reader:
+            read_of = _reads({} if base is None else base, reader)
+            for name, entry in self.entries.items():
+                if entry.record.count:
+                    with errors.context(f"{self.path}: {name}"):
+                        yield _patch(entry, read_of(entry) if entry.has_steps else None)
+
+    def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[ResultTensor]:
+        """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
+
+        InputError: the base lacks a tensor that the delta needs, or has it in another dtype or shape.
+        """
+        sources, used = [], set(self.manifest.removed)
+        for name, entry in self.entries.items():
+            record = entry.record
+            base_name = None
+            if record.base is not None:
+                base_name = record.base_name or name
+                expected = entry.base_kind
+                if base.get(base_name) != expected:
+                    found = base.get(base_name)
+                    what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
+                    raise InputError(
+                        f"the base's {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
+                        hint=f"this delta belongs to {self.manifest.base}",
+                    )
+                used.add(base_name)
+            sources.append(ResultTensor(name, tuple(record.shape), record.dtype, base_name, entry))
+        for name, (dtype, shape) in base.items():
+            if name not in used and name not in self.entries:
+                sources.append(ResultTensor(name, shape, dtype, name, None))
+        return sources
+
+    def apply_to(self, state: MutableMapping[str, Any], *, check: bool = False) -> None:
+        """Turn a state dict of the base (torch tensors on any device) into the result's, in place where possible.
+
+        A tensor is found by its name in the base, else by its name in the result. New tensors, and those whose dtype or
+        shape changes, are created; removed ones are deleted. On the CPU large tensors use as many threads as torch has.
+        Steps can only be taken from the base's own values: the hashes of such tensors, with `check` of all tensors and
+        of what becomes of them, too, are checked before anything is changed. A tensor that has its result already stays
+        as it is. InputError: a tensor is missing or differs from the base's in dtype or shape, or a hash differs (then
+        nothing has been changed); stored arrays are damaged; or the file has become shorter.
+        """
+        entries = list(self.entries.values())
+        keys = [entry.key_in(state) for entry in entries]
+        uses = Counter(keys)
+        targets: dict[str, Any] = {}
+        for entry, key in zip(entries, keys, strict=True):
+            target = _target(entry, state.get(key), self.manifest.base)
+            targets[entry.name] = target.clone() if uses[key] > 1 and key != entry.name else target
+        entries = [entry for entry in entries if not self._is_done(entry, targets[entry.name], check)]
+
+        own = threading.local()  # scratch memory of each thread
+
+        def apply(entry: Entry) -> None:
+            if not hasattr(own, "scratch"):
+                own.scratch = Scratch()
+            with errors.context(f"{self.path}: {entry.name}"):
+                targets[entry.name] = _apply_to(entry, targets[entry.name], own.scratch)
+
+        entries.sort(key=lambda entry: -entry.record.count)
+        large = sum(entry.record.count > THREADED for entry in entries)
+        workers = min(torch.get_num_threads(), large)
+        if workers < 2:
+            large = 0
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(apply, entries[:large]))
+        for entry in entries[large:]:
+            apply(entry)
+        for name in {*self.manifest.removed, *keys} - targets.keys():
+            state.pop(name, None)
+        state.update(targets)
+
+    def _is_done(self, entry: Entry, target: Any, check: bool) -> bool:
+        """Whether a tensor with steps, or any with `check`, is the result already. InputError: nor is it the base's, or
+        with `check` what is stored does not make the one of the other."""
+        record = entry.record
+        if not (check or entry.has_steps):
+            return False
+        with errors.context(f"{self.path}: {entry.name}"):
+            read = None if record.base is None else _window(target)
+            if read is not None and (found := entry.digest_of(read)) != record.base:
+                if found == record.result and _described(target) == entry.kind:
+                    return True
+                raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
+            if check:
+                deque(entry.tiles(read), maxlen=0)
+        return False
+
+
+def to_torch(bits: Array, dtype: str) -> torch.Tensor:
+    """Flat bits as a torch tensor that shares their memory."""
+    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
+
+
+def bits_of(tensor: Any) -> Array:
+    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
+    width = tensor.element_size()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
+    return bits
+
+
+def digest_of(tensor: Any) -> str:
+    """A tensor's hash, as the manifest has it."""
+    return hash_of(_window(tensor), tensor.numel())
+
+
+def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
+    return code_of(tensor.dtype) or str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def _target(entry: Entry, target: Any, base: Base) -> Any:
+    """The tensor that an entry changes; None if the base has none, or has one of another kind."""
+    if entry.record.base is None:
+        return target if target is not None and _described(target) == entry.kind else None
+    try:
+        return _fitting(entry, target)
+    except InputError as error:
+        error.hint = f"it belongs to {base}"
+        raise
+
+
+def _fitting(entry: Entry, target: Any) -> Any:
+    """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
+    dtype, shape = entry.base_kind
+    if target is None or _described(target) != (dtype, shape):
+        found = "is not there" if target is None else "is {} {}".format(*_described(target))
+        raise InputError(f"{entry.name} {found}, the delta was made from {dtype} {shape}")
+    return target
+
+
+def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
+    """`target` changed in place, or the tensor that replaces it."""
+    record = entry.record
+    if target is None or _described(target) != entry.kind:
+        read = None if target is None else _window(target)
+        made = to_torch(entry.whole(read, check=False), record.dtype).reshape(record.shape)
+        return made if target is None else made.to(target.device)
+    if not record.count:
+        return target
+    data = target.detach()
+    if data.device.type == "cpu" and data.is_contiguous():
+        apply_in_place(entry, bits_of(data), scratch)
+        return target
+    flat = data.contiguous().reshape(-1)
+    for positions, values in entry.pieces(_window(data) if entry.has_steps else None):
+        where = to_torch(positions, "I64").to(flat.device)
+        if record.values is None:
+            flat[where] = to_torch(np.array(values), record.dtype).to(flat.device)
+        else:
+            flat[where] = (flat[where].float() + to_torch(values, "F32").to(flat.device)).to(flat.dtype)
+    if not data.is_contiguous():
+        data.copy_(flat.reshape(data.shape))
+    return target
+
+
+def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
+    """What reads the tensor of `base` that an entry with steps changes."""
+    if isinstance(base, Mapping):
+        state = base
+
+        def of_state(entry: Entry) -> Read:
+            return _window(_fitting(entry, state.get(entry.key_in(state))))
+
+        return of_state
+    tensors = open_checkpoint(Path(base)).tensors
+
+    def of_file(entry: Entry) -> Read:
+        name = entry.record.base_name or entry.name
+        info = tensors.get(name)
+        dtype, shape = entry.base_kind
+        if info is None or (info.dtype, tuple(info.shape)) != (dtype, shape):
+            raise InputError(f"{base} has no {name} of {dtype} {list(shape)}")
+        return elements(reader, info)
+
+    return of_file
+
+
+def _patch(entry: Entry, read: Read | None) -> Patch:
+    record, dtype = entry.record, f"i{index_itemsize(entry.size)}"
+    indices = None
+    if read is not None:
+        if entry.digest_of(read) != record.base:
+            raise InputError(OTHER_BASE)
+        pieces = [(where.astype(dtype), values) for where, values in entry.pieces(read)]
+        found, stored = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        indices = torch.from_numpy(found)
+    else:
+        if entry.index is not None:
+            indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
+        stored = entry.values[:]
+    values = to_torch(stored, record.dtype)
+    return Patch(entry.name, tuple(record.shape), values.dtype, values, indices)
+
+
+def _window(tensor: Any) -> Read:
+    bits = bits_of(tensor)
+    return lambda start, stop: bits[start:stop]

@@ -1,0 +1,210 @@
+"""Config, tokenizer, chat template and processor files: copied, changed only where the merge changes them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.files.descriptors import refuse_link
+from deltamerge.files.strict_json import read_json
+from deltamerge.files.tree import DEEPEST, is_plain_folder
+from deltamerge.formats.components import (
+    CONFIG,
+    MODULES,
+    PIPELINE,
+    Component,
+    check_folder,
+    folders_of,
+    listed_folders,
+    split,
+)
+from deltamerge.formats.config_json import code_of
+from deltamerge.formats.quantised.detect import without_keys
+from deltamerge.formats.running_sum import FILE as RUNNING_SUM
+from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.gguf_tokenizer import described, is_described
+from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
+from deltamerge.outputs.tokenizer import Files, as_json, content_of, edit_tokenizer
+from deltamerge.plan.folders import TOKENIZER_CONFIG
+from deltamerge.plan.planner import Plan
+from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.plan.written_config import BESIDE, generation_of
+from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
+
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "spiece*", "sentencepiece*", "tekken*.json",
+)  # fmt: skip
+GENERATION = "generation_config.json"
+RECIPE = "recipe.yaml"  # of a run, by whose result it lies
+MODEL = (
+    GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+    "video_processor*.json", "feature_extractor*.json",
+)  # fmt: skip
+# Beside those, where the model has them: lists of components, sentence-transformers' settings, Mistral's own config.
+LISTS = (PIPELINE, MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
+MISTRAL = "params.json"
+CODE = "*.py"
+# Of folders of components everything with these endings but weights and their indexes.
+KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+INDEXES = re.compile(r".*\.index(\.[\w-]+)?\.json")
+
+
+def asset_files(plan: Plan) -> dict[str, Path]:
+    """Output name -> source of every file copied as it is; config.json is written by `config`."""
+    template = plan.inputs.template.checkpoint
+    own = [MISTRAL] * (template.config_file == "")
+    found = {**_matching(template.path, (*MODEL, *own)), **_of_components(template.path), **tokenizer_files(plan)}
+    lender = generation_of(plan.recipe, plan.inputs).checkpoint
+    return found if lender is template else found | _matching(lender.path, (GENERATION,))
+
+
+def tokenizer_files(plan: Plan) -> dict[str, Path]:
+    """Output name -> source of the tokenizer's files, and of the code that they name; those of an adapter that is
+    pruned itself lie beside it."""
+    source = plan.pruned_adapter or _vocabulary(plan)
+    config = source.path / TOKENIZER_CONFIG
+    code = code_of(read_json(config)) if config.is_file() else []
+    return _matching(source.path, (*TOKENIZER, *[name for name in code if "/" not in name]))
+
+
+def _vocabulary(plan: Plan) -> Checkpoint:
+    """The model whose tokenizer the output has."""
+    return (plan.inputs.vocabulary or plan.inputs.template).checkpoint
+
+
+def left_out(plan: Plan, files: Files) -> Iterator[str]:
+    """Notes on what the output should have beside its weights and does not."""
+    source = _vocabulary(plan)
+    if is_described(source) and TOKENIZER_JSON not in files:
+        yield f"{source.reference} describes a tokenizer that transformers cannot make: none is written"
+
+
+def copied_files(folder: Path) -> dict[str, Path]:
+    """What goes with the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
+    return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", RECIPE)) | _of_components(folder)
+
+
+def _of_components(folder: Path) -> dict[str, Path]:
+    """The files of a model's components but weights, and its own code, by their paths below it."""
+    if not folder.is_dir():
+        return {}
+    found: dict[str, Path] = {}
+    if any((folder / name).is_file() for name in (PIPELINE, MODULES)):
+        found = _matching(folder, (*LISTS, CODE))
+        for inner in listed_folders(folder):
+            if inner and check_folder(folder, inner):
+                found |= {name: path for name, path in _below(folder, inner) if not INDEXES.fullmatch(path.name)}
+    elif (folder / CONFIG).is_file() and code_of(read_json(folder / CONFIG)):
+        found = _matching(folder, (CODE,))
+    return found
+
+
+def _below(folder: Path, inner: str, depth: int = DEEPEST) -> Iterator[tuple[str, Path]]:
+    """The kept files in a component's folder and in the folders there. InputError: a link that leaves them."""
+    for path in sorted((folder / inner).iterdir()):
+        name = f"{inner}/{path.name}"
+        with errors.context(str(folder)):
+            refuse_link(path)
+        if path.is_dir() and is_plain_folder(name) and depth:
+            yield from _below(folder, name, depth - 1)
+        elif path.is_file() and path.name.endswith(KEPT):
+            yield name, path
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    if not folder.is_dir():  # a lone weight file
+        return {}
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    found = {n: folder / n for n in names if any(fnmatchcase(n, p) for p in patterns)}
+    found = {n: p for n, p in found.items() if not n.endswith((".safetensors", ".index.json"))}
+    for path in found.values():
+        with errors.context(str(folder)):
+            refuse_link(path)
+    return found
+
+
+def config(plan: Plan) -> dict[str, Any]:
+    """The template's config with the output's dtype and vocabulary size; a pipeline's list of components as it is."""
+    if plan.inputs.template.checkpoint.config_file == PIPELINE:
+        return dict(plan.config)
+    result = _with_dtype(plan, "", plan.config) if plan.running_sum is None else dict(plan.config)
+    if plan.vocabulary is not None:
+        result = edit_config(result, plan.vocabulary, plan.inputs.template)
+    elif plan.inputs.vocabulary is not None:
+        size = plan.inputs.vocabulary.checkpoint.config.get("vocab_size")
+        if size is not None and "vocab_size" in result:
+            result["vocab_size"] = size
+    return result
+
+
+def _with_dtype(plan: Plan, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a component with the dtype of its output; diffusers' configs do not have one."""
+    result, folders = dict(config), folders_of(plan.inputs.template.checkpoint.components)
+    own = [output for output in plan.outputs if split(output.name, folders)[0] == folder]
+    dtypes = {output.dtype for output in own if output.dtype in PLAIN}
+    wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
+    stated = result.get("dtype", result.get("torch_dtype"))
+    if wanted is not None and stated != wanted and not (stated is None and "_class_name" in result):
+        result["dtype"] = result["torch_dtype"] = wanted
+    return result
+
+
+def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
+    """The config of a component that lies in a folder. Modules of sentence-transformers have no dtype either."""
+    config = without_keys(plan.settled.parts.get(component.folder, component.config))
+    described = {"architectures", "model_type", "dtype", "torch_dtype"} & config.keys()
+    return _with_dtype(plan, component.folder, config) if described else config
+
+
+def assets(plan: Plan) -> Files:
+    """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it. Of an
+    adapter, whose config goes with its weights, the tokenizer's."""
+    if plan.recipe.output.kind == "peft":
+        files: Files = dict(tokenizer_files(plan))
+        edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+        if plan.settled.beside:
+            files[BESIDE] = as_json(dict(plan.settled.beside), ascii=True)
+        return files
+    files = dict(asset_files(plan))
+    template = plan.inputs.template.checkpoint
+    if template.config_file:
+        source, merged = template.path / template.config_file, config(plan)
+        files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
+    elif template.config:  # of a GGUF file, whose config is told by its metadata
+        files[CONFIG] = as_json(config(plan), ascii=True)
+    source_of_words = _vocabulary(plan)
+    if is_described(source_of_words):
+        files |= described(source_of_words)
+    for component in template.components:
+        own = _component_config(plan, component) if component.folder else {}
+        if component.folder and own != component.config:
+            files[component.at(CONFIG)] = as_json(own, ascii=True)
+    if plan.vocabulary is not None and GENERATION in files:
+        stated = content_of(files, GENERATION)
+        edited = edit_config(stated, plan.vocabulary, plan.inputs.template, generation=True)
+        if edited != stated:
+            files[GENERATION] = as_json(edited, ascii=True)
+    edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+    if plan.running_sum is not None:
+        files[RUNNING_SUM] = as_json(plan.running_sum.describe(), ascii=True)
+    return files
+
+
+def write_files(files: Files, folder: Path) -> None:
+    """Put `files` into `folder`. InputError: one that is copied has vanished."""
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            (folder / name).write_bytes(source)
+            continue
+        try:
+            shutil.copyfile(source, folder / name)
+        except FileNotFoundError as error:
+            raise InputError(f"{source}: vanished during the run") from error

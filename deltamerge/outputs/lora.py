@@ -1,0 +1,319 @@
+"""The sink of a run that leaves a LoRA: deltas are collected one by one, factored at once, and only factors are kept.
+
+A finished weight's factors lie in the work folder until all ranks are known; with the journal they survive a crash.
+What changed and has no factors is stored whole, as the recipe says.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.calibrate.merge.second_moments import measure
+from deltamerge.engine.backends import single_threaded
+from deltamerge.engine.execute import Task, execute
+from deltamerge.errors import InputError
+from deltamerge.files.descriptors import flat, writing
+from deltamerge.files.workspace import Workspace
+from deltamerge.formats.components import Component
+from deltamerge.formats.delta.spool import Spool
+from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.safetensors import read_header
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.outputs.adapter_modules import Modules
+from deltamerge.outputs.assets import config as output_config
+from deltamerge.outputs.lora_file import REST, LowRankSummary, Made, Target, finish, stored_dtype
+from deltamerge.outputs.lora_ranks import affordable
+from deltamerge.plan.low_rank import HELD, is_matrix
+from deltamerge.plan.outputs import OutputTensor
+from deltamerge.plan.planner import Plan
+from deltamerge.tensors.computed import flat_rows, floats
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.graph import Node
+from deltamerge.tensors.patterns import finds
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+
+WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
+LEAST = 16
+MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
+
+
+def write_lora(
+    planned: Plan, work: Workspace, known: Mapping[Node, Any], progress: Callable[[int], None]
+) -> tuple[dict[Node, Any], LowRankSummary]:
+    """Execute `planned` and leave adapter_model.safetensors in the work folder; shared values, and what was written.
+
+    InputError: a delta that is not finite, no weight that changed, experts in one tensor, a budget that is too small.
+    """
+    (work.folder / REST).unlink(missing_ok=True)
+    with errors.context("output.kind: peft"):
+        modules = Modules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
+        targets = _targets(planned, modules)
+    bases = _bases(planned)
+    rest, copied = list[OutputTensor](), list[OutputTensor]()
+    for out in planned.outputs:
+        if out.name not in targets:
+            (copied if _is_copied(out, bases.get(out.name)) else rest).append(out)
+    spool = Spool(work.folder, work.journal)
+    done = False
+    try:
+        with Reader() as reader, single_threaded({"torch"}), _rest(work.folder, rest) as writer:
+            sink = _Sink(planned, bases, reader, spool, targets, writer, progress)
+            left = sink.unfinished()
+            sink.measure({target.output.name for target in left})
+            values = _factor(planned, sink, left, rest, reader, known)
+            if writer is not None:
+                writer.finish()
+        progress(sum(out.nbytes for out in copied))
+        results = read_header(work.folder / REST).tensors if rest else {}
+        summary = finish(planned, work.folder, modules, sink.made, results)
+        done = True
+        return values, summary
+    except InputError:  # another recipe is needed, whose run would not take this work over
+        work.forget()
+        done = True
+        raise
+    finally:
+        (work.folder / REST).unlink(missing_ok=True)
+        spool.close(done=done)
+
+
+def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
+    """The weights that get factors, by their names in the output. InputError: a pattern that finds none."""
+    wanted, by_stored = planned.recipe.output, {stored: name for name, stored in modules.stored.items()}
+    found: dict[str, Target] = {}
+    used: set[str] = set()
+    adaptable = modules.linear | modules.turned | modules.convolved
+    for number, out in enumerate(planned.outputs):
+        state = by_stored.get(out.name, "")
+        module = state.removesuffix(".weight")
+        if not state.endswith(".weight") or module not in adaptable or state in modules.tied or not is_matrix(out):
+            continue
+        named = {pattern for pattern in wanted.targets or () if finds(pattern, out.name)}
+        used |= named
+        if named or (wanted.targets is None and module not in modules.heads):
+            found[out.name] = Target(out, module, module in modules.turned, number)
+    if unused := sorted(set(wanted.targets or ()) - used):
+        hint = "patterns are searched in names such as model.layers.0.mlp.up_proj.weight"
+        raise InputError(f"output.targets: {unused[0]!r} finds no weight that can have factors", hint=hint)
+    return found
+
+
+def _bases(planned: Plan) -> dict[str, TensorInfo]:
+    """The base's own tensors, by the names of those of the output."""
+    base, canonical = planned.inputs.base, planned.inputs.canonical
+    assert base is not None
+    names = [out.name for out in planned.outputs]
+    return {name: info for name in names if (info := base.get(canonical.get(name, name))) is not None}
+
+
+def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
+    """Whether a tensor is copied from the base's own file, where it is `info`."""
+    root = out.pieces[0].built.root
+    return info is not None and root.kind == "read" and root.parameter("tensor").is_same(info)
+
+
+@contextmanager
+def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
+    """What writes the tensors that have no factors, to be compared with the base's."""
+    if not rest:
+        yield None
+        return
+    metas = [(out.name, out.dtype, out.shape) for out in rest]
+    with Writer(folder, plan_layout(metas, None, (Component(stem=REST.partition(".")[0]),))) as writer:
+        yield writer
+
+
+def _factor(
+    planned: Plan,
+    sink: _Sink,
+    left: list[Target],
+    rest: list[OutputTensor],
+    reader: Reader,
+    known: Mapping[Node, Any],
+) -> dict[Node, Any]:
+    """Factor all targets that are left, the sums of adapters from their own factors, and make what has none."""
+    dora = planned.recipe.output.dora
+    sums = [target for target in left if target.output.pieces[0].built.updates and not dora]
+    with ThreadPoolExecutor(planned.workers) as pool:
+        list(pool.map(sink.factor_sum, sums))
+    tasks = []
+    for target in left:
+        built = target.output.pieces[0].built
+        assert built.delta is not None
+        if target not in sums:
+            tasks.append(Task(target.output.name, built.delta, target.output.pieces[0].backend))
+    tasks += [Task(out.name, piece.built.root, piece.backend, piece.offset) for out in rest for piece in out.pieces]
+    return execute(
+        tasks,
+        reader,
+        sink,
+        device=planned.device,
+        workers=planned.workers,
+        tile_elements=planned.tile_elements,
+        known=known,
+    )
+
+
+@dataclass(slots=True)
+class _Open:
+    """A delta that is being collected."""
+
+    matrix: Array
+    missing: int
+
+
+@dataclass(eq=False)
+class _Sink:
+    """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
+
+    planned: Plan
+    bases: Mapping[str, TensorInfo]
+    reader: Reader
+    spool: Spool
+    targets: Mapping[str, Target]
+    writer: Writer | None
+    progress: Callable[[int], None]
+    made: dict[str, Made] = field(default_factory=dict)
+    open: dict[str, _Open] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    moments: dict[str, Path] = field(default_factory=dict)
+
+    def unfinished(self) -> list[Target]:
+        """The targets that an interrupted run did not finish; the others are taken over."""
+        left = []
+        for name, target in self.targets.items():
+            path, state = self._path(target.number), self.spool.kept(name)
+            rows, columns = target.sides
+            extra = rows if self.planned.recipe.output.dora else 0
+            if state is not None:
+                made = Made(target, path, state)
+                if path.is_file() and path.stat().st_size == 4 * (made.rank * (rows + columns) + extra):
+                    self.made[name] = made
+                    self.progress(target.output.nbytes)
+                    continue
+            left.append(target)
+        return left
+
+    def measure(self, names: set[str]) -> None:
+        """Measure the second moments of the inputs of these tensors' layers, the mean over all fine-tunes."""
+        measured = self.planned.measured if names else ()
+        counts: dict[str, int] = {}
+        for one in measured:
+            by_stored = {stored: name for name, stored in one.names.items() if name in names}
+
+            def keep(stored: str, c: Array, by_stored: Mapping[str, str] = by_stored) -> None:
+                name = by_stored[stored]
+                path = self._path(MOMENTS + self.targets[name].number)
+                before = counts.get(name, 0)
+                if before:
+                    c = c + np.fromfile(path, np.float64).reshape(c.shape)
+                counts[name] = before + 1
+                with writing():
+                    c.tofile(path)
+                self.moments[name] = path
+
+            measure(one, set(by_stored), keep)
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        target = self.targets.get(name)
+        if target is None:
+            assert self.writer is not None
+            self.writer.write(name, offset, data)
+            self.progress(len(flat(data)))
+            return
+        values = np.frombuffer(flat(data), np.float32)
+        with self.lock:
+            collected = self.open.get(name)
+            if collected is None:
+                collected = self.open[name] = self._collected(target)
+        collected.matrix.reshape(-1)[offset // 4 : offset // 4 + values.size] = values
+        with self.lock:
+            collected.missing -= values.size
+            complete = not collected.missing
+        if complete:
+            del self.open[name]
+            self._factor(target, collected.matrix)
+            del collected
+            self._path(COLLECTED + target.number).unlink(missing_ok=True)
+
+    def factor_sum(self, target: Target) -> None:
+        """Factor a sum of adapters' updates, whose factors are concatenated."""
+        left, right = [], []
+        for coefficient, update in target.output.pieces[0].built.updates:
+            b, a = flat_rows(self.reader, update.b), flat_rows(self.reader, update.a)
+            left.append(b.astype(np.float64) * (coefficient * update.scale))
+            right.append(a)
+        b, a = np.concatenate(left, axis=1), np.concatenate(right)
+        self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)
+
+    def _factor(self, target: Target, matrix: Array) -> None:
+        delta = np.ascontiguousarray(matrix.T) if target.turned else matrix
+        key = mask_key(self.planned.recipe.seed, "lora", target.output.name)
+        lengths = self._lengths(target, delta) if self.planned.recipe.output.dora else None
+        self._keep(target, lambda wanted, c: factor(delta, wanted, key, c), lengths)
+
+    def _keep(self, target: Target, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None) -> None:
+        name, columns = target.output.name, target.sides[1]
+        c = np.fromfile(self.moments[name], np.float64).reshape(columns, columns) if name in self.moments else None
+        try:
+            found = made(self._wanted, c)
+        except ValueError:
+            message = f"{name}: its delta is not finite"
+            raise InputError(message, hint="repair the fine-tune; targets leaves weights out") from None
+        path = self._path(target.number)
+        with writing(), path.open("wb") as file:
+            for part in (found.b.T, found.a, lengths):
+                if part is not None:
+                    file.write(np.ascontiguousarray(part, np.float32).tobytes())
+        if name in self.moments:
+            self.moments[name].unlink(missing_ok=True)
+        state = {
+            "energies": found.energies.tolist(), "gains": found.gains.tolist(), "energy": found.energy,
+            "gain": found.gain, "missed": found.missed, "weighed": c is not None,
+        }  # fmt: skip
+        with self.lock:
+            self.made[name] = Made(target, path, state)
+        self.spool.finished(name, path, state)
+        self.progress(target.output.nbytes)
+
+    def _lengths(self, target: Target, delta: Array) -> Array:
+        """‖W + Δ‖ of every output, which DoRA stores beside the factors."""
+        info = self.bases[target.output.name]
+        weight = floats(self.reader, info, 0, math.prod(info.shape)).reshape(target.shape)
+        total = (weight.T if target.turned else weight) + delta
+        return np.asarray(np.sqrt(np.square(total, dtype=np.float64).sum(axis=1)), np.float32)
+
+    @cached_property
+    def _wanted(self) -> Wanted:
+        output = self.planned.recipe.output
+        if output.budget is None:
+            return Wanted(output.rank, output.energy)
+        size = ITEMSIZE[stored_dtype(self.planned)]
+        prices = {name: size * sum(target.sides) for name, target in self.targets.items()}
+        most = max(LEAST, WIDER * affordable(prices, output.budget))
+        return Wanted(min(most, output.rank or most))
+
+    def _collected(self, target: Target) -> _Open:
+        shape, size = target.shape, 4 * math.prod(target.shape)
+        if size <= HELD:
+            return _Open(np.empty(shape, np.float32), math.prod(shape))
+        with writing():
+            held = np.memmap(self._path(COLLECTED + target.number), np.float32, "w+", shape=shape)
+        return _Open(held, math.prod(shape))
+
+    def _path(self, number: int) -> Path:
+        return self.spool.folder / f"{number:07d}"

@@ -1,0 +1,134 @@
+"""The folder of `output.kind: peft`: an adapter that plain `PeftModel.from_pretrained` loads.
+
+Where the recipe's single model is a LoRA adapter, the run has pruned the adapter's own weights and only files are
+missing. Else the run has written the merged model, and what differs from the base becomes a SHiRA adapter: exact for
+linear layers; other tensors that changed are stored whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.errors.shown import some
+from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.peft.config import CONFIG
+from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.formats.peft.shira import Candidate, choose_rank, count_changed, entries
+from deltamerge.formats.safetensors import read_header
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.outputs.adapter_modules import ChangedTensor, Modules
+from deltamerge.outputs.assets import config as output_config
+from deltamerge.plan.planner import ADAPTER, Plan
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+
+
+def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
+    """Turn what the run has written into `folder` into an adapter's; returns what there is to say of it."""
+    if planned.pruned_adapter is None:
+        return _write_shira(planned, folder)
+    shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
+    return ()
+
+
+def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
+    with errors.context("output.kind: peft"), Reader() as reader:
+        results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
+        modules = Modules.of(output_config(planned), results)
+        changed = list(_changed(planned, reader, modules, results))
+        candidates = {
+            e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
+            for e in changed
+            if e.base is not None and e.name.endswith(".weight") and e.module in modules.linear
+        }
+        if not candidates:
+            raise InputError(
+                f"{modules.architecture} has no linear layer that changed, and SHiRA adapts torch.nn.Linear only",
+                hint="write kind: delta or model",
+            )
+        rank, sparse = choose_rank(candidates)
+        if not sparse:
+            raise InputError(
+                "no linear layer has changes few enough for a SHiRA adapter",
+                hint="prune more (density 0.05 or less), or write kind: delta or model",
+            )
+        targets = [name.rpartition(".")[0] for name in sparse]
+        rest = [e for e in changed if e.name not in sparse]
+        saved, loose = modules.share_out(rest, targets, results)
+        _write(reader, folder, changed, sparse, rank, {**saved, **loose})
+    settings = {
+        "peft_type": "SHIRA",
+        "auto_mapping": None,
+        "base_model_name_or_path": planned.inputs.base.name if planned.inputs.base else None,
+        "revision": planned.inputs.base.checkpoint.revision if planned.inputs.base else None,
+        "task_type": "CAUSAL_LM" if modules.architecture.endswith("ForCausalLM") else None,
+        "inference_mode": True,
+        "r": rank,
+        "mask_type": "random",
+        "random_seed": 0,
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": False,
+        "init_weights": True,
+        "modules_to_save": sorted({key.rpartition(".")[0].removeprefix(PREFIX) for key in saved}) or None,
+    }
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for file in planned.layout.files:
+        (folder / file.name).unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    dtype = output_config(planned).get("dtype", "its own dtype")
+    notes = [
+        f"SHiRA adapter of r {rank}: {len(sparse)} linear layers, {rank} · (in + out) entries in each",
+        f"made for {modules.architecture} of the base, loaded in {dtype}: PeftModel.from_pretrained(model, folder)",
+    ]
+    base = "loaded into the base model itself (as LoRA's bias: all)"
+    for how, stored in (("as modules_to_save", saved), (base, loose)):
+        if stored:
+            size = sum(info.nbytes for info in stored.values())
+            names = some(name.removeprefix(PREFIX) for name in stored)
+            notes.append(f"stored whole, {how}, {size} bytes: {names}")
+    return tuple(notes)
+
+
+def _changed(
+    planned: Plan, reader: Reader, modules: Modules, results: dict[str, TensorInfo]
+) -> Iterable[ChangedTensor]:
+    base, canonical = planned.inputs.base, planned.inputs.canonical
+    assert base is not None
+    for name, stored in modules.stored.items():
+        result = results[stored]
+        old = base.get(canonical[stored])
+        if old is None:
+            yield ChangedTensor(name, result, None, 0)
+        elif count := count_changed(reader, old, result):
+            yield ChangedTensor(name, result, old, count)
+
+
+def _write(
+    reader: Reader,
+    folder: Path,
+    changed: Iterable[ChangedTensor],
+    sparse: Iterable[str],
+    rank: int,
+    whole: dict[str, TensorInfo],
+) -> None:
+    kept = {e.name: e for e in changed}
+    sizes = {name: rank * sum(kept[name].result.shape) for name in sparse}
+    metas = [(key, info.dtype, info.shape) for key, info in whole.items()]
+    for name, size in sizes.items():
+        stem = PREFIX + kept[name].module
+        metas += [(f"{stem}.shira_weight", "F32", (size,)), (f"{stem}.shira_indices", "I32", (2, size))]
+    with Writer(folder, plan_layout(metas, None, (ADAPTER,))) as writer:
+        for name, size in sizes.items():
+            entry = kept[name]
+            assert entry.base is not None
+            indices, values = entries(reader, entry.base, entry.result, size)
+            writer.write(f"{PREFIX}{entry.module}.shira_weight", 0, values)
+            writer.write(f"{PREFIX}{entry.module}.shira_indices", 0, indices)
+        for key, info in whole.items():
+            writer.copy(key, info, reader)
+        writer.finish()

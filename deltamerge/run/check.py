@@ -1,0 +1,134 @@
+"""Checks recipes and the headers of their models: what a run would make, or why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.recipe import yaml_source
+from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
+from deltamerge.recipe.open_values import Template
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.run.options import Options
+from deltamerge.run.plans import make_plans
+
+# A YAML file of a folder with one of these is taken for a recipe.
+KEYS = frozenset({"base_model", "merge_method", "models", "slices", "modules"})
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found of one recipe; `nbytes` of its output (None offline), and `error` where it cannot be run."""
+
+    name: str
+    error: DeltamergeError | None = None
+    documents: int = 1
+    tensors: int | None = None
+    nbytes: int | None = None
+    is_delta: bool = False
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {
+            "recipe": self.name,
+            "ok": self.error is None,
+            "documents": self.documents,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
+
+
+def check_recipe(
+    path: Path,
+    options: Options,
+    *,
+    offline: bool = False,
+    mergekit_exact: bool = False,
+    settings: Mapping[Loc, str] | None = None,
+) -> Checked:
+    """Read the recipe at `path` and, unless `offline`, the headers of its models."""
+    try:
+        file = read_either(path, mergekit_exact=mergekit_exact, settings=settings)
+        left_open = ""
+        if isinstance(file, TemplateFile):
+            left_open = in_words(file.template)
+            file = _tried(file)
+        plan = None if offline else make_plans(file, options=options)[-1]
+    except DeltamergeError as error:
+        return Checked(str(path), error)
+    said = (left_open,) if left_open else ()
+    if plan is None:
+        return Checked(str(path), documents=len(file.documents), notes=said)
+    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
+    nbytes = plan.nbytes if delta is None else delta["estimated_bytes"]
+    return Checked(
+        str(path),
+        None,
+        len(file.documents),
+        len(plan.outputs),
+        nbytes,
+        delta is not None,
+        plan.warnings,
+        (*said, *plan.notes),
+    )
+
+
+def _tried(file: TemplateFile) -> RecipeFile:
+    """The first recipe of a template. RecipeError: one of its examples is none."""
+    first, *others = file.template.examples()
+    for values in others:
+        file.recipe(values)
+    return file.file(first)
+
+
+def in_words(template: Template) -> str:
+    """What a template leaves open."""
+    if template.sweeps:
+        names = " × ".join(f"{axis.name} ({len(axis.values)})" for axis in template.sweeps)
+        return f"`deltamerge sweep` tries {template.count} recipes: {names}; checked and planned with the first values"
+    names = ", ".join(axis.name for axis in template.ranges)
+    count = sum(len(axis.keys) for axis in template.ranges)
+    return f"`deltamerge search` looks for {count} values: {names}; planned with those of the first trial"
+
+
+def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:
+    """The given recipes, and of each folder the recipes in it, by name, without those that runs left in their outputs,
+    whose paths lead elsewhere. InputError: a folder has none."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        files = sorted(p for p in path.rglob("*.y*ml") if p.suffix in (".yaml", ".yml") and not _is_hidden(p, path))
+        found = [file for file in files if not (file.parent != path and _is_copy(file)) and _is_recipe(file)]
+        if not found:
+            raise InputError(f"{path}: no recipe in this folder", hint="a .yaml file with models, or slices")
+        yield from found
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a file is the recipe in a folder that a run made: a lock of outputs lies beside it."""
+    lock = path.parent / LOCK_NAME
+    try:
+        return path.name == "recipe.yaml" and lock.is_file() and bool(read_lock(lock).get("outputs"))
+    except DeltamergeError:
+        return False
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file looks like a recipe; one that is not YAML at all does, so that its fault is said."""
+    try:
+        return any(KEYS & one.data.keys() for one in yaml_source.loads_all(yaml_source.read(path), str(path)))
+    except DeltamergeError:
+        return True

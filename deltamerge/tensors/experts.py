@@ -1,0 +1,217 @@
+"""Experts of a mixture stored one by one in one model and fused in another, as views of one another.
+
+One by one: `….experts.7.gate_proj.weight` (I, H), `up_proj` and `down_proj` (H, I), or `w1`, `w3`, `w2`. Fused:
+`….experts.gate_up_proj` (E, 2 I, H), the gate's rows before those of `up`, and `….experts.down_proj` (E, H, I), or both
+with their last two dimensions exchanged (Qwen3-VL, Llama 4). transformers' `conversion_mapping` has the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
+from deltamerge.tensors.tensor import Read, TensorInfo
+
+Layout = Mapping[str, tuple[str, ...]]
+
+WHOLE = 1 << 24  # bytes of a matrix that is read whole to be transposed
+
+# A fused tensor, and the parts of one expert that it has, in order.
+LAYOUTS: tuple[Layout, ...] = (
+    {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+    {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
+)
+_APART = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)\.weight")
+_FUSED = re.compile(r"(.*\bexperts)\.(gate_up_proj|up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors one after another, as one; of one dtype."""
+
+    parts: tuple[TensorInfo, ...]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The element behind each part."""
+        return list(accumulate(math.prod(part.shape) for part in self.parts))
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        size = ITEMSIZE[self.parts[0].dtype]
+        done, count = 0, len(out) // size
+        while done < count:
+            at = bisect_right(self.ends, start + done)
+            first = self.ends[at] - math.prod(self.parts[at].shape)
+            stop = min(count, self.ends[at] - start)
+            read.read_into(self.parts[at], start + done - first, out[done * size : stop * size])
+            done = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """A stack of matrices, each transposed: `source` (E, C, R) read as (E, R, C)."""
+
+    source: TensorInfo
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        _, columns, rows = self.source.shape
+        target = np.frombuffer(out, bits_type(self.source.dtype))
+        stop = start + len(target)
+        at = start
+        while at < stop:
+            expert, row = divmod(at // columns, rows)
+            last = min(rows, -(-(stop - expert * rows * columns) // columns))
+            flat = self._columns(read, expert, row, last).T.reshape(-1)
+            low = (expert * rows + row) * columns
+            end = min(stop, low + flat.size)
+            target[at - start : end - start] = flat[at - low : end - low]
+            at = end
+
+    def _columns(self, read: Read, expert: int, first: int, last: int) -> NDArray[Any]:
+        """Columns [first, last) of one matrix of the source: of the whole matrix if it is small, else run by run."""
+        _, rows, columns = self.source.shape
+        dtype = bits_type(self.source.dtype)
+        if rows * columns * ITEMSIZE[self.source.dtype] <= WHOLE:
+            matrix = np.empty((rows, columns), dtype)
+            read.read_into(self.source, expert * rows * columns, matrix)
+            return matrix[:, first:last]
+        block = np.empty((rows, last - first), dtype)
+        done = 0
+        while done < rows:
+            info, row, count = self._part(expert * rows + done, rows - done)
+            firsts = (np.arange(row, row + count, dtype=np.int64) * columns + first) * block.itemsize
+            ends = np.arange(1, count + 1, dtype=np.int64) * ((last - first) * block.itemsize)
+            read.read_runs(info, firsts, ends, block[done : done + count])
+            done += count
+        return block
+
+    def _part(self, row: int, most: int) -> tuple[TensorInfo, int, int]:
+        """The tensor that stores a row of the source, its number there, and how many of `most` rows follow it."""
+        made, columns = self.source.made, self.source.shape[2]
+        if not isinstance(made, Joined) or self.source.begin:
+            return self.source, row, most
+        at = bisect_right(made.ends, row * columns)
+        stop, count = made.ends[at] // columns, made.parts[at].shape[0]
+        return made.parts[at], row - (stop - count), min(most, stop - row)
+
+
+def turned(info: TensorInfo) -> TensorInfo:
+    """A stack of matrices with its last two dimensions exchanged."""
+    experts, rows, columns = info.shape
+    return replace(info, shape=(experts, columns, rows), begin=0, made=Turned(info))
+
+
+def containers(names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The containers of experts stored one by one, and of fused ones."""
+    apart, fused = set(), set()
+    for name in names:
+        if found := _APART.fullmatch(name):
+            apart.add(found[1])
+        elif found := _FUSED.fullmatch(name):
+            fused.add(found[1])
+    return apart, fused
+
+
+def differ(models: Iterable[Iterable[str]]) -> bool:
+    """Whether some models store experts one by one and others fused."""
+    found = [containers(names) for names in models]
+    return any(apart for apart, _ in found) and any(fused for _, fused in found)
+
+
+def fold(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors with experts that are stored one by one as fused ones; what does not fit a layout stays."""
+    apart: dict[str, dict[str, dict[int, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
+    for name, info in tensors.items():
+        if found := _APART.fullmatch(name):
+            apart[found[1]][found[3]][int(found[2])] = info
+    folded: dict[str, TensorInfo] = {}
+    gone: dict[str, str] = {}
+    for container, parts in apart.items():
+        layout = next((one for one in LAYOUTS if {p for own in one.values() for p in own} == parts.keys()), None)
+        made = {} if layout is None else {key: _fused(f"{container}.{key}", parts, own) for key, own in layout.items()}
+        if made and all(made.values()):
+            folded |= {info.name: info for info in made.values() if info is not None}
+            gone |= {
+                part.name: f"{container}.{key}" for key, own in (layout or {}).items() for p in own
+                for part in parts[p].values()
+            }  # fmt: skip
+    result: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        key = gone.get(info.name)
+        result.setdefault(key or name, folded[key] if key is not None else info)
+    return result
+
+
+def _fused(name: str, parts: Mapping[str, Mapping[int, TensorInfo]], own: tuple[str, ...]) -> TensorInfo | None:
+    """The fused tensor of an expert's parts; None if experts are missing or differ."""
+    experts = parts[own[0]].keys()
+    if set(experts) != set(range(len(experts))) or any(parts[part].keys() != experts for part in own):
+        return None
+    members = tuple(parts[part][e] for e in range(len(experts)) for part in own)
+    first = members[0]
+    if any(len(m.shape) != 2 or (m.shape, m.dtype) != (first.shape, first.dtype) for m in members):
+        return None
+    shape = (len(experts), len(own) * first.shape[0], first.shape[1])
+    return TensorInfo(
+        name, first.dtype, shape, first.path, 0, sum(m.nbytes for m in members), Joined(members), first.saved_as
+    )
+
+
+def layout_of(names: Iterable[str]) -> Layout | None:
+    """How a model that stores experts one by one calls their parts; None if it does not."""
+    parts = {found[3] for name in names if (found := _APART.fullmatch(name))}
+    return next((one for one in LAYOUTS if {p for own in one.values() for p in own} == parts), None)
+
+
+def unfold(info: TensorInfo, own: tuple[str, ...]) -> dict[str, TensorInfo]:
+    """The parts `own` of a fused tensor (E, rows, columns), by what follows the container's name: "7.up_proj.weight".
+
+    They keep the fused tensor's name, except those that are stored as they are.
+    """
+    experts, rows, columns = info.shape[0], info.shape[1] // len(own), info.shape[2]
+    nbytes = rows * columns * ITEMSIZE[info.dtype]
+    result = {}
+    for number, (expert, part) in enumerate((e, p) for e in range(experts) for p in own):
+        made, shape = info.made, (rows, columns)
+        if isinstance(made, Joined) and not info.begin and made.parts[number].shape == shape:
+            one = made.parts[number]
+        else:
+            one = replace(info, shape=shape, begin=info.begin + number * nbytes, nbytes=nbytes)
+        result[f"{expert}.{part}.weight"] = one
+    return result
+
+
+def is_turned(shapes: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]]) -> bool | None:
+    """Whether the fused tensors of one container are stored transposed to those of another, by name without it; None
+    if the shapes agree either way (all square)."""
+    told = None
+    for key, shape in shapes.items():
+        other = like.get(key)
+        if other is None or len(shape) != 3 or len(other) != 3 or shape[1] == shape[2]:
+            continue
+        if shape == other:
+            return False
+        if shape == (other[0], other[2], other[1]):
+            told = True
+    return told
+
+
+def by_container(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The fused tensors of every container, by the name inside it."""
+    result: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, info in tensors.items():
+        if (found := _FUSED.fullmatch(name)) and len(info.shape) == 3:
+            result[found[1]][found[2]] = info
+    return dict(result)

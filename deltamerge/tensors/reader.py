@@ -1,0 +1,100 @@
+"""Reads byte ranges of tensors into buffers, whether the bytes are stored or computed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge import errors
+from deltamerge.files.descriptors import Descriptor, Descriptors, flat, input_error, read_at
+from deltamerge.files.pieces import Pieces
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.tensor import TensorInfo
+
+
+class Reader:
+    """Reads byte ranges of tensors into buffers. Thread-safe; few files are kept open.
+
+    Code that reads files through `stored` may report the hashes of what it read to `pieces`.
+    """
+
+    def __init__(self, pieces: Pieces | None = None) -> None:
+        self.pieces = pieces
+        self._files = Descriptors(os.O_RDONLY, input_error)
+        self._known: dict[Any, Any] = {}
+        self._knowing = threading.RLock()  # one computed tensor may be read from another
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._files.close()
+
+    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
+        """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
+        view = flat(out)
+        size = ITEMSIZE[info.dtype]
+        offset = start_elem * size
+        _check_range(info, offset, len(view))
+        if info.made is not None:
+            if view:
+                info.made.fill(self, info.begin // size + start_elem, view)
+            return
+        with errors.context(str(info.path)):
+            file = self._files.get(info.path)
+            read_at(file.fd, info.begin + offset, view)
+
+    def read_hashed(self, info: TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
+        """`read_into`, and tell `pieces` the hashes of what of a file has been read."""
+        self.read_into(info, start_elem, out)
+        if self.pieces is not None and info.made is None:
+            self.pieces.hash(info.path, info.begin + start_elem * ITEMSIZE[info.dtype], out)
+
+    def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
+        """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
+        `ends[i]` of `out`."""
+        view = flat(out)
+        if info.made is not None:
+            begin = 0
+            for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
+                self.read_into(info, offset // ITEMSIZE[info.dtype], view[begin:end])
+                begin = end
+            return
+        lengths = np.diff(ends, prepend=0)
+        _check_range(info, int(offsets.min()), 0)
+        _check_range(info, int((offsets + lengths).max()), 0)
+        with errors.context(str(info.path)):
+            file = self._files.get(info.path)
+            begin = 0
+            for offset, end in zip((offsets + info.begin).tolist(), ends.tolist(), strict=True):
+                read_at(file.fd, offset, view[begin:end])
+                begin = end
+
+    def stored(self, info: TensorInfo) -> Descriptor | None:
+        """The open file that holds the tensor's bytes from `info.begin` on; None if the bytes are computed."""
+        return self._files.get(info.path) if info.made is None else None
+
+    def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
+        """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
+        if hasattr(os, "posix_fadvise") and nbytes and (file := self.stored(info)) is not None:
+            os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """The value of `compute` for `key`, computed by the first thread that asks."""
+        with self._knowing:
+            if key not in self._known:
+                self._known[key] = compute()
+            return self._known[key]
+
+
+def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
+    if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
+        raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")

@@ -1,0 +1,261 @@
+"""`recommend` of several models: evidence against float64, answers against transformers, a recipe that runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from calibration_rows import rows
+from calls import call
+from conftest import load_tensors, tiny_bert_pair
+from running import run
+from safetensors.torch import load_file, save_file
+
+from deltamerge.apps.recommend import merge as merge_advice
+from deltamerge.apps.recommend.conflict import DIRECTIONS, Conflict
+from deltamerge.apps.recommend.merge import (
+    ARITHMETIC,
+    FITTED,
+    ISO_C,
+    WAYS,
+    WUDI,
+    MergeCandidate,
+    Way,
+    recommend_merge,
+    with_rows,
+    without_rows,
+)
+from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.run.options import Options
+
+OPTIONS = Options(device="cpu", workers=1)
+NAMES = ("tuned", "other", "third")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and three fine-tunes with heads of their own; of the third a layer is the base's."""
+    folder = tmp_path_factory.mktemp("advice")
+    tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    tensors, base = load_file(folder / "tuned" / "model.safetensors"), load_file(folder / "base" / "model.safetensors")
+    generator = torch.Generator().manual_seed(9)
+    for name in NAMES[1:]:
+        shutil.copytree(folder / "tuned", folder / name)
+        made = {}
+        for key, tensor in tensors.items():
+            start = base.get(key.removeprefix("bert."), torch.zeros_like(tensor))
+            still = name == "third" and "layer.1.output.dense" in key
+            made[key] = start + (0.0 if still else 0.05) * torch.randn(tensor.shape, generator=generator)
+        save_file(made, folder / name / "model.safetensors", metadata={"format": "pt"})
+    rows(folder / "calib.jsonl", 24)
+    rows(folder / "more.jsonl", 30)
+    return folder
+
+
+def deltas(folder: Path) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """The base, and each fine-tune's deltas by the base's names, in float64."""
+    base = {name: t.double().numpy() for name, t in load_tensors(folder / "base").items()}
+    found = []
+    for name in NAMES:
+        tuned = load_tensors(folder / name)
+        found.append({key: tuned[f"bert.{key}"].double().numpy() - w for key, w in base.items()})
+    return base, found
+
+
+def test_evidence_is_that_of_float64(folder: Path) -> None:
+    models = [str(folder / name) for name in NAMES]
+    found = recommend_merge(models, str(folder / "base"), options=OPTIONS).evidence
+    again = recommend_merge(models, str(folder / "base"), options=Options(device="cpu", workers=2)).evidence
+    assert found == again
+    base, ds = deltas(folder)
+    flat = [np.concatenate([d.ravel() for d in one.values()]) for one in ds]
+    whole = np.concatenate([w.ravel() for w in base.values()])
+    np.testing.assert_allclose(found.relative_norm, [np.linalg.norm(d) / np.linalg.norm(whole) for d in flat], 1e-5)
+    matrices = [key for key, w in base.items() if w.ndim == 2 and "embeddings" not in key]
+    for i, j in combinations(range(3), 2):
+        both = (flat[i] != 0) & (flat[j] != 0)
+        opposed = np.mean(np.sign(flat[i][both]) != np.sign(flat[j][both]))
+        assert found.opposed[i][j] == found.opposed[j][i] == pytest.approx(opposed, abs=1e-4)
+        cosine = flat[i] @ flat[j] / np.linalg.norm(flat[i]) / np.linalg.norm(flat[j])
+        assert found.cosine[i][j] == pytest.approx(cosine, abs=1e-6)
+        shared = []
+        for key in matrices:
+            k = max(1, min(DIRECTIONS, min(base[key].shape) // 4))
+            (u, _, v), (x, _, y) = (np.linalg.svd(one[key], full_matrices=False) for one in (ds[i], ds[j]))
+            if ds[i][key].any() and ds[j][key].any():
+                shared += [np.sum((a.T @ b) ** 2) / k for a, b in ((u[:, :k], x[:, :k]), (v[:k].T, y[:k].T))]
+        assert found.overlap[i][j] == pytest.approx(np.mean(shared), abs=1e-4)
+    assert found.overlap_mean == pytest.approx(found.chance, abs=0.1)  # the deltas are random
+    assert found.opposed_mean == pytest.approx(0.5, abs=0.02)
+
+
+def answers(head: Path, body: Path, texts: list[str]) -> np.ndarray:
+    """Classes by transformers alone: a model's body under another's head."""
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(head, dtype=torch.float32).eval()
+    state = {f"bert.{n.removeprefix('bert.')}": t for n, t in load_tensors(body).items() if "classifier" not in n}
+    missing = model.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    tokenizer = transformers.AutoTokenizer.from_pretrained(head)
+    with torch.no_grad():
+        logits = [model(**tokenizer(x, truncation=True, max_length=12, return_tensors="pt")).logits for x in texts]
+    return torch.cat(logits).argmax(1).numpy()
+
+
+@pytest.mark.slow
+def test_same_answers_are_those_of_transformers(folder: Path, tmp_path: Path, capsys) -> None:
+    for name in ("base", *NAMES, "calib.jsonl", "more.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    recipe: dict[str, Any] = {
+        "base_model": "./base",
+        "merge_method": "task_arithmetic",
+        "models": [{"model": f"./{name}", "name": name, "parameters": {"weight": 1.0}} for name in NAMES[:2]],
+        "parameters": {"lambda": {"sweep": [0.3]}},
+        "calibration": {"data": "calib.jsonl", "sequences": 8, "length": 12},
+        "study": {"objective": "same_answers", "test": "more.jsonl"},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, _ = call(capsys, "sweep", tmp_path / "sweep.yaml", "--json", "--workers", "1")
+    assert code == 0
+    texts = [json.loads(line)["text"] for line in (folder / "more.jsonl").read_text().splitlines()]
+    for row, factor in zip(json.loads(out)["rows"], (0.3,), strict=True):
+        recipe["parameters"] = {"lambda": factor}
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if k != "study"}))
+        merged = run(tmp_path / "one.yaml", tmp_path / f"merged-{factor}").folder
+        for name in NAMES[:2]:
+            same = answers(folder / name, merged, texts) == answers(folder / name, folder / name, texts)
+            assert row["scores"][name]["same_answers"] == pytest.approx(same.mean())
+
+
+FEW: tuple[tuple[Way, ...], tuple[Way, ...]] = ((ARITHMETIC, ISO_C), ())
+
+
+@pytest.mark.parametrize("ways", [FEW, pytest.param((WAYS, FITTED), marks=pytest.mark.slow)])
+def test_a_merge_is_recommended_and_runs(
+    folder: Path, tmp_path: Path, capsys, monkeypatch, ways: tuple[tuple[Way, ...], tuple[Way, ...]]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", ways[0])
+    monkeypatch.setattr(merge_advice, "FITTED", ways[1])
+    asked = [
+        "recommend",
+        *NAMES,
+        "--base",
+        "base",
+        "--calibration",
+        "calib.jsonl",
+        "--sequences",
+        "8",
+        "--length",
+        "12",
+    ]
+    out = tmp_path / "merge.yaml"
+    code, said, err = call(capsys, *asked, "--json", "--out", out, "--workers", "1")
+    assert code == 0, err
+    found = json.loads(said)
+    by_name = {one["name"]: one for one in found["candidates"]}
+    assert list(by_name) == [way.name for some in ways for way in some]
+    assert all(one["error"] is None for one in by_name.values())
+    best = min(by_name.values(), key=lambda one: one["lost_mean"])
+    assert found["method"] == best["name"]
+    for one in by_name.values():
+        assert set(one["lost"]) == set(one["agreement"]) == set(NAMES)
+        assert one["lost_worst"] == max(one["lost"].values())
+        least = min(one["tried"], key=lambda point: point["lost"])
+        assert one["factor"] == least["factor"]
+    assert found["search"] == dict.fromkeys(NAMES, 8)
+    recipe = yaml.safe_load(out.read_text())
+    assert out.read_text() == found["recipe"]
+    assert recipe["merge_method"] == best["method"]
+    assert recipe["parameters"]["lambda"] == best["factor"]
+    assert run(out, tmp_path / "merged").folder.is_dir()
+    monkeypatch.setattr(merge_advice, "WAYS", (ISO_C,))
+    code, text, _ = call(capsys, *asked, "--no-fit", "--workers", "1")
+    assert code == 0
+    assert "→ " in text
+    assert "coefficients" not in text
+
+
+def test_the_recipe_without_rows_runs(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merge.yaml"
+    found = recommend_merge([str(folder / n) for n in NAMES], str(folder / "base"), out=out, options=OPTIONS)
+    assert found.method == "iso_c"
+    assert not found.candidates
+    assert run(out, tmp_path / "merged").folder.is_dir()
+
+
+def candidate(name: str, lost: dict[str, float]) -> MergeCandidate:
+    return MergeCandidate(
+        name=name, method=name, parameters={}, factor=0.5, coefficients=None, lost=lost, agreement={}, tried=[],
+        lost_mean=float(np.mean(list(lost.values()))), lost_worst=max(lost.values()), error=None,
+    )  # fmt: skip
+
+
+def test_the_decision() -> None:
+    meeting = Conflict(
+        relative_norm=[0.1, 0.1], cosine=[[1, 0], [0, 1]], opposed=[[0, 0.5], [0.5, 0]], overlap=[[1, None], [None, 1]],
+        chance=None, cosine_mean=0.0, opposed_mean=0.5, overlap_mean=None,
+    )  # fmt: skip
+    way, factor, _ = without_rows(meeting, 4, talks=False)
+    assert (way, factor) == (ISO_C, 1.6)
+    assert without_rows(meeting, 4, talks=True)[:2] == (WUDI, 1.0)
+    way, factor, _ = without_rows(meeting.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
+    assert (way, factor) == (ARITHMETIC, 0.25)
+    judged = {
+        ARITHMETIC: candidate("task_arithmetic", {"a": 0.2, "b": 0.7}),
+        ISO_C: candidate("iso_c", {"a": 0.3, "b": 0.4}),
+    }
+    way, factor, why = with_rows(judged)
+    assert (way, factor) == (ISO_C, 0.5)
+    assert "task_arithmetic 45.0%" in why[0]
+    _, _, why = with_rows({ARITHMETIC: judged[ARITHMETIC]})
+    assert "of b it loses 70.0%" in why[-1]
+
+
+REFUSED = {
+    "a base among the models": (["tuned", "base"], [], InputError, "is the base itself"),
+    "one twice": (["tuned", "tuned"], [], InputError, "named twice"),
+    "one": (["tuned"], [], UsageError, "two models"),
+    "rows of some": (["tuned", "other", "third"], ["calib.jsonl", "calib.jsonl"], UsageError, "2 files for 3 models"),
+    "too few rows": (["tuned", "other"], ["few.jsonl"], InputError, "2 rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(folder: Path, monkeypatch, case: str) -> None:
+    models, data, error, said = REFUSED[case]
+    monkeypatch.chdir(folder)
+    rows(folder / "few.jsonl", 2)
+    calibration = [{"data": one, "sequences": 2, "length": 12} for one in data]
+    with pytest.raises(error, match=said):
+        recommend_merge(models, "base", calibration=calibration, options=OPTIONS)
+
+
+COMMANDS = {
+    "a density": (["tuned", "other", "--density", "0.1"], "are for one MODEL"),
+    "no density": (["tuned"], "--density"),
+    "no fit": (["tuned", "--density", "0.1", "--no-fit"], "for several MODELS"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_options_of_the_other_kind(folder: Path, monkeypatch, capsys, case: str) -> None:
+    arguments, said = COMMANDS[case]
+    monkeypatch.chdir(folder)
+    code, _, err = call(capsys, "recommend", *arguments, "--base", "base")
+    assert code == 2
+    assert said in err
+
+
+def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.yaml").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        recommend_merge(["a", "b"], "base", out=tmp_path / "there.yaml", options=OPTIONS)
