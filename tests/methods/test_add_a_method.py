@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
-from deltamerge.io import kernels
 
+from deltamerge.engine import kernels
 from deltamerge.methods.prune import bits
 
 ROOT = Path(__file__).resolve().parents[2]
