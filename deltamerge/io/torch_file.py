@@ -199,7 +199,7 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
 
 def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     """An archive's members by their names. InputError: what torch refuses, or finds another member for."""
-    if members and min(member.header_offset for member in members):
+    if min((member.header_offset for member in members), default=0):
         raise InputError("has bytes before its zip archive", hint="download it again")
     top = members[0].filename.partition("/")[0] if members else ""
     names: dict[str, zipfile.ZipInfo] = {}
