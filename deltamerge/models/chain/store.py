@@ -25,7 +25,6 @@ from deltamerge.models.chain.version import base_contents
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import nbytes_of
 
-
 EXTRACTED = {"command": "extract"}  # what the lock of such a delta says of its maker
 
 
@@ -41,7 +40,7 @@ def is_member(path: Path) -> bool:
     """Return whether a delta is one of a store.
 
     It is where the folder holds nothing but deltas that `extract` made, or where it shares files with another of them.
-    A folder of work, with recipes, models or deltas of recipes in it, is no store for a delta that was made there alone.
+    A folder of work, with recipes, models or deltas of recipes in it, is no store for a delta made there alone.
     """
     store = path.parent
     others = [name for name in names(store) if name != path.name]

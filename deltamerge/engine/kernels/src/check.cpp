@@ -29,6 +29,7 @@ class Checker {
 
   const char* fault() {
     const char* found = of_job();
+    if (found != nullptr || size() == 0) return found;  // of no element nothing is touched
     for (i64 s = 0; found == nullptr && s < p_.source_count; ++s) found = of_source(s);
     if (found == nullptr && !(known_.allocate(job_.registers) && lists_.allocate(job_.lists) && rows_.allocate(n_.used)))
       return "no memory";
