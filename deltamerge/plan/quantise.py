@@ -19,7 +19,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -269,19 +269,17 @@ class Afresh:
         return found
 
 
-def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
+def copies(inputs: Inputs) -> dict[Tensor, tuple[Checkpoint, str]]:
     """The model and name of every weight that some model stores coded."""
     models = [model for model in inputs.checkpoints if model.quantised is not None]
-    return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
+    return {info.tensor: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
 
 
-def copied(
-    root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
-) -> Coding | None:
+def copied(root: Node, coding: Coding, known: Mapping[Tensor, tuple[Checkpoint, str]], output: str) -> Coding | None:
     """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
-    if root.kind != "read" or root.parameter("tensor") not in known:
+    if root not in known:
         return None
-    model, name = known[root.parameter("tensor")]
+    model, name = known[root]
     assert model.quantised is not None
     try:
         other = _kept(model.quantised, model, name, output)

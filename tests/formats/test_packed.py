@@ -111,10 +111,10 @@ def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
     make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
     (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
     with Reader() as reader:
-        source = StoredSource.of(info, reader)
+        source = StoredSource.of(info.tensor, reader)
         assert source.coded is not None
         assert source.bits == 4
-        assert hashed_as_read(info, "fused") is info.made.codes
+        assert hashed_as_read(info.tensor, "fused") is info.made.codes.tensor
 
 
 class CountingReader(Reader):

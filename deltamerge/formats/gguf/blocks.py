@@ -15,7 +15,8 @@ from deltamerge.errors import InputError
 from deltamerge.formats.gguf.header import Block
 from deltamerge.formats.quantised.packing import kept
 from deltamerge.formats.quantised.weight import Array, Floats, fill_rows
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
+from deltamerge.tensors.tensor import Made, Read, TensorInfo, decoded, viewed
+from deltamerge.tensors.tensor import stored as leaf
 
 PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
 NAME = "gguf"
@@ -169,10 +170,10 @@ class Joined:
 
 def tensor_of(block: Block, name: str) -> TensorInfo:
     """The float32 tensor of a block's values under `name`."""
-    stored = TensorInfo(block.name, "U8", (block.nbytes,), block.path, block.begin, block.nbytes)
+    stored = TensorInfo(block.name, leaf(block.path, block.begin, (block.nbytes,), "U8", block.name))
     return made(name, block.shape, block, Blocks(stored, block.kind, block.shape[-1]))
 
 
 def made(name: str, shape: Sequence[int], like: Block | TensorInfo, how: Made) -> TensorInfo:
     """The float32 tensor of `shape` that `how` computes."""
-    return TensorInfo(name, "F32", tuple(shape), like.path, 0, 4 * math.prod(shape), how)
+    return TensorInfo(name, viewed(decoded, (), tuple(shape), "F32", made=how, name=name, path=like.path))

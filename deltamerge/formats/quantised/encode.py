@@ -24,8 +24,8 @@ from deltamerge.formats.quantised.mlx import Packed
 from deltamerge.formats.quantised.numbers import E2M1, E4M3, FLOATS, Integers
 from deltamerge.formats.quantised.packed_coders import Affine, AwqCoder, GptqCoder, RowCoder, TableCoder, TwoLevel
 from deltamerge.formats.quantised.scaled import WORD, Scaled
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 Shape = tuple[int, ...]
 BYTES = 8  # bits of an integer code that has a byte to itself

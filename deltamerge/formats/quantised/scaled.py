@@ -18,7 +18,7 @@ from deltamerge.errors import InputError
 from deltamerge.formats.quantised.grid import Grid, Scales
 from deltamerge.formats.quantised.weight import Array, Floats, bits, fill_rows, row_bits
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, decoded
 
 # How the kernels number codes (kernels/src/loops.h).
 FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
@@ -71,6 +71,12 @@ class Streamed(Protocol):
 
     def part(self, read: Read, start: int, stop: int) -> Part | TurnedPart | None:
         """What the compiled loop needs for elements [start, stop); None: `fill` computes them."""
+
+
+def streamed(source: Tensor) -> Streamed | None:
+    """Return the codes of a weight that the compiled loop may read itself; None for other tensors."""
+    made = source.parameter("made") if source.function == decoded.__name__ else None
+    return made if isinstance(made, Streamed) and made.is_plain else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import bits_type
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
+from deltamerge.tensors.tensor import Made, Read, TensorInfo, decoded, viewed
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -48,7 +47,8 @@ class Stored:
 
 def weight(stored: Stored, shape: tuple[int, ...], made: Made) -> TensorInfo:
     """The float32 tensor of `shape` that `made` computes from the stored parts."""
-    return TensorInfo(stored.name, "F32", shape, stored.codes.path, 0, 4 * math.prod(shape), made)
+    tensor = viewed(decoded, (), shape, "F32", made=made, name=stored.name, path=stored.codes.path)
+    return TensorInfo(stored.name, tensor)
 
 
 def fill_rows(columns: int, start: int, out: memoryview, rows: Callable[[int, int], Floats]) -> None:
