@@ -14,7 +14,7 @@ from deltamerge.formats.components import folders_of, split
 from deltamerge.formats.delta.positions import expected_bits
 from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.coding import Coding
+from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
 from deltamerge.plan.lacking import Spares, is_buffer, named

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.formats.quantised.coding import Coding
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
+from deltamerge.formats.quantised.scheme import Coding, coding_like
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
@@ -180,11 +180,7 @@ class Afresh:
             self.fused.append(target.stored)
         if dtype not in FLOATING or not self._is_linear(target, shape):
             return None
-        from deltamerge.formats.quantised.encode import (  # only where codes are written
-            channels,
-            fp8_blocks,
-            int4_groups,
-        )
+        from deltamerge.formats.quantised import fp8, int8, packed  # only where codes are written
 
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
@@ -192,15 +188,16 @@ class Afresh:
             if any(size % side for size, side in zip(shape, block, strict=True)):
                 self.unfit.append(name)
                 return None
-            coding = fp8_blocks(name, shape, block)
+            coding = fp8.write_blocks(name, shape, block)
         elif wanted.by == "group":
             group = wanted.group or 128
             if shape[1] % group:
                 self.unfit.append(name)
                 return None
-            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.path)
+            coding = packed.write_int4(name, shape, group, _scale(dtype), self.template.checkpoint.path)
         else:
-            coding = channels(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
+            write = {"fp8": fp8.write_rows, "int8": int8.write_rows}[wanted.scheme]
+            coding = write(name, shape, _scale(dtype))
         self.count += 1
         return coding
 
@@ -297,10 +294,8 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
-    from deltamerge.formats.quantised.encode import kept
-
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
-    return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
+    return coding_like(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 
 
 def _prefix(model: Input) -> str:

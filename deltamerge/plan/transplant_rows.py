@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.formats.quantised.weight import fill_rows
+from deltamerge.formats.quantised.scheme import fill_rows
 from deltamerge.plan.pursuit import Atoms, Blocks, block_of, nearest, pursuit
 from deltamerge.tensors.dtypes import bits_type, torch_dtype, widen
 from deltamerge.tensors.lazy import torch

@@ -26,7 +26,7 @@ from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
-from deltamerge.formats.quantised.scaled import Streamed
+from deltamerge.formats.quantised.scheme import streamed
 from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
@@ -171,8 +171,8 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
     """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
-    if backend == "fused" and isinstance(info.made, Streamed):
-        return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
+    if backend == "fused" and (coded := streamed(info)) is not None:
+        return coded.codes if coded.bits else None
     return info if info.made is None else None
 
 

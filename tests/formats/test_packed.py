@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from deltamerge.engine import kernels
 from deltamerge.engine.fused.assembly import StoredSource
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised import packing
+from deltamerge.formats.quantised import scheme
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.hub import open_model
@@ -57,7 +57,7 @@ def test_values_are_those_of_the_formula(case, tmp_path, monkeypatch):
     assert set(found) == set(packed.values)
     for name, values in packed.values.items():
         np.testing.assert_allclose(found[name], values, rtol=3e-7, atol=1e-7 * np.abs(values).max(), err_msg=name)
-    monkeypatch.setattr(packing, "SLAB", 700)  # a few columns
+    monkeypatch.setattr(scheme, "SLAB", 700)  # a few columns
     straight = read(packed, tmp_path / "straight", pieces=False)
     assert all(straight[name].tobytes() == values.tobytes() for name, values in found.items())
 
@@ -133,9 +133,9 @@ def test_a_large_matrix_is_read_once_panel_by_panel(case, tmp_path, monkeypatch)
     whole, pieces = (np.empty(info.shape, np.float32) for _ in range(2))
     with Reader() as reader:
         reader.read_into(info, 0, whole)
-    monkeypatch.setattr(packing, "SLAB", 1 << 10)
-    monkeypatch.setattr(packing, "BAND", 1)
-    monkeypatch.setattr(packing, "CHUNK", 1)
+    monkeypatch.setattr(scheme, "SLAB", 1 << 10)
+    monkeypatch.setattr(scheme, "BAND", 1)
+    monkeypatch.setattr(scheme, "CHUNK", 1)
     with CountingReader() as reader:
         for at in range(0, whole.size, info.shape[-1]):
             reader.read_into(info, at, pieces.reshape(-1)[at : at + info.shape[-1]])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
-from deltamerge.formats.quantised.scaled import Streamed
+from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
@@ -31,11 +31,11 @@ class StoredSource:
 
     info: TensorInfo
     file: Descriptor | None
-    coded: Streamed | None = None
+    coded: CodedWeight | None = None
 
     @classmethod
     def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
-        coded = info.made if isinstance(info.made, Streamed) and info.made.is_plain and not info.begin else None
+        coded = streamed(info)
         return cls(info, reader.stored(info if coded is None else coded.codes), coded)
 
     @property

@@ -13,8 +13,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.header import Block
-from deltamerge.formats.quantised.packing import kept
-from deltamerge.formats.quantised.weight import Array, Floats, fill_rows
+from deltamerge.formats.quantised.scheme import Array, Floats, fill_rows, kept
 from deltamerge.tensors.tensor import Made, Read, TensorInfo
 
 PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
