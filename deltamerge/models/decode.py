@@ -14,7 +14,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.detect import HINT, SCHEMES, Scheme, keys_of, moved, orphans, reader_of, scheme_of
-from deltamerge.formats.quantised.scheme import Stored
+from deltamerge.formats.quantised.scheme import StoredWeight
 from deltamerge.models.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.tensors.dtypes import CODES, PLAIN
 from deltamerge.tensors.tensor import TensorInfo
@@ -52,7 +52,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         name = weight_of[stored]
         parts = tuple(checkpoint.tensors[part] for part in scheme.weights[name])
         with errors.context(name), errors.context(str(scheme)):
-            made = decoders[name](Stored(name, parts, settings))
+            made = decoders[name](StoredWeight(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
     known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
     plain = {name: tensors[name] for name in scheme.weights}
@@ -73,7 +73,7 @@ def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[Stored], TensorInfo]:
+def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo]:
     """Return the reader of one weight. InputError: none reads it, or config.json names a scheme of other forms."""
     kind = scheme.kinds[weight]
     if not kind and scheme.name in SCHEMES:

@@ -21,8 +21,7 @@ from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.modules import Modules
 from deltamerge.plan.quantise import copied as copied_as
-from deltamerge.plan.quantise import copies, is_matrix, quantising
-from deltamerge.plan.quantised import remarks
+from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary

@@ -1,14 +1,15 @@
-"""Which weights of the output are quantised, in which form, and what its config says of it."""
+"""Which weights of the output are quantised, in which form, and what config and remarks say of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
 from deltamerge.formats.quantised.scheme import Coding, coding_like
 from deltamerge.models.checkpoint import Checkpoint
@@ -16,13 +17,14 @@ from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.tensors.tensor import TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
+SHOWN = 3  # names in a remark
 # Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
 # that see and hear.
 LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
@@ -36,28 +38,28 @@ class Quantising(Protocol):
     """How the output is quantised."""
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
-        """How a weight of the output is stored that would be a tensor of `dtype`; None: as that."""
+        """Return how a weight of the output is stored; None: as a tensor of `dtype`."""
 
     def more(self) -> list[TensorInfo]:
-        """Further tensors of the output, which are copied."""
+        """Return further tensors of the output, which are copied."""
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
-        """The config (without its key about quantisation) of an output whose matrices `plain` are not coded."""
+        """Return the config of an output whose matrices `plain` are not coded; `config` lacks its quantisation key."""
 
     def notes(self) -> list[str]:
-        """What is to be said, once every weight has been asked for."""
+        """Return the notes, once every weight has been asked for."""
 
 
 def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
-    """How a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
+    """Return how a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
     wanted = recipe.output.scheme
     if wanted == "none":
-        return Plainly(inputs.template)
+        return PlainOutput(inputs.template)
     if any(component.folder for component in inputs.template.checkpoint.components):
         message = f"{inputs.template.name} has several components, which are not quantised together"
         raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
     if isinstance(wanted, Quantization):
-        return Afresh(wanted, inputs.template)
+        return NewQuantisation(wanted, inputs.template)
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
@@ -66,7 +68,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
                 raise RecipeError(
                     recipe.source.path, [recipe.problem(("output", "quantization"), message, f"{PLAIN}, or fp8")]
                 )
-            return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
+            return SameQuantisation(model, inputs.template, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"
     raise RecipeError(
@@ -75,7 +77,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
 
 
 @dataclass(frozen=True, slots=True)
-class Plainly:
+class PlainOutput:
     """Every tensor has its plain dtype."""
 
     template: Input
@@ -98,7 +100,7 @@ class Plainly:
 
 
 @dataclass(slots=True)
-class Kept:
+class SameQuantisation:
     """The weights that `model` stores coded are coded as there."""
 
     model: Input
@@ -129,7 +131,7 @@ class Kept:
         return coding
 
     def _name(self, target: Target) -> str | None:
-        """The name in `model` of the weight that is merged into a target, or of what stands in its place there."""
+        """Return the name in `model` of the weight that is merged into a target, or of the one in its place there."""
         reference = self.model.checkpoint.reference
         for model, source in ((target.owner, None), *target.sources):
             if model.checkpoint.reference == reference:
@@ -141,7 +143,7 @@ class Kept:
         return self.kinds.get(numbers_as_stars(target.name))
 
     def more(self) -> list[TensorInfo]:
-        """Scales of keys, values and activations, which belong to no weight, under the template's names.
+        """Return scales of keys, values and activations, which belong to no weight, under the template's names.
 
         InputError: layers are stacked, which they would have to follow.
         """
@@ -166,7 +168,7 @@ class Kept:
 
 
 @dataclass(slots=True)
-class Afresh:
+class NewQuantisation:
     """The weights of linear layers are coded in the scheme that the recipe asks for."""
 
     wanted: Quantization
@@ -207,7 +209,7 @@ class Afresh:
         return given[0], given[1]
 
     def _is_linear(self, target: Target, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
+        """Return whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
         name = target.stored
         if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
             return False
@@ -224,7 +226,7 @@ class Afresh:
         return {**config, KEY: settings}
 
     def _fp8(self, plain: Sequence[str]) -> dict[str, Any]:
-        """As Qwen3-FP8 and DeepSeek-V3 say it."""
+        """Return the settings as Qwen3-FP8 and DeepSeek-V3 state them."""
         return {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
@@ -234,7 +236,7 @@ class Afresh:
         }
 
     def _compressed(self, plain: Sequence[str]) -> dict[str, Any]:
-        """As compressed-tensors says it: 8 bits with activations rounded token by token, 4 bits with plain ones."""
+        """Return compressed-tensors' settings: 8 bits round activations token by token, 4 bits leave them plain."""
         kind = "float" if self.wanted.scheme == "fp8" else "int"
         bits = 4 if self.wanted.scheme == "int4" else 8
         common = {"num_bits": bits, "type": kind, "symmetric": True}
@@ -266,8 +268,34 @@ class Afresh:
         return found
 
 
+def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each quantised model, and one for scales that belong to no weight.
+
+    The line has its scheme, and the dtypes in which it is computed and, by `dtypes` of the output's tensors, written.
+    """
+    for model in inputs.all:
+        scheme = model.checkpoint.quantised
+        if scheme is None:
+            continue
+        if scheme.weights:
+            written = " and ".join(TORCH_NAMES[dtype] for dtype in _written(model, inputs, dtypes))
+            yield f"{model.name}: quantised ({scheme}), read as float32, written as {written}"
+        if scheme.dropped:
+            yield f"{model.name}: left out, scales of a cache or of activations: {some(scheme.dropped, SHOWN)}"
+
+
+def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:
+    """Return the dtypes of the output's tensors that quantised weights of a model become.
+
+    Where layers of a stack have other names, return those of all tensors.
+    """
+    stored = (inputs.template.stored.get(name) for name, info in model.tensors.items() if info.saved_as)
+    found = {dtypes[name] for name in stored if name is not None and name in dtypes}
+    return sorted(found or dtypes.values(), key=list(TORCH_NAMES).index)[: len(found) or 1]
+
+
 def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
-    """The model and name of every weight that some model stores coded."""
+    """Return the model and name of every weight that some model stores coded."""
     models = [model for model in inputs.checkpoints if model.quantised is not None]
     return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
 
@@ -275,7 +303,7 @@ def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
 def copied(
     root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
 ) -> Coding | None:
-    """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
+    """Return the coding whose tensors are copied if `root` reads a weight stored in that form already, else None."""
     if root.kind != "read" or root.parameter("tensor") not in known:
         return None
     model, name = known[root.parameter("tensor")]
@@ -289,7 +317,7 @@ def copied(
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a plain tensor is named among those that a quantised model leaves plain."""
+    """Return whether a plain tensor is named among those that a quantised model leaves plain."""
     return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
 
 
@@ -299,13 +327,13 @@ def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
 
 
 def _prefix(model: Input) -> str:
-    """What a model's stored names begin with before their canonical ones."""
+    """Return the prefix of a model's stored names before their canonical ones."""
     canonical, stored = next(iter(model.stored.items()))
     return stored.removesuffix(canonical)
 
 
 def _module(name: str) -> str:
-    """The module of a weight: of fused experts, all of them."""
+    """Return the module of a weight: of fused experts, all of them."""
     return name.rpartition(".")[0]
 
 

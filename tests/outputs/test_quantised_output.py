@@ -26,7 +26,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.formats import safetensors_writer as writer
 from deltamerge.formats.quantised import scheme as codings
 from deltamerge.formats.quantised import writer as coded_writer
-from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Choice, Integers, _coded, coded
+from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers, ScaleChoice, _coded, coded
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.plan.quantise import _renumbered
@@ -251,7 +251,7 @@ def test_kernels_make_the_codes_that_numpy_makes(level):
                 scales = np.abs(blocks).max(axis=(1, 3)) / numbers.largest * rng.uniform(0.4, 1.1, shape[::2]) + 1e-30
                 whole = isinstance(numbers, Integers)
                 for zeros in (None, rng.integers(0, 8, shape[::2]).astype(numbers.dtype) if whole else None):
-                    choice = Choice(scales.astype(np.float32), scales, zeros)
+                    choice = ScaleChoice(scales.astype(np.float32), scales, zeros)
                     found, expected = coded(blocks, numbers, choice), _coded(blocks, numbers, choice)
                     assert np.array_equal(found.codes, expected.codes), (numbers, shape)
                     np.testing.assert_allclose(found.lost, expected.lost, rtol=1e-12)

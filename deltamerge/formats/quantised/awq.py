@@ -21,7 +21,7 @@ from deltamerge.formats.quantised.scheme import (
     Coding,
     Floats,
     Shape,
-    Stored,
+    StoredWeight,
     as_one,
     columns_of,
     expect,
@@ -79,7 +79,7 @@ class Awq(TurnedWords):
         return pack_words(placed.reshape(zeros.shape), BITS)
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight (outputs, inputs) of an AWQ layer. InputError: a version, width or shape that is not AWQ's."""
     settings = stored.settings
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()

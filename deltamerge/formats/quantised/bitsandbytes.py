@@ -18,19 +18,19 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import parse_json
-from deltamerge.formats.quantised.codes import Choice, Integers, Table, best, flat_of, float32, scales_in
+from deltamerge.formats.quantised.codes import Integers, ScaleChoice, Table, best, flat_of, float32, scales_in
 from deltamerge.formats.quantised.detect import MOST_STATE
 from deltamerge.formats.quantised.grid import Tabled, check_zeros
 from deltamerge.formats.quantised.scheme import (
     AGAIN,
     CHUNK,
     Array,
-    Coded,
+    CodedParts,
     CodedWeight,
     Coding,
     Floats,
     Shape,
-    Stored,
+    StoredWeight,
     as_one,
     bits,
     by_rows,
@@ -102,7 +102,7 @@ class TableCoder:
 
     like: FourBits
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         like = self.like
         numbers = Table(tuple(like.table_of(read).tolist()))
         flat, block = values.reshape(-1), like.group
@@ -123,7 +123,7 @@ class TableCoder:
             codes[top : top + len(part)] = found
             lost += float(np.einsum("ab,ab->", back, back, dtype=np.float64, casting="safe"))
         line = codes.reshape(-1)[: len(flat) + len(flat) % 2]
-        return Coded((line[0::2] << np.uint8(4) | line[1::2], *arrays), lost)
+        return CodedParts((line[0::2] << np.uint8(4) | line[1::2], *arrays), lost)
 
 
 def _parts(flat: Floats, block: int) -> Iterator[tuple[int, Floats]]:
@@ -176,20 +176,20 @@ class Int8Rows(CodedWeight):
 class Int8RowCoder:
     """Writes codes times the greatest magnitude of their row / 127."""
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         most = np.abs(values).max(axis=1)
         scales = np.where(most > 0, most, np.float32(1)) * PER_127
-        found = best(values[:, None, None, :], Integers(), [Choice(scales[:, None], most[:, None])])
-        return Coded((flat_of(found.codes), float32(most)), float(found.lost.sum()))
+        found = best(values[:, None, None, :], Integers(), [ScaleChoice(scales[:, None], most[:, None])])
+        return CodedParts((flat_of(found.codes), float32(most)), float(found.lost.sum()))
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that bitsandbytes stores. InputError: a format or shape that is not bitsandbytes'."""
     scales = stored.part(".SCB")
     return _read_int8(stored, scales) if scales is not None else _read_four_bits(stored)
 
 
-def _read_int8(stored: Stored, scales: TensorInfo) -> TensorInfo:
+def _read_int8(stored: StoredWeight, scales: TensorInfo) -> TensorInfo:
     codes, layout = stored.codes, stored.part("weight_format")
     if len(codes.shape) != 2 or codes.dtype != "I8":
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of I8")
@@ -202,7 +202,7 @@ def _read_int8(stored: Stored, scales: TensorInfo) -> TensorInfo:
     return weight(stored, codes.shape, Int8Rows(codes, scales))
 
 
-def _read_four_bits(stored: Stored) -> TensorInfo:
+def _read_four_bits(stored: StoredWeight) -> TensorInfo:
     state = stored.part(f"{STATE}nf4", f"{STATE}fp4")
     if state is None:
         raise InputError(f"its {STATE}… is missing", hint=AGAIN)
@@ -227,7 +227,7 @@ def _read_four_bits(stored: Stored) -> TensorInfo:
     return weight(stored, tuple(shape), FourBits(codes, scales, table, shape[-1], block, nested))
 
 
-def _read_nested(stored: Stored, said: Mapping[str, Any], blocks: int) -> NestedScales:
+def _read_nested(stored: StoredWeight, said: Mapping[str, Any], blocks: int) -> NestedScales:
     block, offset = said.get("nested_blocksize"), said.get("nested_offset")
     if type(block) is not int or block < 1 or not isinstance(offset, float | int) or not math.isfinite(offset):
         raise InputError(f"its nested_blocksize is {str(block)[:40]}, its nested_offset {str(offset)[:40]}")

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from deltamerge.engine import kernels
-from deltamerge.formats.quantised.scheme import CHUNK, EXPONENTS, Array, Coded, Coder, Floats
+from deltamerge.formats.quantised.scheme import CHUNK, EXPONENTS, Array, CodedParts, Coder, Floats
 from deltamerge.tensors.dtypes import narrow, widen
 from deltamerge.tensors.tensor import Read
 
@@ -272,7 +272,7 @@ def pack_words(codes: Array, bits: int) -> Array:
 # Blocks rounded to codes.
 
 
-class Choice(NamedTuple):
+class ScaleChoice(NamedTuple):
     """Scales to try for blocks.
 
     scales   (a, b), by which blocks are divided
@@ -287,6 +287,10 @@ class Choice(NamedTuple):
     bias: tuple[Floats, Array] | None = None
 
 
+Choices = Callable[[Floats], Iterator[ScaleChoice]]
+"""Proposes scales for blocks (a, m, b, n)."""
+
+
 class CodedBlocks(NamedTuple):
     """Codes (a, m, b, n), scales, zeros and biases as stored (a, b), and Σ (x − stored)² of each block."""
 
@@ -297,7 +301,7 @@ class CodedBlocks(NamedTuple):
     lost: Array
 
 
-def best(blocks: Floats, numbers: Numbers, choices: Iterable[Choice]) -> CodedBlocks:
+def best(blocks: Floats, numbers: Numbers, choices: Iterable[ScaleChoice]) -> CodedBlocks:
     """Return blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals."""
     found: CodedBlocks | None = None
     for choice in choices:
@@ -310,7 +314,7 @@ def best(blocks: Floats, numbers: Numbers, choices: Iterable[Choice]) -> CodedBl
     return found
 
 
-def coded(blocks: Floats, numbers: Numbers, choice: Choice) -> CodedBlocks:
+def coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks:
     """Return blocks (a, m, b, n) coded: code = round((x − bias) / scale) + zero; by the kernels, else by numpy."""
     form = numbers.form if choice.bias is None else None
     native = kernels.native()
@@ -322,7 +326,7 @@ def coded(blocks: Floats, numbers: Numbers, choice: Choice) -> CodedBlocks:
     return _coded(blocks, numbers, choice)
 
 
-def _coded(blocks: Floats, numbers: Numbers, choice: Choice) -> CodedBlocks:
+def _coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks:
     over = choice.scales[:, None, :, None]
     bias = None if choice.bias is None else choice.bias[0][:, None, :, None]
     quotient = blocks / over if bias is None else (blocks - bias) / over
@@ -363,9 +367,7 @@ class CodedMatrix(NamedTuple):
     lost: float
 
 
-def code_grid(
-    values: Floats, numbers: Numbers, block: tuple[int, int], choices: Callable[[Floats], Iterator[Choice]]
-) -> CodedMatrix:
+def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices) -> CodedMatrix:
     """Return a matrix coded with a scale for each block of (rows, columns), cut at the edges.
 
     `choices` proposes scales for blocks (a, m, b, n); the best is taken. Of a block too large for the cache the first
@@ -393,7 +395,7 @@ def code_grid(
     return CodedMatrix(codes, scales, zeros, biases, lost)
 
 
-def _wide(block: Floats, into: Array, numbers: Numbers, choices: Callable[[Floats], Iterator[Choice]]) -> CodedBlocks:
+def _wide(block: Floats, into: Array, numbers: Numbers, choices: Choices) -> CodedBlocks:
     """Code one block, too large for the cache, a few rows at a time."""
     choice = next(choices(np.array([block.min(), block.max()], np.float32).reshape(1, 1, 1, 2)))
     lost = np.zeros((1, 1))
@@ -428,7 +430,7 @@ class BlockCoder:
     packing: Packing = "bytes"
     least_zero: int | None = None
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         made = self.matrix(values)
         arrays = [packed(made.codes, self.numbers, self.packing), made.scales]
         if made.zeros is not None:
@@ -436,13 +438,13 @@ class BlockCoder:
             if self.zeros == "words":
                 stored = np.ascontiguousarray(packed(np.ascontiguousarray(stored.T), self.numbers, "words").T)
             arrays.append(stored)
-        return Coded(tuple(arrays), made.lost)
+        return CodedParts(tuple(arrays), made.lost)
 
     def matrix(self, values: Floats) -> CodedMatrix:
         """Return a matrix coded, codes not yet packed."""
         return code_grid(values, self.numbers, self.block, self._choices)
 
-    def _choices(self, blocks: Floats) -> Iterator[Choice]:
+    def _choices(self, blocks: Floats) -> Iterator[ScaleChoice]:
         """Yield scales for blocks, by their extremes."""
         low, high = extremes(blocks)
         shares = shares_of(self.numbers) if self.search else (1.0,)
@@ -454,17 +456,17 @@ class BlockCoder:
                 stored, scales = scales_in(float32((high - low) * np.float32(share) / steps), self.scale)
                 first = least if self.least_zero is None else np.float32(self.least_zero)
                 zeros = np.clip(np.rint(least - low * np.float32(share) / scales), first, self.numbers.largest)
-                yield Choice(scales, stored, zeros.astype(self.numbers.dtype))
+                yield ScaleChoice(scales, stored, zeros.astype(self.numbers.dtype))
             return
         most = float32(np.maximum(high, -low) / np.float32(self.numbers.largest))
         if self.scale in EXPONENTS:
             for down in (False, True)[: 1 + self.search]:
                 stored, scales = scales_in(most, self.scale, down=down)
-                yield Choice(scales, stored)
+                yield ScaleChoice(scales, stored)
             return
         for share in shares:
             stored, scales = scales_in(float32(most * np.float32(share)), self.scale)
-            yield Choice(scales, stored)
+            yield ScaleChoice(scales, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +475,7 @@ class ColumnCoder:
 
     coder: Coder
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         return self.coder.encode(np.ascontiguousarray(values.T), read)
 
 

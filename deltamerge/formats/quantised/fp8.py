@@ -13,13 +13,13 @@ from deltamerge.errors import InputError
 from deltamerge.formats.quantised.codes import E4M3, BlockCoder
 from deltamerge.formats.quantised.grid import Block, channels, scaled_by
 from deltamerge.formats.quantised.packed import of_groups, one_by_one
-from deltamerge.formats.quantised.scheme import AGAIN, Coding, Shape, Stored, StoredPart, unit_rows
+from deltamerge.formats.quantised.scheme import AGAIN, Coding, Shape, StoredPart, StoredWeight, unit_rows
 from deltamerge.tensors.tensor import TensorInfo
 
 ORIGINALS = f"{AGAIN}, or merge the originals that are not quantised"
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that float8 codes and their scales store.
 
     InputError: codes of another dtype, no scales, or scales that do not fit.

@@ -23,13 +23,13 @@ from deltamerge.formats.quantised.scheme import (
     TURNED_ACROSS,
     TURNED_ALONG,
     Array,
-    Coded,
+    CodedParts,
     CodedWeight,
     CodeForm,
     Coding,
     Floats,
     Shape,
-    Stored,
+    StoredWeight,
     TurnedRows,
     as_one,
     bits,
@@ -208,7 +208,7 @@ class TurnedCoder:
     like: TurnedWords
     sym: bool
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         like, middle = self.like, 1 << self.like.width - 1
         order = like.places(read)
         sizes = np.bincount(order, minlength=like.scales.shape[0])
@@ -237,7 +237,7 @@ class TurnedCoder:
             if made.zeros is not None:
                 zeros[:, top:bottom] = made.zeros.T.view(np.uint8)
             lost += made.lost
-        return Coded((codes, scales, like.pack_zeros(zeros)), lost)
+        return CodedParts((codes, scales, like.pack_zeros(zeros)), lost)
 
 
 def word_bytes(words: Array) -> Array:
@@ -245,7 +245,7 @@ def word_bytes(words: Array) -> Array:
     return np.ascontiguousarray(words, "<u4").view(np.uint8)
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight (outputs, inputs) of a GPTQ layer. InputError: a format, width or shape that is not GPTQ's."""
     settings = stored.settings
     said = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")

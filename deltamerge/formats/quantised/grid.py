@@ -45,8 +45,8 @@ from deltamerge.formats.quantised.scheme import (
     Coding,
     Floats,
     Shape,
-    Stored,
     StoredPart,
+    StoredWeight,
     bits,
     bytes_of,
     damaged,
@@ -64,7 +64,7 @@ FLOATS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 Block = tuple[int, int]
 
 
-class Grid(NamedTuple):
+class ScaleGrid(NamedTuple):
     """`height` rows of each matrix of a weight, in blocks of `m` rows and `n` columns: `down` × `across` blocks."""
 
     height: int
@@ -83,7 +83,7 @@ class Grid(NamedTuple):
         return values if self.across == 1 else np.repeat(values, self.n, axis=-1)[..., :columns]
 
 
-def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool = False) -> Grid:
+def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool = False) -> ScaleGrid:
     """Return the grid of a weight of `shape` whose scales have the shape `scales`.
 
     `said` is the block that config.json states; one scale for all of the weight needs none. Without it the shapes tell:
@@ -93,7 +93,7 @@ def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool 
     """
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     if math.prod(scales) == 1:
-        return Grid(max(1, rows), max(1, rows), max(1, columns), 1, 1)
+        return ScaleGrid(max(1, rows), max(1, rows), max(1, columns), 1, 1)
     stack, height = shape[:-2], shape[-2] if len(shape) > 1 else 1
     if stack and scales == stack:
         scales = (*scales, 1, 1)
@@ -103,7 +103,7 @@ def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool 
         m, n = said or (0, 0)
         high, wide = _side(height, scales[-2], m, whole), _side(columns, scales[-1], n, whole)
         if high and wide:
-            return Grid(height, high, wide, scales[-2], scales[-1])
+            return ScaleGrid(height, high, wide, scales[-2], scales[-1])
     expected = ""
     if said and len(shape) > 1:
         expected = (
@@ -129,7 +129,7 @@ class Scales:
     """The scales of a weight, stored in `info`, on a grid."""
 
     info: TensorInfo
-    grid: Grid
+    grid: ScaleGrid
 
     def read(self, read: Read, first: int, last: int) -> Floats:
         """Return rows [first, last) of the grid in float32, as they are stored and not yet checked."""
@@ -160,7 +160,7 @@ def check_dtype(info: TensorInfo) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Zeros:
+class ZeroPoints:
     """The zeros of a weight on the grid of its scales, in `info`.
 
     packed   unsigned integers of `width` bits, packed down the columns of (rows, across); else numbers as they are
@@ -199,7 +199,7 @@ class Scaled(CodedWeight):
     form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed"]
     width: int = 8
     dense: bool = True
-    zeros: Zeros | None = None
+    zeros: ZeroPoints | None = None
     order: TensorInfo | None = None
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
@@ -314,7 +314,7 @@ class Scaled(CodedWeight):
         return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
 
 
-def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> TensorInfo:
+def scaled_by(stored: StoredWeight, block: Block | None, *, whole: bool = False) -> TensorInfo:
     """Return the weight of codes that are stored one by one. InputError: scales, zeros or an order do not fit."""
     codes, scales = stored.codes, stored.need("_scale_inv", "_scale", ".scale")
     check_dtype(scales)
@@ -328,13 +328,13 @@ def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> Te
         columns,
         Scales(scales, laid),
         codes.dtype,  # type: ignore[arg-type]  # one of its forms
-        zeros=None if zeros is None else Zeros(zeros),
+        zeros=None if zeros is None else ZeroPoints(zeros),
         order=order_of(stored, columns),
     )
     return weight(stored, codes.shape, made)
 
 
-def order_of(stored: Stored, columns: int) -> TensorInfo | None:
+def order_of(stored: StoredWeight, columns: int) -> TensorInfo | None:
     """Return the tensor that says which group each column is in. InputError: it does not fit."""
     order = stored.part("weight_g_idx")
     if order is not None and (order.dtype not in ("I32", "U32") or order.shape != (columns,)):
@@ -403,7 +403,7 @@ class Tabled(CodedWeight):
             return None
         rows = math.prod(self.scales.shape) // groups
         form = CodeForm(PAIRS + self.swapped, 4, self.columns, self.columns // 2)
-        laid = Grid(rows, 1, self.group, rows, groups)
+        laid = ScaleGrid(rows, 1, self.group, rows, groups)
         return CodedRows(form, laid, np.ascontiguousarray(scales, np.float32), None, top, self.table_of(read))
 
     def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:

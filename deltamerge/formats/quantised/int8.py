@@ -9,11 +9,11 @@ from __future__ import annotations
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.grid import channels
 from deltamerge.formats.quantised.packed import GroupSettings, of_groups, one_by_one
-from deltamerge.formats.quantised.scheme import OR_QUANTISE, Coding, Shape, Stored
+from deltamerge.formats.quantised.scheme import OR_QUANTISE, Coding, Shape, StoredWeight
 from deltamerge.tensors.tensor import TensorInfo
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that codes of a byte store. InputError: another dtype, or companions that do not fit."""
 
     def one(group: GroupSettings) -> TensorInfo:

@@ -20,8 +20,8 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.codes import (
     WORD,
-    Choice,
     Integers,
+    ScaleChoice,
     code_grid,
     extremes,
     float32,
@@ -34,12 +34,12 @@ from deltamerge.formats.quantised.grid import Scaled, Scales, grid
 from deltamerge.formats.quantised.mxfp4 import Mxfp4
 from deltamerge.formats.quantised.nvfp4 import Nvfp4
 from deltamerge.formats.quantised.scheme import (
-    Coded,
+    CodedParts,
     CodedWeight,
     Coding,
     Floats,
     Shape,
-    Stored,
+    StoredWeight,
     by_rows,
     expect,
     fill_rows,
@@ -92,13 +92,13 @@ class AffineCoder:
     group: int
     scale: str
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         numbers = Integers(self.width, signed=False)
         made = code_grid(values, numbers, (1, self.group), self._choices)
         assert made.biases is not None
-        return Coded((packed(made.codes, numbers, "words"), made.scales, made.biases), made.lost)
+        return CodedParts((packed(made.codes, numbers, "words"), made.scales, made.biases), made.lost)
 
-    def _choices(self, blocks: Floats) -> Iterator[Choice]:
+    def _choices(self, blocks: Floats) -> Iterator[ScaleChoice]:
         low, high = extremes(blocks)
         steps = np.float32(2**self.width - 1)
         for share in shares_of(Integers(self.width)) if self.width < 8 else (1.0,):
@@ -106,10 +106,10 @@ class AffineCoder:
             span = high - low
             stored, scales = scales_in(float32(span * np.float32(share) / steps), self.scale)
             bias = narrow(np.ascontiguousarray(float32(low + span * cut)), self.scale)
-            yield Choice(scales, stored, None, (float32(widen(bias, self.scale)), bias))
+            yield ScaleChoice(scales, stored, None, (float32(widen(bias, self.scale)), bias))
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that MLX stores. InputError: settings that MLX does not have, or shapes they do not give."""
     codes, settings = stored.codes, layer_settings(stored.settings, stored.name)
     mode = settings.get("mode", "affine")

@@ -27,7 +27,7 @@ from deltamerge.formats.quantised.scheme import (
     Coding,
     Floats,
     Shape,
-    Stored,
+    StoredWeight,
     TurnedRows,
     as_one,
     bits,
@@ -130,7 +130,7 @@ def _coder(group: int) -> BlockCoder:
     return BlockCoder(E2M1, (1, group), "U8", search=True, packing="nibbles")
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the experts that gpt-oss's `_blocks` and `_scales` store. InputError: another dtype or shape."""
     blocks, scales = stored.codes, stored.need("_scales")
     if len(blocks.shape) != 4 or blocks.dtype != "U8" or blocks.shape[-1] != GROUP // 2:
@@ -140,7 +140,7 @@ def read(stored: Stored) -> TensorInfo:
     return weight(stored, (count, groups * GROUP, rows), Mxfp4Experts(blocks, scales))
 
 
-def read_rows(stored: Stored, columns: int) -> TensorInfo:
+def read_rows(stored: StoredWeight, columns: int) -> TensorInfo:
     """Return the weight that compressed-tensors stores. InputError: scales of another shape."""
     codes, scales = stored.codes, stored.need("weight_scale")
     expect(scales, (*codes.shape[:-1], whole(columns, GROUP, "groups")), EXPONENTS)

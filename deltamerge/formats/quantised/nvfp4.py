@@ -20,7 +20,7 @@ from deltamerge.formats.quantised.codes import (
     E2M1,
     E4M3,
     SHARES,
-    Choice,
+    ScaleChoice,
     code_grid,
     extremes,
     float32,
@@ -31,12 +31,12 @@ from deltamerge.formats.quantised.codes import (
 from deltamerge.formats.quantised.grid import Tabled
 from deltamerge.formats.quantised.scheme import (
     EXPONENTS,
-    Coded,
+    CodedParts,
     Coding,
     Floats,
     Shape,
-    Stored,
     StoredPart,
+    StoredWeight,
     bits,
     by_rows,
     damaged,
@@ -98,7 +98,7 @@ class Nvfp4Coder:
     group: int
     apply: Literal["times", "over", "single"]
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         most = np.float32(max(float(values.max()), -float(values.min())))
         factor = np.float32(1)
         if self.apply != "single" and most > 0:
@@ -106,19 +106,19 @@ class Nvfp4Coder:
             factor = factor if np.isfinite(factor) and factor > 0 else np.float32(1)
         made = code_grid(values, E2M1, (1, self.group), lambda blocks: self._choices(blocks, factor))
         single = () if self.apply == "single" else (np.full(1, factor, np.float32),)
-        return Coded((packed(made.codes, E2M1, "nibbles"), made.scales, *single), made.lost)
+        return CodedParts((packed(made.codes, E2M1, "nibbles"), made.scales, *single), made.lost)
 
-    def _choices(self, blocks: Floats, factor: np.float32) -> Iterator[Choice]:
+    def _choices(self, blocks: Floats, factor: np.float32) -> Iterator[ScaleChoice]:
         low, high = extremes(blocks)
         most = np.maximum(high, -low) / np.float32(E2M1.largest)
         exact = most * factor if self.apply == "over" else most / factor
         for share in SHARES:
             stored = np.maximum(E4M3.codes(float32(exact * np.float32(share))), np.uint8(1))
             scales = E4M3.values(stored)
-            yield Choice(scales / factor if self.apply == "over" else scales * factor, stored)
+            yield ScaleChoice(scales / factor if self.apply == "over" else scales * factor, stored)
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that modelopt or compressed-tensors stores in four-bit floats, MXFP4 among them.
 
     InputError: codes, scales or a global scale of another dtype or shape, or a zero point.

@@ -22,10 +22,10 @@ from deltamerge.formats.quantised.codes import BlockCoder, Integers, words_of
 from deltamerge.formats.quantised.detect import HINT
 from deltamerge.formats.quantised.grid import (
     Block,
-    Grid,
     Scaled,
+    ScaleGrid,
     Scales,
-    Zeros,
+    ZeroPoints,
     check_dtype,
     grid,
     order_of,
@@ -37,8 +37,8 @@ from deltamerge.formats.quantised.scheme import (
     OR_QUANTISE,
     Coding,
     Shape,
-    Stored,
     StoredPart,
+    StoredWeight,
     unit_rows,
     weight,
 )
@@ -56,7 +56,7 @@ FORMATS = frozenset({
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
-def read(stored: Stored) -> TensorInfo:
+def read(stored: StoredWeight) -> TensorInfo:
     """Return the weight that packed codes, scales, zeros and an order of columns store.
 
     InputError: codes that the library does not write so, or companions whose shapes and dtypes do not fit.
@@ -72,7 +72,7 @@ def read(stored: Stored) -> TensorInfo:
     return of_groups(stored, one)
 
 
-def _of_group(stored: Stored, shape: Shape | None, group: GroupSettings) -> TensorInfo:
+def _of_group(stored: StoredWeight, shape: Shape | None, group: GroupSettings) -> TensorInfo:
     """Return the weight as a group would pack it. InputError: it would not be packed so."""
     codes, scales = stored.codes, stored.need("weight_scale")
     check_dtype(scales)
@@ -105,21 +105,23 @@ def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
     raise InputError(f"its rows have {words} words, which {said} do not take", hint=OR_QUANTISE)
 
 
-def _zeros(zeros: TensorInfo | None, scales: TensorInfo, laid: Grid, shape: Shape, width: int) -> Zeros | None:
+def _zeros(
+    zeros: TensorInfo | None, scales: TensorInfo, laid: ScaleGrid, shape: Shape, width: int
+) -> ZeroPoints | None:
     """Return the zeros of packed codes: packed too, down their columns, or one by one."""
     if zeros is None:
         return None
     if zeros.dtype == "I8" and zeros.shape == scales.shape:
-        return Zeros(zeros)
+        return ZeroPoints(zeros)
     rows = laid.down
     for dense in (True, False):
         expected = (words_of(rows, width, dense), laid.across)
         if zeros.dtype in ("I32", "U32") and len(shape) == 2 and zeros.shape == expected:
-            return Zeros(zeros, width, packed=True, dense=dense)
+            return ZeroPoints(zeros, width, packed=True, dense=dense)
     raise unfit(zeros, f"{list(scales.shape)}, or packed {[words_of(rows, width, True), laid.across]}")
 
 
-def _shape(stored: Stored) -> Shape | None:
+def _shape(stored: StoredWeight) -> Shape | None:
     """Return the shape that `weight_shape` states; None where there is none, or of the hub only headers are there.
 
     A row's last word may be filled in part: the words alone do not tell how many columns there are.
@@ -173,13 +175,13 @@ class GroupSettings:
     asymmetric: bool = False
 
 
-def one_by_one(stored: Stored, group: GroupSettings) -> TensorInfo:
+def one_by_one(stored: StoredWeight, group: GroupSettings) -> TensorInfo:
     """Return the weight of a group whose codes are stored one by one."""
     _zeros_of(stored, group)
     return scaled_by(stored, group.block, whole=group.whole)
 
 
-def of_groups(stored: Stored, make: Callable[[GroupSettings], TensorInfo]) -> TensorInfo:
+def of_groups(stored: StoredWeight, make: Callable[[GroupSettings], TensorInfo]) -> TensorInfo:
     """Return the weight that `make` reads as the first group that fits.
 
     InputError: an unknown format, no group fits, or groups that do and differ in it.
@@ -201,12 +203,12 @@ def of_groups(stored: Stored, make: Callable[[GroupSettings], TensorInfo]) -> Te
     return made[0]
 
 
-def _zeros_of(stored: Stored, group: GroupSettings) -> TensorInfo | None:
+def _zeros_of(stored: StoredWeight, group: GroupSettings) -> TensorInfo | None:
     """Return the zeros that lie beside the codes. InputError: none do, and config.json says that there are."""
     return stored.need("weight_zero_point") if group.asymmetric else stored.part("weight_zero_point")
 
 
-def _groups(stored: Stored) -> Iterator[GroupSettings]:
+def _groups(stored: StoredWeight) -> Iterator[GroupSettings]:
     """Yield the groups that a weight may be of: those whose targets name it, else those of classes, else all."""
     groups = stored.settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

@@ -40,7 +40,7 @@ PANEL = 64  # columns that a slab has a multiple of: whole groups of MXFP4 at le
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredWeight:
     """The input of a scheme's `read`.
 
     name       the weight's plain name
@@ -109,7 +109,7 @@ def streamed(info: TensorInfo) -> CodedWeight | None:
     return made if isinstance(made, CodedWeight) and made.is_plain and not info.begin else None
 
 
-def weight(stored: Stored, shape: Shape, made: CodedWeight) -> TensorInfo:
+def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
     """Return the float32 tensor of `shape` that `made` computes from the stored parts."""
     return TensorInfo(stored.name, "F32", shape, stored.codes.path, 0, 4 * math.prod(shape), made)
 
@@ -117,7 +117,7 @@ def weight(stored: Stored, shape: Shape, made: CodedWeight) -> TensorInfo:
 # Weights as they are written.
 
 
-class Coded(NamedTuple):
+class CodedParts(NamedTuple):
     """Rows as they are stored: a contiguous array for each stored tensor, codes first, and Σ (x − stored)²."""
 
     arrays: tuple[Array, ...]
@@ -127,7 +127,7 @@ class Coded(NamedTuple):
 class Coder(Protocol):
     """Codes rows of a weight. Implementations are plain data."""
 
-    def encode(self, values: Floats, read: Read) -> Coded:
+    def encode(self, values: Floats, read: Read) -> CodedParts:
         """Return finite `values` (rows, columns) as they are stored."""
 
 
