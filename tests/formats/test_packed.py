@@ -23,12 +23,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from deltamerge.engine import kernels
 from deltamerge.engine.fused.assembly import StoredSource
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised import scheme
+from deltamerge.formats.quantised import detect, scheme
+from deltamerge.formats.quantised.detect import FORMATS, reader_of
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.hub import open_model
 from deltamerge.run.hashes import hashed_as_read
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 
 def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.ndarray]:
@@ -115,6 +117,17 @@ def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
         assert source.coded is not None
         assert source.bits == 4
         assert hashed_as_read(info, "fused") is info.made.codes
+
+
+def test_every_form_has_a_file_that_reads_it():
+    codes = TensorInfo("a.weight_packed", "U8", (1,), Path("x"), 0, 1)
+    for kind, form in FORMATS.items():
+        for named in (kind, *form.schemes):
+            assert callable(reader_of(kind, named, codes)), kind
+        assert reader_of(kind, "another", codes) is None
+    assert reader_of("hqq", "hqq", codes) is None
+    files = {path.stem for path in Path(detect.__file__).parent.glob("*.py") if "\ndef read(" in path.read_text()}
+    assert files == {form.module for form in FORMATS.values()} | {"int8"}
 
 
 class CountingReader(Reader):

@@ -35,7 +35,6 @@ from deltamerge.formats.quantised.scheme import (
     bits,
     by_rows,
     expect,
-    fill_rows,
     floats,
     row_bytes,
     weight,
@@ -156,17 +155,14 @@ class Int8Rows(CodedWeight):
 
     codes: TensorInfo
     scales: TensorInfo
+    columns: int
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.codes.shape[1], start, out, lambda top, bottom: self._rows(read, top, bottom))
-
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
-        values = row_bytes(read, self.codes, top, bottom).view(np.int8).astype(np.float32)
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
+        out[:] = row_bytes(read, self.codes, top, bottom).view(np.int8)
         scales = floats(read, self.scales, top, bottom - top)
-        check_zeros(scales, values, self.scales)
-        values *= scales[:, None]
-        values *= PER_127
-        return values
+        check_zeros(scales, out, self.scales)
+        out *= scales[:, None]
+        out *= PER_127
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         return by_rows(shape, Int8RowCoder(), self.codes, self.scales)
@@ -199,7 +195,7 @@ def _read_int8(stored: StoredWeight, scales: TensorInfo) -> TensorInfo:
             code = int(bits(reader, expect(layout, (), {"U8"}), 0, 1)[0])
         if code:
             raise InputError(f"its weight_format is {code}, must be 0 (rows)")
-    return weight(stored, codes.shape, Int8Rows(codes, scales))
+    return weight(stored, codes.shape, Int8Rows(codes, scales, codes.shape[1]))
 
 
 def _read_four_bits(stored: StoredWeight) -> TensorInfo:

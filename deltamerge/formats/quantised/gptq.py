@@ -24,13 +24,13 @@ from deltamerge.formats.quantised.scheme import (
     TURNED_ALONG,
     Array,
     CodedParts,
+    CodedRows,
     CodedWeight,
     CodeForm,
     Coding,
     Floats,
     Shape,
     StoredWeight,
-    TurnedRows,
     as_one,
     bits,
     columns_of,
@@ -99,7 +99,7 @@ class TurnedWords(CodedWeight):
     def is_plain(self) -> bool:
         return True
 
-    def part(self, read: Read, start: int, stop: int) -> TurnedRows:
+    def part(self, read: Read, start: int, stop: int) -> CodedRows:
         return self._outputs(read, start // self.inputs, -(-stop // self.inputs))
 
     def places(self, read: Read) -> Array:
@@ -107,14 +107,16 @@ class TurnedWords(CodedWeight):
         groups = self.groups(read)
         return np.arange(self.inputs) // self.group if groups is None else groups
 
-    def _outputs(self, read: Read, top: int, bottom: int) -> TurnedRows:
+    def _outputs(self, read: Read, top: int, bottom: int) -> CodedRows:
         rows, width = self.codes.shape
         words, begin = held_columns(read, self.codes, rows, width, top // self.across, -(-bottom // self.across))
         number = TURNED_ALONG if self.across == 1 else TURNED_ACROSS
         form = CodeForm(number, self.width, self.inputs, words.shape[1])
         scales, zeros = self._scales(read, top, bottom), self.zeros_at(read, top, bottom)
         groups = np.ascontiguousarray(self.places(read), np.int32)
-        return TurnedRows(form, words, scales, top - begin * self.across, zeros, groups)
+        blocks = (0, 0, 0, 0, self.scales.shape[0])
+        line = top - begin * self.across
+        return CodedRows(form, scales, line, blocks, zeros, stored=words, groups=groups)
 
     def _scales(self, read: Read, top: int, bottom: int) -> Floats:
         """Return the scales of outputs [top, bottom), of shape (outputs, groups)."""

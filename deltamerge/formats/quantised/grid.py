@@ -50,8 +50,6 @@ from deltamerge.formats.quantised.scheme import (
     bits,
     bytes_of,
     damaged,
-    fill_rows,
-    put_rows,
     row_bytes,
     unit_rows,
     weight,
@@ -202,10 +200,6 @@ class Scaled(CodedWeight):
     zeros: ZeroPoints | None = None
     order: TensorInfo | None = None
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        if self.columns:
-            fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
-
     @property
     def is_plain(self) -> bool:
         return bool(self.columns) and self.order is None and (self.dense or WORD % self.width == 0)
@@ -228,10 +222,9 @@ class Scaled(CodedWeight):
             return None
         zeros = None if self.zeros is None else self.zeros.read(read, first, last, self.scales.grid.across)
         form = CodeForm(FORMS.get(self.form, PACKED), self.width, self.columns, self._stride)
-        return CodedRows(form, self.scales.grid, self.scales.checked(scales, first), zeros, first)
+        return CodedRows(form, self.scales.checked(scales, first), first, self.scales.grid, zeros)
 
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
-        """Return rows [top, bottom) of the weight."""
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
         grid = self.scales.grid
         blocks = grid.rows_of(top, bottom)
         first, last = int(blocks[0]), int(blocks[-1]) + 1
@@ -247,15 +240,13 @@ class Scaled(CodedWeight):
             values = self._numbers(codes)
             if zeros is not None:
                 values -= self._spread(zeros, order)[blocks - first]
-            values *= self._spread(scales, order)[blocks - first]
-            return values
-        out = np.empty((bottom - top, self.columns), np.float32)
+            np.multiply(values, self._spread(scales, order)[blocks - first], out=out)
+            return
         form = FORMS.get(self.form, PACKED)
         shift = np.zeros(0, np.float32) if zeros is None else zeros
         native.scaled(
             codes, scales, shift, blocks - first, out, form, self.width, self.columns, codes.strides[0], grid.n
         )
-        return out
 
     def _numbers(self, codes: Array) -> Floats:
         """Return the codes of whole rows as numbers: of packed ones, as if their zero were mid-range."""
@@ -361,13 +352,11 @@ def channels(name: str, shape: Shape, dtype: str, scale: str) -> Coding:
 class Tabled(CodedWeight):
     """Two codes of four bits a byte, places in a table of 16, times the scale of their block of the flat weight.
 
-    columns   of the weight
     group     elements of a block
     swapped   whether the upper half of a byte comes first
     """
 
     __slots__ = ()
-    columns: int
     group: int
     scales: TensorInfo
     swapped: ClassVar[bool] = False
@@ -385,9 +374,6 @@ class Tabled(CodedWeight):
         """Return the scales of blocks [start, start + count), checked."""
         raise NotImplementedError
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        put_rows(self.columns, start, out, lambda top, bottom, values: self._rows(read, top, bottom, values))
-
     @property
     def is_plain(self) -> bool:
         return self.columns % self.group == 0
@@ -404,10 +390,10 @@ class Tabled(CodedWeight):
         rows = math.prod(self.scales.shape) // groups
         form = CodeForm(PAIRS + self.swapped, 4, self.columns, self.columns // 2)
         laid = ScaleGrid(rows, 1, self.group, rows, groups)
-        return CodedRows(form, laid, np.ascontiguousarray(scales, np.float32), None, top, self.table_of(read))
+        return CodedRows(form, np.ascontiguousarray(scales, np.float32), top, laid, table=self.table_of(read))
 
-    def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:
-        """Compute rows [top, bottom) from the blocks that they lie in."""
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
+        """Compute the blocks that the rows lie in."""
         begin, end = top * self.columns, bottom * self.columns
         first, last = begin // self.group, -(-end // self.group)
         table = self.table_of(read)

@@ -42,7 +42,6 @@ from deltamerge.formats.quantised.scheme import (
     StoredWeight,
     by_rows,
     expect,
-    fill_rows,
     floats,
     row_bytes,
     weight,
@@ -66,16 +65,13 @@ class Affine(CodedWeight):
     group: int
     width: int
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
-
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
         count, groups = bottom - top, self.columns // self.group
         stored = row_bytes(read, self.codes, top, bottom)
         values = unpack(stored, self.width).astype(np.float32).reshape(count, groups, self.group)
         values *= floats(read, self.scales, top * groups, count * groups).reshape(count, groups, 1)
         values += floats(read, self.biases, top * groups, count * groups).reshape(count, groups, 1)
-        return values.reshape(count, self.columns)
+        out[:] = values.reshape(count, self.columns)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         if self.biases.dtype != self.scales.dtype:

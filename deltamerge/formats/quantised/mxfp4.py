@@ -22,13 +22,13 @@ from deltamerge.formats.quantised.scheme import (
     EXPONENTS,
     TURNED_PAIRS,
     Array,
+    CodedRows,
     CodedWeight,
     CodeForm,
     Coding,
     Floats,
     Shape,
     StoredWeight,
-    TurnedRows,
     as_one,
     bits,
     by_rows,
@@ -81,7 +81,7 @@ class Mxfp4Experts(CodedWeight):
     def is_plain(self) -> bool:
         return True
 
-    def part(self, read: Read, start: int, stop: int) -> TurnedRows | None:
+    def part(self, read: Read, start: int, stop: int) -> CodedRows | None:
         """Return None for elements of several experts."""
         _, rows, groups, _ = self.codes.shape
         (expert, top), last = divmod(start // rows, groups * GROUP), -(-stop // rows) - 1
@@ -89,7 +89,7 @@ class Mxfp4Experts(CodedWeight):
             return None
         codes, begin, scales = self._held(read, expert, top, last % (groups * GROUP) + 1)
         form = CodeForm(TURNED_PAIRS, 4, rows, codes.shape[1])
-        return TurnedRows(form, codes, scales, top - begin * 2, table=values_of("F4"))
+        return CodedRows(form, scales, top - begin * 2, table=values_of("F4"), stored=codes)
 
     def _held(self, read: Read, expert: int, top: int, bottom: int) -> tuple[Array, int, Floats]:
         """Return codes of at least rows [top, bottom) of an expert, their first column, and the rows' scales.

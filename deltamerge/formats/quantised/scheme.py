@@ -73,15 +73,22 @@ class CodedWeight:
     """Computes the values of a weight from codes. Subclasses are plain data: stored parts and parameters.
 
     codes     the stored codes
+    columns   of the weight
     keeps     whether slabs of stored matrices are held in memory while it is read
     """
 
     __slots__ = ()
     codes: TensorInfo
+    columns: int
     keeps: ClassVar[bool] = False
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         """Fill `out` with the float32 values from element `start` on."""
+        if self.columns:
+            put_rows(self.columns, start, out, partial(self.put, read))
+
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
+        """Write rows [top, bottom) of the values into `out`."""
         raise NotImplementedError
 
     @property
@@ -94,7 +101,7 @@ class CodedWeight:
         """Return the bits of an element in the file; 0: elements do not follow each other there."""
         return 0
 
-    def part(self, read: Read, start: int, stop: int) -> CodedRows | TurnedRows | None:
+    def part(self, read: Read, start: int, stop: int) -> CodedRows | None:
         """Return the compiled loop's arguments for elements [start, stop); None: `fill` has to compute them."""
         raise NotImplementedError
 
@@ -275,47 +282,29 @@ class CodeForm(NamedTuple):
 class CodedRows:
     """Rows of a weight for the compiled loop.
 
+    line     the row of the grid that `scales` and `zeros` begin with; of `stored`, the row that the range begins with
     blocks   the grid of its scales: height, m, n, down, across
-    line     the row of the grid that `scales` and `zeros` begin with
     table    the numbers of codes that are places in a table
+    stored   codes (rows, …) in memory, of a weight that is stored transposed; their bytes are not hashed
+    groups   the group of each column of such a weight
     """
 
     form: CodeForm
-    blocks: tuple[int, int, int, int, int]
     scales: Floats
-    zeros: Floats | None
     line: int
+    blocks: tuple[int, int, int, int, int] = (0, 0, 0, 0, 1)
+    zeros: Floats | None = None
     table: Floats | None = None
+    stored: Array | None = None
+    groups: npt.NDArray[np.int32] | None = None
 
     def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
         """Return the fields of `CodedSource` (kernels/src/program.h). Arrays are put into `arrays` and numbered."""
-        scales, zeros, table = (_numbered(array, arrays) for array in (self.scales, self.zeros, self.table))
-        return (*self.form, scales, zeros, *self.blocks, self.line, hashed, table, NO_ARRAY, NO_ARRAY)
-
-
-@dataclass(frozen=True, slots=True)
-class TurnedRows:
-    """Rows of a weight that is stored transposed, for the compiled loop.
-
-    stored   codes (rows, …) in memory; the range begins with row `line` of the weight in them
-    groups   the group of each column
-    """
-
-    form: CodeForm
-    stored: Array
-    scales: Floats
-    line: int
-    zeros: Floats | None = None
-    groups: npt.NDArray[np.int32] | None = None
-    table: Floats | None = None
-
-    def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
-        """Return the fields of `CodedSource`; none of the bytes is hashed."""
-        stored, scales, zeros, groups, table = (
-            _numbered(array, arrays) for array in (self.stored, self.scales, self.zeros, self.groups, self.table)
+        scales, zeros, table, stored, groups = (
+            _numbered(array, arrays) for array in (self.scales, self.zeros, self.table, self.stored, self.groups)
         )
-        across = 1 if self.zeros is None else self.zeros.shape[1]
-        return (*self.form, scales, zeros, 0, 0, 0, 0, across, self.line, 0, table, stored, groups)
+        hashed = hashed and self.stored is None
+        return (*self.form, scales, zeros, *self.blocks, self.line, hashed, table, stored, groups)
 
 
 def _numbered(array: Array | None, arrays: list[Array]) -> int:
