@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
@@ -34,32 +34,43 @@ LISTS = ("modules_to_not_convert", "ignore", "ignored_layers")
 NUMBER = re.compile(r"\.\d+(\.|$)")
 
 
-class Quantising(Protocol):
-    """How the output is quantised."""
+@dataclass(slots=True)
+class Quantiser:
+    """How the output is quantised: here every tensor has its plain dtype."""
+
+    template: Input
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
         """Return how a weight of the output is stored; None: as a tensor of `dtype`."""
+        return None
 
     def more(self) -> list[TensorInfo]:
         """Return further tensors of the output, which are copied."""
+        return []
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         """Return the config of an output whose matrices `plain` are not coded; `config` lacks its quantisation key."""
+        return dict(config)
 
     def notes(self) -> list[str]:
         """Return the notes, once every weight has been asked for."""
+        config = self.template.checkpoint.config
+        name, _ = stated(config) or ("", "")
+        quantised = self.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
 
 
-def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
+def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantiser:
     """Return how a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
     wanted = recipe.output.scheme
     if wanted == "none":
-        return PlainOutput(inputs.template)
+        return Quantiser(inputs.template)
     if any(component.folder for component in inputs.template.checkpoint.components):
         message = f"{inputs.template.name} has several components, which are not quantised together"
         raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
     if isinstance(wanted, Quantization):
-        return NewQuantisation(wanted, inputs.template)
+        return NewQuantisation(inputs.template, wanted)
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
@@ -68,7 +79,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
                 raise RecipeError(
                     recipe.source.path, [recipe.problem(("output", "quantization"), message, f"{PLAIN}, or fp8")]
                 )
-            return SameQuantisation(model, inputs.template, model.checkpoint.quantised, stacked)
+            return SameQuantisation(inputs.template, model, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"
     raise RecipeError(
@@ -76,35 +87,11 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PlainOutput:
-    """Every tensor has its plain dtype."""
-
-    template: Input
-
-    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
-        return None
-
-    def more(self) -> list[TensorInfo]:
-        return []
-
-    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
-        return dict(config)
-
-    def notes(self) -> list[str]:
-        config = self.template.checkpoint.config
-        name, _ = stated(config) or ("", "")
-        quantised = self.template.checkpoint.quantised
-        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
-        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
-
-
 @dataclass(slots=True)
-class SameQuantisation:
+class SameQuantisation(Quantiser):
     """The weights that `model` stores coded are coded as there."""
 
     model: Input
-    template: Input
     scheme: Scheme
     stacked: bool
     count: int = 0
@@ -168,11 +155,10 @@ class SameQuantisation:
 
 
 @dataclass(slots=True)
-class NewQuantisation:
+class NewQuantisation(Quantiser):
     """The weights of linear layers are coded in the scheme that the recipe asks for."""
 
     wanted: Quantization
-    template: Input
     count: int = 0
     unfit: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
@@ -217,42 +203,14 @@ class NewQuantisation:
             return False
         return not is_transposed(name, self.template.checkpoint.config, {name: target.tensor})
 
-    def more(self) -> list[TensorInfo]:
-        return []
-
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
-        settings = self._fp8(modules) if self.wanted.by == "block" else self._compressed(modules)
-        return {**config, KEY: settings}
+        from deltamerge.formats.quantised import fp8, packed
 
-    def _fp8(self, plain: Sequence[str]) -> dict[str, Any]:
-        """Return the settings as Qwen3-FP8 and DeepSeek-V3 state them."""
-        return {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "modules_to_not_convert": list(plain),
-            "quant_method": "fp8",
-            "weight_block_size": list(self._block),
-        }
-
-    def _compressed(self, plain: Sequence[str]) -> dict[str, Any]:
-        """Return compressed-tensors' settings: 8 bits round activations token by token, 4 bits leave them plain."""
-        kind = "float" if self.wanted.scheme == "fp8" else "int"
-        bits = 4 if self.wanted.scheme == "int4" else 8
-        common = {"num_bits": bits, "type": kind, "symmetric": True}
-        weights = {**common, "dynamic": False, "strategy": self.wanted.by, "observer": "minmax"}
-        if self.wanted.by == "group":
-            weights["group_size"] = self.wanted.group or 128
-        tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
-        form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[self.wanted.scheme]
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
-        return {
-            "config_groups": {"group_0": group},
-            "format": form,
-            "ignore": list(plain),
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-        }
+        wanted = self.wanted
+        if wanted.by == "block":
+            return {**config, KEY: fp8.settings_of(self._block, modules)}
+        return {**config, KEY: packed.settings_of(wanted.scheme, wanted.by, wanted.group or 128, modules)}
 
     def notes(self) -> list[str]:
         way = {

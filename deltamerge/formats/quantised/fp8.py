@@ -7,6 +7,7 @@ W_ij = code_ij · scale of its block: codes (…, rows, columns) are float8_e4m3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from deltamerge.errors import InputError
@@ -40,6 +41,17 @@ def block_size(settings: Any) -> Block | None:
     if not isinstance(said, list) or len(said) != 2 or not all(type(x) is int and x > 0 for x in said):
         raise InputError(f"weight_block_size must be two positive integers, is {str(said)[:80]}")
     return said[0], said[1]
+
+
+def settings_of(block: Block, plain: Sequence[str]) -> dict[str, Any]:
+    """Return config.json's settings as Qwen3-FP8 and DeepSeek-V3 state them. Modules `plain` are not coded."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": list(plain),
+        "quant_method": "fp8",
+        "weight_block_size": list(block),
+    }
 
 
 def write_blocks(name: str, shape: Shape, block: Block) -> Coding:

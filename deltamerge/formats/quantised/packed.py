@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -154,6 +154,28 @@ def write_int4(name: str, shape: Shape, group: int, scale: str, path: Path) -> C
     whole = in_memory(f"{module}weight_shape", "I64", (2,), numbers, path)
     coder = BlockCoder(Integers(4), (1, group), scale, search=True, packing="words")
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts, (whole,))
+
+
+def settings_of(scheme: Literal["fp8", "int8", "int4"], by: str, size: int, plain: Sequence[str]) -> dict[str, Any]:
+    """Return config.json's settings of weights with a scale a group (of `size`), channel or tensor.
+
+    8 bits round activations token by token, 4 bits leave them plain. Modules `plain` are not coded.
+    """
+    bits = 4 if scheme == "int4" else 8
+    common = {"num_bits": bits, "type": "float" if scheme == "fp8" else "int", "symmetric": True}
+    weights = {**common, "dynamic": False, "strategy": by, "observer": "minmax"}
+    if by == "group":
+        weights["group_size"] = size
+    tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
+    form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[scheme]
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
+    return {
+        "config_groups": {"group_0": group},
+        "format": form,
+        "ignore": list(plain),
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
 
 
 # The groups of config.json.
