@@ -292,10 +292,7 @@ Choices = Callable[[Floats], Iterator[ScaleChoice]]
 
 
 class CodedBlocks(NamedTuple):
-    """Codes (a, m, b, n), scales, zeros and biases as stored (a, b), and Σ (x − stored)² of each block.
-
-    Of a whole matrix: codes (rows, columns), and Σ (x − stored)² of all of it.
-    """
+    """Codes (a, m, b, n), scales, zeros and biases as stored (a, b), and Σ (x − stored)² of each block."""
 
     codes: Array
     scales: Array
@@ -360,7 +357,17 @@ def _either(better: Array, made: CodedBlocks, old: CodedBlocks) -> CodedBlocks:
     return CodedBlocks(codes, scales, zeros, biases, lost)
 
 
-def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices) -> CodedBlocks:
+class CodedMatrix(NamedTuple):
+    """Codes (rows, columns) of a byte, scales, zeros and biases of the grid as stored, and Σ (x − stored)²."""
+
+    codes: Array
+    scales: Array
+    zeros: Array | None
+    biases: Array | None
+    lost: float
+
+
+def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices) -> CodedMatrix:
     """Return a matrix coded with a scale for each block of (rows, columns), cut at the edges.
 
     `choices` proposes scales for blocks (a, m, b, n); the best is taken. Of a block too large for the cache the first
@@ -385,7 +392,7 @@ def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices:
         lost += float(found.lost.sum())
     scales, zeros, biases = made
     assert scales is not None
-    return CodedBlocks(codes, scales, zeros, biases, lost)
+    return CodedMatrix(codes, scales, zeros, biases, lost)
 
 
 def _wide(block: Floats, into: Array, numbers: Numbers, choices: Choices) -> CodedBlocks:
@@ -433,7 +440,7 @@ class BlockCoder:
             arrays.append(stored)
         return CodedParts(tuple(arrays), made.lost)
 
-    def matrix(self, values: Floats) -> CodedBlocks:
+    def matrix(self, values: Floats) -> CodedMatrix:
         """Return a matrix coded, codes not yet packed."""
         return code_grid(values, self.numbers, self.block, self._choices)
 
