@@ -21,8 +21,7 @@ from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.components import Component
 from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import Adapter
-from deltamerge.formats.quantised.coding import Coding
-from deltamerge.formats.quantised.packing import kept_bytes
+from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template

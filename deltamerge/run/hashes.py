@@ -26,7 +26,7 @@ from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
-from deltamerge.formats.quantised.scaled import streamed
+from deltamerge.formats.quantised.scheme import streamed
 from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER

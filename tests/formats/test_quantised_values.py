@@ -23,7 +23,8 @@ from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.tensors.dtypes import DTYPES
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo, stored
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import stored as leaf
 
 W = "model.layers.0.mlp.up_proj.weight"
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -238,7 +239,7 @@ def test_of_the_hub_the_words_tell_the_shape(tmp_path):
     opened(tmp_path, named(stored), None)
     seen = open_checkpoint(tmp_path)
     away = {
-        name: replace(info, tensor=stored(tmp_path / "away", info.begin, info.shape, info.dtype, name))
+        name: replace(info, tensor=leaf(tmp_path / "away", info.begin, info.shape, info.dtype, name))
         for name, info in seen.tensors.items()
     }
     for config, fits in ({"quantization_config": settings_of(form, SCHEMES["4 bits by row"][0])}, True), ({}, False):
@@ -468,7 +469,7 @@ def nearly_sound(draw):
 
 def headers_of(parts):
     where = Path("nowhere")
-    return {W + n: TensorInfo(W + n, stored(where, 0, shape, code, W + n)) for n, (code, shape) in parts.items()}
+    return {W + n: TensorInfo(W + n, leaf(where, 0, shape, code, W + n)) for n, (code, shape) in parts.items()}
 
 
 @pytest.mark.parametrize(("said", "parts"), SOUND)

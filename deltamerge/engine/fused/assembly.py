@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
-from deltamerge.formats.quantised.scaled import Streamed, streamed
+from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
@@ -31,7 +31,7 @@ class StoredSource:
 
     info: Tensor
     file: Descriptor | None
-    coded: Streamed | None = None
+    coded: CodedWeight | None = None
 
     @classmethod
     def of(cls, source: Tensor, reader: Reader) -> StoredSource:
