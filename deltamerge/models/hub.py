@@ -18,9 +18,8 @@ from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.formats.config_json import code_of
-from deltamerge.formats.gguf.header import GgufHeader
-from deltamerge.formats.gguf.parts import SUFFIX as GGUF
-from deltamerge.formats.gguf.parts import parts_of
+from deltamerge.formats.gguf.header import SUFFIX as GGUF
+from deltamerge.formats.gguf.header import GgufHeader, parts_of
 from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header

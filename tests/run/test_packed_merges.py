@@ -15,7 +15,7 @@ from packed_files import CASES, awq, gptq, mxfp4
 from running import run
 
 from deltamerge.apps.inspect.diff import diff
-from deltamerge.formats.quantised.packing import KEPT
+from deltamerge.formats.quantised.scheme import KEPT
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.tensors.reader import Reader

@@ -1,65 +1,23 @@
-"""Values of GGUF tensors: blocks turned into float32 by the gguf package, and what llama.cpp's converters did to the
-weights undone, row by row."""
+"""Values of GGUF tensors, row by row: blocks as float32 by the gguf package, llama.cpp's conversions undone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf.header import Block
-from deltamerge.formats.quantised.packing import kept
-from deltamerge.formats.quantised.weight import Array, Floats, fill_rows
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
-
-PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
-NAME = "gguf"
-
-
-@cache
-def package() -> Any:
-    """The gguf package. InputError: it is not installed."""
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError:
-        raise InputError("GGUF files need gguf", hint="pip install 'deltamerge[gguf]'") from None
-    return gguf
-
-
-@cache
-def block_of(kind: int) -> tuple[int, int]:
-    """The elements and bytes of a block of one of ggml's types. InputError: a type that gguf cannot turn into
-    numbers."""
-    gguf = package()
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-    except ValueError:
-        raise InputError(f"its type is {kind}, which gguf {_version()} does not know") from None
-    if kind not in PLAIN and known not in gguf.quants._type_traits:
-        raise InputError(f"its type is {known.name}, which gguf {_version()} cannot turn into numbers")
-    elements, nbytes = gguf.GGML_QUANT_SIZES[known]
-    return elements, nbytes
-
-
-def type_name(kind: int) -> str:
-    """ggml's name of a type ("Q4_K")."""
-    return str(package().GGMLQuantizationType(kind).name)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version(NAME)
+from deltamerge.formats.gguf.header import GgufBlock, block_of, package
+from deltamerge.formats.quantised.scheme import Array, Floats, fill_rows, kept
+from deltamerge.tensors.tensor import Made, Read, TensorInfo, decoded, viewed
+from deltamerge.tensors.tensor import stored as leaf
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class BlockValues:
     """The values of a tensor's blocks, which lie along rows of `columns`. `stored` has the bytes."""
 
     stored: TensorInfo
@@ -81,7 +39,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Reordered:
+class HeadOrder:
     """The rows of `source` (…, columns) in transformers' order, a head of `rows` at a time.
 
     Of a head of q and k llama.cpp has the rows that its rotary embedding pairs side by side, transformers half a head
@@ -113,7 +71,7 @@ class Reordered:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedValues:
     """A function of the values of `source`: `less_one` of norms stored as w + 1, `log_of_negative` of Mamba's A."""
 
     source: TensorInfo
@@ -131,7 +89,7 @@ class Mapped:
 
 
 @dataclass(frozen=True, slots=True)
-class Transposed:
+class TransposedBlocks:
     """`source` (rows, columns) transposed, as GPT-2's Conv1D has its weights."""
 
     keeps: ClassVar[bool] = True
@@ -150,7 +108,7 @@ class Transposed:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class JoinedExperts:
     """Experts (E, ra + rb, columns) whose rows are those of `sources` (E, ra, columns) and (E, rb, columns)."""
 
     sources: tuple[TensorInfo, TensorInfo]
@@ -167,12 +125,12 @@ class Joined:
             done += count
 
 
-def tensor_of(block: Block, name: str) -> TensorInfo:
-    """The float32 tensor of a block's values under `name`."""
-    stored = TensorInfo(block.name, "U8", (block.nbytes,), block.path, block.begin, block.nbytes)
-    return made(name, block.shape, block, Blocks(stored, block.kind, block.shape[-1]))
+def tensor_of(block: GgufBlock, name: str) -> TensorInfo:
+    """Return the float32 tensor of a block's values under `name`."""
+    stored = TensorInfo(block.name, leaf(block.path, block.begin, (block.nbytes,), "U8", block.name))
+    return made(name, block.shape, block, BlockValues(stored, block.kind, block.shape[-1]))
 
 
-def made(name: str, shape: Sequence[int], like: Block | TensorInfo, how: Made) -> TensorInfo:
-    """The float32 tensor of `shape` that `how` computes."""
-    return TensorInfo(name, "F32", tuple(shape), like.path, 0, 4 * math.prod(shape), how)
+def made(name: str, shape: Sequence[int], like: GgufBlock | TensorInfo, how: Made) -> TensorInfo:
+    """Return the float32 tensor of `shape` that `how` computes."""
+    return TensorInfo(name, viewed(decoded, (), tuple(shape), "F32", made=how, name=name, path=like.path))
