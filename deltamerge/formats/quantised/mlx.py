@@ -30,7 +30,7 @@ from deltamerge.formats.quantised.codes import (
     shares_of,
     unpack,
 )
-from deltamerge.formats.quantised.grid import Scaled, Scales, grid
+from deltamerge.formats.quantised.grid import Scaled, grid
 from deltamerge.formats.quantised.mxfp4 import Mxfp4
 from deltamerge.formats.quantised.nvfp4 import Nvfp4
 from deltamerge.formats.quantised.scheme import (
@@ -126,7 +126,7 @@ def read(stored: StoredWeight) -> TensorInfo:
         return weight(stored, shape, Affine(codes, scales, biases, columns, group, width))
     if mode == "mxfp8":
         laid = grid(shape, blocks, (1, group))
-        return weight(stored, shape, Scaled(codes, columns, Scales(scales, laid), "F8_E4M3"))
+        return weight(stored, shape, Scaled(codes, scales, None, None, columns, laid, "F8_E4M3"))
     made = Mxfp4(codes, scales, columns) if mode == "mxfp4" else Nvfp4(codes, scales, columns)
     return weight(stored, shape, made)
 
