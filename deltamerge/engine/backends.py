@@ -38,7 +38,7 @@ def steps(
     wanted = {id(node) for node in (root, *ends) if id(node) not in needless}
     for node in reversed(nodes):
         if id(node) in wanted:
-            wanted |= {id(source) for source in node.inputs}
+            wanted |= {id(source) for source in node.operands}
     made: list[Step] = []
     for i, node in enumerate(nodes):
         freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)

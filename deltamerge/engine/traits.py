@@ -92,7 +92,7 @@ def _by_suffix(function: str) -> Traits:
 
 def is_sparse(node: Node) -> bool:
     """Tell whether a node's value is `Kept`."""
-    if node.kind == "read":
+    if node.is_source:
         return False
     sparse = traits_of(node.function).sparse
     return sparse is not None and sparse(node)

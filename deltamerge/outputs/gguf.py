@@ -21,9 +21,9 @@ from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 if TYPE_CHECKING:
     import gguf

@@ -46,7 +46,7 @@ class Cost:
 def cost(root: Node) -> Cost:
     """The cost of the tensor that `root` makes, from its schedule."""
     plan = schedule(root)
-    reads = [[node for node in nodes if node.kind == "read"] for nodes in plan.passes]
+    reads = [[node for node in nodes if node.is_source] for nodes in plan.passes]
     stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
     usual = [
         nodes for nodes, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
@@ -54,7 +54,7 @@ def cost(root: Node) -> Cost:
     wholes = [node for nodes in plan.passes for node in nodes if node.kind == "whole"]
     return Cost(
         len(plan.passes),
-        sum(node.parameter("tensor").read_nbytes for nodes in usual for node in nodes),
+        sum(node.read_nbytes for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
         sum(_needs(node)[0] for node in wholes),
         sum(4 * math.prod(node.shape) for node in wholes),
@@ -118,7 +118,7 @@ def tile_and_peak(
     held      bytes that the sink holds
     """
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
-    computed = [(root, backend) for root, backend in roots if root.kind != "read"]
+    computed = [(root, backend) for root, backend in roots if not root.is_source]
     baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
     alive = max((costs[root].alive for root, _ in computed), default=0)
     if device == "cpu":

@@ -246,7 +246,7 @@ class Outputs:
             return replace(row, coding=coding)
         remapped = self._remapped(target, present)
         if like is not None and remapped is not present:
-            like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
+            like = like.part(0, (remapped[0][1].shape[0], *like.shape[1:]))
         shared, rest = self._rows(target, remapped, like)
         if shared is None:
             return None

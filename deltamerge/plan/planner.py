@@ -397,7 +397,7 @@ def _tokenizers(
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     """What "auto" leaves to the GPU, and why, in a line."""
-    pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
+    pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
     here = len(pieces) - there

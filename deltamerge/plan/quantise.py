@@ -20,7 +20,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -252,19 +252,17 @@ def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[st
     return sorted(found or dtypes.values(), key=list(TORCH_NAMES).index)[: len(found) or 1]
 
 
-def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
+def copies(inputs: Inputs) -> dict[Tensor, tuple[Checkpoint, str]]:
     """Return the model and name of every weight that some model stores coded."""
     models = [model for model in inputs.checkpoints if model.quantised is not None]
-    return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
+    return {info.tensor: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
 
 
-def copied(
-    root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
-) -> Coding | None:
+def copied(root: Node, coding: Coding, known: Mapping[Tensor, tuple[Checkpoint, str]], output: str) -> Coding | None:
     """Return the coding whose tensors are copied if `root` reads a weight stored in that form already, else None."""
-    if root.kind != "read" or root.parameter("tensor") not in known:
+    if root not in known:
         return None
-    model, name = known[root.parameter("tensor")]
+    model, name = known[root]
     assert model.quantised is not None
     try:
         other = _kept(model.quantised, model, name, output)

@@ -31,8 +31,8 @@ from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.graph import depth_first
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Tensor
 from deltamerge.version import __version__
 
 WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
@@ -169,21 +169,22 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
         position += len(files)
 
 
-def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
-    """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
-    if backend == "fused" and (coded := streamed(info)) is not None:
-        return coded.codes if coded.bits else None
-    return info if info.made is None else None
+def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
+    """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
+    codes = streamed(source) if backend == "fused" else None
+    if codes is not None:
+        return codes.codes.tensor if codes.bits else None
+    return source if source.kind == "stored" else None
 
 
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
     for task in plan.tasks if plan.recipe.output.kind == "model" else ():
-        if task.root.kind != "read":
-            infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
-            for info in (one for info in infos if (one := hashed_as_read(info, task.backend)) is not None):
-                merged[info.path].append((info.begin, info.begin + info.nbytes))
+        if not task.root.is_source:
+            sources = (node for node in depth_first(task.root) if node.is_source)
+            for one in (one for source in sources if (one := hashed_as_read(source, task.backend)) is not None):
+                merged[one.path].append((one.begin, one.begin + one.nbytes))
     paths = [path for _, files in _chosen(plan, mine) for path in files if not sha256_of(path)]
     total = sum(path.stat().st_size for path in paths if path.exists())
     with progress.phase("hashing inputs", total) as hashing:

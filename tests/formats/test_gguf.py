@@ -267,7 +267,7 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
 def test_a_file_of_plain_floats_is_not_quantised(tmp_path):
     found = open_checkpoint(write(tmp_path / "m.gguf", "qwen2", types=("BF16",)))
     assert found.quantised is None
-    assert {info.dtype for info in found.tensors.values() if info.made is None} == {"BF16"}
+    assert {info.dtype for info in found.tensors.values() if info.kind == "stored"} == {"BF16"}
     assert {info.output_dtype for info in found.tensors.values()} == {"BF16"}
 
 

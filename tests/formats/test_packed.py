@@ -30,7 +30,7 @@ from deltamerge.models.decode import decoded
 from deltamerge.models.hub import open_model
 from deltamerge.run.hashes import hashed_as_read
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 
 def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.ndarray]:
@@ -113,14 +113,14 @@ def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
     make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
     (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
     with Reader() as reader:
-        source = StoredSource.of(info, reader)
+        source = StoredSource.of(info.tensor, reader)
         assert source.coded is not None
         assert source.bits == 4
-        assert hashed_as_read(info, "fused") is info.made.codes
+        assert hashed_as_read(info.tensor, "fused") is info.made.codes.tensor
 
 
 def test_every_form_has_a_file_that_reads_it():
-    codes = TensorInfo("a.weight_packed", "U8", (1,), Path("x"), 0, 1)
+    codes = TensorInfo("a.weight_packed", stored(Path("x"), 0, (1,), "U8"))
     for kind, form in FORMATS.items():
         for named in (kind, *form.schemes):
             assert callable(reader_of(kind, named, codes)), kind

@@ -23,7 +23,7 @@ from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.tensors.dtypes import DTYPES
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 W = "model.layers.0.mlp.up_proj.weight"
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -237,7 +237,10 @@ def test_of_the_hub_the_words_tell_the_shape(tmp_path):
     stored, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
     opened(tmp_path, named(stored), None)
     seen = open_checkpoint(tmp_path)
-    away = {name: replace(info, path=tmp_path / "away") for name, info in seen.tensors.items()}
+    away = {
+        name: replace(info, tensor=stored(tmp_path / "away", info.begin, info.shape, info.dtype, name))
+        for name, info in seen.tensors.items()
+    }
     for config, fits in ({"quantization_config": settings_of(form, SCHEMES["4 bits by row"][0])}, True), ({}, False):
         if fits:
             assert decoded(replace(seen, tensors=away, config=config)).tensors[W].shape == (16, 64)
@@ -464,7 +467,8 @@ def nearly_sound(draw):
 
 
 def headers_of(parts):
-    return {W + name: TensorInfo(W + name, code, shape, Path("nowhere"), 0, 0) for name, (code, shape) in parts.items()}
+    where = Path("nowhere")
+    return {W + n: TensorInfo(W + n, stored(where, 0, shape, code, W + n)) for n, (code, shape) in parts.items()}
 
 
 @pytest.mark.parametrize(("said", "parts"), SOUND)

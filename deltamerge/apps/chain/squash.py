@@ -32,10 +32,10 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 
 @dataclass(frozen=True, slots=True)

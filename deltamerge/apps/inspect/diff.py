@@ -20,13 +20,13 @@ from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.config_differences import Difference, differences, in_words
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
 from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 from deltamerge.tensors.dtypes import FLOATING, PACKED, widen
-from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.tensor import TensorInfo, as_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _ratio(squares: float, of_a: float) -> float | None:
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
     """The difference of two tensors, Σ Δ² and Σ a²."""
     if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
-        a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
+        a, b = (replace(info, tensor=as_bytes(info.tensor)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)
     kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)

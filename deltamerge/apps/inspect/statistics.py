@@ -148,8 +148,7 @@ def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
 
 
 def _rows(tensor: TensorInfo, count: int) -> TensorInfo:
-    size = tensor.nbytes // tensor.shape[0] * count
-    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=size)
+    return tensor.part(0, (count, *tensor.shape[1:]))
 
 
 def measure_deltas(
@@ -173,8 +172,9 @@ def measure_deltas(
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
         for pair in odd:
-            models = (pair.base, pair.tune)
-            rest.append(replace(pair, base=finite(pair.base, models), tune=finite(pair.tune, models)))
+            models = (pair.base.tensor, pair.tune.tensor)
+            base, tune = (replace(one, tensor=finite(one.tensor, models)) for one in (pair.base, pair.tune))
+            rest.append(replace(pair, base=base, tune=tune))
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
     for name, one in found.items():
         if not _is_finite(one):

@@ -23,9 +23,8 @@ from deltamerge.models.chain.models import open_model
 from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
-from deltamerge.models.delta_over_base import elements
 from deltamerge.tensors.dtypes import TORCH_NAMES, code_of
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 Changes = Mapping[str, Change]
 

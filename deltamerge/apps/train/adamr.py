@@ -355,7 +355,7 @@ def _readers(pretrained: Pretrained) -> Readers:
     tensors = hub.open_model(os.fspath(pretrained), Path(), weights=True).tensors
     files: dict[Path, Any] = {}
     for info in tensors.values():
-        if info.made is not None:
+        if info.kind != "stored":
             raise ValueError(f"{pretrained}: a base with an adapter: give the merged model, or the adapted nn.Module")
         if info.path not in files:
             files[info.path] = safe_open(info.path, framework="pt")

@@ -18,25 +18,25 @@ from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSource:
-    """A stored tensor: its open file, or None where its bytes are made when they are read.
+    """A source: its open file, or None where a view computes its values.
 
     `coded`: the file holds its codes, which the loop itself makes numbers of.
     """
 
-    info: TensorInfo
+    info: Tensor
     file: Descriptor | None
     coded: CodedWeight | None = None
 
     @classmethod
-    def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
-        coded = streamed(info)
-        return cls(info, reader.stored(info if coded is None else coded.codes), coded)
+    def of(cls, source: Tensor, reader: Reader) -> StoredSource:
+        coded = streamed(source)
+        return cls(source, reader.stored(source if coded is None else coded.codes), coded)
 
     @property
     def path(self) -> Path:

@@ -12,7 +12,8 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.header import GgufBlock, block_of, package
 from deltamerge.formats.quantised.scheme import Array, Floats, fill_rows, kept
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
+from deltamerge.tensors.tensor import Made, Read, TensorInfo, decoded, viewed
+from deltamerge.tensors.tensor import stored as leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +127,10 @@ class JoinedExperts:
 
 def tensor_of(block: GgufBlock, name: str) -> TensorInfo:
     """Return the float32 tensor of a block's values under `name`."""
-    stored = TensorInfo(block.name, "U8", (block.nbytes,), block.path, block.begin, block.nbytes)
+    stored = TensorInfo(block.name, leaf(block.path, block.begin, (block.nbytes,), "U8", block.name))
     return made(name, block.shape, block, BlockValues(stored, block.kind, block.shape[-1]))
 
 
 def made(name: str, shape: Sequence[int], like: GgufBlock | TensorInfo, how: Made) -> TensorInfo:
     """Return the float32 tensor of `shape` that `how` computes."""
-    return TensorInfo(name, "F32", tuple(shape), like.path, 0, 4 * math.prod(shape), how)
+    return TensorInfo(name, viewed(decoded, (), tuple(shape), "F32", made=how, name=name, path=like.path))

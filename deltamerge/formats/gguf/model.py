@@ -25,7 +25,7 @@ from deltamerge.formats.gguf.config import config_of
 from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, type_name
 from deltamerge.formats.gguf.names import ARCHITECTURES, GgufNames
 from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 # Axes of one that llama.cpp leaves out.
 SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
@@ -105,7 +105,7 @@ def _undone(header: GgufHeader, known: GgufNames, block: GgufBlock, name: str) -
         return made(name, block.shape, block, MappedValues(info, "log_of_negative"))
     axis = SQUEEZED.get(rest)
     if axis is not None and len(block.shape) == 1 + axis:
-        return replace(info, shape=(*block.shape[:axis], 1, *block.shape[axis:]))
+        return info.part(0, (*block.shape[:axis], 1, *block.shape[axis:]))
     return info
 
 
@@ -156,5 +156,5 @@ def _dtype(blocks: Sequence[GgufBlock]) -> str:
 def _saved(info: TensorInfo, block: GgufBlock, dtype: str) -> TensorInfo:
     """Return a tensor that is read as it is, if it is stored in the outputs' dtype, else computed."""
     if PLAIN.get(block.kind) == dtype and isinstance(info.made, BlockValues):
-        return TensorInfo(info.name, dtype, info.shape, block.path, block.begin, block.nbytes)
+        return TensorInfo(info.name, stored(block.path, block.begin, info.shape, dtype, info.name))
     return replace(info, saved_as=dtype)

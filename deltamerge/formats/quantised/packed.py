@@ -40,10 +40,10 @@ from deltamerge.formats.quantised.scheme import (
     unit_rows,
     weight,
 )
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.patterns import check, finds
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 WIDTHS = range(1, 9)
 # Formats whose codes lie as they are read here; what is only named is read by other files, or is not there.

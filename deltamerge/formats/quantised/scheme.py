@@ -21,7 +21,7 @@ import numpy.typing as npt
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, nbytes_of, widen
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, decoded, viewed
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -110,15 +110,16 @@ class CodedWeight:
         raise InputError(UNWRITABLE)
 
 
-def streamed(info: TensorInfo) -> CodedWeight | None:
+def streamed(source: Tensor) -> CodedWeight | None:
     """Return the codes of a tensor that the compiled loop reads itself, else None."""
-    made = info.made
-    return made if isinstance(made, CodedWeight) and made.is_plain and not info.begin else None
+    made = source.parameter("made") if source.function == decoded.__name__ else None
+    return made if isinstance(made, CodedWeight) and made.is_plain else None
 
 
 def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
     """Return the float32 tensor of `shape` that `made` computes from the stored parts."""
-    return TensorInfo(stored.name, "F32", shape, stored.codes.path, 0, 4 * math.prod(shape), made)
+    tensor = viewed(decoded, (), shape, "F32", made=made, name=stored.name, path=stored.codes.path)
+    return TensorInfo(stored.name, tensor)
 
 
 # Weights as they are written.
