@@ -29,6 +29,7 @@ from deltamerge.formats.quantised.scheme import (
     CodedWeight,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     as_one,
@@ -54,11 +55,11 @@ class FourBits(Tabled):
     """
 
     swapped: ClassVar[bool] = True
-    codes: TensorInfo
-    scales: TensorInfo
-    table: TensorInfo
-    outer: TensorInfo | None
-    outer_table: TensorInfo | None
+    codes: Part
+    scales: Part
+    table: Part
+    outer: Part | None
+    outer_table: Part | None
     columns: int
     group: int
     outer_group: int = 1
@@ -147,8 +148,8 @@ def _nested(most: Floats, numbers: Floats, group: int, plus: float) -> tuple[Flo
 class Int8Rows(CodedWeight):
     """int8 codes times their row's greatest magnitude / 127."""
 
-    codes: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    scales: Part
     columns: int
 
     def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:

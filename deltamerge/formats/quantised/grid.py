@@ -44,6 +44,7 @@ from deltamerge.formats.quantised.scheme import (
     CodeForm,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredPart,
     StoredWeight,
@@ -122,7 +123,7 @@ def _side(length: int, count: int, said: int, whole: bool) -> int:
     return length // count if count and length % count == 0 else 0
 
 
-def checked(scales: Floats, info: TensorInfo, first: int, used: NDArray[np.bool_] | None = None) -> Floats:
+def checked(scales: Floats, info: Part, first: int, used: NDArray[np.bool_] | None = None) -> Floats:
     """Return `scales` of `info`, rows of the grid from `first` on.
 
     InputError, naming the first that is NaN, infinite, or zero where codes are `used`.
@@ -156,10 +157,10 @@ class Scaled(CodedWeight):
     zeros_packed   whether zeros are integers of `width` bits packed down the columns of the grid; else they are numbers
     """
 
-    codes: TensorInfo
-    scales: TensorInfo
-    zeros: TensorInfo | None
-    order: TensorInfo | None
+    codes: Part
+    scales: Part
+    zeros: Part | None
+    order: Part | None
     columns: int
     grid: ScaleGrid
     form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed"]
@@ -338,7 +339,7 @@ class Tabled(CodedWeight):
 
     __slots__ = ()
     group: int
-    scales: TensorInfo
+    scales: Part
     swapped: ClassVar[bool] = False
 
     @property
@@ -396,7 +397,7 @@ class Tabled(CodedWeight):
         out[:] = values.reshape(-1)[skip : skip + end - begin].reshape(out.shape)
 
 
-def check_zeros(scales: Floats, values: Floats, info: TensorInfo) -> None:
+def check_zeros(scales: Floats, values: Floats, info: Part) -> None:
     """Raise InputError where the scale of a row of `values` is stored as 0, and the row is not."""
     if not scales.all() and values[scales == 0].any():
         raise damaged(info, "is 0 where the weight is not")

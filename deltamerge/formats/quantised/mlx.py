@@ -38,6 +38,7 @@ from deltamerge.formats.quantised.scheme import (
     CodedWeight,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     by_rows,
@@ -58,9 +59,9 @@ FLOAT_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 class Affine(CodedWeight):
     """Codes of `width` bits with a scale and a bias for `group` columns."""
 
-    codes: TensorInfo
-    scales: TensorInfo
-    biases: TensorInfo
+    codes: Part
+    scales: Part
+    biases: Part
     columns: int
     group: int
     width: int
