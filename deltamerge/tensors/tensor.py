@@ -295,24 +295,6 @@ def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
     return whole if not first and shape == whole.shape else viewed(part, [whole], shape, tensor.dtype, first=first)
 
 
-class Made(Protocol):
-    """Computes the bytes of a tensor. Quantised formats and GGUF have it until they are views of their own."""
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from element `start` on."""
-
-
-def _codes_of(tensor: Tensor) -> Tensor | None:
-    codes = getattr(tensor.parameter("made"), "codes", None)
-    return None if codes is None else codes.tensor
-
-
-@view(codes=_codes_of)
-def decoded(read: Read, tensor: Tensor, start: int, out: memoryview, *, made: Made, name: str, path: Path) -> None:
-    """Compute what `made` does."""
-    made.fill(read, start, out)
-
-
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor under the name that a model has for it.
@@ -353,12 +335,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Return the bytes of all elements."""
         return self.tensor.nbytes
-
-    @property
-    def made(self) -> Any:
-        """Return what computes a quantised weight; None for other tensors."""
-        whole = self.tensor.whole
-        return whole.parameter("made") if whole.function == decoded.__name__ else None
 
     @property
     def output_dtype(self) -> str:

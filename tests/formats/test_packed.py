@@ -30,7 +30,8 @@ from deltamerge.models.decode import decoded
 from deltamerge.models.hub import open_model
 from deltamerge.run.hashes import hashed_as_read
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo, stored
+from deltamerge.tensors.tensor import TensorInfo, stored, viewed
+from deltamerge.tensors.views import cast
 
 
 def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.ndarray]:
@@ -116,7 +117,28 @@ def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
         source = StoredSource.of(info.tensor, reader)
         assert source.coded is not None
         assert source.bits == 4
-        assert hashed_as_read(info.tensor, "fused") is info.made.codes.tensor
+        assert hashed_as_read(info.tensor, "fused") is info.tensor.inputs[0]
+
+
+UNREAD = ("weight_format", "nf4", "fp4", "input_scale", "input_global_scale")  # looked at once, or not at all
+TURNED = ("gptq", "awq", "mxfp4 of 37")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_sees_every_stored_part(case, tmp_path):
+    packed = CASES[case]()
+    key = "quantization" if "quant_method" not in packed.config else "quantization_config"
+    make_checkpoint(tmp_path, packed.tensors, config={key: packed.config})
+    seen = open_checkpoint(tmp_path)
+    told = decoded(seen)
+    for name, parts in told.quantised.weights.items():
+        info = told.tensors[name]
+        unread = {part for part in parts if part.endswith(UNREAD)}
+        assert {leaf.name for leaf in info.tensor.leaves()} == set(parts) - unread
+        assert info.tensor.read_nbytes == seen.tensors[parts[0]].nbytes
+        above = TensorInfo("above", viewed(cast, [info], info.shape, "BF16"))
+        assert scheme.kept_bytes([above]) == scheme.kept_bytes([info])
+        assert (scheme.kept_bytes([above]) > 0) == (case == "mxfp4" or case.startswith(TURNED))
 
 
 def test_every_form_has_a_file_that_reads_it():

@@ -235,8 +235,8 @@ def test_blocks_of_compressed_tensors_that_do_not_divide(level, tmp_path):
 
 def test_of_the_hub_the_words_tell_the_shape(tmp_path):
     """Where headers alone are there: what `weight_shape` says is not, and rows that fill their words need it not."""
-    stored, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
-    opened(tmp_path, named(stored), None)
+    parts, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
+    opened(tmp_path, named(parts), None)
     seen = open_checkpoint(tmp_path)
     away = {
         name: replace(info, tensor=leaf(tmp_path / "away", info.begin, info.shape, info.dtype, name))
@@ -476,7 +476,7 @@ def headers_of(parts):
 def test_sound_headers_are_read(said, parts):
     """Else the next test would see refusals alone."""
     (info,) = decoded(Checkpoint("x", Path("x"), headers_of(parts), (), {"quantization_config": said})).tensors.values()
-    assert info.made is not None
+    assert info.kind == "view"
 
 
 @settings(max_examples=60)
@@ -490,7 +490,7 @@ def test_any_header_and_config_is_read_or_refused(case):
         return
     words = sum(DTYPES[dtype].bits * math.prod(shape) for dtype, shape in parts.values())
     for info in found.tensors.values():
-        if info.made is not None:
+        if info.kind == "view":
             assert info.dtype == "F32"
             assert info.nbytes == 4 * np.prod(info.shape, dtype=np.int64)
             assert np.prod(info.shape, dtype=np.int64) <= words

@@ -33,7 +33,7 @@ def plain(folder: Path, out: Path) -> Path:
     tensors = {}
     with Reader() as reader:
         for name, info in decoded(open_checkpoint(folder)).tensors.items():
-            if info.made is None:
+            if info.kind == "stored":
                 tensors[name] = load_tensors(folder)[name]
                 continue
             values = np.empty(info.shape, np.float32)

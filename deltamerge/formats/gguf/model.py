@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf.blocks import (
-    BlockValues,
-    HeadOrder,
-    JoinedExperts,
-    MappedValues,
-    TransposedBlocks,
-    made,
-    tensor_of,
-)
+from deltamerge.formats.gguf import blocks as views
+from deltamerge.formats.gguf.blocks import tensor_of
 from deltamerge.formats.gguf.config import config_of
 from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, type_name
 from deltamerge.formats.gguf.names import ARCHITECTURES, GgufNames
 from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.tensors.tensor import TensorInfo, stored
+from deltamerge.tensors.tensor import TensorInfo, stored, viewed
 
 # Axes of one that llama.cpp leaves out.
 SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
@@ -88,25 +81,29 @@ def _undone(header: GgufHeader, known: GgufNames, block: GgufBlock, name: str) -
     """Return a tensor as transformers has it."""
     info = tensor_of(block, name)
     rest = re.sub(r"^((enc|dec)\.)?blk\.\d+\.", "", block.name)
-    columns = block.shape[-1] if len(block.shape) > 1 else 1
     if known.less_one and block.name.endswith("norm.weight"):
-        return made(name, block.shape, block, MappedValues(info, "less_one"))
+        return _viewed(views.less_one, info)
     if known.halves and rest.startswith(("attn_q.", "attn_k.")):
         heads = _heads(header, "head_count" if rest.startswith("attn_q.") else "head_count_kv")
-        return made(name, block.shape, block, HeadOrder(info, _head(block, heads, 2), columns))
+        return _viewed(views.head_order, info, head=_head(block, heads, 2), fused=0)
     if known.fused and rest.startswith("attn_qkv."):
         heads = _heads(header, "head_count")
-        return made(name, block.shape, block, HeadOrder(info, _head(block, 3 * heads, 1), columns, heads))
+        return _viewed(views.head_order, info, head=_head(block, 3 * heads, 1), fused=heads)
     if rest.startswith("attn_qkv.") and header.architecture == "falcon" and _heads(header, "head_count_kv") != 1:
         raise InputError("has several heads of keys, in an order of llama.cpp's own, which transformers does not undo")
     if rest in known.transposed:
-        return made(name, block.shape[::-1], block, TransposedBlocks(info))
+        return replace(info, tensor=viewed(views.transposed_blocks, [info], block.shape[::-1], "F32"))
     if rest == "ssm_a":
-        return made(name, block.shape, block, MappedValues(info, "log_of_negative"))
+        return _viewed(views.log_of_negative, info)
     axis = SQUEEZED.get(rest)
     if axis is not None and len(block.shape) == 1 + axis:
         return info.part(0, (*block.shape[:axis], 1, *block.shape[axis:]))
     return info
+
+
+def _viewed(function: Callable[..., None], info: TensorInfo, **parameters: Any) -> TensorInfo:
+    """Return a tensor of the same shape that a view computes."""
+    return replace(info, tensor=viewed(function, [info], info.shape, "F32", **parameters))
 
 
 def _heads(header: GgufHeader, key: str) -> int:
@@ -131,7 +128,7 @@ def _joined(first: GgufBlock, second: GgufBlock, one: TensorInfo) -> TensorInfo:
     if len(gate.shape) != 3 or gate.shape != up.shape:
         raise InputError(f"has the shape {list(second.shape)}, {first.name} {list(first.shape)}")
     experts, rows, columns = gate.shape
-    return made(one.name, (experts, 2 * rows, columns), second, JoinedExperts((gate, up)))
+    return replace(one, tensor=viewed(views.joined_experts, [gate, up], (experts, 2 * rows, columns), "F32"))
 
 
 def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, GgufBlock]) -> None:
@@ -139,7 +136,7 @@ def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, GgufBlock])
         if (
             name.endswith("gate_up_proj")
             and "_exps" in block.name
-            and not isinstance(tensors[name].made, JoinedExperts)
+            and not views.is_joined_experts(tensors[name].tensor)
         ):
             raise InputError(f"{block.name}: the other half of {name} is missing", hint="download the model again")
 
@@ -155,6 +152,6 @@ def _dtype(blocks: Sequence[GgufBlock]) -> str:
 
 def _saved(info: TensorInfo, block: GgufBlock, dtype: str) -> TensorInfo:
     """Return a tensor that is read as it is, if it is stored in the outputs' dtype, else computed."""
-    if PLAIN.get(block.kind) == dtype and isinstance(info.made, BlockValues):
+    if PLAIN.get(block.kind) == dtype and info.tensor.whole.function == views.ggml_blocks.__name__:
         return TensorInfo(info.name, stored(block.path, block.begin, info.shape, dtype, info.name))
     return replace(info, saved_as=dtype)

@@ -20,6 +20,7 @@ from deltamerge.formats.quantised.scheme import (
     Array,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     as_one,
@@ -41,9 +42,9 @@ class Awq(TurnedWords):
 
     align: ClassVar[int] = 8
     across: ClassVar[int] = 8
-    codes: TensorInfo
-    zeros: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    zeros: Part
+    scales: Part
     inputs: int
     group: int
     width: int = BITS
@@ -58,7 +59,7 @@ class Awq(TurnedWords):
     def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
         return self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
 
-    def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
+    def _unpacked(self, read: Read, info: Part, top: int, bottom: int) -> Array:
         """Return columns [top, bottom) of a packed matrix, as rows."""
         rows, words = info.shape
         first = top // 8

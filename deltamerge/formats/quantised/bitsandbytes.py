@@ -29,6 +29,7 @@ from deltamerge.formats.quantised.scheme import (
     CodedWeight,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     as_one,
@@ -47,49 +48,44 @@ PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes' constant
 
 
 @dataclass(frozen=True, slots=True)
-class NestedScales:
-    """Blocks' greatest magnitudes stored as codes of `table`, with blocks of their own."""
-
-    scales: TensorInfo
-    table: TensorInfo
-    block: int
-    offset: float
-
-
-@dataclass(frozen=True, slots=True)
 class FourBits(Tabled):
-    """Codes that `table` (16) turns into values, times the greatest magnitude of their block."""
+    """Codes that `table` (16) turns into values, times the greatest magnitude of their block.
+
+    Nested magnitudes are codes of `outer_table` (256) times those of blocks of `outer_group` of them, plus `offset`.
+    """
 
     swapped: ClassVar[bool] = True
-    codes: TensorInfo
-    scales: TensorInfo
-    table: TensorInfo
+    codes: Part
+    scales: Part
+    table: Part
+    outer: Part | None
+    outer_table: Part | None
     columns: int
     group: int
-    nested: NestedScales | None
+    outer_group: int = 1
+    offset: float = 0.0
 
     @property
     def refuses_zero(self) -> bool:
-        return self.nested is None
+        return self.outer is None
 
     def table_of(self, read: Read) -> Floats:
         return floats(read, self.table, 0, 16)
 
     def scales_at(self, read: Read, start: int, count: int) -> Floats:
-        if self.nested is None:
+        if self.outer is None or self.outer_table is None:
             return floats(read, self.scales, start, count)
-        nested = self.nested
-        blocks = (start + np.arange(count)) // nested.block
-        outer = floats(read, nested.scales, int(blocks[0]), int(blocks[-1] - blocks[0]) + 1)
-        table = floats(read, nested.table, 0, 256)
+        blocks = (start + np.arange(count)) // self.outer_group
+        outer = floats(read, self.outer, int(blocks[0]), int(blocks[-1] - blocks[0]) + 1)
+        table = floats(read, self.outer_table, 0, 256)
         scales: Floats = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
-        scales += np.float32(nested.offset)
+        scales += np.float32(self.offset)
         return scales
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         """Code the weight as a whole: blocks go on from row to row."""
-        nested = () if self.nested is None else (self.nested.scales,)
-        return as_one(shape, TableCoder(self), self.codes, self.scales, *nested)
+        outer = () if self.outer is None else (self.outer,)
+        return as_one(shape, TableCoder(self), self.codes, self.scales, *outer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +103,11 @@ class TableCoder:
         flat, block = values.reshape(-1), like.group
         count = -(-len(flat) // block)
         most = np.concatenate([np.abs(part).max(axis=1) for _, part in _parts(flat, block)])
-        if like.nested is None:
+        if like.outer_table is None:
             stored, scales = scales_in(most, like.scales.dtype)
             arrays: tuple[Array, ...] = (stored,)
         else:
-            scales, arrays = _nested(most, like.nested, read)
+            scales, arrays = _nested(most, floats(read, like.outer_table, 0, 256), like.outer_group, like.offset)
         codes = np.empty((count, block), np.uint8)
         lost = 0.0
         for top, part in _parts(flat, block):
@@ -136,11 +132,10 @@ def _parts(flat: Floats, block: int) -> Iterator[tuple[int, Floats]]:
         yield start // block, np.pad(part, (0, -len(part) % block)).reshape(-1, block)
 
 
-def _nested(most: Floats, nested: NestedScales, read: Read) -> tuple[Floats, tuple[Array, Array]]:
+def _nested(most: Floats, numbers: Floats, group: int, plus: float) -> tuple[Floats, tuple[Array, Array]]:
     """Return the magnitudes of blocks as they are read back, and as codes of a table with magnitudes of their own."""
-    table = Table(tuple(floats(read, nested.table, 0, 256).tolist()))
-    offset = np.float32(nested.offset)
-    rest = np.pad(most - offset, (0, -len(most) % nested.block)).reshape(-1, nested.block)
+    table, offset = Table(tuple(numbers.tolist())), np.float32(plus)
+    rest = np.pad(most - offset, (0, -len(most) % group)).reshape(-1, group)
     rest.reshape(-1)[len(most) :] = 0
     outer = np.abs(rest).max(axis=1)
     codes = table.codes(float32(rest / np.where(outer > 0, outer, np.float32(1))[:, None]))
@@ -153,8 +148,8 @@ def _nested(most: Floats, nested: NestedScales, read: Read) -> tuple[Floats, tup
 class Int8Rows(CodedWeight):
     """int8 codes times their row's greatest magnitude / 127."""
 
-    codes: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    scales: Part
     columns: int
 
     def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
@@ -214,22 +209,17 @@ def _read_four_bits(stored: StoredWeight) -> TensorInfo:
     if codes.nbytes != -(-size // 2):
         raise InputError(f"its codes take {codes.nbytes:,} bytes, must be {-(-size // 2):,} for {shape}")
     table, scales = expect(stored.need(".quant_map"), (16,), {"F32"}), stored.need("weight.absmax", ".absmax")
-    nested = None
-    if stored.part(".nested_absmax") is not None:
-        nested = _read_nested(stored, said, blocks)
-        expect(scales, (blocks,), {"U8"})
-    else:
+    if stored.part(".nested_absmax") is None:
         expect(scales, (blocks,), {"F32", "BF16", "F16"})
-    return weight(stored, tuple(shape), FourBits(codes, scales, table, shape[-1], block, nested))
-
-
-def _read_nested(stored: StoredWeight, said: Mapping[str, Any], blocks: int) -> NestedScales:
-    block, offset = said.get("nested_blocksize"), said.get("nested_offset")
-    if type(block) is not int or block < 1 or not isinstance(offset, float | int) or not math.isfinite(offset):
-        raise InputError(f"its nested_blocksize is {str(block)[:40]}, its nested_offset {str(offset)[:40]}")
-    scales = expect(stored.need(".nested_absmax"), (-(-blocks // block),), {"F32"})
-    table = expect(stored.need(".nested_quant_map"), (256,), {"F32"})
-    return NestedScales(scales, table, block, float(offset))
+        return weight(stored, tuple(shape), FourBits(codes, scales, table, None, None, shape[-1], block))
+    group, offset = said.get("nested_blocksize"), said.get("nested_offset")
+    if type(group) is not int or group < 1 or not isinstance(offset, float | int) or not math.isfinite(offset):
+        raise InputError(f"its nested_blocksize is {str(group)[:40]}, its nested_offset {str(offset)[:40]}")
+    outer = expect(stored.need(".nested_absmax"), (-(-blocks // group),), {"F32"})
+    numbers = expect(stored.need(".nested_quant_map"), (256,), {"F32"})
+    expect(scales, (blocks,), {"U8"})
+    made = FourBits(codes, scales, table, outer, numbers, shape[-1], block, group, float(offset))
+    return weight(stored, tuple(shape), made)
 
 
 def _state(info: TensorInfo) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from deltamerge.formats.quantised.scheme import (
     CodeForm,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     as_one,
@@ -65,8 +66,8 @@ class TurnedWords(CodedWeight):
     keeps: ClassVar[bool] = True
     align: ClassVar[int]
     across: ClassVar[int]
-    zeros: TensorInfo
-    scales: TensorInfo
+    zeros: Part
+    scales: Part
     inputs: int
     group: int
     width: int
@@ -152,10 +153,10 @@ class Gptq(TurnedWords):
 
     align: ClassVar[int] = WORD
     across: ClassVar[int] = 1
-    codes: TensorInfo
-    zeros: TensorInfo
-    scales: TensorInfo
-    order: TensorInfo | None
+    codes: Part
+    zeros: Part
+    scales: Part
+    order: Part | None
     inputs: int
     group: int
     width: int

@@ -44,6 +44,7 @@ from deltamerge.formats.quantised.scheme import (
     CodeForm,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredPart,
     StoredWeight,
@@ -122,33 +123,20 @@ def _side(length: int, count: int, said: int, whole: bool) -> int:
     return length // count if count and length % count == 0 else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Scales:
-    """The scales of a weight, stored in `info`, on a grid."""
+def checked(scales: Floats, info: Part, first: int, used: NDArray[np.bool_] | None = None) -> Floats:
+    """Return `scales` of `info`, rows of the grid from `first` on.
 
-    info: TensorInfo
-    grid: ScaleGrid
-
-    def read(self, read: Read, first: int, last: int) -> Floats:
-        """Return rows [first, last) of the grid in float32, as they are stored and not yet checked."""
-        across = self.grid.across
-        stored = bits(read, self.info, first * across, (last - first) * across)
-        return scales_of(stored, self.info.dtype).reshape(-1, across)
-
-    def checked(self, scales: Floats, first: int, used: NDArray[np.bool_] | None = None) -> Floats:
-        """Return `scales`, rows of the grid from `first` on.
-
-        InputError, naming the first that is NaN, infinite, or zero where codes are `used`.
-        """
-        wrong = ~np.isfinite(scales)
-        wrong |= scales == 0 if used is None else (scales == 0) & used
-        if wrong.any():
-            row, column = (int(x) for x in np.argwhere(wrong)[0])
-            value = scales[row, column]
-            what = f"{self.info.name}: the scale at row {first + row}, column {column} is {value}"
-            hint = "the file is damaged: download the model again, or quantise it again"
-            raise InputError(what, hint=hint, where=str(self.info.path))
-        return scales
+    InputError, naming the first that is NaN, infinite, or zero where codes are `used`.
+    """
+    wrong = ~np.isfinite(scales)
+    wrong |= scales == 0 if used is None else (scales == 0) & used
+    if wrong.any():
+        row, column = (int(x) for x in np.argwhere(wrong)[0])
+        value = scales[row, column]
+        what = f"{info.name}: the scale at row {first + row}, column {column} is {value}"
+        hint = "the file is damaged: download the model again, or quantise it again"
+        raise InputError(what, hint=hint, where=str(info.path))
+    return scales
 
 
 def check_dtype(info: TensorInfo) -> None:
@@ -158,47 +146,28 @@ def check_dtype(info: TensorInfo) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroPoints:
-    """The zeros of a weight on the grid of its scales, in `info`.
-
-    packed   unsigned integers of `width` bits, packed down the columns of (rows, across); else numbers as they are
-    dense    whether packed integers may lie across two words
-    """
-
-    info: TensorInfo
-    width: int = 8
-    packed: bool = False
-    dense: bool = True
-
-    def read(self, read: Read, first: int, last: int, across: int) -> Floats:
-        """Return rows [first, last) of the grid in float32."""
-        if not self.packed:
-            found = bits(read, self.info, first * across, (last - first) * across)
-            return values_of(self.info.dtype)[found].reshape(-1, across)
-        begin, end = word_of(first, self.width, self.dense), word_of(last - 1, self.width, self.dense) + 1
-        end = min(end + self.dense, self.info.shape[0])
-        words = bits(read, self.info, begin * across, (end - begin) * across).reshape(-1, across)
-        found = unpacked(words.T, self.width, self.dense, first, last, begin).T
-        return np.ascontiguousarray(found, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
 class Scaled(CodedWeight):
     """The values of a weight of `columns`, made of codes, scales and perhaps zeros.
 
+    zeros    on the grid of the scales
+    order    the column of the grid of each column of the weight, where these are not in order (columns) int32
+    grid     of the scales
     form     of the codes: a dtype of `FORMS`, or "packed"
     width    bits of a packed code, `dense` whether it may lie across two words
-    order    the column of the grid of each column of the weight, where these are not in order (columns) int32
+    zeros_packed   whether zeros are integers of `width` bits packed down the columns of the grid; else they are numbers
     """
 
-    codes: TensorInfo
+    codes: Part
+    scales: Part
+    zeros: Part | None
+    order: Part | None
     columns: int
-    scales: Scales
+    grid: ScaleGrid
     form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed"]
     width: int = 8
     dense: bool = True
-    zeros: ZeroPoints | None = None
-    order: TensorInfo | None = None
+    zeros_packed: bool = False
+    zeros_dense: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -215,25 +184,24 @@ class Scaled(CodedWeight):
 
     def part(self, read: Read, start: int, stop: int) -> CodedRows | None:
         """Return None where a scale is 0, which `fill` looks into."""
-        blocks = self.scales.grid.rows_of(start // self.columns, -(-stop // self.columns))
+        blocks = self.grid.rows_of(start // self.columns, -(-stop // self.columns))
         first, last = int(blocks[0]), int(blocks[-1]) + 1
-        scales = self.scales.read(read, first, last)
+        scales = self._scales(read, first, last)
         if not scales.all():
             return None
-        zeros = None if self.zeros is None else self.zeros.read(read, first, last, self.scales.grid.across)
+        zeros = self._zeros(read, first, last)
         form = CodeForm(FORMS.get(self.form, PACKED), self.width, self.columns, self._stride)
-        return CodedRows(form, self.scales.checked(scales, first), first, self.scales.grid, zeros)
+        return CodedRows(form, checked(scales, self.scales, first), first, self.grid, zeros)
 
     def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
-        grid = self.scales.grid
-        blocks = grid.rows_of(top, bottom)
+        blocks = self.grid.rows_of(top, bottom)
         first, last = int(blocks[0]), int(blocks[-1]) + 1
-        codes, scales = row_bytes(read, self.codes, top, bottom), self.scales.read(read, first, last)
-        zeros = None if self.zeros is None else self.zeros.read(read, first, last, grid.across)
+        codes, scales = row_bytes(read, self.codes, top, bottom), self._scales(read, first, last)
+        zeros = self._zeros(read, first, last)
         used = None
         if not scales.all():  # a scale of zero is damage, but where a block is zeros anyway
             used = self._used(codes, blocks - first, len(scales))
-        self.scales.checked(scales, first, used)
+        checked(scales, self.scales, first, used)
         order = self._order(read)
         native = kernels.native() if self.is_plain else None
         if native is None:
@@ -245,8 +213,28 @@ class Scaled(CodedWeight):
         form = FORMS.get(self.form, PACKED)
         shift = np.zeros(0, np.float32) if zeros is None else zeros
         native.scaled(
-            codes, scales, shift, blocks - first, out, form, self.width, self.columns, codes.strides[0], grid.n
+            codes, scales, shift, blocks - first, out, form, self.width, self.columns, codes.strides[0], self.grid.n
         )
+
+    def _scales(self, read: Read, first: int, last: int) -> Floats:
+        """Return rows [first, last) of the grid in float32, as they are stored and not yet checked."""
+        across = self.grid.across
+        stored = bits(read, self.scales, first * across, (last - first) * across)
+        return scales_of(stored, self.scales.dtype).reshape(-1, across)
+
+    def _zeros(self, read: Read, first: int, last: int) -> Floats | None:
+        """Return the zeros of rows [first, last) of the grid in float32."""
+        info, across = self.zeros, self.grid.across
+        if info is None:
+            return None
+        if not self.zeros_packed:
+            found = bits(read, info, first * across, (last - first) * across)
+            return values_of(info.dtype)[found].reshape(-1, across)
+        begin, end = (word_of(row, self.width, self.zeros_dense) for row in (first, last - 1))
+        end = min(end + 1 + self.zeros_dense, info.shape[0])
+        words = bits(read, info, begin * across, (end - begin) * across).reshape(-1, across)
+        found = unpacked(words.T, self.width, self.zeros_dense, first, last, begin).T
+        return np.ascontiguousarray(found, np.float32)
 
     def _numbers(self, codes: Array) -> Floats:
         """Return the codes of whole rows as numbers: of packed ones, as if their zero were mid-range."""
@@ -255,11 +243,11 @@ class Scaled(CodedWeight):
         return unpacked(codes.view("<u4"), self.width, self.dense, 0, self.columns).astype(np.float32)
 
     def _spread(self, values: Floats, order: NDArray[np.int32] | None) -> Floats:
-        return values[:, order] if order is not None else self.scales.grid.spread(values, self.columns)
+        return values[:, order] if order is not None else self.grid.spread(values, self.columns)
 
     def _used(self, codes: Array, blocks: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
         """Return which of `count` rows of blocks have codes that are not zero."""
-        numbers, grid = self._numbers(codes) != 0, self.scales.grid
+        numbers, grid = self._numbers(codes) != 0, self.grid
         starts = np.arange(grid.across) * grid.n
         inside = np.logical_or.reduceat(numbers, starts, axis=1) if self.order is None else numbers.any(1)[:, None]
         used = np.zeros((count, grid.across), bool)
@@ -270,12 +258,12 @@ class Scaled(CodedWeight):
         """Return the column of the grid of each column. InputError: columns that the grid does not have."""
         if self.order is None:
             return None
-        info, across = self.order, self.scales.grid.across
+        info, across = self.order, self.grid.across
         found: NDArray[np.int32] = read.once((info.path, info.begin), lambda: bits(read, info, 0, self.columns)).view(
             np.int32
         )
         if (found == -1).all():  # written where columns are in order
-            return (np.arange(self.columns) // self.scales.grid.n).astype(np.int32)
+            return (np.arange(self.columns) // self.grid.n).astype(np.int32)
         if found.min() < 0 or found.max() >= across:
             wrong = int(found[(found < 0) | (found >= across)][0])
             raise InputError(f"{info.name}: has group {wrong}, of {across}", hint=AGAIN)
@@ -283,25 +271,25 @@ class Scaled(CodedWeight):
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         """Divide each block by its scale; scales and zeros lie as they do here."""
-        grid, packed, zeros = self.scales.grid, self.form == "packed", self.zeros
+        grid, packed = self.grid, self.form == "packed"
         if self.order is not None:
             raise InputError(f"has columns in the order of {self.order.name}, which cannot be written")
         if packed and not self.dense and WORD % self.width:
             raise InputError(f"has words with gaps, of {self.width} bits a code, which cannot be written")
         rows, columns = grid.height, shape[-1] if shape else 1
         numbers = FLOATS.get(self.form) or Integers(self.width)
-        parts = [StoredPart.like(self.codes), StoredPart.like(self.scales.info, grid.m)]
+        parts = [StoredPart.like(self.codes), StoredPart.like(self.scales, grid.m)]
         multiple = grid.m
         how: Literal["bytes", "words"] | None = None
-        if zeros is not None:
-            if not isinstance(numbers, Integers) or (not zeros.packed and zeros.info.dtype != "I8"):
-                raise InputError(f"has zeros of {zeros.info.dtype}, which cannot be written")
-            inside = zeros.packed and grid.m == 1 and WORD % zeros.width == 0
-            per = WORD // zeros.width if inside else rows if zeros.packed else grid.m
-            multiple, how = math.lcm(grid.m, per), "words" if zeros.packed else "bytes"
-            parts.append(StoredPart.like(zeros.info, per))
+        if self.zeros is not None:
+            if not isinstance(numbers, Integers) or (not self.zeros_packed and self.zeros.dtype != "I8"):
+                raise InputError(f"has zeros of {self.zeros.dtype}, which cannot be written")
+            inside = self.zeros_packed and grid.m == 1 and WORD % self.width == 0
+            per = WORD // self.width if inside else rows if self.zeros_packed else grid.m
+            multiple, how = math.lcm(grid.m, per), "words" if self.zeros_packed else "bytes"
+            parts.append(StoredPart.like(self.zeros, per))
         packing: Packing = "words" if packed else "bytes"
-        coder = BlockCoder(numbers, (grid.m, grid.n), self.scales.info.dtype, how, packed and self.width < 8, packing)
+        coder = BlockCoder(numbers, (grid.m, grid.n), self.scales.dtype, how, packed and self.width < 8, packing)
         return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
 
 
@@ -314,15 +302,8 @@ def scaled_by(stored: StoredWeight, block: Block | None, *, whole: bool = False)
     if zeros is not None and (zeros.shape != scales.shape or zeros.dtype not in ("I8", "U8", "F8_E4M3", "F8_E5M2")):
         raise unfit(zeros, f"{list(scales.shape)} of 8 bits")
     columns = codes.shape[-1] if codes.shape else 1
-    made = Scaled(
-        codes,
-        columns,
-        Scales(scales, laid),
-        codes.dtype,  # type: ignore[arg-type]  # one of its forms
-        zeros=None if zeros is None else ZeroPoints(zeros),
-        order=order_of(stored, columns),
-    )
-    return weight(stored, codes.shape, made)
+    form: Any = codes.dtype
+    return weight(stored, codes.shape, Scaled(codes, scales, zeros, order_of(stored, columns), columns, laid, form))
 
 
 def order_of(stored: StoredWeight, columns: int) -> TensorInfo | None:
@@ -358,7 +339,7 @@ class Tabled(CodedWeight):
 
     __slots__ = ()
     group: int
-    scales: TensorInfo
+    scales: Part
     swapped: ClassVar[bool] = False
 
     @property
@@ -416,7 +397,7 @@ class Tabled(CodedWeight):
         out[:] = values.reshape(-1)[skip : skip + end - begin].reshape(out.shape)
 
 
-def check_zeros(scales: Floats, values: Floats, info: TensorInfo) -> None:
+def check_zeros(scales: Floats, values: Floats, info: Part) -> None:
     """Raise InputError where the scale of a row of `values` is stored as 0, and the row is not."""
     if not scales.all() and values[scales == 0].any():
         raise damaged(info, "is 0 where the weight is not")

@@ -30,7 +30,7 @@ from deltamerge.formats.quantised.codes import (
     shares_of,
     unpack,
 )
-from deltamerge.formats.quantised.grid import Scaled, Scales, grid
+from deltamerge.formats.quantised.grid import Scaled, grid
 from deltamerge.formats.quantised.mxfp4 import Mxfp4
 from deltamerge.formats.quantised.nvfp4 import Nvfp4
 from deltamerge.formats.quantised.scheme import (
@@ -38,6 +38,7 @@ from deltamerge.formats.quantised.scheme import (
     CodedWeight,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     by_rows,
@@ -58,9 +59,9 @@ FLOAT_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 class Affine(CodedWeight):
     """Codes of `width` bits with a scale and a bias for `group` columns."""
 
-    codes: TensorInfo
-    scales: TensorInfo
-    biases: TensorInfo
+    codes: Part
+    scales: Part
+    biases: Part
     columns: int
     group: int
     width: int
@@ -126,7 +127,7 @@ def read(stored: StoredWeight) -> TensorInfo:
         return weight(stored, shape, Affine(codes, scales, biases, columns, group, width))
     if mode == "mxfp8":
         laid = grid(shape, blocks, (1, group))
-        return weight(stored, shape, Scaled(codes, columns, Scales(scales, laid), "F8_E4M3"))
+        return weight(stored, shape, Scaled(codes, scales, None, None, columns, laid, "F8_E4M3"))
     made = Mxfp4(codes, scales, columns) if mode == "mxfp4" else Nvfp4(codes, scales, columns)
     return weight(stored, shape, made)
 

@@ -27,6 +27,7 @@ from deltamerge.formats.quantised.scheme import (
     CodeForm,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredWeight,
     as_one,
@@ -49,8 +50,8 @@ GROUP = 32
 class Mxfp4(Tabled):
     """Rows of E2M1 codes."""
 
-    codes: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    scales: Part
     columns: int
     group: int = GROUP
 
@@ -70,8 +71,8 @@ class Mxfp4Experts(CodedWeight):
     """Experts (E, 32 groups, rows), stored transposed: codes (E, rows, groups, 16), scales (E, rows, groups)."""
 
     keeps: ClassVar[bool] = True
-    codes: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    scales: Part
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         _, rows, groups, _ = self.codes.shape

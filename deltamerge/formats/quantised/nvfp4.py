@@ -34,6 +34,7 @@ from deltamerge.formats.quantised.scheme import (
     CodedParts,
     Coding,
     Floats,
+    Part,
     Shape,
     StoredPart,
     StoredWeight,
@@ -57,10 +58,10 @@ Apply = Literal["times", "over"]
 class Nvfp4(Tabled):
     """Rows of E2M1 codes; scales are multiplied by the tensor's global scale, or divided by its inverse (`over`)."""
 
-    codes: TensorInfo
-    scales: TensorInfo
+    codes: Part
+    scales: Part
     columns: int
-    single: TensorInfo | None = None
+    single: Part | None = None
     apply: Apply = "times"
     group: int = GROUP
 

@@ -24,8 +24,6 @@ from deltamerge.formats.quantised.grid import (
     Block,
     Scaled,
     ScaleGrid,
-    Scales,
-    ZeroPoints,
     check_dtype,
     grid,
     order_of,
@@ -87,9 +85,9 @@ def _of_group(stored: StoredWeight, shape: Shape | None, group: GroupSettings) -
         raise InputError(f"weight_shape says {list(shape)}, weight_packed has {list(codes.shape)}", hint=OR_QUANTISE)
     width, dense = _packing(shape[-1], words, group.width)
     laid = grid(shape, scales.shape, group.block, whole=group.whole)
-    zeros = _zeros(_zeros_of(stored, group), scales, laid, shape, width)
-    made = Scaled(codes, shape[-1], Scales(scales, laid), "packed", width, dense, zeros, order_of(stored, shape[-1]))
-    return weight(stored, shape, made)
+    zeros, order = _zeros_of(stored, group), order_of(stored, shape[-1])
+    how = (False, True) if zeros is None else _zeros_packing(zeros, scales, laid, shape, width)
+    return weight(stored, shape, Scaled(codes, scales, zeros, order, shape[-1], laid, "packed", width, dense, *how))
 
 
 def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
@@ -105,20 +103,17 @@ def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
     raise InputError(f"its rows have {words} words, which {said} do not take", hint=OR_QUANTISE)
 
 
-def _zeros(
-    zeros: TensorInfo | None, scales: TensorInfo, laid: ScaleGrid, shape: Shape, width: int
-) -> ZeroPoints | None:
-    """Return the zeros of packed codes: packed too, down their columns, or one by one."""
-    if zeros is None:
-        return None
+def _zeros_packing(
+    zeros: TensorInfo, scales: TensorInfo, laid: ScaleGrid, shape: Shape, width: int
+) -> tuple[bool, bool]:
+    """Return whether the zeros of packed codes are packed too, down their columns, and whether densely."""
     if zeros.dtype == "I8" and zeros.shape == scales.shape:
-        return ZeroPoints(zeros)
-    rows = laid.down
+        return False, True
     for dense in (True, False):
-        expected = (words_of(rows, width, dense), laid.across)
+        expected = (words_of(laid.down, width, dense), laid.across)
         if zeros.dtype in ("I32", "U32") and len(shape) == 2 and zeros.shape == expected:
-            return ZeroPoints(zeros, width, packed=True, dense=dense)
-    raise unfit(zeros, f"{list(scales.shape)}, or packed {[words_of(rows, width, True), laid.across]}")
+            return True, dense
+    raise unfit(zeros, f"{list(scales.shape)}, or packed {[words_of(laid.down, width, True), laid.across]}")
 
 
 def _shape(stored: StoredWeight) -> Shape | None:

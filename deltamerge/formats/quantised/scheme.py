@@ -10,10 +10,10 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,14 @@ import numpy.typing as npt
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, nbytes_of, widen
-from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, decoded, viewed
+from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, view, viewed
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 Rows = Callable[[int, int, Floats], None]
+Part: TypeAlias = Tensor | TensorInfo
+"""A stored tensor, as formats name it or as the graph has it."""
 
 AGAIN = "download the model again"
 OR_QUANTISE = f"{AGAIN}, or quantise it again"
@@ -78,7 +80,7 @@ class CodedWeight:
     """
 
     __slots__ = ()
-    codes: TensorInfo
+    codes: Part
     columns: int
     keeps: ClassVar[bool] = False
 
@@ -110,16 +112,41 @@ class CodedWeight:
         raise InputError(UNWRITABLE)
 
 
-def streamed(source: Tensor) -> CodedWeight | None:
-    """Return the codes of a tensor that the compiled loop reads itself, else None."""
-    made = source.parameter("made") if source.function == decoded.__name__ else None
-    return made if isinstance(made, CodedWeight) and made.is_plain else None
-
-
 def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
-    """Return the float32 tensor of `shape` that `made` computes from the stored parts."""
-    tensor = viewed(decoded, (), shape, "F32", made=made, name=stored.name, path=stored.codes.path)
+    """Return the float32 tensor of `shape` that `made` computes: a view of its stored parts, codes first."""
+    values = {one.name: getattr(made, one.name) for one in fields(made)}  # type: ignore[arg-type]  # all are dataclasses
+    parts = {name: value for name, value in values.items() if isinstance(value, Tensor | TensorInfo)}
+    plain = tuple((name, value) for name, value in values.items() if name not in parts)
+    tensor = viewed(decode, parts.values(), shape, "F32", form=type(made), names=tuple(parts), plain=plain)
     return TensorInfo(stored.name, tensor)
+
+
+def _codes_of(tensor: Tensor) -> Tensor:
+    return tensor.inputs[0]
+
+
+@view(codes=_codes_of)
+def decode(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -> None:
+    """Compute a weight from its stored parts. Parameters: its class, the names of its parts, and its other fields."""
+    made = coded_weight(tensor)
+    assert made is not None
+    made.fill(read, start, out)
+
+
+def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = None) -> CodedWeight | None:
+    """Return what computes a weight from codes; None for other tensors. `infos` name its parts."""
+    if tensor.function != decode.__name__:
+        return None
+    own = dict(tensor.parameters)
+    parts = (part if infos is None else infos[part] for part in tensor.inputs)
+    made: CodedWeight = own["form"](**dict(zip(own["names"], parts, strict=True)), **dict(own["plain"]))
+    return made
+
+
+def streamed(tensor: Tensor) -> CodedWeight | None:
+    """Return the codes of a tensor that the compiled loop reads itself, else None."""
+    made = coded_weight(tensor)
+    return made if made is not None and made.is_plain else None
 
 
 # Weights as they are written.
@@ -149,7 +176,7 @@ class StoredPart:
     rows: int = 1
 
     @classmethod
-    def like(cls, info: TensorInfo, rows: int = 1) -> StoredPart:
+    def like(cls, info: Part, rows: int = 1) -> StoredPart:
         """Return the part that is stored like `info`."""
         return cls(info.name, info.dtype, info.shape, rows)
 
@@ -226,13 +253,13 @@ def unit_rows(rows: int, columns: int, multiple: int) -> int:
     return max(1, CHUNK // max(1, multiple * columns)) * multiple if multiple < rows else rows
 
 
-def by_rows(shape: Shape, coder: Coder, *parts: TensorInfo) -> Coding:
+def by_rows(shape: Shape, coder: Coder, *parts: Part) -> Coding:
     """Return the coding of a weight each of whose rows is stored by itself."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), tuple(map(StoredPart.like, parts)))
 
 
-def as_one(shape: Shape, coder: Coder, *parts: TensorInfo, matrix: tuple[int, int] | None = None) -> Coding:
+def as_one(shape: Shape, coder: Coder, *parts: Part, matrix: tuple[int, int] | None = None) -> Coding:
     """Return the coding of a weight, or of each of its matrices, that is coded at once."""
     rows, columns = matrix or (math.prod(shape[:-1]), shape[-1])
     return Coding(shape, coder, (rows, columns), rows, tuple(StoredPart.like(part, rows) for part in parts))
@@ -243,15 +270,16 @@ def coding_like(weight: TensorInfo, stored: Sequence[TensorInfo], settings: Mapp
 
     `settings` are those of the checkpoint's config. InputError: the form cannot be written.
     """
-    if not isinstance(weight.made, CodedWeight):
+    made = coded_weight(weight.tensor, {info.tensor: info for info in stored})
+    if made is None:
         raise InputError(UNWRITABLE)
-    coding = weight.made.coding(weight.shape, settings)
+    coding = made.coding(weight.shape, settings)
     by_name = {info.name: info for info in stored}
-    made = tuple(by_name[part.name] for part in coding.parts)
+    likes = tuple(by_name[part.name] for part in coding.parts)
     old, new = _module(weight.name), _module(name)
     parts = tuple(replace(part, name=new + part.name.removeprefix(old)) for part in coding.parts)
-    rest = (replace(info, name=new + info.name.removeprefix(old)) for info in stored if info not in made)
-    return replace(coding, parts=parts, copied=tuple(rest), like=weight, like_parts=made)
+    rest = (replace(info, name=new + info.name.removeprefix(old)) for info in stored if info not in likes)
+    return replace(coding, parts=parts, copied=tuple(rest), like=weight, like_parts=likes)
 
 
 def _module(name: str) -> str:
@@ -336,14 +364,14 @@ def whole(value: int, by: int, what: str) -> int:
     return value // by
 
 
-def finite(values: Floats, info: TensorInfo) -> Floats:
+def finite(values: Floats, info: Part) -> Floats:
     """Return `values` of a part. InputError: one is NaN or infinite."""
     if not np.isfinite(values).all():
         raise damaged(info, "holds NaN or infinity")
     return values
 
 
-def damaged(info: TensorInfo, what: str) -> InputError:
+def damaged(info: Part, what: str) -> InputError:
     """Return the error for a part whose values cannot be."""
     return InputError(f"{info.name}: {what}", hint=AGAIN, where=str(info.path))
 
@@ -351,27 +379,27 @@ def damaged(info: TensorInfo, what: str) -> InputError:
 # Ranges of parts.
 
 
-def bits(read: Read, info: TensorInfo, start: int, count: int) -> Array:
+def bits(read: Read, info: Part, start: int, count: int) -> Array:
     """Return the bit patterns of elements [start, start + count)."""
     found = np.empty(count, bits_type(info.dtype))
     read.read_into(info, start, found)
     return found
 
 
-def row_bytes(read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
+def row_bytes(read: Read, info: Part, top: int, bottom: int) -> Array:
     """Return rows [top, bottom) as bytes (bottom − top, bytes of a row)."""
     columns = info.shape[-1] if info.shape else 1
     return bits(read, info, top * columns, (bottom - top) * columns).reshape(-1, columns).view(np.uint8)
 
 
-def bytes_of(read: Read, info: TensorInfo, low: int, high: int) -> Array:
+def bytes_of(read: Read, info: Part, low: int, high: int) -> Array:
     """Return bytes [low, high) of a tensor of any dtype."""
     size = info.nbytes // max(1, math.prod(info.shape))
     first, last = low // size, -(-high // size)
     return bits(read, info, first, last - first).view(np.uint8)[low - first * size :][: high - low]
 
 
-def floats(read: Read, info: TensorInfo, start: int, count: int) -> Floats:
+def floats(read: Read, info: Part, start: int, count: int) -> Floats:
     """Return elements [start, start + count) of a part in float32. InputError: one is NaN or infinite."""
     return finite(widen(bits(read, info, start, count), info.dtype), info)
 
@@ -434,7 +462,7 @@ def _put(columns: int, target: Floats, at: int, top: int, bottom: int, rows: Row
 # Columns of stored matrices.
 
 
-def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
+def columns_of(read: Read, info: Part, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Return columns [first, last) of the bit patterns of stored matrix `matrix` of `rows` × `width`.
 
     They are cut out of a slab that is held for the next ones: the matrix, or the columns that fit in `SLAB` bytes.
@@ -444,7 +472,7 @@ def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, 
 
 
 def held_columns(
-    read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0
+    read: Read, info: Part, rows: int, width: int, first: int, last: int, matrix: int = 0
 ) -> tuple[Array, int]:
     """Return a contiguous array that has these columns, and the number of its first."""
     size = ITEMSIZE[info.dtype]
@@ -464,7 +492,7 @@ def held_columns(
     return np.concatenate(parts, axis=1), first
 
 
-def _columns(read: Read, info: TensorInfo, matrix: tuple[int, int, int], first: int, last: int) -> Array:
+def _columns(read: Read, info: Part, matrix: tuple[int, int, int], first: int, last: int) -> Array:
     """Return columns [first, last) of a stored matrix, given by its first row, its rows and the columns of a row."""
     (top, rows, width), size = matrix, ITEMSIZE[info.dtype]
     found = np.empty((rows, last - first), bits_type(info.dtype))
@@ -475,7 +503,13 @@ def _columns(read: Read, info: TensorInfo, matrix: tuple[int, int, int], first: 
 
 def kept_bytes(tensors: Iterable[TensorInfo]) -> int:
     """Return the memory that slabs of these tensors take while they are read."""
-    return KEPT if any(getattr(info.made, "keeps", False) for info in tensors) else 0
+    return KEPT if any(_keeps(tensor) for info in tensors for tensor in info.tensor.graph()) else 0
+
+
+def _keeps(tensor: Tensor) -> bool:
+    if tensor.function == decode.__name__:
+        return bool(tensor.parameter("form").keeps)
+    return tensor.kind == "view" and VIEWS[tensor.function].keeps
 
 
 def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:
