@@ -65,6 +65,13 @@ def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int
     return lines
 
 
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of a table as lines; long cells, which may be a stranger's text, are cut."""
+    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def cut(text: str, most: int) -> str:
     """A text of at most so many characters; of a longer one the beginning and, mostly, the end."""
     if len(text) <= most:
@@ -87,3 +94,13 @@ def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> list
         shown(text, 4000), width, initial_indent=first, subsequent_indent=then,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
+
+
+def figure(number: float | None) -> str:
+    """A number to three digits, or a dash."""
+    return "-" if number is None else f"{number:.3g}"
+
+
+def cell(number: float | None) -> str:
+    """A number to three digits, or an en dash."""
+    return "–" if number is None else figure(number)

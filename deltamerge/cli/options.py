@@ -202,3 +202,6 @@ SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_settings,
     help="Set a key of the recipe: models.0.prune.density=0.01.",
 )  # fmt: skip
+ALLOW_COMMAND = click.option(
+    "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
+)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from deltamerge.cli import streams
-from deltamerge.cli.tables import human
-from deltamerge.errors.shown import printed
+from deltamerge.errors.shown import human, printed
 from deltamerge.files.progress import BYTES, Phase, heard
 
 EVERY = 10.0  # seconds between lines

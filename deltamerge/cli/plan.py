@@ -1,4 +1,4 @@
-"""A plan for people: the answer in a few lines, then tensors of one kind on one line."""
+"""The command plan: the answer in a few lines, then tensors of one kind on one line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltamerge.cli.tables import aligned, human, render_delta
+import click
+
+from deltamerge import errors
+from deltamerge.cli import streams
+from deltamerge.cli.layout import aligned, paragraph
+from deltamerge.cli.options import AS_JSON, DEVICE, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.output import say, say_json
+from deltamerge.errors.shown import human, shown
 from deltamerge.errors.shown import lines as one_a_line
-from deltamerge.errors.shown import shown
 from deltamerge.tensors.names import numbers_as_stars
+
+if TYPE_CHECKING:
+    from deltamerge.recipe.file import RecipeFile
+    from deltamerge.recipe.open_values import Template
+    from deltamerge.recipe.yaml_source import Loc
 
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
@@ -21,6 +32,79 @@ PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
 BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16
 LIBRARIES = 200_000_000  # bytes of torch's and other libraries' files that a process which calibrates maps
 OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
+
+
+@click.command("plan")
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
+@click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
+@MERGEKIT_EXACT
+@SET
+@PICKLES
+@AS_JSON
+def command(
+    recipe: Path,
+    old: Path | None,
+    graph: bool,
+    tensors: bool,
+    mergekit_exact: bool,
+    settings: dict[Loc, str],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show what a run of RECIPE would do, and what it takes.
+
+    The dry run: output, disk, memory, about how long, and the tensors by kind; reads no weights.
+
+    \b
+    deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
+    deltamerge plan --diff old.yaml new.yaml    # for a pull request
+    """
+    from deltamerge.plan import review
+    from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
+    from deltamerge.run.check import in_words
+    from deltamerge.run.options import Options
+    from deltamerge.run.plans import make_plans, target_of
+
+    def describe(file: RecipeFile, template: Template | None = None) -> dict[str, Any]:
+        *before, planned = make_plans(file, options=Options(**options))
+        intermediate = {plan.recipe.name: plan.describe() for plan in before}
+        more: dict[str, Any] = {"intermediate": intermediate} if before else {}
+        if template is not None:
+            with errors.app("search"):
+                from deltamerge.apps.search.cost import describe_study
+
+            more["study"] = template.describe() | describe_study(planned)
+        return planned.describe() | more
+
+    if graph and (old or as_json):
+        raise click.UsageError("--graph stands alone")
+    read = read_either(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    template = read.template if isinstance(read, TemplateFile) else None
+    file = read.file(next(read.template.examples())) if isinstance(read, TemplateFile) else read
+    described = describe(file, template)
+    if old is not None:
+        with errors.context(str(old)):
+            before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
+            found = review.difference(before, described)
+        say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
+    elif graph:
+        say(review.mermaid(described))
+    elif as_json:
+        say_json(described)
+    else:
+        width = streams.columns()
+        for name, one in described.get("intermediate", {}).items():
+            say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
+        say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
+        if template is not None:
+            study = described["study"]
+            took = f"{study['together']} candidates a walk in about {human(study['memory'])} of memory"
+            say("\n".join(paragraph(f"study: {in_words(template)}; {took}", width)))
 
 
 def render_plan(
@@ -69,6 +153,13 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
         yield from _line("calibrates", _stage(stage), width)
     for note in found["notes"]:
         yield from _line("note", note, width)
+
+
+def render_delta(delta: dict[str, Any]) -> str:
+    """A planned delta artifact, on one line."""
+    values = f"{delta['values']} values to add" if delta["values"] else "final values"
+    size = human(delta["estimated_bytes"])
+    return f"{values}, about {size}: an estimate, without tables, of positions at random; less if less has changed"
 
 
 def seconds(described: Mapping[str, Any]) -> float:
