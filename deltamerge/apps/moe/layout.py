@@ -39,7 +39,7 @@ SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MixtureLayout:
     """Where a mixture's tensors are, and what it can hold.
 
     name, aliases   as recipes name it; the first is mergekit's
@@ -96,21 +96,23 @@ class Layout:
         return (*ATTENTION, *NORMS, *(QK_NORMS if self.normed else ()))
 
 
-MIXTRAL = Layout(
+MIXTRAL = MixtureLayout(
     "Mixtral", ("mixtral",), "mixtral", "MixtralForCausalLM", ("llama", "mistral"), "block_sparse_moe",
     ("w1", "w3", "w2"),
 )  # fmt: skip
-DEEPSEEK = Layout(
+DEEPSEEK = MixtureLayout(
     "DeepSeek MoE", ("deepseek",), "deepseek", "DeepseekForCausalLM", ("llama", "mistral"), shared="shared_experts",
     optional=BIAS,
 )  # fmt: skip
-QWEN = Layout(
+QWEN = MixtureLayout(
     "Qwen MoE", ("qwen2moe",), "qwen2_moe", "Qwen2MoeForCausalLM", ("llama", "mistral", "qwen2"),
     shared="shared_expert", shared_gate="shared_expert_gate", needs_shared=True, optional=QKV_BIAS,
 )  # fmt: skip
-QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS)
+QWEN3 = MixtureLayout(
+    "Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS
+)
 # The mixture of DeepSeek-V3 on Llama's attention, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
-DEEPSEEK_V3 = Layout(
+DEEPSEEK_V3 = MixtureLayout(
     "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
     needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
     untied=True,
@@ -119,7 +121,7 @@ LAYOUTS = (MIXTRAL, DEEPSEEK, QWEN, QWEN3, DEEPSEEK_V3)
 BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is taken
 
 
-def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> Layout:
+def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> MixtureLayout:
     """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: why none does."""
     if wanted is None:
         named = list(BY_DEFAULT)
@@ -136,7 +138,7 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     raise InputError(first, also=also, hint="see docs/moe.md for what each is made of")
 
 
-def _names(layout: Layout) -> tuple[str, ...]:
+def _names(layout: MixtureLayout) -> tuple[str, ...]:
     return layout.name, *layout.aliases
 
 
@@ -157,7 +159,7 @@ class Sizes:
     biased: bool
 
 
-def config_of(layout: Layout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
+def config_of(layout: MixtureLayout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
     """config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
     family, notes = str(base["model_type"]), list[str]()
     config = {**{k: v for k, v in FAMILIES[family].items() if k != "rope_theta"}, **base}
@@ -220,7 +222,7 @@ def _sliding(base: Mapping[str, Any], family: str, layers: int) -> tuple[int | N
     return window, [i >= first for i in range(layers)]
 
 
-def _same(layout: Layout, window: int | None, sliding: Sequence[bool]) -> int | None:
+def _same(layout: MixtureLayout, window: int | None, sliding: Sequence[bool]) -> int | None:
     """The window of all layers. InputError: some have none."""
     if any(sliding) and not all(sliding):
         message = f"some layers of the base have a sliding window, and in {layout.name} all have it or none"

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.merge.router import routers
-from deltamerge.calibrate.merge.router_spec import Prompts, RouterSpec
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.apps.moe.layout import FAMILIES, MLP, OUTSIDE, MixtureLayout, Sizes, choose, config_of
+from deltamerge.apps.moe.routers import Prompts, Routers, RouterSpec, locked, routers
 from deltamerge.engine import backends
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
@@ -20,7 +23,6 @@ from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.moe_layout import FAMILIES, MLP, OUTSIDE, Layout, Sizes, choose, config_of
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -39,10 +41,10 @@ BUFFER = "rotary_emb.inv_freq"  # that old checkpoints store and classes compute
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """A mixture for people: its layout, experts by name, numbers of parameters, and the node that makes its routers."""
+class PlannedMixture:
+    """A mixture of experts in a plan, as `plan.mixture.Mixture` wants it."""
 
-    layout: Layout
+    layout: MixtureLayout
     experts: tuple[str, ...]
     shared: tuple[str, ...]
     sizes: Sizes
@@ -51,8 +53,17 @@ class Mixture:
     parameters: int
     active: int
 
+    @property
+    def memory(self) -> int:
+        """Return about the bytes that making the routers takes."""
+        return self.spec.memory
+
+    def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Routers:
+        """Return the routers of a lock. VerifyError: it has none that fit."""
+        return locked(lock, self.spec, values, where)
+
     def describe(self) -> dict[str, Any]:
-        """What `deltamerge plan --json` prints of it."""
+        """Return the mixture as `deltamerge plan --json` prints it."""
         return {
             "architecture": self.layout.model_type,
             "experts": list(self.experts),
@@ -134,13 +145,15 @@ class MixtureOutputs:
             self.notes.append(f"left out, computed by its class: {some(dropped)}")
         return made
 
-    def mixture(self, rows: Sequence[Row]) -> Mixture:
+    def mixture(self, rows: Sequence[Row]) -> PlannedMixture:
         """The mixture of these tensors, for people."""
         total = sum(math.prod(row.shape) for row in rows)
         idle = self.sizes.experts - self.sizes.active
         expert = 3 * self.sizes.width * self.spec.width * self.sizes.layers
         experts, shared = (tuple(model.name for model, _ in some_) for some_ in (self.experts, self.shared))
-        return Mixture(self.layout, experts, shared, self.sizes, self.spec, self.routers, total, total - idle * expert)
+        return PlannedMixture(
+            self.layout, experts, shared, self.sizes, self.spec, self.routers, total, total - idle * expert
+        )
 
     def _mixed(self, number: int, layer: str) -> Iterator[Row]:
         """The tensors that stand for the MLP of a layer, whose stored name is `layer`."""
@@ -290,7 +303,7 @@ class MixtureOutputs:
 
 def _chosen(
     wanted: str | None, families: Sequence[str], shared: int, prompted: bool, gated: Sequence[bool], silent: bool
-) -> Layout:
+) -> MixtureLayout:
     """The layout; a shared expert that says nothing needs no prompts for its gate, nor does one whose gate is drawn."""
     try:
         return choose(wanted, families, shared, prompted)
