@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from deltamerge.apps.report.pictures import drawing
 from deltamerge.engine.execute import default_workers, execute
-from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors import InputError, RecipeError, app
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, PlanOptions, plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
@@ -59,13 +58,19 @@ class Planned:
 
         DeltamergeError: whatever the command line would print and exit for.
         """
+        drawing = None
+        if pictures:
+            with app("report"):
+                from deltamerge.apps.report import pictures as report
+
+            drawing = report.drawing
         options = replace(
             self.options,
             force=force,
             resume=resume,
             lock=Lock.read(self.file.lock_path) if locked else None,
             allow_nonfinite=allow_nonfinite,
-            drawing=drawing if pictures else None,
+            drawing=drawing,
         )
         return run_recipe(self.file, None if out is None else Path(out), options)
 
