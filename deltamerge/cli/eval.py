@@ -71,7 +71,7 @@ def command(
     deltamerge eval ./merged ./models/* --recipe recipe.yaml    # every task, by its own head
     """
     with app("search"):
-        from deltamerge.apps.search.evaluate import Question, evaluate, questions_of
+        from deltamerge.apps.search.evaluate import LabelledRows, evaluate, questions_of
     from deltamerge.recipe.file import read_recipe
     from deltamerge.recipe.schema import Calibration
 
@@ -86,7 +86,7 @@ def command(
     else:
         if "exact_match" in metrics:
             rows = {**(rows or {}), "metric": "exact_match", "task": "text-generation"}
-        questions = [Question("", Calibration.model_validate(rows), Path.cwd(), head)]
+        questions = [LabelledRows("", Calibration.model_validate(rows), Path.cwd(), head)]
     found = evaluate(models, questions, metrics=metrics, sequences=sequences, base=base, device=device, pickles=pickles)
     if as_csv:
         say_csv([{"model": one.model, **_flat(one.scores)} for one in found.models])

@@ -56,10 +56,10 @@ def command(
     advice = []
     if calibration is not None:
         with app("recommend"):
-            from deltamerge.apps.recommend.study import recommend
+            from deltamerge.apps.recommend.prune import recommend_prune
 
         given: dict[str, Any] = {"calibration": calibration, "device": device, "workers": workers, "pickles": pickles}
-        advice = [recommend(model, base, density, **given) for model in models]
+        advice = [recommend_prune(model, base, density, **given) for model in models]
     written = first_recipe(base, models, path, density=density, calibration=calibration, advice=advice, pickles=pickles)
     if as_json:
         if out != "-":

@@ -80,8 +80,8 @@ def command(
     activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
     that a run made, --report draws what its lock says, too.
     """
-    with app("recommend"):
-        from deltamerge.apps.recommend.study import inspect as inspect_delta
+    with app("inspect"):
+        from deltamerge.apps.inspect.study import inspect as inspect_delta
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")

@@ -38,7 +38,7 @@ class RecipePath(click.Path):
         ]
 
 
-class Folder(click.Path):
+class FolderPath(click.Path):
     """A path; the shell completes folders."""
 
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -77,7 +77,7 @@ def pruning_methods(context: click.Context, option: click.Parameter, incomplete:
 
 
 RECIPE = RecipePath(path_type=Path)
-FOLDER = Folder(path_type=Path)
+FOLDER = FolderPath(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)
 DEVICE = click.option(

@@ -76,7 +76,7 @@ def command(
         more: dict[str, Any] = {"intermediate": intermediate} if before else {}
         if template is not None:
             with errors.app("search"):
-                from deltamerge.apps.search.cost import describe_study
+                from deltamerge.apps.search.candidates import describe_study
 
             more["study"] = template.describe() | describe_study(planned)
         return planned.describe() | more

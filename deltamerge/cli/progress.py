@@ -35,7 +35,7 @@ class State:
 
 
 @dataclass(slots=True)
-class Seen:
+class PhaseHistory:
     """A phase, and when it had done how much."""
 
     phase: Phase
@@ -96,14 +96,14 @@ class Display(ABC):
     """Shows every phase that lasts: a listener of phases, with a thread that prints."""
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[PhaseHistory] = []
         self._changed = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begun(self, phase: Phase) -> None:
         with self._changed:
-            self.seen.append(Seen(phase))
+            self.seen.append(PhaseHistory(phase))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._go, daemon=True)
                 self._thread.start()
@@ -148,7 +148,7 @@ class Display(ABC):
         """Remove what does not stay."""
 
 
-class Lines(Display):
+class LineDisplay(Display):
     """A line for each phase now and then, for logs, and for terminals that cannot move a cursor."""
 
     @property
@@ -162,7 +162,7 @@ class Lines(Display):
         """Lines stay."""
 
 
-class Bars(Display):
+class BarDisplay(Display):
     """A line for each phase at the bottom of a terminal, drawn again and again."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ def bars(states: list[State], console: Any) -> list[str]:
     return [text.rstrip() for text in captured.get().rstrip("\n").split("\n")]
 
 
-class Layout(NamedTuple):
+class BarLayout(NamedTuple):
     """What of a phase is shown: columns of its bar, its rate, the time left."""
 
     bar: int
@@ -228,12 +228,12 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout(24, True, True), Layout(12, True, True), Layout(12, False, True), Layout(0, False, True),
-    Layout(0, False, False),
+    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(0, False, True),
+    BarLayout(0, False, False),
 )  # fmt: skip
 
 
-def _words(state: State, layout: Layout) -> str:
+def _words(state: State, layout: BarLayout) -> str:
     share = "" if state.share is None else f"{int(100 * state.share):>2} %"
     parts = (share, state.amount, state.rate * layout.rate, state.left * layout.left)
     return "  ".join(part for part in parts if part)
@@ -257,7 +257,7 @@ def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
     if quiet or (machine and not streams.is_terminal()):
         yield
         return
-    display: Display = Bars() if streams.moves() else Lines()
+    display: Display = BarDisplay() if streams.moves() else LineDisplay()
     _displays.append(display)
     try:
         with heard(display):

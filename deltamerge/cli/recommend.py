@@ -87,13 +87,13 @@ def command(
             say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
     else:
         with app("recommend"):
-            from deltamerge.apps.recommend.study import recommend as recommend_pruning
+            from deltamerge.apps.recommend.prune import recommend_prune
 
         if density is None:
             raise click.UsageError("Missing option '--density', which one MODEL needs")
         if no_fit or len(calibration) > 1:
             raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
-        answer = recommend_pruning(models[0], base, density, calibration=calibration[0], out=out, **options)
+        answer = recommend_prune(models[0], base, density, calibration=calibration[0], out=out, **options)
         if as_csv:
             say_table(answer.candidates)
         else:

@@ -15,7 +15,7 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.search.results import Found
+    from deltamerge.apps.search.results import SearchResult
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -97,7 +97,7 @@ def command(
         tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
 
 
-def render_search(found: Found, width: int) -> str:
+def render_search(found: SearchResult, width: int) -> str:
     """What was found, and the trials that were compared on held-out rows; → is the best."""
     names = list(found.chosen.params)
     goals = list(found.goals)

@@ -29,7 +29,7 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.search.sweep import Keep, Swept
+    from deltamerge.apps.search.sweep import Keep, SweepResult
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -98,7 +98,7 @@ def command(
         tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
 
 
-def render_sweep(found: Swept, width: int) -> str:
+def render_sweep(found: SweepResult, width: int) -> str:
     """A line for each point, seeds averaged; the best is marked."""
     columns = [Column(name.replace(".", "\n")) for name in found.columns]
     best = dict(found.rows[found.best].labels) if found.best is not None else {}

@@ -65,7 +65,7 @@ NEEDS = {
     "recommend a --base base --density 0.1": "recommend",
     "recommend a b --base base": "recommend",
     "init a --base base --out -": "recommend",
-    "inspect a --base base": "recommend",
+    "inspect a --base base": "inspect",
     "diff a b": "inspect",
     "extract a base": "chain",
     "squash a --keep 1": "chain",

@@ -47,7 +47,7 @@ class Switch:
         self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
         to_dict = getattr(getattr(base, "config", None), "to_dict", None)
         self._config: Mapping[str, Any] = {} if to_dict is None else to_dict()
-        self._known = Known(keep, self._prepare)
+        self._known = DeltaCache(keep, self._prepare)
         self._hashes: dict[str, str] = {}
         self._undo: list[Write] = []
         self.at: str | Path | Delta | None = None
@@ -90,7 +90,7 @@ class Switch:
         return tuple(write_of(change, self._state[change.key]) for change in changes)
 
 
-class Known(Generic[T]):
+class DeltaCache(Generic[T]):
     """What is made of deltas, by folder: of each while it holds the same artifact, and of no more than `keep`."""
 
     def __init__(self, keep: int | None, make: Callable[[Sequence[Version]], T]) -> None:

@@ -30,7 +30,7 @@ from deltamerge.tensors.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class TensorDifference:
     """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
 
         changed   entries whose bits differ; if the dtypes differ, whose values do
@@ -91,7 +91,7 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
                     check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
         with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
 
-            def compared(name: str) -> tuple[Change, float, float]:
+            def compared(name: str) -> tuple[TensorDifference, float, float]:
                 found = _compare(reader, named[0][name], named[1][name])
                 comparing.step(named[1][name].nbytes)
                 return found
@@ -133,7 +133,7 @@ def _ratio(squares: float, of_a: float) -> float | None:
     return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
 
 
-def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
+def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[TensorDifference, float, float]:
     """The difference of two tensors, Σ Δ² and Σ a²."""
     if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
         a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
@@ -142,7 +142,7 @@ def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, floa
     kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)
     floating = {a.dtype, b.dtype} <= FLOATING
     if a.shape != b.shape or (a.dtype != b.dtype and not floating):
-        return Change(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
+        return TensorDifference(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
     changed, largest = 0, 0.0
     sums: list[tuple[float, float, float]] = []
     for x, y in _tiles(reader, a, b):
@@ -157,10 +157,10 @@ def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, floa
             squares, of_a = np.square(delta).sum(), np.square(old, dtype=np.float64).sum()
             sums.append((float(delta.sum()), float(squares), float(of_a)))
     if not floating:
-        return Change(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
+        return TensorDifference(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
     total, square, of_old = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
     mean = total / size if size else 0.0
-    return Change(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
+    return TensorDifference(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
 
 
 def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, Any]]:

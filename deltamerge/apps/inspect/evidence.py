@@ -46,7 +46,7 @@ class MaskLoss:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class MaskEvidence:
     """Masks of one fine-tune's delta, measured.
 
     masks     one per spec; None where WANDA has no norms (weights stored (in, out))
@@ -77,7 +77,7 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
         return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
 
-def measure_influence(*, specs: Sequence[Spec]) -> Measured:
+def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
     """The losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
@@ -89,7 +89,7 @@ def measure_influence(*, specs: Sequence[Spec]) -> Measured:
         comparison = _Comparison(Subject(source, reader, masks, known), usable)
         losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
         lost, metric = comparison.nothing()
-        return Measured(
+        return MaskEvidence(
             found,
             [losses.get(id(spec)) for spec in specs],
             lost,

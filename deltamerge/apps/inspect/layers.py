@@ -56,7 +56,7 @@ Place = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class LayerGrid:
     """Figures of one stack of numbered blocks: a row for each module, a column for each block."""
 
     stack: str
@@ -105,13 +105,13 @@ def matrices(found: Report) -> dict[Place, TensorGroup]:
     return grouped(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
 
 
-def grids(cells: Mapping[Place, float | None]) -> list[Grid]:
+def grids(cells: Mapping[Place, float | None]) -> list[LayerGrid]:
     """A grid for each stack."""
     made = []
     for stack, numbers in stacks(layer for layer, _ in cells).items():
         modules = dict.fromkeys(module for layer, module in cells if layer.rpartition(".")[0] == stack)
         rows = [(module, [cells.get((f"{stack}.{n}", module)) for n in numbers]) for module in modules]
-        made.append(Grid(stack, numbers, rows))
+        made.append(LayerGrid(stack, numbers, rows))
     return made
 
 

@@ -33,7 +33,7 @@ def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moments:
+class DeltaMoments:
     """Sums over the entries of one or more deltas; `bins` are high 16 bits of |Δ|, `counts` their frequencies."""
 
     count: int
@@ -115,18 +115,18 @@ class Moments:
         return 0.0
 
 
-SUMS = tuple(f.name for f in fields(Moments) if f.name not in ("count", "largest", "bins", "counts"))
+SUMS = tuple(f.name for f in fields(DeltaMoments) if f.name not in ("count", "largest", "bins", "counts"))
 
 
-def join_moments(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> Moments:
+def join_moments(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> DeltaMoments:
     """The moments of one tensor of `size` entries from `moments` of its blocks and its `high_histogram`."""
     total, absolute, square, cube, fourth, zeros, _, base = (math.fsum(column) for column in partials.T)
     largest = float(partials[:, 6].max(initial=0.0))
     bins = np.flatnonzero(counts)
-    return Moments(size, total, absolute, square, cube, fourth, zeros, largest, base, bins, counts[bins])
+    return DeltaMoments(size, total, absolute, square, cube, fourth, zeros, largest, base, bins, counts[bins])
 
 
-def together(some: Iterable[Moments]) -> Moments:
+def together(some: Iterable[DeltaMoments]) -> DeltaMoments:
     """The moments of all entries of several deltas."""
     parts = list(some)
     counts = np.zeros(BINS, np.int64)
@@ -135,4 +135,4 @@ def together(some: Iterable[Moments]) -> Moments:
     bins = np.flatnonzero(counts)
     sums = {name: math.fsum(getattr(part, name) for part in parts) for name in SUMS}
     largest = max((part.largest for part in parts), default=0.0)
-    return Moments(sum(part.count for part in parts), largest=largest, bins=bins, counts=counts[bins], **sums)
+    return DeltaMoments(sum(part.count for part in parts), largest=largest, bins=bins, counts=counts[bins], **sums)

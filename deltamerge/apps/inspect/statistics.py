@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from deltamerge.apps.inspect.activations import Activations, Figures
-from deltamerge.apps.inspect.moments import Moments, join_moments, moments, together
+from deltamerge.apps.inspect.moments import DeltaMoments, join_moments, moments, together
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
@@ -158,7 +158,7 @@ def measure_deltas(
     device: str = "cpu",
     workers: int = 1,
     tile_elements: int | None = None,
-) -> dict[str, Moments]:
+) -> dict[str, DeltaMoments]:
     """The moments of every pair's delta, by name, from one pass over both files.
 
         pairs           the tensors
@@ -182,13 +182,13 @@ def measure_deltas(
     return found
 
 
-def _is_finite(moments: Moments) -> bool:
+def _is_finite(moments: DeltaMoments) -> bool:
     return math.isfinite(moments.square + moments.base_square)
 
 
 def _moments(
     pairs: Sequence[Pair], device: str, workers: int, tile_elements: int | None, told: Callable[[int], None]
-) -> dict[str, Moments]:
+) -> dict[str, DeltaMoments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
@@ -210,7 +210,7 @@ def _root(graph: Graph, pair: Pair) -> Node:
     )
 
 
-def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
+def statistics(parts: Sequence[DeltaMoments], whole: float) -> dict[str, Any]:
     """The fields of `Statistics` of several tensors together; `whole` is Σ Δ² of the whole delta."""
     m = parts[0] if len(parts) == 1 else together(parts)
     return {
@@ -229,21 +229,21 @@ def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
     }
 
 
-def kept_energy(parts: Sequence[Moments], density: float) -> float:
+def kept_energy(parts: Sequence[DeltaMoments], density: float) -> float:
     """The share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
     whole = math.fsum(part.square for part in parts)
     return math.fsum(part.square * part.kept_energy(density) for part in parts) / whole if whole else 0.0
 
 
 def report(
-    inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, Moments], **more: Any
+    inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, DeltaMoments], **more: Any
 ) -> Report:
     """The report on what `measure` found."""
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 
     def grouped(key: Callable[[Pair], str]) -> dict[str, Statistics]:
-        groups: dict[str, list[Moments]] = {}
+        groups: dict[str, list[DeltaMoments]] = {}
         for pair in pairs:
             groups.setdefault(key(pair), []).append(found[pair.name])
         return {name: Statistics(**statistics(parts, whole)) for name, parts in groups.items()}

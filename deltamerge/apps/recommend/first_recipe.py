@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from deltamerge import errors
+from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation, seen_from
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.models.chain.models import open_model
@@ -17,9 +18,6 @@ from deltamerge.models.decode import decoded
 from deltamerge.recipe.advice import choose, q_decides
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.tensors.dtypes import TORCH_NAMES
-
-if TYPE_CHECKING:
-    from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
 HEAD = """\
 # deltamerge check {name}    the headers of every model, no weights read
@@ -147,15 +145,6 @@ def _flow(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(
         dict(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
     ).strip()
-
-
-def seen_from(folder: Path, reference: str) -> str:
-    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
-    expanded = Path(reference).expanduser()
-    if not expanded.exists() or expanded.is_absolute():
-        return reference
-    relative = os.path.relpath(expanded, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
 
 
 def _scalar(text: str) -> str:

@@ -23,10 +23,9 @@ from pydantic import Field
 from deltamerge.apps.inspect.activations import Figures
 from deltamerge.apps.inspect.statistics import parse
 from deltamerge.apps.recommend.conflict import Conflict, measure
-from deltamerge.apps.recommend.first_recipe import seen_from
-from deltamerge.apps.recommend.prune import commented
+from deltamerge.apps.recommend.prune import commented, seen_from
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.judge import Judge
+from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.apps.search.tasks import AGREEMENT, DISTANCE, SAME
 from deltamerge.calibrate.rows.rows import has_head
@@ -233,7 +232,7 @@ class _Adviser:
         search: dict[str, int] = {}
         held: dict[str, int] = {}
         if self.setting.rows:
-            with closing(Judge(self.candidates, start, STUDY, self._goals(start))) as judge:
+            with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start))) as judge:
                 found = self._judged(judge, FITTED if fit else ())
                 search, held = judge.rows("search"), judge.rows("held")
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
@@ -273,7 +272,7 @@ class _Adviser:
                 goals.append(Goal.model_validate({"measure": SAME, "of": tune.name}))
         return goals
 
-    def _judged(self, judge: Judge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
+    def _judged(self, judge: StudyJudge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
         """Every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
@@ -293,7 +292,7 @@ class _Adviser:
             found[way] = found[way].model_copy(update=worth | {"agreement": same})
         return found
 
-    def _best(self, judge: Judge, way: Way, first: float, steps: int) -> MergeCandidate:
+    def _best(self, judge: StudyJudge, way: Way, first: float, steps: int) -> MergeCandidate:
         """A way at the λ that loses least on the rows that are searched on, or why it cannot be judged."""
         tried: dict[float, float] = {}
         error = None
@@ -322,7 +321,7 @@ class _Adviser:
             error=error,
         )
 
-    def _lost(self, judge: Judge, way: Way, factors: Sequence[float]) -> dict[float, float]:
+    def _lost(self, judge: StudyJudge, way: Way, factors: Sequence[float]) -> dict[float, float]:
         rounded = [float(f"{factor:.3g}") for factor in factors]
         made = [self.candidates.of(self._recipe(way, factor)) for factor in rounded]
         scores = judge.scores(made, "search")

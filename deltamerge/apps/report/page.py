@@ -24,8 +24,20 @@ from deltamerge.apps.inspect.layers import (
     placed,
     stacks,
 )
-from deltamerge.apps.report.style import document
-from deltamerge.apps.report.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
+from deltamerge.apps.report.svg import (
+    Markup,
+    Point,
+    bars,
+    columns,
+    curve,
+    document,
+    element,
+    figure,
+    heat,
+    pairs,
+    scatter,
+    text,
+)
 from deltamerge.errors import OutputError, context
 from deltamerge.files.atomic import refuse_taken, replace_file
 

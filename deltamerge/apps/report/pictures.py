@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
-from deltamerge.apps.report.style import STYLE
-from deltamerge.apps.report.svg import Panel, picture, short
+from deltamerge.apps.report.svg import STYLE, Panel, picture, short
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError

@@ -1,13 +1,18 @@
-"""Candidates: recipes of the same models, as the nodes of their tensors. Nodes that two of them have are one."""
+"""Candidates: recipes of the same models, as the nodes of their tensors. Nodes that two of them have are one.
+
+`describe_study` says from headers alone what judging them takes. No torch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
 from deltamerge.errors import InputError
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
@@ -15,13 +20,15 @@ from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.outputs import Outputs
-from deltamerge.plan.planner import PlanOptions
+from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.study_keys import Study
 from deltamerge.run.options import Options
 from deltamerge.tensors.graph import Graph, Node
+from deltamerge.tensors.names import resident_size
 
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
@@ -29,7 +36,7 @@ HINT = "objective: {command: {run: …}} is given the merged folder, whatever it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
+class RecipeCandidate:
     """A recipe, and what of its output is merged.
 
     roots    by the output's name of a tensor the node that makes it, rounded to the output's dtype
@@ -46,7 +53,7 @@ class Candidate:
 
 
 @dataclass(eq=False)
-class Candidates:
+class RecipeCandidates:
     """Makes the candidates of recipes in `folder`; models are opened once, and tensors matched once for all recipes
     that differ in numbers alone."""
 
@@ -65,7 +72,7 @@ class Candidates:
         groups = (replace(group, part=part) for group, part in zip(found.groups, recipe.parts, strict=True))
         return replace(found, groups=tuple(groups))
 
-    def of(self, recipe: Recipe) -> Candidate:
+    def of(self, recipe: Recipe) -> RecipeCandidate:
         """The candidate of a recipe. InputError: its weights cannot be judged in memory, or cannot be made at all."""
         inputs = self.inputs(recipe)
         _refuse(recipe, inputs)
@@ -89,16 +96,16 @@ class Candidates:
         whole = [node for node in (stages.totals, stages.rows) if node is not None]
         nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)
         roots = {merge.name: rows[merge.name].pieces[0].built.root for merge in found.merges}
-        return Candidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
+        return RecipeCandidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
 
 
-def candidates_of(file: TemplateFile, options: Options) -> Candidates:
+def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
     """The candidates of a template."""
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
     return candidates_in(file.path.resolve().parent, options, pickles=pickles)
 
 
-def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidates:
+def candidates_in(folder: Path, options: Options, *, pickles: bool) -> RecipeCandidates:
     """Candidates of recipes in `folder`; every model is opened once."""
     models, opened = Models(), dict[str, Checkpoint]()
 
@@ -107,7 +114,7 @@ def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidate
             opened[reference] = models.open(reference, folder, weights=True, pickles=pickles, sums=True)
         return opened[reference]
 
-    return Candidates(folder, opener, options.planning)
+    return RecipeCandidates(folder, opener, options.planning)
 
 
 def _check(merge: Merge, model: str, name: str, tensors: Mapping[str, Any]) -> None:
@@ -132,3 +139,38 @@ def fixed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: fixed(inner) for key, inner in value.items() if key not in FREE}
     return [fixed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def describe_study(planned: Plan) -> dict[str, Any]:
+    """Candidates in one walk, trials, rows of each fine-tune, bytes of memory, as `deltamerge plan --json` has them."""
+    study = planned.recipe.study or Study.model_validate({})
+    rows = {tune.name: calibration.sequences for tune, calibration in _rows(planned)}
+    return {"together": study.together, "trials": study.trials, "rows": rows, "memory": memory(planned, study)}
+
+
+def _rows(planned: Plan) -> list[tuple[Any, Any]]:
+    found = (
+        (tune, planned.recipe.calibration_of(tune.index)) for tune in planned.inputs.tunes if tune.index is not None
+    )
+    return [(tune, calibration) for tune, calibration in found if calibration is not None]
+
+
+def memory(planned: Plan, study: Study) -> int:
+    """About the bytes that judging takes: what is imported; of every fine-tune the hidden states of all candidates; of
+    one part of the model each model's tensors and their deltas, a candidate's own, and those in float32; the next part
+    as it is stored."""
+    states, part = 0, 0
+    for tune, calibration in _rows(planned):
+        tensors = tuple(tune.checkpoint.tensors.values())
+        rows = calibration.model_copy(update={"sequences": max(calibration.sequences, HELD_OUT)})
+        source = CalibrationInput(
+            tune.name, tune.checkpoint.path, tensors, (), rows, planned.folder, 0, planned.device, False, 0
+        )
+        states += study.together * hidden(source)
+        part = max(part, 2 * resident(tensors) + ahead(tensors))
+    shapes = {output.name: output.shape for output in planned.outputs}
+    models = len(planned.inputs.all)
+    shared = resident_size(shapes, {name: math.prod(shape) for name, shape in shapes.items()}) * (
+        4 * models + 4 * len(planned.inputs.tunes) + 4
+    )
+    return BASELINE_BYTES + states + part + shared

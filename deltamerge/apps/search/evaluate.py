@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.apps.search.tasks import Sheet, Task, measured, refuse_unknown
+from deltamerge.apps.search.tasks import ScoredTask, Sheet, measured, refuse_unknown
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.calibrate.rows.rows import select
 from deltamerge.calibrate.rows.split import rows_of
@@ -57,7 +57,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LabelledRows:
     """What a model is asked: rows, by a head of its own where it is None, else by that of another model."""
 
     name: str
@@ -66,11 +66,11 @@ class Question:
     head: str | None = None
 
 
-def questions_of(file: RecipeFile) -> list[Question]:
+def questions_of(file: RecipeFile) -> list[LabelledRows]:
     """The rows of a recipe, each fine-tune's by its own head. InputError: it has no rows."""
     recipe = file.output.recipe
     found = [
-        Question(recipe.names[i], calibration, file.folder, recipe.models[i].model)
+        LabelledRows(recipe.names[i], calibration, file.folder, recipe.models[i].model)
         for i in recipe.fine_tunes
         if (calibration := recipe.calibration_of(i)) is not None
     ]
@@ -81,7 +81,7 @@ def questions_of(file: RecipeFile) -> list[Question]:
 
 def evaluate(
     models: Sequence[str],
-    questions: Sequence[Question],
+    questions: Sequence[LabelledRows],
     *,
     metrics: Sequence[str] = (),
     sequences: int | None = None,
@@ -105,11 +105,11 @@ def evaluate(
     with Reader() as reader:
         for question in questions:
             whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
-            known: tuple[Task, Sheet] | None = None
+            known: tuple[ScoredTask, Sheet] | None = None
             for model, checkpoint in opened.items():
                 with calibrating(model, 1, "evaluating", device=chosen):
                     if known is None or whole is None:
-                        task = Task(
+                        task = ScoredTask(
                             question.name or model,
                             whole or checkpoint,
                             question.calibration,
@@ -126,7 +126,7 @@ def evaluate(
     return Evaluation(rows, tuple(Evaluated(model, found) for model, found in scores.items()))
 
 
-def _sheet(task: Task, metrics: Sequence[str], sequences: int | None) -> Sheet:
+def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> Sheet:
     wanted = metrics or task.fitting
     refuse_unknown(wanted, task)
     limit = ALL_ROWS if sequences is None else sequences
@@ -134,7 +134,7 @@ def _sheet(task: Task, metrics: Sequence[str], sequences: int | None) -> Sheet:
     return task.sheet(select(found, min(limit, len(found)), 0), wanted)
 
 
-def under_head(task: Task, checkpoint: Checkpoint, name: str) -> Weights:
+def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:
     """A checkpoint's weights below the head of a task's model. InputError: it lacks some, or has other shapes."""
     ours, theirs = task.checkpoint, checkpoint
     tensors, names = shared_names([ours.tensors, theirs.tensors], [task.name, name])

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 
 from deltamerge import errors
-from deltamerge.apps.search.candidates import Candidate, Candidates
+from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.evaluate import ALL_ROWS
 from deltamerge.apps.search.tasks import (
     AGREEMENT,
     DISTANCE,
     LOWER,
     UNLABELLED,
+    ScoredTask,
     Sheet,
-    Task,
     measured,
     refuse_unknown,
 )
@@ -43,14 +43,14 @@ Scores = Mapping[str, Mapping[str, float]]
 QUARTER = 4
 
 
-class Judge:
+class StudyJudge:
     """Judges the candidates of a recipe by the measures of its `study`.
 
     start       a candidate; all others are of the same fine-tunes
     references  what the base and the fine-tunes themselves score, by part of the rows
     """
 
-    def __init__(self, candidates: Candidates, recipe: Recipe, study: Study, goals: Sequence[Goal]) -> None:
+    def __init__(self, candidates: RecipeCandidates, recipe: Recipe, study: Study, goals: Sequence[Goal]) -> None:
         self.candidates, self.study = candidates, study
         self.device = candidates.options.device
         self._held = ExitStack()
@@ -58,7 +58,7 @@ class Judge:
         self.known: dict[Node, Any] = {}
         self.start = candidates.of(recipe)
         inputs = candidates.inputs(recipe)
-        self.tasks: dict[int, Task] = {}
+        self.tasks: dict[int, ScoredTask] = {}
         for tune in inputs.tunes:
             if tune.index is None or tune.index not in recipe.fine_tunes:
                 continue
@@ -66,7 +66,7 @@ class Judge:
             if calibration is None:
                 hint = "calibration: {data: rows.jsonl}, or beside the model"
                 raise InputError(f"{tune.name}: has no rows to be judged on", hint=hint)
-            self.tasks[tune.index] = Task(
+            self.tasks[tune.index] = ScoredTask(
                 tune.name,
                 tune.checkpoint,
                 calibration,
@@ -98,14 +98,14 @@ class Judge:
         """The number of rows of each fine-tune."""
         return {self.tasks[index].name: sheet.rows for index, sheet in self._sheet(part).items()}
 
-    def scores(self, candidates: Sequence[Candidate], part: Part) -> list[Scores]:
+    def scores(self, candidates: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
         """The measures of every candidate; `study.together` of them share a walk."""
         found: list[Scores] = []
         for at in range(0, len(candidates), self.study.together):
             found += self._walk(candidates[at : at + self.study.together], part)
         return found
 
-    def _walk(self, some: Sequence[Candidate], part: Part) -> list[Scores]:
+    def _walk(self, some: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
         sheets = self._sheet(part)
         for candidate in some:
             self.prepare(candidate)
@@ -120,7 +120,7 @@ class Judge:
             found.append({name: _relative(scores, worth[name]) for name, scores in own.items()})
         return found
 
-    def prepare(self, candidate: Candidate) -> None:
+    def prepare(self, candidate: RecipeCandidate) -> None:
         """Run the stages of a candidate that no other has run: activations, q's."""
         if any(node not in self.known for node in candidate.stages):
             found = shared_values(candidate.stages, self.known)
@@ -172,7 +172,7 @@ class Judge:
         return self._rows[index]
 
     @staticmethod
-    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
+    def _measures(task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
         """The metrics that a fine-tune is judged by, and the measures without labels."""
         asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
@@ -228,6 +228,6 @@ def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
     return ways.pop()
 
 
-def judged_by(judge: Judge) -> dict[str, str]:
+def judged_by(judge: StudyJudge) -> dict[str, str]:
     """The fine-tunes' own metrics; "" where none is needed."""
     return {task.name: (task.metric if judge.wanted[i][0] else "") for i, task in judge.tasks.items()}

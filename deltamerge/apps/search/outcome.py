@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge.apps.search.candidates import Candidate, Candidates
+from deltamerge.apps.search.best import make_folder
+from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.command import value_of, words_of
-from deltamerge.apps.search.judge import Judge, Part, Scores, is_lower, judged_by, worth
-from deltamerge.apps.search.kept import make_folder
+from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, worth
 from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.recipe.file import TemplateFile
@@ -42,7 +42,7 @@ class Bench:
         self,
         file: TemplateFile,
         first: Mapping[Loc, Any],
-        candidates: Candidates,
+        candidates: RecipeCandidates,
         options: Options,
         *,
         commands: bool = False,
@@ -57,11 +57,11 @@ class Bench:
                 if not commands:
                     raise InputError(f"{file.path}: the study runs {words[0]}, as this user", hint="--allow-command")
         self.inside = [goal for goal in self.goals if goal.command is None]
-        self.judges: dict[str, Judge] = {}
+        self.judges: dict[str, StudyJudge] = {}
         judge = self.judge(recipe)
         self.lower = tuple(is_lower(goal, judged_by(judge) if judge else {}) for goal in self.goals)
 
-    def judge(self, recipe: Recipe) -> Judge | None:
+    def judge(self, recipe: Recipe) -> StudyJudge | None:
         """The judge of a recipe's fine-tunes; None where commands alone judge."""
         if not self.inside:
             return None
@@ -70,7 +70,7 @@ class Bench:
                  for i in recipe.fine_tunes]  # fmt: skip
         key = json.dumps([recipe.base_model, tunes], sort_keys=True)
         if key not in self.judges:
-            self.judges[key] = Judge(self.candidates, recipe, self.study, self.inside)
+            self.judges[key] = StudyJudge(self.candidates, recipe, self.study, self.inside)
         return self.judges[key]
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Bench:
     def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
         """The outcomes of candidates; a fault of one is its outcome. `work` is a folder for what commands are given."""
         found: list[Outcome | None] = [None] * len(some)
-        made: dict[Judge, dict[int, Candidate]] = {}
+        made: dict[StudyJudge, dict[int, RecipeCandidate]] = {}
         for i, values in enumerate(some):
             try:
                 recipe = self.file.recipe(values)

@@ -23,7 +23,7 @@ from deltamerge.run.ray import RETRIES, connected, ended, gpus_of, interrupts
 Values = Mapping[Loc, Any]
 
 
-class Worker:
+class PoolWorker:
     """What an actor does: it opens the models once, and measures."""
 
     def __init__(self, file: TemplateFile, options: Options, commands: bool) -> None:
@@ -58,7 +58,7 @@ class Pool:
         gpus, device = gpus_of(options.device)
         needs = {"num_cpus": workers, "num_gpus": gpus}
         asked = replace(options, device=device, workers=workers, watch=unwatched, drawing=None)
-        actor = ray.remote(scheduling_strategy="SPREAD", **needs)(Worker)
+        actor = ray.remote(scheduling_strategy="SPREAD", **needs)(PoolWorker)
         self._actor, self._given = actor, (file, asked, commands)
         self.actors: list[Any] = []
 

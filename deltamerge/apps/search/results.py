@@ -12,10 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deltamerge.apps.report.lines import front, lines
-from deltamerge.apps.report.style import document
-from deltamerge.apps.report.svg import Markup, Point, bars, element, figure, text
-from deltamerge.apps.search.kept import best_path, make_folder, write_recipe
+from deltamerge.apps.report.svg import Markup, Point, bars, document, element, figure, front, lines, text
+from deltamerge.apps.search.best import best_path, make_folder, write_recipe
 from deltamerge.apps.search.outcome import Bench, Outcome
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile
@@ -42,7 +40,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A finished search.
 
     trials    in the order of the study
@@ -109,8 +107,8 @@ def _described(trial: Trial) -> dict[str, Any]:
 
 
 def write(
-    found: Found, file: TemplateFile, bench: Bench, options: Options, values: Mapping[Loc, Any], keep: str
-) -> Found:
+    found: SearchResult, file: TemplateFile, bench: Bench, options: Options, values: Mapping[Loc, Any], keep: str
+) -> SearchResult:
     """Write all that a search leaves; `values` are those of the best trial."""
     plain, said = file.file(values), summary(found)
     calibrated = bench.calibrated(values)
@@ -126,7 +124,7 @@ def write(
     return found
 
 
-def summary(found: Found) -> dict[str, Any]:
+def summary(found: SearchResult) -> dict[str, Any]:
     """How the recipe was found, for its lock and card."""
     best = found.chosen
     values = best.held or best.outcome
@@ -145,7 +143,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def as_csv(found: Found) -> str:
+def as_csv(found: SearchResult) -> str:
     """A line for each trial."""
     goals = list(found.goals)
     columns = ["number", "state", *found.params, *goals, *(f"held out {name}" for name in goals), "error"]
@@ -163,7 +161,7 @@ def _named(names: Any, values: Any) -> dict[str, float]:
     return dict(zip(names, values, strict=False))
 
 
-def page(found: Found, name: str) -> str:
+def page(found: SearchResult, name: str) -> str:
     """The study on a page, without scripts: the objective over trials, what explains it, the front, the best trials."""
     blocks = [element("p", text(_conclusion(found)), class_="conclusion")]
     for number, (goal, low) in enumerate(found.goals.items()):
@@ -178,7 +176,7 @@ def page(found: Found, name: str) -> str:
     return document(f"Search of {name}", blocks)
 
 
-def _conclusion(found: Found) -> str:
+def _conclusion(found: SearchResult) -> str:
     best = found.chosen
     values = ", ".join(
         f"{name} {figure(value, '.4g')}"
@@ -195,7 +193,7 @@ def _card(chart: Markup) -> Markup:
     return element("section", chart, class_="card")
 
 
-def _over_trials(found: Found, number: int, goal: str, low: bool) -> Markup:
+def _over_trials(found: SearchResult, number: int, goal: str, low: bool) -> Markup:
     """Every trial's value, and the best so far."""
     points = [(float(t.number), t.outcome.values[number]) for t in found.trials if t.outcome.values]
     best: list[tuple[float, float]] = []
@@ -207,7 +205,7 @@ def _over_trials(found: Found, number: int, goal: str, low: bool) -> Markup:
     return lines(f"{goal} over trials", "trial", goal, series, {}, joined=frozenset({"best so far"}))
 
 
-def _front(found: Found) -> Markup:
+def _front(found: SearchResult) -> Markup:
     across, upward = found.goals
     points = [
         (trial.outcome.values[0], trial.outcome.values[1], f"trial {trial.number}", i in found.front)
@@ -217,7 +215,7 @@ def _front(found: Found) -> Markup:
     return front("Pareto front", across, upward, points)
 
 
-def _table(found: Found) -> Markup:
+def _table(found: SearchResult) -> Markup:
     goals = list(found.goals)
     heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *found.params]
     rows = [element("tr", *(element("th", text(head)) for head in heads))]
@@ -230,7 +228,7 @@ def _table(found: Found) -> Markup:
     return element("div", element("table", *rows), class_="scroll")
 
 
-def _ordered(found: Found) -> list[Trial]:
+def _ordered(found: SearchResult) -> list[Trial]:
     low = next(iter(found.goals.values()))
     done = [trial for trial in found.trials if trial.outcome.values]
     return sorted(done, key=lambda t: (t.held is None, t.outcome.values[0] if low else -t.outcome.values[0]))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xxhash import xxh3_128
 
+from deltamerge.apps.search.best import check_best
 from deltamerge.apps.search.candidates import candidates_of
-from deltamerge.apps.search.folder import StudyFolder
+from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
 from deltamerge.apps.search.judge import Part
-from deltamerge.apps.search.kept import check_best
 from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, ranked
 from deltamerge.apps.search.pool import Pool, pool_of
 from deltamerge.apps.search.proposals import (
@@ -29,8 +29,7 @@ from deltamerge.apps.search.proposals import (
     sampler,
     sampler_of,
 )
-from deltamerge.apps.search.results import Found, Trial, write
-from deltamerge.apps.search.rows import input_facts, refuse_strangers
+from deltamerge.apps.search.results import SearchResult, Trial, write
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files import progress
 from deltamerge.recipe.file import TemplateFile
@@ -75,7 +74,7 @@ def search(
     force: bool = False,
     commands: bool = False,
     ray: str | None = None,
-) -> Found:
+) -> SearchResult:
     """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
 
     A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
@@ -217,7 +216,7 @@ class _Runner:
             return list(self.pool.measure(some, part))
         return self.bench.measure(some, part, self.folder)
 
-    def finished(self) -> Found:
+    def finished(self) -> SearchResult:
         """The study's trials, and the best of them on held-out rows."""
         made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
         trials = [trial for trial in made if trial is not None]
@@ -232,7 +231,7 @@ class _Runner:
             trials, best, why = self._decide(trials, outcomes, best, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
         parts: list[Part] = ["search", "held"] if self.bench.inside else []
-        return Found(
+        return SearchResult(
             folder=self.folder,
             storage=self.folder / STORAGE,
             goals=goals,

@@ -57,7 +57,7 @@ class Sheet:
         return {name: shown(name, value) for name, value in zip(self.measures, found, strict=True)}
 
 
-class Task:
+class ScoredTask:
     """Rows and the head of a model, by which other weights of the same shapes are judged.
 
     name         in tables
@@ -159,7 +159,7 @@ class Task:
 
 
 def measured(
-    sheets: Sequence[tuple[Task, Sheet]], variants: Sequence[Sequence[Weights]]
+    sheets: Sequence[tuple[ScoredTask, Sheet]], variants: Sequence[Sequence[Weights]]
 ) -> list[list[dict[str, float]]]:
     """[task][variant] of the measures by name; `variants` has of each task its weights. One walk: all tasks are at the
     same block, so that they can share what they read."""
@@ -184,7 +184,7 @@ def shown(name: str, value: float) -> float:
     return value if name in LOWER else 1.0 - value
 
 
-def refuse_unknown(metrics: Sequence[str], task: Task) -> None:
+def refuse_unknown(metrics: Sequence[str], task: ScoredTask) -> None:
     """InputError: a metric that does not fit the head."""
     fitting = dict.fromkeys((*task.fitting, "accuracy_f1") if "accuracy" in task.fitting else task.fitting)
     if EXACT in metrics and task.kind == "text-generation":

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deltamerge.apps.search.candidates import Candidate
-from deltamerge.apps.search.tasks import Task
+from deltamerge.apps.search.candidates import RecipeCandidate
+from deltamerge.apps.search.tasks import ScoredTask
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
@@ -30,7 +30,7 @@ PRUNING = "deltamerge.methods.prune."
 GIVEN = "deltamerge.apps.search.walk:given"
 
 
-class Held(Generic[K, T]):
+class BoundedCache(Generic[K, T]):
     """What `make` makes of keys, several at once; the last `budget` bytes of it are kept."""
 
     def __init__(self, budget: int, size: Callable[[T], int]) -> None:
@@ -66,7 +66,7 @@ class Walk:
 
     def __init__(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[RecipeCandidate],
         reader: Reader,
         known: Mapping[Node, Any],
         device: str,
@@ -76,10 +76,12 @@ class Walk:
         self.candidates, self.reader, self.known, self.device = candidates, reader, known, device
         self.dtype = dtype
         self.graph = Graph()
-        self.shared: Held[str, dict[Node, Node]] = Held(budget, _bytes_of_nodes)
-        self.made: Held[tuple[int, str], Tensor] = Held(budget, lambda tensor: tensor.numel() * tensor.element_size())
+        self.shared: BoundedCache[str, dict[Node, Node]] = BoundedCache(budget, _bytes_of_nodes)
+        self.made: BoundedCache[tuple[int, str], Tensor] = BoundedCache(
+            budget, lambda tensor: tensor.numel() * tensor.element_size()
+        )
 
-    def weights(self, k: int, index: int, task: Task) -> Weights:
+    def weights(self, k: int, index: int, task: ScoredTask) -> Weights:
         """Candidate k's weights below the head of a task, which is the fine-tune `index`'s."""
         places = self.candidates[k].places[index]
 

@@ -15,7 +15,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.apps.chain.change import Change
 from deltamerge.apps.chain.live import Delta
-from deltamerge.apps.chain.switch import Known, changes_of, check_config
+from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize
 from deltamerge.models.chain.fold import folded
@@ -43,7 +43,7 @@ class Served:
             raise InputError(f"{base}: is a delta", hint="name the base that it was made from")
         self.base, self._config = OnDisk(found), found.config
         self.at: Changes | None = {}
-        self._known: Known[Changes] = Known(keep, self._changes)
+        self._known: DeltaCache[Changes] = DeltaCache(keep, self._changes)
         self._hashes: dict[str, str] = {}
 
     def changes(self, delta: str | Path | Delta | None) -> Changes:

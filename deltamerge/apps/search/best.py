@@ -1,4 +1,4 @@
-"""What a sweep or a search keeps beside its results: recipes, their locks, merged folders."""
+"""The best recipe of a sweep or a search, with its lock, and the merged folder of a candidate."""
 
 from __future__ import annotations
 
