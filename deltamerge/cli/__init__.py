@@ -131,8 +131,10 @@ def _say_as_json(error: DeltamergeError) -> None:
 
 
 def _of_system(error: Exception) -> DeltamergeError | None:
-    """The error for a fault of the system that the user can mend (a folder, a disk behind stdout, memory, a name), or
-    None."""
+    """Return the error for a fault of the system that the user can mend: a folder, a disk, memory, a name.
+
+    None: a bug.
+    """
     if isinstance(error, MemoryError):
         return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
@@ -187,7 +189,7 @@ class _Failed(Exception):
 
 
 def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """A command's function, while which runs stderr says how far it is, as the command's options allow."""
+    """Wrap a command's function: stderr shows its progress, as the command's options allow."""
 
     @wraps(callback)
     def run_shown(*args: Any, **options: Any) -> Any:

@@ -57,7 +57,7 @@ def command(
 
 
 def render_calibration(found: Mapping[str, Any]) -> str:
-    """For every model the chosen q, its search path, and the q of every tensor that has its own."""
+    """Return the chosen q of every model, its search path, and the q of every tensor that has its own."""
     lines = []
     for model, entry in found.items():
         path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]

@@ -33,7 +33,7 @@ def command(a: str, b: str, workers: int | None, pickles: bool, as_json: bool) -
 
 
 def render_diff(found: dict[str, Any]) -> str:
-    """Differences as an aligned table, or key by key."""
+    """Return differences as an aligned table, or key by key."""
     if found["kind"] == "locks":
         lines = [f"{key}: {old} -> {new}" for key, (old, new) in found["changes"].items()]
         return one_a_line(lines or ["nothing differs"])

@@ -99,7 +99,7 @@ def _flat(scores: Any) -> dict[str, float]:
 
 
 def render(found: Evaluation, width: int) -> str:
-    """A line for each model, a column for each metric of each task."""
+    """Return a line for each model, a column for each metric of each task."""
     flat = {one.model: _flat(one.scores) for one in found.models}
     names = list(dict.fromkeys(name for own in flat.values() for name in own))
     columns = [Column(name.replace(".", "\n")) for name in names]

@@ -163,7 +163,7 @@ def command(
 
 
 def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
-    """The keys of a recipe's output that --lora and --budget say; None without --lora."""
+    """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
     if text is None:
         if budget is not None:
             raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")

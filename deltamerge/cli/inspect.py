@@ -95,7 +95,7 @@ def command(
 
 
 def render_inspect(found: Report, *, tensors: bool = False, width: int) -> str:
-    """The delta in all, by kind, by layer, and with `tensors` by tensor; and its layers on calibration rows."""
+    """Return the delta in all, by kind, by layer, and with `tensors` by tensor. And its layers on calibration rows."""
     shorter = _Shorter([tensor.name for tensor in found.tensors])
     blocks: list[list[Row]] = [
         [("in all", _delta(found.total))],

@@ -69,12 +69,12 @@ class MergekitFlags:
 
     @property
     def warning(self) -> str | None:
-        """A line about the flags that have no use."""
+        """Return a line about the flags that have no use."""
         return f"no effect here: {'; '.join(self.without_use)}" if self.without_use else None
 
 
 def taken(context: click.Context) -> MergekitFlags:
-    """The flags of mergekit's that a command was given. UsageError: a value of one is none."""
+    """Return the flags of mergekit's that a command was given. UsageError: a value is none."""
     given: dict[str, Any] = context.meta.get(META, {})
     settings: dict[Loc, str] = {}
     if "--random-seed" in given:
@@ -116,7 +116,7 @@ def _option(names: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _bytes(text: str) -> int:
-    """mergekit's size of a shard: it says parameters, and counts bytes ("5B" is 5 · 10⁹)."""
+    """Parse mergekit's size of a shard. It says parameters and counts bytes ("5B" is 5 · 10⁹)."""
     found = _COUNT.fullmatch(text.strip())
     if found is None:
         raise click.UsageError(f"--out-shard-size {text}: not a size such as 5B or 500M")

@@ -41,10 +41,10 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Every method of `merge` and `prune`, or those called `name`, in the order of the tables.
+    """Return every method of `merge` and `prune`, or those called `name`, in the order of the tables.
 
-    A parameter's `default` is a value, or "density" for the q of random masks; a `required` one has none. UsageError,
-    with the nearest name: no method has that name.
+    A parameter's `default` is a value, or "density" for the q of random masks. A `required` one has none. UsageError:
+    no method has that name.
     """
     from deltamerge.methods.registry import MERGE, PRUNE
 
@@ -59,7 +59,10 @@ def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
 
 
 def _merge(method: MergeMethod) -> dict[str, Any]:
-    """`base`: "needed", "optional" or "a model" (an input like the others); `models` from the least to the most."""
+    """Describe a merge method.
+
+    `base`: "needed", "optional" or "a model" (an input like the others). `models`: from the least to the most.
+    """
     return {
         "name": method.name,
         "summary": method.summary,
@@ -94,7 +97,7 @@ def _parameter(param: Param, default: Any) -> dict[str, Any]:
 
 
 def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
-    """A line for each method: its name and what it does, as far as there is room."""
+    """Return a line for each method: its name and what it does, as far as there is room."""
     lines = []
     name = max(len(method["name"]) for methods in found.values() for method in methods)
     for title, key in METHODS:
@@ -107,7 +110,7 @@ def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
 
 
 def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
-    """The methods of one name: what each does, and for each parameter its name, default, range and meaning."""
+    """Return the methods of one name: what each does, and for each parameter its name, default, range and meaning."""
     lines: list[str] = []
     for title, key in METHODS:
         for method in found[key]:

@@ -98,7 +98,10 @@ def annotate(level: str, message: str, path: str, line: int | None = None, colum
 
 
 def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
-    """What `--json` prints for an error: its line, hint and exit code, and each problem of a recipe with its place."""
+    """Return an error as `--json` prints it.
+
+    It has the error's line, hint and exit code, and each problem of a recipe with its place.
+    """
     problems = error.problems if isinstance(error, RecipeError) else ()
     return {
         "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
@@ -154,8 +157,10 @@ def _print(console: Console, text: Text) -> None:
 
 
 def excerpt(line: str, column: int, width: int) -> tuple[str, int]:
-    """The part of a line around a column (from 1) that fits `width` columns of a terminal, and how many of these are
-    before that place."""
+    """Return the part of a line around a column (from 1) that fits `width` columns of a terminal.
+
+    The second value is how many columns come before that place.
+    """
     from rich.cells import cell_len, set_cell_size
 
     before, after = shown(line[: column - 1].expandtabs(4), 1 << 20), shown(line[column - 1 :].expandtabs(4), 1 << 20)

@@ -110,7 +110,10 @@ def command(
 def render_plan(
     described: Mapping[str, Any], *, width: int = 80, target: Path | None = None, tensors: bool = False
 ) -> str:
-    """The plan of a run to `target` in lines of `width` characters; with `tensors` each of them, whatever its width."""
+    """Return the plan of a run to `target` in lines of `width` characters.
+
+    `tensors`: each of them, whatever its width.
+    """
     rows = _every(described) if tensors else _grouped(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])
 
@@ -156,15 +159,17 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
 
 
 def render_delta(delta: dict[str, Any]) -> str:
-    """A planned delta artifact, on one line."""
+    """Return a planned delta artifact, on one line."""
     values = f"{delta['values']} values to add" if delta["values"] else "final values"
     size = human(delta["estimated_bytes"])
     return f"{values}, about {size}: an estimate, without tables, of positions at random; less if less has changed"
 
 
 def seconds(described: Mapping[str, Any]) -> float:
-    """About the seconds of a run without its calibration, its inputs in the page cache, from how fast this machine
-    copies memory now."""
+    """Estimate the seconds of a run without its calibration, its inputs in the page cache.
+
+    The rate is measured: how fast this machine copies memory now.
+    """
     rate = copy_rate()
     slow = any(tensor["backend"] == "torch" for tensor in described["tensors"] if tensor["method"] != "copy")
     read = described["read_bytes"] / (rate * READING * (TORCH if slow else 1) * min(described["workers"], 8) / 2)
@@ -174,7 +179,7 @@ def seconds(described: Mapping[str, Any]) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second of a copy in memory, the best of a few of 16 MB."""
+    """Measure the bytes a second of a copy in memory: the best of a few of 16 MB."""
     import numpy as np
 
     source = np.ones(1 << 24, np.uint8)
@@ -187,15 +192,17 @@ def copy_rate() -> float:
 
 
 def calibration_seconds(stage: Mapping[str, Any]) -> float:
-    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now. The
-    products of a head are float32."""
+    """Estimate the seconds of all forward passes of a stage. Products of a head are float32.
+
+    The rate is measured: how fast this machine multiplies matrices now.
+    """
     rate = product_rate() * PASSES_RATE
     inside = stage["forward_passes"] * stage["operations"] / (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
     return float(inside + stage["head_passes"] * stage["head_operations"]) / rate
 
 
 def product_rate() -> float:
-    """Multiplications and additions a second of float32 matrix products, the best of a few of 512 × 512."""
+    """Measure multiply-adds a second of float32 matrix products: the best of a few of 512 × 512."""
     import numpy as np
 
     size, best = 512, float("inf")
@@ -214,7 +221,7 @@ def _duration(taken: float) -> str:
 
 
 def _of_model(tensors: list[dict[str, Any]], model: str) -> str:
-    """What is done to a model's tensors, where that is the same for all; the range where it is a gradient."""
+    """Return what is done to a model's tensors where it is the same for all. Of a gradient it is the range."""
     texts = dict.fromkeys(
         detail.removeprefix(model).strip() for t in tensors for detail in t["sources"] if _is_of(detail, model)
     )
@@ -229,7 +236,7 @@ def _is_of(detail: str, model: str) -> bool:
 
 
 def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """What becomes of the vocabulary, and the source of the rows of tokens that a model lacks."""
+    """Yield the future of the vocabulary, and the sources of rows for tokens that a model lacks."""
     vocabulary = found["tokenizer"]
     if vocabulary is not None:
         sources = {"base": "the base's row", "one_model": "their only model's", "mean": "the mean of theirs",
@@ -289,7 +296,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
 
 
 def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """A line for the tensors of all layers that are alike: their name with * for numbers, and how many they are."""
+    """Yield a line for the tensors of all layers that are alike: their name with * for numbers, and their count."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for tensor in found["tensors"]:
         key = (numbers_as_stars(tensor["name"]), tensor["dtype"], tuple(tensor["shape"]), tensor["method"])
@@ -320,14 +327,14 @@ def _shortened(name: str, most: int) -> str:
 
 
 def _line(label: str, text: str, width: int) -> Iterator[str]:
-    """Lines of `width` with the label before the first."""
+    """Yield lines of `width` with the label before the first."""
     room = max(20, width - LABEL)
     for i, part in enumerate(_wrapped(shown(text), room)):
         yield f"{label if i == 0 else '':<{LABEL}}{part}"
 
 
 def _wrapped(text: str, room: int) -> Iterator[str]:
-    """The text in lines at spaces; a word that is longer has a line of its own."""
+    """Yield the text in lines, broken at spaces. A longer word has a line of its own."""
     line = ""
     for word in text.split(" "):
         if line and len(line) + 1 + len(word) > room:

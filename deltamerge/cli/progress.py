@@ -24,8 +24,10 @@ RECENT = 20.0  # seconds that a rate is measured over, or half of the time so fa
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A phase in words: its name, the share that is done (None where only a bound is known), how much of what, how
-    fast, how long still; "" where that is not known."""
+    """A phase in words: its name, the share that is done, how much of what, how fast, how long still.
+
+    The share is None where only a bound is known. Unknown words are "".
+    """
 
     name: str
     share: float | None
@@ -42,7 +44,7 @@ class PhaseHistory:
     samples: deque[tuple[float, float]] = field(default_factory=deque)
 
     def look(self, now: float) -> State:
-        """What there is to say at a time."""
+        """Return the state at a time."""
         phase, done, total = self.phase, self.phase.reached, self.phase.total
         if not self.samples:
             self.samples.append((phase.begun, 0.0))
@@ -67,7 +69,7 @@ class PhaseHistory:
 
 
 def amount(phase: Phase) -> str:
-    """How much is done, of how much."""
+    """Return how much is done, of how much."""
     done = phase.reached
     of = "of ≤" if phase.bound else "of"
     if phase.unit == BYTES:
@@ -76,7 +78,7 @@ def amount(phase: Phase) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """A time in the units that people use, to about a tenth."""
+    """Return a time in the units that people use, to about a tenth."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -87,7 +89,7 @@ def lasting(seconds: float) -> str:
 
 
 def line(state: State) -> str:
-    """A phase on one line of a log."""
+    """Return a phase as one line of a log."""
     share = "" if state.share is None else f"{int(100 * state.share)} %"
     return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
 
@@ -137,7 +139,7 @@ class Display(ABC):
     @property
     @abstractmethod
     def every(self) -> float:
-        """Seconds between two looks."""
+        """Return the seconds between two looks."""
 
     @abstractmethod
     def show(self, states: list[State]) -> None:
@@ -159,7 +161,7 @@ class LineDisplay(Display):
         streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
 
     def clear(self) -> None:
-        """Lines stay."""
+        """Do nothing: lines stay."""
 
 
 class BarDisplay(Display):
@@ -191,12 +193,15 @@ class BarDisplay(Display):
         return self._console
 
     def _erasing(self) -> str:
-        """Moves to the first line drawn, and erases all."""
+        """Return the text that moves to the first line drawn, and erases all."""
         return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._drawn - 1) if self._drawn else ""
 
 
 def bars(states: list[State], console: Any) -> list[str]:
-    """The phases as lines that fit the terminal; where it is narrow the rate goes first, then bar, then time left."""
+    """Return the phases as lines that fit the terminal.
+
+    Where it is narrow the rate goes first, then bar, then time left.
+    """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -252,8 +257,10 @@ def aside(say: Callable[[], None]) -> None:
 
 @contextmanager
 def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
-    """Show phases on stderr while the block runs: not where it is `quiet`; for a `machine`, whose results go to stdout
-    as data, only on a terminal."""
+    """Show phases on stderr while the block runs, unless it is `quiet`.
+
+    A `machine` gets results as data on stdout. It sees phases only on a terminal.
+    """
     if quiet or (machine and not streams.is_terminal()):
         yield
         return

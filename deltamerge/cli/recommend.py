@@ -103,7 +103,7 @@ def command(
 
 
 def render_recommend(answer: Recommendation, *, width: int) -> str:
-    """The evidence, the candidates, the recommendation and its recipe."""
+    """Return the evidence, the candidates, the recommendation and its recipe."""
     seen = answer.evidence
     columns = [Column(seen.metric or head if head == "metric" else head) for head in CANDIDATES]
     judged = [one for one in answer.candidates if any(_candidate(one))]
@@ -137,7 +137,7 @@ def _candidate(one: PruneCandidate) -> list[str]:
 
 
 def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
-    """How the deltas meet, the candidates, the recommendation and its recipe."""
+    """Return how the deltas meet, the candidates, the recommendation and its recipe."""
     lines = [f"{len(answer.models)} models on {answer.base}", *_meeting(answer.models, answer.evidence, width), ""]
     if answer.candidates:
         judged = [one for one in answer.candidates if one.error is None]
@@ -157,7 +157,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
 
 
 def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
-    """How deltas meet: means over pairs, and the pair that opposes most."""
+    """Return how deltas meet: means over pairs, and the pair that opposes most."""
     overlap = "" if found.overlap_mean is None else f"; overlap {found.overlap_mean:.3f} (by chance {found.chance:.3f})"
     pairs = [(i, j) for i in range(len(models)) for j in range(i)]
     i, j = max(pairs, key=lambda pair: found.opposed[pair[0]][pair[1]])

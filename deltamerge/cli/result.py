@@ -48,7 +48,7 @@ class Warnings:
 
 
 def _size(result: Result) -> int:
-    """Bytes of the weights that a run left."""
+    """Return the bytes of the weights that a run left."""
     kind = result.plan.recipe.output.kind
     return result.delta.nbytes if result.delta else result.plan.nbytes if kind == "model" else result.nbytes
 
@@ -58,7 +58,7 @@ def _of_delta(delta: Summary) -> dict[str, Any]:
 
 
 def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
-    """What `--json` prints of a run that had `begun` then, by `time.monotonic`, and `more`."""
+    """Return the summary of a run for `--json`. It had `begun` then, by `time.monotonic`. `more` is added."""
     delta, quantised = result.delta, result.lock.get("quantization")
     return {
         "out": str(result.folder),
@@ -116,7 +116,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
 
 
 def of_layers(lora: LowRankSummary) -> Iterator[str]:
-    """What a LoRA keeps, layer by layer, and in all."""
+    """Yield the energy that a LoRA keeps, layer by layer, and in all."""
     blocks: dict[str, list[LayerRank]] = {}
     for name, layer in lora.layers.items():
         blocks.setdefault(block_name(name) or name, []).append(layer)

@@ -98,7 +98,7 @@ def command(
 
 
 def render_search(found: SearchResult, width: int) -> str:
-    """What was found, and the trials that were compared on held-out rows; → is the best."""
+    """Return the result, and the trials that were compared on held-out rows. → is the best."""
     names = list(found.chosen.params)
     goals = list(found.goals)
     columns = [Column(name) for name in goals] + [Column(f"held out\n{name}") for name in goals]

@@ -99,7 +99,7 @@ def command(
 
 
 def render_sweep(found: SweepResult, width: int) -> str:
-    """A line for each point, seeds averaged; the best is marked."""
+    """Return a line for each point, seeds averaged. The best is marked."""
     columns = [Column(name.replace(".", "\n")) for name in found.columns]
     best = dict(found.rows[found.best].labels) if found.best is not None else {}
     rows: list[Row] = []
@@ -126,7 +126,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _reference(scores: Any, column: str) -> str:
-    """What the base or the fine-tune scores in a column, where that is one of the metrics."""
+    """Return the score of the base or the fine-tune in a column that is one of its metrics."""
     name, _, measure = column.rpartition(".")
     value = scores.get(name, {}).get(measure)
     return "–" if value is None or measure == "distance" else f"{value:.4f}"

@@ -52,7 +52,7 @@ class TensorDifference:
 
 
 def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
-    """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
+    """Return the differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
 
     UsageError: a checkpoint and a lock.
     """
@@ -65,7 +65,7 @@ def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, An
 
 
 def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
-    """The differences between two checkpoints, one of which may be a delta of the other.
+    """Return the differences between two checkpoints, one of which may be a delta of the other.
 
     `tensors` that differ, the largest norm first; `config`: keys of config.json that mean something else, and what in A
     and in B; `added`, `removed`: names that only B, or only A, has; counts; the relative norm; `tokenizers`: how B's
@@ -116,12 +116,15 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
 
 
 def _values(one: Difference) -> list[str]:
-    """What a key of config.json means in A and in B, in words."""
+    """Return the meaning of a key of config.json in A and in B, in words."""
     return [in_words(one.values[name]) for name in ("a", "b")]
 
 
 def _plain(checkpoint: Checkpoint) -> Checkpoint:
-    """A quantised checkpoint decoded, so that values are compared; its codes and scales where nothing decodes them."""
+    """Return a quantised checkpoint decoded, so that values are compared.
+
+    Where nothing decodes it, return it as it is.
+    """
     try:
         return decoded(checkpoint)
     except InputError:
@@ -129,12 +132,12 @@ def _plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _ratio(squares: float, of_a: float) -> float | None:
-    """The ratio of two norms, from their squares; None if A is all zeros and B is not."""
+    """Return the ratio of two norms, from their squares. None if A is all zeros and B is not."""
     return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
 
 
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[TensorDifference, float, float]:
-    """The difference of two tensors, Σ Δ² and Σ a²."""
+    """Return the difference of two tensors, Σ Δ² and Σ a²."""
     if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
         a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
     size = math.prod(b.shape)
@@ -171,7 +174,7 @@ def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, 
 
 
 def diff_locks(a: Path, b: Path) -> dict[str, Any]:
-    """`changes`: key path -> [in A, in B], None where absent; files are compared by hash, q's by value."""
+    """Return `changes`: key path -> [in A, in B]. None: absent. Files are compared by hash, q's by value."""
     first, second = (dict(_flat(locks.read_lock(path))) for path in (a, b))
     if first.keys().isdisjoint(second):
         raise InputError(f"{a} and {b} have nothing in common")
@@ -181,7 +184,7 @@ def diff_locks(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by their path; a file's hash and size are one leaf, and a list is one."""
+    """Yield leaves by their path. A file's hash and size are one leaf, and a list is one."""
     if isinstance(value, dict) and value.keys() == {"hash", "size"}:
         yield path, value["hash"]
     elif isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""Measurements for inspect and recommend: statistics of a fine-tune's layers, and what masks lose of its
-predictions."""
+"""Measurements for inspect and recommend: statistics of a fine-tune's layers, and the losses of masks."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ class MaskEvidence:
 
 
 def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str, LayerStatistics]:
-    """Statistics of the fine-tune's linear layers over the search rows, by its tensor names.
+    """Return statistics of the fine-tune's linear layers over the search rows, by its tensor names.
 
     With a `spec` of that source, whose masks need no activations, they include its first mask.
     """
@@ -78,7 +77,7 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
 
 
 def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
-    """The losses of the masks of several specs with one source, for the first mask seed of each."""
+    """Return the losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
         found = Subject(source, reader).statistics(drawn=False)
@@ -102,7 +101,7 @@ def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
 
 
 def passes(specs: Sequence[Spec]) -> int:
-    """The most forward passes over the rows that `measure_influence` takes."""
+    """Return the most forward passes over the rows that `measure_influence` takes."""
     calibration = specs[0].source.calibration
     held = math.ceil(max(HELD_OUT, calibration.sequences) / calibration.sequences)
     each = 2 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
@@ -118,14 +117,14 @@ class _Comparison:
 
     @cached_property
     def near(self) -> O.Objective | O.Generation:
-        """The distance of predictions on the search rows."""
+        """Return the distance of predictions on the search rows."""
         return self.subject.agreement(self.subject.batches["search"].inputs).objective
 
     def losses(self) -> list[MaskLoss]:
         return [self._loss(spec, mask) for spec, mask in zip(self.specs, self.subject.masks, strict=True)]
 
     def nothing(self) -> tuple[float, Scores]:
-        """The divergence of the base, and the metric of base and fine-tune."""
+        """Return the divergence of the base, and the metric of base and fine-tune."""
         subject = self.subject
         lost = subject.nothing(self.judge.objective)
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
@@ -136,7 +135,7 @@ class _Comparison:
         return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
 
     def _score(self, value: float) -> float:
-        """The metric of a value of `validation`."""
+        """Return the metric of a value of `validation`."""
         return value if self.subject.metric == "loss" else 1.0 - value
 
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:

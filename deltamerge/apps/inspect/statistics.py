@@ -90,7 +90,7 @@ class Pair:
 
     @property
     def kind(self) -> Kind:
-        """The kind of the tensor, told by its name and shape."""
+        """Return the kind of the tensor, told by its name and shape."""
         if re.search(TASK_HEAD, self.name):
             return "head"
         if len(self.base.shape) < 2:
@@ -101,12 +101,12 @@ class Pair:
 
     @property
     def layer(self) -> str:
-        """The layer that the tensor is in, or "outside"."""
+        """Return the layer that the tensor is in, or "outside"."""
         return block_name(self.name) or OUTSIDE
 
 
 def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The recipe of one fine-tune, named by the last part of its path, and its base; `more` are further keys.
+    """Return the recipe of one fine-tune, named by the last part of its path, and its base. `more` are further keys.
 
     InputError: they are the same model.
     """
@@ -122,8 +122,7 @@ def parse(recipe: Mapping[str, Any]) -> Recipe:
 
 
 def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
-    """The tensors that have a delta, and the names of floating tensors that the base lacks. InputError:
-    shapes differ."""
+    """Return the tensors that have a delta, and the floating tensors that the base lacks. InputError: shapes differ."""
     base, (tune,) = inputs.base, inputs.tunes
     assert base is not None
     pairs, lacking = [], []
@@ -159,7 +158,7 @@ def measure_deltas(
     workers: int = 1,
     tile_elements: int | None = None,
 ) -> dict[str, DeltaMoments]:
-    """The moments of every pair's delta, by name, from one pass over both files.
+    """Return the moments of every pair's delta, by name, from one pass over both files.
 
         pairs           the tensors
         device          "cpu" or a GPU
@@ -211,7 +210,7 @@ def _root(graph: Graph, pair: Pair) -> Node:
 
 
 def statistics(parts: Sequence[DeltaMoments], whole: float) -> dict[str, Any]:
-    """The fields of `Statistics` of several tensors together; `whole` is Σ Δ² of the whole delta."""
+    """Return the fields of `Statistics` of several tensors together. `whole` is Σ Δ² of the whole delta."""
     m = parts[0] if len(parts) == 1 else together(parts)
     return {
         "count": m.count,
@@ -230,7 +229,7 @@ def statistics(parts: Sequence[DeltaMoments], whole: float) -> dict[str, Any]:
 
 
 def kept_energy(parts: Sequence[DeltaMoments], density: float) -> float:
-    """The share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
+    """Return the share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
     whole = math.fsum(part.square for part in parts)
     return math.fsum(part.square * part.kept_energy(density) for part in parts) / whole if whole else 0.0
 
@@ -238,7 +237,7 @@ def kept_energy(parts: Sequence[DeltaMoments], density: float) -> float:
 def report(
     inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, DeltaMoments], **more: Any
 ) -> Report:
-    """The report on what `measure` found."""
+    """Return the report on what `measure` found."""
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 

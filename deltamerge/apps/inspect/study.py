@@ -41,7 +41,7 @@ def inspect(
     workers: int | None = None,
     pickles: bool = False,
 ) -> Report:
-    """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
+    """Return statistics of the delta of `model` and, with `calibration`, of its layers' activations.
 
         model, base   folders or hub ids
         calibration   as in a recipe

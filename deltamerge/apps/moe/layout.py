@@ -92,7 +92,7 @@ class MixtureLayout:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The names of a layer's tensors that it always has beside its experts."""
+        """Return the names of a layer's tensors that it always has beside its experts."""
         return (*ATTENTION, *NORMS, *(QK_NORMS if self.normed else ()))
 
 
@@ -122,7 +122,10 @@ BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is tak
 
 
 def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> MixtureLayout:
-    """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: why none does."""
+    """Return the first layout that fits. InputError: why none does.
+
+    The candidates are mergekit's, or those whose name `architecture` begins.
+    """
     if wanted is None:
         named = list(BY_DEFAULT)
     else:
@@ -148,8 +151,10 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of a mixture: layers, experts and those that a token goes through, widths of experts and of the shared
-    one (0: none); whether queries, keys and values of the base have biases."""
+    """Numbers of a mixture: layers, experts, experts of a token, widths of experts and of the shared one (0: none).
+
+    The last says whether queries, keys and values of the base have biases.
+    """
 
     layers: int
     experts: int
@@ -160,7 +165,7 @@ class Sizes:
 
 
 def config_of(layout: MixtureLayout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
-    """config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
+    """Return config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
     family, notes = str(base["model_type"]), list[str]()
     config = {**{k: v for k, v in FAMILIES[family].items() if k != "rope_theta"}, **base}
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -203,7 +208,7 @@ def config_of(layout: MixtureLayout, base: Mapping[str, Any], sizes: Sizes) -> t
 
 
 def _rotary(base: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, where the config leaves it to its family's default."""
+    """Return rope_theta where the config leaves it to its family's default."""
     said = base.get("rope_parameters")
     if isinstance(said, dict) and "rope_theta" not in said and base.get("rope_theta") is None:
         return {"rope_parameters": {**said, "rope_theta": 10000.0}}
@@ -211,7 +216,7 @@ def _rotary(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sliding(base: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, list[bool]]:
-    """The window of the base's attention, and which layers have it."""
+    """Return the window of the base's attention, and which layers have it."""
     window = base.get("sliding_window", WINDOW)
     if family == "llama" or window is None or (family != "mistral" and not base.get("use_sliding_window")):
         return None, [False] * layers
@@ -223,7 +228,7 @@ def _sliding(base: Mapping[str, Any], family: str, layers: int) -> tuple[int | N
 
 
 def _same(layout: MixtureLayout, window: int | None, sliding: Sequence[bool]) -> int | None:
-    """The window of all layers. InputError: some have none."""
+    """Return the window of all layers. InputError: some have none."""
     if any(sliding) and not all(sliding):
         message = f"some layers of the base have a sliding window, and in {layout.name} all have it or none"
         raise InputError(message, hint="use_sliding_window: false in the base's config.json, if it is never needed")
@@ -231,7 +236,7 @@ def _same(layout: MixtureLayout, window: int | None, sliding: Sequence[bool]) ->
 
 
 def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
-    """What GLM-4.5's class reads of a config."""
+    """Return the keys that GLM-4.5's class reads of a config."""
     return {
         "n_routed_experts": sizes.experts, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
         "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0,
@@ -241,7 +246,7 @@ def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
 
 
 def _deepseek(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """What DeepSeek's own class reads of a config."""
+    """Return the keys that DeepSeek's own class reads of a config."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise InputError(
             "DeepSeek MoE: heads are hidden_size / num_attention_heads wide, the base has another head_dim"

@@ -125,7 +125,7 @@ class MixtureOutputs:
         self.notes += [*self._remarks(), *notes]
 
     def rows(self) -> list[Row]:
-        """The tensors of the output, in the base's order."""
+        """Return the tensors of the output, in the base's order."""
         made, done = list[Row](), set[int]()
         dropped = []
         for name, tensor in self.base.tensors.items():
@@ -146,7 +146,7 @@ class MixtureOutputs:
         return made
 
     def mixture(self, rows: Sequence[Row]) -> PlannedMixture:
-        """The mixture of these tensors, for people."""
+        """Return the mixture of these tensors, for people."""
         total = sum(math.prod(row.shape) for row in rows)
         idle = self.sizes.experts - self.sizes.active
         expert = 3 * self.sizes.width * self.spec.width * self.sizes.layers
@@ -156,7 +156,7 @@ class MixtureOutputs:
         )
 
     def _mixed(self, number: int, layer: str) -> Iterator[Row]:
-        """The tensors that stand for the MLP of a layer, whose stored name is `layer`."""
+        """Yield the tensors that stand for the MLP of a layer, whose stored name is `layer`."""
         like = self.layers[number]
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
         place, names = f"{layer}.{self.layout.block}", dict(zip(MLP, self.layout.weights, strict=True))
@@ -209,7 +209,7 @@ class MixtureOutputs:
         return Row(stored, built.root.shape, built.root.dtype, (piece,))
 
     def _dtype(self, tensor: TensorInfo) -> str:
-        """The dtype of what stands for a tensor of the base."""
+        """Return the dtype of the tensor that stands for one of the base's."""
         dtype = self.out_dtype or tensor.output_dtype
         if tensor.dtype not in FLOATING or dtype not in PLAIN:
             self.problems.append(f"{tensor.name}: {tensor.dtype} is no dtype that a mixture is made of")
@@ -227,7 +227,7 @@ class MixtureOutputs:
         return self._known[reference]
 
     def _check_layers(self) -> None:
-        """InputError: the base has layers that the layout does not hold, or an expert lacks MLPs or has other ones."""
+        """Refuse a base with layers that the layout does not hold, and an expert that lacks MLPs or has other ones."""
         where, hidden = self.base.name, self.base.checkpoint.config.get("hidden_size")
         inside = {name for name in self.base.tensors if LAYER.fullmatch(name)}
         for name in self.base.tensors.keys() - inside:
@@ -254,7 +254,7 @@ class MixtureOutputs:
                     raise InputError(f"{model.name}: its MLPs are {shapes}, and {where} is {hidden} wide")
 
     def _width(self, models: Sequence[Input]) -> int:
-        """The width of all MLPs of some experts. InputError: they differ."""
+        """Return the width of all MLPs of some experts. InputError: they differ."""
         found = {
             (model.name, layer["gate_proj"].shape[0]) for model in models for layer in self._weights(model).values()
         }
@@ -264,7 +264,7 @@ class MixtureOutputs:
         return next(iter(found))[1]
 
     def _spec(self, memory: int | None) -> RouterSpec:
-        """What the routers are made of. InputError: the base has no config.json or no embedding of tokens."""
+        """Return the inputs of the routers. InputError: the base has no config.json or no embedding of tokens."""
         base, recipe = self.base, self.recipe
         if base.checkpoint.config_file != CONFIG:
             raise InputError(f"{base.name}: has no config.json, without which no mixture is made on it")
@@ -288,7 +288,7 @@ class MixtureOutputs:
         ).within(memory)
 
     def _remarks(self) -> Iterator[str]:
-        """What of the models is left out, and what may not be meant."""
+        """Yield the parts of the models that are left out, and signs of a mistake."""
         rows = self.spec.embedding.shape[0]
         for model in self.models:
             own = next((t for name, t in model.tensors.items() if TOKEN_EMBEDDING.search(name)), None)
@@ -304,7 +304,7 @@ class MixtureOutputs:
 def _chosen(
     wanted: str | None, families: Sequence[str], shared: int, prompted: bool, gated: Sequence[bool], silent: bool
 ) -> MixtureLayout:
-    """The layout; a shared expert that says nothing needs no prompts for its gate, nor does one whose gate is drawn."""
+    """Return the layout. A shared expert that is silent, or whose gate is drawn, needs no prompts for its gate."""
     try:
         return choose(wanted, families, shared, prompted)
     except InputError:
@@ -314,7 +314,7 @@ def _chosen(
 
 
 def _family(model: Input) -> str:
-    """The model type. InputError: no mixture is made of it."""
+    """Return the model type. InputError: no mixture is made of it."""
     config = model.checkpoint.config
     family, classes = config.get("model_type"), config.get("architectures") or ()
     if family not in FAMILIES:
@@ -326,7 +326,7 @@ def _family(model: Input) -> str:
 
 
 def _layers(model: Input) -> dict[int, dict[str, TensorInfo]]:
-    """The tensors of every layer by what follows its number. InputError: layers are missing."""
+    """Return the tensors of every layer by what follows its number. InputError: layers are missing."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in model.tensors.items():
         if (match := LAYER.fullmatch(name)) is not None:

@@ -1,7 +1,7 @@
 """The routers of a mixture of experts: a vector for each layer and expert, from the base's states on prompts.
 
-With h(p) a vector of the base for prompt p, the router of an expert is the unit vector of mean h(positive) − mean
-h(negative), as mergekit-moe makes it. h(p) in layer i is
+h(p) is a vector of the base for prompt p. The router of an expert is the unit vector of mean h(positive) − mean
+h(negative), as in mergekit-moe. h(p) in layer i is
 
     hidden, hidden_last   the input of block i (before its norms) at the prompt's last token
     hidden_avg            the same, mean over the prompt's tokens
@@ -93,13 +93,15 @@ class RouterSpec:
 
     @property
     def runs(self) -> bool:
-        """Whether the base is run."""
+        """Return whether the base is run."""
         return self.mode not in DRAWN and self.mode != "cheap_embed"
 
     @property
     def memory(self) -> int:
-        """About the bytes that making them takes beside BASELINE_BYTES: a block stored and in float32, hidden states of
-        prompts of a few hundred tokens, and the vectors."""
+        """Return about the bytes that making them takes beside BASELINE_BYTES.
+
+        They are a block stored and in float32, hidden states of prompts of a few hundred tokens, and the vectors.
+        """
         vectors = 16 * self.layers * len(self.experts) * self.width
         if not self.runs:
             return vectors
@@ -137,8 +139,10 @@ def locked(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.float32
 
 
 def routers(*, spec: RouterSpec) -> Routers:
-    """The routers of a mixture. InputError: no usable tokenizer, a prompt without tokens or with too many, a model that
-    transformers cannot run."""
+    """Return the routers of a mixture.
+
+    InputError: there is no usable tokenizer, a prompt has no tokens or too many, or transformers cannot run the model.
+    """
     if spec.mode in DRAWN:
         return _recorded(spec, _drawn(spec), {})
     with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
@@ -150,7 +154,7 @@ def routers(*, spec: RouterSpec) -> Routers:
 
 
 def unit(vector: Vector) -> Vector:
-    """v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
+    """Return v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
     scaled: Vector = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), LEAST_NORM)
     return scaled
 
@@ -166,7 +170,7 @@ def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
 
 
 def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
-    """The routers, with what a lock says of them: the two of one layer that are most alike, too."""
+    """Return the routers, with what a lock says of them: the two of one layer that are most alike, too."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
     cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
     cosines[:, *np.tril_indices(spec.routed)] = -1.0
@@ -179,7 +183,7 @@ def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> 
 
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
-    """The token ids of every prompt, after the tokenizer's first token where it has one."""
+    """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
     from deltamerge.calibrate.rows.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)
@@ -197,7 +201,7 @@ def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
 
 
 def _embedded(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
-    """(layers, experts, hidden) from sums of rows of the embedding, in float64."""
+    """Return (layers, experts, hidden) from sums of rows of the embedding, in float64."""
     known: dict[int, Vector] = {}
 
     def sum_of(texts: Sequence[str]) -> Vector:
@@ -225,7 +229,7 @@ def _row(spec: RouterSpec, reader: Reader, token: int) -> Vector:
 
 
 def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
-    """(layers, experts, hidden) from the states of the base, which goes through the prompts block by block."""
+    """Return (layers, experts, hidden) from the states of the base, which goes through the prompts block by block."""
     states = _states(spec, reader, tokens)
 
     def mean(texts: Sequence[str]) -> Vector:
@@ -237,8 +241,10 @@ def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
 
 
 def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector:
-    """Positive − negative; zeros where they are the same but for rounding, as in the first layer of prompts that end
-    alike. InputError: they are the same in every layer."""
+    """Return positive − negative. InputError: they are the same in every layer.
+
+    It is zeros where they are the same but for rounding, as in the first layer of prompts that end alike.
+    """
     if negative is None:
         return positive
     vector = positive - negative
@@ -250,7 +256,7 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 
 def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:
-    """(layers, hidden) of every prompt."""
+    """Return (layers, hidden) of every prompt."""
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
     from deltamerge.calibrate.model.passes import stored
     from deltamerge.calibrate.rows.batches import config_of
@@ -285,7 +291,7 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
 
 
 def _batch(ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Inputs of a forward, padded on the right."""
+    """Return inputs of a forward, padded on the right."""
     import torch
 
     longest = max(map(len, ids))

@@ -131,7 +131,7 @@ class Question:
 
 
 def prunes(density: float) -> list[dict[str, Any]]:
-    """The prunings whose masks are measured, in the order of MASKS."""
+    """Return the prunings whose masks are measured, in the order of MASKS."""
     return [{**mask, "density": density, "q": "output_change"} for mask in MASKS.values()]
 
 
@@ -246,7 +246,7 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, DeltaMoments]], measur
 
 
 def _candidates(density: float, parts: Sequence[DeltaMoments], measured: MaskEvidence | None) -> list[PruneCandidate]:
-    """Every mask, both plain and with a calibrated q.
+    """Return every mask, both plain and with a calibrated q.
 
     From the delta alone the error of DARE is p/d, of importance sampling v = Σ Δ²(1/π − 1)/Σ Δ², of magnitude the
     energy that it drops. At the best q an unbiased mask's v becomes v/(1 + v).
@@ -295,7 +295,7 @@ def _measured(loss: MaskLoss | None, measured: MaskEvidence | None, calibrated: 
 
 
 def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: float) -> tuple[str, list[str]]:
-    """The simplest method whose predicted loss is small, else the method with the smallest."""
+    """Return the simplest method whose predicted loss is small, else the method with the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     if not lost:
         return _without_rows(evidence, density)
@@ -312,7 +312,7 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: fl
 
 
 def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
-    """What `recipe.advice` chooses, and what the size of the delta says of it."""
+    """Return the choice of `recipe.advice`, and a remark on the size of the delta."""
     choice = choose(density, rows=False)
     method = next(name for name, keys in MASKS.items() if {**keys, "density": density} == choice.prune)
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
@@ -339,7 +339,7 @@ def _warned(why: list[str], lost: float) -> list[str]:
 
 
 def paper(question: Question, evidence: Evidence) -> Paper:
-    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
+    """Return the answer of the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3)."""
     tuning = "; if you can fine-tune again, AdamR-L2 and then DAREx-q"
     if evidence.large:
         prune: dict[str, Any] = {"method": "wanda", "density": question.density}
@@ -353,13 +353,13 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 
 
 def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
-    """The recommendation with its recipe as YAML, named for what it was recommended for."""
+    """Return the recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
     return answer.model_copy(update={"recipe": commented(head, recipe)})
 
 
 def commented(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
-    """A recipe as YAML below a comment, a paragraph for each line of `head`."""
+    """Return a recipe as YAML below a comment, a paragraph for each line of `head`."""
     wrapper = textwrap.TextWrapper(
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
@@ -368,7 +368,7 @@ def commented(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
 
 
 def seen_from(folder: Path, reference: str) -> str:
-    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
+    """Return a local reference as a recipe in `folder` writes it. Absolute paths and hub ids are unchanged."""
     expanded = Path(reference).expanduser()
     if not expanded.exists() or expanded.is_absolute():
         return reference

@@ -80,24 +80,23 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: l
 
 
 def text(words: str) -> Markup:
-    """`words` escaped for text and attributes; unprintable characters (controls, lone surrogates,
-    direction) become �."""
+    """Escape `words` for text and attributes. Controls, lone surrogates and marks of direction become �."""
     return Markup(html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)))
 
 
 def element(tag: str, *children: Markup, **attributes: str | float) -> Markup:
-    """`<tag …>children</tag>`; the attribute `class_` becomes class, `data_value` data-value."""
+    """Return `<tag …>children</tag>`. The attribute `class_` becomes class, `data_value` data-value."""
     given = "".join(f' {name.rstrip("_").replace("_", "-")}="{text(str(v))}"' for name, v in attributes.items())
     return Markup(f"<{tag}{given}>{''.join(children)}</{tag}>")
 
 
 def short(name: str) -> str:
-    """A name that fits a narrow page: the middle of a long one is left out."""
+    """Shorten a name to fit a narrow page: the middle of a long one is left out."""
     return name if len(name) <= SHOWN else f"{name[:6]}…{name[7 - SHOWN :]}"
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
-    """The value in a format, or a dash."""
+    """Return the value in a format, or a dash."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
@@ -130,7 +129,7 @@ class Axis:
 
     @classmethod
     def log(cls, values: Sequence[float], *, whole: bool = True) -> Axis:
-        """A logarithmic axis for positive values (others are at its start); `whole`: between powers of ten."""
+        """Return a logarithmic axis for positive values; others are at its start. `whole`: between powers of ten."""
         found = [v for v in _finite(*values) if 1 / EXTREME < v < EXTREME] or [1.0]
         low, high = math.log10(min(found)), math.log10(max(found))
         first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
@@ -146,7 +145,7 @@ class Axis:
 
     @classmethod
     def linear(cls, values: Sequence[float]) -> Axis:
-        """A linear axis, with a little room at both ends."""
+        """Return a linear axis, with a little room at both ends."""
         found = [v for v in _finite(*values) if abs(v) < EXTREME] or [0.0]
         low, high = min(found), max(found)
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
@@ -157,7 +156,7 @@ class Axis:
         return cls(low, high, tuple(ticks), False)
 
     def place(self, value: float) -> float:
-        """The place of a value, from 0 to 1."""
+        """Return the place of a value, from 0 to 1."""
         if self.logarithmic:
             value = math.log10(value) if value > 0 else self.low
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
@@ -201,8 +200,10 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
 
 
 def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
-    """Horizontal bars from 0 to the largest, or to `whole`, each below its name and number; `mark` is a
-    tick across it."""
+    """Draw horizontal bars from 0 to the largest, or to `whole`, each below its name and number.
+
+    `mark` is a tick across it.
+    """
     top = whole or max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
     shapes = []
     for i, point in enumerate(points):
@@ -233,7 +234,7 @@ def heat(
     *,
     form: str = ".3g",
 ) -> Markup:
-    """Rows of cells below their names, a cell for each layer.
+    """Draw rows of cells below their names, a cell for each layer.
 
     label   describes the chart
     heads   of the columns
@@ -267,8 +268,10 @@ def heat(
 
 
 def pairs(label: str, name: str, points: Sequence[Point]) -> Markup:
-    """A row for each point, below its name: `value` and `mark` on one logarithmic axis called `name`, joined by a
-    line."""
+    """Draw a row for each point, below its name.
+
+    `value` and `mark` are on one logarithmic axis called `name`, joined by a line.
+    """
     axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)], whole=False)
     bottom = 42 * len(points)
 
@@ -311,11 +314,11 @@ class Frame:
     y: Axis
 
     def across(self, value: float) -> float:
-        """The horizontal place of a value."""
+        """Return the horizontal place of a value."""
         return LEFT + (RIGHT - LEFT) * self.x.place(value)
 
     def down(self, value: float) -> float:
-        """The vertical place of a value."""
+        """Return the vertical place of a value."""
         return ABOVE + TALL * (1 - self.y.place(value))
 
     def rules(self, across: str, upward: str) -> list[Markup]:
@@ -331,7 +334,7 @@ class Frame:
         return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, across, anchor="middle")]
 
     def dot(self, x: float, y: float, words: str, kind: str, radius: float = 4) -> Markup:
-        """A point with a description."""
+        """Return a point with a description."""
         where: Attributes = {"cx": _percent(self.across(x)), "cy": f"{self.down(y):.6g}", "r": radius}
         return element("circle", _title(words), **where, class_=kind, data_x=x, data_value=y)
 
@@ -346,7 +349,7 @@ def curve(
     reference: float | None = None,
     best: tuple[float, float] | None = None,
 ) -> Markup:
-    """Points joined by a line, in order of their first number.
+    """Draw points joined by a line, in order of their first number.
 
     label         describes the chart
     across        name of the horizontal axis
@@ -378,8 +381,10 @@ def curve(
 def scatter(
     label: str, across: str, upward: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]
 ) -> Markup:
-    """Two figures of one unit for each name, on logarithmic axes, with the line of equality; the first is horizontal,
-    on the axis called `across`, the second vertical, on that called `upward`."""
+    """Draw two figures of one unit for each name, on logarithmic axes, with the line of equality.
+
+    The first is horizontal, on the axis `across`. The second is vertical, on the axis `upward`.
+    """
     values = [v for one in series for _, x, y in one for v in _finite(x, y)]
     axis = Axis.log(values, whole=False)
     frame = Frame(axis, axis)
@@ -412,7 +417,7 @@ class Panel:
 
 
 def picture(rows: Sequence[Sequence[Panel]], style: str) -> Markup:
-    """Rows of panels as one SVG file, coloured by the page's `style`."""
+    """Draw rows of panels as one SVG file, coloured by the page's `style`."""
     across, y, shapes = max(map(len, rows)), 10.0, [element("rect", width="100%", height="100%", class_="page")]
     for row in rows:
         for i, panel in enumerate(row):
@@ -435,7 +440,7 @@ def lines(
     *,
     joined: frozenset[str] | None = None,
 ) -> Markup:
-    """A line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
+    """Draw a line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
 
     label    describes the chart
     across, upward   names of the axes
@@ -473,7 +478,7 @@ def lines(
 
 
 def front(label: str, across: str, upward: str, points: Sequence[tuple[float, float, str, bool]]) -> Markup:
-    """Points (x, y, words, whether it is on the front), those of the front joined."""
+    """Draw points (x, y, words, whether it is on the front). Points of the front are joined."""
     good = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
     frame = Frame(Axis.linear([x for x, *_ in good]), Axis.linear([y for _, y, *_ in good]))
     shapes = frame.rules(across, upward)
@@ -500,7 +505,7 @@ def _dot(frame: Frame, point: tuple[float, float], words: str, colour: str, name
 
 
 def document(title: str, blocks: Iterable[Markup]) -> str:
-    """An HTML page under its title, without scripts; its policy allows only its own style."""
+    """Return an HTML page under its title, without scripts. Its policy allows only its own style."""
     head = element("title", text(title)), element("style", Markup(STYLE))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -54,8 +54,10 @@ class RecipeCandidate:
 
 @dataclass(eq=False)
 class RecipeCandidates:
-    """Makes the candidates of recipes in `folder`; models are opened once, and tensors matched once for all recipes
-    that differ in numbers alone."""
+    """The candidates of recipes in `folder`.
+
+    Models are opened once. Tensors are matched once for all recipes that differ in numbers alone.
+    """
 
     folder: Path
     opener: Opener
@@ -64,7 +66,7 @@ class RecipeCandidates:
     _known: dict[str, Inputs] = field(default_factory=dict)
 
     def inputs(self, recipe: Recipe) -> Inputs:
-        """The models of a recipe."""
+        """Return the models of a recipe."""
         key = json.dumps(fixed(recipe.source.data), sort_keys=True)
         if key not in self._known:
             self._known[key] = open_inputs(recipe, self.folder, self.opener)
@@ -73,7 +75,10 @@ class RecipeCandidates:
         return replace(found, groups=tuple(groups))
 
     def of(self, recipe: Recipe) -> RecipeCandidate:
-        """The candidate of a recipe. InputError: its weights cannot be judged in memory, or cannot be made at all."""
+        """Return the candidate of a recipe.
+
+        InputError: its weights cannot be judged in memory, or cannot be made at all.
+        """
         inputs = self.inputs(recipe)
         _refuse(recipe, inputs)
         vocabulary = make_vocabulary(recipe, inputs)
@@ -100,13 +105,13 @@ class RecipeCandidates:
 
 
 def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
-    """The candidates of a template."""
+    """Return the candidates of a template."""
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
     return candidates_in(file.path.resolve().parent, options, pickles=pickles)
 
 
 def candidates_in(folder: Path, options: Options, *, pickles: bool) -> RecipeCandidates:
-    """Candidates of recipes in `folder`; every model is opened once."""
+    """Return candidates of recipes in `folder`. Every model is opened once."""
     models, opened = Models(), dict[str, Checkpoint]()
 
     def opener(reference: str, folder: Path) -> Checkpoint:
@@ -135,14 +140,17 @@ def _refuse(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def fixed(value: Any) -> Any:
-    """What of a recipe's data decides which models are opened, and how their tensors are matched."""
+    """Return the part of a recipe's data that decides which models are opened, and how their tensors are matched."""
     if isinstance(value, dict):
         return {key: fixed(inner) for key, inner in value.items() if key not in FREE}
     return [fixed(inner) for inner in value] if isinstance(value, list) else value
 
 
 def describe_study(planned: Plan) -> dict[str, Any]:
-    """Candidates in one walk, trials, rows of each fine-tune, bytes of memory, as `deltamerge plan --json` has them."""
+    """Return the size of a study for `deltamerge plan --json`.
+
+    It is candidates in one walk, trials, rows of each fine-tune, and bytes of memory.
+    """
     study = planned.recipe.study or Study.model_validate({})
     rows = {tune.name: calibration.sequences for tune, calibration in _rows(planned)}
     return {"together": study.together, "trials": study.trials, "rows": rows, "memory": memory(planned, study)}
@@ -156,9 +164,11 @@ def _rows(planned: Plan) -> list[tuple[Any, Any]]:
 
 
 def memory(planned: Plan, study: Study) -> int:
-    """About the bytes that judging takes: what is imported; of every fine-tune the hidden states of all candidates; of
-    one part of the model each model's tensors and their deltas, a candidate's own, and those in float32; the next part
-    as it is stored."""
+    """Return about the bytes that judging takes.
+
+    They are: imports; the hidden states of all candidates for every fine-tune; of one part of the model each model's
+    tensors and deltas, a candidate's own, and both in float32; the next part as it is stored.
+    """
     states, part = 0, 0
     for tune, calibration in _rows(planned):
         tensors = tuple(tune.checkpoint.tensors.values())

@@ -47,7 +47,7 @@ class Evaluation:
     models: tuple[Evaluated, ...]
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "rows": dict(self.rows),
             "models": [
@@ -67,7 +67,7 @@ class LabelledRows:
 
 
 def questions_of(file: RecipeFile) -> list[LabelledRows]:
-    """The rows of a recipe, each fine-tune's by its own head. InputError: it has no rows."""
+    """Return the rows of a recipe, each fine-tune's by its own head. InputError: it has no rows."""
     recipe = file.output.recipe
     found = [
         LabelledRows(recipe.names[i], calibration, file.folder, recipe.models[i].model)
@@ -89,7 +89,7 @@ def evaluate(
     device: str = "auto",
     pickles: bool = False,
 ) -> Evaluation:
-    """The metrics of `models`: folders or hub ids, base+adapter, adapters and delta artifacts over `base`.
+    """Return the metrics of `models`: folders or hub ids, base+adapter, adapters and delta artifacts over `base`.
 
         questions   the rows, and whose head answers
         metrics     names; by default all that fit the head, without generated texts unless calibration.metric is one
@@ -135,7 +135,10 @@ def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> S
 
 
 def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:
-    """A checkpoint's weights below the head of a task's model. InputError: it lacks some, or has other shapes."""
+    """Return a checkpoint's weights below the head of a task's model.
+
+    InputError: it lacks some, or has other shapes.
+    """
     ours, theirs = task.checkpoint, checkpoint
     tensors, names = shared_names([ours.tensors, theirs.tensors], [task.name, name])
     there = {names[1].canonical[n]: info for n, info in tensors[1].items()}
@@ -158,13 +161,15 @@ def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:
 
 
 def _is_of_head(name: str) -> bool:
-    """Whether a tensor belongs to the head of a classifier or a regression. A language model's head is none: what is
-    merged of language models has one of its own."""
+    """Return whether a tensor belongs to the head of a classifier or a regression.
+
+    A language model's head is none: a merge of language models has a head of its own.
+    """
     return name != LM_HEAD and _HEAD.search(name) is not None and _LANGUAGE.search(name) is None
 
 
 def open_model(reference: str, base: str | None, folder: Path | None = None, *, pickles: bool = False) -> Checkpoint:
-    """A model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
+    """Open a model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
     here = folder or Path.cwd()
     models = Models()
     opener = partial(models.open, weights=True, pickles=pickles)

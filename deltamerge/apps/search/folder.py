@@ -46,15 +46,18 @@ class StudyFolder:
 
     @classmethod
     def of(cls, recipe: Path, kind: str, out: Path | None) -> StudyFolder:
-        """`out`, or <recipe>-<kind> beside the recipe."""
+        """Return the folder `out`, or <recipe>-<kind> beside the recipe."""
         path = out if out is not None else recipe.resolve().parent / f"{recipe.stem}-{kind}"
         return cls(path, f"{kind} {shown(recipe.name)}")
 
     @contextmanager
     def locked(self, *, force: bool) -> Iterator[Path]:
-        """The folder, made if it is not there and emptied with `force`. OutputError: it is no folder of a study, or of
-        another recipe's and no `force`; with `force`, it holds what no study wrote; another process works in it; or it
-        cannot be written. KeyboardInterrupt: says that the folder stays."""
+        """Lock the folder, made if it is not there and emptied with `force`.
+
+        OutputError: it is no folder of a study; it is another recipe's, and no `force`; with `force`, it holds a file
+        that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: says that the folder
+        stays.
+        """
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
             with writing(path):
@@ -88,7 +91,7 @@ class StudyFolder:
 
 
 def _is_written(entry: os.DirEntry[str]) -> bool:
-    """Whether a study, or a run that it kept the result of, wrote an entry of its folder, and all that is in it."""
+    """Return whether a study, or a run that it kept the result of, wrote an entry of its folder, and all inside it."""
     path = Path(entry.path)
     if not entry.is_dir(follow_symlinks=False):
         return entry.is_file(follow_symlinks=False) and WRITTEN.fullmatch(entry.name) is not None
@@ -101,7 +104,7 @@ def _is_written(entry: os.DirEntry[str]) -> bool:
 
 
 def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
-    """RecipeError: `study.test` names a fine-tune that no recipe of the template has."""
+    """Refuse a `study.test` that names a fine-tune that no recipe of the template has."""
     some = list(recipes)
     known = {recipe.names[i] for recipe in some for i in recipe.fine_tunes}
     test = some[0].study.test if some[0].study is not None else None
@@ -112,7 +115,7 @@ def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
 
 
 def input_facts(file: TemplateFile, values: Mapping[Loc, Any], options: Options) -> dict[str, Any]:
-    """What a candidate's outcome follows from beside its recipe, by names for people: models' files and rows."""
+    """Return the causes of a candidate's outcome beside its recipe, by names for people: models' files and rows."""
     one = file.file(values)
     (planned,) = Planner(one, one.path, options).plans()
     given = {name: value for name, value in facts(planned, "").items() if name != "the recipe"}
@@ -120,7 +123,7 @@ def input_facts(file: TemplateFile, values: Mapping[Loc, Any], options: Options)
 
 
 def _rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The rows of a recipe and its study by their files: name, size and time, or a commit of the hub."""
+    """Return the rows of a recipe and its study by their files: name, size and time, or a commit of the hub."""
     found: dict[str, Any] = {}
     rows = (recipe.calibration_of(i) for i in recipe.fine_tunes)
     data = [calibration.data for calibration in rows if calibration is not None]

@@ -90,16 +90,16 @@ class StudyJudge:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What candidates' tensors are held in: float32 where every product is in it, else as they are."""
+        """Return the dtype of candidates' tensors: float32 where every product is in it, else as they are."""
         precise = all(task.model.precision == "float32" for task in self.tasks.values())
         return torch.float32 if precise else None
 
     def rows(self, part: Part) -> dict[str, int]:
-        """The number of rows of each fine-tune."""
+        """Return the number of rows of each fine-tune."""
         return {self.tasks[index].name: sheet.rows for index, sheet in self._sheet(part).items()}
 
     def scores(self, candidates: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
-        """The measures of every candidate; `study.together` of them share a walk."""
+        """Return the measures of every candidate. `study.together` of them share a walk."""
         found: list[Scores] = []
         for at in range(0, len(candidates), self.study.together):
             found += self._walk(candidates[at : at + self.study.together], part)
@@ -127,7 +127,7 @@ class StudyJudge:
             self.known |= {node: found[node] for node in candidate.stages}
 
     def _sheet(self, part: Part) -> dict[int, Sheet]:
-        """The rows of a part, and the fine-tunes' own outputs on them."""
+        """Return the rows of a part, and the fine-tunes' own outputs on them."""
         if part not in self._sheets:
             made = {}
             for index, task in self.tasks.items():
@@ -138,7 +138,7 @@ class StudyJudge:
         return self._sheets[part]
 
     def _references(self, sheets: Mapping[int, Sheet]) -> dict[str, Scores]:
-        """What the base, with the fine-tune's head, and the fine-tune score."""
+        """Return the scores of the base, with the fine-tune's head, and of the fine-tune."""
         found: dict[str, dict[str, Mapping[str, float]]] = {"base": {}, "fine-tune": {}}
         for index, sheet in sheets.items():
             task = self.tasks[index]
@@ -157,7 +157,7 @@ class StudyJudge:
         return of
 
     def _of(self, index: int) -> dict[Part, list[Row]]:
-        """The rows of a fine-tune."""
+        """Return the rows of a fine-tune."""
         if index not in self._rows:
             task, test = self.tasks[index], self.study.test
             labelled = bool(self.wanted[index][0])
@@ -173,7 +173,7 @@ class StudyJudge:
 
     @staticmethod
     def _measures(task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
-        """The metrics that a fine-tune is judged by, and the measures without labels."""
+        """Return the metrics that a fine-tune is judged by, and the measures without labels."""
         asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
         metrics = list(dict.fromkeys(named))
@@ -181,7 +181,7 @@ class StudyJudge:
         return metrics, UNLABELLED & set(asked)
 
     def _resident(self) -> int:
-        """Bytes that the stored tensors and deltas of one part take, and those outside blocks."""
+        """Return the bytes of the stored tensors and deltas of one part, and of those outside blocks."""
         sizes: dict[str, int] = {}
         for name, merge in self.start.merges.items():
             infos = [info for info in (merge.base, *(tensor for _, tensor in merge.sources)) if info is not None]
@@ -191,7 +191,7 @@ class StudyJudge:
 
 
 def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is as if nothing was added."""
+    """Return scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is the base."""
     found = dict(scores)
     if DISTANCE in found:
         found[DISTANCE] = found[DISTANCE] / base[DISTANCE] if base[DISTANCE] > 0 else found[DISTANCE]
@@ -199,8 +199,10 @@ def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[st
 
 
 def worth(goal: Goal, scores: Scores, metrics: Mapping[str, str]) -> float:
-    """The value of a goal: one fine-tune's, or the weighted mean or the worst of all; `metrics` are the fine-tunes'
-    own."""
+    """Return the value of a goal: one fine-tune's, or the weighted mean or the worst of all.
+
+    `metrics` are the fine-tunes' own.
+    """
     of = {name: own[_key(goal, metrics[name])] for name, own in scores.items() if goal.of in (None, name)}
     if goal.over == "minimum":
         return max(of.values()) if is_lower(goal, metrics) else min(of.values())
@@ -209,12 +211,12 @@ def worth(goal: Goal, scores: Scores, metrics: Mapping[str, str]) -> float:
 
 
 def _key(goal: Goal, metric: str) -> str:
-    """The name of what a goal takes of a fine-tune whose metric is that."""
+    """Return the name of a fine-tune's score in a goal. `metric` is the fine-tune's own."""
     return {"metric": metric, AGREEMENT: DISTANCE}.get(goal.by, goal.by)
 
 
 def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
-    """Whether less of a goal is better. InputError: fine-tunes whose metrics point in different ways."""
+    """Return whether less of a goal is better. InputError: the fine-tunes' metrics point in different ways."""
     if goal.command is not None:
         return goal.command.direction == "minimize"
     if goal.by != "metric":
@@ -229,5 +231,5 @@ def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
 
 
 def judged_by(judge: StudyJudge) -> dict[str, str]:
-    """The fine-tunes' own metrics; "" where none is needed."""
+    """Return the fine-tunes' own metrics. "": none is needed."""
     return {task.name: (task.metric if judge.wanted[i][0] else "") for i, task in judge.tasks.items()}

@@ -1,5 +1,7 @@
-"""What a search found, its trials and why one was chosen; and what it leaves: the best recipe with its lock, tables, a
-page, the merged folder."""
+"""The result of a search: its trials, the best one and the reason.
+
+It leaves the best recipe with its lock, tables, a page, and the merged folder.
+"""
 
 from __future__ import annotations
 
@@ -66,16 +68,16 @@ class SearchResult:
 
     @property
     def chosen(self) -> Trial:
-        """The best trial."""
+        """Return the best trial."""
         return self.trials[self.best]
 
     @cached_property
     def params(self) -> tuple[str, ...]:
-        """The names of the numbers that were tried."""
+        """Return the names of the numbers that were tried."""
         return tuple(dict.fromkeys(name for trial in self.trials for name in trial.params))
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
             "sampler": self.sampler,
@@ -125,7 +127,7 @@ def write(
 
 
 def summary(found: SearchResult) -> dict[str, Any]:
-    """How the recipe was found, for its lock and card."""
+    """Return how the recipe was found, for its lock and card."""
     best = found.chosen
     values = best.held or best.outcome
     numbers = {name: _rounded(value) for name, value in zip(found.goals, values.values, strict=True)}
@@ -144,7 +146,7 @@ def _rounded(value: Any) -> Any:
 
 
 def as_csv(found: SearchResult) -> str:
-    """A line for each trial."""
+    """Return a line for each trial."""
     goals = list(found.goals)
     columns = ["number", "state", *found.params, *goals, *(f"held out {name}" for name in goals), "error"]
     made = io.StringIO()
@@ -162,7 +164,7 @@ def _named(names: Any, values: Any) -> dict[str, float]:
 
 
 def page(found: SearchResult, name: str) -> str:
-    """The study on a page, without scripts: the objective over trials, what explains it, the front, the best trials."""
+    """Return the study on a page: the objective over trials, its causes, the front, the best trials."""
     blocks = [element("p", text(_conclusion(found)), class_="conclusion")]
     for number, (goal, low) in enumerate(found.goals.items()):
         blocks += [element("h2", text(goal)), _card(_over_trials(found, number, goal, low))]
@@ -194,7 +196,7 @@ def _card(chart: Markup) -> Markup:
 
 
 def _over_trials(found: SearchResult, number: int, goal: str, low: bool) -> Markup:
-    """Every trial's value, and the best so far."""
+    """Return every trial's value, and the best so far."""
     points = [(float(t.number), t.outcome.values[number]) for t in found.trials if t.outcome.values]
     best: list[tuple[float, float]] = []
     for x, y in points:

@@ -48,8 +48,11 @@ FACTS, SCORES, ERROR = "facts", "scores", "error"
 
 
 def check(file: TemplateFile) -> Recipe:
-    """The recipe of the first trial. RecipeError: nothing is to be searched, something is swept, or it is no recipe, at
-    its start or where all numbers are at a bound."""
+    """Return the recipe of the first trial.
+
+    RecipeError: nothing is to be searched, something is swept, or it is no recipe, at its start or with all numbers at
+    a bound.
+    """
     source, ranges = file.template.source, file.template.ranges
     if file.template.sweeps:
         hint = f"deltamerge sweep {file.path.name}"
@@ -109,14 +112,14 @@ def search(
 
 
 def layers_of(bench: Bench, recipe: Recipe) -> int:
-    """The number of layers of the merged model, over which groups are spread."""
+    """Return the number of layers of the merged model, over which groups are spread."""
     inputs = bench.candidates.inputs(recipe)
     numbers = [n for name in inputs.template.tensors if (n := layer_index(name)) is not None]
     return 1 + max(numbers, default=0)
 
 
 def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Options) -> None:
-    """InputError: the study is of another recipe, other models or other rows."""
+    """Refuse a study of another recipe, other models or other rows."""
     data = {key: value for key, value in file.template.source.data.items() if key != "study"}
     judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
     given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
@@ -151,7 +154,7 @@ class _Runner:
         self.distributions = distributions(optuna, file.template.ranges)
 
     def run(self, wanted: int) -> None:
-        """Trials until there are `wanted`. InputError: the first ones all fail."""
+        """Run trials until there are `wanted`. InputError: the first ones all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
             phase.step(min(wanted, len(self._done())))
@@ -164,7 +167,7 @@ class _Runner:
                 self._hope()
 
     def _ask(self) -> optuna.Trial:
-        """The next trial. What is proposed follows from the study's seed, the number of trials and what they found."""
+        """Return the next trial. It follows from the study's seed, the number of trials and their outcomes."""
         study, settings = self.study, self.bench.study
         number = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.optuna, settings, number)
@@ -182,7 +185,7 @@ class _Runner:
             raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
 
     def values(self, params: Mapping[str, Any]) -> dict[Loc, Any]:
-        """What a trial's numbers put into the recipe."""
+        """Return the values that a trial's numbers put into the recipe."""
         return self.file.template.values(params, self.layers)
 
     def _evaluate(self, asked: Sequence[optuna.Trial]) -> None:
@@ -198,7 +201,7 @@ class _Runner:
                 self.study.tell(trial, list(outcome.values))
 
     def _survivors(self, asked: Sequence[optuna.Trial]) -> list[optuna.Trial]:
-        """The trials that are not pruned after a quarter of the rows."""
+        """Return the trials that are not pruned after a quarter of the rows."""
         alive = []
         for trial, outcome in zip(asked, self._outcomes(asked, "first"), strict=True):
             if outcome.error is None:
@@ -217,7 +220,7 @@ class _Runner:
         return self.bench.measure(some, part, self.folder)
 
     def finished(self) -> SearchResult:
-        """The study's trials, and the best of them on held-out rows."""
+        """Return the study's trials, and the best of them on held-out rows."""
         made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
         trials = [trial for trial in made if trial is not None]
         lower = self.bench.lower
@@ -257,7 +260,7 @@ class _Runner:
     def _decide(
         self, trials: list[Trial], outcomes: Sequence[Outcome], best: int, front: Sequence[int]
     ) -> tuple[list[Trial], int, str]:
-        """The trials, those that were compared with their outcome on held-out rows; the index of the best there."""
+        """Return the trials, with held-out outcomes where they were compared, and the index of the best there."""
         lower = self.bench.lower
         order = ranked(outcomes, lower)
         if front:

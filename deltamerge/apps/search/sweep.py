@@ -65,7 +65,7 @@ class SweepResult:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """The columns of figures: the objectives, then every fine-tune's scores."""
+        """Return the columns of figures: the objectives, then every fine-tune's scores."""
         inner = {
             f"{name}.{measure}": None
             for row in self.rows
@@ -75,12 +75,12 @@ class SweepResult:
         return (*self.goals, *inner)
 
     def figures(self, row: SweepRow) -> dict[str, float]:
-        """The figures of a row, by column."""
+        """Return the figures of a row, by column."""
         goals = dict(zip(self.goals, row.outcome.values, strict=False))
         return goals | {f"{name}.{m}": v for name, own in row.outcome.scores.items() for m, v in own.items()}
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "axes": list(self.axes),
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
@@ -101,7 +101,7 @@ class SweepResult:
         }
 
     def averaged(self) -> Iterator[tuple[dict[str, str], dict[str, list[float]]]]:
-        """Rows that differ in their seed alone as one: its labels, and by column the figures of all seeds."""
+        """Yield rows that differ in their seed alone as one: its labels, and by column the figures of all seeds."""
         groups: dict[tuple[str, ...], list[SweepRow]] = {}
         others = [axis for axis in self.axes if axis != SEED]
         for row in self.rows:
@@ -167,7 +167,7 @@ def sweep(
 
 
 def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]]) -> None:
-    """RecipeError: nothing is swept, something is to be searched, or a point is no recipe."""
+    """Refuse a template where nothing is swept, something is to be searched, or a point is no recipe."""
     source = file.template.source
     if file.template.ranges:
         hint = f"deltamerge search {file.path.name}"
@@ -191,7 +191,7 @@ def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[L
 def _keys(
     file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]], options: Options
 ) -> list[str]:
-    """What the outcome of each point follows from, as a hash: its recipe, its models' files, the rows."""
+    """Return a hash of the causes of each point's outcome: its recipe, its models' files, the rows."""
     known: dict[str, str] = {}
     keys = []
     for _, values in points:
@@ -204,7 +204,7 @@ def _keys(
 
 
 def _read(path: Path) -> dict[str, Outcome]:
-    """Outcomes by key; a line that was cut short or damaged is left out."""
+    """Read outcomes by key. A line that was cut short or damaged is left out."""
     found: dict[str, Outcome] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -252,7 +252,7 @@ def _write(found: SweepResult) -> None:
 
 
 def as_csv(found: SweepResult) -> str:
-    """A line for each point: its values, its figures, its error."""
+    """Return a line for each point: its values, its figures, its error."""
     text = io.StringIO()
     table = csv.DictWriter(text, [*found.axes, *found.columns, "error"], lineterminator="\n")
     table.writeheader()
@@ -262,7 +262,10 @@ def as_csv(found: SweepResult) -> str:
 
 
 def draw(found: SweepResult) -> str:
-    """A panel for each column: lines over the first axis of numbers, one for each choice of the others, or bars."""
+    """Draw a panel for each column.
+
+    It has lines over the first axis of numbers, one for each choice of the others, or bars.
+    """
     across = next((axis for axis in found.axes if axis != SEED and _is_numeric(found, axis)), None)
     rows = list(found.averaged())
     panels = []

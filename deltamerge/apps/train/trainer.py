@@ -107,7 +107,7 @@ class DeltaWriter:
 
     @property
     def last(self) -> str | None:
-        """The name of the version last published; None: there is none yet."""
+        """Return the name of the version last published. None: there is none yet."""
         return None if self._last is None else self._last.name
 
     def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
@@ -151,7 +151,7 @@ class DeltaWriter:
             self._held.close()
 
     def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
-        """The versions of the chain, and its base."""
+        """Return the versions of the chain, and its base."""
         versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
         if versions:
             base = base or str(versions[0].delta.manifest.base)
@@ -211,7 +211,7 @@ def _assets(origin: Checkpoint) -> dict[str, Path]:
 
 
 def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
-    """The weights of the newest version, or of the base, checked by hash if they are a version's."""
+    """Return the weights of the newest version, or of the base, checked by hash if they are a version's."""
     found: Bits = {}
     with Reader() as reader:
         if not versions:
@@ -250,7 +250,10 @@ def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[s
 
 
 def _copied(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
-    """The bits of a state in the base's dtypes, rounded to the nearest, ties to even; into `spare` memory if given."""
+    """Return the bits of a state in the base's dtypes, rounded to the nearest, ties to even.
+
+    They are written into `spare` memory if given.
+    """
     _matched(wanted, state)
     found: Bits = {}
     with torch.no_grad():
