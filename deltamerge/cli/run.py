@@ -34,6 +34,8 @@ from deltamerge.errors import app
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
 
+PUBLISHED = "hf://"  # a recipe that someone pushed
+
 
 @click.command("run")
 @click.argument("recipe", type=RecipePath())
@@ -109,13 +111,12 @@ def command(
     from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
     from deltamerge.run.plans import lock_for
-    from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
-    if ray is not None and recipe.startswith(SCHEME):
+    if ray is not None and recipe.startswith(PUBLISHED):
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
@@ -126,7 +127,7 @@ def command(
     device = theirs.device or device if device == "auto" else device
     workers = workers or theirs.workers
     settings = {**(theirs.settings or {}), **settings}
-    if settings and recipe.startswith(SCHEME):
+    if settings and recipe.startswith(PUBLISHED):
         raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
 
     if quiet:
@@ -144,7 +145,9 @@ def command(
     published = None
     with ExitStack() as held:
         path = Path(recipe)
-        if recipe.startswith(SCHEME):
+        if recipe.startswith(PUBLISHED):
+            from deltamerge.run.publish import fetch
+
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
             path = published.recipe
