@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.mergekit_flags import mergekit_flags, taken
+from deltamerge.cli.mergekit_flags import given_flags, mergekit_flags
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -120,7 +120,7 @@ def command(
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
-    theirs = taken(context)
+    theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
     out = out or target or (None if theirs.out is None else Path(theirs.out))

@@ -39,7 +39,7 @@ from deltamerge.tensors.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
-class Squashed:
+class SquashResult:
     """The result of a squash: the version that others were folded into, and their names.
 
     None: there was nothing to fold. `before` and `after` are bytes of the chain's artifacts.
@@ -51,7 +51,7 @@ class Squashed:
     after: int
 
 
-def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> Squashed:
+def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> SquashResult:
     """Fold all versions of a chain but the newest `keep` into one, over the base, then remove them.
 
     The folded version has the name of the last of them. Later versions stay, as the state that they change is the same.
@@ -66,7 +66,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         old = versions[: len(versions) - keep]
         before = sum(map(_bytes, versions))
         if len(old) < 2:
-            return Squashed(None, (), before, before)
+            return SquashResult(None, (), before, before)
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest
@@ -76,7 +76,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
             _write(folder, old, origin, workers)
         for version in old[:-1]:
             remove(chain, version.name)
-        return Squashed(
+        return SquashResult(
             target.name, tuple(v.name for v in old[:-1]), before, sum(map(_bytes, line(chain / head(chain))))
         )
 

@@ -91,12 +91,12 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
                     check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
         with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
 
-            def compared(name: str) -> tuple[TensorDifference, float, float]:
+            def compare_one(name: str) -> tuple[TensorDifference, float, float]:
                 found = _compare(reader, named[0][name], named[1][name])
                 comparing.step(named[1][name].nbytes)
                 return found
 
-            found = list(pool.map(compared, shared))
+            found = list(pool.map(compare_one, shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
     squares = math.fsum(square for _, square, _ in found)

@@ -241,7 +241,7 @@ def report(
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 
-    def grouped(key: Callable[[Pair], str]) -> dict[str, Statistics]:
+    def group_by(key: Callable[[Pair], str]) -> dict[str, Statistics]:
         groups: dict[str, list[DeltaMoments]] = {}
         for pair in pairs:
             groups.setdefault(key(pair), []).append(found[pair.name])
@@ -251,8 +251,8 @@ def report(
         model=inputs.tunes[0].name,
         base=inputs.base.name,
         total=Statistics(**statistics(list(found.values()), whole)),
-        kinds=grouped(lambda pair: pair.kind),
-        layers=grouped(lambda pair: pair.layer),
+        kinds=group_by(lambda pair: pair.kind),
+        layers=group_by(lambda pair: pair.layer),
         tensors=[
             TensorStatistics(
                 name=pair.name,

@@ -100,7 +100,7 @@ class Walk:
     def _make(self, k: int, names: Sequence[str]) -> dict[tuple[int, str], Tensor]:
         shared = self.shared.get(names, self._share)
         roots = {name: _over(self.candidates[k].roots[name], shared[name]) for name in names}
-        return {(k, name): tensor for name, tensor in self._computed(roots).items()}
+        return {(k, name): tensor for name, tensor in self._compute(roots).items()}
 
     def _share(self, names: Sequence[str]) -> dict[str, dict[Node, Node]]:
         """Return, by tensor, the nodes that candidates share, as nodes that read them from memory."""
@@ -127,7 +127,7 @@ class Walk:
                 found[name][node] = Node(READ, (), (("tensor", info),), node.shape, node.dtype, "read")
         return found
 
-    def _computed(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
+    def _compute(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
         whole = {name: node for name, node in roots.items() if node.kind != "read"}
         buffers = self._run(whole)
         for name, node in roots.items():
