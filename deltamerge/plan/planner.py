@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamerge.calibrate.merge import inputs as merge_inputs
 from deltamerge.calibrate.merge.second_moments import Measured
@@ -31,6 +31,7 @@ from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
+from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -45,9 +46,6 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import TensorInfo
-
-if TYPE_CHECKING:
-    from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
 ADAPTER = Component(stem="adapter_model")
@@ -262,11 +260,9 @@ def _plan(
     device, workers, memory = options.device, options.workers, options.memory
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
-    found: Outputs | MixtureOutputs
+    found: Outputs | AppOutputs
     if recipe.is_moe:
-        from deltamerge.plan.moe import MixtureOutputs
-
-        found = MixtureOutputs(recipe, inputs, device, folder, memory)
+        found = mixture_outputs(recipe, inputs, device, folder, memory)
     else:
         found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
@@ -306,7 +302,7 @@ def _plan(
         peak = max(peak, CALIBRATING_BYTES + max(resident))
     mixture = None if isinstance(found, Outputs) else found.mixture(rows)
     if mixture is not None:  # before the first tile, too
-        peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)
+        peak = max(peak, CALIBRATING_BYTES + mixture.memory)
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     models = [(model.name, model.checkpoint) for model in inputs.all]
@@ -388,7 +384,7 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 
 
 def _tokenizers(
-    recipe: Recipe, inputs: Inputs, found: Outputs | MixtureOutputs, rows: Sequence[Row], vocabulary: Vocabulary | None
+    recipe: Recipe, inputs: Inputs, found: Outputs | AppOutputs, rows: Sequence[Row], vocabulary: Vocabulary | None
 ) -> Differences:
     """What differs of the models' tokenizers; a mixture has the rows of its base alone."""
     meeting = rows_merged(found, rows) if isinstance(found, Outputs) else {inputs.template.name}

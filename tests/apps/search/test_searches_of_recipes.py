@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.candidates import candidates_of
 from deltamerge.apps.search.command import value_of
-from deltamerge.apps.search.outcome import Bench, Outcome, pareto, ranked
+from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank
 from deltamerge.apps.search.proposals import load_optuna, sampler
 from deltamerge.apps.search.search import search
 from deltamerge.apps.search.walk import Walk
@@ -614,8 +614,8 @@ def test_fronts_and_ranks() -> None:
     outcomes = [Outcome((1.0, 5.0)), Outcome((2.0, 2.0)), Outcome((5.0, 1.0)), Outcome((3.0, 3.0)), Outcome(error="no")]
     assert pareto(outcomes, (True, True)) == [0, 1, 2]
     assert pareto(outcomes, (False, True)) == [2]
-    assert ranked(outcomes, (True, True))[0] == 1
-    assert ranked([Outcome((1.0,)), Outcome((2.0,))], (False,)) == [1, 0]
+    assert rank(outcomes, (True, True))[0] == 1
+    assert rank([Outcome((1.0,)), Outcome((2.0,))], (False,)) == [1, 0]
 
 
 WHY = {
