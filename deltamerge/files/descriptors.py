@@ -1,10 +1,12 @@
-"""Reads, writes and copies at offsets of files, from any thread; the number of open files is bounded."""
+"""Reads, writes and copies at offsets of files, from any thread, and locks; the number of open files is bounded."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ COPY_PIECE = 4 << 20
 # Opens a file for writing past the page cache; offsets and memory must be page-aligned. 0: the system has no such flag.
 DIRECT = getattr(os, "O_DIRECT", 0)
 PAGE = 4096
+# Opens no link, and refuses a pipe instead of waiting for its writer.
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK
 
 _FREE = "free space, or choose another folder with --out"
 _OTHER = "choose another folder with --out"
@@ -78,6 +82,39 @@ def opened(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None
         yield fd
     finally:
         os.close(fd)
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a file of ours, creating it if `flags` say so. OutputError: it is a link or no plain file."""
+    try:
+        fd = os.open(path, flags | NO_LINK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, which no run wrote", hint="remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OutputError(f"{path}: is no plain file, which no run wrote", hint="remove it")
+    return fd
+
+
+def lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock an open file at once, or return False where another holds it. The system drops the lock with the process.
+
+    filelock's only shared lock is a transaction on an SQLite file, which cannot name its holder. So a `shared` lock is
+    `flock` itself, the call that filelock's exclusive lock makes too: the two exclude each other.
+    """
+    if not shared:
+        from filelock import lock_descriptor
+
+        return lock_descriptor(fd, blocking=False)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
 
 
 def refuse_link(path: Path) -> None:

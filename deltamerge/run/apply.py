@@ -18,11 +18,11 @@ from deltamerge.errors.markdown import code, plain
 from deltamerge.errors.shown import human
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
-from deltamerge.files.maker import MADE_BY, Guard, Maker
 from deltamerge.files.outbox import ROOM, SLAB
+from deltamerge.files.ownership import MADE_BY, Guard, Maker
 from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
-from deltamerge.files.workspace import refuse_inputs, workspace
+from deltamerge.files.work_folder import refuse_inputs, workspace
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.formats.layout import plan_layout

@@ -20,7 +20,7 @@ from deltamerge.calibrate.spec import CalibrationInput
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
-from deltamerge.files.maker import DATA as DATA
+from deltamerge.files.ownership import DATA as DATA
 from deltamerge.files.pieces import Known, Pieces, hash_whole, inside, learn, size_of
 from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.maker import Guard, Maker, place_named, place_of
-from deltamerge.files.workspace import is_begun
+from deltamerge.files.ownership import Guard, Maker, place_named, place_of
+from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
 from deltamerge.models.chain.publish import replacing
