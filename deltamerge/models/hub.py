@@ -26,13 +26,21 @@ from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import PICKLES, is_index, is_weights, read_weights, weight_source
 from deltamerge.models.adapter import WEIGHTS, check_files, expand, open_adapter
-from deltamerge.models.blobs import blob_of, check_blobs
 from deltamerge.models.checkpoint import DELTA, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
-from deltamerge.models.hub_answers import listing, range_bytes, range_gguf, range_header
-from deltamerge.models.hub_errors import UnreachableError as UnreachableError
-from deltamerge.models.hub_errors import explained, near
-from deltamerge.models.hub_errors import explained_upload as explained_upload
-from deltamerge.models.hub_guard import COMMIT, Bounds, within
+from deltamerge.models.hub_cache import blob_of, check_blobs
+from deltamerge.models.hub_client import (
+    COMMIT,
+    Bounds,
+    hub_errors,
+    listing,
+    near,
+    range_bytes,
+    range_gguf,
+    range_header,
+    within,
+)
+from deltamerge.models.hub_client import UnreachableError as UnreachableError
+from deltamerge.models.hub_client import upload_errors as upload_errors
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
@@ -121,7 +129,7 @@ def _adapter(reference: str, folder: Path, weights: bool, pickles: bool) -> Adap
         return open_adapter(path, reference=reference, pickles=pickles)
     hub_id, revision = _hub_id(reference, folder)
     try:
-        with errors.context(reference), explained(hub_id, revision, folder, CONFIG):
+        with errors.context(reference), hub_errors(hub_id, revision, folder, CONFIG):
             return _describe_adapter(reference, hub_id, revision, weights, pickles)
     except UnreachableError:
         from huggingface_hub import try_to_load_from_cache
@@ -163,7 +171,7 @@ def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
             continue
         with (
             errors.context(checkpoint.reference),
-            explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
+            hub_errors(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
         ):
             try:
                 _file(checkpoint.hub_id, start + name, checkpoint.revision, checkpoint.revision)
@@ -184,7 +192,7 @@ def _from_hub(asked: _Asked, folder: Path) -> Checkpoint:
     if pinned and not asked.weights and (cached := _from_cache(asked)):
         return cached
     try:
-        with errors.context(asked.reference), explained(asked.hub_id, asked.revision, folder):
+        with errors.context(asked.reference), hub_errors(asked.hub_id, asked.revision, folder):
             return _describe(asked)
     except UnreachableError:
         if cached := _from_cache(asked):
@@ -377,7 +385,7 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
     if found is None:
         raise InputError("not a hub id", hint="org/name or org/name@revision")
     revision, folder, commit = found["revision"], Path(), None
-    with explained(found["id"], revision, Path()):
+    with hub_errors(found["id"], revision, None):
         for name in (*names, *optional):
             try:
                 path = _file(found["id"], name, revision, commit)

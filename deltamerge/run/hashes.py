@@ -27,8 +27,8 @@ from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
 from deltamerge.formats.quantised.scaled import Streamed
-from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.graph import depth_first

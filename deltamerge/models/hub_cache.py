@@ -1,4 +1,4 @@
-"""Files of the hub's cache: links to blobs whose names are the hub's hashes of their content."""
+"""The hub's cache: its files are links to blobs whose names are the hub's hashes of their content."""
 
 from __future__ import annotations
 
