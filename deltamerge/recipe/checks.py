@@ -1,28 +1,30 @@
-"""Checks of a recipe beyond its types: methods and their parameters, names."""
+"""Checks of a recipe beyond its types: methods and their parameters, names; and across the documents of a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Sequence
 
 from deltamerge.errors import Problem
 from deltamerge.methods.parameters import KEPT
-from deltamerge.methods.registry import MERGE, NO_EFFECT
+from deltamerge.methods.registry import MERGE, NO_EFFECT, MergeMethod
 from deltamerge.models.config_differences import BOOKKEEPING
-from deltamerge.recipe import moe_checks, prune_checks, sums
-from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
-from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.lookup import is_given, known_method, levels, out_of_range, prune_params, raw
-from deltamerge.recipe.messages import show, suggest
-from deltamerge.recipe.output_keys import Quantization
+from deltamerge.recipe import moe_checks, prune
+from deltamerge.recipe.output_keys import BUILT_IN, Quantization, is_literal
+from deltamerge.recipe.problems import is_given, known_method, levels, prune_params, raw, suggest
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.series import running
+from deltamerge.recipe.values import show
 from deltamerge.recipe.yaml_source import Loc, place
 
-if TYPE_CHECKING:
-    from deltamerge.methods.registry import MergeMethod
-    from deltamerge.recipe.schema import Recipe
-
-
+# Bounds on the size of a recipe, far above any written by hand: checking and planning always end.
+MODELS = 1_000  # in all documents, slices and modules, with repetitions
+LAYERS = 10_000  # that slices take, counted once for each source
+NAME = 1_000  # characters in a reference or a name
+FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+ANEW = "an average of these is made anew from all its models: kind: model"
 _UNKNOWN, _WHOLE = "unknown parameter of", "is for the whole merge"
 _NO_EFFECT = (_UNKNOWN, _WHOLE)
 
@@ -34,7 +36,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         return
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _config, _tokens,
-        prune_checks.problems, _output, _adapter, sums.problems, _study, moe_checks.stray,
+        prune.problems, _output, _adapter, _running_sum, _study, moe_checks.stray,
     )  # fmt: skip
     yield from (problem for check in checks for problem in check(recipe))
 
@@ -158,7 +160,7 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
             elif level == "model" and name in method.parameters and not method.parameters[name].per_model:
                 yield at, recipe.problem(at, _WHOLE, "move it to the recipe's parameters", key=True)
             else:
-                yield from ((at, problem) for problem in out_of_range(recipe, at, known[name], value))
+                yield from ((at, problem) for problem in recipe.out_of_range(at, known[name], value))
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
@@ -332,3 +334,98 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(
             ("study", "pruner"), "is for one objective that rows give, not a command's", "pruner: none"
         )
+
+
+def _running_sum(recipe: Recipe) -> Iterator[Problem]:
+    """A running sum is of whole models, in float32, with weights that no later model changes."""
+    if recipe.output.kind != "sum":
+        return
+    kind = ("output", "kind")
+    method = known_method(recipe)
+    if method is not None and method.name != "linear":
+        yield recipe.problem(kind, f"a running sum is of linear, not {method.name}", "merge_method: linear")
+    if recipe.slices or recipe.modules:
+        yield recipe.problem(kind, "a running sum is of whole models", "models: run/step-*")
+    for key in ("dtype", "out_dtype", "tokenizer", "tokenizer_source", "template", "chat_template"):
+        if is_given(recipe, key):
+            hint = "set it where the average is made"
+            yield recipe.problem((key,), "is not for a running sum, which is float32 and no model", hint, key=True)
+    if any(effective_prune(recipe, i).method != "none" for i in range(len(recipe.models))):
+        yield recipe.problem(("prune",), "models of a running sum are whole", key=True)
+    for loc, _, parameters in levels(recipe):
+        if "normalize" in parameters:
+            message = "is not for a running sum: the average that is made of it is divided"
+            yield recipe.problem((*loc, "normalize"), message, key=True)
+        if is_given(recipe, *loc, "weight"):
+            message = "weights of a running sum are those of its schedule"
+            yield recipe.problem((*loc, "weight"), message, "schedule: constant or ema", key=True)
+    for i, model in enumerate(recipe.models):
+        if model.window is not None:
+            message = "a running sum has no window: the next checkpoint would take one away"
+            yield recipe.problem(("models", i, "window"), message, ANEW, key=True)
+            return
+        if model.schedule == "minus_sqrt":
+            message = "minus_sqrt has no running sum: each checkpoint changes the weights of all before it"
+            yield recipe.problem(("models", i, "schedule"), message, ANEW)
+            return
+    for series in recipe.series:
+        if series.schedule == "ema" and running("ema", 0, len(series.names), series.decay) is None:
+            message = f"a running sum of {len(series.names)} models with decay {series.decay:g} leaves float32's range"
+            yield recipe.problem(kind, message, ANEW)
+
+
+def references(recipe: Recipe) -> frozenset[str]:
+    """Every model that a recipe may open, as written; names of other documents are among them."""
+    tokens = recipe.tokenizer.tokens.values() if recipe.tokenizer is not None else ()
+    sources = (getattr(token.source, "model", token.source) for token in tokens)
+    bases = (recipe.base_model, *(part.base for part in recipe.parts))
+    models = (model.model for model in recipe.models)
+    tokenizers = (recipe.tokenizer_of, recipe.transplant)
+    return frozenset(x for x in (*bases, *models, *tokenizers, *sources) if isinstance(x, str))
+
+
+def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
+    """Faults across documents: each has a unique name, except for the one that is the output."""
+    if len(recipes) == 1:
+        return
+    named: set[str] = set()
+    unnamed = 0
+    for recipe in recipes:
+        if recipe.name is None:
+            unnamed += 1
+            if unnamed > 1:
+                hint = "name: first; later documents may use that as a model"
+                yield recipe.problem((), "a second document without a name", hint)
+            continue
+        if recipe.name in named:
+            yield recipe.problem(("name",), f"another document is named {show(recipe.name)}")
+        if not FOLDER_NAME.fullmatch(recipe.name):
+            yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
+        named.add(recipe.name)
+    for recipe in recipes:
+        result = recipe.output.kind
+        if result not in ("model", "sum") and any(recipe.name in references(other) for other in recipes):
+            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
+
+
+def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:
+    """The first bound that the documents of a file exceed; they are then not checked further."""
+    models = layers = 0
+    for recipe in recipes:
+        if len(recipe.base_model or "") > NAME:
+            yield recipe.problem(("base_model",), f"is longer than {NAME:,} characters", "a path or a hub id")
+            return
+        for part in recipe.parts:
+            models += len(part.members)
+            layers += part.layers * len(part.members) if part.ranges else 0
+            if models > MODELS:
+                yield recipe.problem(part.loc, f"more than {MODELS:,} models", "merge them in several runs")
+                return
+            if layers > LAYERS:
+                message = f"more than {LAYERS:,} layers of all sources of the slices"
+                yield recipe.problem(part.loc, message, "see layer_range: it counts the layers of the model")
+                return
+        for i, model in enumerate(recipe.models):
+            if len(model.model) > NAME or len(model.name or "") > NAME:
+                yield recipe.problem(("models", i), f"a name longer than {NAME:,} characters", "a path or a hub id")
+                return

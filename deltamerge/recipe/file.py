@@ -10,10 +10,10 @@ from typing import Any
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
-from deltamerge.recipe.documents import references
+from deltamerge.recipe.checks import references
+from deltamerge.recipe.edits import overridden
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.open_values import Template, is_open, template_of, written
-from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 

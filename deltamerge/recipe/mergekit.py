@@ -13,11 +13,10 @@ import yaml
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.edits import MODELS, in_full, text_in_full
 from deltamerge.recipe.load import load_all
-from deltamerge.recipe.parts import written
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.short_form import MODELS, in_full, text_in_full
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import Recipe, written
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 
 L1 = {"rescale": "l1"}

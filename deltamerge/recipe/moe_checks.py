@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
-from deltamerge.recipe.lookup import is_given
-from deltamerge.recipe.messages import show
-from deltamerge.recipe.moe_keys import DRAWN
-
-if TYPE_CHECKING:
-    from deltamerge.recipe.moe_keys import Expert
-    from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.problems import is_given
+from deltamerge.recipe.schema import DRAWN, Expert, Recipe
+from deltamerge.recipe.values import show
 
 OF_MERGES = (
     "models", "slices", "modules", "parameters", "prune", "calibration", "template", "tokenizer_source", "tokenizer",

@@ -34,7 +34,7 @@ SHOWN = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Matches:
     """The references that a pattern stands for, in order, and the names of folders that it passes over."""
 
     references: tuple[str, ...]
@@ -52,7 +52,7 @@ class Series:
     schedule: str | None
     decay: float | None
     shares: tuple[float, ...]
-    found: Found
+    found: Matches
 
     def describe(self) -> Iterator[str]:
         """What a plan says of it."""
@@ -75,7 +75,7 @@ class Series:
             yield f"{self.pattern}: passed over as links to others of them: {some(self.found.linked)}"
 
 
-def find(reference: str, folder: Path) -> Found | None:
+def find(reference: str, folder: Path) -> Matches | None:
     """The folders that a reference with * ? [] in a local path names ("run/step-*", "base+run/checkpoint-*"), by the
     numbers in their names. None: it is no pattern. InputError: nothing matches, or the order is unknown."""
     before, plus, pattern = (
@@ -101,7 +101,7 @@ def find(reference: str, folder: Path) -> Found | None:
         odd = next(place for place in kept if place not in numbered)
         hint = f"narrow the pattern: {reference.replace('*', '[0-9]*')}, or name it alone"
         raise InputError(f"{reference}: {odd} has no number, its place among the others is not known", hint=hint)
-    return Found(tuple(f"{before}{plus}{place}" for place in kept), unfinished, linked)
+    return Matches(tuple(f"{before}{plus}{place}" for place in kept), unfinished, linked)
 
 
 def _matching(folder: Path, pattern: str) -> list[str]:

@@ -17,7 +17,7 @@ from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.outputs.assets import assets, config
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.documents import references
+from deltamerge.recipe.checks import references
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks

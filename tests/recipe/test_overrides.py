@@ -11,7 +11,7 @@ from calls import call
 from conftest import tiny_llama
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.recipe.overrides import overridden, parse_setting
+from deltamerge.recipe.edits import overridden, parse_setting
 
 TEXT = """\
 # a merge
