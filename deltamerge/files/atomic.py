@@ -39,7 +39,7 @@ def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
 
 
 def refuse_taken(path: Path, *, new: bool = False) -> None:
-    """OutputError: `path` is a link, a folder or no plain file; or it exists although it must be `new`."""
+    """Raise OutputError if `path` is a link, a folder or no plain file, or exists although it must be `new`."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

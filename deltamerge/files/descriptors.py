@@ -43,13 +43,13 @@ _REASONS = {
 
 
 def input_error(error: OSError) -> InputError:
-    """The InputError for an OSError on a source."""
+    """Return the InputError for an OSError on a source."""
     reason = "it vanished" if error.errno == errno.ENOENT else error.strerror
     return InputError(f"cannot be read: {reason}")
 
 
 def output_error(error: OSError) -> OutputError:
-    """The OutputError for an OSError on a target, with what to do."""
+    """Return the OutputError for an OSError on a target, with what to do."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
     return OutputError(f"cannot be written: {reason}", hint=hint)
 
@@ -76,7 +76,7 @@ def writing(where: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None) -> Iterator[int]:
-    """An open file or folder (of an open `folder`), closed at the end. OSError: it cannot be opened."""
+    """Yield an open file or folder (of an open `folder`), closed at the end. OSError: it cannot be opened."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         yield fd
@@ -118,7 +118,7 @@ def lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def refuse_link(path: Path) -> None:
-    """InputError: `path`, a file of a model, is a link that leaves the model's folder.
+    """Raise InputError if `path`, a file of a model, is a link that leaves the model's folder.
 
     A stranger's model must not name the user's own files. Links of the hub's cache may lead from snapshots to blobs,
     and on to blobs that repositories share.
@@ -162,7 +162,7 @@ class Descriptors:
         self._lock = threading.Lock()
 
     def get(self, path: Path) -> Descriptor:
-        """The open file at `path`. OSError: it cannot be opened."""
+        """Return the open file at `path`. OSError: it cannot be opened."""
         with self._lock:
             held = self._open.get(path)
             if held is None:
@@ -181,7 +181,7 @@ class Descriptors:
 
 
 def flat(buffer: Any) -> memoryview:
-    """The bytes of a contiguous buffer of any element type and shape."""
+    """Return the bytes of a contiguous buffer of any element type and shape."""
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(b"")
 
@@ -208,7 +208,7 @@ def write_at(fd: int, offset: int, data: memoryview) -> None:
 
 
 def takes_direct(path: Path) -> bool:
-    """Whether a file can be opened for writing past the page cache."""
+    """Return whether a file can be opened for writing past the page cache."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | DIRECT))
     except OSError:
@@ -271,13 +271,13 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
 
 @cache
 def system() -> ctypes.CDLL:
-    """The C library, for calls that Python lacks."""
+    """Return the C library, for calls that Python lacks."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
-    """A temporary folder: the system's, else one in `beside`. OutputError: neither can be made."""
+    """Yield a temporary folder: the system's, else one in `beside`. OutputError: neither can be made."""
     try:
         folder = TemporaryDirectory(prefix="deltamerge-")
     except OSError:

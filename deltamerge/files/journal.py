@@ -31,7 +31,7 @@ KINDS: dict[str, type] = {
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of the journal at `path` up to the first torn one, and the bytes they take.
+    """Return the records of the journal at `path` up to the first torn one, and the bytes they take.
 
     InputError: it cannot be read. OutputError: it is a link or no plain file.
     """
@@ -61,7 +61,7 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a record has the form that runs write. A first record without "run" makes the journal empty."""
+    """Return whether a record has the form that runs write. A first record without "run" makes the journal empty."""
     if not isinstance(record, dict) or any(not isinstance(v, KINDS.get(k, ())) for k, v in record.items()):
         return False
     part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
@@ -75,7 +75,7 @@ def _is_record(record: Any) -> bool:
 
 
 def _is_sums(start: Any, sums: Any) -> bool:
-    """Whether a unit of a coded weight has its start, and two sums."""
+    """Return whether a unit of a coded weight has its start, and two sums."""
     whole = type(start) is str and start.isdecimal() and len(start) < 20
     return whole and type(sums) is list and len(sums) == 2 and all(type(x) is float and 0 <= x < math.inf for x in sums)
 
@@ -96,17 +96,17 @@ def _is_file(entry: Any) -> bool:
 
 
 def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that the next run would keep."""
+    """Return whether there is work that the next run would keep."""
     return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
 def published_inode(records: list[dict[str, Any]]) -> int | None:
-    """The inode of the folder that the run was about to rename to the target."""
+    """Return the inode of the folder that the run was about to rename to the target."""
     return next((record["publish"]["inode"] for record in reversed(records) if "publish" in record), None)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """OutputError naming every fact that has changed since the unfinished work began."""
+    """Raise OutputError with every fact that has changed since the unfinished work began."""
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
@@ -115,15 +115,14 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Whether two facts agree. Files on two machines, which may each have a copy, are compared by size and modification
-    time."""
+    """Return whether two facts agree. Files on two machines are compared by size and modification time."""
     if isinstance(then, list) and isinstance(now, list) and then[-1:] != now[-1:]:
         return then[:2] == now[:2]
     return bool(then == now)
 
 
 def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of every part's journal in a work folder, by part ("2-of-8")."""
+    """Return the records of every part's journal in a work folder, by part ("2-of-8")."""
     names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 

@@ -41,7 +41,7 @@ class Pieces:
         self._changed = threading.Lock()
 
     def of(self, path: Path) -> Digests:
-        """What is known of the file `path`. OSError: it cannot be examined."""
+        """Return the digests that are known of the file `path`. OSError: it cannot be examined."""
         with self._changed:
             if path not in self._known:
                 size = path.stat().st_size
@@ -65,8 +65,7 @@ class Pieces:
 
 
 def digests(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """(pieces, 2) the high and low words of the digests of whole pieces; the compiled loop leaves other threads the
-    GIL."""
+    """Return (pieces, 2) the high and low words of the digests of whole pieces. The compiled loop drops the GIL."""
     made = np.empty((len(data) // PIECE_BYTES, 2), np.uint64)
     if (native := kernels.native()) is not None:
         native.digests(data, made)
@@ -96,13 +95,13 @@ def learn(known: Digests, wanted: NDArray[np.bool_], read: Callable[[int, Any], 
 
 
 def size_of(known: Digests, wanted: NDArray[np.bool_]) -> int:
-    """Bytes of the `wanted` pieces of a file, whose last may be shorter."""
+    """Return bytes of the `wanted` pieces of a file, whose last may be shorter."""
     short = -known.size % PIECE_BYTES if len(wanted) and wanted[-1] else 0
     return int(wanted.sum()) * PIECE_BYTES - short
 
 
 def inside(known: Digests, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which pieces of a file lie within one of the byte ranges [begin, end)."""
+    """Return which pieces of a file lie within one of the byte ranges [begin, end)."""
     found = np.zeros(len(known.there), np.bool_)
     for begin, end in ranges:
         found[-(-begin // PIECE_BYTES) : end // PIECE_BYTES] = True
@@ -118,6 +117,6 @@ def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 
 def hash_whole(known: Digests) -> str:
-    """The hash, in hex, of a file whose pieces are all known."""
+    """Return the hash, in hex, of a file whose pieces are all known."""
     assert known.there.all()
     return str(xxh3_128_hexdigest(known.digests.data))

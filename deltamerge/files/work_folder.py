@@ -194,13 +194,13 @@ class Workspace:
 
 
 def state_of(target: Path) -> Path:
-    """The work folder of a target."""
+    """Return the work folder of a target."""
     resolved = Path(os.path.realpath(target))
     return resolved.parent / f".{resolved.name}.partial"
 
 
 def is_begun(target: Path) -> bool:
-    """Whether work on `target` can be resumed, or may not be examined; a work folder without work is removed."""
+    """Return whether work on `target` can be resumed, or may not be examined; a work folder without work is removed."""
     state = state_of(target)
     try:
         if look(state) is None:
@@ -318,7 +318,7 @@ def parts_workspace(target: Path, *, force: bool, resume: bool, guard: Guard | N
 
 
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """OutputError: the target is, or holds, one of the inputs (name, path)."""
+    """Raise OutputError if the target is, or holds, one of the inputs (name, path)."""
     resolved = Path(os.path.realpath(target))
     for name, path in inputs:
         source = path.resolve()
@@ -365,7 +365,7 @@ def _settle(state: Path, target: Path, *, idle: bool = True) -> None:
 
 
 def _has_ended(state: Path, target: Path) -> bool:
-    """Whether the run in `state` was killed after its target had got its name."""
+    """Return whether the run in `state` was killed after its target had got its name."""
     journals = _journals(state)
     if (state / OUT).is_dir():
         return target.exists() and target.stat().st_ino in map(published_inode, journals)
@@ -423,7 +423,7 @@ def _discard(state: Path, part: str | None) -> None:
 
 
 def _explained(error: BaseException, target: Path, state: Path, *, kept: bool, stays: bool) -> BaseException:
-    """The error for the user: the system's refusal in our words, what was kept and where.
+    """Return the error for the user: the system's refusal in our words, what was kept and where.
 
     `stays`: whether the work folder is there, though nothing in it may be worth keeping.
     """
@@ -581,8 +581,11 @@ def _is_file_of(name: str, mode: int, inside: str, depth: int = DEEPEST) -> bool
 
 
 def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> list[str]:
-    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT, and
-    a model of several components has folders for them (`inside` OUT or OLD)."""
+    """Return the names in a folder of the work folder that no run wrote.
+
+    The artifact of a budget keeps its spool in OUT. A model of several components has folders in OUT and OLD
+    (`inside`).
+    """
     inside = inside or name
     wrong: list[str] = []
     with suppress(FileNotFoundError), opened(name, _FOLDER, folder) as inner:
@@ -598,7 +601,7 @@ def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> 
 
 
 def _is_part(name: str, mode: int, inside: str) -> bool:
-    """Whether an entry is the folder of a component of what was made."""
+    """Return whether an entry is the folder of a component of what was made."""
     return inside in (OUT, OLD) and stat.S_ISDIR(mode) and is_plain_folder(name)
 
 
@@ -627,7 +630,7 @@ def _named(name: str, mode: int) -> str:
 
 
 def _is_marked(folder: int, names: Collection[str]) -> bool:
-    """Whether the folder has our mark, or only the lock of a process that was killed before it had written the mark."""
+    """Return whether the folder has our mark, or only the lock of a process that died before it wrote the mark."""
     if (made := _text(folder, MARK)) == MARK_TEXT:
         return True
     begun = MARK_TEXT.startswith(made) and HOLDER.fullmatch(_text(folder, LOCK)) is not None

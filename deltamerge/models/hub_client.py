@@ -51,8 +51,9 @@ T = TypeVar("T")
 
 
 def listing(repository: str, revision: str | None, *, below: bool = False) -> tuple[str, list[str]]:
-    """The commit of "models/org/name" or "datasets/org/name", and the names of the files at its top level; `below`:
-    and the paths of those in its folders.
+    """Return the commit of "models/org/name" or "datasets/org/name", and the names of its files.
+
+    They are those at its top level; with `below` also the paths of files in its folders.
 
     InputError: not a listing, too long, or an invalid file name. Other errors are the client's.
     """
@@ -62,7 +63,7 @@ def listing(repository: str, revision: str | None, *, below: bool = False) -> tu
 
 
 def commit_of(repository: str, revision: str | None) -> str:
-    """The commit of a repository."""
+    """Return the commit of a repository."""
     raw = within(Bounds(LISTING_BYTES), partial(_ask, repository, revision))
     with errors.context("the hub's listing"):
         return _commit(parse_json(raw), revision)
@@ -93,8 +94,7 @@ def _get(url: str, headers: dict[str, str]) -> tuple[bytes, Any]:
 
 
 def read_listing(raw: bytes, revision: str | None, *, below: bool = False) -> tuple[str, list[str]]:
-    """The commit, and the plain names among the files (`below`: and paths), of the answer `raw`. InputError: it is no
-    listing."""
+    """Return the commit and the plain names (`below`: and paths) of files in an answer. InputError: no listing."""
     answer = parse_json(raw)
     commit, files = _commit(answer, revision), answer.get("siblings")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
@@ -114,7 +114,7 @@ def _commit(answer: dict[str, Any], revision: str | None) -> str:
 
 
 def _is_at_top(name: Any) -> bool:
-    """Whether a file lies at the top level. InputError: a name that no system should store."""
+    """Return whether a file lies at the top level. InputError: a name that no system should store."""
     if not isinstance(name, str):
         raise InputError(f"has a file without a name: {str(name)[:80]!r}")
     parts = re.split(r"[/\\]", name)
@@ -129,7 +129,7 @@ def _is_at_top(name: Any) -> bool:
 
 
 def range_header(hub_id: str, commit: str, path: Path, name: str | None = None) -> Header:
-    """The header of the weight file at `path`: from the file if it exists, else by range requests of `name`."""
+    """Return the header of the weight file at `path`: from the file if it exists, else by range requests of `name`."""
     if path.exists():
         return read_header(path)
     with errors.context(path.name):
@@ -137,7 +137,7 @@ def range_header(hub_id: str, commit: str, path: Path, name: str | None = None) 
 
 
 def header_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -> Header:
-    """A header of which `fetch` gets bytes [first, last], and the size of the whole file."""
+    """Return a header; `fetch` gets its bytes [first, last], and the size of the whole file."""
     text, size = fetch(0, FIRST_BYTES - 1)
     end = PREFIX + header_length(text[:PREFIX], size)
     if end > len(text):
@@ -149,7 +149,7 @@ def header_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path)
 
 
 def range_gguf(hub_id: str, commit: str, path: Path, name: str) -> GgufHeader:
-    """The header of the GGUF file at `path`: from the file if it exists, else by range requests of `name`."""
+    """Return the header of the GGUF file at `path`: from the file if it exists, else by range requests of `name`."""
     if path.exists():
         return read_gguf_header(path)
     fetch = partial(_range, hub_id, commit, name)
@@ -158,8 +158,10 @@ def range_gguf(hub_id: str, commit: str, path: Path, name: str) -> GgufHeader:
 
 
 def gguf_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -> GgufHeader:
-    """A GGUF header of which `fetch` gets bytes [first, last], and the size of the whole file. It does not say its own
-    length, and has the whole vocabulary in it: it is fetched a piece at a time."""
+    """Return a GGUF header; `fetch` gets its bytes [first, last], and the size of the whole file.
+
+    The header does not say its own length and holds the vocabulary: it is fetched a piece at a time.
+    """
     text, size = fetch(0, FIRST_BYTES - 1)
     end = len(text)
 
@@ -177,7 +179,7 @@ def gguf_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -
 
 
 def range_bytes(hub_id: str, commit: str, name: str, info: TensorInfo) -> TensorInfo:
-    """A small tensor of bytes that lies in the file `name`, with its bytes, which are fetched."""
+    """Return a small tensor of bytes that lies in the file `name`, with its bytes, which are fetched."""
     raw, _ = _range(hub_id, commit, name, info.begin, info.begin + info.nbytes - 1)
     return replace(info, begin=0, made=Held(raw))
 
@@ -193,7 +195,7 @@ def _range(hub_id: str, commit: str, name: str, first: int, last: int) -> tuple[
 
 
 def check_range(raw: bytes, said: str, first: int, last: int) -> tuple[bytes, int]:
-    """The bytes of an answer with the Content-Range `said`, and the file's size. InputError: other bytes than
+    """Return the bytes of an answer with the Content-Range `said`, and the file's size. InputError: other bytes than
     requested."""
     found = RANGE.fullmatch(said)
     if found is None:
@@ -222,12 +224,12 @@ class Bounds:
     asked: float = 0.0
 
     def limit(self) -> int | None:
-        """The most bytes of a body. Beside a file the client may ask for small things, such as where the file is."""
+        """Return the most bytes of a body. The client also asks for small things, such as where a file is."""
         sized = None if self.size is None else max(self.size, ERROR_BYTES)
         return min((n for n in (self.most, sized) if n is not None), default=None)
 
     def seconds(self) -> float:
-        """How long the whole answer may take."""
+        """Return how long the whole answer may take."""
         return ANSWER_SECONDS + (self.limit() or 0) / SLOWEST
 
 
@@ -236,8 +238,9 @@ _LOCK = threading.Lock()
 
 
 def within(bounds: Bounds, call: Callable[[], T], *, whole: bool = True) -> T:
-    """The result of `call`, whose requests are bounded. With `whole` its total time is bounded too; a thread that is
-    late is left behind.
+    """Return the result of `call`, whose requests are bounded.
+
+    With `whole` its total time is bounded too; a thread that is late is left behind.
 
     InputError: an answer beyond the bounds, or one that the client cannot read.
     """
@@ -331,7 +334,7 @@ def _prepare(request: Any) -> None:
 
 
 def check(response: Any) -> None:
-    """InputError: the head of an answer is not understood, or states too much. Otherwise bound the answer's body."""
+    """Check the head of an answer, and bound its body. InputError: it is not understood, or states too much."""
     bounds = _BOUNDS.get()
     if bounds is None:
         return
@@ -382,7 +385,7 @@ def _check_length(size: int, limit: int) -> None:
 
 
 def _is_followed(response: Any) -> bool:
-    """Whether the client follows a redirect, and so takes nothing from this answer."""
+    """Return whether the client follows a redirect, and so takes nothing from this answer."""
     from huggingface_hub.utils import _http
 
     location = response.headers.get("Location")
@@ -409,7 +412,7 @@ def _check_wait(status: int, headers: Any) -> None:
 
 @cache
 def _class_of(module: str) -> Any:
-    """A class of bounded bodies for the HTTP library `module`; huggingface_hub has used two."""
+    """Return a class of bounded bodies for the HTTP library `module`; huggingface_hub has used two."""
 
     class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc]  # chosen at run time
         def __init__(self, inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> None:
@@ -433,7 +436,7 @@ def _stream_class(response: Any) -> Any:
 
 
 def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> Iterator[bytes]:
-    """The pieces of a body up to its limit. Beyond it: an error, or, in the body of an error, the end."""
+    """Yield the pieces of a body up to its limit. Beyond it: an error, or, in the body of an error, the end."""
     received, started = 0, time.monotonic()
     for piece in inner:
         received += len(piece)
@@ -540,7 +543,7 @@ def _explain(
 
 
 def near(reference: str, folder: Path) -> str | None:
-    """A hint that names the folder that was probably meant, or None."""
+    """Return a hint that names the folder that was probably meant, or None."""
     parent, name = os.path.split(os.path.expanduser(reference).rstrip("/"))
     try:
         names = [entry.name for entry in os.scandir(folder / parent) if entry.is_dir()]

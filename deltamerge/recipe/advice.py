@@ -49,7 +49,7 @@ def choose(density: float, *, rows: bool) -> Advice:
 
 
 def q_decides(pruning: Pruning, density: float) -> bool:
-    """Whether a calibrated q keeps much more of a fine-tune at this density than the q that the pruning has without.
+    """Return whether a calibrated q keeps much more of a fine-tune at this density than the pruning's own q.
 
     A pruning whose method is "none" is what ties does to deltas of itself.
     """
@@ -83,7 +83,7 @@ def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors
 
 
 def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: bool) -> str:
-    """What is wrong with a model's pruning, and the keys that mend it."""
+    """Return the fault of a model's pruning, and the keys that mend it."""
     method = "magnitude" if pruning.method == "none" else pruning.method
     q = "q = density" if PRUNE[method].random else "q = 1"
     name = "importance sampling" if pruning.sampling == "magnitude" else method
@@ -105,7 +105,7 @@ def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: 
 
 
 def _is_divided(recipe: Recipe, i: int) -> bool:
-    """Whether the recipe itself says what a model's kept entries are divided by."""
+    """Return whether the recipe itself has the divisor of a model's entries."""
     calibration = recipe.calibration
     if calibration is not None and calibration.per == "merge":
         return True  # its λ is calibrated

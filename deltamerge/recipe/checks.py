@@ -30,7 +30,7 @@ _NO_EFFECT = (_UNKNOWN, _WHOLE)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault that the types of the keys cannot express."""
+    """Yield every fault that the types of the keys cannot express."""
     if recipe.is_moe or is_given(recipe, "experts"):
         yield from moe_checks.problems(recipe)
         return
@@ -42,7 +42,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:
-    """One of models, slices, modules; as many models as the method takes; distinct names."""
+    """Check that one of models, slices, modules is there, is not empty, and has distinct names."""
     given = [key for key in ("models", "slices", "modules") if is_given(recipe, key)]
     if not given:
         yield recipe.problem((), "needs models", "models: a list of {model: path or hub id}")
@@ -70,7 +70,7 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _slices(recipe: Recipe) -> Iterator[Problem]:
-    """All sources of a slice have the same number of layers; a base that is not a source has the same range in each."""
+    """Check that all sources of a slice have as many layers, and that the layers of an unlisted base are clear."""
     for part in recipe.parts:
         if part.ranges is None:
             continue
@@ -86,7 +86,7 @@ def _slices(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _merge_method(recipe: Recipe) -> Iterator[Problem]:
-    """A known method, its base, and as many models as it takes."""
+    """Check that the method is known, and has its base and as many models as it takes."""
     name, method = recipe.method_name, known_method(recipe)
     if name is None:
         if not is_given(recipe, "merge_method") and recipe.models:
@@ -117,7 +117,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:
-    """Every parameter belongs to the method, stands at a level where it has a meaning, and is in its range."""
+    """Check that every parameter is the method's, stands at a level where it means something, and is in its range."""
     method = known_method(recipe)
     if method is None:
         yield from _unknown_anywhere(recipe)
@@ -127,7 +127,7 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
 
 
 def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
-    """Parameters without an effect, which mergekit passes over: where each stands, and the fault that it is else."""
+    """Yield the parameters that mergekit ignores: the place of each, and its fault where mergekit does not read it."""
     method = known_method(recipe)
     for at, problem in () if method is None else _parameters_of(recipe, method):
         if problem.message.startswith(_NO_EFFECT):
@@ -135,14 +135,14 @@ def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
 
 
 def warnings(recipe: Recipe) -> tuple[str, ...]:
-    """What is to be said of a recipe that is read as mergekit reads it."""
+    """Warn of every parameter that mergekit ignores, in a recipe that is read as mergekit reads it."""
     return tuple(
         f"{place(at)}: no effect under {recipe.method_name}, ignored as mergekit does" for at, _ in ignored(recipe)
     )
 
 
 def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, Problem]]:
-    """The faults of every parameter, and where it stands."""
+    """Yield the faults of every parameter, and where it stands."""
     pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
     for loc, level, parameters in levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
@@ -164,7 +164,7 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters that no method has, for a recipe whose method is unknown."""
+    """Yield parameters that no method has, for a recipe whose method is unknown."""
     known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
     for loc, _, parameters in levels(recipe):
         for name in parameters.keys() - known:
@@ -172,7 +172,7 @@ def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _required(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters without a default are given, for each model or for all."""
+    """Check that parameters without a default are given, for each model or for all."""
     method = known_method(recipe)
     if method is None:
         return
@@ -193,7 +193,7 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _config(recipe: Recipe) -> Iterator[Problem]:
-    """`config` has keys of a config.json that say what a model computes, with values that JSON has."""
+    """Check that `config` has keys that say what a model computes, with values of JSON."""
     for key, value in recipe.config.items():
         if BOOKKEEPING.fullmatch(key.rpartition(".")[2]):
             message = f"{show(key)} says nothing of what a model computes"
@@ -206,7 +206,7 @@ def _config(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _template(recipe: Recipe) -> Iterator[Problem]:
-    """`template` names an input, and the tokenizer is described once."""
+    """Check that `template` names an input, and that the tokenizer is described once."""
     known = {*recipe.names, *(model.model for model in recipe.models)}
     method = known_method(recipe)
     if recipe.base_model is not None and (
@@ -233,7 +233,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _tokens(recipe: Recipe) -> Iterator[Problem]:
-    """A forced token has a source, and a chat template is a known name or a text."""
+    """Check that a forced token has a source, and that a chat template is a known name or a text."""
     for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
         if wanted.force and not is_given(recipe, "tokenizer", "tokens", token, "source"):
             yield recipe.problem(("tokenizer", "tokens", token, "force"), "needs a source", "source: MODEL", key=True)
@@ -246,7 +246,7 @@ def _tokens(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
-    """A delta has a base, and a delta that adds comes from a method that adds to the base."""
+    """Check that a delta has a base, and that a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
     yield from _low_rank(recipe)
@@ -266,7 +266,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _low_rank(recipe: Recipe) -> Iterator[Problem]:
-    """A LoRA's keys are of an adapter, and say its size in one way."""
+    """Check that a LoRA's keys stand at an adapter, and say its size in one way."""
     output = recipe.output
     sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
     if output.kind != "peft":
@@ -287,7 +287,7 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
-    """Models alone are quantised, and a scheme has no keys of another."""
+    """Check that only models are quantised, and that a scheme has no keys of another."""
     wanted, kind = recipe.output.scheme, recipe.output.kind
     if wanted != "none" and kind != "model":
         message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
@@ -307,7 +307,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
-    """An adapter is made from deltas of a base."""
+    """Check that the deltas of an adapter have a base."""
     method = known_method(recipe)
     if recipe.output.kind == "peft" and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
@@ -315,7 +315,7 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _study(recipe: Recipe) -> Iterator[Problem]:
-    """The models that a study names are there, and have what their measures need."""
+    """Check that the models that a study names are there, and that its sampler and pruner fit its objectives."""
     if recipe.study is None:
         return
     known = {recipe.names[i] for i in recipe.fine_tunes}
@@ -337,7 +337,7 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _running_sum(recipe: Recipe) -> Iterator[Problem]:
-    """A running sum is of whole models, in float32, with weights that no later model changes."""
+    """Check that a running sum is of whole models, in float32, with weights that no later model changes."""
     if recipe.output.kind != "sum":
         return
     kind = ("output", "kind")
@@ -375,7 +375,7 @@ def _running_sum(recipe: Recipe) -> Iterator[Problem]:
 
 
 def references(recipe: Recipe) -> frozenset[str]:
-    """Every model that a recipe may open, as written; names of other documents are among them."""
+    """Return every model that a recipe may open, as written; names of other documents are among them."""
     tokens = recipe.tokenizer.tokens.values() if recipe.tokenizer is not None else ()
     sources = (getattr(token.source, "model", token.source) for token in tokens)
     bases = (recipe.base_model, *(part.base for part in recipe.parts))
@@ -385,7 +385,7 @@ def references(recipe: Recipe) -> frozenset[str]:
 
 
 def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """Faults across documents: each has a unique name, except for the one that is the output."""
+    """Check that every document but the output has a name of its own, and gives what others use it for."""
     if len(recipes) == 1:
         return
     named: set[str] = set()
@@ -409,7 +409,7 @@ def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
 
 
 def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """The first bound that the documents of a file exceed; they are then not checked further."""
+    """Yield the first bound that the documents of a file exceed; they are then not checked further."""
     models = layers = 0
     for recipe in recipes:
         if len(recipe.base_model or "") > NAME:

@@ -24,7 +24,10 @@ MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 
 
 def parse_setting(text: str) -> tuple[Loc, str]:
-    """`models.0.prune.density=0.01` as a place and a YAML value. InputError: it is not KEY=VALUE, or VALUE not YAML."""
+    """Split `models.0.prune.density=0.01` into a place and a YAML value.
+
+    InputError: it is not KEY=VALUE, or VALUE not YAML.
+    """
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -37,7 +40,7 @@ def parse_setting(text: str) -> tuple[Loc, str]:
 
 
 def overridden(text: str, settings: Mapping[Loc, str], path: str) -> str:
-    """The recipe `text` with the YAML value of each place in `settings` set in each of its documents.
+    """Return the recipe `text` with the YAML value of each place in `settings` set in each of its documents.
 
     A key that is missing is added to its mapping: at the end of the recipe, so that no line moves, else at its
     beginning. Comments and all other keys stay. RecipeError: the text is no recipe. InputError: a place is inside a
@@ -74,7 +77,7 @@ def _set(text: str, root: yaml.Node, loc: Loc, value: str) -> str:
 
 
 def _child(node: yaml.Node, part: str | int, above: Loc) -> tuple[int, yaml.Node] | None:
-    """Where the key ends and the value of `part`; None for a key that a mapping lacks."""
+    """Return the end of the key `part`, and its value; None for a key that a mapping lacks."""
     if isinstance(node, yaml.SequenceNode):
         if not isinstance(part, int) or part >= len(node.value):
             raise InputError(f"{place(above)} is a list of {len(node.value)}, and has no {part}")
@@ -132,8 +135,10 @@ def _at(data: Any, loc: Loc) -> Any:
 
 
 def in_full(read: YamlSource) -> YamlSource:
-    """A document with every `models` as a list of mappings and its `tokenizer` as one; the values added stand where
-    their short form does."""
+    """Return a document with every `models` as a list of mappings, and its `tokenizer` as a mapping.
+
+    New values have the place of their short form.
+    """
     data: dict[str, Any] = dict(read.data)
     positions = dict(read.positions)
     for loc, holder in _holders(data):
@@ -153,7 +158,7 @@ def in_full(read: YamlSource) -> YamlSource:
 
 
 def _holders(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
-    """What has models: the recipe, and its modules, which are copied so that they can be changed."""
+    """Yield the mappings that have models: the recipe, and copies of its modules."""
     yield (), data
     if isinstance(data.get("modules"), dict):
         data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in data["modules"].items()}
@@ -161,14 +166,16 @@ def _holders(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
-    """The positions at and below a place, as those of an item of a list there."""
+    """Return the positions at and below a place, as those of an item of a list there."""
     n = len(at)
     return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
 
 def text_in_full(text: str) -> str:
-    """The text of documents with every `models` as `in_full` has it. Lines and comments stay where they are; so does
-    what has an anchor or is an alias, or is a reference of several lines."""
+    """Return the text of documents with every `models` as `in_full` has it. Lines and comments stay where they are.
+
+    Anchors, aliases and references of several lines stay as they are.
+    """
     spans = [span for root in yaml.compose_all(text, Loader) for span in _spans(root, text)]
     for start, end, new in sorted(spans, reverse=True):
         text = f"{text[:start]}{new}{text[end:]}"
@@ -176,7 +183,7 @@ def text_in_full(text: str) -> str:
 
 
 def _spans(root: yaml.Node, text: str) -> Iterator[tuple[int, int, str]]:
-    """What is to be replaced in a document: from, to, by what."""
+    """Yield the replacements in a document: start, end, text."""
     for key, node in _entries(root):
         if key.value == "modules":
             for _, module in _entries(node):
@@ -208,7 +215,7 @@ def _in_list(key: yaml.Node, node: yaml.Node, text: str) -> Iterator[tuple[int, 
 
 
 def _as_mapping(node: yaml.Node, text: str) -> str | None:
-    """A reference as the mapping of a model; None where it is none, or not on one line."""
+    """Return a reference as the mapping of a model; None where it is none, or not on one line."""
     own = text[node.start_mark.index : node.end_mark.index]
     if not isinstance(node, yaml.ScalarNode) or not node.tag.endswith(":str") or own.startswith(("&", "!")):
         return None

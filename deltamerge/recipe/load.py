@@ -37,7 +37,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 
 
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
-    """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
+    """Return the recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
     fault left out."""
     read = in_full(read)
     data = read.data
@@ -57,7 +57,7 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
 
 
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
-    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
+    """Return the recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
     problems: list[Problem] = [problem for read in reads for problem in open_values.refused(read)]
     if problems:
@@ -77,9 +77,10 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
 def flatten(
     recipe: Recipe, read: YamlSource, problems: list[Problem]
 ) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """Every model of the recipe in order, once for each place, the parts that they form, and the series among them; a
-    pattern, or a range of versions of a chain, is as many models as it stands for. Those at fault are added to
-    `problems`."""
+    """Return every model of the recipe in order, once for each place, the parts that they form, and the series.
+
+    A pattern, or a range of versions of a chain, becomes the models that it stands for. Faults go to `problems`.
+    """
     if recipe.is_moe:
         return _experts(recipe)
     models: list[Model] = []
@@ -117,7 +118,7 @@ def flatten(
 
 
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """The experts of a mixture as models, the shared ones last, and the one part that they form."""
+    """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
     names = moe_checks.names(experts)
     models = tuple(
@@ -133,7 +134,7 @@ def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tu
 def _holders(
     recipe: Recipe,
 ) -> Iterator[tuple[Loc, str | None, Sequence[Model], Sequence[Slice], tuple[Mapping[str, Value], ...]]]:
-    """Everything that holds models or slices: its place, module, models, slices and own parameters."""
+    """Yield every holder of models or slices: its place, module, models, slices and own parameters."""
     if recipe.models or recipe.slices:
         yield (), None, recipe.models, () if recipe.models else recipe.slices, ()
     for name, module in () if recipe.models or recipe.slices else recipe.modules.items():
@@ -160,7 +161,7 @@ class Member:
 def members(
     model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
 ) -> list[Member]:
-    """The models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
+    """Return the models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
     try:
         versions = expand(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
@@ -178,7 +179,7 @@ def members(
 
 
 def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -> Iterator[Problem]:
-    """Keys of a series that an item has no use for."""
+    """Check that an item that is no series has no keys of one, and that `decay` stands with `ema`."""
     if found is None and model.window is not None:
         hint = "model: run/step-*, with a * for the numbers"
         yield read.problem((*place, "window"), "is of a series of models, this is one", hint, key=True)
@@ -199,7 +200,7 @@ def weighed(
     *,
     is_sum: bool,
 ) -> tuple[list[Member], list[Series]]:
-    """The models of one part with the weights that their series' schedules give them, and what there is to say of them.
+    """Return the models of one part with the weights of their schedules, and their series.
 
     A series alone in a merge that divides by the sum of its weights gets those of `series.running`, which later
     checkpoints leave as they are; so do models of a running sum (`is_sum`), and what follows one goes on with the
@@ -265,7 +266,7 @@ def weighed(
 
 
 def _read_item(read: YamlSource, place: Loc) -> str | None:
-    """The reference of an item as the recipe has it."""
+    """Return the reference of an item as the recipe has it."""
     value: Any = read.data
     for key in (*place, "model"):
         try:
@@ -281,7 +282,7 @@ def _with_weight(member: Member, weight: float) -> Member:
 
 
 def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
-    """Whether a merge divides by the sum of its weights, in every tensor."""
+    """Return whether a merge divides by the sum of its weights, in every tensor."""
     if method is None or "normalize" not in method.parameters:
         return False
     given = next((level["normalize"] for level in levels if "normalize" in level), None)
@@ -291,7 +292,7 @@ def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
 def _unlike(
     summed: RunningSum, items: Sequence[Member], several: Sequence[Member], read: YamlSource
 ) -> Iterator[Problem]:
-    """What cannot be added to a running sum."""
+    """Check that the models after a running sum can be added to it."""
     known = set(summed.models)
     for member in several:
         if member.summed is None and model_name(member.model) in known:

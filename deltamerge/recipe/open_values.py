@@ -93,7 +93,7 @@ class Range:
         return round(middle) if self.is_whole else middle
 
     def value(self, found: Mapping[str, Any], layers: int) -> Any:
-        """What is put into the recipe for the numbers `found`, of a model of so many layers."""
+        """Return the value for the numbers `found`, in the recipe of a model of so many layers."""
         numbers = [found[key] for key in self.keys]
         if not self._spread:
             return numbers[0]
@@ -121,8 +121,7 @@ class Template:
             yield tuple(axis.labels[i] for axis, i in pairs), {axis.loc: axis.values[i] for axis, i in pairs}
 
     def examples(self) -> Iterator[dict[Loc, Any]]:
-        """Values that show what a recipe of any other would be refused for: the first of all, every other one once, and
-        both ends of every range."""
+        """Yield values that show every fault of a template: the first of all, each other once, both ends of ranges."""
         first = {axis.loc: axis.values[0] for axis in self.sweeps}
         yield first | self.values(self.start(), 1)
         for axis in self.sweeps:
@@ -131,13 +130,13 @@ class Template:
             yield first | self.values(found, 1)
 
     def ends(self) -> Iterator[dict[str, Any]]:
-        """Both bounds of every number, and every choice, the others at their start."""
+        """Yield both bounds of every number, and every choice, the others at their start."""
         for axis in self.ranges:
             for value in axis.choices or (axis.low, axis.high):
                 yield self.start() | dict.fromkeys(axis.keys, value)
 
     def describe(self) -> dict[str, Any]:
-        """As `deltamerge plan --json` prints it."""
+        """Return the open values as `deltamerge plan --json` prints them."""
         if self.sweeps:
             return {"sweep": {axis.name: list(axis.labels) for axis in self.sweeps}, "points": self.count}
         return {"search": [key for axis in self.ranges for key in axis.keys]}
@@ -148,15 +147,15 @@ class Template:
         return math.prod(len(axis.values) for axis in self.sweeps)
 
     def start(self) -> dict[str, Any]:
-        """The numbers of the first trial, by the names that a study has for them."""
+        """Return the numbers of the first trial, by the names that a study has for them."""
         return {key: axis.first for axis in self.ranges for key in axis.keys}
 
     def values(self, found: Mapping[str, Any], layers: int) -> dict[Loc, Any]:
-        """What the numbers `found` put into the recipe, by place."""
+        """Return the values for the numbers `found`, by place."""
         return {axis.loc: axis.value(found, layers) for axis in self.ranges}
 
     def filled(self, values: Mapping[Loc, Any]) -> YamlSource:
-        """The source with values in their places; problems stay where they are in the text."""
+        """Return the source with values in their places; problems stay where they are in the text."""
         data = copy.deepcopy(self.source.data)
         for loc, value in values.items():
             holder = data
@@ -167,7 +166,7 @@ class Template:
 
 
 def template_of(source: YamlSource) -> Template:
-    """The open values of a document. RecipeError: values that are none."""
+    """Return the open values of a document. RecipeError: values that are none."""
     problems: list[Problem] = []
     axes = list(_axes(source, problems))
     sweeps = tuple(axis for axis in axes if isinstance(axis, Sweep))
@@ -184,7 +183,7 @@ def template_of(source: YamlSource) -> Template:
 
 
 def refused(source: YamlSource) -> Iterator[Problem]:
-    """A problem at each open value of a recipe of which one result is to be made."""
+    """Yield a problem at each open value of a recipe that is to give one result."""
     name = Path(source.path).name
     for loc, kind in _open(source.data, ()):
         command = f"deltamerge {kind} {name}"
@@ -194,12 +193,12 @@ def refused(source: YamlSource) -> Iterator[Problem]:
 
 
 def is_open(source: YamlSource) -> bool:
-    """Whether a document leaves values open."""
+    """Return whether a document leaves values open."""
     return next(_open(source.data, ()), None) is not None
 
 
 def kind_of(value: Any) -> str | None:
-    """ "sweep" or "search" for an open value, else None. `q: {search: grid}` is none: its `search` is a word."""
+    """Return "sweep" or "search" for an open value, else None. `q: {search: grid}` is none: its `search` is a word."""
     if isinstance(value, dict):
         if SWEEP in value:
             return SWEEP
@@ -209,7 +208,7 @@ def kind_of(value: Any) -> str | None:
 
 
 def _open(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
-    """The places of all open values, not those inside another."""
+    """Yield the places of all open values, not those inside another."""
     if loc and (kind := kind_of(value)) is not None:
         yield loc, kind
         return
@@ -313,7 +312,7 @@ def _is_number(value: Any) -> bool:
 
 
 def label(value: Any) -> str:
-    """A value as tables name it."""
+    """Return a value as tables name it."""
     if isinstance(value, dict) and isinstance(value.get("method"), str):
         more = [f"{key} {label(one)}" for key, one in value.items() if key != "method"]
         return ", ".join([value["method"], *more])
@@ -321,12 +320,12 @@ def label(value: Any) -> str:
 
 
 def written(values: Mapping[Loc, Any]) -> dict[Loc, str]:
-    """Values as YAML, for `overrides.overridden`."""
+    """Return values as YAML, for `overrides.overridden`."""
     return {loc: json.dumps(value, ensure_ascii=False) for loc, value in values.items()}
 
 
 def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
-    """Settings of the command line, where several of one place are values to sweep."""
+    """Return settings of the command line by place; several of one place become values to sweep."""
     found: dict[Loc, list[str]] = {}
     for loc, value in settings:
         found.setdefault(loc, []).append(value)
@@ -334,7 +333,7 @@ def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
 
 
 def _sweep_of(texts: Sequence[str]) -> str:
-    """A sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
+    """Return a sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
     values = [yaml_source.loads(f"value: {text}", "--set").data["value"] for text in texts]
     return f"{{sweep: {json.dumps(values, ensure_ascii=False)}}}"
 

@@ -219,5 +219,5 @@ BUILT_IN = {
 
 
 def is_literal(text: str) -> bool:
-    """Whether a recipe's `chat_template` is a Jinja text and not a name."""
+    """Return whether a recipe's `chat_template` is a Jinja text and not a name."""
     return "{" in text

@@ -29,12 +29,12 @@ _OF_MODELS = ("models", "sources")  # lists whose items name a model
 
 
 def place_of(error: ErrorDetails) -> Loc:
-    """The place of an error in the YAML, without the union branches that pydantic adds."""
+    """Return the place of an error in the YAML, without the union branches that pydantic adds."""
     return tuple(part for part in error["loc"] if part not in BRANCHES)
 
 
 def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -> Problem:
-    """The problem for an error of validating `source.data` as `root`."""
+    """Return the problem for an error of validating `source.data` as `root`."""
     loc, kind, value, context = place_of(error), error["type"], error["input"], error.get("ctx", {})
     at_key = error["loc"][-1] == "[key]"
     got, hint = f", got {show(value)}", None
@@ -70,7 +70,7 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
 
 
 def _home(loc: Loc) -> str | None:
-    """A hint for a key beside `model` that belongs under it, or None."""
+    """Return a hint for a key beside `model` that belongs under it, or None."""
     if len(loc) < 3 or loc[-3] not in _OF_MODELS:
         return None
     if any(loc[-1] in method.parameters for method in MERGE.values()):
@@ -80,7 +80,7 @@ def _home(loc: Loc) -> str | None:
 
 
 def without(data: Any, places: Iterable[Loc]) -> Any:
-    """A copy of the data without the values at `places`, so that the rest can still be checked."""
+    """Return a copy of the data without the values at `places`, so that the rest can still be checked."""
     rest = copy.deepcopy(data)
     for loc in places:
         holders: list[tuple[dict[str, Any], str]] = []
@@ -98,7 +98,7 @@ def without(data: Any, places: Iterable[Loc]) -> Any:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A hint for an unknown word: the most similar known one, or the known ones."""
+    """Return a hint for an unknown word: the most similar known one, or the known ones."""
     return _suggest(word.lower(), tuple(sorted(known)))
 
 
@@ -109,7 +109,7 @@ def _suggest(word: str, options: tuple[str, ...]) -> str:
 
 
 def _keys(root: type[BaseModel], loc: Loc) -> set[str]:
-    """The keys that the mapping at `loc` may have."""
+    """Return the keys that the mapping at `loc` may have."""
     models = [root]
     for part in loc:
         inner = [found for model in models if part in model.model_fields
@@ -119,7 +119,7 @@ def _keys(root: type[BaseModel], loc: Loc) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models inside a type such as tuple[Model, ...] | None."""
+    """Yield the models inside a type such as tuple[Model, ...] | None."""
     annotation = getattr(annotation, "__value__", annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -137,7 +137,7 @@ def prune_params() -> Mapping[str, Param]:
 
 
 def prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:
-    """Every `prune` of the recipe and its place, the recipe's own first."""
+    """Yield every `prune` of the recipe and its place, the recipe's own first."""
     if recipe.prune is not None:
         yield ("prune",), recipe.prune
     for i, model in enumerate(recipe.models):
@@ -149,7 +149,7 @@ Level = Literal["merge", "model"]
 
 
 def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
-    """Every `parameters` of the recipe: its place, and whether it is for one model or for the merge."""
+    """Yield every `parameters` of the recipe: its place, and whether it is for one model or for the merge."""
     yield ("parameters",), "merge", recipe.parameters
     for name, module in recipe.modules.items():
         yield ("modules", name, "parameters"), "merge", module.parameters
@@ -161,7 +161,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
 
 
 def raw(recipe: Recipe, *loc: str | int) -> Any:
-    """The value in the text at a place, valid or not; None if there is none."""
+    """Return the value in the text at a place, valid or not; None if there is none."""
     value = recipe.source.data
     for part in written(recipe.parts, loc):
         if isinstance(part, int):
@@ -172,10 +172,10 @@ def raw(recipe: Recipe, *loc: str | int) -> Any:
 
 
 def is_given(recipe: Recipe, *loc: str | int) -> bool:
-    """Whether the text has a value at a place, valid or not; an invalid one has been reported and is not missing."""
+    """Return whether the text has a value at a place. An invalid one counts: it has been reported."""
     return raw(recipe, *loc) is not None
 
 
 def known_method(recipe: Recipe) -> MergeMethod | None:
-    """The recipe's merge method, or None if it is unknown."""
+    """Return the recipe's merge method, or None if it is unknown."""
     return MOE if recipe.method_name == MOE.name else MERGE.get(recipe.method_name or "")

@@ -44,7 +44,7 @@ class Pruning:
 
 
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
-    """The pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
+    """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
 
     The method defaults to the one that merge_method implies. The density defaults to mergekit's `parameters.density`
     (the model's, the slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a
@@ -61,7 +61,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
 
     def parameter(key: str) -> Value | None:
-        """A parameter that mergekit keeps among the merge's; else the pruning method's default."""
+        """Return a parameter that mergekit keeps among the merge's; else the pruning method's default."""
         default = PRUNE[name].parameters[key].default
         if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
             return value(key, default)
@@ -103,7 +103,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 def _divisor(
     parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
 ) -> tuple[Value | CalibratedQ | None, str | None]:
-    """q and rescale, from the first level that has either; filters of a numeric q fall through to the next level.
+    """Return q and rescale of the first level that has either; filters of a numeric q fall through to the next.
 
     mergekit's `parameters.rescale` comes last: false is q = 1, true is mergekit's rescaling where masks are not random.
     """
@@ -123,13 +123,13 @@ def _divisor(
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault of the recipe's pruning that the types of the keys cannot express."""
+    """Yield every fault of the recipe's pruning that the types of the keys cannot express."""
     checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data, _own_calibration)
     return (problem for check in checks for problem in check(recipe))
 
 
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
-    """Faults of one `prune` by itself."""
+    """Yield faults of one `prune` by itself."""
     for loc, prune in prunes(recipe):
         if prune.method is not None and prune.method not in PRUNE:
             message = f"unknown pruning method {show(prune.method)}"
@@ -150,7 +150,7 @@ def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
 
 
 def _pruning(recipe: Recipe) -> Iterator[Problem]:
-    """Faults of each model's effective pruning: keys that are missing or superfluous."""
+    """Yield faults of each model's effective pruning: keys that are missing or superfluous."""
     merge = known_method(recipe)
     if merge is None:
         return
@@ -193,7 +193,7 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _calibrated(recipe: Recipe) -> Iterator[Problem]:
-    """A calibrated q and masks from activations need data, and the search must fit the objective and the scope."""
+    """Check that a calibrated q and masks from activations have data, and that the search fits objective and scope."""
     for loc, prune in prunes(recipe):
         q = prune.calibrated_q
         method = PRUNE.get(prune.method or "")
@@ -214,7 +214,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rows(recipe: Recipe) -> Iterator[Problem]:
-    """A merge method that measures rows of every model has them, and one set of models."""
+    """Check that a merge method that measures rows has those of every model, and one set of models."""
     method = known_method(recipe)
     if method is None or method.rows is None:
         return
@@ -226,7 +226,7 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
-    """A model's own calibration says nothing of the merge, and how answers are compared only where they are."""
+    """Check that a model's own calibration has no keys of the merge, nor keys of answers where none are compared."""
     for i, model in enumerate(recipe.models):
         if model.calibration is None:
             continue
@@ -246,7 +246,7 @@ def _of_answers(recipe: Recipe, loc: Loc, calibration: Calibration) -> Iterator[
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
-    """Whatever is calibrated has data: a model's own, or the recipe's."""
+    """Check that calibration has data: a model's own, or the recipe's."""
     if is_given(recipe, "calibration") and not _has_rows(recipe, ()):
         yield recipe.problem(("calibration",), "needs data")
         return
@@ -256,7 +256,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _has_rows(recipe: Recipe, loc: Loc) -> bool:
-    """Whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    """Return whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
     models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
     return is_given(recipe, "calibration", "data") or (
         bool(models) and all(is_given(recipe, "models", i, "calibration", "data") for i in models)
@@ -264,7 +264,7 @@ def _has_rows(recipe: Recipe, loc: Loc) -> bool:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """A lock stores a model's q's under its name, so a model that two slices or modules calibrate needs two names."""
+    """Check that a model that two slices or modules calibrate has two names: a lock stores its q's under them."""
     known: set[str] = set()
     for i in recipe.fine_tunes:
         name = recipe.names[i]
@@ -276,7 +276,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
-    """`protect` names columns, or counts massive activations, which are measured on calibration data."""
+    """Check that `protect` names columns, or counts massive activations and has calibration data for them."""
     if prune.protect is None:
         return
     given = [key for key in ("massive_activations", "columns") if is_given(recipe, *loc, "protect", key)]
@@ -289,7 +289,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:
-    """A budget is the size of a delta artifact of one fine-tune, and replaces its density."""
+    """Check that a budget is of the delta artifact of one fine-tune, and stands without a density."""
     for loc, prune in prunes(recipe):
         if prune.budget is None:
             continue
@@ -307,7 +307,7 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
-    """`per: merge` calibrates one λ, so all q's must agree in their objective and state nothing else."""
+    """Check that under `per: merge`, which calibrates one λ, all q's have one objective and state nothing else."""
     calibration, method = recipe.calibration, known_method(recipe)
     if calibration is None:
         return
@@ -335,7 +335,7 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
-    """Whether the text has a `prune` there, or a method in it, that was invalid and left out."""
+    """Return whether the text has a `prune` there, or a method in it, that was invalid and left out."""
     return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
 
 
@@ -359,7 +359,7 @@ def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], met
 
 
 def _factors(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
-    """Parameters that multiply to the density: all must be given, and a density be their product."""
+    """Check that parameters that multiply to the density are all given, and that a density is their product."""
     effective = effective_prune(recipe, index)
     method = PRUNE[effective.method]
     product, names = " · ".join(method.factors), " and ".join(method.factors)

@@ -297,7 +297,7 @@ class Section:
 
 
 def written(parts: Sequence[Section], loc: Loc) -> Loc:
-    """The place in the text of what `loc` names: models of slices and modules are not at models[i]."""
+    """Return the place in the text of `loc`: models of slices and modules are not at models[i]."""
     if loc[:1] != ("models",) or len(loc) == 1 or not parts:
         return loc
     places = [place for part in parts for place in part.places]
@@ -394,7 +394,7 @@ class Recipe(Keys):
         return tuple(i for i in range(len(self.models)) if not self.is_base(i))
 
     def is_base(self, index: int) -> bool:
-        """Whether a model is the base of its own part (mergekit lets it be listed)."""
+        """Return whether a model is the base of its own part (mergekit lets it be listed)."""
         return not self.is_moe and self.models[index].model == self.part_of[index].base
 
     @property
@@ -415,7 +415,7 @@ class Recipe(Keys):
         return MOE if self.is_moe else MERGE[self.method_name or ""]
 
     def calibration_of(self, index: int) -> Calibration | None:
-        """The calibration rows of a model: its own keys before the recipe's."""
+        """Return the calibration rows of a model: its own keys before the recipe's."""
         own, whole = self.models[index].calibration, self.calibration
         if own is None or whole is None:
             return own or whole
@@ -432,7 +432,7 @@ class Recipe(Keys):
         return None if self.tokenizer is None else self.tokenizer.transplant
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
-        """A fault found later at the value (or the `key`) of the recipe that `loc` names."""
+        """Return a fault found later at the value (or the `key`) of the recipe that `loc` names."""
         return self._source.problem(written(self._parts, loc), message, hint, key=key)
 
     def out_of_range(self, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
@@ -450,12 +450,12 @@ class Recipe(Keys):
 
 
 def model_name(model: Model) -> str:
-    """The name that masks and reports know a model by: its `name`, else the reference as written."""
+    """Return the name that masks and reports know a model by: its `name`, else the reference as written."""
     return model.name or model.model
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors: draft 7, which they all know."""
+    """Return the JSON schema of a recipe, for editors: draft 7, which they all know."""
     generated = Recipe.model_json_schema()
     known: dict[str, tuple[Param, list[str]]] = {}
     for method in MERGE.values():

@@ -109,7 +109,7 @@ class Filter(BaseModel):
     value: _Plain = Field(description="A number, or a gradient over layers.")
 
     def matches(self, tensor: str) -> bool:
-        """Whether the filter applies to a tensor of this name."""
+        """Return whether the filter applies to a tensor of this name."""
         return self.filter in (None, "*") or str(self.filter) in tensor
 
 
@@ -127,7 +127,7 @@ Value = TypeAliasType(
 
 
 def filters(value: Value) -> tuple[Filter, ...]:
-    """A value as filters; one without filters becomes a filter that matches every tensor."""
+    """Return a value as filters; one without filters becomes a filter that matches every tensor."""
     if isinstance(value, Filter):
         return (value,)
     if isinstance(value, tuple):
@@ -137,7 +137,7 @@ def filters(value: Value) -> tuple[Filter, ...]:
 
 
 def value_for(value: Value, tensor: str, t: float) -> Scalar | None:
-    """The scalar for a tensor at `t` in [0, 1]; None if no filter matches its name.
+    """Return the scalar for a tensor at `t` in [0, 1]; None if no filter matches its name.
 
     A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one at
     or before t. The first filter that matches wins.
@@ -162,7 +162,7 @@ def _interpolate(points: tuple[Scalar, ...], t: float) -> Scalar:
 def lookup(
     key: str, tensor: str, t: float, *levels: Mapping[str, Value], default: Scalar | None = None
 ) -> Scalar | None:
-    """The scalar of `key` at the first level (the most specific first) that has one for this tensor, else `default`."""
+    """Return the scalar of `key` at the first level (the most specific first) that has one, else `default`."""
     for level in levels:
         if key in level and (found := value_for(level[key], tensor, t)) is not None:
             return found
@@ -170,7 +170,7 @@ def lookup(
 
 
 def chain(*values: Value | None) -> Value | None:
-    """One value that resolves as `lookup` over levels with these does: where one has no match the next is asked."""
+    """Join values into one: where the first has no match for a tensor, the next is asked, as `lookup` does."""
     given = [value for value in values if value is not None]
     if not given:
         return None
@@ -180,7 +180,7 @@ def chain(*values: Value | None) -> Value | None:
 
 
 def leaves(value: Value) -> Iterator[tuple[tuple[str | int, ...], Scalar]]:
-    """Every scalar of a value, with its place in it: ((1, "value", 0), 0.5)."""
+    """Yield every scalar of a value, with its place in it: ((1, "value", 0), 0.5)."""
     match value:
         case Filter():
             yield from ((("value", *loc), scalar) for loc, scalar in leaves(value.value))
@@ -191,7 +191,7 @@ def leaves(value: Value) -> Iterator[tuple[tuple[str | int, ...], Scalar]]:
 
 
 def parse_size(value: Any) -> int:
-    """Bytes: a number, or text such as 5GB (10⁹) or 512MiB (2²⁰). Raises ValueError."""
+    """Return bytes: a number, or text such as 5GB (10⁹) or 512MiB (2²⁰). Raises ValueError."""
     text = value if isinstance(value, str) else f"{value}"
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?I?)B?", text.strip().upper())
     if found is None or found[2] not in _UNITS or isinstance(value, bool):
@@ -245,8 +245,10 @@ def _columns(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _reference(value: Any) -> Any:
-    """mergekit's long form of a reference, {model, lora, override_architecture}, as text; the last is not
-    needed here."""
+    """Return mergekit's long form of a reference, {model, lora, override_architecture}, as text.
+
+    The last key has no effect here.
+    """
     if not isinstance(value, dict):
         return value
     model, lora = value.get("model"), value.get("lora")
@@ -256,7 +258,7 @@ def _reference(value: Any) -> Any:
 
 
 def _place(value: Any) -> str:
-    """A path or hub id, as text or {path, revision}."""
+    """Return a path or hub id, as text or {path, revision}."""
     if isinstance(value, dict) and isinstance(value.get("path"), str) and not value.keys() - {"path", "revision"}:
         return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
     if not isinstance(value, str):
