@@ -189,9 +189,9 @@ def _settings(context: click.Context, option: click.Parameter, texts: tuple[str,
 
 
 def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.open_values import swept
+    from deltamerge.recipe.open_values import settings_by_place
 
-    return swept(_parsed(texts))
+    return settings_by_place(_parsed(texts))
 
 
 SET_OR_SWEEP = click.option(

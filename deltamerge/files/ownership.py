@@ -24,7 +24,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import refuse_taken, replace_file
 from deltamerge.files.descriptors import output_error
-from deltamerge.files.lock_file import LOCK_NAME, not_made, read_lock
+from deltamerge.files.lock_file import LOCK_NAME, foreign_entries, read_lock
 from deltamerge.files.seals import Seal, damages, seal
 
 DATA = "calibration data"
@@ -98,7 +98,7 @@ def models_of(lock: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in lock.get("inputs", {}) if not name.startswith(DATA))
 
 
-def told(lock: Mapping[str, Any]) -> str:
+def maker_text(lock: Mapping[str, Any]) -> str:
     """Return the maker of a lock's output, and its models, as text."""
     said, models = lock.get(MADE_BY) or {"command": "an earlier version"}, models_of(lock)
     words = " ".join(shown(said[key]) for key in ("command", "recipe") if said.get(key))
@@ -150,7 +150,7 @@ class Guard:
             )
         if now is None:
             return
-        lost = not_made(target)
+        lost = foreign_entries(target)
         if lost and force:
             raise OutputError(
                 f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
@@ -163,11 +163,11 @@ class Guard:
             raise OutputError(f"{empty}: holds {some(sorted(lost))}, which no run made", hint=hint)
         lock = read_lock(target / LOCK_NAME)
         if now != self.began:
-            raise OutputError(f"{empty}: what is there was {told(lock)}, since this command began", hint=hint)
+            raise OutputError(f"{empty}: what is there was {maker_text(lock)}, since this command began", hint=hint)
         if force:
             return
         if self.maker is None or not self.maker.made(target):
-            raise OutputError(f"{empty}: what is there was {told(lock)}", hint=hint)
+            raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
             raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
 

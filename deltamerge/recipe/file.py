@@ -11,9 +11,9 @@ from typing import Any
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.checks import references
-from deltamerge.recipe.edits import overridden
+from deltamerge.recipe.edits import set_keys
 from deltamerge.recipe.load import load_all
-from deltamerge.recipe.open_values import Template, is_open, template_of, written
+from deltamerge.recipe.open_values import Template, as_yaml, is_open, template_of
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -79,7 +79,7 @@ def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | Non
     if mergekit_exact:
         settings[("mergekit",)] = "true"
     if settings:
-        whole = overridden(whole, settings, str(path))
+        whole = set_keys(whole, settings, str(path))
     return whole, path
 
 
@@ -92,7 +92,7 @@ def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile
     """Return the recipe file whose text is `whole`, and whose documents `sources`."""
     recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
-        whole, recipes = mergekit.written_out(whole, recipes)
+        whole, recipes = mergekit.write_defaults(whole, recipes)
     if len(recipes) == 1:
         return RecipeFile(path, (Document(recipes[0], whole),))
     output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
@@ -119,12 +119,12 @@ class TemplateFile:
 
     def recipe(self, values: Mapping[Loc, Any]) -> Recipe:
         """Return the recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
-        (recipe,) = load_all([self.template.filled(values)])
+        (recipe,) = load_all([self.template.fill(values)])
         return self.file(values).output.recipe if recipe.mergekit else recipe
 
     def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
         """Return the same as a file, whose text is plain: it has the values, and is read again."""
-        return read_text(overridden(self.text, written(values), str(self.path)), self.path)
+        return read_text(set_keys(self.text, as_yaml(values), str(self.path)), self.path)
 
 
 def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:

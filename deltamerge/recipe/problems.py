@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MERGE, MOE, PRUNE, MergeMethod, Param
-from deltamerge.recipe.schema import Prune, Recipe, written
+from deltamerge.recipe.schema import Prune, Recipe
 from deltamerge.recipe.values import BRANCHES, Value, show
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -163,7 +163,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
 def raw(recipe: Recipe, *loc: str | int) -> Any:
     """Return the value in the text at a place, valid or not; None if there is none."""
     value = recipe.source.data
-    for part in written(recipe.parts, loc):
+    for part in recipe.place(loc):
         if isinstance(part, int):
             value = value[part] if isinstance(value, list) and part < len(value) else None
         else:

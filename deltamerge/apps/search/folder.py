@@ -14,7 +14,7 @@ from deltamerge.errors import GO_ON, DeltamergeError, OutputError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
 from deltamerge.files.descriptors import lock, writing
-from deltamerge.files.lock_file import not_made
+from deltamerge.files.lock_file import foreign_entries
 from deltamerge.files.work_folder import look
 
 MARK = ".deltamerge-study"
@@ -82,6 +82,6 @@ def _is_written(entry: os.DirEntry[str]) -> bool:
     if not MADE.fullmatch(entry.name):
         return False
     try:
-        return look(path) is not None if entry.name.startswith(".") else not not_made(path)
+        return look(path) is not None if entry.name.startswith(".") else not foreign_entries(path)
     except (OSError, DeltamergeError):
         return False
