@@ -54,6 +54,7 @@ class Graph:
     """Makes nodes; equal nodes are one object."""
 
     nodes: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+    reads: dict[TensorInfo, Node] = field(default_factory=dict)
 
     def node(
         self,
@@ -75,7 +76,7 @@ class Graph:
         others     keyword arguments of the function
         """
         inputs, function = tuple(inputs), name_of(function)
-        plain = tuple(sorted(parameters.items()))
+        plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
         found = self.nodes.get(key)
         if found is None:
@@ -84,7 +85,11 @@ class Graph:
 
     def read(self, tensor: TensorInfo) -> Node:
         """The node that reads a stored tensor."""
-        return self.node(READ, kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor)
+        found = self.reads.get(tensor)
+        if found is None:
+            parameters = (("tensor", tensor),)
+            found = self.reads[tensor] = Node(READ, (), parameters, tensor.shape, tensor.dtype, "read")
+        return found
 
 
 def depth_first(root: Node) -> list[Node]:

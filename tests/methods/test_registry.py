@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from deltamerge.tensors.traits import traits, traits_of
 
 from deltamerge.engine import traits as of_functions
 from deltamerge.methods import registry
 from deltamerge.methods.parameters import Density, Lambda, Param, Weights, parameters_of
 from deltamerge.methods.registry import MERGE, PRUNE, Methods, PruneMethod
+from deltamerge.tensors.traits import traits, traits_of
 
 METHODS = Path(registry.__file__).parent
 
@@ -76,6 +76,12 @@ def test_a_recipe_imports_the_files_that_it_names(recipe: str, imported: set[str
     assert done.returncode == 0, done.stderr
     names = {f"merge.{name}" for name in MERGE} | {f"prune.{name}" for name in PRUNE}
     assert set(done.stdout.split()) & names == imported
+
+
+def test_the_engine_names_no_method() -> None:
+    """Neither by an import nor by a string."""
+    for file in (METHODS.parent / "engine").rglob("*.py"):
+        assert "deltamerge.methods" not in file.read_text(), file
 
 
 def test_neither_torch_nor_numpy_is_imported_at_the_top_of_a_method() -> None:
