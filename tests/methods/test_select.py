@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from deltamerge.tensors.traits import traits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamerge.methods.prune import select
 from deltamerge.tensors.graph import REDUCTIONS, Graph, depth_first, function_of
 from deltamerge.tensors.tiles import Tile, block_elements
+from deltamerge.tensors.traits import traits_of
 
 
 def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, set[str]]:
