@@ -65,7 +65,7 @@ class Maker:
         with suppress(OSError, AttributeError):  # AttributeError: a system without attributes
             os.setxattr(folder, NOTE, self.place.encode())
 
-    def made(self, folder: Path) -> bool:
+    def owns(self, folder: Path) -> bool:
         """Return whether an output is of this maker, whose recipe may have said something else then.
 
         Where the lock does not name its maker, or no place is noted, the models must tell: all of a command's, two of a
@@ -166,7 +166,7 @@ class Guard:
             raise OutputError(f"{empty}: what is there was {maker_text(lock)}, since this command began", hint=hint)
         if force:
             return
-        if self.maker is None or not self.maker.made(target):
+        if self.maker is None or not self.maker.owns(target):
             raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
             raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
