@@ -112,10 +112,10 @@ Seals = dict[str, Seal]
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a command that makes `target` may replace there: what was there when the command began.
+    """The part of `target` that a command may replace: the content when the command began.
 
     maker    whose earlier output it may replace unasked; None: nobody's
-    began    what was there; None: nothing
+    began    the content then; None: nothing
     keeping  a context in which the target may be replaced. OutputError: it never is, or not now.
     """
 
@@ -172,7 +172,7 @@ class Guard:
             raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
 
     def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
-        """Return the files of the target that are not as its lock says; what is known of them is not read again."""
+        """Return the files of the target that differ from its lock. Files with a known seal are not read again."""
         outputs = lock["outputs"]
         seals = {}
         for name in outputs:
@@ -198,7 +198,7 @@ def stamp(target: Path) -> Stamp | None:
 
 
 def has_weights(lock: Path) -> bool:
-    """Return whether a lock is that of the output that it lies in: weights are there that it lists."""
+    """Return whether a lock belongs to the output that it lies in: some weights of its list are there."""
     try:
         outputs = read_lock(lock)["outputs"]
     except InputError:

@@ -86,8 +86,11 @@ SYNCS = 8
 
 @dataclass
 class Workspace:
-    """A locked work folder: outputs go to `folder`, what must survive a crash to `state`; `journal` records
-    progress; `guard` says what of the target may be replaced."""
+    """A locked work folder.
+
+    Outputs go to `folder`, files that must survive a crash to `state`. `journal` records progress. `guard` tells
+    whether the target may be replaced.
+    """
 
     target: Path
     state: Path
@@ -423,7 +426,7 @@ def _discard(state: Path, part: str | None) -> None:
 
 
 def _explained(error: BaseException, target: Path, state: Path, *, kept: bool, stays: bool) -> BaseException:
-    """Return the error for the user: the system's refusal in our words, what was kept and where.
+    """Return the error for the user: the system's refusal in our words, and the place of the work that is kept.
 
     `stays`: whether the work folder is there, though nothing in it may be worth keeping.
     """

@@ -379,7 +379,7 @@ class _HubFolder:
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
     """Return the folder of the hub's cache with the files `names` of a repository; its name is the commit.
 
-    InputError: not a hub id, what `resolve` refuses, or a missing file that is not `optional`.
+    InputError: not a hub id, not on the hub, or a missing file that is not `optional`.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

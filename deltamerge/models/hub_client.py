@@ -452,7 +452,7 @@ def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> It
 
 
 class UnreachableError(InputError):
-    """The hub cannot be reached, and its cache lacks what is needed."""
+    """The hub cannot be reached, and its cache lacks a file."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The documents of a recipe file, ordered so that each follows those that it uses."""
+"""The documents of a recipe file, each after the documents that it uses."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RecipeFile:
-    """A recipe file that was read: its path, and its documents, each after those that it needs; the output is the last.
+    """A recipe file: its path, and its documents, each after the documents that it needs; the output is the last.
 
-    `path` is where relative references start, what the output is named after and what the lock lies beside; of a recipe
-    that is no file it says where one would be. `made_for` is the command that such a recipe was made for, or where it
-    is from (stdin, the hub); "" of a file.
+    Relative references start at `path`. The output has its name, and the lock lies beside it. A recipe that is no file
+    has the path that a file would have. `made_for` is the command or the source (stdin, the hub) of such a recipe; ""
+    of a file.
     """
 
     path: Path

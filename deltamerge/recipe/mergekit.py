@@ -81,7 +81,7 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _leaves_divisor_open(recipe: Recipe, index: int) -> bool:
-    """Return whether the merge method implies random pruning of a model that has neither q nor rescale."""
+    """Return whether the merge method implies random pruning of a model without q and rescale."""
     implied, prune = recipe.method.implies_prune, effective_prune(recipe, index)
     return prune.method == implied and PRUNE[prune.method].random and prune.q is None and prune.rescale is None
 

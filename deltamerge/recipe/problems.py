@@ -1,5 +1,4 @@
-"""What is wrong with a recipe, in its own terms: pydantic's errors at their places, words that nobody knows, and the
-lookups that all checks share."""
+"""Problems of a recipe in its own terms: pydantic's errors at their places, unknown words; and lookups of all checks."""
 
 from __future__ import annotations
 

@@ -362,12 +362,12 @@ class Recipe(Keys):
 
     @property
     def parts(self) -> tuple[Section, ...]:
-        """What the output is put together from; `models` has the models of all parts, in this order."""
+        """The parts of the output; `models` has the models of all parts, in this order."""
         return self._parts
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """What patterns and ranges among the models stand for."""
+        """The series that patterns and ranges among the models stand for."""
         return self._series
 
     @cached_property
