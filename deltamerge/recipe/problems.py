@@ -1,4 +1,4 @@
-"""Problems of a recipe in its own terms: pydantic's errors at their places, unknown words; and lookups of all checks."""
+"""Problems of a recipe in its own terms: pydantic's errors at their places, unknown words, lookups of all checks."""
 
 from __future__ import annotations
 
