@@ -49,7 +49,7 @@ def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
     from deltamerge.methods.registry import MERGE, PRUNE
 
     if name is not None and name not in MERGE and name not in PRUNE:
-        from deltamerge.recipe.messages import suggest
+        from deltamerge.recipe.problems import suggest
 
         raise UsageError(f"unknown method {name!r}", hint=suggest(name, {*MERGE, *PRUNE}))
     return {

@@ -90,7 +90,7 @@ WORKERS = click.option(
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    from deltamerge.recipe.types import parse_size
+    from deltamerge.recipe.values import parse_size
 
     try:
         return None if text is None else parse_size(text)
@@ -176,7 +176,7 @@ NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and i
 
 
 def _parse(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
-    from deltamerge.recipe.overrides import parse_setting
+    from deltamerge.recipe.edits import parse_setting
 
     try:
         return list(map(parse_setting, texts))
@@ -189,9 +189,9 @@ def _settings(context: click.Context, option: click.Parameter, texts: tuple[str,
 
 
 def _sweeps(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.open_values import swept
+    from deltamerge.recipe.open_values import settings_by_place
 
-    return swept(_parse(texts))
+    return settings_by_place(_parse(texts))
 
 
 SET_OR_SWEEP = click.option(

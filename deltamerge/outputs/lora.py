@@ -24,7 +24,7 @@ from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat, writing
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.spool import Spool
 from deltamerge.formats.layout import plan_layout

@@ -26,8 +26,8 @@ from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
-from deltamerge.recipe.effective_prune import Pruning
-from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.schema import CalibratedQ
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.rows import moves_rows

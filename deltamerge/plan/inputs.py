@@ -21,8 +21,7 @@ from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_n
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.parts import Section, written
-from deltamerge.recipe.schema import Recipe, model_name
+from deltamerge.recipe.schema import Recipe, Section, model_name
 from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo
@@ -214,7 +213,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     named += [(base, None, (merged if base in read else checkpoint)(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
-            at = written(recipe.parts, ("models", index))
+            at = recipe.place(("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
     check_sums(recipe, named)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.names import EMBEDDING
 
 HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.files.pieces import Pieces
-from deltamerge.models.blobs import check_blobs
 from deltamerge.models.chain.fold import covers
 from deltamerge.models.delta_over_base import check
+from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
 from deltamerge.run.layers_built import check_layers_built

@@ -31,7 +31,7 @@ from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.graph import Graph

@@ -22,8 +22,8 @@ from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
-from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Study
 from deltamerge.run.options import Options
