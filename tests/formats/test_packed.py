@@ -108,16 +108,17 @@ def test_kernels_refuse_arrays_that_are_too_short(entry):
 
 @needs_kernels
 @pytest.mark.parametrize("case", ["nvfp4 of modelopt", "nvfp4 of compressed-tensors", "mxfp4 of compressed-tensors",
-                                  "nf4", "nf4 nested", "nf4 stored as bfloat16", "fp4"])  # fmt: skip
+                                  "nf4", "nf4 nested", "nf4 stored as bfloat16", "fp4",
+                                  "mlx of small floats"])  # fmt: skip
 def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
     packed = CASES[case]()
     make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
-    (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
     with Reader() as reader:
-        source = StoredSource.of(info.tensor, reader)
-        assert source.coded is not None
-        assert source.bits == 4
-        assert hashed_as_read(info.tensor, "fused") is info.tensor.inputs[0]
+        for name, info in decoded(open_checkpoint(tmp_path)).tensors.items():
+            source = StoredSource.of(info.tensor, reader)
+            assert source.coded is not None
+            assert source.bits == (8 if "mxfp8" in name else 4)
+            assert hashed_as_read(info.tensor, "fused") is info.tensor.inputs[0]
 
 
 UNREAD = ("weight_format", "nf4", "fp4", "input_scale", "input_global_scale")  # looked at once, or not at all

@@ -11,7 +11,7 @@ import torch
 import transformers
 from adapters import write_adapter
 from conftest import load_tensors, make_checkpoint, tiny_llama
-from packed_files import CASES, awq, gptq, mxfp4
+from packed_files import CASES, awq, gptq, mlx_floats, mxfp4
 from running import run
 
 from deltamerge.apps.inspect.diff import diff
@@ -96,6 +96,7 @@ MERGED = {
     "gptq of 4 bits": lambda: gptq(4, outputs=736),
     "gptq of 8 bits": lambda: gptq(8, outputs=736, ordered=False),
     "awq": lambda: awq(24, 1000),
+    "mlx of small floats": lambda: mlx_floats(300),
     **{name: CASES[name] for name in CASES if name[:3] in ("nf4", "fp4", "nvf") or "compressed" in name},
 }
 
