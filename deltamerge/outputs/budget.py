@@ -64,7 +64,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenDensities:
+class Densities:
     """A density for every tensor, and the predicted ‖lost‖ / ‖Δ‖ over all of them; None: not predicted."""
 
     densities: dict[str, float]
@@ -80,7 +80,7 @@ def budget_of(planned: Plan) -> int | None:
 def _prune_of(planned: Plan) -> Pruning | None:
     """The pruning of the one fine-tune whose delta is written."""
     recipe = planned.recipe
-    if recipe.output.kind != "delta" or not recipe.fine_tunes:
+    if not recipe.output.rules.patches or not recipe.fine_tunes:
         return None
     return effective_prune(recipe, recipe.fine_tunes[0])
 
@@ -137,7 +137,7 @@ def _spectrum(reader: Reader, tensor: Budgeted, weights: Callable[[Positions], F
     return Spectrum(tensor.name, tensor.size, counts[filled], energies[filled])
 
 
-def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> ChosenDensities:
+def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> Densities:
     """Densities whose predicted bytes are at most `nbytes`. InputError: not even an entry of each tensor fits."""
     curves = [_curve(s, value_bits, random=random) for s in spectra]
     room = nbytes - sum(float(curve.prices[0]) for curve in curves)
@@ -165,7 +165,7 @@ def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, rando
         densities[s.name] = float(f"{max(1, kept) / s.size:.6g}")
         lost += float(np.interp(place, numbers, curve.lost))
     whole = sum(float(s.energies.sum()) for s in spectra)
-    return ChosenDensities(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
+    return Densities(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
         yield (y[b] - y[a]) / (x[b] - x[a]), i, a, b
 
 
-def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> ChosenDensities:
+def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Densities:
     """Known densities, of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
     budget = budget_of(planned)
     assert budget is not None
@@ -219,10 +219,10 @@ def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Ch
         nbytes = attempt(densities, True)
         if nbytes > budget:
             raise InputError(f"the artifact takes {nbytes} bytes", hint="give a larger budget")
-    return ChosenDensities(dict(densities), None)
+    return Densities(dict(densities), None)
 
 
-def search(planned: Plan, attempt: Attempt) -> ChosenDensities:
+def search(planned: Plan, attempt: Attempt) -> Densities:
     """Densities of which `attempt` has made an artifact that fits.
 
     It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.
@@ -239,8 +239,8 @@ def search(planned: Plan, attempt: Attempt) -> ChosenDensities:
     rest = sum(o.delta_bytes(planned.delta_values) for o in planned.outputs if o.name not in names)
     fixed = rest + TENSOR_BYTES * len(planned.outputs)
     spectra, random = measure_spectra(planned), PRUNE[prune.method].random
-    best: tuple[int, float, ChosenDensities] | None = None
-    last: ChosenDensities | None = None
+    best: tuple[int, float, Densities] | None = None
+    last: Densities | None = None
     room: float = budget - fixed
     with errors.context(f"prune.budget {budget}"):
         if room <= 0:

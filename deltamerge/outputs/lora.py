@@ -1,4 +1,4 @@
-"""The sink of a run that leaves a LoRA: deltas are collected one by one, factored at once, and only factors are kept.
+"""A LoRA as output: deltas are collected one by one, factored at once, and only factors are kept.
 
 A finished weight's factors lie in the work folder until all ranks are known; with the journal they survive a crash.
 What changed and has no factors is stored whole, as the recipe says.
@@ -21,24 +21,39 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
 from deltamerge.engine.backends import single_threaded
-from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.execute import execute
+from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
+from deltamerge.errors.markdown import plain
 from deltamerge.files.descriptors import flat, writing
+from deltamerge.files.seals import seal
 from deltamerge.files.workspace import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.spool import Spool
 from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product
+from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.outputs.adapter_modules import Modules
+from deltamerge.outputs.adapter import AdapterOutput, Modules
+from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
-from deltamerge.outputs.lora_file import REST, LowRankSummary, Made, Target, finish, stored_dtype
-from deltamerge.outputs.lora_ranks import affordable
-from deltamerge.plan.low_rank import HELD, is_matrix
+from deltamerge.outputs.lora_file import (
+    REST,
+    FactorFile,
+    LowRankSummary,
+    Target,
+    affordable,
+    finish,
+    is_matrix,
+    sides,
+    stored_dtype,
+)
+from deltamerge.outputs.output import Account, Job, Weights
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
+from deltamerge.recipe.schema import Output
 from deltamerge.tensors.computed import flat_rows, floats
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
@@ -49,6 +64,84 @@ from deltamerge.tensors.tensor import TensorInfo
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
 MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
+HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
+TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops
+UNKNOWN = 256  # the rank that is assumed where an energy or a budget chooses it
+
+
+class LoraOutput(AdapterOutput):
+    """A folder with the factors of merged deltas, as PEFT stores a LoRA."""
+
+    def memory(
+        self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
+    ) -> int:
+        """Return the bytes of deltas that are being collected, of factoring them, and of files."""
+        shapes = [sides(tensor.shape) for tensor in tensors if is_matrix(tensor)]
+        sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
+        rank = wanted.rank or UNKNOWN
+        scratch = max((scratch_bytes(m, n, rank, moments=weighed) for m, n in shapes), default=0)
+        files = super().memory(wanted, tensors, workers, cap, weighed=weighed)
+        return files + TORCH + sum(sizes[: workers + 1]) + workers * scratch
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield how large it is, and by what ranks are chosen."""
+        size = f"rank {wanted.rank}"
+        if wanted.budget is not None:
+            size = f"{wanted.budget} bytes" + (f", rank {wanted.rank} at most" if wanted.rank else "")
+        elif wanted.energy is not None:
+            size = f"{wanted.energy:g} of each delta" + (f", rank {wanted.rank} at most" if wanted.rank else "")
+        how = "weighed by the inputs of calibration" if weighed else "by their entries"
+        yield f"merged deltas are written as a LoRA: {size}, {how}"
+
+    def write(self, plan: Plan, job: Job) -> Weights:
+        """Write the adapter and its config; factors that the journal has are not made again."""
+        with job.values(plan) as known, job.merging(plan) as progress:
+            values, lora = write_lora(plan, job.work, known, progress)
+        seals = {name: seal(job.work.folder / name) for name in lora.hashed}
+        return Weights(plan, values, lora.hashed, seals=seals, account=LoraAccount(lora))
+
+    def settle(self, plan: Plan, job: Job) -> Weights:
+        """Write the adapter; a delta that is not finite is refused as it is factored."""
+        return self.write(plan, job)
+
+    def belongs(self, plan: Plan, weights: Weights, name: str) -> bool:
+        """Return whether a file of the work folder is of the adapter, or is its config."""
+        return name == CONFIG or super().belongs(plan, weights, name)
+
+    def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
+        """Return what there is to say; the adapter is as it should be."""
+        assert weights.account.lora is not None
+        return weights, weights.account.lora.notes
+
+
+OUTPUT = LoraOutput()
+
+
+@dataclass(frozen=True)
+class LoraAccount(Account):
+    """What a LoRA keeps of each weight's delta."""
+
+    lora: LowRankSummary
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it keeps, for the lock."""
+        return {"lora": self.lora.describe()}
+
+    def table(self) -> list[str]:
+        """Return what it keeps, weight by weight."""
+        lora, weighed = self.lora, self.lora.output is not None
+        also = "" if lora.output is None else f", {lora.output:.4g} of the change of the layers' outputs"
+        head = "| weight | rank | kept of the delta |" + (" of the outputs |" if weighed else "")
+        rows = [
+            f"| {plain(name)} | {one.rank} | {one.energy:.4g} |" + (f" {_share(one.output)} |" if weighed else "")
+            for name, one in lora.layers.items()
+        ]
+        said = f"{lora.nbytes:,} bytes keep {lora.energy:.4g} of the deltas' squares{also}."
+        return ["## LoRA", "", said, "", head, "|---|---|---|" + "---|" * weighed, *rows, ""]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def write_lora(
@@ -71,7 +164,7 @@ def write_lora(
     done = False
     try:
         with Reader() as reader, single_threaded({"torch"}), _rest(work.folder, rest) as writer:
-            sink = _Sink(planned, bases, reader, spool, targets, writer, progress)
+            sink = _FactorSink(planned, bases, reader, spool, targets, writer, progress)
             left = sink.unfinished()
             sink.measure({target.output.name for target in left})
             values = _factor(planned, sink, left, rest, reader, known)
@@ -139,7 +232,7 @@ def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
 
 def _factor(
     planned: Plan,
-    sink: _Sink,
+    sink: _FactorSink,
     left: list[Target],
     rest: list[OutputTensor],
     reader: Reader,
@@ -169,7 +262,7 @@ def _factor(
 
 
 @dataclass(slots=True)
-class _Open:
+class _Collection:
     """A delta that is being collected."""
 
     matrix: Array
@@ -177,7 +270,7 @@ class _Open:
 
 
 @dataclass(eq=False)
-class _Sink:
+class _FactorSink:
     """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
 
     planned: Plan
@@ -187,8 +280,8 @@ class _Sink:
     targets: Mapping[str, Target]
     writer: Writer | None
     progress: Callable[[int], None]
-    made: dict[str, Made] = field(default_factory=dict)
-    open: dict[str, _Open] = field(default_factory=dict)
+    made: dict[str, FactorFile] = field(default_factory=dict)
+    open: dict[str, _Collection] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     moments: dict[str, Path] = field(default_factory=dict)
 
@@ -200,7 +293,7 @@ class _Sink:
             rows, columns = target.sides
             extra = rows if self.planned.recipe.output.dora else 0
             if state is not None:
-                made = Made(target, path, state)
+                made = FactorFile(target, path, state)
                 if path.is_file() and path.stat().st_size == 4 * (made.rank * (rows + columns) + extra):
                     self.made[name] = made
                     self.progress(target.output.nbytes)
@@ -286,7 +379,7 @@ class _Sink:
             "gain": found.gain, "missed": found.missed, "weighed": c is not None,
         }  # fmt: skip
         with self.lock:
-            self.made[name] = Made(target, path, state)
+            self.made[name] = FactorFile(target, path, state)
         self.spool.finished(name, path, state)
         self.progress(target.output.nbytes)
 
@@ -307,13 +400,13 @@ class _Sink:
         most = max(LEAST, WIDER * affordable(prices, output.budget))
         return Wanted(min(most, output.rank or most))
 
-    def _collected(self, target: Target) -> _Open:
+    def _collected(self, target: Target) -> _Collection:
         shape, size = target.shape, 4 * math.prod(target.shape)
         if size <= HELD:
-            return _Open(np.empty(shape, np.float32), math.prod(shape))
+            return _Collection(np.empty(shape, np.float32), math.prod(shape))
         with writing():
             held = np.memmap(self._path(COLLECTED + target.number), np.float32, "w+", shape=shape)
-        return _Open(held, math.prod(shape))
+        return _Collection(held, math.prod(shape))
 
     def _path(self, number: int) -> Path:
         return self.spool.folder / f"{number:07d}"

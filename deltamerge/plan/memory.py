@@ -10,7 +10,6 @@ from deltamerge.engine.execute import own_tile
 from deltamerge.engine.traits import traits_of
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.files.outbox import ROOM, SLAB, room_for
 from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
@@ -74,22 +73,6 @@ def _needs(node: Node) -> tuple[int, float]:
 def _is_usual(steps: Sequence[Node]) -> bool:
     """Whether a pass that ends in reductions is made for nearly every tensor, and reads it all."""
     return any(step.kind in REDUCTIONS and not traits_of(step.function).rare for step in steps)
-
-
-def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
-    """Bytes of positions, and of values to be coded, of the tensors that are open in a delta's sink."""
-    largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
-    return math.ceil(sum(largest[: workers + 1]))
-
-
-def room(workers: int, memory: int | None) -> int:
-    """Bytes on their way to the files of a checkpoint at most: where memory is capped, the least."""
-    return room_for(workers) if memory is None else ROOM
-
-
-def held_by_files(outputs: tuple[OutputTensor, ...], workers: int, memory: int | None) -> int:
-    """Bytes on their way to the files of a checkpoint, and those being computed."""
-    return min(sum(o.nbytes for o in outputs), room(workers, memory) + (workers + 1) * 2 * SLAB)
 
 
 def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:

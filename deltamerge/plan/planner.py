@@ -18,20 +18,19 @@ from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.components import Component
-from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.layout import Layout
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.coding import Coding
 from deltamerge.formats.quantised.packing import kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
-from deltamerge.plan.folders import refuse_adapter, remarks
+from deltamerge.plan.folders import remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.low_rank import factoring_note, held_by_factors
-from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
+from deltamerge.plan.memory import Cost, check_size, cost, held_coded, tile_and_peak
+from deltamerge.plan.output_kind import output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
-ADAPTER = Component(stem="adapter_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +186,7 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
+        kind = output_kind(self.recipe.output, own_weights=self.pruned_adapter is not None)
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -203,7 +202,7 @@ class Plan:
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
-            **self._describe_delta(),
+            **kind.describe(self),
             **({"config": self.settled.describe()} if self.settled.keys else {}),
             **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
@@ -224,13 +223,6 @@ class Plan:
                 for output in self.outputs
             ],
         }
-
-    def _describe_delta(self) -> dict[str, Any]:
-        if self.recipe.output.kind != "delta":
-            return {}
-        sizes = {output.name: output.delta_bytes(self.delta_values) for output in self.outputs}
-        how = {"semantics": "add" if self.delta_values else "replace", "values": self.delta_values}
-        return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
 
 def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
@@ -255,9 +247,9 @@ def _plan(
     recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
 ) -> Plan:
     """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
-    if recipe.output.kind == "peft":
-        refuse_adapter(inputs.template.name, inputs.template.checkpoint)
+    output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
+    kind = output_kind(recipe.output, own_weights=own is not None)
     inputs = own or inputs
     vocabulary = _vocabulary(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
@@ -281,14 +273,10 @@ def _plan(
     found.settled.check()
     metas = [stored for row in rows for stored in row.stored]
     weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
-    if own:
-        layout = plan_layout(metas, None, (ADAPTER,))
-    else:
-        layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
+    layout = kind.layout(metas, recipe.output, inputs, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else held_by_files(outputs, workers, memory)
-    if recipe.output.lora:
-        held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
+    weighed = bool(found.builder.deltas.stages.inputs)
+    held = kind.memory(recipe.output, outputs, workers, memory, weighed=weighed)
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
@@ -328,12 +316,7 @@ def _plan(
     notes += [line] if (line := on_one_gpu(stages, device)) else []
     specs = [node.parameter("spec") for node in stages.calibrations]
     notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
-    if own is not None:
-        notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
-    elif recipe.output.lora:
-        notes.append(factoring_note(recipe.output, calibrated=bool(stages.inputs)))
-    elif recipe.output.kind == "peft":
-        notes.append("merged, then what differs from the base is written as a SHiRA adapter")
+    notes += kind.notes(recipe.output, weighed=weighed)
     kept = builder.kept(found.merges) if isinstance(found, Outputs) and recipe.method.deltas else {}
     cut_bytes = 2 * sum(
         math.prod(read.shape) * ITEMSIZE[read.dtype]
@@ -377,7 +360,7 @@ def _plan(
         stacks=tuple(found.stacks),
         mixture=mixture,
         running_sum=made_of(recipe, inputs, found.averaged)
-        if recipe.output.kind == "sum" and isinstance(found, Outputs)
+        if recipe.output.rules.accumulates and isinstance(found, Outputs)
         else None,
     )
 

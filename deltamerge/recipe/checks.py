@@ -225,7 +225,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
             message = "is for transplant" if key in alone else "cannot stand beside transplant"
             hint = "transplant: MODEL" if key in alone else "its tokens are those of that model's tokenizer"
             yield recipe.problem(("tokenizer", key), message, hint, key=True)
-    if recipe.transplant is not None and recipe.output.kind != "model":
+    if recipe.transplant is not None and not recipe.output.rules.standalone:
         message = f"a {recipe.output.kind} has the vocabulary of its base"
         yield recipe.problem(("tokenizer", "transplant"), message, "output: {kind: model}", key=True)
 
@@ -248,7 +248,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
     yield from _low_rank(recipe)
-    if output.kind != "delta":
+    if not output.rules.patches:
         for key in ("semantics", "values", "steps"):
             if getattr(output, key) is not None and not (output.lora and key == "values"):
                 yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
@@ -267,7 +267,7 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
     """A LoRA's keys are of an adapter, and say its size in one way."""
     output = recipe.output
     sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
-    if output.kind != "peft":
+    if not output.rules.adapts:
         for key in (*sizes, *(key for key in ("whole", "targets", "dora") if is_given(recipe, "output", key))):
             yield recipe.problem(("output", key), "is of a LoRA", "output: {kind: peft, rank: 32}", key=True)
         return
@@ -286,11 +286,11 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
     """Models alone are quantised, and a scheme has no keys of another."""
-    wanted, kind = recipe.output.scheme, recipe.output.kind
-    if wanted != "none" and kind != "model":
-        message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
+    wanted, kind, rules = recipe.output.scheme, recipe.output.kind, recipe.output.rules
+    if wanted != "none" and not rules.standalone:
+        message = f"a {kind} is not quantised" + (": its values have codings of their own" if rules.patches else "")
         yield recipe.problem(("output", "quantization"), message, "output: {kind: model}", key=True)
-    if recipe.output.gguf is not None and kind != "model":
+    if recipe.output.gguf is not None and not rules.standalone:
         yield recipe.problem(("output", "gguf"), f"a {kind} is no GGUF file", "output: {kind: model}", key=True)
     if not isinstance(wanted, Quantization):
         return
@@ -307,7 +307,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
     """An adapter is made from deltas of a base."""
     method = known_method(recipe)
-    if recipe.output.kind == "peft" and method is not None and not method.deltas:
+    if recipe.output.rules.adapts and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
         yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
 

@@ -48,9 +48,9 @@ def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
             yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
         named.add(recipe.name)
     for recipe in recipes:
-        result = recipe.output.kind
-        if result not in ("model", "sum") and any(recipe.name in references(other) for other in recipes):
-            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
+        output = recipe.output
+        if not output.rules.reusable and any(recipe.name in references(other) for other in recipes):
+            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {output.kind} is none")
 
 
 def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:

@@ -1,7 +1,10 @@
-"""The keys of `output.quantization`."""
+"""Kinds of output by what a recipe may ask of them, and the keys of `output.quantization`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
@@ -10,6 +13,36 @@ from pydantic_core import PydanticCustomError
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.types import Positive
 from deltamerge.recipe.values import Items
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What a recipe may ask of a kind of output, and how its tensors are planned.
+
+    form         the file of `outputs` that makes it
+    standalone   it loads without its base: it may have another vocabulary and quantised weights, and be made in parts
+    reusable     other documents may use it as a model
+    patches      it stores changes of `base_model`
+    adapts       PEFT loads it over `base_model`
+    accumulates  it stores the sum of an average, in float32, that a later run adds to
+    """
+
+    form: str
+    standalone: bool = False
+    reusable: bool = False
+    patches: bool = False
+    adapts: bool = False
+    accumulates: bool = False
+
+
+KINDS: Mapping[str, OutputRules] = MappingProxyType(
+    {
+        "model": OutputRules("checkpoint", standalone=True, reusable=True),
+        "delta": OutputRules("delta", patches=True),
+        "peft": OutputRules("shira", adapts=True),
+        "sum": OutputRules("running_sum", reusable=True, accumulates=True),
+    }
+)
 
 
 def _block(value: tuple[int, ...]) -> tuple[int, ...]:

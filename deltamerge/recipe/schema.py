@@ -14,7 +14,7 @@ from deltamerge.methods.registry import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS, M
 from deltamerge.recipe import open_schema
 from deltamerge.recipe.moe_keys import Expert as Expert
 from deltamerge.recipe.moe_keys import GateMode
-from deltamerge.recipe.output_keys import Quantization, Quantized
+from deltamerge.recipe.output_keys import KINDS, OutputRules, Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
@@ -233,14 +233,24 @@ class Output(Keys):
         return Quantization.model_validate({"scheme": wanted})
 
     @property
+    def rules(self) -> OutputRules:
+        """What a recipe may ask of this kind of output."""
+        return KINDS[self.kind]
+
+    @property
+    def form(self) -> str:
+        """The file of `outputs` that makes it: of its kind, or of what the keys ask for."""
+        return "lora" if self.lora else "gguf" if self.gguf is not None else self.rules.form
+
+    @property
     def lora(self) -> bool:
         """Whether a LoRA is asked for, whose factors are made from the deltas."""
-        return self.kind == "peft" and not (self.rank is self.energy is self.budget is None)
+        return self.rules.adapts and not (self.rank is self.energy is self.budget is None)
 
     @property
     def adds(self) -> bool:
         """Whether a delta artifact is asked for that holds values to add."""
-        return self.kind == "delta" and (self.semantics == "add" or self.values is not None)
+        return self.rules.patches and (self.semantics == "add" or self.values is not None)
 
 
 class Recipe(Keys):

@@ -18,7 +18,7 @@ ANEW = "an average of these is made anew from all its models: kind: model"
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """A running sum is one of whole models by weights that no later one changes, in float32."""
-    if recipe.output.kind != "sum":
+    if not recipe.output.rules.accumulates:
         return
     kind = ("output", "kind")
     method = known_method(recipe)

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.outputs.output import output_of
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
@@ -67,15 +68,13 @@ def check_recipe(
     said = (left_open,) if left_open else ()
     if plan is None:
         return Checked(str(path), documents=len(file.documents), notes=said)
-    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
-    nbytes = plan.nbytes if delta is None else delta["estimated_bytes"]
     return Checked(
         str(path),
         None,
         len(file.documents),
         len(plan.outputs),
-        nbytes,
-        delta is not None,
+        output_of(plan).expected_bytes(plan),
+        plan.recipe.output.rules.patches,
         plan.warnings,
         (*said, *plan.notes),
     )

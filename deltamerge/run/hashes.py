@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128
 
 from deltamerge import errors
-from deltamerge.calibrate.rows.hub import commit
-from deltamerge.calibrate.rows.rows import is_of_hub, local_files
-from deltamerge.calibrate.spec import CalibrationInput
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
@@ -30,10 +27,14 @@ from deltamerge.formats.quantised.scaled import Streamed
 from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
+from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.graph import depth_first
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.version import __version__
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.spec import CalibrationInput
 
 WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
 
@@ -179,7 +180,7 @@ def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
-    for task in plan.tasks if plan.recipe.output.kind == "model" else ():
+    for task in plan.tasks if output_of(plan).hashes_as_read else ():
         if task.root.kind != "read":
             infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
             for info in (one for info in infos if (one := hashed_as_read(info, task.backend)) is not None):
@@ -220,6 +221,9 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
+    from deltamerge.calibrate.rows.hub import commit
+    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+
     data = source.calibration.data
     root = source.folder / data
     found = describe_files(
@@ -246,11 +250,17 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
         for path in files:
             found[f"{model.reference}: {input_name(model, path)}"] = _identity(path)
     for source in plan.sources:
-        data = source.calibration.data
-        found |= {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
-        if is_of_hub(data, source.folder):
-            found[f"{DATA}: {data}"] = commit(data)
+        found |= _data_facts(source)
     return found
+
+
+def _data_facts(source: CalibrationInput) -> dict[str, Any]:
+    from deltamerge.calibrate.rows.hub import commit
+    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+
+    data = source.calibration.data
+    found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
+    return found | ({f"{DATA}: {data}": commit(data)} if is_of_hub(data, source.folder) else {})
 
 
 def _identity(path: Path) -> list[int | str] | str:

@@ -15,7 +15,8 @@ from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.outputs.assets import assets, config
+from deltamerge.outputs.assets import config
+from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.documents import references
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
@@ -75,8 +76,7 @@ def guard_of(
                   if (file.folder / os.path.expanduser(part)).exists() else part
                   for model in sorted(models) for part in model.split("+")]  # fmt: skip
         maker = Maker(file.made_for, models=models, place=place_named(json.dumps(places).encode("utf-8", "replace")))
-    is_delta = recipe.output.kind == "delta"
-    return Guard.of(target, maker, partial(replacing, target, delta=is_delta, adding=adding))
+    return Guard.of(target, maker, partial(replacing, target, delta=recipe.output.rules.patches, adding=adding))
 
 
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
@@ -119,7 +119,7 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        for name, content in assets(planned).items():
+        for name, content in output_of(planned).files(planned).items():
             hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
             if lock["outputs"].get(name, {}).get("hash") != hashed:
                 return False

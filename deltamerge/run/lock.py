@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.calibrated import locked
 from deltamerge.calibrate.merge import router_spec
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
@@ -25,18 +24,15 @@ from deltamerge.files.maker import MADE_BY, Maker, has_weights
 from deltamerge.files.own_files import refuse_others, replace_own
 from deltamerge.files.seals import hash_bytes, hash_output
 from deltamerge.files.tree import is_inside, leads_out
-from deltamerge.formats.quantised.writer import Losses, relative_error
 from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
-from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
 from deltamerge.tensors.graph import Node
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:
-    from deltamerge.outputs.budget import ChosenDensities
-    from deltamerge.outputs.lora_file import LowRankSummary
+    from deltamerge.run.calibration_record import Run
 
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
@@ -65,15 +61,15 @@ class Lock:
         plan: Plan,
         inputs: Mapping[str, Any],
         found: Mapping[Node, Any],
-        choice: ChosenDensities | None = None,
-        losses: Losses | None = None,
-        lora: LowRankSummary | None = None,
+        written: Mapping[str, Any] | None = None,
         study: Mapping[str, Any] | None = None,
         maker: Maker | None = None,
     ) -> Lock:
-        """The lock, not yet written, of what a run read, chose and lost: the q's of stages, a mixture's routers, the
-        densities of a budget, the errors of quantised weights, what a LoRA keeps; `study` is the search that found the
-        recipe, `maker` the command whose output it is of."""
+        """Return the lock, not yet written, of what a run read and chose: the q's of stages, a mixture's routers.
+
+        `written` is what the output says of its weights, `study` the search that found the recipe, `maker` the command
+        whose output it is of.
+        """
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -98,10 +94,8 @@ class Lock:
             **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
             **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
-            **({"densities": choice.densities} if choice is not None else {}),
-            **({"quantization": errors_of(losses)} if losses else {}),
+            **(written or {}),
             **({"study": study} if study else {}),
-            **({"lora": lora.describe()} if lora is not None else {}),
         }
         return cls(path, content, rows or None)
 
@@ -151,6 +145,8 @@ class Lock:
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
             found[plan.mixture.routers] = router_spec.locked(self.content, plan.mixture.spec, values, str(self.path))
+        if plan.stages:
+            from deltamerge.calibrate.calibrated import locked
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):
@@ -173,6 +169,8 @@ class Lock:
     @property
     def figures(self) -> Run:
         """How q was chosen, for reports and pictures. InputError: it does not say it as a run does."""
+        from deltamerge.run.calibration_record import Run, choices
+
         seed = self.content.get("seed")
         return Run(
             deltamerge=str(self.content.get("deltamerge", "unknown")),
@@ -248,17 +246,6 @@ def _is_rows(path: Path) -> bool:
                    for name, info in read_header(path).tensors.items())  # fmt: skip
     except InputError:
         return False
-
-
-def errors_of(losses: Losses) -> dict[str, Any]:
-    """‖x − stored‖ / ‖x‖ of all quantised weights together and of each, where x is the merge in float32; four digits,
-    which do not depend on the machine."""
-    tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
-    return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
 from deltamerge.plan.planner import Plan, PlanOptions
-from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
+
+if TYPE_CHECKING:
+    from deltamerge.run.calibration_record import Run
 
 MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
@@ -22,10 +25,10 @@ DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
 Watch = Callable[[Plan], Callable[[int], None]]
 """Is given the plan before the first byte; what it returns is told the bytes done."""
 
-Draw = Callable[[Plan, Path, Run], dict[str, str]]
+Draw: TypeAlias = "Callable[[Plan, Path, Run], dict[str, str]]"
 """Writes pictures of the finished weights in a folder, whose q's were chosen so; their names and captions."""
 
-Drawing = Callable[[Plan, bool], Draw]
+Drawing: TypeAlias = Callable[[Plan, bool], Draw]
 """What draws the pictures of a plan; with True calibration rows may be read. InputError: it cannot draw them."""
 
 

@@ -64,10 +64,10 @@ def check_recipe(file: RecipeFile, option: str) -> None:
         raise InputError(
             f"{file.path}: has several documents, {option} takes one", hint="give each document its own file"
         )
-    kind = file.output.recipe.output.kind
-    if kind != "model":
+    output = file.output.recipe.output
+    if not output.rules.standalone:
         hint = f"run without {option}; or with output.kind model, then deltamerge extract of what that makes"
-        raise InputError(f"{file.path}: output.kind is {kind}, {option} writes models only", hint=hint)
+        raise InputError(f"{file.path}: output.kind is {output.kind}, {option} writes models only", hint=hint)
 
 
 def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:

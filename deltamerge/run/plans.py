@@ -9,6 +9,7 @@ from pathlib import Path
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run.intermediate import folder_of, result
@@ -73,10 +74,7 @@ class Planner:
             return self.models.open(reference, folder, weights=whole, pickles=pickles, sums=True)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
-        if document.recipe.output.gguf is not None:
-            from deltamerge.outputs.gguf import check
-
-            check(planned)
+        output_of(planned).check(planned)
         return planned
 
 

@@ -12,11 +12,8 @@ from typing import Any, TypeVar
 from deltamerge import errors
 from deltamerge.files.pieces import Pieces
 from deltamerge.models.blobs import check_blobs
-from deltamerge.models.chain.fold import covers
-from deltamerge.models.delta_over_base import check
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
-from deltamerge.run.layers_built import check_layers_built
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
 from deltamerge.tensors.graph import depth_first
@@ -56,7 +53,10 @@ class Reading:
 
 def _check(paths: list[Path], planned: Plan) -> None:
     check_blobs(paths, planned.workers)
-    check_layers_built(planned)
+    if planned.stacks:
+        from deltamerge.run.layers_built import check_layers_built
+
+        check_layers_built(planned)
 
 
 def check_deltas(planned: Plan) -> None:
@@ -65,6 +65,9 @@ def check_deltas(planned: Plan) -> None:
     deltas = planned.inputs.deltas
     if not deltas:
         return
+    from deltamerge.models.chain.fold import covers
+    from deltamerge.models.delta_over_base import check
+
     made = [(c.base, c.reference) for c in planned.inputs.checkpoints if c.base is not None]
     with Reader() as reader:
         for base, reference in made:

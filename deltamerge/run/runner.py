@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
@@ -17,14 +17,10 @@ from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
 from deltamerge.files.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.delta.writer import Summary
-from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.safetensors_writer import write_index
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.outputs.assets import asset_files, assets, left_out, write_files
-from deltamerge.outputs.budget import budget_of
-from deltamerge.outputs.lora_file import LowRankSummary
-from deltamerge.outputs.peft import write_adapter
+from deltamerge.outputs.assets import asset_files, write_files
+from deltamerge.outputs.output import Weights, output_of
 from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
@@ -37,7 +33,11 @@ from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
-from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
+from deltamerge.run.weights import calibrated, check_finite, make_weights
+
+if TYPE_CHECKING:
+    from deltamerge.formats.delta.writer import Summary
+    from deltamerge.outputs.lora_file import LowRankSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,26 @@ class Result:
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
     lora: LowRankSummary | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights, as the kind of output counts them."""
+        return self.delta.nbytes if self.delta else output_of(self.plan).nbytes(self.plan, self.lock.get("outputs", {}))
+
+    @property
+    def name(self) -> str:
+        """What was made, in a few words."""
+        return output_of(self.plan).name(self.plan)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        """The lines that load it and check it; a part of a run, which has no lock, has none."""
+        return output_of(self.plan).next_steps(self.plan, self.folder) if self.lock else ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes that are shown when it is finished."""
+        return output_of(self.plan).remarks(self.plan)
 
     @property
     def nbytes(self) -> int:
@@ -163,11 +183,10 @@ def _make(
         made = _checked(made, work, document.text, facts, reading, options)
         inputs = reading.describe()
         if part:
-            losses = {"losses": made.losses} if made.losses else {}
-            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
+            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **made.account.record()}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
         planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.lock, options.ending)
-    return Result(target, planned, lock, made.delta, made.nonfinite, lora=made.lora)
+    return Result(target, planned, lock, made.account.delta, made.nonfinite, lora=made.account.lora)
 
 
 def _checked(
@@ -213,8 +232,8 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
             options.lock.check_inputs(inputs)
         found = calibrated(planned, work, options.lock, facts, alone=False, known={})
         write_index(work.folder, planned.layout)
-        losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
-        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)
+        account = output_of(planned).join(parts)
+        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, account=account)
         planned, lock = _complete(made, work, text, target.name, inputs, draw, options.lock)
     return Result(target, planned, lock)
 
@@ -229,40 +248,31 @@ def _complete(
     given: Lock | None,
     ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
-    folder, planned, outputs = work.folder, made.plan, made.hashed
-    if planned.recipe.output.kind != "delta":
-        for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
-            if name not in outputs and name not in planned.layout.indexes and not (made.lora and name == CONFIG):
-                path.unlink()
+    """Write all that is no weight and give the folder its name; return the plan, with its notes, and the lock."""
+    folder, planned, output = work.folder, made.plan, output_of(made.plan)
+    for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
+        if not output.belongs(planned, made, name):
+            path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
-    files = assets(planned)
-    if made.lora is not None:
-        notes = made.lora.notes
-    elif planned.recipe.output.kind == "peft":
-        notes, outputs = write_adapter(planned, folder), {}
-    else:
-        notes = tuple(left_out(planned, files))
+    files = output.files(planned)
+    made, notes = output.finish(planned, folder, made, files)
     planned = replace(planned, notes=planned.notes + notes)
     write_files(files, folder)
     if ending is not None:
         ending(folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    if planned.recipe.output.gguf is not None:
-        from deltamerge.outputs.gguf import write_gguf
-
-        planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
+    planned = replace(planned, notes=planned.notes + output.add(planned, folder))
     found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")
     maker = work.guard.maker
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study, maker)
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.account.describe(), study, maker)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
+    card = render(planned, text, title, found, made.account, pictures, study)
     (folder / CARD).write_text(card, encoding="utf-8")
-    others = {name: path for name, path in files_of(folder).items() if name not in outputs}
+    others = {name: path for name, path in files_of(folder).items() if name not in made.hashed}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}
-    outputs = outputs | hashes.describe_files(others.values(), planned.workers, root=folder)
+    outputs = made.hashed | hashes.describe_files(others.values(), planned.workers, root=folder)
     said = lock.write(outputs)
     work.publish(outputs, seals, planned.workers)
     return planned, said
@@ -310,7 +320,7 @@ def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
         raise InputError(f"{file.path}: has several documents", hint="`deltamerge run` locks each as it makes it")
     planner = Planner(file, target_of(file, None), options or Options())
     (planned,) = planner.plans()
-    if budget_of(planned) is not None:
+    if output_of(planned).budget(planned) is not None:
         raise InputError(
             f"{file.path}: a budget's densities are chosen as the artifact is written, and q for them",
             hint=f"deltamerge run {file.path}",

@@ -1,129 +1,52 @@
-"""The weights of an output, however it is stored: shards of a model, a delta artifact, one that fits a budget."""
+"""The weights of a run: the values before the first tile, then whatever kind of output the recipe asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deltamerge.engine.devices import pinned
-from deltamerge.engine.execute import execute, shared_values
-from deltamerge.engine.tasks import on_gpu
-from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.engine.execute import shared_values
+from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import writing
 from deltamerge.files.pieces import Pieces
-from deltamerge.files.seals import Seal, seal
 from deltamerge.files.work_folder import CALIBRATION, SPOOL
 from deltamerge.files.workspace import Workspace
-from deltamerge.formats.audit import Findings, NonFinite
-from deltamerge.formats.delta.writer import Summary
-from deltamerge.formats.quantised.writer import CodedWriter, Losses
-from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.outputs.budget import ChosenDensities, budget_of
-from deltamerge.outputs.lora_file import LowRankSummary
-from deltamerge.plan.finite import set_aside
-from deltamerge.plan.memory import room
+from deltamerge.formats.audit import NonFinite
+from deltamerge.outputs.output import Job, Weights, output_of
 from deltamerge.plan.planner import Plan
-from deltamerge.run.delta_output import write_delta, write_within_budget
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
 from deltamerge.tensors.graph import Node, function_of
-from deltamerge.tensors.reader import Reader
-
-WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
-    known, what is not finite in them, what an artifact takes, the densities that fit a budget, the seals of the files
-    as they were when they were hashed, what quantisation lost, and what a LoRA keeps."""
-
-    plan: Plan
-    values: Mapping[Node, Any]
-    hashed: dict[str, Any] = field(default_factory=dict)
-    nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
-    delta: Summary | None = None
-    choice: ChosenDensities | None = None
-    seals: Mapping[str, Seal] = field(default_factory=dict)
-    losses: Losses = field(default_factory=dict)
-    lora: LowRankSummary | None = None
 
 
 def make_weights(
     planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
 ) -> Weights:
-    """Write the weights of `planned`, or those of one `part` of its shards, to the work folder; `pieces` are told the
-    hashes of what is read.
+    """Write the weights of `planned`, or the shards of one `part`, to the work folder.
 
-    What an interrupted run finished is kept, but for a budget, which tries sizes. Calibrated q's and the densities of a
-    budget are those of the lock in `options`, if there is one.
+    `pieces` are told the hashes of what is read. What an interrupted run finished is kept, but for a budget, which
+    tries sizes. Calibrated q's and the densities of a budget are those of the lock in `options`, if there is one.
     """
-    if budget_of(planned) is not None:
-        work.empty()
-        planned, values, delta, choice = write_within_budget(planned, work.folder, options)
-        return Weights(planned, values, {}, delta.nonfinite, delta, choice)
-    if planned.recipe.output.lora:
-        return _make_lora(planned, work, options, part, facts)
-    made = _make(planned, work, options, part, facts, pieces)
-    if part is not None:
-        return made
-    again = set_aside(planned, made.nonfinite)
-    if again.tasks != planned.tasks:  # of large tensors what is not finite is seen only in the result
-        work.empty()
-        work.forget()
-        made = _make(again, work, options, part, facts, pieces)
-    return replace(made, plan=again)
+    alone = part is None or part.index == 0
 
+    @contextmanager
+    def values(plan: Plan) -> Iterator[dict[Node, Any]]:
+        with _rows(plan, work) as rows:
+            yield {**rows, **calibrated(plan, work, options.lock, facts, alone=alone, known=rows)}
 
-def _make(
-    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
-) -> Weights:
-    if planned.recipe.output.kind == "delta":
-        work.empty()
-        with _valued(planned, work, options, facts, alone=True) as values, options.merging(planned) as told:
-            values, delta = write_delta(planned, work.folder, told, values, work.journal)
-        return Weights(planned, values, {}, delta.nonfinite, delta)
-    mine, alone = part.of(planned) if part else planned, part is None or part.index == 0
-    with _valued(planned, work, options, facts, alone=alone) as values, options.merging(mine) as told:
-        found, losses = _write_shards(mine, work, told, values, part, pieces)
-    sizes = {file.name: file.size for file in planned.layout.files}
-    hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
-    seals = {name: seal(work.folder / name) for name in hashed}
-    return Weights(planned, values, hashed, found.nonfinite, seals=seals, losses=losses)
-
-
-def _make_lora(
-    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any]
-) -> Weights:
-    from deltamerge.outputs.lora import write_lora
-
-    if part is not None:
-        raise UsageError("--part: a LoRA is one small file", hint="run it without --part")
-    with _valued(planned, work, options, facts, alone=True) as values, options.merging(planned) as told:
-        values, lora = write_lora(planned, work, values, told)
-    seals = {name: seal(work.folder / name) for name in lora.hashed}
-    return Weights(planned, values, lora.hashed, seals=seals, lora=lora)
-
-
-@contextmanager
-def _valued(
-    planned: Plan, work: Workspace, options: Options, facts: Mapping[str, Any], *, alone: bool
-) -> Iterator[dict[Node, Any]]:
-    """What stages before the first tile find: what the method needs of the rows, and what is calibrated with it."""
-    with _rows(planned, work) as rows:
-        yield {**rows, **calibrated(planned, work, options.lock, facts, alone=alone, known=rows)}
+    files = part.files(planned.layout) if part else None
+    return output_of(planned).settle(planned, Job(work, pieces, values, options.merging, options.lock, files))
 
 
 @contextmanager
 def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
-    """What the merge method needs of every model's rows, by its node; files of it lie in the work folder meanwhile."""
+    """Give what the merge method needs of every model's rows, by its node.
+
+    Its files lie in the work folder meanwhile.
+    """
     if (node := planned.rows) is None:
         yield {}
         return
@@ -148,8 +71,10 @@ def calibrated(
     alone: bool,
     known: Mapping[Node, Any],
 ) -> dict[Node, Any]:
-    """The calibrated q's, and a mixture's routers: an interrupted run's own, or part 0's, or the
-    lock's, or, if `alone`, found now and kept."""
+    """Return the calibrated q's, and a mixture's routers.
+
+    They are an interrupted run's own, or part 0's, or the lock's; if `alone`, they are calculated now and kept.
+    """
     if not planned.chosen:
         return {}
     own = work.state / CALIBRATION
@@ -164,15 +89,15 @@ def calibrated(
             hint=f"run `deltamerge {command} RECIPE` once, then every part and --finish with --locked",
         )
     found = shared_values(planned.chosen, known)
-    kept = Lock.of(own, planned, {}, found)
-    kept.write_rows()
-    kept.write()
+    own_lock = Lock.of(own, planned, {}, found)
+    own_lock.write_rows()
+    own_lock.write()
     work.journal.append({"calibrated": True})
     return found
 
 
 def check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bool) -> None:
-    """OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
+    """Raise OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
     if not nonfinite or allow:
         return
     dtypes = {output.name: output.dtype for output in planned.outputs}
@@ -182,47 +107,7 @@ def check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bo
 
 
 def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
-    """Which tensors hold how much that is not finite, in a line."""
+    """Return which tensors hold how much that is not finite, in a line."""
     named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
              for n, c in sorted(nonfinite.items())]  # fmt: skip
     return f"values that are not finite in {some(named, 8)}"
-
-
-def pinned_memory(planned: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
-    """What makes memory that a GPU writes to by itself; None: no tensor is computed on one."""
-    return pinned if any(on_gpu(task, planned.device) for task in planned.tasks) else None
-
-
-def _write_shards(
-    planned: Plan,
-    work: Workspace,
-    progress: Callable[[int], None],
-    known: dict[Node, Any],
-    part: Part | None,
-    pieces: Pieces,
-) -> tuple[Findings, Losses]:
-    files = part.files(planned.layout) if part else None
-    with (
-        Reader(pieces) as reader,
-        Writer(
-            work.folder, planned.layout, files=files, journal=work.journal,
-            room=room(planned.workers, planned.options.memory), hashers=1 + planned.workers // WORKERS_AN_OUTPUT_HASHER,
-            allocate=pinned_memory(planned),
-        ) as writer,
-    ):  # fmt: skip
-        sink = CodedWriter(writer, planned.codings, reader, work.folder)
-        execute(
-            sorted(planned.tasks, key=lambda task: sink.where(task.name, task.offset)),
-            reader,
-            sink,
-            device=planned.device,
-            workers=planned.workers,
-            tile_elements=planned.tile_elements,
-            progress=progress,
-            known=known,
-            done=sink.has,
-        )
-        found = writer.finish(keep=part is not None)
-        parts = {part.name for coding in planned.codings.values() for part in coding.parts}
-        counts = {name: count for name, count in found.nonfinite.items() if name not in parts}
-        return replace(found, nonfinite=counts), sink.losses()

@@ -1,17 +1,101 @@
-"""The modules of the model that an adapter is for: which an adapter can adapt, and how the rest is stored."""
+"""PEFT adapters as outputs: what all have in common, and an adapter whose own A and B are pruned.
+
+The modules of the model that an adapter is for say which weights it can adapt, and how the rest is stored.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamerge.errors import InputError
+from deltamerge.formats.components import Component
+from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.outputs.assets import Files, as_json, edit_tokenizer, tokenizer_files
+from deltamerge.outputs.checkpoint import CheckpointOutput
+from deltamerge.outputs.output import RunOutput, Weights
+from deltamerge.plan.folders import refuse_adapter
+from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.output_kind import Stored
+from deltamerge.plan.planner import Plan
+from deltamerge.plan.written_config import BESIDE
+from deltamerge.recipe.schema import Output
 from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deltamerge.calibrate.model.loading import Shaped
+
+ADAPTER = Component(stem="adapter_model")
+
+
+class AdapterOutput(CheckpointOutput):
+    """A folder that `PeftModel.from_pretrained` loads over the base."""
+
+    hashes_as_read = False
+
+    def refuse(self, inputs: Inputs) -> None:
+        """Raise InputError: PEFT does not load adapters on such a model."""
+        refuse_adapter(inputs.template.name, inputs.template.checkpoint)
+
+    def files(self, plan: Plan) -> Files:
+        """Return the tokenizer's files, and what the base's config would have to say otherwise."""
+        files: Files = dict(tokenizer_files(plan))
+        edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+        if plan.settled.beside:
+            files[BESIDE] = as_json(dict(plan.settled.beside), ascii=True)
+        return files
+
+    def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
+        """Return the bytes of the weight files."""
+        return RunOutput.nbytes(self, plan, written)
+
+    def name(self, plan: Plan) -> str:
+        """Return what was made."""
+        return "an adapter"
+
+    def remarks(self, plan: Plan) -> tuple[str, ...]:
+        """Return all notes: they say what is in the adapter."""
+        return plan.notes
+
+    def load_line(self, plan: Plan, folder: Path) -> str:
+        """Return the line that puts it on its base."""
+        return f'PeftModel.from_pretrained(base, "{folder}")'
+
+    def front_matter(self, plan: Plan) -> dict[str, object]:
+        """Return the base that it is for, and what loads it."""
+        base = plan.inputs.base
+        if base is None:
+            return super().front_matter(plan)
+        models = [name for name in [base.checkpoint.hub_id] if name]
+        return {"base_model": models, "base_model_relation": "adapter", "library_name": "peft"}
+
+
+class PrunedAdapterOutput(AdapterOutput):
+    """The adapter that is the recipe's only model, with its own weights pruned; its config stays."""
+
+    def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
+        """Return the one file of an adapter."""
+        return plan_layout(tensors, None, (ADAPTER,))
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield that nothing is factored."""
+        yield "written as a LoRA adapter: the deltas are the adapter's own A and B"
+
+    def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
+        """Copy the adapter's config."""
+        assert plan.pruned_adapter is not None
+        shutil.copyfile(plan.pruned_adapter.path / CONFIG, folder / CONFIG)
+        return weights, ()
+
+
+OUTPUT = PrunedAdapterOutput()
 
 
 class ChangedTensor(NamedTuple):
