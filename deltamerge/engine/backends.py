@@ -12,10 +12,10 @@ from deltamerge.engine import kernels
 from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.fused.stream import assemble, covers
-from deltamerge.engine.traits import traits_of
 from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first, function_of
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.traits import traits_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import operations
-from deltamerge.engine.traits import traits
 from deltamerge.tensors.dtypes import torch_dtype
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import Kept, Patched
@@ -15,6 +14,7 @@ from deltamerge.tensors.tiles import block_rows as block_rows
 from deltamerge.tensors.tiles import densify as densify
 from deltamerge.tensors.tiles import halved as halved
 from deltamerge.tensors.tiles import row_length_of as row_length_of
+from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly

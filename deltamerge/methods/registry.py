@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from deltamerge.engine.traits import traits
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.parameters import KEPT, Q, parameters_of
 from deltamerge.methods.parameters import Param as Param
+from deltamerge.tensors.traits import traits
 
 GROUP = "deltamerge.methods"
 
@@ -49,7 +49,7 @@ MERGE_ORDER = (
 PRUNE_ORDER = (
     "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers",
 )  # fmt: skip
-DECLARES = re.compile(r"^(@merge_method|@delta_method|@prune_method|declare)\(", re.MULTILINE)
+DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = (Merge|Prune)Method)\(", re.MULTILINE)
 
 # A function at the top of its module, or its name "module:name", which is imported when it runs.
 Function: TypeAlias = str | Callable[..., Any]
@@ -106,7 +106,7 @@ class Masking:
     """A tensor's delta that a pruning method is to mask: what its `nodes` is given.
 
     method      the method
-    make        makes a node: (function, inputs, *, kind, shape, **parameters), as `engine.graph.Graph.node`
+    make        makes a node: (function, inputs, *, kind, shape, **parameters), as `tensors.graph.Graph.node`
     delta       the node of Δ = fine-tune − base: flat float32 tiles, 0 in protected columns
     pair        the nodes of the fine-tune and the base in their stored dtypes, to compute only what is kept
     density     fraction kept of the entries that are not protected, in (0, 1)
@@ -193,15 +193,6 @@ class PruneMethod:
 Method = TypeVar("Method", MergeMethod, PruneMethod)
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
-# By kind and name: the methods whose files have been imported.
-_declared: dict[tuple[type[Any], str], Any] = {}
-
-
-def declare(method: Method) -> Method:
-    """Enter a method of this package."""
-    _declared[type(method), method.name] = method
-    return method
-
 
 def merge_method(
     summary: str,
@@ -213,10 +204,10 @@ def merge_method(
     needs: Callable[..., tuple[int, float]] | None = None,
     **fields: Any,
 ) -> Callable[[AnyFunction], AnyFunction]:
-    """Enter a merge method under the name of its function, with the parameters of its signature.
+    """Declare a merge method under the name of its function, with the parameters of its signature.
 
     formula        the function that computes the method, where it is another method's: the signature says parameters
-    loop, patches, needs   the function's traits (`engine.traits`)
+    loop, patches, needs   the function's traits (`tensors.traits`)
     fields         of `MergeMethod`
     """
 
@@ -224,7 +215,7 @@ def merge_method(
         if formula is None:
             traits(loop=loop, patches=patches, needs=needs)(function)
         name, parameters = function.__name__, parameters_of(function)
-        declare(MergeMethod(name, formula or function, summary, paper, parameters, **fields))
+        vars(function)["method"] = MergeMethod(name, formula or function, summary, paper, parameters, **fields)
         return function
 
     return enter
@@ -244,9 +235,9 @@ def prune_method(
     vectors: bool = False,
     **fields: Any,
 ) -> Callable[[AnyFunction], AnyFunction]:
-    """Enter a pruning method under the name of its function, with density, q and the parameters of its signature.
+    """Declare a pruning method under the name of its function, with density, q and the parameters of its signature.
 
-    loop, sparse, sorts, vectors   the function's traits (`engine.traits`)
+    loop, sparse, sorts, vectors   the function's traits (`tensors.traits`)
     fields                         of `PruneMethod`
 
     A function of a `masking` makes the node of what is kept itself: it is called `f(masking, **parameters)`.
@@ -254,16 +245,26 @@ def prune_method(
 
     def enter(function: AnyFunction) -> AnyFunction:
         own = parameters_of(function)
-        known = {"density": KEPT, "q": Q, **own}
         if "masking" in function.__code__.co_varnames[: function.__code__.co_argcount]:
-            made = {"nodes": lambda masking: function(masking, **{name: masking.parameters[name] for name in own})}
-            declare(PruneMethod(function.__name__, function, summary, paper, known, **{**made, **fields}))
+            fields["nodes"] = partial(_with_parameters, function, tuple(own))
         else:
             traits(loop=loop, sparse=sparse, sorts=sorts, vectors=vectors)(function)
-            declare(PruneMethod(function.__name__, function, summary, paper, known, **fields))
+        known = {"density": KEPT, "q": Q, **own}
+        vars(function)["method"] = PruneMethod(function.__name__, function, summary, paper, known, **fields)
         return function
 
     return enter
+
+
+def _with_parameters(function: Callable[..., Any], names: tuple[str, ...], masking: Masking) -> Any:
+    """Make a node by a function of a masking and of parameters."""
+    return function(masking, **{name: masking.parameters[name] for name in names})
+
+
+def _entry(found: Any) -> MergeMethod | PruneMethod | None:
+    """Return what stands for a method: the entry itself, or a function that declares one; None: neither."""
+    found = getattr(found, "method", found)
+    return found if isinstance(found, MergeMethod | PruneMethod) else None
 
 
 class Methods(Mapping[str, Method], Generic[Method]):
@@ -272,6 +273,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
     def __init__(self, package: str, kind: type[Method], order: tuple[str, ...]) -> None:
         self.package, self.order = package, order
         self.kind: type[Method] = kind
+        self.found: dict[str, Method | None] = {}
         self.folder = Path(__file__).parent / package.rpartition(".")[2]
 
     def __getitem__(self, name: str) -> Method:
@@ -302,11 +304,12 @@ class Methods(Mapping[str, Method], Generic[Method]):
 
     def _own(self, name: str) -> Method | None:
         """Return the method of the file of that name, if there is one."""
-        key = self.kind, name
-        if key not in _declared and name.isidentifier() and name.islower() and (self.folder / f"{name}.py").is_file():
-            importlib.import_module(f"{self.package}.{name}")
-        found: Method | None = _declared.get(key)
-        return found
+        if name not in self.found:
+            there = name.isidentifier() and name.islower() and (self.folder / f"{name}.py").is_file()
+            module = importlib.import_module(f"{self.package}.{name}") if there else None
+            found = _entry(vars(module).get(name)) if module is not None else None
+            self.found[name] = found if isinstance(found, self.kind) else None
+        return self.found[name]
 
 
 @cache
@@ -322,9 +325,10 @@ def _third_party() -> tuple[MergeMethod | PruneMethod, ...]:
 
 
 def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
-    """Methods that other packages register: an entry point of `group` names one, or an iterable of them.
+    """Yield the methods of other packages: an entry point of `group` names one, or an iterable of them.
 
-    Raises DeltamergeError naming the package whose entry point cannot be loaded or is something else.
+    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. DeltamergeError,
+    naming the package: its entry point cannot be loaded, or is something else.
     """
     for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
         package = point.dist.name if point.dist is not None else "?"
@@ -334,8 +338,9 @@ def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
             raise DeltamergeError(
                 f"entry point {point.value} of {package}: {error}", hint="update or remove it"
             ) from error
-        for method in (found,) if isinstance(found, MergeMethod | PruneMethod) else found:
-            if not isinstance(method, MergeMethod | PruneMethod):
+        for one in (found,) if _entry(found) is not None else found:
+            method = _entry(one)
+            if method is None:
                 raise DeltamergeError(f"entry point {point.value} of {package} is no MergeMethod or PruneMethod")
             yield method
 

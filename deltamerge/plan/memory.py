@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltamerge.engine.execute import own_tile
-from deltamerge.engine.traits import traits_of
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.formats.quantised.writer import LARGE
@@ -17,6 +16,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import REDUCTIONS, Node, peak_tiles, schedule
 from deltamerge.tensors.names import layer_index
 from deltamerge.tensors.tiles import block_elements
+from deltamerge.tensors.traits import traits_of
 
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Any, Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal
 
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.traits import Function as Function
+from deltamerge.tensors.traits import function_of as function_of
+from deltamerge.tensors.traits import name_of as name_of
 
 Kind = Literal["read", "map", "sum", "concat", "whole", "small"]
 TILED = frozenset({"read", "map"})  # their values are tiles
 REDUCTIONS = frozenset({"sum", "concat", "whole"})
 READ = "read"  # the function of such nodes, which the backends read themselves
-
-# A function at the top of its module, or its name "module:name".
-Function: TypeAlias = str | Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +30,7 @@ class Node:
                  `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
 
-    `engine.traits` has what a function declares besides: of `whole` functions what they need, of reductions when they
+    `tensors.traits` has what a function declares besides: of `whole` functions what they need, of reductions when they
     are needless.
 
     Nodes are interned by `Graph`, so identity is equality. A node's inputs exist before it, so graphs have no cycles.
@@ -86,29 +85,6 @@ class Graph:
     def read(self, tensor: TensorInfo) -> Node:
         """The node that reads a stored tensor."""
         return self.node(READ, kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor)
-
-
-def name_of(function: Function) -> str:
-    """ "module:name" of a function, by which a node knows it; names stay as they are.
-
-    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
-    """
-    if isinstance(function, str):
-        return function
-    if not function.__qualname__.isidentifier():
-        raise ValueError(f"{function.__module__}: {function.__qualname__} is no function at the top of its module")
-    return f"{function.__module__}:{function.__qualname__}"
-
-
-def function_of(function: Function) -> Callable[..., Any]:
-    """The function that a name "module:name" stands for; functions are themselves."""
-    return _imported(function) if isinstance(function, str) else function
-
-
-@cache
-def _imported(function: str) -> Callable[..., Any]:
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
 
 
 def depth_first(root: Node) -> list[Node]:

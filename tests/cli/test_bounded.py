@@ -88,7 +88,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from deltamerge.cli import main
-from deltamerge.io import patterns
+from deltamerge.tensors import patterns
 patterns.SECONDS = 0.2
 for name in sys.stdin.read().split("\\n"):
     for command in sys.argv[1:]:

@@ -386,7 +386,7 @@ def test_every_half_widens_like_torch(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("asked", ["off", "baseline", "nonsense"])
 def test_the_switch(asked: str) -> None:
     """What an environment variable asks for, or a line."""
-    code = "from deltamerge.io import kernels; print(kernels.described())"
+    code = "from deltamerge.engine import kernels; print(kernels.described())"
     environment = {**os.environ, kernels.SWITCH: asked}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if asked == "nonsense":

@@ -1,4 +1,4 @@
-"""docs/add-a-method.md, done as it says: a package with a merge method and two pruning methods, installed and run."""
+"""docs/add-a-method.md, done as it says: a package with merge and pruning methods, installed and run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
+from deltamerge.engine import kernels
 from deltamerge.methods.prune import bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ SHAPES = {"a.weight": (40, 24), "b.weight": (3, 70_001), "c.bias": (24,), "d": (
 
 
 SPIKES = "prune: {method: spikes, density: 0.5, floor: 0.2, spread: 1.5}"
-DECLARED = 'nodes=nodes, needs_activations=True, factors=("floor", "spread")'
+DECLARED = 'random=True, needs_activations=True, factors=("floor", "spread"))'
 
 
 def block(language: str, number: int = 0) -> str:
@@ -55,8 +56,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def deltamerge(folder: Path, *arguments: str, site: str = "site") -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / site), str(ROOT)])}
+def deltamerge(folder: Path, *arguments: str, site: str = "site", **more: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(folder / site), str(ROOT)])}
     command = [sys.executable, "-W", "error", "-m", "deltamerge", *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
@@ -85,7 +86,7 @@ def test_the_recipe_is_checked_and_its_faults_found(folder):
 @pytest.mark.slow
 def test_a_pruning_parameter_without_a_default_must_be_given(folder):
     shutil.copytree(folder / "site", folder / "strict", dirs_exist_ok=True)
-    (folder / "strict" / "limits.py").write_text(block("python").replace('stay", 0.05,', 'stay",'))
+    (folder / "strict" / "limits.py").write_text(block("python").replace("cut: Cut = 0.05", "cut: Cut"))
     (folder / "bad.yaml").write_text(block("yaml").replace(", cut: 0.03", ""))
     done = deltamerge(folder, "check", "bad.yaml", site="strict")
     assert (done.returncode, done.stderr.splitlines()[0]) == (1, "bad.yaml:6:12: models[0].prune: spare needs cut")
@@ -153,10 +154,7 @@ def test_a_pruning_method_of_several_passes_is_the_formula_in_float64(folder):
 
 def test_what_a_pruning_method_declares_is_asked_for(folder):
     shutil.copytree(folder / "site", folder / "declared", dirs_exist_ok=True)
-    entry = block("python", 1).replace(
-        "nodes=nodes", 'nodes=nodes, needs_activations=True, factors=("floor", "spread")'
-    )
-    (folder / "declared" / "spikes.py").write_text(entry)
+    (folder / "declared" / "spikes.py").write_text(block("python", 1).replace("random=True)", DECLARED))
     text = block("yaml").replace("prune: {method: spare, density: 0.5, cut: 0.03}", SPIKES)
     (folder / "bad.yaml").write_text(text)
     done = deltamerge(folder, "check", "bad.yaml", site="declared")
@@ -175,7 +173,7 @@ def nodes(masking):
     return above(masking.make, masking.delta, masking.cut)
 
 
-METHODS = PruneMethod(
+spikes = PruneMethod(
     "tallest", "deltamerge.methods.prune.select:keep_largest", "the largest of all tensors",
     parameters={"density": Param("fraction kept", low=0, high=1)},
     groups=("model",), nodes="spikes:nodes",
@@ -194,3 +192,83 @@ def test_functions_may_be_named_and_a_threshold_of_the_model_is_given_to_who_ask
         assert done.returncode == 0, done.stderr
     ours, theirs = (load_tensors(folder / f"out-{name}") for name in ("tallest", "magnitude"))
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+def test_a_method_with_a_loop_runs_in_it_and_gives_the_same_bytes(folder):
+    """One file has both, and either makes the file's bytes."""
+    if not kernels.available():
+        pytest.skip("no compiled kernels here")
+    text = block("yaml").replace("limited", "plain_sum").replace("limit: 0.06, lambda: 1.5", "")
+    (folder / "fast.yaml").write_text(text.replace("    prune: {method: spare, density: 0.5, cut: 0.03}\n", ""))
+    planned = json.loads(deltamerge(folder, "plan", "fast.yaml", "--json").stdout)
+    assert {tensor["backend"] for tensor in planned["tensors"]} == {"fused"}
+    made = {}
+    for name, switch in (("on", {}), ("off", {kernels.SWITCH: kernels.OFF})):
+        done = deltamerge(folder, "run", "fast.yaml", "--out", f"out-{name}", "--quiet", **switch)
+        assert done.returncode == 0, done.stderr
+        made[name] = load_tensors(folder / f"out-{name}")
+    base, math, code = (load_tensors(folder / name) for name in ("base", "math", "code"))
+    for name in SHAPES:
+        assert torch.equal(made["on"][name], made["off"][name])
+        b, m, c = (tensors[name].double() for tensors in (base, math, code))
+        torch.testing.assert_close(made["on"][name].double(), b + 0.7 * (m - b) + 0.4 * (c - b), rtol=0, atol=1e-6)
+
+
+OLD = """
+from deltamerge.methods.registry import MergeMethod, Param, PruneMethod
+
+
+def limited(base, *deltas, tile, weights, limit, lambda_):
+    import torch
+
+    from deltamerge.methods.ops import densify
+
+    total = torch.zeros(tile.size, dtype=torch.float32, device=base.device)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total = total + densify(delta, tile.size).clamp(-limit, limit) * weight
+    return base.to(torch.float32) + total * lambda_
+
+
+def spare(delta, *, tile, key, density, cut):
+    from deltamerge.methods.ops import densify
+    from deltamerge.methods.prune.bits import keep_torch
+
+    delta = densify(delta, tile.size)
+    kept = keep_torch(key, tile.start, tile.stop, density, delta.device) | (delta.abs() >= cut)
+    return delta.where(kept, delta.new_zeros(()))
+
+
+METHODS = (
+    MergeMethod(
+        "limited", limited, "task arithmetic of deltas clipped to ± limit",
+        parameters={
+            "weight": Param("factor of the model's delta", per_model=True, alone=1.0),
+            "limit": Param("largest abs(Δ) that stays", low=0),
+            "lambda": Param("factor of the merged delta", 1.0),
+        },
+        needs_base=True, deltas=True, adds=True,
+    ),
+    PruneMethod(
+        "spare", spare, "keep entries of abs(Δ) ≥ cut, others with probability density",
+        parameters={
+            "density": Param("fraction kept below the cut", low=0, high=1, low_open=True),
+            "q": Param("kept entries are divided by q", low=0, high=1, low_open=True),
+            "cut": Param("abs(Δ) from which entries always stay", 0.05, low=0),
+        },
+        random=True,
+    ),
+)
+"""
+
+
+def test_packages_of_the_old_form_merge_as_before(folder):
+    """Entries made by hand, several at one entry point."""
+    shutil.copytree(folder / "site", folder / "old", dirs_exist_ok=True)
+    (folder / "old" / "limits.py").write_text(OLD)
+    (points,) = (folder / "old").glob("*/entry_points.txt")
+    points.write_text("[deltamerge.methods]\nlimits = limits:METHODS\n")
+    for site in ("site", "old"):
+        done = deltamerge(folder, "run", "recipe.yaml", "--out", f"out-of-{site}", "--quiet", site=site)
+        assert (done.returncode, done.stderr) == (0, "")
+    old, new = (load_tensors(folder / f"out-of-{site}") for site in ("old", "site"))
+    assert all(torch.equal(old[name], new[name]) for name in SHAPES)

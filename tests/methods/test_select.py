@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from deltamerge.tensors.traits import traits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.engine.traits import traits_of
 from deltamerge.methods.prune import select
 from deltamerge.tensors.graph import REDUCTIONS, Graph, depth_first, function_of
 from deltamerge.tensors.tiles import Tile, block_elements

@@ -296,7 +296,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(server: Hub, model: Path, tm
 
 def test_a_process_obeys_the_hubs_environment(server: Hub, model: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from deltamerge.io import hub\n"
+        "import sys; from pathlib import Path; from deltamerge.models import hub\n"
         "c = hub.open_model('org/model', Path('.'), weights=sys.argv[1] == 'weights')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "print(c.revision, len(c.tensors))"
@@ -319,7 +319,7 @@ def test_a_process_obeys_the_hubs_environment(server: Hub, model: Path, tmp_path
 def test_local_references_need_no_hub_client(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "x", seed=0)
     script = (
-        "import sys; from pathlib import Path; from deltamerge.io import hub\n"
+        "import sys; from pathlib import Path; from deltamerge.models import hub\n"
         "hub.open_model('x', Path('.'), weights=True)\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )

@@ -18,7 +18,6 @@ from pydantic import Field
 from deltamerge.apps.inspect.activations import Figures
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
-from deltamerge.engine.traits import traits
 from deltamerge.files import progress
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.merge.matrices import Form
@@ -29,6 +28,7 @@ from deltamerge.tensors.graph import Graph, Node, depth_first
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tiles import Tile, Whole, densify
+from deltamerge.tensors.traits import traits
 
 Floats = NDArray[np.float64]
 DIRECTIONS = 16  # of a layer that are compared; a quarter of its smaller side where that is less

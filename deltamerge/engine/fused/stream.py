@@ -9,10 +9,10 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
 from deltamerge.engine.fused.operations import store
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.traits import Traits, is_sparse, traits_of
 from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tiles import RUN, SPARSE_BLOCK
+from deltamerge.tensors.traits import Traits, is_sparse, traits_of
 
 STORED = codes.DTYPES.keys()
 

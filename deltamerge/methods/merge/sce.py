@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.traits import traits
 from deltamerge.methods.merge.sums import weighted_sum
 from deltamerge.methods.prune import select
 from deltamerge.methods.prune.rescale import norm
@@ -17,6 +16,7 @@ from deltamerge.methods.registry import Param, delta_method
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import densify
+from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import weighted
-from deltamerge.engine.traits import traits
 from deltamerge.errors import InputError
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import LONGEST_ROW, Kept, alike, densify, halved, row_length
+from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.engine.traits import traits
 from deltamerge.methods.prune.select import magnitude_bits
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import block_elements
+from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from deltamerge.methods.registry import PruneMethod, declare
+from deltamerge.methods.registry import PruneMethod
 
-declare(PruneMethod("none", None, "keep the whole delta"))
+none = PruneMethod("none", None, "keep the whole delta")

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.traits import first_is_dense, first_is_sparse, traits
 from deltamerge.methods.ops import at
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import Kept
+from deltamerge.tensors.traits import first_is_dense, first_is_sparse, traits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

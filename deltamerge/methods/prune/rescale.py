@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import spread
-from deltamerge.engine.traits import first_is_sparse, traits
 from deltamerge.methods.ops import over
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import Kept, block_rows, densify, halved
+from deltamerge.tensors.traits import first_is_sparse, traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly

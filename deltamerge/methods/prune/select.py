@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.operations import spread
-from deltamerge.engine.traits import traits
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import LONGEST_ROW, Kept, alike, block_elements, densify, row_length
+from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
