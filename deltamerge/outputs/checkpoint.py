@@ -20,6 +20,7 @@ from deltamerge.formats.components import PIPELINE
 from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.outputs.output import Account, Job, RunOutput, Weights
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Output
@@ -35,9 +36,10 @@ class CheckpointOutput(RunOutput):
 
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
-    ) -> int:
-        """Return the bytes on their way to the files, and of what is being computed."""
-        return min(sum(tensor.nbytes for tensor in tensors), room(workers, cap) + (workers + 1) * 2 * SLAB)
+    ) -> Memory:
+        """Return the memory of bytes on their way to the files, and of what is being computed."""
+        most = room(workers, cap) + (workers + 1) * 2 * SLAB
+        return Memory({"output": min(sum(tensor.nbytes for tensor in tensors), most)})
 
     def write(self, plan: Plan, job: Job) -> Weights:
         """Write the shards, or some of them; see `RunOutput.write`."""

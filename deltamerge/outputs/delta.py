@@ -25,6 +25,7 @@ from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, Job, RunOutput, Weights
 from deltamerge.plan.finite import set_aside
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
 from deltamerge.recipe.schema import Output
@@ -39,10 +40,10 @@ class DeltaOutput(RunOutput):
 
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
-    ) -> int:
-        """Return the bytes of positions, and of values to be coded, of the tensors that are open."""
+    ) -> Memory:
+        """Return the memory of positions, and of values to be coded, of the tensors that are open."""
         largest = sorted((t.elements * (0.125 + 4 * t.pieces[0].built.changed) for t in tensors), reverse=True)
-        return math.ceil(sum(largest[: workers + 1]))
+        return Memory({"output": math.ceil(sum(largest[: workers + 1]))})
 
     def describe(self, plan: Plan) -> dict[str, Any]:
         """Return how values are stored, and about how many bytes they take, for `plan --json`."""

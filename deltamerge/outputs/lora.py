@@ -51,6 +51,7 @@ from deltamerge.outputs.lora_file import (
     stored_dtype,
 )
 from deltamerge.outputs.output import Account, Job, Weights
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Output
@@ -74,14 +75,14 @@ class LoraOutput(AdapterOutput):
 
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
-    ) -> int:
-        """Return the bytes of deltas that are being collected, of factoring them, and of files."""
+    ) -> Memory:
+        """Return the memory of deltas that are being collected, of factoring them, and of files."""
         shapes = [sides(tensor.shape) for tensor in tensors if is_matrix(tensor)]
         sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
         rank = wanted.rank or UNKNOWN
         scratch = max((scratch_bytes(m, n, rank, moments=weighed) for m, n in shapes), default=0)
         files = super().memory(wanted, tensors, workers, cap, weighed=weighed)
-        return files + TORCH + sum(sizes[: workers + 1]) + workers * scratch
+        return files + Memory({"factors": TORCH + sum(sizes[: workers + 1]) + workers * scratch})
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
         """Yield how large it is, and by what ranks are chosen."""

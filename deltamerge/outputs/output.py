@@ -21,6 +21,7 @@ from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.outputs.assets import Files, assets, left_out
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.output_kind import Stored, output_kind
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
@@ -133,8 +134,8 @@ class RunOutput:
 
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
-    ) -> int:
-        """Return the bytes that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
+    ) -> Memory:
+        """Return the memory that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
         raise NotImplementedError
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:

@@ -42,9 +42,10 @@ class Spares:
         found = [tensor for model in self.models if (tensor := model.get(name)) is not None]
         if any(map(is_buffer, found)):
             return True
+        if not found or len(found) == len(self.models):
+            return False
         place = block_of(name)
-        lacking = [model for model in self.models if model.get(name) is None]
-        return place is not None and bool(found) and bool(lacking) and place in self._spare
+        return place is not None and place in self._spare
 
     @cached_property
     def _spare(self) -> frozenset[tuple[str, int]]:

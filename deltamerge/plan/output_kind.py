@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltamerge.formats.layout import Layout
 from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.recipe.schema import Output
 
@@ -34,8 +35,8 @@ class OutputKind(Protocol):
 
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
-    ) -> int:
-        """Return the bytes that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
+    ) -> Memory:
+        """Return the memory that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
         """Yield what a plan says of how the output is made."""

@@ -154,6 +154,9 @@ class Outputs:
             self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows
 
+    def mixture(self, rows: list[Row]) -> None:
+        """Return nothing: a merge has no experts."""
+
     def _stored(self, row: Row) -> Iterator[Row]:
         """A row, or the rows of what stores it and is copied."""
         coding = row.coding

@@ -1,19 +1,17 @@
-"""Makes a plan from a recipe and headers: every output tensor, where its bytes go, passes and peak memory."""
+"""The plan of a recipe, made from headers: every output tensor, the place of its bytes, passes and peak memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.merge import inputs as merge_inputs
 from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.calibrate.spec import CalibrationInput, Share, Spec
-from deltamerge.calibrate.spec import memory as stage_memory
+from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
@@ -23,14 +21,23 @@ from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.coding import Coding
 from deltamerge.formats.quantised.packing import kept_bytes
 from deltamerge.formats.running_sum import RunningSum
-from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
+from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of, stage_bytes
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
+from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.folders import remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.memory import Cost, check_size, cost, held_coded, tile_and_peak
-from deltamerge.plan.output_kind import output_kind
+from deltamerge.plan.memory import (
+    Cost,
+    Memory,
+    check_size,
+    cost,
+    held_coded,
+    largest,
+    tiles,
+)
+from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -97,7 +104,7 @@ class Plan:
     layout: Layout
     notes: tuple[str, ...]
     tile_elements: int
-    peak_bytes: int
+    memory: Memory
     costs: Mapping[Node, Cost]
     stages: tuple[Node, ...] = ()
     sources: tuple[CalibrationInput, ...] = ()
@@ -126,6 +133,11 @@ class Plan:
     def workers(self) -> int:
         """Threads that compute them."""
         return self.options.workers
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the bytes of anonymous memory at the peak."""
+        return self.memory.total
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -186,7 +198,6 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
-        kind = output_kind(self.recipe.output, own_weights=self.pruned_adapter is not None)
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -196,13 +207,14 @@ class Plan:
             "workers": self.workers,
             "tile_elements": self.tile_elements,
             "peak_bytes": self.peak_bytes,
+            "memory": self.memory.describe(),
             "read_bytes": self.read_bytes,
             "operations": round(self.operations),
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
-            **kind.describe(self),
+            **output_kind(self.recipe.output, own_weights=self.pruned_adapter is not None).describe(self),
             **({"config": self.settled.describe()} if self.settled.keys else {}),
             **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
@@ -238,7 +250,7 @@ def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | No
 
 
 def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
-    """The plan of the same models with `densities` for the tensors that a budget is for; nothing is opened again."""
+    """Return the plan of the same models with `densities` for the tensors that a budget is for; nothing is reopened."""
     made = _plan(planned.recipe, planned.inputs, planned.folder, planned.options, densities)
     return replace(made, warnings=planned.warnings)
 
@@ -246,86 +258,31 @@ def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
 def _plan(
     recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
 ) -> Plan:
-    """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
+    """Return the plan of opened models.
+
+    `densities` are those of the tensors that a budget is for; without them each is planned with the same.
+    """
     output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
     kind = output_kind(recipe.output, own_weights=own is not None)
     inputs = own or inputs
     vocabulary = _vocabulary(recipe, inputs)
-    device, workers, memory = options.device, options.workers, options.memory
-    if recipe.transplant is not None and vocabulary is not None:
-        edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
-    found: Outputs | MixtureOutputs
-    if recipe.is_moe:
-        from deltamerge.plan.moe import MixtureOutputs
-
-        found = MixtureOutputs(recipe, inputs, device, folder, memory)
-    else:
-        found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
-    rows = found.rows()
-    if found.problems:
-        differ = any("missing in" in problem or "shapes differ" in problem for problem in found.problems)
-        if differ and (others := strangers(inputs.all)) is not None:
-            raise InputError(others, hint=f"{len(found.problems)} tensors differ, such as {found.problems[0]}")
-        first, *also = found.problems[:SHOWN_PROBLEMS]
-        more = len(found.problems) - SHOWN_PROBLEMS
-        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
-    found.settled.check()
-    metas = [stored for row in rows for stored in row.stored]
+    decided = _decided(recipe, inputs, folder, options, densities, vocabulary)
+    rows = _rows(decided, inputs)
     weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
-    layout = kind.layout(metas, recipe.output, inputs, weights)
+    layout = kind.layout([part for row in rows for part in row.stored], recipe.output, inputs, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    weighed = bool(found.builder.deltas.stages.inputs)
-    held = kind.memory(recipe.output, outputs, workers, memory, weighed=weighed)
-    held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
-    roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
-    costs = {root: cost(root) for root in roots}
-    held += held_coded(outputs, workers) + (vocabulary.held(workers) if vocabulary is not None else 0)
-    tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
-    builder, stages = found.builder, found.builder.deltas.stages
+    costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
+    builder, stages = decided.builder, decided.builder.deltas.stages
+    held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
+    tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     sources = sources_of(stages, inputs)
     if options.data and densities is None:  # once: `fit` has the same sources
         check_data(sources, inputs)
-    if sources:  # stages run one after another, before the first tile
-        resident = [node.parameter("spec").memory for node in stages.calibrations]
-        resident += [one.memory + stage_memory(Share(one.source)) for one in stages.inputs.values()]
-        if stages.rows is not None:
-            resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
-        resident += [stage_memory(Share(source)) for source in sources.values()]
-        peak = max(peak, CALIBRATING_BYTES + max(resident))
-    mixture = None if isinstance(found, Outputs) else found.mixture(rows)
-    if mixture is not None:  # before the first tile, too
-        peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)
-    peak += vocabulary.memory if vocabulary is not None else 0
-    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
-    models = [(model.name, model.checkpoint) for model in inputs.all]
-    tokenizers = _tokenizers(recipe, inputs, found, rows, vocabulary) if own is None else Differences()
-    notes = [
-        *(line for series in recipe.series for line in series.describe()),
-        *found.notes,
-        *remarks(inputs.template.name, inputs.template.checkpoint, models),
-        *tokenizers.notes,
-        *found.settled.notes,
-        *(
-            f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
-            for name, deltas in cuts.items()
-        ),
-    ]
-    if device == AUTO:
-        notes.append(_where(outputs, calibrates=bool(sources)))
-    notes += [line] if (line := on_one_gpu(stages, device)) else []
-    specs = [node.parameter("spec") for node in stages.calibrations]
-    notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
-    notes += kind.notes(recipe.output, weighed=weighed)
-    kept = builder.kept(found.merges) if isinstance(found, Outputs) and recipe.method.deltas else {}
-    cut_bytes = 2 * sum(
-        math.prod(read.shape) * ITEMSIZE[read.dtype]
-        for deltas in cuts.values()
-        for _, delta in deltas
-        for read in delta.inputs
-    )
-    if stages.totals is not None:
-        cut_bytes += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
+    mixture = decided.mixture(rows)
+    read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
+    tokenizers = Differences() if own is not None else _tokenizers(recipe, inputs, decided, rows, vocabulary)
+    kept = builder.kept(decided.merges) if recipe.method.deltas else {}
     return Plan(
         recipe=recipe,
         inputs=inputs,
@@ -333,9 +290,9 @@ def _plan(
         options=options,
         outputs=outputs,
         layout=layout,
-        notes=tuple(notes),
+        notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers)),
         tile_elements=tile,
-        peak_bytes=peak,
+        memory=largest(merging, *_before(stages, sources, mixture)) + read,
         costs=costs,
         stages=stages.calibrations,
         sources=tuple(sources.values()),
@@ -343,8 +300,8 @@ def _plan(
         weighing=next(iter(stages.weighing.values()), None),
         measured=tuple(stages.inputs.values()),
         rows=stages.rows,
-        cut_bytes=cut_bytes,
-        config=found.config,
+        cut_bytes=_read_before(stages),
+        config=decided.config,
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
@@ -352,17 +309,118 @@ def _plan(
             *(checks.warnings(recipe) if recipe.mergekit else ()),
             *swapped(inputs),
             *tokenizers.warnings,
-            *found.settled.warnings,
-            *adapter_warnings(found.settled, inputs),
+            *decided.settled.warnings,
+            *adapter_warnings(decided.settled, inputs),
             *advice.warnings(recipe, kept, factors=own is not None),
         ),
-        settled=found.settled,
-        stacks=tuple(found.stacks),
+        settled=decided.settled,
+        stacks=tuple(decided.stacks),
         mixture=mixture,
-        running_sum=made_of(recipe, inputs, found.averaged)
-        if recipe.output.rules.accumulates and isinstance(found, Outputs)
+        running_sum=made_of(recipe, inputs, decided.averaged)
+        if recipe.output.rules.accumulates and mixture is None
         else None,
     )
+
+
+def _decided(
+    recipe: Recipe,
+    inputs: Inputs,
+    folder: Path,
+    options: PlanOptions,
+    densities: Mapping[str, float] | None,
+    vocabulary: Vocabulary | None,
+) -> Outputs | MixtureOutputs:
+    """Return what decides about each tensor of the output. InputError: the config cannot follow a transplant."""
+    if recipe.transplant is not None and vocabulary is not None:
+        edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
+    if recipe.is_moe:
+        from deltamerge.plan.moe import MixtureOutputs
+
+        return MixtureOutputs(recipe, inputs, options.device, folder, options.memory)
+    return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
+
+
+def _rows(decided: Outputs | MixtureOutputs, inputs: Inputs) -> list[Row]:
+    """Return the output's tensors in order. InputError: the first problems, or that the models are strangers."""
+    rows, problems = decided.rows(), decided.problems
+    if problems:
+        differ = any("missing in" in problem or "shapes differ" in problem for problem in problems)
+        if differ and (others := strangers(inputs.all)) is not None:
+            raise InputError(others, hint=f"{len(problems)} tensors differ, such as {problems[0]}")
+        first, *also = problems[:SHOWN_PROBLEMS]
+        more = len(problems) - SHOWN_PROBLEMS
+        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=decided.hint or None)
+    decided.settled.check()
+    return rows
+
+
+def _held(
+    kind: OutputKind,
+    recipe: Recipe,
+    inputs: Inputs,
+    outputs: tuple[OutputTensor, ...],
+    options: PlanOptions,
+    stages: Stages,
+    vocabulary: Vocabulary | None,
+) -> Memory:
+    """Return the memory that is held beside the tiles while tensors are merged."""
+    workers = options.workers
+    return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
+        {
+            "quantised_inputs": kept_bytes(info for model in inputs.all for info in model.tensors.values()),
+            "quantised_outputs": held_coded(outputs, workers),
+            "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
+        }
+    )
+
+
+def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None) -> Iterator[Memory]:
+    """Yield the memory of each stage before the first tile; they run one after another."""
+    process = Memory({"process": CALIBRATING_BYTES})
+    for size in stage_bytes(stages, sources):
+        yield process + Memory({"calibration": size})
+    if mixture is not None:
+        yield process + Memory({"routers": mixture.spec.memory})
+
+
+def _read_before(stages: Stages) -> int:
+    """Return the bytes that are read for thresholds and totals of whole models, before the first tile."""
+    deltas = (delta for node in stages.cuts.values() for _, delta in node.parameter("deltas"))
+    read: int = 2 * sum(math.prod(one.shape) * ITEMSIZE[one.dtype] for delta in deltas for one in delta.inputs)
+    if stages.totals is not None:
+        read += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
+    return read
+
+
+def _notes(
+    kind: OutputKind,
+    recipe: Recipe,
+    inputs: Inputs,
+    options: PlanOptions,
+    decided: Outputs | MixtureOutputs,
+    outputs: Sequence[OutputTensor],
+    tokenizers: Differences,
+) -> Iterator[str]:
+    """Yield a line for each thing that is copied, left out, or not as one may expect."""
+    stages, template = decided.builder.deltas.stages, inputs.template
+    for series in recipe.series:
+        yield from series.describe()
+    yield from decided.notes
+    yield from remarks(template.name, template.checkpoint, [(model.name, model.checkpoint) for model in inputs.all])
+    yield from tokenizers.notes
+    yield from decided.settled.notes
+    for index, node in stages.cuts.items():
+        tensors = f"{len(node.parameter('deltas'))} tensors of {recipe.names[index]}"
+        yield f"group: model: one threshold over {tensors}, found in two or three passes before"
+    if options.device == AUTO:
+        yield _where(outputs, calibrates=bool(sources_of(stages, inputs)))
+    if line := on_one_gpu(stages, options.device):
+        yield line
+    for node in stages.calibrations:
+        spec = node.parameter("spec")
+        if words := in_words(spec.not_calibrated):
+            yield f"calibration of {spec.name}: {words}"
+    yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
@@ -372,10 +430,14 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 
 
 def _tokenizers(
-    recipe: Recipe, inputs: Inputs, found: Outputs | MixtureOutputs, rows: Sequence[Row], vocabulary: Vocabulary | None
+    recipe: Recipe,
+    inputs: Inputs,
+    decided: Outputs | MixtureOutputs,
+    rows: Sequence[Row],
+    vocabulary: Vocabulary | None,
 ) -> Differences:
-    """What differs of the models' tokenizers; a mixture has the rows of its base alone."""
-    meeting = rows_merged(found, rows) if isinstance(found, Outputs) else {inputs.template.name}
+    """Return what differs of the models' tokenizers; a mixture has the rows of its base alone."""
+    meeting = rows_merged(decided, rows) if isinstance(decided, Outputs) else {inputs.template.name}
     return compare_tokenizers(recipe, inputs, meeting, by_token=vocabulary is not None)
 
 

@@ -172,9 +172,11 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
     """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
+    if info.made is None:
+        return info
     if backend == "fused" and isinstance(info.made, Streamed):
         return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
-    return info if info.made is None else None
+    return None
 
 
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -46,7 +46,10 @@ class Node:
 
     def parameter(self, name: str) -> Any:
         """The parameter of that name."""
-        return dict(self.parameters)[name]
+        for key, value in self.parameters:
+            if key == name:
+                return value
+        raise KeyError(name)
 
 
 @dataclass
@@ -75,8 +78,8 @@ class Graph:
         others     keyword arguments of the function
         """
         inputs, function = tuple(inputs), name_of(function)
-        plain = tuple(sorted(parameters.items()))
-        key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
+        plain = tuple(sorted(parameters.items())) if parameters else ()
+        key = (function, inputs, plain, shape, dtype, kind)  # inputs count by identity
         found = self.nodes.get(key)
         if found is None:
             found = self.nodes[key] = Node(function, inputs, plain, shape, dtype, kind)
@@ -90,19 +93,20 @@ class Graph:
 def depth_first(root: Node) -> list[Node]:
     """Every node that `root` needs, inputs first, in the order that keeps the fewest values alive."""
     order: list[Node] = []
-    seen: set[int] = set()
-    stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(root.inputs))]
-    seen.add(id(root))
+    seen: set[Node] = set()
+    stack: list[Node | None] = [root]
     while stack:
-        node, inputs = stack[-1]
-        for source in inputs:
-            if id(source) not in seen:
-                seen.add(id(source))
-                stack.append((source, iter(source.inputs)))
-                break
-        else:
-            order.append(node)
-            stack.pop()
+        node = stack.pop()
+        if node is None:  # all inputs of the node below it are in order
+            done = stack.pop()
+            assert done is not None
+            order.append(done)
+        elif node not in seen:
+            seen.add(node)
+            if node.inputs:
+                stack += (node, None, *node.inputs[::-1])
+            else:
+                order.append(node)
     return order
 
 
@@ -125,11 +129,11 @@ class Schedule:
 def schedule(root: Node) -> Schedule:
     """Split the nodes under `root` into the fewest passes over its tiles; linear in their number."""
     order = depth_first(root)
-    place = {id(node): i for i, node in enumerate(order)}
-    passes, small, frees = _arrange(tuple((n.kind, tuple(place[id(s)] for s in n.inputs)) for n in order))
+    place = {node: i for i, node in enumerate(order)}
+    passes, small, frees = _arrange(tuple([(n.kind, tuple([place[s] for s in n.inputs])) for n in order]))
 
     def named(places: Iterable[int]) -> tuple[Node, ...]:
-        return tuple(order[i] for i in places)
+        return tuple([order[i] for i in places])
 
     return Schedule(
         root,

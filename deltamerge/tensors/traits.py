@@ -23,6 +23,7 @@ Node: TypeAlias = Any  # `graph.Node`, which knows functions by these names
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
+@cache
 def name_of(function: Function) -> str:
     """Return "module:name" of a function, by which a node knows it; names stay as they are.
 

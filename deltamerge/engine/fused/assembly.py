@@ -35,6 +35,8 @@ class StoredSource:
 
     @classmethod
     def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
+        if info.made is None:
+            return cls(info, reader.stored(info))
         coded = info.made if isinstance(info.made, Streamed) and info.made.is_plain and not info.begin else None
         return cls(info, reader.stored(info if coded is None else coded.codes), coded)
 
