@@ -16,7 +16,7 @@ def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
     with the nearest name: no method has that name.
     """
     if name is not None and name not in MERGE and name not in PRUNE:
-        from deltamerge.recipe.messages import suggest
+        from deltamerge.recipe.problems import suggest
 
         raise UsageError(f"unknown method {name!r}", hint=suggest(name, {*MERGE, *PRUNE}))
     return {

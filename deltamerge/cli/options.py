@@ -90,7 +90,7 @@ WORKERS = click.option(
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    from deltamerge.recipe.types import parse_size
+    from deltamerge.recipe.values import parse_size
 
     try:
         return None if text is None else parse_size(text)
@@ -176,7 +176,7 @@ NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and i
 
 
 def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
-    from deltamerge.recipe.overrides import parse_setting
+    from deltamerge.recipe.edits import parse_setting
 
     try:
         return list(map(parse_setting, texts))

@@ -98,7 +98,7 @@ class Problem:
     text: str | None = field(default=None, repr=False, compare=False)
 
     def render(self, path: str) -> str:
-        """The problem as text: file, line, column, key path and message, with its hint below."""
+        """Return the problem as text: file, line, column, key path and message, with its hint below."""
         place = path if self.line is None else f"{path}:{self.line}:{self.column}"
         said = ": ".join(text.shown(part, 400) for part in (place, self.location, self.message) if part)
         return said if self.hint is None else f"{said}\nhint: {text.shown(self.hint, 400)}"
@@ -120,8 +120,7 @@ class RecipeError(DeltamergeError):
         return "\n".join([*(problem.render(self.path) for problem in self.problems[:MOST]), *map(text.shown, more)])
 
     def of(self, caller: str, within: str = "") -> RecipeError:
-        """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
-        `within`."""
+        """Return this error for a recipe that `caller` generated: without lines, and with keys relative to `within`."""
         problems = [
             replace(
                 problem, line=None, column=None, text=None, location=problem.location.removeprefix(within).lstrip(".")

@@ -90,7 +90,7 @@ def heard(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str, total: float, unit: str = BYTES, *, bound: bool = False) -> Iterator[Phase]:
-    """A phase that lasts as long as the block, for which this thread works; see `Phase`."""
+    """Yield a phase that lasts as long as the block, for which this thread works; see `Phase`."""
     one = Phase(name, total, unit, bound)
     listener = _listeners[-1] if _listeners else None
     if listener is not None:
@@ -114,6 +114,6 @@ def joined(one: Phase) -> Iterator[None]:
 
 
 def here(unit: str = BYTES) -> Phase:
-    """The phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
+    """Return the phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
     one = _here.phases[-1] if _here.phases else None
     return one if one is not None and one.unit == unit else Phase("", 0, unit)

@@ -24,7 +24,7 @@ from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.output_kind import Stored
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.written_config import BESIDE
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from deltamerge.outputs.output import Account, Job, RunOutput, Weights
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.reader import Reader
 
 WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first

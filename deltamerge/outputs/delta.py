@@ -28,7 +28,7 @@ from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader

@@ -27,7 +27,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.markdown import plain
 from deltamerge.files.descriptors import flat, writing
 from deltamerge.files.seals import seal
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.spool import Spool
 from deltamerge.formats.layout import plan_layout
@@ -54,7 +54,7 @@ from deltamerge.outputs.output import Account, Job, Weights
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.computed import flat_rows, floats
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node

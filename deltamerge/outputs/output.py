@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge.files.pieces import Pieces
 from deltamerge.files.seals import Seal
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.outputs.assets import Files, assets, left_out
@@ -25,7 +25,7 @@ from deltamerge.plan.memory import Memory
 from deltamerge.plan.output_kind import Stored, output_kind
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.graph import Node
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
 from deltamerge.outputs.output import Weights
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 

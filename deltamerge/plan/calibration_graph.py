@@ -27,8 +27,8 @@ from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spe
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.plan.transplant_rows import Transplanted
-from deltamerge.recipe.effective_prune import Pruning
-from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.schema import CalibratedQ
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.rows import Gathered

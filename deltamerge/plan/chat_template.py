@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from deltamerge.errors import InputError
 from deltamerge.models.tokenizer_files import read_chat_template
 from deltamerge.plan.inputs import Input, Inputs, input_named
-from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
+from deltamerge.recipe.output_keys import BUILT_IN, is_literal
 from deltamerge.recipe.schema import Recipe
 
 

@@ -21,9 +21,8 @@ from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
-from deltamerge.recipe.effective_prune import Pruning
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.computed import update_of
 from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds

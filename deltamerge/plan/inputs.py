@@ -21,8 +21,7 @@ from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_n
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.parts import Section, written
-from deltamerge.recipe.schema import Recipe, model_name
+from deltamerge.recipe.schema import Recipe, Section, model_name, written
 from deltamerge.tensors.experts import Joined, Turned
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo

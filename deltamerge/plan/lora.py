@@ -18,9 +18,8 @@ from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.merged_tensor import Tuned
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.prune import Pruning, effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.computed import LowRank, Zeros
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.tensor import TensorInfo

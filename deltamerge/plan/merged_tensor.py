@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltamerge.plan.inputs import Input
-from deltamerge.recipe.parts import Section
+from deltamerge.recipe.schema import Section
 from deltamerge.tensors.tensor import TensorInfo
 
 

@@ -26,8 +26,7 @@ from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.written_config import settle
-from deltamerge.recipe.moe_keys import DRAWN, Expert
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.schema import DRAWN, Expert, Recipe
 from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
 from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.names import TOKEN_EMBEDDING

@@ -13,7 +13,7 @@ from deltamerge.formats.layout import Layout
 from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 
 if TYPE_CHECKING:
     from deltamerge.plan.planner import Plan

@@ -28,9 +28,8 @@ from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.plan.running_sum import counts
 from deltamerge.plan.transplant_rows import Transplanted
-from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.prune_keys import MERGED
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.computed import LowRank, update_of
 from deltamerge.tensors.dtypes import ITEMSIZE

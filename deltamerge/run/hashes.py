@@ -17,15 +17,15 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
-from deltamerge.files.maker import DATA as DATA
-from deltamerge.files.pieces import Known, Pieces, hash_whole, inside, learn, size_of
+from deltamerge.files.ownership import DATA as DATA
+from deltamerge.files.pieces import Digests, Pieces, hash_whole, inside, learn, size_of
 from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
 from deltamerge.formats.quantised.scaled import Streamed
-from deltamerge.models.blobs import sha256_of
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
@@ -54,7 +54,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
     return f"xxh3-64k:{hash_whole(found)}"
 
 
-def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Known:
+def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
     """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
     try:
         known = pieces.of(path)

@@ -20,8 +20,7 @@ from deltamerge.files.lock_file import LOCK_NAME as LOCK_NAME
 from deltamerge.files.lock_file import ROWS as ROWS
 from deltamerge.files.lock_file import read_lock as read_lock
 from deltamerge.files.lock_file import unlisted
-from deltamerge.files.maker import MADE_BY, Maker, has_weights
-from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own
 from deltamerge.files.seals import hash_bytes, hash_output
 from deltamerge.files.tree import is_inside, leads_out
 from deltamerge.formats.safetensors import read_header

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.files.pieces import Pieces
-from deltamerge.models.blobs import check_blobs
+from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock

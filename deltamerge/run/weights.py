@@ -11,8 +11,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import writing
 from deltamerge.files.pieces import Pieces
-from deltamerge.files.work_folder import CALIBRATION, SPOOL
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.outputs.output import Job, Weights, output_of
 from deltamerge.plan.planner import Plan

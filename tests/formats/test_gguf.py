@@ -26,7 +26,7 @@ from deltamerge.formats.gguf import blocks
 from deltamerge.formats.gguf.blocks import tensor_of
 from deltamerge.formats.gguf.header import read_gguf_header
 from deltamerge.formats.gguf.names import ARCHITECTURES
-from deltamerge.models import hub_answers
+from deltamerge.models import hub_client
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.hub import open_model
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type, widen
@@ -229,8 +229,8 @@ def test_a_model_in_parts(tmp_path):
 def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
     repository = tmp_path / "r"
     repository.mkdir()
-    monkeypatch.setattr(hub_answers, "FIRST_BYTES", 300)
-    monkeypatch.setattr(hub_answers, "PIECE_BYTES", 500)
+    monkeypatch.setattr(hub_client, "FIRST_BYTES", 300)
+    monkeypatch.setattr(hub_client, "PIECE_BYTES", 500)
     write(
         repository / "a.gguf",
         "llama",

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 import deltamerge
 from deltamerge.outputs.output import RunOutput, output_of
 from deltamerge.plan.output_kind import PRUNED_ADAPTER, output_kind
-from deltamerge.recipe.output_keys import KINDS
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import KINDS, Output
 from deltamerge.run.lock import read_lock
 
 PACKAGE = Path(deltamerge.__file__).parent
-WHERE_KINDS_ARE_TOLD_APART = ("outputs/", "recipe/output_keys.py", "recipe/schema.py")
+WHERE_KINDS_ARE_TOLD_APART = ("outputs/", "recipe/output_keys.py")
 ASKED: dict[str, dict[str, object]] = {
     "checkpoint": {},
     "delta": {"kind": "delta"},

@@ -25,7 +25,7 @@ from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.tokenizer_files import read_chat_template, read_tokens
 from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
 from deltamerge.recipe import load
-from deltamerge.recipe.chat_templates import BUILT_IN
+from deltamerge.recipe.output_keys import BUILT_IN
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.rows import Gathered, gather
 

@@ -11,7 +11,7 @@ from calls import call
 from conftest import tiny_llama
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.recipe.overrides import overridden, parse_setting
+from deltamerge.recipe.edits import overridden, parse_setting
 
 TEXT = """\
 # a merge
@@ -63,6 +63,31 @@ def replaced(data: Any, loc: tuple[Any, ...], value: Any) -> Any:
     if isinstance(data, list):
         return [replaced(item, tuple(rest), value) if i == head else item for i, item in enumerate(data)]
     return {**(data or {}), head: replaced((data or {}).get(head), tuple(rest), value)}
+
+
+ROUGH = """\
+base_model:   ./b
+models:
+- {model: ./a,  parameters: {weight: [{filter: mlp, value: [0.5, 1]}, {value: 0.5}]}}   # by filter
+- model:    './c'
+parameters: {weight:  1.0}
+config: {name: "é", x: [ ~, TRUE, 1e-3 ]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "old", "new"),
+    [
+        ("seed=3", "", ""),
+        ("parameters.weight=0.5", "weight:  1.0", "weight:  0.5"),
+        ("models.1.model=./d", "'./c'", "./d"),
+    ],
+)
+def test_lines_that_are_not_touched_keep_their_bytes(setting: str, old: str, new: str) -> None:
+    """Spaces, quotes, braces and indents: a round trip by a library of YAML would make all of them its own."""
+    parsed, text = parse_setting(setting)
+    added = "seed: 3\n" if setting == "seed=3" else ""
+    assert overridden(ROUGH, {parsed: text}, "r.yaml") == ROUGH.replace(old, new) + added
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

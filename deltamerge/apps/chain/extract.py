@@ -15,7 +15,7 @@ from deltamerge.methods.registry import PRUNE
 from deltamerge.models.chain.folder import is_chain
 from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.chain.version import NAME
-from deltamerge.recipe.advice import Choice, choose
+from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
@@ -80,7 +80,7 @@ def extract(
         raise error.of("extract") from None
 
 
-def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Choice:
+def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:
     """What is kept at a density: by `method` and `q` where they are given, else what keeps most of a fine-tune.
 
     `rows`: whether there is calibration data, which chooses q. UsageError: q is given twice.
@@ -93,7 +93,7 @@ def pruning(density: float, method: str | None, q: float | None, *, rows: bool) 
         raise UsageError("--q and --calibration both say what q is", hint="keep one of the two")
     prune: dict[str, Any] = {"method": method, "density": density}
     chosen = "output_change" if rows and q is None else q
-    return Choice(prune if chosen is None else prune | {"q": chosen}, "as asked for")
+    return Advice(prune if chosen is None else prune | {"q": chosen}, "as asked for")
 
 
 def name_of(model: str, *, lora: bool) -> str:

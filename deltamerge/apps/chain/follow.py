@@ -38,11 +38,11 @@ def follow(
 
     A version that was yielded when the process died comes again, which `apply_` makes nothing of. Where squash has
     folded the version last yielded, the one that it is folded into comes next, over the base (`after` is None).
-    InputError: a version is damaged or foreign, or two come after the same one.
+    InputError: a version is damaged or foreign, two come after the same one, or the marker file is no text.
     """
     path, opened, known = Path(chain), Opened(), dict[tuple[str, int], Note | None]()
-    if marker is not None and Path(marker).exists():
-        after = Path(marker).read_text(encoding="utf-8").strip() or after
+    if marker is not None:
+        after = _marked(Path(marker)) or after
     waited = time.monotonic()
     while True:
         name = _next(path, known, after, latest=latest)
@@ -57,6 +57,18 @@ def follow(
         if left is not None and left <= 0:
             return
         time.sleep(poll if left is None else min(poll, left))
+
+
+def _marked(marker: Path) -> str:
+    """Return the name in a marker file, "" where there is no file. InputError: it cannot be read, or is no text."""
+    try:
+        return marker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        hint = "name a file that `follow` wrote, or remove it to begin at the first version"
+        raise InputError(f"{why}, so it names no version", hint=hint, where=str(marker)) from None
 
 
 def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str | None:

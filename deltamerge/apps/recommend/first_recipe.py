@@ -15,7 +15,7 @@ from deltamerge.files.atomic import replace_file
 from deltamerge.models.chain.models import open_model
 from deltamerge.models.decode import decoded
 from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.prune import Pruning
 from deltamerge.tensors.dtypes import TORCH_NAMES
 
 if TYPE_CHECKING:

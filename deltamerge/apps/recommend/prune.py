@@ -20,7 +20,7 @@ from deltamerge.apps.inspect.activations import Figures, activations
 from deltamerge.apps.inspect.moments import Moments, together
 from deltamerge.apps.inspect.statistics import Pair
 from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.prune import Pruning
 
 if TYPE_CHECKING:
     from deltamerge.apps.inspect.evidence import MaskLoss, Measured

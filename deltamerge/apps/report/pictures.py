@@ -15,7 +15,7 @@ from deltamerge.apps.report.svg import Panel, picture, short
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
-from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import open_inputs

@@ -17,8 +17,8 @@ from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
-from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.options import Options
 from deltamerge.tensors.graph import Graph, Node

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from deltamerge.errors import GO_ON, DeltamergeError, OutputError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
-from deltamerge.files.descriptors import writing
+from deltamerge.files.descriptors import lock, writing
 from deltamerge.files.lock_file import not_made
 from deltamerge.files.work_folder import look
 
@@ -52,10 +51,8 @@ class StudyFolder:
                     raise OutputError(f"{path}: holds something else", hint="another name with --out")
                 path.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(mark.open("a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputError(f"{path}: another process works in it", hint="wait, or give --out") from None
+                if not lock(file.fileno()):
+                    raise OutputError(f"{path}: another process works in it", hint="wait, or give --out")
                 made_for = mark.read_text("utf-8", "replace").strip()
                 if made_for not in ("", self.name) and not force:
                     raise OutputError(f"{path}: is of {shown(made_for)}", hint="another name with --out")

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.engine.execute import shared_values
-from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.run.hashes import describe_inputs
 from deltamerge.run.lock import Lock, refuse_foreign_lock

@@ -31,7 +31,7 @@ from deltamerge.engine.devices import memory_of
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.methods.prune.bits import mask_key, normals, uniforms
-from deltamerge.recipe.moe_keys import DRAWN
+from deltamerge.recipe.schema import DRAWN
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltamerge.calibrate.spec import BASELINE_BYTES, resident
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.recipe.moe_keys import DRAWN
+from deltamerge.recipe.schema import DRAWN
 from deltamerge.tensors.tensor import TensorInfo
 
 BATCH = 8  # prompts that go through the model together

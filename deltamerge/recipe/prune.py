@@ -1,37 +1,135 @@
-"""Checks of pruning beyond the types of its keys: methods, densities, q, budgets and calibration."""
+"""The pruning of every model: its own keys, the recipe's, and what the merge method implies; and their checks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from deltamerge.errors import Problem
 from deltamerge.methods.parameters import KEPT, Q
-from deltamerge.methods.registry import COMMON_KEYS, PRUNE
-from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.lookup import is_given, known_method, out_of_range, prune_params, prunes
-from deltamerge.recipe.messages import show, suggest
-from deltamerge.recipe.prune_keys import MERGED, CalibratedQ
+from deltamerge.methods.registry import COMMON_KEYS, MERGE, PRUNE, Param, PruneMethod
+from deltamerge.recipe.problems import is_given, known_method, prune_params, prunes, suggest
+from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, Prune, Recipe
+from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc
-
-if TYPE_CHECKING:
-    from deltamerge.methods.registry import Param, PruneMethod
-    from deltamerge.recipe.prune_keys import Prune
-    from deltamerge.recipe.schema import Calibration, Recipe
-
+from deltamerge.tensors.names import TASK_HEAD
 
 OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget"})  # keys of a prune that no range is held to
 
 
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.value_for`).
+
+    method       name in the table of pruning methods, or "none"
+    density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given
+    q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
+    parameters   the method's others
+    include, exclude   patterns of tensor names
+    """
+
+    method: str
+    density: Value | None = None
+    q: Value | CalibratedQ | None = None
+    rescale: str | None = None
+    sampling: str = "uniform"
+    group: str | None = None
+    parameters: Mapping[str, Value | None] = field(default_factory=dict)
+    protect: Protect | None = None
+    budget: int | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = (TASK_HEAD,)
+
+
+def effective_prune(recipe: Recipe, index: int) -> Pruning:
+    """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
+
+    The method defaults to the one that merge_method implies. The density defaults to mergekit's `parameters.density`
+    (the model's, the slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a
+    density matches are kept whole. Pruning that is only implied applies to every tensor, the task head too, as in
+    mergekit.
+    """
+    model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
+    levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
+
+    def first(key: str) -> Any:
+        return next((value for prune in levels if (value := getattr(prune, key)) is not None), None)
+
+    def value(key: str, *fallbacks: Value | None) -> Value | None:
+        return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
+
+    def parameter(key: str) -> Value | None:
+        """Return a parameter that mergekit keeps among the merge's; else the pruning method's default."""
+        default = PRUNE[name].parameters[key].default
+        if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
+            return value(key, default)
+        return value(key, model.parameters.get(key), *(level.get(key) for level in part.levels), default)
+
+    implied = merge.implies_prune if merge is not None else None
+    name = first("method") or implied or "none"
+    apart = merge is not None and merge.base_apart(part.base)
+    if name == "none" or (apart and recipe.is_base(index)):
+        return Pruning("none")
+    own = model.prune
+    method = PRUNE.get(name)
+    if method is not None and method.factors:
+        # a density meant for other models does not contradict a model's own factors of it
+        alone = own is not None and any(getattr(own, key) is not None for key in method.factors)
+        density = own.density if own is not None and alone else value("density")
+    else:
+        density = value("density", *(level.get("density") for level in (model.parameters, *part.levels)))
+        if implied or density is not None:
+            density = chain(density, 1.0)
+    q, rescale = _divisor(part.levels, levels, name)
+    exclude = first("exclude")
+    heads = () if implied and first("method") is None else (TASK_HEAD,)
+    return Pruning(
+        method=name,
+        density=density,
+        q=q,
+        rescale=rescale,
+        sampling=first("sampling") or "uniform",
+        group=first("group") or next(iter(method.groups if method else ()), None),
+        parameters={key: parameter(key) for key in (method.own_parameters if method else ())},
+        protect=first("protect"),
+        budget=first("budget"),
+        include=first("include"),
+        exclude=heads if exclude is None else exclude,
+    )
+
+
+def _divisor(
+    parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
+) -> tuple[Value | CalibratedQ | None, str | None]:
+    """Return q and rescale of the first level that has either; filters of a numeric q fall through to the next.
+
+    mergekit's `parameters.rescale` comes last: false is q = 1, true is mergekit's rescaling where masks are not random.
+    """
+    numbers: list[Value] = []
+    for prune in levels:
+        if not numbers and (prune.rescale or prune.calibrated_q):
+            return prune.calibrated_q, prune.rescale
+        if prune.number_q is not None:
+            numbers.append(prune.number_q)
+    importance = name in PRUNE and not PRUNE[name].random
+    rescaled = next((level["rescale"] for level in parameters if "rescale" in level), not importance)
+    if importance and rescaled and not numbers:
+        return None, "l1"
+    if importance or (not numbers and not rescaled):
+        numbers.append(1.0)
+    return chain(*numbers), None
+
+
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault of the recipe's pruning that the types of the keys cannot express."""
+    """Yield every fault of the recipe's pruning that the types of the keys cannot express."""
     checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data, _own_calibration)
     return (problem for check in checks for problem in check(recipe))
 
 
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
-    """Faults of one `prune` by itself."""
+    """Yield faults of one `prune` by itself."""
     for loc, prune in prunes(recipe):
         if prune.method is not None and prune.method not in PRUNE:
             message = f"unknown pruning method {show(prune.method)}"
@@ -42,7 +140,7 @@ def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
         for name, param in _ranges(prune, method).items():
             value = prune.number_q if name == "q" else getattr(prune, name)
             if value is not None:
-                yield from out_of_range(recipe, (*loc, name), param, value)
+                yield from recipe.out_of_range((*loc, name), param, value)
 
 
 def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
@@ -52,7 +150,7 @@ def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
 
 
 def _pruning(recipe: Recipe) -> Iterator[Problem]:
-    """Faults of each model's effective pruning: keys that are missing or superfluous."""
+    """Yield faults of each model's effective pruning: keys that are missing or superfluous."""
     merge = known_method(recipe)
     if merge is None:
         return
@@ -95,7 +193,7 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _calibrated(recipe: Recipe) -> Iterator[Problem]:
-    """A calibrated q and masks from activations need data, and the search must fit the objective and the scope."""
+    """Check that a calibrated q and masks from activations have data, and that the search fits objective and scope."""
     for loc, prune in prunes(recipe):
         q = prune.calibrated_q
         method = PRUNE.get(prune.method or "")
@@ -116,7 +214,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rows(recipe: Recipe) -> Iterator[Problem]:
-    """A merge method that measures rows of every model has them, and one set of models."""
+    """Check that a merge method that measures rows has those of every model, and one set of models."""
     method = known_method(recipe)
     if method is None or method.rows is None:
         return
@@ -128,7 +226,7 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
-    """A model's own calibration says nothing of the merge, and how answers are compared only where they are."""
+    """Check that a model's own calibration has no keys of the merge, nor keys of answers where none are compared."""
     for i, model in enumerate(recipe.models):
         if model.calibration is None:
             continue
@@ -148,7 +246,7 @@ def _of_answers(recipe: Recipe, loc: Loc, calibration: Calibration) -> Iterator[
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
-    """Whatever is calibrated has data: a model's own, or the recipe's."""
+    """Check that calibration has data: a model's own, or the recipe's."""
     if is_given(recipe, "calibration") and not _has_rows(recipe, ()):
         yield recipe.problem(("calibration",), "needs data")
         return
@@ -158,7 +256,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _has_rows(recipe: Recipe, loc: Loc) -> bool:
-    """Whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    """Return whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
     models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
     return is_given(recipe, "calibration", "data") or (
         bool(models) and all(is_given(recipe, "models", i, "calibration", "data") for i in models)
@@ -166,7 +264,7 @@ def _has_rows(recipe: Recipe, loc: Loc) -> bool:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """A lock stores a model's q's under its name, so a model that two slices or modules calibrate needs two names."""
+    """Check that a model that two slices or modules calibrate has two names: a lock stores its q's under them."""
     known: set[str] = set()
     for i in recipe.fine_tunes:
         name = recipe.names[i]
@@ -178,7 +276,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
-    """`protect` names columns, or counts massive activations, which are measured on calibration data."""
+    """Check that `protect` names columns, or counts massive activations and has calibration data for them."""
     if prune.protect is None:
         return
     given = [key for key in ("massive_activations", "columns") if is_given(recipe, *loc, "protect", key)]
@@ -191,7 +289,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:
-    """A budget is the size of a delta artifact of one fine-tune, and replaces its density."""
+    """Check that a budget is of the delta artifact of one fine-tune, and stands without a density."""
     for loc, prune in prunes(recipe):
         if prune.budget is None:
             continue
@@ -209,7 +307,7 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
-    """`per: merge` calibrates one λ, so all q's must agree in their objective and state nothing else."""
+    """Check that under `per: merge`, which calibrates one λ, all q's have one objective and state nothing else."""
     calibration, method = recipe.calibration, known_method(recipe)
     if calibration is None:
         return
@@ -237,7 +335,7 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
-    """Whether the text has a `prune` there, or a method in it, that was invalid and left out."""
+    """Return whether the text has a `prune` there, or a method in it, that was invalid and left out."""
     return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
 
 
@@ -261,7 +359,7 @@ def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], met
 
 
 def _factors(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
-    """Parameters that multiply to the density: all must be given, and a density be their product."""
+    """Check that parameters that multiply to the density are all given, and that a density is their product."""
     effective = effective_prune(recipe, index)
     method = PRUNE[effective.method]
     product, names = " · ".join(method.factors), " and ".join(method.factors)

@@ -1,24 +1,33 @@
-"""Sets keys of a recipe from outside it, in its text, so that what was run can be read and run again."""
+"""Edits of a recipe's text that leave every other byte as it is: keys set from outside, short forms written in full.
+
+The text is spliced at the places that the parser tells. A round trip through ruamel.yaml would keep comments, and yet
+rewrite lines that nobody touched: `[{a: 1}, {value: 0.5}]` becomes `[{a: 1}, value: 0.5]`, and lists that are indented
+in two ways get one. Recipes are shown and hashed as their authors wrote them.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.short_form import MODELS, text_in_full
-from deltamerge.recipe.yaml_source import Loc, place
+from deltamerge.recipe.yaml_source import Loader, Loc, Position, YamlSource, place
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*")
+MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 
 
 def parse_setting(text: str) -> tuple[Loc, str]:
-    """`models.0.prune.density=0.01` as a place and a YAML value. InputError: it is not KEY=VALUE, or VALUE not YAML."""
+    """Split `models.0.prune.density=0.01` into a place and a YAML value.
+
+    InputError: it is not KEY=VALUE, or VALUE not YAML.
+    """
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -31,7 +40,7 @@ def parse_setting(text: str) -> tuple[Loc, str]:
 
 
 def overridden(text: str, settings: Mapping[Loc, str], path: str) -> str:
-    """The recipe `text` with the YAML value of each place in `settings` set in each of its documents.
+    """Return the recipe `text` with the YAML value of each place in `settings` set in each of its documents.
 
     A key that is missing is added to its mapping: at the end of the recipe, so that no line moves, else at its
     beginning. Comments and all other keys stay. RecipeError: the text is no recipe. InputError: a place is inside a
@@ -68,7 +77,7 @@ def _set(text: str, root: yaml.Node, loc: Loc, value: str) -> str:
 
 
 def _child(node: yaml.Node, part: str | int, above: Loc) -> tuple[int, yaml.Node] | None:
-    """Where the key ends and the value of `part`; None for a key that a mapping lacks."""
+    """Return the end of the key `part`, and its value; None for a key that a mapping lacks."""
     if isinstance(node, yaml.SequenceNode):
         if not isinstance(part, int) or part >= len(node.value):
             raise InputError(f"{place(above)} is a list of {len(node.value)}, and has no {part}")
@@ -123,3 +132,91 @@ def _at(data: Any, loc: Loc) -> Any:
     for part in loc:
         data = data[part] if isinstance(data, list) and isinstance(part, int) else data[str(part)]
     return data
+
+
+def in_full(read: YamlSource) -> YamlSource:
+    """Return a document with every `models` as a list of mappings, and its `tokenizer` as a mapping.
+
+    New values have the place of their short form.
+    """
+    data: dict[str, Any] = dict(read.data)
+    positions = dict(read.positions)
+    for loc, holder in _holders(data):
+        given, at = holder.get(MODELS), (*loc, MODELS)
+        if isinstance(given, str | dict):
+            given = [given]
+            positions |= _moved(read, at, 0)
+        if isinstance(given, list):
+            holder[MODELS] = [{"model": one} if isinstance(one, str) else one for one in given]
+            items = [i for i, one in enumerate(given) if isinstance(one, str) and (*at, i) in positions]
+            positions |= {(*at, i, "model"): positions[*at, i] for i in items}
+    if isinstance(data.get(TOKENIZER), str):
+        data[TOKENIZER] = {SOURCE: data[TOKENIZER]}
+        if (TOKENIZER,) in positions:
+            positions[TOKENIZER, SOURCE] = positions[TOKENIZER,]
+    return replace(read, data=data, positions=positions)
+
+
+def _holders(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
+    """Yield the mappings that have models: the recipe, and copies of its modules."""
+    yield (), data
+    if isinstance(data.get("modules"), dict):
+        data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in data["modules"].items()}
+        yield from ((("modules", name), one) for name, one in data["modules"].items() if isinstance(one, dict))
+
+
+def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
+    """Return the positions at and below a place, as those of an item of a list there."""
+    n = len(at)
+    return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
+
+
+def text_in_full(text: str) -> str:
+    """Return the text of documents with every `models` as `in_full` has it. Lines and comments stay where they are.
+
+    Anchors, aliases and references of several lines stay as they are.
+    """
+    spans = [span for root in yaml.compose_all(text, Loader) for span in _spans(root, text)]
+    for start, end, new in sorted(spans, reverse=True):
+        text = f"{text[:start]}{new}{text[end:]}"
+    return text
+
+
+def _spans(root: yaml.Node, text: str) -> Iterator[tuple[int, int, str]]:
+    """Yield the replacements in a document: start, end, text."""
+    for key, node in _entries(root):
+        if key.value == "modules":
+            for _, module in _entries(node):
+                yield from (
+                    span for at, one in _entries(module) if at.value == MODELS for span in _in_list(at, one, text)
+                )
+        elif key.value == MODELS:
+            yield from _in_list(key, node, text)
+
+
+def _entries(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _in_list(key: yaml.Node, node: yaml.Node, text: str) -> Iterator[tuple[int, int, str]]:
+    start, end = node.start_mark.index, node.end_mark.index
+    own = text[start:end].rstrip()
+    if start < key.end_mark.index or own.startswith(("&", "!")):
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            if item.start_mark.index > start and (mapping := _as_mapping(item, text)) is not None:
+                yield item.start_mark.index, item.end_mark.index, mapping
+    elif isinstance(node, yaml.MappingNode):
+        flow = own.startswith("{")
+        yield start, start + len(own), f"[{own}]" if flow else "- " + re.sub(r"\n(?=[^\n])", "\n  ", own)
+    elif (mapping := _as_mapping(node, text)) is not None:
+        yield start, end, f"[{mapping}]"
+
+
+def _as_mapping(node: yaml.Node, text: str) -> str | None:
+    """Return a reference as the mapping of a model; None where it is none, or not on one line."""
+    own = text[node.start_mark.index : node.end_mark.index]
+    if not isinstance(node, yaml.ScalarNode) or not node.tag.endswith(":str") or own.startswith(("&", "!")):
+        return None
+    return None if "\n" in own else f"{{model: {json.dumps(node.value, ensure_ascii=False)}}}"

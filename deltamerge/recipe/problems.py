@@ -1,20 +1,22 @@
-"""pydantic's errors in the terms of the recipe: one problem per fault, with its place and a hint."""
+"""What is wrong with a recipe, in its own terms: pydantic's errors at their places, words that nobody knows, and the
+lookups that all checks share."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, lru_cache
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
-from deltamerge.methods.registry import MERGE, PRUNE
-from deltamerge.recipe.values import BRANCHES
+from deltamerge.methods.registry import MERGE, MOE, PRUNE, MergeMethod, Param
+from deltamerge.recipe.schema import Prune, Recipe, written
+from deltamerge.recipe.values import BRANCHES, Value, show
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 _WANTED = {
@@ -27,12 +29,12 @@ _OF_MODELS = ("models", "sources")  # lists whose items name a model
 
 
 def place_of(error: ErrorDetails) -> Loc:
-    """The place of an error in the YAML, without the union branches that pydantic adds."""
+    """Return the place of an error in the YAML, without the union branches that pydantic adds."""
     return tuple(part for part in error["loc"] if part not in BRANCHES)
 
 
 def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -> Problem:
-    """The problem for an error of validating `source.data` as `root`."""
+    """Return the problem for an error of validating `source.data` as `root`."""
     loc, kind, value, context = place_of(error), error["type"], error["input"], error.get("ctx", {})
     at_key = error["loc"][-1] == "[key]"
     got, hint = f", got {show(value)}", None
@@ -68,7 +70,7 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
 
 
 def _home(loc: Loc) -> str | None:
-    """A hint for a key beside `model` that belongs under it, or None."""
+    """Return a hint for a key beside `model` that belongs under it, or None."""
     if len(loc) < 3 or loc[-3] not in _OF_MODELS:
         return None
     if any(loc[-1] in method.parameters for method in MERGE.values()):
@@ -78,7 +80,7 @@ def _home(loc: Loc) -> str | None:
 
 
 def without(data: Any, places: Iterable[Loc]) -> Any:
-    """A copy of the data without the values at `places`, so that the rest can still be checked."""
+    """Return a copy of the data without the values at `places`, so that the rest can still be checked."""
     rest = copy.deepcopy(data)
     for loc in places:
         holders: list[tuple[dict[str, Any], str]] = []
@@ -96,7 +98,7 @@ def without(data: Any, places: Iterable[Loc]) -> Any:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A hint for an unknown word: the most similar known one, or the known ones."""
+    """Return a hint for an unknown word: the most similar known one, or the known ones."""
     return _suggest(word.lower(), tuple(sorted(known)))
 
 
@@ -106,24 +108,8 @@ def _suggest(word: str, options: tuple[str, ...]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(options)}"
 
 
-def show(value: Any) -> str:
-    """A value of the recipe as messages quote it."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case str():
-            return repr(value if len(value) <= 40 else value[:37] + "...")
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list" if value else "an empty list"
-    return repr(value)
-
-
 def _keys(root: type[BaseModel], loc: Loc) -> set[str]:
-    """The keys that the mapping at `loc` may have."""
+    """Return the keys that the mapping at `loc` may have."""
     models = [root]
     for part in loc:
         inner = [found for model in models if part in model.model_fields
@@ -133,9 +119,63 @@ def _keys(root: type[BaseModel], loc: Loc) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models inside a type such as tuple[Model, ...] | None."""
+    """Yield the models inside a type such as tuple[Model, ...] | None."""
     annotation = getattr(annotation, "__value__", annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
         yield from _models(inner)
+
+
+@cache
+def prune_params() -> Mapping[str, Param]:
+    """Return the parameters of all pruning methods, which are imported for it.
+
+    Where several have one name, a method of this package wins.
+    """
+    return {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
+
+
+def prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:
+    """Yield every `prune` of the recipe and its place, the recipe's own first."""
+    if recipe.prune is not None:
+        yield ("prune",), recipe.prune
+    for i, model in enumerate(recipe.models):
+        if model.prune is not None:
+            yield ("models", i, "prune"), model.prune
+
+
+Level = Literal["merge", "model"]
+
+
+def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
+    """Yield every `parameters` of the recipe: its place, and whether it is for one model or for the merge."""
+    yield ("parameters",), "merge", recipe.parameters
+    for name, module in recipe.modules.items():
+        yield ("modules", name, "parameters"), "merge", module.parameters
+    for part in recipe.parts:
+        if part.ranges is not None:
+            yield (*part.loc, "parameters"), "merge", part.levels[0]
+    for i, model in enumerate(recipe.models):
+        yield ("models", i, "parameters"), "model", model.parameters
+
+
+def raw(recipe: Recipe, *loc: str | int) -> Any:
+    """Return the value in the text at a place, valid or not; None if there is none."""
+    value = recipe.source.data
+    for part in written(recipe.parts, loc):
+        if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def is_given(recipe: Recipe, *loc: str | int) -> bool:
+    """Return whether the text has a value at a place. An invalid one counts: it has been reported."""
+    return raw(recipe, *loc) is not None
+
+
+def known_method(recipe: Recipe) -> MergeMethod | None:
+    """Return the recipe's merge method, or None if it is unknown."""
+    return MOE if recipe.method_name == MOE.name else MERGE.get(recipe.method_name or "")

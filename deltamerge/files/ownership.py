@@ -1,8 +1,11 @@
-"""What made an output folder, and whether a command may put its own in the place.
+"""Who made an output or a file beside a user's, and whether a command may put its own in the place.
 
 The lock of an output names its maker: the command, the name of the recipe's file, the models. Where the recipe lies is
 no part of an output, whose bytes are the same on every machine: it is noted on the folder, as a hash in an attribute,
 where the file system has attributes.
+
+A file beside a user's, under a name that follows from his, ends in a mark: a last line with the hash of its text. It is
+replaced only while it is unchanged.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from typing import Any
 
 from blake3 import blake3
 
+from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
+from deltamerge.files.atomic import refuse_taken, replace_file
 from deltamerge.files.descriptors import output_error
 from deltamerge.files.lock_file import LOCK_NAME, not_made, read_lock
 from deltamerge.files.seals import Seal, damages, seal
@@ -26,6 +31,9 @@ DATA = "calibration data"
 MADE_BY = "made_by"  # of a lock
 NOTE = b"user.deltamerge.place"
 WORKERS = 4
+COMMENTS = {".svg": ("<!-- ", " -->")}  # of all others: #
+WORDS = "written by deltamerge, which replaces it while it is unchanged: "
+MOST = 1 << 26  # bytes of a file that may be one of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,7 @@ class Maker:
     own: bool = False
 
     def describe(self) -> dict[str, str]:
-        """What a lock says of it, which is the same wherever the recipe lies."""
+        """Return the maker's entry of a lock, which is the same wherever the recipe lies."""
         said = {"command": self.command, "recipe": self.recipe, "document": self.document}
         return {key: value for key, value in said.items() if value}
 
@@ -58,7 +66,7 @@ class Maker:
             os.setxattr(folder, NOTE, self.place.encode())
 
     def made(self, folder: Path) -> bool:
-        """Whether an output is of this maker, whose recipe may have said something else then.
+        """Return whether an output is of this maker, whose recipe may have said something else then.
 
         Where the lock does not name its maker, or no place is noted, the models must tell: all of a command's, two of a
         recipe's, none where the output lies where the recipe puts it. InputError: the folder has no lock.
@@ -75,23 +83,23 @@ class Maker:
 
 
 def place_of(path: Path, folder: Path) -> str:
-    """A hash of where `path` lies, seen from the folder that `folder` is in."""
+    """Return a hash of where `path` lies, seen from the folder that `folder` is in."""
     seen = os.path.relpath(Path(os.path.realpath(path.parent)) / path.name, os.path.realpath(folder.parent))
     return place_named(os.fsencode(seen))
 
 
 def place_named(text: bytes) -> str:
-    """A hash of what says where something lies."""
+    """Return a hash of a place, given as bytes."""
     return blake3(text).hexdigest()[:32]
 
 
 def models_of(lock: Mapping[str, Any]) -> list[str]:
-    """The models that a lock names, without calibration data."""
+    """Return the models that a lock names, without calibration data."""
     return sorted(name for name in lock.get("inputs", {}) if not name.startswith(DATA))
 
 
 def told(lock: Mapping[str, Any]) -> str:
-    """What made the output of a lock, of which models."""
+    """Return the maker of a lock's output, and its models, as text."""
     said, models = lock.get(MADE_BY) or {"command": "an earlier version"}, models_of(lock)
     words = " ".join(shown(said[key]) for key in ("command", "recipe") if said.get(key))
     of = f" of {shown(some(models))}" if models else ""
@@ -124,14 +132,14 @@ class Guard:
         maker: Maker | None = None,
         keeping: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Guard:
-        """The guard of a command that begins now. OutputError: the target cannot be read."""
+        """Return the guard of a command that begins now. OutputError: the target cannot be read."""
         return cls(target, maker, stamp(target), keeping)
 
     def check(self, *, force: bool, changed: bool = False) -> None:
-        """OutputError: the target is not empty, and may not be replaced: it is what another command made, what somebody
-        changed, or what was made since this one began; with `force`, it holds files that no run made.
+        """Raise OutputError if the target is not empty and may not be replaced.
 
-        `changed`: the run is done, but for the target's name.
+        It may not if another command made it, somebody changed it, or it was made since this command began. With
+        `force` it may not only if it holds files that no run made. `changed`: the run is done, but for the name.
         """
         target = self.target
         now = stamp(target)
@@ -164,7 +172,7 @@ class Guard:
             raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
 
     def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
-        """The files of the target that are not as its lock says; what is known of them is not read again."""
+        """Return the files of the target that are not as its lock says; what is known of them is not read again."""
         outputs = lock["outputs"]
         seals = {}
         for name in outputs:
@@ -176,7 +184,7 @@ class Guard:
 
 
 def stamp(target: Path) -> Stamp | None:
-    """Which folder a target is, and which lock is in it; None: it is not there, or empty. OutputError: no access."""
+    """Return the inode of a target and the seal of its lock; None: none is there, or empty. OutputError: no access."""
     try:
         if not target.is_dir() or not any(target.iterdir()):
             return None
@@ -190,7 +198,7 @@ def stamp(target: Path) -> Stamp | None:
 
 
 def has_weights(lock: Path) -> bool:
-    """Whether a lock is that of the output that it lies in: weights are there that it lists."""
+    """Return whether a lock is that of the output that it lies in: weights are there that it lists."""
     try:
         outputs = read_lock(lock)["outputs"]
     except InputError:
@@ -199,7 +207,7 @@ def has_weights(lock: Path) -> bool:
 
 
 def _output_around(target: Path) -> Path | None:
-    """The output, or the delta artifact, that a folder is or would be in."""
+    """Return the output, or the delta artifact, that a folder is or would be in."""
     for outer in Path(os.path.realpath(target)).parents:
         if os.path.isfile(outer / "delta.json") or (
             os.path.isfile(outer / LOCK_NAME) and has_weights(outer / LOCK_NAME)
@@ -213,3 +221,48 @@ def _noted(folder: Path) -> str:
         return os.getxattr(folder, NOTE).decode("ascii", "replace")
     except (OSError, AttributeError):
         return ""
+
+
+def replace_own(path: Path, text: str, of: str) -> None:
+    """Write `text` and its mark to `path`, of the recipe file named `of`. OutputError: as `replace_file`."""
+    raw = text.encode() if text.endswith("\n") or not text else f"{text}\n".encode()
+    replace_file(path, raw + _mark(path, raw, of))
+
+
+def refuse_others(
+    path: Path, of: str, *, force: bool = False, unmarked: Callable[[Path], bool] = lambda path: False
+) -> None:
+    """Raise OutputError if `path` is a link, a folder, or a file that was not written for the recipe file named `of`.
+
+    So is a file that somebody has changed since. `force` lets any file be replaced. `unmarked` tells whether a file
+    without a mark is of an earlier version.
+    """
+    with errors.context(str(path)):
+        refuse_taken(path)
+        if force or not path.exists():
+            return
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MOST + 1)
+        except OSError as error:
+            raise OutputError(f"is there, and cannot be read: {error.strerror}", hint="move it away") from None
+        text, mark = _parted(raw)
+        if mark == _mark(path, text, of) if mark else unmarked(path):
+            return
+        hint = "move it away, or replace it with --force"
+        if mark:
+            raise OutputError(f"was changed since it was written, or is of another recipe than {shown(of)}", hint=hint)
+        raise OutputError(f"is there, and was not written for {shown(of)} by deltamerge", hint=hint)
+
+
+def _mark(path: Path, text: bytes, of: str) -> bytes:
+    begin, end = COMMENTS.get(path.suffix, ("# ", ""))
+    digest = blake3(text + b"\0" + of.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return f"{begin}{WORDS}{digest}{end}\n".encode()
+
+
+def _parted(raw: bytes) -> tuple[bytes, bytes]:
+    """Return the text of a file, and from its mark on what follows; nothing if there is no mark."""
+    at = raw.rfind(WORDS.encode())
+    begin = raw.rfind(b"\n", 0, at) + 1 if at >= 0 else len(raw)
+    return raw[:begin], raw[begin:]

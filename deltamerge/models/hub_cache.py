@@ -1,4 +1,4 @@
-"""Files of the hub's cache: links to blobs whose names are the hub's hashes of their content."""
+"""The hub's cache: its files are links to blobs whose names are the hub's hashes of their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
 
 
 def blob_of(path: Path) -> Path | None:
-    """The blob that `path` in a snapshot links to; None if it is no such link.
+    """Return the blob that `path` in a snapshot links to; None if it is no such link.
 
     The blob may be a link itself, to where the cache keeps files that several repositories share.
     """
@@ -31,7 +31,7 @@ def blob_of(path: Path) -> Path | None:
 
 
 def sha256_of(path: Path) -> str | None:
-    """The SHA-256 that the hub states for `path`, or None. The file is not read."""
+    """Return the SHA-256 that the hub states for `path`, or None. The file is not read."""
     blob = blob_of(path)
     return blob.name if blob is not None and len(blob.name) == 64 else None
 
