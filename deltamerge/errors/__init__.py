@@ -141,3 +141,16 @@ def context(where: str) -> Iterator[None]:
         if error.where[:1] != [where]:
             error.where.insert(0, where)
         raise
+
+
+@contextmanager
+def app(name: str) -> Iterator[None]:
+    """Import an app in this block. InputError: its folder, or that of an app below it, is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{missing}.".startswith("deltamerge.apps."):
+            raise
+        where = f"deltamerge.apps.{name}" if missing == "deltamerge.apps" else missing
+        raise InputError(f"this needs {where}, which is not installed", hint="install all of deltamerge") from None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.reach import in_words
@@ -37,6 +37,7 @@ from deltamerge.plan.memory import (
     largest,
     tiles,
 )
+from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
@@ -52,9 +53,6 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import TensorInfo
-
-if TYPE_CHECKING:
-    from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
 
@@ -329,18 +327,16 @@ def _decided(
     options: PlanOptions,
     densities: Mapping[str, float] | None,
     vocabulary: Vocabulary | None,
-) -> Outputs | MixtureOutputs:
+) -> Outputs | AppOutputs:
     """Return what decides about each tensor of the output. InputError: the config cannot follow a transplant."""
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
-        from deltamerge.plan.moe import MixtureOutputs
-
-        return MixtureOutputs(recipe, inputs, options.device, folder, options.memory)
+        return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
 
-def _rows(decided: Outputs | MixtureOutputs, inputs: Inputs) -> list[Row]:
+def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     """Return the output's tensors in order. InputError: the first problems, or that the models are strangers."""
     rows, problems = decided.rows(), decided.problems
     if problems:
@@ -380,7 +376,7 @@ def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mi
     for size in stage_bytes(stages, sources):
         yield process + Memory({"calibration": size})
     if mixture is not None:
-        yield process + Memory({"routers": mixture.spec.memory})
+        yield process + Memory({"routers": mixture.memory})
 
 
 def _read_before(stages: Stages) -> int:
@@ -397,7 +393,7 @@ def _notes(
     recipe: Recipe,
     inputs: Inputs,
     options: PlanOptions,
-    decided: Outputs | MixtureOutputs,
+    decided: Outputs | AppOutputs,
     outputs: Sequence[OutputTensor],
     tokenizers: Differences,
 ) -> Iterator[str]:
@@ -432,7 +428,7 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 def _tokenizers(
     recipe: Recipe,
     inputs: Inputs,
-    decided: Outputs | MixtureOutputs,
+    decided: Outputs | AppOutputs,
     rows: Sequence[Row],
     vocabulary: Vocabulary | None,
 ) -> Differences:

@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.merge import router_spec
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.lock_file import FORMAT as FORMAT
@@ -92,7 +91,7 @@ class Lock:
             **({"warnings": list(plan.warnings)} if plan.warnings else {}),
             **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
-            **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
+            **({ROUTERS: {**routers.record, **beside}} if routers is not None else {}),
             **(written or {}),
             **({"study": study} if study else {}),
         }
@@ -103,7 +102,7 @@ class Lock:
         """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
         VerifyError: rows of another lock."""
         content, file = read_lock(path), path.with_suffix(ROWS)
-        entries = [*(content.get("calibration") or {}).values(), content.get(router_spec.NAME) or {}]
+        entries = [*(content.get("calibration") or {}).values(), content.get(ROUTERS) or {}]
         named = [entry for entry in entries if entry.get("rows")]
         if not named or not file.is_file():
             return cls(path, content)
@@ -143,7 +142,7 @@ class Lock:
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
-            found[plan.mixture.routers] = router_spec.locked(self.content, plan.mixture.spec, values, str(self.path))
+            found[plan.mixture.routers] = plan.mixture.locked(self.content, values, str(self.path))
         if plan.stages:
             from deltamerge.calibrate.calibrated import locked
         for node, spec in plan.specs.items():

@@ -15,7 +15,7 @@ from terminals import terminal
 
 from deltamerge.cli import progress
 from deltamerge.cli.output import tell
-from deltamerge.cli.progress import Seen, State, bars, lasting, line
+from deltamerge.cli.progress import PhaseHistory, State, bars, lasting, line
 from deltamerge.files.progress import PASSES, Phase, phase
 
 GB = 10**9
@@ -23,7 +23,7 @@ GB = 10**9
 
 def looked(one: Phase, *steps: tuple[float, float]) -> State:
     """What is said at the last of several times, at each of which so much had been done."""
-    seen = Seen(one)
+    seen = PhaseHistory(one)
     for at, done in steps:
         one.done = done
         state = seen.look(one.begun + at)

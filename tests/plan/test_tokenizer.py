@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
-from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.tokenizer_files import read_chat_template, read_tokens

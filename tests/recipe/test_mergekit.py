@@ -14,7 +14,8 @@ from conftest import load_tensors, tiny_llama, write_json
 from running import finish, make_plan, run
 
 from deltamerge import load_recipe
-from deltamerge.cli import commands, main
+from deltamerge.cli import main
+from deltamerge.cli import run as run_command
 from deltamerge.cli.mergekit_flags import VALUES_WITHOUT_USE, WITHOUT_USE
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import NO_EFFECT_KEYS
@@ -276,7 +277,7 @@ def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():
     text = DOCUMENTATION.read_text(encoding="utf-8")
     flags = {name.partition("/")[0] for name in (*WITHOUT_USE, *VALUES_WITHOUT_USE)}
     assert [flag for flag in flags if f"`{flag}" not in text] == []
-    own = {option for parameter in commands.commands["run"].params for option in parameter.opts}
+    own = {option for parameter in run_command.command.params for option in parameter.opts}
     assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} | flags <= own
     assert "mergekit_exact" in inspect.signature(load_recipe).parameters
 

@@ -27,7 +27,7 @@ def follow(
     timeout: float | None = None,
     marker: str | Path | None = None,
 ) -> Iterator[Delta]:
-    """The versions of a chain, each when it is published, the first ones at once.
+    """Yield the versions of a chain, each when it is published, the first ones at once.
 
     after     begin behind the version of this name; None: at the first
     latest    skip to the newest each time; `Delta.apply_` folds what was skipped
@@ -72,7 +72,7 @@ def _marked(marker: Path) -> str:
 
 
 def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str | None:
-    """The version that comes after one; None: none yet. InputError: two do."""
+    """Return the version that comes after one. None: none yet. InputError: two do."""
     if not chain.is_dir():
         return None
     found = _notes(chain, known)
@@ -94,7 +94,7 @@ def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str
 
 
 def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
-    """The notes of all versions, of which those of folders that are `known` are not read again."""
+    """Return the notes of all versions. Those of folders that are `known` are not read again."""
     there = folders(chain)
     for name, number in there:
         if (name, number) not in known and is_version(chain / name):
@@ -110,7 +110,7 @@ def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
 
 
 def _open(chain: Path, name: str, opened: Opened) -> Delta | None:
-    """A version with all before it; None: one was folded while it was opened."""
+    """Open a version with all before it. None: one was folded meanwhile."""
     if len(opened.versions) > OPEN:
         opened.versions.clear()
     before = folders(chain)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xxhash import xxh3_128
 
+from deltamerge.apps.search.best import check_best
 from deltamerge.apps.search.candidates import candidates_of
-from deltamerge.apps.search.folder import StudyFolder
+from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
 from deltamerge.apps.search.judge import Part
-from deltamerge.apps.search.kept import check_best
 from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, ranked
 from deltamerge.apps.search.pool import Pool, pool_of
 from deltamerge.apps.search.proposals import (
@@ -29,8 +29,7 @@ from deltamerge.apps.search.proposals import (
     sampler,
     sampler_of,
 )
-from deltamerge.apps.search.results import Found, Trial, write
-from deltamerge.apps.search.rows import input_facts, refuse_strangers
+from deltamerge.apps.search.results import SearchResult, Trial, write
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files import progress
 from deltamerge.recipe.file import TemplateFile
@@ -49,8 +48,11 @@ FACTS, SCORES, ERROR = "facts", "scores", "error"
 
 
 def check(file: TemplateFile) -> Recipe:
-    """The recipe of the first trial. RecipeError: nothing is to be searched, something is swept, or it is no recipe, at
-    its start or where all numbers are at a bound."""
+    """Return the recipe of the first trial.
+
+    RecipeError: nothing is to be searched, something is swept, or it is no recipe, at its start or with all numbers at
+    a bound.
+    """
     source, ranges = file.template.source, file.template.ranges
     if file.template.sweeps:
         hint = f"deltamerge sweep {file.path.name}"
@@ -75,7 +77,7 @@ def search(
     force: bool = False,
     commands: bool = False,
     ray: str | None = None,
-) -> Found:
+) -> SearchResult:
     """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
 
     A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
@@ -110,14 +112,14 @@ def search(
 
 
 def layers_of(bench: Bench, recipe: Recipe) -> int:
-    """The number of layers of the merged model, over which groups are spread."""
+    """Return the number of layers of the merged model, over which groups are spread."""
     inputs = bench.candidates.inputs(recipe)
     numbers = [n for name in inputs.template.tensors if (n := layer_index(name)) is not None]
     return 1 + max(numbers, default=0)
 
 
 def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Options) -> None:
-    """InputError: the study is of another recipe, other models or other rows."""
+    """Refuse a study of another recipe, other models or other rows."""
     data = {key: value for key, value in file.template.source.data.items() if key != "study"}
     judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
     given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
@@ -152,7 +154,7 @@ class _Runner:
         self.distributions = distributions(optuna, file.template.ranges)
 
     def run(self, wanted: int) -> None:
-        """Trials until there are `wanted`. InputError: the first ones all fail."""
+        """Run trials until there are `wanted`. InputError: the first ones all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
             phase.step(min(wanted, len(self._done())))
@@ -165,7 +167,7 @@ class _Runner:
                 self._hope()
 
     def _ask(self) -> optuna.Trial:
-        """The next trial. What is proposed follows from the study's seed, the number of trials and what they found."""
+        """Return the next trial. It follows from the study's seed, the number of trials and their outcomes."""
         study, settings = self.study, self.bench.study
         number = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.optuna, settings, number)
@@ -183,7 +185,7 @@ class _Runner:
             raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
 
     def values(self, params: Mapping[str, Any]) -> dict[Loc, Any]:
-        """What a trial's numbers put into the recipe."""
+        """Return the values that a trial's numbers put into the recipe."""
         return self.file.template.values(params, self.layers)
 
     def _evaluate(self, asked: Sequence[optuna.Trial]) -> None:
@@ -199,7 +201,7 @@ class _Runner:
                 self.study.tell(trial, list(outcome.values))
 
     def _survivors(self, asked: Sequence[optuna.Trial]) -> list[optuna.Trial]:
-        """The trials that are not pruned after a quarter of the rows."""
+        """Return the trials that are not pruned after a quarter of the rows."""
         alive = []
         for trial, outcome in zip(asked, self._outcomes(asked, "first"), strict=True):
             if outcome.error is None:
@@ -217,8 +219,8 @@ class _Runner:
             return list(self.pool.measure(some, part))
         return self.bench.measure(some, part, self.folder)
 
-    def finished(self) -> Found:
-        """The study's trials, and the best of them on held-out rows."""
+    def finished(self) -> SearchResult:
+        """Return the study's trials, and the best of them on held-out rows."""
         made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
         trials = [trial for trial in made if trial is not None]
         lower = self.bench.lower
@@ -232,7 +234,7 @@ class _Runner:
             trials, best, why = self._decide(trials, outcomes, best, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
         parts: list[Part] = ["search", "held"] if self.bench.inside else []
-        return Found(
+        return SearchResult(
             folder=self.folder,
             storage=self.folder / STORAGE,
             goals=goals,
@@ -258,7 +260,7 @@ class _Runner:
     def _decide(
         self, trials: list[Trial], outcomes: Sequence[Outcome], best: int, front: Sequence[int]
     ) -> tuple[list[Trial], int, str]:
-        """The trials, those that were compared with their outcome on held-out rows; the index of the best there."""
+        """Return the trials, with held-out outcomes where they were compared, and the index of the best there."""
         lower = self.bench.lower
         order = ranked(outcomes, lower)
         if front:

@@ -11,7 +11,7 @@ from deltamerge.errors import InputError, OutputError
 
 
 class EngineSwitch:
-    """What `dm.Switch` is for a module, for a `sglang.Engine`.
+    """A `sglang.Engine` switched between deltas, as `dm.Switch` does with a module.
 
     engine  serves the base, in the base's dtypes, not quantised, as parts of what SGLang has packed cannot be written;
             with disable_radix_cache, as SGLang may refuse to drop what the weights before have computed of prompts
@@ -36,9 +36,11 @@ class EngineSwitch:
         self._engine, self._served = engine, Served(base, keep=keep)
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the engine's model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None:
-        the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of other
-        names, dtypes or shapes. OutputError: SGLang has not taken them; the next `to` sends every tensor."""
+        """Make the engine's model the one of `delta`: an artifact, a version of a chain, or a chain (its newest).
+
+        None: the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of
+        other names, dtypes or shapes. OutputError: SGLang has not taken them. The next `to` then sends every tensor.
+        """
         changes = self._served.changes(delta)
         if names := self._served.touched(changes):
             weights = list(self._served.weights(changes, names))

@@ -100,7 +100,7 @@ class AdamR(torch.optim.Optimizer):
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the parameters that have a `decay` but no pretrained value to be pulled to."""
+        """Return the names of parameters that have a `decay` but no pretrained value to be pulled to."""
         return [name for name in self._decayed() if name not in self._pretrained]
 
     def attach(self, pretrained: Pretrained) -> None:
@@ -125,7 +125,7 @@ class AdamR(torch.optim.Optimizer):
             group["pretrained"] = _fingerprint({name: self._pretrained[name] for name in names})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; `attach` then gives the new parameters their pretrained values."""
+        """Add a group as torch does. `attach` then gives the new parameters their pretrained values."""
         params = param_group["params"]
         entries: Any = [params] if isinstance(params, Tensor) else params
         if not isinstance(entries, set):  # which torch refuses: it has no order
@@ -176,7 +176,7 @@ class AdamR(torch.optim.Optimizer):
         return super().__getstate__() | {"_pretrained": self._pretrained, "_place": self._place}
 
     def _decayed(self) -> dict[str, Tensor]:
-        """The parameters that have a `decay`, by name."""
+        """Return the parameters that have a `decay`, by name."""
         named: dict[str, Tensor] = {}
         for group in self.param_groups:
             if group["decay"]:
@@ -191,7 +191,7 @@ class AdamR(torch.optim.Optimizer):
         return named
 
     def _placed(self, value: Tensor, param: Tensor) -> Tensor:
-        """θ_P where it is to be kept; the model may have moved since the optimizer was built."""
+        """Return θ_P where it is to be kept. The model may have moved since the optimizer was built."""
         device, dtype = self._place
         value = value.to(device or param.device, dtype or param.dtype)
         pinned = not param.is_cuda or value.is_cuda or value.is_pinned()
@@ -235,7 +235,9 @@ class AdamR(torch.optim.Optimizer):
 def pull(
     params: list[Tensor], anchors: list[Tensor], c: Tensor | float, *, regularizer: Regularizer, foreach: bool
 ) -> None:
-    """In place: l2 θ ← θ − min(c, 1) (θ − θ_P); l1 θ ← θ − min(c, |θ − θ_P|) sign(θ − θ_P).
+    """Pull parameters in place.
+
+    l2: θ ← θ − min(c, 1) (θ − θ_P). l1: θ ← θ − min(c, |θ − θ_P|) sign(θ − θ_P).
 
     `params` share a device and a dtype, as does `c` if it is a (0-dim) tensor; `anchors` (θ_P) have their shapes.
     Beside the parameters l2 makes no temporary; otherwise none is larger than a piece of a tensor.
@@ -309,7 +311,7 @@ class _Bucket:
 
 
 def _root_mean(buckets: list[_Bucket]) -> Tensor:
-    """sqrt(v̄_t), 0-dim, on the first bucket's device."""
+    """Return sqrt(v̄_t), 0-dim, on the first bucket's device."""
     first, *others = [bucket.sum_seconds() for bucket in buckets]
     total = first + sum(other.to(first.device, non_blocking=True) for other in others)
     mean = total / sum(p.numel() for bucket in buckets for p in bucket.params)
@@ -371,7 +373,10 @@ def _match(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
 
 
 def _fingerprint(values: Mapping[str, Tensor]) -> str:
-    """Of names and evenly spaced entries in bfloat16: the same however θ_P is kept; empty of none."""
+    """Return a fingerprint of names and evenly spaced entries in bfloat16, the same however θ_P is kept.
+
+    It is empty without parameters.
+    """
     digest = hashlib.sha256()
     for name in sorted(values):
         flat = values[name].reshape(-1)

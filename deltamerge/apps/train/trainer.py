@@ -48,7 +48,7 @@ Bits = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenVersion:
     """A version that was published: its folder, entries that changed, elements, and bytes of the artifact."""
 
     path: Path
@@ -79,7 +79,7 @@ class DeltaWriter:
         named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
         self._held = ExitStack()
         self._held.enter_context(one_writer(self.chain, "adding"))
-        self._pending: Future[Written] | None = None
+        self._pending: Future[WrittenVersion] | None = None
         try:
             versions, origin = self._open(None if not named else os.fspath(named))
             self._last = versions[-1] if versions else None
@@ -107,10 +107,10 @@ class DeltaWriter:
 
     @property
     def last(self) -> str | None:
-        """The name of the version last published; None: there is none yet."""
+        """Return the name of the version last published. None: there is none yet."""
         return None if self._last is None else self._last.name
 
-    def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[Written]:
+    def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write what has changed since the last version as the next one; returns what will say what was written.
 
         `state` is the model's if not given; `step` is noted, and the version's number is at least it. InputError: its
@@ -125,7 +125,7 @@ class DeltaWriter:
         new = _copied(self._shapes, state, self._spare)
         self._spare = {}
         number = max(0 if self._last is None else _number(self._last.name) + 1, step or 0, 1)
-        future: Future[Written] = Future()
+        future: Future[WrittenVersion] = Future()
         self._pending = future
 
         def work() -> None:
@@ -151,7 +151,7 @@ class DeltaWriter:
             self._held.close()
 
     def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
-        """The versions of the chain, and its base."""
+        """Return the versions of the chain, and its base."""
         versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
         if versions:
             base = base or str(versions[0].delta.manifest.base)
@@ -162,7 +162,7 @@ class DeltaWriter:
             raise InputError(f"{base}: has several components", hint="a chain of each")
         return versions, origin
 
-    def _publish(self, name: str, new: Bits, step: int | None) -> Written:
+    def _publish(self, name: str, new: Bits, step: int | None) -> WrittenVersion:
         before = self._last
         with publishing(self.chain, name, "adding") as folder:
             with ArtifactWriter(folder, self._base) as writer:
@@ -188,7 +188,7 @@ class DeltaWriter:
         self._last = open_version(self.chain / name)
         self._spare, self._bits = self._bits, new
         size = sum(bits.size for bits in new.values())
-        return Written(self.chain / name, summary.entries, size, summary.nbytes)
+        return WrittenVersion(self.chain / name, summary.entries, size, summary.nbytes)
 
 
 def _slices(bits: Array) -> Read:
@@ -211,7 +211,7 @@ def _assets(origin: Checkpoint) -> dict[str, Path]:
 
 
 def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
-    """The weights of the newest version, or of the base, checked by hash if they are a version's."""
+    """Return the weights of the newest version, or of the base, checked by hash if they are a version's."""
     found: Bits = {}
     with Reader() as reader:
         if not versions:
@@ -250,7 +250,10 @@ def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[s
 
 
 def _copied(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
-    """The bits of a state in the base's dtypes, rounded to the nearest, ties to even; into `spare` memory if given."""
+    """Return the bits of a state in the base's dtypes, rounded to the nearest, ties to even.
+
+    They are written into `spare` memory if given.
+    """
     _matched(wanted, state)
     found: Bits = {}
     with torch.no_grad():

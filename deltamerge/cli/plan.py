@@ -1,4 +1,4 @@
-"""A plan for people: the answer in a few lines, then tensors of one kind on one line."""
+"""The command plan: the answer in a few lines, then tensors of one kind on one line."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltamerge.cli.tables import aligned, human, render_delta
+import click
+
+from deltamerge import errors
+from deltamerge.cli import streams
+from deltamerge.cli.layout import aligned, paragraph
+from deltamerge.cli.options import AS_JSON, DEVICE, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.output import say, say_json
+from deltamerge.errors.shown import human, shown
 from deltamerge.errors.shown import lines as one_a_line
-from deltamerge.errors.shown import shown
 from deltamerge.tensors.names import numbers_as_stars
+
+if TYPE_CHECKING:
+    from deltamerge.recipe.file import RecipeFile
+    from deltamerge.recipe.open_values import Template
+    from deltamerge.recipe.yaml_source import Loc
 
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
@@ -23,10 +34,86 @@ LIBRARIES = 200_000_000  # bytes of torch's and other libraries' files that a pr
 OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
+@click.command("plan")
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
+@click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
+@MERGEKIT_EXACT
+@SET
+@PICKLES
+@AS_JSON
+def command(
+    recipe: Path,
+    old: Path | None,
+    graph: bool,
+    tensors: bool,
+    mergekit_exact: bool,
+    settings: dict[Loc, str],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show what a run of RECIPE would do, and what it takes.
+
+    The dry run: output, disk, memory, about how long, and the tensors by kind; reads no weights.
+
+    \b
+    deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
+    deltamerge plan --diff old.yaml new.yaml    # for a pull request
+    """
+    from deltamerge.plan import review
+    from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
+    from deltamerge.run.check import in_words
+    from deltamerge.run.options import Options
+    from deltamerge.run.plans import make_plans, target_of
+
+    def describe(file: RecipeFile, template: Template | None = None) -> dict[str, Any]:
+        *before, planned = make_plans(file, options=Options(**options))
+        intermediate = {plan.recipe.name: plan.describe() for plan in before}
+        more: dict[str, Any] = {"intermediate": intermediate} if before else {}
+        if template is not None:
+            with errors.app("search"):
+                from deltamerge.apps.search.candidates import describe_study
+
+            more["study"] = template.describe() | describe_study(planned)
+        return planned.describe() | more
+
+    if graph and (old or as_json):
+        raise click.UsageError("--graph stands alone")
+    read = read_either(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    template = read.template if isinstance(read, TemplateFile) else None
+    file = read.file(next(read.template.examples())) if isinstance(read, TemplateFile) else read
+    described = describe(file, template)
+    if old is not None:
+        with errors.context(str(old)):
+            before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
+            found = review.difference(before, described)
+        say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
+    elif graph:
+        say(review.mermaid(described))
+    elif as_json:
+        say_json(described)
+    else:
+        width = streams.columns()
+        for name, one in described.get("intermediate", {}).items():
+            say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
+        say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
+        if template is not None:
+            study = described["study"]
+            took = f"{study['together']} candidates a walk in about {human(study['memory'])} of memory"
+            say("\n".join(paragraph(f"study: {in_words(template)}; {took}", width)))
+
+
 def render_plan(
     described: Mapping[str, Any], *, width: int = 80, target: Path | None = None, tensors: bool = False
 ) -> str:
-    """The plan of a run to `target` in lines of `width` characters; with `tensors` each of them, whatever its width."""
+    """Return the plan of a run to `target` in lines of `width` characters.
+
+    `tensors`: each of them, whatever its width.
+    """
     rows = _every(described) if tensors else _grouped(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])
 
@@ -71,9 +158,18 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
         yield from _line("note", note, width)
 
 
+def render_delta(delta: dict[str, Any]) -> str:
+    """Return a planned delta artifact, on one line."""
+    values = f"{delta['values']} values to add" if delta["values"] else "final values"
+    size = human(delta["estimated_bytes"])
+    return f"{values}, about {size}: an estimate, without tables, of positions at random; less if less has changed"
+
+
 def seconds(described: Mapping[str, Any]) -> float:
-    """About the seconds of a run without its calibration, its inputs in the page cache, from how fast this machine
-    copies memory now."""
+    """Estimate the seconds of a run without its calibration, its inputs in the page cache.
+
+    The rate is measured: how fast this machine copies memory now.
+    """
     rate = copy_rate()
     slow = any(tensor["backend"] == "torch" for tensor in described["tensors"] if tensor["method"] != "copy")
     read = described["read_bytes"] / (rate * READING * (TORCH if slow else 1) * min(described["workers"], 8) / 2)
@@ -83,7 +179,7 @@ def seconds(described: Mapping[str, Any]) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second of a copy in memory, the best of a few of 16 MB."""
+    """Measure the bytes a second of a copy in memory: the best of a few of 16 MB."""
     import numpy as np
 
     source = np.ones(1 << 24, np.uint8)
@@ -96,15 +192,17 @@ def copy_rate() -> float:
 
 
 def calibration_seconds(stage: Mapping[str, Any]) -> float:
-    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now. The
-    products of a head are float32."""
+    """Estimate the seconds of all forward passes of a stage. Products of a head are float32.
+
+    The rate is measured: how fast this machine multiplies matrices now.
+    """
     rate = product_rate() * PASSES_RATE
     inside = stage["forward_passes"] * stage["operations"] / (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
     return float(inside + stage["head_passes"] * stage["head_operations"]) / rate
 
 
 def product_rate() -> float:
-    """Multiplications and additions a second of float32 matrix products, the best of a few of 512 × 512."""
+    """Measure multiply-adds a second of float32 matrix products: the best of a few of 512 × 512."""
     import numpy as np
 
     size, best = 512, float("inf")
@@ -123,7 +221,7 @@ def _duration(taken: float) -> str:
 
 
 def _of_model(tensors: list[dict[str, Any]], model: str) -> str:
-    """What is done to a model's tensors, where that is the same for all; the range where it is a gradient."""
+    """Return what is done to a model's tensors where it is the same for all. Of a gradient it is the range."""
     texts = dict.fromkeys(
         detail.removeprefix(model).strip() for t in tensors for detail in t["sources"] if _is_of(detail, model)
     )
@@ -138,7 +236,7 @@ def _is_of(detail: str, model: str) -> bool:
 
 
 def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """What becomes of the vocabulary, and the source of the rows of tokens that a model lacks."""
+    """Yield the future of the vocabulary, and the sources of rows for tokens that a model lacks."""
     vocabulary = found["tokenizer"]
     if vocabulary is not None:
         sources = {"base": "the base's row", "one_model": "their only model's", "mean": "the mean of theirs",
@@ -198,7 +296,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
 
 
 def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """A line for the tensors of all layers that are alike: their name with * for numbers, and how many they are."""
+    """Yield a line for the tensors of all layers that are alike: their name with * for numbers, and their count."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for tensor in found["tensors"]:
         key = (numbers_as_stars(tensor["name"]), tensor["dtype"], tuple(tensor["shape"]), tensor["method"])
@@ -229,14 +327,14 @@ def _shortened(name: str, most: int) -> str:
 
 
 def _line(label: str, text: str, width: int) -> Iterator[str]:
-    """Lines of `width` with the label before the first."""
+    """Yield lines of `width` with the label before the first."""
     room = max(20, width - LABEL)
     for i, part in enumerate(_wrapped(shown(text), room)):
         yield f"{label if i == 0 else '':<{LABEL}}{part}"
 
 
 def _wrapped(text: str, room: int) -> Iterator[str]:
-    """The text in lines at spaces; a word that is longer has a line of its own."""
+    """Yield the text in lines, broken at spaces. A longer word has a line of its own."""
     line = ""
     for word in text.split(" "):
         if line and len(line) + 1 + len(word) > room:

@@ -1,4 +1,4 @@
-"""What a sweep or a search keeps beside its results: recipes, their locks, merged folders."""
+"""The best recipe of a sweep or a search, with its lock, and the merged folder of a candidate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Study = Mapping[str, Any]
 def lock_of(
     file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
 ) -> Lock:
-    """The lock of a recipe whose q's were found as `calibrated`, by the names of its stages; others are found now."""
+    """Return the lock of a recipe with the q's `calibrated`, by the names of its stages. Others are found now."""
     planner = Planner(file, path.parent, options)
     (planned,) = planner.plans()
     planned = planner.fetched(file.output, planned, {})
@@ -35,13 +35,15 @@ def lock_of(
 
 
 def best_path(recipe: Path) -> Path:
-    """Where the best recipe goes: beside the template, whose relative paths it has."""
+    """Return the place of the best recipe: beside the template, whose relative paths it has."""
     return recipe.with_name(f"{recipe.stem}.best.yaml")
 
 
 def check_best(recipe: Path, *, force: bool, rows: bool = False) -> None:
-    """OutputError: where the best recipe and its lock, with `rows` those too, are to go is a file that no search of
-    this recipe wrote, or that somebody has changed; but by `force`."""
+    """Refuse to replace a best recipe or lock that no search of this recipe wrote, or that somebody has changed.
+
+    `rows`: the rows of the lock too. `force` allows it.
+    """
     best = best_path(recipe)
     refuse_others(best, recipe.name, force=force)
     refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, rows=rows, force=force)

@@ -1,42 +1,26 @@
-"""What `inspect` and `recommend` found, as text for people that fits a number of columns."""
+"""The command recommend: evidence, candidates and the recipe, as text that fits a number of columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import stacks
-from deltamerge.cli.layout import Column, Row, paragraph, table
-from deltamerge.cli.tables import figure
+import click
+
+from deltamerge.cli import streams
+from deltamerge.cli.layout import Column, Row, cell, paragraph, table
+from deltamerge.cli.options import AS_CSV, AS_JSON, BASE, DEVICE, MODEL, PICKLES, RECIPE, WORKERS, rows_of_each
+from deltamerge.cli.output import say, say_model, say_table, tell
+from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
-from deltamerge.errors.shown import some
-from deltamerge.tensors.names import block_name
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.activations import Activations, Influence
-    from deltamerge.apps.inspect.statistics import Report, Statistics
     from deltamerge.apps.recommend.conflict import Conflict
     from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
-DELTA = (
-    Column("entries", 2), Column("mean\n|Δ|"), Column("max\n|Δ|", 5), Column("‖Δ‖/\n‖W‖"), Column("energy"),
-    Column("un-\nchanged", 3), Column("kur-\ntosis", 4), Column("kept\nat 0.01", 1),
-)  # fmt: skip
-ABOUT_DELTA = (
-    "Δ: fine-tune − base; W: base; energy: share of ‖Δ‖²; kept at 0.01: energy of the largest 1% of entries, of each "
-    "tensor its own"
-)
-LAYERS = (
-    Column("mean\n|Δ|", 6), Column("mean\n|c|", 5), Column("D/A"), Column("rms\nΔx", 7), Column("bound", 8),
-    Column("typical", 9), Column("DARE\nerror"), Column("meas-\nured", 3), Column("q*", 1), Column("error\nat q*", 1),
-    Column("meas-\nured", 4), Column("massive", 2),
-)  # fmt: skip
-ABOUT_LAYERS = (
-    "D/A, coherence: near 0 DARE is right, near 1 q should be 1; DARE error: expected E‖Δx − Δ'x‖²/E‖Δx‖², 1 as if the "
-    "delta were dropped; q*: of least expected error; measured: of a drawn mask; massive: input features of largest "
-    "mean |x|; c: Δ_ij x_j"
-)
+
 CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
 ABOUT_CANDIDATES = "→: recommended. Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
 ABOUT_NOTHING = (
@@ -45,79 +29,84 @@ ABOUT_NOTHING = (
 ABOUT_ROWS = (
     "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
 )
-
 ABOUT_MERGES = (
     "→: recommended. lost: of the fine-tunes' effect on held-out outputs, mean and worst; alike: rows that the merge "
     "answers as the model does; λ: factor of the merged delta"
 )
 
 
-def render_inspect(found: Report, *, tensors: bool = False, width: int) -> str:
-    """The delta in all, by kind, by layer, and with `tensors` by tensor; and its layers on calibration rows."""
-    shorter = _Shorter([tensor.name for tensor in found.tensors])
-    blocks: list[list[Row]] = [
-        [("in all", _delta(found.total))],
-        [(name, _delta(one)) for name, one in found.kinds.items()],
-        [(name, _delta(one)) for name, one in found.layers.items()],
-    ]
-    if tensors:
-        blocks.append([(shorter(tensor.name), _delta(tensor)) for tensor in found.tensors])
-    lines = [f"delta of {found.model} on {found.base}", "", *table(DELTA, blocks, width)]
-    lines += ["", *paragraph(ABOUT_DELTA, width)]
-    if found.activations is not None:
-        lines += ["", *_activations(found.activations, shorter, width)]
-    if (tensors or found.activations is not None) and shorter.prefix:
-        lines += ["", *paragraph(f"…: {shorter.prefix}", width)]
-    if found.without_delta:
-        lines += ["", *paragraph(f"without a delta: {some(found.without_delta, 12)}", width)]
-    for warning in found.warnings:
-        lines += ["", *paragraph(f"warning: {warning}", width)]
-    return one_a_line(lines)
+@click.command("recommend")
+@click.argument("models", type=MODEL, nargs=-1, required=True)
+@BASE
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
+)
+@rows_of_each
+@click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
+@click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
+@DEVICE
+@WORKERS
+@PICKLES
+@AS_JSON
+@AS_CSV
+def command(
+    models: tuple[str, ...],
+    base: str,
+    density: float | None,
+    calibration: list[dict[str, Any] | None],
+    no_fit: bool,
+    out: Path | None,
+    as_json: bool,
+    as_csv: bool,
+    **options: Any,
+) -> None:
+    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
 
+    With evidence, and the recipe that does it.
 
-class _Shorter:
-    """Names without the prefix that all numbered blocks have in common, which stands for `…`."""
+    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
+    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
 
-    def __init__(self, names: Iterable[str]) -> None:
-        found = list(stacks(block for name in names if (block := block_name(name)) is not None))
-        self.prefix = f"{found[0]}." if len(found) == 1 else ""
+    \b
+    deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
+    deltamerge recommend ./math ./code --base ./base --calibration math.jsonl --calibration code.jsonl
+    """
+    if len(models) > 1:
+        with app("recommend"):
+            from deltamerge.apps.recommend.merge import recommend_merge
+        from deltamerge.run.options import Options
 
-    def __call__(self, name: str) -> str:
-        return f"…{name.removeprefix(self.prefix)}" if self.prefix and name.startswith(self.prefix) else name
+        rows = [one for one in calibration if one]
+        if density is not None or any("label" in one for one in rows):
+            raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
+        if as_csv:
+            say_table(merge.candidates)
+        else:
+            say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
+    else:
+        with app("recommend"):
+            from deltamerge.apps.recommend.prune import recommend_prune
 
-
-def _delta(one: Statistics) -> Sequence[str]:
-    ends = f"{one.energy_share:.1%}", f"{one.unchanged:.1%}", _figure(one.kurtosis), f"{one.kept_energy['0.01']:.1%}"
-    return f"{one.count:,}", _figure(one.mean_abs), _figure(one.max_abs), _figure(one.relative_norm), *ends
-
-
-def _activations(found: Activations, shorter: _Shorter, width: int) -> list[str]:
-    def cells(one: Influence) -> list[str]:
-        numbers = (
-            one.mean_abs_delta, one.mean_abs_influence, one.coherence, one.change, one.bound, one.typical,
-            one.dare_error, one.dare_measured, one.least_squares_q, one.least_squares_error, one.least_squares_measured,
-        )  # fmt: skip
-        return list(map(_figure, numbers))
-
-    total: list[Row] = [("linear layers", [*cells(found.total), ""])]
-    layers: list[Row] = [
-        (shorter(one.name).removesuffix(".weight"), [*cells(one), " ".join(str(m.feature) for m in one.massive)])
-        for one in found.layers
-    ]
-    return [
-        f"over {found.sequences} sequences, at density {found.density:g}",
-        "",
-        *table(LAYERS, [total, layers], width),
-        "",
-        *paragraph(ABOUT_LAYERS, width),
-    ]
+        if density is None:
+            raise click.UsageError("Missing option '--density', which one MODEL needs")
+        if no_fit or len(calibration) > 1:
+            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        answer = recommend_prune(models[0], base, density, calibration=calibration[0], out=out, **options)
+        if as_csv:
+            say_table(answer.candidates)
+        else:
+            say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
+    if out is not None:
+        tell(f"{out}: written")
 
 
 def render_recommend(answer: Recommendation, *, width: int) -> str:
-    """The evidence, the candidates, the recommendation and its recipe."""
+    """Return the evidence, the candidates, the recommendation and its recipe."""
     seen = answer.evidence
     columns = [Column(seen.metric or head if head == "metric" else head) for head in CANDIDATES]
-    judged = [one for one in answer.candidates if any(cell for cell in _candidate(one))]
+    judged = [one for one in answer.candidates if any(_candidate(one))]
     rows: list[Row] = [(("→ " if one.name == answer.method else "  ") + one.name, _candidate(one)) for one in judged]
     figures = [
         f"mean |Δ| {seen.mean_abs_delta:.3g}",
@@ -148,7 +137,7 @@ def _candidate(one: PruneCandidate) -> list[str]:
 
 
 def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
-    """How the deltas meet, the candidates, the recommendation and its recipe."""
+    """Return how the deltas meet, the candidates, the recommendation and its recipe."""
     lines = [f"{len(answer.models)} models on {answer.base}", *_meeting(answer.models, answer.evidence, width), ""]
     if answer.candidates:
         judged = [one for one in answer.candidates if one.error is None]
@@ -168,12 +157,12 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
 
 
 def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
-    """How deltas meet: means over pairs, and the pair that opposes most."""
+    """Return how deltas meet: means over pairs, and the pair that opposes most."""
     overlap = "" if found.overlap_mean is None else f"; overlap {found.overlap_mean:.3f} (by chance {found.chance:.3f})"
     pairs = [(i, j) for i in range(len(models)) for j in range(i)]
     i, j = max(pairs, key=lambda pair: found.opposed[pair[0]][pair[1]])
     most = f" (most: {models[j]} and {models[i]}, {found.opposed[i][j]:.1%})" if len(pairs) > 1 else ""
-    norms = ", ".join(_figure(norm) for norm in found.relative_norm)
+    norms = ", ".join(cell(norm) for norm in found.relative_norm)
     return [
         *paragraph(f"cosine {found.cosine_mean:.3f}; opposite signs {found.opposed_mean:.1%}{most}{overlap}", width),
         *paragraph(f"‖Δ‖/‖W‖ {norms}", width),
@@ -189,7 +178,3 @@ def _merge(one: MergeCandidate) -> list[str]:
 def _rows(counts: Mapping[str, int]) -> str:
     some_counts = sorted(set(counts.values()))
     return f"{some_counts[0]}" if len(some_counts) == 1 else f"{some_counts[0]} to {some_counts[-1]}"
-
-
-def _figure(number: float | None) -> str:
-    return "–" if number is None else figure(number)

@@ -1,4 +1,4 @@
-"""The commands about delta artifacts and locks: extract, apply, verify."""
+"""The command extract."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from deltamerge.cli.options import (
     pruning_methods,
     rows_of_text,
 )
-from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, tell
-from deltamerge.cli.tables import human
-from deltamerge.errors import after_folders
+from deltamerge.cli.output import say_json
+from deltamerge.cli.result import Warnings, report_run, summary_of
+from deltamerge.errors import after_folders, app
 
 
-@click.command()
+@click.command("extract")
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
 @click.option(
@@ -76,7 +76,7 @@ from deltamerge.errors import after_folders
 @PICKLES
 @AS_JSON
 @QUIET
-def extract(
+def command(
     models: tuple[str, ...],
     base: str | None,
     out: Path | None,
@@ -110,8 +110,9 @@ def extract(
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
-    from deltamerge.apps.chain.extract import extract as extract_delta
-    from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
+    with app("chain"):
+        from deltamerge.apps.chain.extract import extract as extract_delta
+        from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
     from deltamerge.models.chain.store import Sharing, is_store
     from deltamerge.run.options import Options
 
@@ -162,7 +163,7 @@ def extract(
 
 
 def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
-    """The keys of a recipe's output that --lora and --budget say; None without --lora."""
+    """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
     if text is None:
         if budget is not None:
             raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")
@@ -181,111 +182,3 @@ def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
     if not size:
         raise click.UsageError("--lora needs a rank, energy:0.95, or --budget 20MB")
     return size
-
-
-@click.command()
-@click.argument("delta", type=MODEL)
-@click.option(
-    "--base", required=True, type=MODEL, help="The checkpoint that the delta was made from: a folder, or a hub id."
-)
-@click.option("--out", type=FOLDER, required=True, help="Folder to make.")
-@WORKERS
-@MEMORY
-@FORCE
-@PICKLES
-@AS_JSON
-@QUIET
-def apply(
-    delta: str,
-    base: str,
-    out: Path,
-    workers: int | None,
-    memory: int | None,
-    force: bool,
-    pickles: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Put DELTA on its base again.
-
-    Writes the whole checkpoint; every tensor is checked before and after by hash.
-    """
-    from deltamerge.engine.execute import default_workers
-    from deltamerge.run.apply import apply as apply_delta
-
-    begun = time.monotonic()
-    done = apply_delta(
-        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles
-    )
-    seconds = time.monotonic() - begun
-    if as_json:
-        summary = {
-            "out": str(done.folder),
-            "bytes": done.nbytes,
-            "tensors": done.tensors,
-            "seconds": round(seconds, 3),
-            "lock": done.lock,
-        }
-        say_json(summary)
-    elif not quiet:
-        size = human(done.nbytes)
-        tell(f"{done.folder}: {done.tensors} tensors, {size} in {seconds:.1f} s")
-
-
-@click.command()
-@click.argument("folder", type=FOLDER)
-@click.option(
-    "--base", type=MODEL, help="Check the base too: what a delta makes of it, or that the lock has its files."
-)
-@WORKERS
-@PICKLES
-@AS_JSON
-def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
-    """Check FOLDER, which a run made, against the hashes in its lock.
-
-    Of a chain, or a version of one, that each version was made from what the one before makes; of a store each of its
-    deltas.
-    """
-    from deltamerge.engine.execute import default_workers
-    from deltamerge.models.chain.folder import is_chain
-    from deltamerge.models.chain.store import is_store
-    from deltamerge.models.chain.version import VERSION
-    from deltamerge.run.lock import verify as verify_folder
-
-    workers = workers or default_workers()
-    if is_store(folder):
-        from deltamerge.apps.chain.squash import verify_store
-
-        deltas = verify_store(folder, base, workers, pickles=pickles)
-        if as_json:
-            say_json({"folder": str(folder), "deltas": deltas, "base": base})
-            return
-        for delta in deltas:
-            tell(f"{folder / delta['name']}: {len(delta['files'])} files as the lock says")
-        if base is not None:
-            tell(f"{folder}: every tensor of every delta, from {base}, as the deltas say")
-        return
-    if (folder / VERSION).is_file() or is_chain(folder):
-        from deltamerge.apps.chain.squash import verify_chain
-
-        versions = verify_chain(folder, base, workers, pickles=pickles)
-        if as_json:
-            say_json({"folder": str(folder), "versions": versions, "base": base})
-            return
-        files = sum(len(version["files"]) for version in versions)
-        tell(f"{folder}: {len(versions)} versions, {files} files, each made from what the one before makes")
-        if base is not None:
-            tell(f"{folder}: every tensor of every version, from {base}, as the deltas say")
-        return
-    names = verify_folder(folder, workers)
-    about_base = None
-    if base is not None:
-        from deltamerge.run.apply import verify_base
-
-        about_base = verify_base(folder, base, workers, pickles=pickles)
-    if as_json:
-        say_json({"folder": str(folder), "files": names, "base": about_base})
-        return
-    tell(f"{folder}: {len(names)} files as the lock says")
-    if about_base is not None:
-        tell(f"{folder}: {about_base}")

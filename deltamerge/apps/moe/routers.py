@@ -1,7 +1,7 @@
 """The routers of a mixture of experts: a vector for each layer and expert, from the base's states on prompts.
 
-With h(p) a vector of the base for prompt p, the router of an expert is the unit vector of mean h(positive) − mean
-h(negative), as mergekit-moe makes it. h(p) in layer i is
+h(p) is a vector of the base for prompt p. The router of an expert is the unit vector of mean h(positive) − mean
+h(negative), as in mergekit-moe. h(p) in layer i is
 
     hidden, hidden_last   the input of block i (before its norms) at the prompt's last token
     hidden_avg            the same, mean over the prompt's tokens
@@ -9,44 +9,140 @@ h(negative), as mergekit-moe makes it. h(p) in layer i is
     cheap_embed           the unit vector of the sum of the embeddings of all tokens of all prompts, in every layer
     random                standard normal numbers; uniform_random: uniform in ±1/√hidden
 
-The base is run block by block in float32 on one thread, so that a machine always finds the same bytes. A plan names
-`routers`, so torch is imported when it runs.
+The base is run block by block in float32 on one thread, so that a machine always finds the same bytes. torch is
+imported when `routers` runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.calibrate.merge.router_spec import BATCH, Prompts, Routers, RouterSpec
 from deltamerge.calibrate.model.foreign import quiet, running
-from deltamerge.calibrate.spec import rounded
+from deltamerge.calibrate.spec import BASELINE_BYTES, resident, rounded
 from deltamerge.engine.devices import memory_of
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, VerifyError
 from deltamerge.files import progress
 from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.recipe.schema import DRAWN
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.model.blocks import BlockModel, Inputs
 
+BATCH = 8  # prompts that go through the model together
+ROUTERS = "routers"  # their key in a lock
 LEAST_NORM = 1e-8
 ROUNDING = 1e-5  # of states in float32, relative
 Tokens = Mapping[str, Sequence[int]]
 Vector = NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """An expert's name and prompts."""
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """The routers of a mixture.
+
+    mode        gate_mode
+    experts     whose routers are made; the shared ones with a gate of their own are the last
+    routed      how many of them are not shared
+    layers      of the model
+    width       of its hidden states
+    model       the base's name
+    checkpoint  its folder, with config.json and tokenizer
+    tensors     all of the base's
+    embedding   of its tokens
+    seed        of drawn routers
+    device      where the base runs
+    """
+
+    mode: str
+    experts: tuple[Prompts, ...]
+    routed: int
+    layers: int
+    width: int
+    model: str
+    checkpoint: Path
+    tensors: tuple[TensorInfo, ...]
+    embedding: TensorInfo
+    seed: int
+    device: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return every prompt once."""
+        return tuple(dict.fromkeys(text for one in self.experts for text in (*one.positive, *one.negative)))
+
+    @property
+    def runs(self) -> bool:
+        """Return whether the base is run."""
+        return self.mode not in DRAWN and self.mode != "cheap_embed"
+
+    @property
+    def memory(self) -> int:
+        """Return about the bytes that making them takes beside BASELINE_BYTES.
+
+        They are a block stored and in float32, hidden states of prompts of a few hundred tokens, and the vectors.
+        """
+        vectors = 16 * self.layers * len(self.experts) * self.width
+        if not self.runs:
+            return vectors
+        states = 4 * self.width * 256 * (len(self.texts) + 8 * BATCH) + 8 * self.layers * self.width * len(self.texts)
+        return 2 * resident(self.tensors) + states + vectors
+
+    def within(self, limit: int | None) -> RouterSpec:
+        """Itself. InputError: it takes more than `limit` bytes."""
+        need = BASELINE_BYTES + self.memory
+        if limit is not None and self.mode not in DRAWN and need > limit:
+            hint = f"give at least {-(-need // 10**6)}MB, or gate_mode: cheap_embed"
+            raise InputError(f"--memory {limit} is too little to make routers of {self.model}", hint=hint)
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routers:
+    """The vectors of routers, (layers, experts, hidden) float32, and what a lock says of them."""
+
+    values: NDArray[np.float32]
+    record: Mapping[str, Any]
+
+
+def locked(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.float32] | None, where: str) -> Routers:
+    """Return the routers of a lock. VerifyError: it has none, or its own are of another gate mode or shape."""
+    record = lock.get(ROUTERS)
+    if not isinstance(record, dict) or values is None:
+        raise VerifyError(f"{where}: has no routers", hint="run without --locked, or copy the .rows file beside it")
+    if record.get("gate_mode") != spec.mode:
+        raise VerifyError(f"{where}: its routers are {record.get('gate_mode')}, the recipe says {spec.mode}")
+    if values.shape != (spec.layers, len(spec.experts), spec.width) or values.dtype != np.float32:
+        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which is not that of the mixture")
+    kept = {key: value for key, value in record.items() if key not in ("rows", "rows_hash")}
+    return Routers(values, kept)
+
+
 def routers(*, spec: RouterSpec) -> Routers:
-    """The routers of a mixture. InputError: no usable tokenizer, a prompt without tokens or with too many, a model that
-    transformers cannot run."""
+    """Return the routers of a mixture.
+
+    InputError: there is no usable tokenizer, a prompt has no tokens or too many, or transformers cannot run the model.
+    """
     if spec.mode in DRAWN:
         return _recorded(spec, _drawn(spec), {})
     with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
@@ -58,7 +154,7 @@ def routers(*, spec: RouterSpec) -> Routers:
 
 
 def unit(vector: Vector) -> Vector:
-    """v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
+    """Return v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
     scaled: Vector = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), LEAST_NORM)
     return scaled
 
@@ -74,7 +170,7 @@ def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
 
 
 def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
-    """The routers, with what a lock says of them: the two of one layer that are most alike, too."""
+    """Return the routers, with what a lock says of them: the two of one layer that are most alike, too."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
     cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
     cosines[:, *np.tril_indices(spec.routed)] = -1.0
@@ -87,7 +183,7 @@ def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> 
 
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
-    """The token ids of every prompt, after the tokenizer's first token where it has one."""
+    """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
     from deltamerge.calibrate.rows.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)
@@ -105,7 +201,7 @@ def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
 
 
 def _embedded(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
-    """(layers, experts, hidden) from sums of rows of the embedding, in float64."""
+    """Return (layers, experts, hidden) from sums of rows of the embedding, in float64."""
     known: dict[int, Vector] = {}
 
     def sum_of(texts: Sequence[str]) -> Vector:
@@ -133,7 +229,7 @@ def _row(spec: RouterSpec, reader: Reader, token: int) -> Vector:
 
 
 def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
-    """(layers, experts, hidden) from the states of the base, which goes through the prompts block by block."""
+    """Return (layers, experts, hidden) from the states of the base, which goes through the prompts block by block."""
     states = _states(spec, reader, tokens)
 
     def mean(texts: Sequence[str]) -> Vector:
@@ -145,8 +241,10 @@ def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
 
 
 def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector:
-    """Positive − negative; zeros where they are the same but for rounding, as in the first layer of prompts that end
-    alike. InputError: they are the same in every layer."""
+    """Return positive − negative. InputError: they are the same in every layer.
+
+    It is zeros where they are the same but for rounding, as in the first layer of prompts that end alike.
+    """
     if negative is None:
         return positive
     vector = positive - negative
@@ -158,7 +256,7 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 
 def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:
-    """(layers, hidden) of every prompt."""
+    """Return (layers, hidden) of every prompt."""
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
     from deltamerge.calibrate.model.passes import stored
     from deltamerge.calibrate.rows.batches import config_of
@@ -193,7 +291,7 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
 
 
 def _batch(ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Inputs of a forward, padded on the right."""
+    """Return inputs of a forward, padded on the right."""
     import torch
 
     longest = max(map(len, ids))

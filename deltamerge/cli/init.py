@@ -1,8 +1,7 @@
-"""The commands that help to write a recipe: init, methods, schema."""
+"""The command init."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import click
 
 from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, PICKLES, WORKERS, RecipePath, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
-from deltamerge.cli.streams import columns
-from deltamerge.cli.tables import render_method, render_methods
+from deltamerge.errors import app
 
 
-@click.command()
+@click.command("init")
 @click.argument("models", nargs=-1, required=True, type=MODEL)
 @click.option("--base", required=True, type=MODEL, help="What the models were fine-tuned from.")
 @rows_of_text
@@ -28,7 +26,7 @@ from deltamerge.cli.tables import render_method, render_methods
 @WORKERS
 @PICKLES
 @AS_JSON
-def init(
+def command(
     models: tuple[str, ...],
     base: str,
     calibration: dict[str, Any] | None,
@@ -48,7 +46,8 @@ def init(
     deltamerge init ./math ./code --base ./base
     deltamerge init ./math --base ./base --calibration sentences.jsonl --density 0.01
     """
-    from deltamerge.apps.recommend.first_recipe import check_new, first_recipe, write_new
+    with app("recommend"):
+        from deltamerge.apps.recommend.first_recipe import check_new, first_recipe, write_new
 
     path = Path("recipe.yaml" if out == "-" else out)
     if out != "-":
@@ -56,10 +55,11 @@ def init(
     density = density or (0.05 if len(models) == 1 else 0.2)
     advice = []
     if calibration is not None:
-        from deltamerge.apps.recommend.study import recommend
+        with app("recommend"):
+            from deltamerge.apps.recommend.prune import recommend_prune
 
         given: dict[str, Any] = {"calibration": calibration, "device": device, "workers": workers, "pickles": pickles}
-        advice = [recommend(model, base, density, **given) for model in models]
+        advice = [recommend_prune(model, base, density, **given) for model in models]
     written = first_recipe(base, models, path, density=density, calibration=calibration, advice=advice, pickles=pickles)
     if as_json:
         if out != "-":
@@ -71,32 +71,3 @@ def init(
         return
     write_new(path, written)
     tell(f"{path}: written; next: deltamerge plan {path}")
-
-
-def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    from deltamerge.methods.registry import MERGE, PRUNE
-
-    return sorted(name for name in {*MERGE, *PRUNE} if name.startswith(incomplete))
-
-
-@click.command()
-@click.argument("name", required=False, shell_complete=_names)
-@AS_JSON
-def methods(name: str | None, as_json: bool) -> None:
-    """List merge and pruning methods, a line each.
-
-    With NAME those called so: their parameters, defaults, ranges, and where they come from.
-    """
-    from deltamerge.cli.catalogue import catalogue
-
-    found = catalogue(name)
-    render = render_method if name else render_methods
-    say_json(found) if as_json else say(render(found, columns()))
-
-
-@click.command()
-def schema() -> None:
-    """The JSON schema of a recipe, for editors."""
-    from deltamerge.recipe.schema import schema as recipe_schema
-
-    say(json.dumps(recipe_schema(), indent=2))

@@ -39,7 +39,7 @@ SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MixtureLayout:
     """Where a mixture's tensors are, and what it can hold.
 
     name, aliases   as recipes name it; the first is mergekit's
@@ -92,25 +92,27 @@ class Layout:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The names of a layer's tensors that it always has beside its experts."""
+        """Return the names of a layer's tensors that it always has beside its experts."""
         return (*ATTENTION, *NORMS, *(QK_NORMS if self.normed else ()))
 
 
-MIXTRAL = Layout(
+MIXTRAL = MixtureLayout(
     "Mixtral", ("mixtral",), "mixtral", "MixtralForCausalLM", ("llama", "mistral"), "block_sparse_moe",
     ("w1", "w3", "w2"),
 )  # fmt: skip
-DEEPSEEK = Layout(
+DEEPSEEK = MixtureLayout(
     "DeepSeek MoE", ("deepseek",), "deepseek", "DeepseekForCausalLM", ("llama", "mistral"), shared="shared_experts",
     optional=BIAS,
 )  # fmt: skip
-QWEN = Layout(
+QWEN = MixtureLayout(
     "Qwen MoE", ("qwen2moe",), "qwen2_moe", "Qwen2MoeForCausalLM", ("llama", "mistral", "qwen2"),
     shared="shared_expert", shared_gate="shared_expert_gate", needs_shared=True, optional=QKV_BIAS,
 )  # fmt: skip
-QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS)
+QWEN3 = MixtureLayout(
+    "Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS
+)
 # The mixture of DeepSeek-V3 on Llama's attention, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
-DEEPSEEK_V3 = Layout(
+DEEPSEEK_V3 = MixtureLayout(
     "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
     needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
     untied=True,
@@ -119,8 +121,11 @@ LAYOUTS = (MIXTRAL, DEEPSEEK, QWEN, QWEN3, DEEPSEEK_V3)
 BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is taken
 
 
-def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> Layout:
-    """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: why none does."""
+def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> MixtureLayout:
+    """Return the first layout that fits. InputError: why none does.
+
+    The candidates are mergekit's, or those whose name `architecture` begins.
+    """
     if wanted is None:
         named = list(BY_DEFAULT)
     else:
@@ -136,7 +141,7 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     raise InputError(first, also=also, hint="see docs/moe.md for what each is made of")
 
 
-def _names(layout: Layout) -> tuple[str, ...]:
+def _names(layout: MixtureLayout) -> tuple[str, ...]:
     return layout.name, *layout.aliases
 
 
@@ -146,8 +151,10 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of a mixture: layers, experts and those that a token goes through, widths of experts and of the shared
-    one (0: none); whether queries, keys and values of the base have biases."""
+    """Numbers of a mixture: layers, experts, experts of a token, widths of experts and of the shared one (0: none).
+
+    The last says whether queries, keys and values of the base have biases.
+    """
 
     layers: int
     experts: int
@@ -157,8 +164,8 @@ class Sizes:
     biased: bool
 
 
-def config_of(layout: Layout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
-    """config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
+def config_of(layout: MixtureLayout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
+    """Return config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
     family, notes = str(base["model_type"]), list[str]()
     config = {**{k: v for k, v in FAMILIES[family].items() if k != "rope_theta"}, **base}
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -201,7 +208,7 @@ def config_of(layout: Layout, base: Mapping[str, Any], sizes: Sizes) -> tuple[di
 
 
 def _rotary(base: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, where the config leaves it to its family's default."""
+    """Return rope_theta where the config leaves it to its family's default."""
     said = base.get("rope_parameters")
     if isinstance(said, dict) and "rope_theta" not in said and base.get("rope_theta") is None:
         return {"rope_parameters": {**said, "rope_theta": 10000.0}}
@@ -209,7 +216,7 @@ def _rotary(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sliding(base: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, list[bool]]:
-    """The window of the base's attention, and which layers have it."""
+    """Return the window of the base's attention, and which layers have it."""
     window = base.get("sliding_window", WINDOW)
     if family == "llama" or window is None or (family != "mistral" and not base.get("use_sliding_window")):
         return None, [False] * layers
@@ -220,8 +227,8 @@ def _sliding(base: Mapping[str, Any], family: str, layers: int) -> tuple[int | N
     return window, [i >= first for i in range(layers)]
 
 
-def _same(layout: Layout, window: int | None, sliding: Sequence[bool]) -> int | None:
-    """The window of all layers. InputError: some have none."""
+def _same(layout: MixtureLayout, window: int | None, sliding: Sequence[bool]) -> int | None:
+    """Return the window of all layers. InputError: some have none."""
     if any(sliding) and not all(sliding):
         message = f"some layers of the base have a sliding window, and in {layout.name} all have it or none"
         raise InputError(message, hint="use_sliding_window: false in the base's config.json, if it is never needed")
@@ -229,7 +236,7 @@ def _same(layout: Layout, window: int | None, sliding: Sequence[bool]) -> int | 
 
 
 def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
-    """What GLM-4.5's class reads of a config."""
+    """Return the keys that GLM-4.5's class reads of a config."""
     return {
         "n_routed_experts": sizes.experts, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
         "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0,
@@ -239,7 +246,7 @@ def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
 
 
 def _deepseek(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """What DeepSeek's own class reads of a config."""
+    """Return the keys that DeepSeek's own class reads of a config."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise InputError(
             "DeepSeek MoE: heads are hidden_size / num_attention_heads wide, the base has another head_dim"

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.merge.router import routers
-from deltamerge.calibrate.merge.router_spec import Prompts, RouterSpec
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.apps.moe.layout import FAMILIES, MLP, OUTSIDE, MixtureLayout, Sizes, choose, config_of
+from deltamerge.apps.moe.routers import Prompts, Routers, RouterSpec, locked, routers
 from deltamerge.engine import backends
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
@@ -21,7 +24,6 @@ from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.merged_tensor import Merge
-from deltamerge.plan.moe_layout import FAMILIES, MLP, OUTSIDE, Layout, Sizes, choose, config_of
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -39,10 +41,10 @@ BUFFER = "rotary_emb.inv_freq"  # that old checkpoints store and classes compute
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """A mixture for people: its layout, experts by name, numbers of parameters, and the node that makes its routers."""
+class PlannedMixture:
+    """A mixture of experts in a plan, as `plan.mixture.Mixture` wants it."""
 
-    layout: Layout
+    layout: MixtureLayout
     experts: tuple[str, ...]
     shared: tuple[str, ...]
     sizes: Sizes
@@ -51,8 +53,17 @@ class Mixture:
     parameters: int
     active: int
 
+    @property
+    def memory(self) -> int:
+        """Return about the bytes that making the routers takes."""
+        return self.spec.memory
+
+    def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Routers:
+        """Return the routers of a lock. VerifyError: it has none that fit."""
+        return locked(lock, self.spec, values, where)
+
     def describe(self) -> dict[str, Any]:
-        """What `deltamerge plan --json` prints of it."""
+        """Return the mixture as `deltamerge plan --json` prints it."""
         return {
             "architecture": self.layout.model_type,
             "experts": list(self.experts),
@@ -116,7 +127,7 @@ class MixtureOutputs:
         self.notes += [*self._remarks(), *notes]
 
     def rows(self) -> list[Row]:
-        """The tensors of the output, in the base's order."""
+        """Return the tensors of the output, in the base's order."""
         made, done = list[Row](), set[int]()
         dropped = []
         for name, tensor in self.base.tensors.items():
@@ -136,16 +147,18 @@ class MixtureOutputs:
             self.notes.append(f"left out, computed by its class: {some(dropped)}")
         return made
 
-    def mixture(self, rows: Sequence[Row]) -> Mixture:
-        """The mixture of these tensors, for people."""
+    def mixture(self, rows: Sequence[Row]) -> PlannedMixture:
+        """Return the mixture of these tensors, for people."""
         total = sum(math.prod(row.shape) for row in rows)
         idle = self.sizes.experts - self.sizes.active
         expert = 3 * self.sizes.width * self.spec.width * self.sizes.layers
         experts, shared = (tuple(model.name for model, _ in some_) for some_ in (self.experts, self.shared))
-        return Mixture(self.layout, experts, shared, self.sizes, self.spec, self.routers, total, total - idle * expert)
+        return PlannedMixture(
+            self.layout, experts, shared, self.sizes, self.spec, self.routers, total, total - idle * expert
+        )
 
     def _mixed(self, number: int, layer: str) -> Iterator[Row]:
-        """The tensors that stand for the MLP of a layer, whose stored name is `layer`."""
+        """Yield the tensors that stand for the MLP of a layer, whose stored name is `layer`."""
         like = self.layers[number]
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
         place, names = f"{layer}.{self.layout.block}", dict(zip(MLP, self.layout.weights, strict=True))
@@ -198,7 +211,7 @@ class MixtureOutputs:
         return Row(stored, built.root.shape, built.root.dtype, (piece,))
 
     def _dtype(self, tensor: TensorInfo) -> str:
-        """The dtype of what stands for a tensor of the base."""
+        """Return the dtype of the tensor that stands for one of the base's."""
         dtype = self.out_dtype or tensor.output_dtype
         if tensor.dtype not in FLOATING or dtype not in PLAIN:
             self.problems.append(f"{tensor.name}: {tensor.dtype} is no dtype that a mixture is made of")
@@ -216,7 +229,7 @@ class MixtureOutputs:
         return self._known[reference]
 
     def _check_layers(self) -> None:
-        """InputError: the base has layers that the layout does not hold, or an expert lacks MLPs or has other ones."""
+        """Refuse a base with layers that the layout does not hold, and an expert that lacks MLPs or has other ones."""
         where, hidden = self.base.name, self.base.checkpoint.config.get("hidden_size")
         inside = {name for name in self.base.tensors if LAYER.fullmatch(name)}
         for name in self.base.tensors.keys() - inside:
@@ -243,7 +256,7 @@ class MixtureOutputs:
                     raise InputError(f"{model.name}: its MLPs are {shapes}, and {where} is {hidden} wide")
 
     def _width(self, models: Sequence[Input]) -> int:
-        """The width of all MLPs of some experts. InputError: they differ."""
+        """Return the width of all MLPs of some experts. InputError: they differ."""
         found = {
             (model.name, layer["gate_proj"].shape[0]) for model in models for layer in self._weights(model).values()
         }
@@ -253,7 +266,7 @@ class MixtureOutputs:
         return next(iter(found))[1]
 
     def _spec(self, memory: int | None) -> RouterSpec:
-        """What the routers are made of. InputError: the base has no config.json or no embedding of tokens."""
+        """Return the inputs of the routers. InputError: the base has no config.json or no embedding of tokens."""
         base, recipe = self.base, self.recipe
         if base.checkpoint.config_file != CONFIG:
             raise InputError(f"{base.name}: has no config.json, without which no mixture is made on it")
@@ -277,7 +290,7 @@ class MixtureOutputs:
         ).within(memory)
 
     def _remarks(self) -> Iterator[str]:
-        """What of the models is left out, and what may not be meant."""
+        """Yield the parts of the models that are left out, and signs of a mistake."""
         rows = self.spec.embedding.shape[0]
         for model in self.models:
             own = next((t for name, t in model.tensors.items() if TOKEN_EMBEDDING.search(name)), None)
@@ -292,8 +305,8 @@ class MixtureOutputs:
 
 def _chosen(
     wanted: str | None, families: Sequence[str], shared: int, prompted: bool, gated: Sequence[bool], silent: bool
-) -> Layout:
-    """The layout; a shared expert that says nothing needs no prompts for its gate, nor does one whose gate is drawn."""
+) -> MixtureLayout:
+    """Return the layout. A shared expert that is silent, or whose gate is drawn, needs no prompts for its gate."""
     try:
         return choose(wanted, families, shared, prompted)
     except InputError:
@@ -303,7 +316,7 @@ def _chosen(
 
 
 def _family(model: Input) -> str:
-    """The model type. InputError: no mixture is made of it."""
+    """Return the model type. InputError: no mixture is made of it."""
     config = model.checkpoint.config
     family, classes = config.get("model_type"), config.get("architectures") or ()
     if family not in FAMILIES:
@@ -315,7 +328,7 @@ def _family(model: Input) -> str:
 
 
 def _layers(model: Input) -> dict[int, dict[str, TensorInfo]]:
-    """The tensors of every layer by what follows its number. InputError: layers are missing."""
+    """Return the tensors of every layer by what follows its number. InputError: layers are missing."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in model.tensors.items():
         if (match := LAYER.fullmatch(name)) is not None:

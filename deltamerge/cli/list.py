@@ -1,4 +1,4 @@
-"""The commands about chains and stores: list, squash, remove."""
+"""The command list."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, FOLDER, MODEL, PICKLES, QUIET, WORKERS
-from deltamerge.cli.output import say_json, tell
-from deltamerge.cli.tables import human
-from deltamerge.errors.shown import shown
+from deltamerge.cli.options import AS_JSON, FOLDER
+from deltamerge.cli.output import say_json
+from deltamerge.errors.shown import human, shown
 
 
-@click.command(name="list")
+@click.command("list")
 @click.argument("folder", type=FOLDER)
 @AS_JSON
-def list_versions(folder: Path, as_json: bool) -> None:
+def command(folder: Path, as_json: bool) -> None:
     """List the versions of the chain FOLDER, or the deltas of the store.
 
     Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
@@ -75,49 +74,3 @@ def _list_store(folder: Path, *, as_json: bool) -> None:
 def _base(one: dict[str, Any]) -> str:
     base = one["base"]
     return str(base["id"] if base["commit"] is None else f"{base['id']}@{base['commit']}")
-
-
-@click.command()
-@click.argument("chain", type=FOLDER)
-@click.option("--keep", type=click.IntRange(0), required=True, help="How many of the newest versions stay as they are.")
-@click.option("--base", type=MODEL, help="What the chain's first version was made from; default: what it names.")
-@WORKERS
-@PICKLES
-@AS_JSON
-@QUIET
-def squash(
-    chain: Path, keep: int, base: str | None, workers: int | None, pickles: bool, as_json: bool, quiet: bool
-) -> None:
-    """Fold the older versions of CHAIN into one.
-
-    It takes the place of the last of them in one step, and the others are removed; their names are refused from then
-    on, with the name of the one that they are in. Versions that come after stay as they are.
-    """
-    from deltamerge.apps.chain.squash import squash as squash_chain
-    from deltamerge.engine.execute import default_workers
-
-    done = squash_chain(chain, keep, base, workers=workers or default_workers(), pickles=pickles)
-    if as_json:
-        say_json(
-            {"folder": str(chain), "into": done.into, "folded": list(done.folded), "before": done.before,
-             "after": done.after}
-        )  # fmt: skip
-    elif not quiet:
-        what = f"{len(done.folded)} versions folded into {done.into}" if done.into else "nothing to fold"
-        tell(f"{chain}: {what}, {human(done.before)} before, {human(done.after)} now")
-
-
-@click.command(name="remove")
-@click.argument("delta", type=FOLDER)
-@QUIET
-def remove_delta(delta: Path, quiet: bool) -> None:
-    """Remove DELTA, the newest version of a chain or a delta of a store.
-
-    A version that another comes after stays: remove that first, or fold both with squash. A folder that holds what no
-    run wrote stays too.
-    """
-    from deltamerge.models.chain.publish import remove_newest
-
-    remove_newest(delta)
-    if not quiet:
-        tell(f"{delta}: removed")

@@ -1,8 +1,7 @@
-"""Studies a fine-tune's delta: opens and measures the models, and reports statistics or a recommended pruning."""
+"""A study of a fine-tune's delta: two models opened and measured, and the report of `deltamerge inspect`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,12 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.apps.inspect.activations import activations
-from deltamerge.apps.inspect.moments import Moments
+from deltamerge.apps.inspect.moments import DeltaMoments
 from deltamerge.apps.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
-from deltamerge.apps.recommend import prune as recommendation
-from deltamerge.apps.recommend.first_recipe import seen_from
-from deltamerge.apps.recommend.prune import Recommendation
 from deltamerge.apps.report import page as pages
-from deltamerge.calibrate.rows.rows import has_head
-from deltamerge.calibrate.rows.split import metric_of
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import default_workers, shared_values
-from deltamerge.errors import InputError, OutputError
-from deltamerge.files.atomic import replace_file
+from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
@@ -31,7 +24,6 @@ from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.plan.written_config import remarks_on_configs
-from deltamerge.recipe.schema import Calibration
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.graph import Graph
@@ -49,7 +41,7 @@ def inspect(
     workers: int | None = None,
     pickles: bool = False,
 ) -> Report:
-    """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
+    """Return statistics of the delta of `model` and, with `calibration`, of its layers' activations.
 
         model, base   folders or hub ids
         calibration   as in a recipe
@@ -64,14 +56,14 @@ def inspect(
     """
     if out is not None:
         pages.check_target(out, force=force)
-    inputs = _open(model, base, pickles=pickles)
+    inputs = open_pair(model, base, pickles=pickles)
     pairs, lacking = pairs_of(inputs)
     device = choose_device(device)
-    found = _measured(pairs, device, workers)
+    found = measure(pairs, device, workers)
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
-        (spec,) = _specs(pairs, model, base, calibration, [prune], device, pickles)
+        (spec,) = specs_of(pairs, model, base, calibration, [prune], device, pickles)
         from deltamerge.apps.inspect.evidence import influence
 
         node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
@@ -85,66 +77,12 @@ def inspect(
     return answer
 
 
-def recommend(
-    model: str,
-    base: str,
-    density: float,
-    *,
-    calibration: dict[str, Any] | None = None,
-    out: Path | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    pickles: bool = False,
-) -> Recommendation:
-    """The recommended pruning at `density`, and its recipe, which is written to `out`, a new file, if given.
-
-    The other arguments are those of `inspect`; a `label` in `calibration` asks for the metric of the held-out rows.
-    OutputError: `out` exists, or cannot be written.
-    """
-    if out is not None and os.path.lexists(out):
-        raise OutputError(f"{out}: exists", hint="choose another name with --out")
-    inputs = _open(model, base, pickles=pickles)
-    differing = list(remarks_on_configs(inputs, refuse=True))
-    pairs, _ = pairs_of(inputs)
-    config = inputs.tunes[0].checkpoint.config
-    device = choose_device(device)
-    labelled = calibration is not None and "label" in calibration
-    if calibration is not None and labelled:
-        calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
-    found = _measured(pairs, device, workers)
-    measured = None
-    if calibration is not None:
-        specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device, pickles)
-        from deltamerge.apps.inspect.evidence import measure_influence as measure_on_data
-
-        node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
-        measured = shared_values([node], {})[node]
-    decoder = has_head(config, "causal-lm")
-    question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
-    answer = recommendation.recommend(question, pairs, found, measured)
-    warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *differing]
-    answer = answer.model_copy(update={"warnings": warnings})
-    folder = Path.cwd() if out is None else out.resolve().parent
-    chosen = next(one for one in answer.candidates if one.name == answer.method)
-    more: dict[str, Any] = {}
-    if chosen.needs_calibration and calibration is not None:
-        more["calibration"] = calibration | {"data": seen_from(folder, calibration["data"])}
-    if any(pair.cut for pair in pairs):
-        more["tokenizer_source"] = seen_from(folder, model)
-    if pickles:
-        more["pickles"] = True
-    recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
-    answer = recommendation.written(answer, recipe)
-    if out is not None:
-        replace_file(out, answer.recipe, new=True)
-    return answer
-
-
-def _measured(pairs: Sequence[Pair], device: str, workers: int | None) -> dict[str, Moments]:
+def measure(pairs: Sequence[Pair], device: str, workers: int | None) -> dict[str, DeltaMoments]:
+    """Return the moments of every delta by its name."""
     return measure_deltas(pairs, device=device, workers=workers or default_workers())
 
 
-def _specs(
+def specs_of(
     pairs: Sequence[Pair],
     model: str,
     base: str,
@@ -153,7 +91,7 @@ def _specs(
     device: str,
     pickles: bool,
 ) -> list[Spec]:
-    """The calibration stage of the recipe of each pruning."""
+    """Return the calibration stage of the recipe of each pruning."""
     more: dict[str, Any] = {"calibration": calibration}
     if any(pair.cut for pair in pairs):
         more["tokenizer_source"] = model
@@ -167,7 +105,8 @@ def _specs(
     return specs
 
 
-def _open(model: str, base: str, *, pickles: bool) -> Inputs:
+def open_pair(model: str, base: str, *, pickles: bool) -> Inputs:
+    """Open a fine-tune and its base."""
     return open_inputs(parse(pair_recipe(model, base)), Path.cwd(), partial(_opener, pickles=pickles))
 
 
