@@ -40,7 +40,7 @@ class Warnings:
 
     def end(self, result: Result) -> None:
         """Print those that have not been printed yet, and of what in the result is not finite."""
-        from deltamerge.run.weights import describe_nonfinite
+        from deltamerge.run.runner import describe_nonfinite
 
         self.watch(result.plan)
         if result.nonfinite:

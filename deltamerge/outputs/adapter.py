@@ -111,7 +111,7 @@ class ChangedTensor(NamedTuple):
         return self.name.rpartition(".")[0]
 
 
-class Modules:
+class ModelModules:
     """What transformers makes of the output's config, without weights: which modules there are.
 
     stored    the name in the model of each tensor -> its name in the files
@@ -143,10 +143,11 @@ class Modules:
         self.tied = set(aliases(model))
 
     @classmethod
-    def of(cls, config: dict[str, Any], tensors: Mapping[str, Shaped], *, parts: bool = False) -> Modules:
-        """Those of a config that is stored as these tensors; with `parts` some may be parts of one of the model's.
+    def of(cls, config: dict[str, Any], tensors: Mapping[str, Shaped], *, parts: bool = False) -> ModelModules:
+        """Return the modules of a config that is stored as these tensors.
 
-        InputError: transformers knows no such model, or has other tensors.
+        `parts`: some may be parts of a tensor of the model. InputError: transformers knows no such model, or has other
+        tensors.
         """
         from transformers import AutoConfig
 
@@ -164,10 +165,10 @@ class Modules:
     def share_out(
         self, rest: Iterable[ChangedTensor], targets: list[str], results: Mapping[str, TensorInfo]
     ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-        """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
+        """Return tensors that are stored whole: of modules for `modules_to_save`, and loaded into the base itself.
 
-        `results` are all tensors by their names in the files. The latter are biases of adapted layers, tied weights,
-        parameters beside submodules, and modules that PEFT, which matches the end of a name, could not tell apart.
+        `results` are all tensors by their names in the files. Loaded into the base are biases of adapted layers, tied
+        weights, parameters beside submodules, and modules that PEFT could not tell apart by the end of a name.
         """
         saved: dict[str, TensorInfo] = {}
         loose: dict[str, TensorInfo] = {}

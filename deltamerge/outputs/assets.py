@@ -238,7 +238,7 @@ def as_json(value: dict[str, Any], indent: int | None = 2, *, ascii: bool = Fals
 
 
 def _add_tokens(files: Files, vocabulary: Vocabulary) -> None:
-    """Every added token with its id in tokenizer.json, and in the other files where those list them."""
+    """Put every added token with its id into tokenizer.json, and into the other files that list them."""
     first, ids = vocabulary.first, vocabulary.ids
     entries = {token: {"id": ids[token], **entry} for token, entry in first.added.items() if token in ids}
     entries |= {str(entry["content"]): entry for entry in vocabulary.entries}

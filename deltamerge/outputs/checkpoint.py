@@ -19,7 +19,7 @@ from deltamerge.files.seals import seal
 from deltamerge.formats.components import PIPELINE
 from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.outputs.output import Account, Job, RunOutput, Weights
+from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
@@ -41,7 +41,7 @@ class CheckpointOutput(RunOutput):
         most = room(workers, cap) + (workers + 1) * 2 * SLAB
         return Memory({"output": min(sum(tensor.nbytes for tensor in tensors), most)})
 
-    def write(self, plan: Plan, job: Job) -> Weights:
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the shards, or some of them; see `RunOutput.write`."""
         mine = job.of(plan)
         with (

@@ -23,7 +23,7 @@ from deltamerge.formats.delta.writer import DeltaWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.budget import Densities, budget_of, given, search
-from deltamerge.outputs.output import Account, Job, RunOutput, Weights
+from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -59,14 +59,14 @@ class DeltaOutput(RunOutput):
         """Return the bytes that the recipe allows, if it says them instead of a density."""
         return budget_of(plan)
 
-    def write(self, plan: Plan, job: Job) -> Weights:
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the artifact; tensors that the journal has are not made again."""
         job.work.empty()
         with job.values(plan) as known, job.merging(plan) as progress:
             values, summary = write_delta(plan, job.work.folder, progress, known, job.work.journal)
         return Weights(plan, values, nonfinite=summary.nonfinite, account=DeltaAccount(summary))
 
-    def settle(self, plan: Plan, job: Job) -> Weights:
+    def settle(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the artifact; of a budget, the artifact that fits it."""
         return super().settle(plan, job) if budget_of(plan) is None else write_within_budget(plan, job)
 
@@ -171,7 +171,7 @@ def write_delta(
                 progress(out.nbytes)
                 continue
             delta = _delta(out, info)
-            targets[out.name] = _Target(tensor, out.dtype, delta is not None, out.elements)
+            targets[out.name] = _OpenTensor(tensor, out.dtype, delta is not None, out.elements)
             if delta is not None:
                 tasks.append(Task(out.name, delta, out.pieces[0].backend))
                 if not out.elements:
@@ -181,7 +181,7 @@ def write_delta(
         values = execute(
             tasks,
             reader,
-            _Sink(targets, progress),
+            _DeltaSink(targets, progress),
             device=planned.device,
             workers=planned.workers,
             tile_elements=planned.tile_elements,
@@ -190,7 +190,7 @@ def write_delta(
         return values, writer.finish()
 
 
-def write_within_budget(planned: Plan, job: Job) -> Weights:
+def write_within_budget(planned: Plan, job: WriteJob) -> Weights:
     """Write the artifact with the densities of a lock, or with those that the budget allows.
 
     Sizes are tried with the first q's, as calibrating is costly; only the result has its own. InputError: the budget is
@@ -227,13 +227,13 @@ def base_of(checkpoint: Checkpoint) -> Base:
 
 
 def _delta(out: OutputTensor, info: TensorInfo | None) -> Node | None:
-    """What makes the values to add; None where final values are stored."""
+    """Return the node that makes the values to add; None where final values are stored."""
     same = info is not None and info.shape == out.shape
     return out.pieces[0].built.delta if same and len(out.pieces) == 1 else None
 
 
 @dataclass(slots=True)
-class _Target:
+class _OpenTensor:
     """A tensor of the artifact; values to add are put in order before they are handed on."""
 
     tensor: TensorWriter
@@ -261,10 +261,10 @@ class _Target:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sink:
+class _DeltaSink:
     """`progress` is told of bytes of the result, whatever is computed for them."""
 
-    targets: Mapping[str, _Target]
+    targets: Mapping[str, _OpenTensor]
     progress: Callable[[int], None]
 
     def write(self, name: str, offset: int, data: Any) -> None:

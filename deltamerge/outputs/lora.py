@@ -36,21 +36,21 @@ from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.outputs.adapter import AdapterOutput, Modules
+from deltamerge.outputs.adapter import AdapterOutput, ModelModules
 from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
 from deltamerge.outputs.lora_file import (
     REST,
     FactorFile,
+    FactorTarget,
     LowRankSummary,
-    Target,
     affordable,
     finish,
     is_matrix,
     sides,
     stored_dtype,
 )
-from deltamerge.outputs.output import Account, Job, Weights
+from deltamerge.outputs.output import Account, Weights, WriteJob
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
@@ -94,14 +94,14 @@ class LoraOutput(AdapterOutput):
         how = "weighed by the inputs of calibration" if weighed else "by their entries"
         yield f"merged deltas are written as a LoRA: {size}, {how}"
 
-    def write(self, plan: Plan, job: Job) -> Weights:
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the adapter and its config; factors that the journal has are not made again."""
         with job.values(plan) as known, job.merging(plan) as progress:
             values, lora = write_lora(plan, job.work, known, progress)
         seals = {name: seal(job.work.folder / name) for name in lora.hashed}
         return Weights(plan, values, lora.hashed, seals=seals, account=LoraAccount(lora))
 
-    def settle(self, plan: Plan, job: Job) -> Weights:
+    def settle(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the adapter; a delta that is not finite is refused as it is factored."""
         return self.write(plan, job)
 
@@ -154,7 +154,7 @@ def write_lora(
     """
     (work.folder / REST).unlink(missing_ok=True)
     with errors.context("output.kind: peft"):
-        modules = Modules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
+        modules = ModelModules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
         targets = _targets(planned, modules)
     bases = _bases(planned)
     rest, copied = list[OutputTensor](), list[OutputTensor]()
@@ -185,10 +185,10 @@ def write_lora(
         spool.close(done=done)
 
 
-def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
-    """The weights that get factors, by their names in the output. InputError: a pattern that finds none."""
+def _targets(planned: Plan, modules: ModelModules) -> dict[str, FactorTarget]:
+    """Return the weights that get factors, by their names in the output. InputError: a pattern finds none."""
     wanted, by_stored = planned.recipe.output, {stored: name for name, stored in modules.stored.items()}
-    found: dict[str, Target] = {}
+    found: dict[str, FactorTarget] = {}
     used: set[str] = set()
     adaptable = modules.linear | modules.turned | modules.convolved
     for number, out in enumerate(planned.outputs):
@@ -199,7 +199,7 @@ def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
         named = {pattern for pattern in wanted.targets or () if finds(pattern, out.name)}
         used |= named
         if named or (wanted.targets is None and module not in modules.heads):
-            found[out.name] = Target(out, module, module in modules.turned, number)
+            found[out.name] = FactorTarget(out, module, module in modules.turned, number)
     if unused := sorted(set(wanted.targets or ()) - used):
         hint = "patterns are searched in names such as model.layers.0.mlp.up_proj.weight"
         raise InputError(f"output.targets: {unused[0]!r} finds no weight that can have factors", hint=hint)
@@ -207,7 +207,7 @@ def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
 
 
 def _bases(planned: Plan) -> dict[str, TensorInfo]:
-    """The base's own tensors, by the names of those of the output."""
+    """Return the base's own tensors, by the names of the output's."""
     base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None
     names = [out.name for out in planned.outputs]
@@ -215,14 +215,14 @@ def _bases(planned: Plan) -> dict[str, TensorInfo]:
 
 
 def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
-    """Whether a tensor is copied from the base's own file, where it is `info`."""
+    """Return whether a tensor is copied from the base's own file, where it is `info`."""
     root = out.pieces[0].built.root
     return info is not None and root.kind == "read" and root.parameter("tensor").is_same(info)
 
 
 @contextmanager
 def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
-    """What writes the tensors that have no factors, to be compared with the base's."""
+    """Open the writer of tensors that have no factors, to be compared with the base's."""
     if not rest:
         yield None
         return
@@ -234,7 +234,7 @@ def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
 def _factor(
     planned: Plan,
     sink: _FactorSink,
-    left: list[Target],
+    left: list[FactorTarget],
     rest: list[OutputTensor],
     reader: Reader,
     known: Mapping[Node, Any],
@@ -278,7 +278,7 @@ class _FactorSink:
     bases: Mapping[str, TensorInfo]
     reader: Reader
     spool: Spool
-    targets: Mapping[str, Target]
+    targets: Mapping[str, FactorTarget]
     writer: Writer | None
     progress: Callable[[int], None]
     made: dict[str, FactorFile] = field(default_factory=dict)
@@ -286,8 +286,8 @@ class _FactorSink:
     lock: threading.Lock = field(default_factory=threading.Lock)
     moments: dict[str, Path] = field(default_factory=dict)
 
-    def unfinished(self) -> list[Target]:
-        """The targets that an interrupted run did not finish; the others are taken over."""
+    def unfinished(self) -> list[FactorTarget]:
+        """Return the targets that an interrupted run did not finish; take over the others."""
         left = []
         for name, target in self.targets.items():
             path, state = self._path(target.number), self.spool.kept(name)
@@ -344,7 +344,7 @@ class _FactorSink:
             del collected
             self._path(COLLECTED + target.number).unlink(missing_ok=True)
 
-    def factor_sum(self, target: Target) -> None:
+    def factor_sum(self, target: FactorTarget) -> None:
         """Factor a sum of adapters' updates, whose factors are concatenated."""
         left, right = [], []
         for coefficient, update in target.output.pieces[0].built.updates:
@@ -354,13 +354,15 @@ class _FactorSink:
         b, a = np.concatenate(left, axis=1), np.concatenate(right)
         self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)
 
-    def _factor(self, target: Target, matrix: Array) -> None:
+    def _factor(self, target: FactorTarget, matrix: Array) -> None:
         delta = np.ascontiguousarray(matrix.T) if target.turned else matrix
         key = mask_key(self.planned.recipe.seed, "lora", target.output.name)
         lengths = self._lengths(target, delta) if self.planned.recipe.output.dora else None
         self._keep(target, lambda wanted, c: factor(delta, wanted, key, c), lengths)
 
-    def _keep(self, target: Target, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None) -> None:
+    def _keep(
+        self, target: FactorTarget, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None
+    ) -> None:
         name, columns = target.output.name, target.sides[1]
         c = np.fromfile(self.moments[name], np.float64).reshape(columns, columns) if name in self.moments else None
         try:
@@ -384,8 +386,8 @@ class _FactorSink:
         self.spool.finished(name, path, state)
         self.progress(target.output.nbytes)
 
-    def _lengths(self, target: Target, delta: Array) -> Array:
-        """‖W + Δ‖ of every output, which DoRA stores beside the factors."""
+    def _lengths(self, target: FactorTarget, delta: Array) -> Array:
+        """Return ‖W + Δ‖ of every output, which DoRA stores beside the factors."""
         info = self.bases[target.output.name]
         weight = floats(self.reader, info, 0, math.prod(info.shape)).reshape(target.shape)
         total = (weight.T if target.turned else weight) + delta
@@ -401,7 +403,7 @@ class _FactorSink:
         most = max(LEAST, WIDER * affordable(prices, output.budget))
         return Wanted(min(most, output.rank or most))
 
-    def _collected(self, target: Target) -> _Collection:
+    def _collected(self, target: FactorTarget) -> _Collection:
         shape, size = target.shape, 4 * math.prod(target.shape)
         if size <= HELD:
             return _Collection(np.empty(shape, np.float32), math.prod(shape))

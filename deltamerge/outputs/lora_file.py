@@ -26,7 +26,7 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import count_changed
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
-from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, Modules
+from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, narrow
@@ -51,7 +51,7 @@ def is_matrix(output: OutputTensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FactorTarget:
     """A weight that gets factors: its module, whether it is stored (in, out), and where its factors lie."""
 
     output: OutputTensor
@@ -75,7 +75,7 @@ class FactorFile:
     """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32;
     `state` is what the journal has of it."""
 
-    target: Target
+    target: FactorTarget
     path: Path
     state: Mapping[str, Any]
 
@@ -97,7 +97,7 @@ class FactorFile:
         return len(self.state["gains"])
 
     def shapes(self, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
-        """The tensors that store it, by the ends of their names."""
+        """Return the tensors that store it, by the ends of their names."""
         (out, columns), shape = self.target.sides, self.target.output.shape
         kernel = shape[2:]
         a = (rank, *shape[1:]) if kernel else (rank, columns)
@@ -106,7 +106,7 @@ class FactorFile:
         return {"lora_A.weight": a, "lora_B.weight": b} | ({"lora_magnitude_vector": length} if dora else {})
 
     def read(self, rank: int) -> dict[str, Array]:
-        """The first `rank` ranks, and the lengths."""
+        """Read the first `rank` ranks, and the lengths."""
         out, columns = self.target.sides
         held = np.fromfile(self.path, np.float32)
         b, a = held[: self.rank * out], held[self.rank * out : self.rank * (out + columns)]
@@ -133,7 +133,7 @@ class LayerRank:
     missed: float
 
     def describe(self) -> dict[str, Any]:
-        """As locks and `--json` have it; four digits, which do not depend on the machine."""
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
         found = {"rank": self.rank, "energy": _digits(self.energy), "missed": _digits(self.missed)}
         return found if self.output is None else found | {"output": _digits(self.output)}
 
@@ -150,7 +150,7 @@ class LowRankSummary:
     output: float | None = None
 
     def describe(self) -> dict[str, Any]:
-        """As locks and `--json` have it."""
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
         whole = {"energy": _digits(self.energy)} | ({} if self.output is None else {"output": _digits(self.output)})
         return whole | {"tensors": {name: layer.describe() for name, layer in self.layers.items()}}
 
@@ -160,7 +160,7 @@ def _digits(value: float) -> float:
 
 
 def stored_dtype(planned: Plan) -> str:
-    """The dtype in which factors are stored: `values`, or that of most of the output."""
+    """Return the dtype in which factors are stored: `values`, or the dtype of most of the output."""
     if planned.recipe.output.values is not None:
         return CODES[planned.recipe.output.values]
     sizes: dict[str, int] = {}
@@ -171,7 +171,11 @@ def stored_dtype(planned: Plan) -> str:
 
 
 def finish(
-    planned: Plan, folder: Path, modules: Modules, made: Mapping[str, FactorFile], results: Mapping[str, TensorInfo]
+    planned: Plan,
+    folder: Path,
+    modules: ModelModules,
+    made: Mapping[str, FactorFile],
+    results: Mapping[str, TensorInfo],
 ) -> LowRankSummary:
     """Write the adapter of the factors in `made` and of `results`, the merged tensors that have none."""
     made = {out.name: made[out.name] for out in planned.outputs if out.name in made}
@@ -222,13 +226,13 @@ def _layer(made: FactorFile, rank: int) -> LayerRank:
 def _whole(
     planned: Plan,
     reader: Reader,
-    modules: Modules,
+    modules: ModelModules,
     made: Mapping[str, FactorFile],
     results: Mapping[str, TensorInfo],
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[str]]:
-    """What changed and has no factors: of whole modules, loaded into the base, and what there is to say of it.
+    """Return the changed tensors that have no factors: of whole modules, loaded into the base; and notes on them.
 
-    InputError: it is to be refused, or the model's modules do not have it as it is.
+    InputError: they are to be refused, or the model's modules do not have one as it is.
     """
     wanted = planned.recipe.output.whole or "keep"
     base, canonical = planned.inputs.base, planned.inputs.canonical
@@ -276,7 +280,7 @@ def _whole(
 def _ranks(
     planned: Plan, made: Mapping[str, FactorFile], whole: Mapping[str, TensorInfo], dtype: str
 ) -> tuple[dict[str, int], Layout]:
-    """The rank of every weight, and the file. InputError: not one rank fits the budget."""
+    """Return the rank of every weight, and the file. InputError: not one rank fits the budget."""
     output = planned.recipe.output
     if output.budget is None:
         wanted = Wanted(output.rank, output.energy)
@@ -319,12 +323,12 @@ def _write(writer: Writer, made: FactorFile, rank: int, dtype: str, *, dora: boo
 
 def _config(
     planned: Plan,
-    modules: Modules,
+    modules: ModelModules,
     targets: Mapping[str, int],
     made: Mapping[str, FactorFile],
     saved: Iterable[str],
 ) -> dict[str, Any]:
-    """PEFT's adapter_config.json."""
+    """Return PEFT's adapter_config.json."""
     base = planned.inputs.base
     r = max(targets.values(), default=1)
     patterns = {_pattern(module, modules): rank for module, rank in targets.items() if rank != r}
@@ -351,8 +355,8 @@ def _config(
     }
 
 
-def _shortest(targets: Mapping[str, int], modules: Modules) -> list[str] | str:
-    """How target_modules names the targets: by the ends of their names where these name nothing else, else in full."""
+def _shortest(targets: Mapping[str, int], modules: ModelModules) -> list[str] | str:
+    """Return `target_modules`: the ends of the targets' names where these name nothing else, else full names."""
     ends = sorted({module.rpartition(".")[2] for module in targets})
     if {name for name in modules.names if name.rpartition(".")[2] in ends} == set(targets):
         return ends
@@ -362,8 +366,8 @@ def _shortest(targets: Mapping[str, int], modules: Modules) -> list[str] | str:
     return full
 
 
-def _pattern(module: str, modules: Modules) -> str:
-    """A key of rank_pattern, which is matched at the end of names, as a pattern."""
+def _pattern(module: str, modules: ModelModules) -> str:
+    """Return a key of rank_pattern, which is matched at the end of names, as a pattern."""
     ambiguous = any(name != module and name.endswith(f".{module}") for name in modules.names)
     return f"^{re.escape(module)}" if ambiguous else module
 

@@ -45,7 +45,7 @@ class Choices(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WriteJob:
     """What a run hands an output, to write its weights.
 
     work     the work folder, with its journal
@@ -71,7 +71,7 @@ class Job:
 
 
 class Account:
-    """What an output says of the weights that were written: in the lock, on the card, in JSON and to the user.
+    """What an output says of the weights that were written, in the lock and on the card.
 
     delta  the summary of a delta artifact
     lora   the summary of a LoRA
@@ -159,14 +159,14 @@ class RunOutput:
 
     # What a run asks.
 
-    def write(self, plan: Plan, job: Job) -> Weights:
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
         """Execute `plan` and leave the weights in the work folder. What an interrupted run finished is not made again.
 
         InputError: such an output cannot be made of these models.
         """
         raise NotImplementedError
 
-    def settle(self, plan: Plan, job: Job) -> Weights:
+    def settle(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the weights; again, where values that are not finite are found only in the result."""
         made = self.write(plan, job)
         if job.files is not None:

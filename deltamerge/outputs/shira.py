@@ -19,7 +19,7 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.outputs.adapter import ADAPTER, AdapterOutput, ChangedTensor, Modules
+from deltamerge.outputs.adapter import ADAPTER, AdapterOutput, ChangedTensor, ModelModules
 from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
 from deltamerge.outputs.output import Weights
@@ -47,7 +47,7 @@ OUTPUT = ShiraOutput()
 def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
     with errors.context("output.kind: peft"), Reader() as reader:
         results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
-        modules = Modules.of(output_config(planned), results)
+        modules = ModelModules.of(output_config(planned), results)
         changed = list(_changed(planned, reader, modules, results))
         candidates = {
             e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
@@ -103,7 +103,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
 
 
 def _changed(
-    planned: Plan, reader: Reader, modules: Modules, results: dict[str, TensorInfo]
+    planned: Plan, reader: Reader, modules: ModelModules, results: dict[str, TensorInfo]
 ) -> Iterable[ChangedTensor]:
     base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None

@@ -26,7 +26,7 @@ ALIKE = 0.95  # cosine of two routers that hardly tell their experts apart
 
 
 def _license(plan: Plan) -> str | None:
-    """The licence that all inputs state in their cards, if they agree."""
+    """Return the licence that all inputs state in their cards, if they agree."""
     found = set()
     for file in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
         stated = read_front_matter(file).get("license")
@@ -35,8 +35,11 @@ def _license(plan: Plan) -> str | None:
 
 
 def front_matter(plan: Plan) -> dict[str, object]:
-    """`base_model` lists the hub's models that the output was made of; one fine-tune is a `finetune`, several are a
-    `merge`. Folders of this machine, which nobody else finds, are not listed."""
+    """Return the card's fields for the hub.
+
+    `base_model` lists the hub's models that the output was made of; folders of this machine are not listed. One
+    fine-tune is a `finetune`, several are a `merge`.
+    """
     sources: list[str | None] = []
     models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
     for model in models:
@@ -49,9 +52,8 @@ def front_matter(plan: Plan) -> dict[str, object]:
     matter: dict[str, object] = {
         "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
-        "library_name": None,
-        "tags": ["deltamerge", *["merge"] * merged, *["moe"] * (plan.mixture is not None)],
         **output_of(plan).front_matter(plan),
+        "tags": ["deltamerge", *["merge"] * merged, *["moe"] * (plan.mixture is not None)],
     }
     if not matter["base_model"]:
         del matter["base_model"]
@@ -64,7 +66,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
-    """What every calibrated q was searched for, what it is, and why; (model, record, its q's) of each."""
+    """Return a table of calibrated q's: objective, value and reason. `found`: (model, record, its q's) of each."""
     rows = []
     for model, record, values in found:
         q = sorted(values) or [1.0]
@@ -125,7 +127,7 @@ def _texts(prompts: tuple[str, ...]) -> str:
 
 
 def _study(study: Mapping[str, Any]) -> list[str]:
-    """How a search found the recipe."""
+    """Return how a search found the recipe."""
     if not study:
         return []
     goals = study.get("objectives") or {}

@@ -75,8 +75,10 @@ def describe_files(
     root: Path | None = None,
     name: Callable[[Path], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """File name, or path below `root`, or what `name` makes of it, -> {hash, size}, hashed side by side, the largest
-    first."""
+    """Return {hash, size} by file name, or by path below `root`, or by `name`.
+
+    Files are hashed side by side, the largest first.
+    """
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
 
     def hashed(path: Path) -> str:
@@ -96,7 +98,7 @@ def describe_files(
 
 
 def input_files(model: Checkpoint) -> list[Path]:
-    """The files of an input that a run depends on: its weights and config."""
+    """Return the files of an input that a run depends on: its weights and config."""
     named = [CONFIG_FILE if model.config_file == "" else model.config_file]
     named += [component.at(CONFIG_FILE) for component in model.components if component.folder]
     configs = [path for name in dict.fromkeys(named) if (path := model.path / name).is_file()]
@@ -104,7 +106,7 @@ def input_files(model: Checkpoint) -> list[Path]:
 
 
 def input_name(model: Checkpoint, path: Path) -> str:
-    """What a lock calls a file of an input: its path below the model's folder where it lies in a component's."""
+    """Return a file's name in a lock. In a component's folder it is the path below the model's folder."""
     inside = not model.is_simple and path.is_relative_to(model.path)
     return path.relative_to(model.path).as_posix() if inside else path.name
 
@@ -112,7 +114,7 @@ def input_name(model: Checkpoint, path: Path) -> str:
 def describe_input(
     model: Checkpoint, workers: int, files: Iterable[Path] | None = None, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """An input's commit (if from the hub) and its files, or some of them."""
+    """Return an input's commit (if from the hub) and its files, or some of them."""
     chosen = input_files(model) if files is None else files
     hash_file = partial(hash_input, pieces=pieces)
     entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_file, name=partial(input_name, model))}
@@ -127,7 +129,7 @@ def describe_input(
 
 
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
-    """The files of a model that the output's vocabulary and chat template depend on; of a mixture its routers."""
+    """Return the files of a model that vocabulary and chat template depend on; of a mixture those of its routers."""
     tokenizes = plan.mixture is not None and model.reference == plan.inputs.template.checkpoint.reference
     wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None or tokenizes)
     wanted += [MAP, GENERATION] * (plan.recipe.transplant is not None)
@@ -136,7 +138,7 @@ def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
 
 
 def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
-    """Every checkpoint, once, with the files of it that the output depends on; one may lend its tokenizer alone."""
+    """Return every checkpoint once, with its files that the output depends on. One may lend its tokenizer alone."""
     read = [(model, [*input_files(model), *tokenizer_files(plan, model)]) for model in plan.inputs.checkpoints]
     lender = plan.inputs.vocabulary
     if lender is not None and all(model.reference != lender.checkpoint.reference for model, _ in read):
@@ -147,9 +149,9 @@ def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
 def describe_inputs(
     plan: Plan, workers: int, mine: Mine = lambda position, total: True, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total.
+    """Return commit and files of every input; only the files that are `mine` by position and total.
 
-    `pieces` are what is known of the files already.
+    `pieces` are the hashes that are known already.
     """
     inputs: dict[str, Any] = {}
     for model, chosen in _chosen(plan, mine):
@@ -171,7 +173,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 
 def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
-    """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
+    """Return the stored tensor whose bytes a backend hashes as it reads `info`; None: they are made another way."""
     if info.made is None:
         return info
     if backend == "fused" and isinstance(info.made, Streamed):
@@ -236,9 +238,9 @@ def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
-    """What the bytes of the output follow from, by names for people; files by their seals, hub files by hash.
+    """Return the facts that decide the bytes of the output, by names for people: files by seals, hub files by hash.
 
-    Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
+    No file is read. An unfinished run goes on only if all of it is as it was.
     """
     layout = xxh3_128()
     for file in plan.layout.files:

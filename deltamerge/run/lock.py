@@ -99,8 +99,10 @@ class Lock:
 
     @classmethod
     def read(cls, path: Path) -> Lock:
-        """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
-        VerifyError: rows of another lock."""
+        """Return the lock at `path`, with the rows beside it if it names them.
+
+        InputError: no lock, or rows that are none. VerifyError: rows of another lock.
+        """
         content, file = read_lock(path), path.with_suffix(ROWS)
         entries = [*(content.get("calibration") or {}).values(), content.get(ROUTERS) or {}]
         named = [entry for entry in entries if entry.get("rows")]
@@ -138,7 +140,7 @@ class Lock:
         replace_own(self.path, yaml.safe_dump({**self.content, "outputs": {}}, sort_keys=True), of)
 
     def calibrated(self, plan: Plan) -> dict[Node, Any]:
-        """The q's that it has for a plan's stages, and a mixture's routers; VerifyError where it has none that fit."""
+        """Return the q's for a plan's stages, and a mixture's routers. VerifyError: it has none that fit."""
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
@@ -186,8 +188,10 @@ class Lock:
             )
 
     def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The files whose bytes are not those of its outputs; the card, which names its folder, pictures and the
-        recipe's text aside."""
+        """Return the files whose bytes are not those of its outputs.
+
+        The card, which names its folder, pictures and the recipe's text do not count.
+        """
         then = self.content["outputs"]
         compared = {*then, *outputs} - {CARD, *PICTURES, "recipe.yaml"}
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
@@ -220,8 +224,11 @@ class Lock:
 
 
 def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False) -> None:
-    """OutputError: at `path`, or with `rows` where those go, is a file that is no lock of the recipe file named `of`,
-    or that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
+    """Raise OutputError: the file at `path` is no lock of the recipe file named `of`, or somebody has changed it.
+
+    `rows`: the same for the file of rows beside it. `force` allows both. The lock of an output is always refused: it
+    lies in a folder with weights.
+    """
     if path.name == LOCK_NAME and has_weights(path):
         raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
     refuse_others(path, of, force=force, unmarked=lambda path: _is_lock(path, of))
@@ -230,7 +237,7 @@ def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False)
 
 
 def _is_lock(path: Path, of: str) -> bool:
-    """Whether an unmarked file is a lock: of an earlier version, or copied from an output."""
+    """Return whether an unmarked file is a lock: of an earlier version, or copied from an output."""
     try:
         return bool((read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of)
     except InputError:
@@ -238,7 +245,7 @@ def _is_lock(path: Path, of: str) -> bool:
 
 
 def _is_rows(path: Path) -> bool:
-    """Whether a file holds q's of rows, or routers, and nothing else."""
+    """Return whether a file holds q's of rows, or routers, and nothing else."""
     try:
         return all(info.dtype == "F32" and (":" in name or name == ROUTERS)
                    for name, info in read_header(path).tensors.items())  # fmt: skip
@@ -247,8 +254,10 @@ def _is_rows(path: Path) -> bool:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of what a recipe says, whatever its comments and the order of its keys, wherever its base, its data, its
-    output and the models that have a name lie."""
+    """Return a hash of a recipe's content.
+
+    Comments, the order of keys, and the places of base, data, output and named models do not count.
+    """
     names = {model.model: model.name for model in recipe.models if model.name is not None}
     names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
     data = _renamed(recipe.source.data, names)
@@ -275,7 +284,7 @@ def _safetensors(rows: Rows) -> bytes:
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """How a file differs from what the lock says of it; nothing if it does not."""
+    """Return how a file differs from its entry in the lock; nothing if it does not."""
     if then == now:
         return ""
     if then and now and then["size"] == now["size"]:

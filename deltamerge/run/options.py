@@ -89,7 +89,7 @@ class Options:
 
     @contextmanager
     def merging(self, plan: Plan) -> Iterator[Callable[[int], None]]:
-        """A phase in which the result of a plan is written; yields what is to be told the bytes done."""
+        """Open the phase in which the result of a plan is written; give what is to be told the bytes done."""
         told = self.watch(plan)
         with progress.phase("merging", plan.made_bytes) as one:
 
@@ -101,13 +101,16 @@ class Options:
 
 
 def choose_device(device: str) -> str:
-    """The device of a plan, for which torch is not imported: "auto" where the machine shows an NVIDIA device, whose GPU
-    then does what it does faster (`backends.choose`); else the CPU. UsageError: no such device."""
+    """Return the device of a plan, without an import of torch. UsageError: no such device.
+
+    "auto" stays where the machine shows an NVIDIA device: its GPU then does what it does faster (`backends.choose`).
+    Elsewhere it is the CPU.
+    """
     if not DEVICES.fullmatch(device):
         raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda, cuda:N, cuda:N,M or cuda:all")
     return "cpu" if device == AUTO and not shows_gpu() else device
 
 
 def shows_gpu() -> bool:
-    """Whether the machine shows an NVIDIA device; what torch sees of it is found out when it is used."""
+    """Return whether the machine shows an NVIDIA device. Whether torch sees it is found out when it is used."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -123,7 +123,7 @@ def test_a_kind_of_output_adds_what_it_has_to_say_to_lock_card_and_plan(
 ) -> None:
     """A kind that nobody has thought of needs a file of its own, and no other place."""
     from deltamerge.outputs.checkpoint import OUTPUT, CheckpointOutput
-    from deltamerge.outputs.output import Account, Job, Weights
+    from deltamerge.outputs.output import Account, Weights, WriteJob
     from deltamerge.plan.planner import Plan
 
     class Told(Account):
@@ -140,7 +140,7 @@ def test_a_kind_of_output_adds_what_it_has_to_say_to_lock_card_and_plan(
         def describe(self, plan: Plan) -> dict[str, object]:
             return {"other": len(plan.outputs)}
 
-        def write(self, plan: Plan, job: Job) -> Weights:
+        def write(self, plan: Plan, job: WriteJob) -> Weights:
             made = OUTPUT.write(plan, job)
             return Weights(made.plan, made.values, made.hashed, made.nonfinite, made.seals, Told())
 
