@@ -22,9 +22,9 @@ from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
 from deltamerge.tensors.dtypes import code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 
 @dataclass(frozen=True, slots=True)

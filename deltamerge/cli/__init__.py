@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except click.ClickException as error:
         code = _refuse(error, machine=machine)
-    except _Failed as failed:
+    except _CommandFailure as failed:
         code = _explain(failed.error, machine=machine)
     except Exception as error:
         code = _explain(error, machine=machine)
@@ -180,7 +180,7 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
     context.exit()
 
 
-class _Failed(Exception):
+class _CommandFailure(Exception):
     """Wraps an error of a command that click would take for its own: for end of input, or a closed pipe."""
 
     def __init__(self, error: Exception) -> None:
@@ -192,12 +192,12 @@ def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command's function: stderr shows its progress, as the command's options allow."""
 
     @wraps(callback)
-    def run_shown(*args: Any, **options: Any) -> Any:
+    def run_with_progress(*args: Any, **options: Any) -> Any:
         machine = options.get("as_json") or options.get("as_csv")
-        with progress.shown(quiet=bool(options.get("quiet")), machine=bool(machine)):
+        with progress.display(quiet=bool(options.get("quiet")), machine=bool(machine)):
             return callback(*args, **options)
 
-    return run_shown
+    return run_with_progress
 
 
 class Commands(click.Group):
@@ -218,7 +218,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (EOFError, OSError) as error:
-            raise _Failed(error) from error
+            raise _CommandFailure(error) from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

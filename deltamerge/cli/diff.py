@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.layout import aligned, figure
+from deltamerge.cli.layout import align, figure
 from deltamerge.cli.options import AS_JSON, FILE, PICKLES, WORKERS
 from deltamerge.cli.output import say, say_json
 from deltamerge.errors import app
@@ -44,7 +44,7 @@ def render_diff(found: dict[str, Any]) -> str:
         rows.append((t["name"] + kinds, f"{t['changed']:,}", f"{t['elements']:,}", *numbers))
     return one_a_line(
         [
-            *(aligned(rows) if len(rows) > 1 else []),
+            *(align(rows) if len(rows) > 1 else []),
             *(f"config.json: {key}: {old} -> {new}" for key, (old, new) in found["config"].items()),
             *(f"only in {found['b']}: {name}" for name in found["added"]),
             *(f"only in {found['a']}: {name}" for name in found["removed"]),

@@ -67,7 +67,7 @@ def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int
     return lines
 
 
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def align(rows: list[tuple[str, ...]]) -> list[str]:
     """Return rows of a table as lines. Long cells are cut; they may be a stranger's text."""
     rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -82,7 +82,7 @@ def cut(text: str, most: int) -> str:
     return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
-def ended(text: str, most: int) -> str:
+def cut_at_word(text: str, most: int) -> str:
     """Cut a text to at most so many characters, at the end of a word."""
     if len(text) <= most:
         return text

@@ -73,7 +73,7 @@ class MergekitFlags:
         return f"no effect here: {'; '.join(self.without_use)}" if self.without_use else None
 
 
-def taken(context: click.Context) -> MergekitFlags:
+def given_flags(context: click.Context) -> MergekitFlags:
     """Return the flags of mergekit's that a command was given. UsageError: a value is none."""
     given: dict[str, Any] = context.meta.get(META, {})
     settings: dict[Loc, str] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.layout import aligned, ended, paragraph
+from deltamerge.cli.layout import align, cut_at_word, paragraph
 from deltamerge.cli.options import AS_JSON
 from deltamerge.cli.output import say, say_json
 from deltamerge.cli.streams import columns
@@ -103,7 +103,7 @@ def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
     for title, key in METHODS:
         lines += [
             f"{title}:",
-            *(f"  {m['name']:<{name}}  {ended(m['summary'], width - name - 4)}" for m in found[key]),
+            *(f"  {m['name']:<{name}}  {cut_at_word(m['summary'], width - name - 4)}" for m in found[key]),
             "",
         ]
     return one_a_line([*lines, "deltamerge methods NAME: its parameters and its source"])
@@ -118,7 +118,7 @@ def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
             lines += paragraph(method["summary"], width, first="  ", then="  ")
             lines += [f"  {method['source']}"] * bool(method["source"]) + [""]
             parameters = method["parameters"]
-            starts = aligned([(name, _default(p["default"]), p["range"]) for name, p in parameters.items()])
+            starts = align([(name, _default(p["default"]), p["range"]) for name, p in parameters.items()])
             wide = max(map(len, starts), default=0)
             for start, parameter in zip(starts, parameters.values(), strict=True):
                 words = f"{parameter['summary']}{'; per model' * parameter['per_model']}"

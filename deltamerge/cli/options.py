@@ -175,7 +175,7 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
-def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
+def _parse(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
     from deltamerge.recipe.edits import parse_setting
 
     try:
@@ -185,17 +185,17 @@ def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
 
 
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    return dict(_parsed(texts))
+    return dict(_parse(texts))
 
 
-def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.open_values import swept
+def _sweeps(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.open_values import settings_by_place
 
-    return swept(_parsed(texts))
+    return settings_by_place(_parse(texts))
 
 
 SET_OR_SWEEP = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_swept,
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_sweeps,
     help="Set a key of the recipe; several times, each value is tried.",
 )  # fmt: skip
 SET = click.option(

@@ -90,11 +90,11 @@ def _to_stderr(text: str) -> None:
 def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
     """Print a line that GitHub shows beside a line of a file: an error, a warning or a notice."""
 
-    def escaped(text: str, also: str = "") -> str:
+    def escape(text: str, also: str = "") -> str:
         return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in shown(text))
 
-    place = f"file={escaped(path, ',:')}" + (f",line={line},col={column}" if line else "")
-    click.echo(f"::{level} {place},title=deltamerge::{escaped(message)}")
+    place = f"file={escape(path, ',:')}" + (f",line={line},col={column}" if line else "")
+    click.echo(f"::{level} {place},title=deltamerge::{escape(message)}")
 
 
 def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:

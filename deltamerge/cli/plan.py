@@ -12,7 +12,7 @@ import click
 
 from deltamerge import errors
 from deltamerge.cli import streams
-from deltamerge.cli.layout import aligned, paragraph
+from deltamerge.cli.layout import align, paragraph
 from deltamerge.cli.options import AS_JSON, DEVICE, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
 from deltamerge.cli.output import say, say_json
 from deltamerge.errors.shown import human, shown
@@ -114,7 +114,7 @@ def render_plan(
 
     `tensors`: each of them, whatever its width.
     """
-    rows = _every(described) if tensors else _grouped(described, width)
+    rows = _lines_of_all(described) if tensors else _lines_of_kinds(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])
 
 
@@ -295,7 +295,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
     return f"{stage['model']}: {how}; {rows}, {passes}, {takes}, {memory}, {blocks}"
 
 
-def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:
+def _lines_of_kinds(found: Mapping[str, Any], width: int) -> Iterator[str]:
     """Yield a line for the tensors of all layers that are alike: their name with * for numbers, and their count."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for tensor in found["tensors"]:
@@ -306,34 +306,34 @@ def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:
         rows.append((name, str(len(sizes)), dtype, _shape(shape), human(sum(sizes)), method))
     others = sum(max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0])))
     longest = max(16, width - others)
-    yield from aligned([(_shortened(row[0], longest), *row[1:]) for row in rows])
+    yield from align([(_shorten(row[0], longest), *row[1:]) for row in rows])
 
 
-def _every(found: Mapping[str, Any]) -> Iterator[str]:
+def _lines_of_all(found: Mapping[str, Any]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("tensor", "dtype", "shape", "bytes", "method", "sources", "file")]
     for tensor in found["tensors"]:
         size, sources = human(tensor["bytes"]), "; ".join(tensor["sources"])
         what = (tensor["dtype"], _shape(tensor["shape"]), size, tensor["method"], sources, tensor["file"])
         rows.append((tensor["name"], *what))
-    yield from aligned(rows)
+    yield from align(rows)
 
 
 def _shape(shape: Any) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _shortened(name: str, most: int) -> str:
+def _shorten(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
 
 def _line(label: str, text: str, width: int) -> Iterator[str]:
     """Yield lines of `width` with the label before the first."""
     room = max(20, width - LABEL)
-    for i, part in enumerate(_wrapped(shown(text), room)):
+    for i, part in enumerate(_wrap(shown(text), room)):
         yield f"{label if i == 0 else '':<{LABEL}}{part}"
 
 
-def _wrapped(text: str, room: int) -> Iterator[str]:
+def _wrap(text: str, room: int) -> Iterator[str]:
     """Yield the text in lines, broken at spaces. A longer word has a line of its own."""
     line = ""
     for word in text.split(" "):

@@ -177,7 +177,7 @@ class BarDisplay(Display):
         return TICK
 
     def show(self, states: list[State]) -> None:
-        drawn = bars(states, self._consoled())
+        drawn = bars(states, self._get_console())
         above = self._erasing()
         self._drawn = len(drawn)
         streams.to_stderr(above + "\n".join(drawn))
@@ -187,7 +187,7 @@ class BarDisplay(Display):
             streams.to_stderr(self._erasing())
             self._drawn = 0
 
-    def _consoled(self) -> Any:
+    def _get_console(self) -> Any:
         if self._console is None:
             self._console = streams.console()
         return self._console
@@ -256,7 +256,7 @@ def aside(say: Callable[[], None]) -> None:
 
 
 @contextmanager
-def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
+def display(*, quiet: bool, machine: bool) -> Iterator[None]:
     """Show phases on stderr while the block runs, unless it is `quiet`.
 
     A `machine` gets results as data on stdout. It sees phases only on a terminal.

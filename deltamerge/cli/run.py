@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.mergekit_flags import mergekit_flags, taken
+from deltamerge.cli.mergekit_flags import given_flags, mergekit_flags
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -33,6 +33,8 @@ from deltamerge.errors import app
 
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
+
+PUBLISHED = "hf://"  # a recipe that someone pushed
 
 
 @click.command("run")
@@ -109,24 +111,23 @@ def command(
     from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
     from deltamerge.run.plans import lock_for
-    from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
-    if ray is not None and recipe.startswith(SCHEME):
+    if ray is not None and recipe.startswith(PUBLISHED):
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
-    theirs = taken(context)
+    theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
     out = out or target or (None if theirs.out is None else Path(theirs.out))
     device = theirs.device or device if device == "auto" else device
     workers = workers or theirs.workers
     settings = {**(theirs.settings or {}), **settings}
-    if settings and recipe.startswith(SCHEME):
+    if settings and recipe.startswith(PUBLISHED):
         raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
 
     if quiet:
@@ -144,7 +145,9 @@ def command(
     published = None
     with ExitStack() as held:
         path = Path(recipe)
-        if recipe.startswith(SCHEME):
+        if recipe.startswith(PUBLISHED):
+            from deltamerge.run.publish import fetch
+
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
             path = published.recipe

@@ -20,9 +20,9 @@ MOST = 50  # printed lines of one error
 
 
 class DeltamergeError(Exception):
-    """What went wrong (`message`), where (`where`, outermost first), what to do (`hint`), and lines of detail (`also`).
+    """A fault: `message`, its place `where` (outermost first), the remedy `hint`, and lines of detail `also`.
 
-    As text, names and words of others in it are escaped and what is long is cut: it goes to terminals and logs.
+    As text, foreign names and words are escaped and long ones cut: it goes to terminals and logs.
     """
 
     exit_code = 1
@@ -47,7 +47,7 @@ GO_ON = "run the same command again"
 
 @contextmanager
 def interruptible(left: Callable[[str], str]) -> Iterator[None]:
-    """Say of a Ctrl-C what it leaves: `left` of what was said of it inside the block, "" if nothing was."""
+    """Add to a Ctrl-C a word on its remains: `left` of the words that it has from inside the block, or of ""."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -56,7 +56,7 @@ def interruptible(left: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def after_folders(made: Iterable[object]) -> Iterator[None]:
-    """Say of a Ctrl-C, besides what is said of it inside the block, that these folders are complete."""
+    """Say of a Ctrl-C, besides the words of the block inside, that these folders are complete."""
     names = [str(folder) for folder in made]
 
     def left(said: str) -> str:

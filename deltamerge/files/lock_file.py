@@ -97,7 +97,7 @@ def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
     return sorted(entries(folder, lock["outputs"]).keys() - {*lock["outputs"], LOCK_NAME} - HIDDEN)
 
 
-def not_made(folder: Path) -> list[str]:
+def foreign_entries(folder: Path) -> list[str]:
     """Return the entries of `folder` that no run made, and that replacing it would lose. OSError: it cannot be read.
 
     They are all but the plain files that its lock lists; without a lock they are all.

@@ -24,7 +24,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import refuse_taken, replace_file
 from deltamerge.files.descriptors import output_error
-from deltamerge.files.lock_file import LOCK_NAME, not_made, read_lock
+from deltamerge.files.lock_file import LOCK_NAME, foreign_entries, read_lock
 from deltamerge.files.seals import Seal, damages, seal
 
 DATA = "calibration data"
@@ -65,7 +65,7 @@ class Maker:
         with suppress(OSError, AttributeError):  # AttributeError: a system without attributes
             os.setxattr(folder, NOTE, self.place.encode())
 
-    def made(self, folder: Path) -> bool:
+    def owns(self, folder: Path) -> bool:
         """Return whether an output is of this maker, whose recipe may have said something else then.
 
         Where the lock does not name its maker, or no place is noted, the models must tell: all of a command's, two of a
@@ -98,7 +98,7 @@ def models_of(lock: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in lock.get("inputs", {}) if not name.startswith(DATA))
 
 
-def told(lock: Mapping[str, Any]) -> str:
+def maker_text(lock: Mapping[str, Any]) -> str:
     """Return the maker of a lock's output, and its models, as text."""
     said, models = lock.get(MADE_BY) or {"command": "an earlier version"}, models_of(lock)
     words = " ".join(shown(said[key]) for key in ("command", "recipe") if said.get(key))
@@ -112,10 +112,10 @@ Seals = dict[str, Seal]
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a command that makes `target` may replace there: what was there when the command began.
+    """The part of `target` that a command may replace: the content when the command began.
 
     maker    whose earlier output it may replace unasked; None: nobody's
-    began    what was there; None: nothing
+    began    the content then; None: nothing
     keeping  a context in which the target may be replaced. OutputError: it never is, or not now.
     """
 
@@ -150,7 +150,7 @@ class Guard:
             )
         if now is None:
             return
-        lost = not_made(target)
+        lost = foreign_entries(target)
         if lost and force:
             raise OutputError(
                 f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
@@ -163,16 +163,16 @@ class Guard:
             raise OutputError(f"{empty}: holds {some(sorted(lost))}, which no run made", hint=hint)
         lock = read_lock(target / LOCK_NAME)
         if now != self.began:
-            raise OutputError(f"{empty}: what is there was {told(lock)}, since this command began", hint=hint)
+            raise OutputError(f"{empty}: what is there was {maker_text(lock)}, since this command began", hint=hint)
         if force:
             return
-        if self.maker is None or not self.maker.made(target):
-            raise OutputError(f"{empty}: what is there was {told(lock)}", hint=hint)
+        if self.maker is None or not self.maker.owns(target):
+            raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
             raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
 
     def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
-        """Return the files of the target that are not as its lock says; what is known of them is not read again."""
+        """Return the files of the target that differ from its lock. Files with a known seal are not read again."""
         outputs = lock["outputs"]
         seals = {}
         for name in outputs:
@@ -198,7 +198,7 @@ def stamp(target: Path) -> Stamp | None:
 
 
 def has_weights(lock: Path) -> bool:
-    """Return whether a lock is that of the output that it lies in: weights are there that it lists."""
+    """Return whether a lock belongs to the output that it lies in: some weights of its list are there."""
     try:
         outputs = read_lock(lock)["outputs"]
     except InputError:

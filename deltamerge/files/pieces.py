@@ -50,7 +50,7 @@ class Pieces:
             return self._known[path]
 
     def hash(self, path: Path, begin: int, data: NDArray[np.uint8]) -> None:
-        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but those that are known."""
+        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but no known ones."""
         first, skipped = -(-begin // PIECE_BYTES), -begin % PIECE_BYTES
         count = (len(data) - skipped) // PIECE_BYTES
         if count > 0 and not self.of(path).there[first : first + count].all():

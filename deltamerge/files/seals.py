@@ -18,7 +18,7 @@ HASH_BYTES = 1 << 23
 
 
 class Seal(NamedTuple):
-    """What the system updates with every change of a file; `changed` cannot be set back by anybody. Times in ns."""
+    """The numbers that the system updates with every change of a file; nobody can set back `changed`. Times in ns."""
 
     size: int
     modified: int

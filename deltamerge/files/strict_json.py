@@ -62,7 +62,7 @@ def read_bytes(path: Path) -> bytes:
     return _read(path, bytes)
 
 
-class Parts:
+class SharedParts:
     """Reads JSON objects that have large parts in common: a part whose text was read before is that very value.
 
     Texts are kept up to the size of one file.
@@ -73,7 +73,7 @@ class Parts:
         self._left = MAX_BYTES
 
     def read(self, path: Path, inside: str) -> dict[str, Any]:
-        """Read as `read_json` does. Parts are the values of the object, and those under its key `inside`."""
+        """Read as `read_json` does. The parts are the values of the object, and those under its key `inside`."""
         return _read(path, lambda raw: self._parsed(raw, inside))
 
     def _parsed(self, raw: bytes, inside: str) -> dict[str, Any]:

@@ -86,8 +86,11 @@ SYNCS = 8
 
 @dataclass
 class Workspace:
-    """A locked work folder: outputs go to `folder`, what must survive a crash to `state`; `journal` records
-    progress; `guard` says what of the target may be replaced."""
+    """A locked work folder.
+
+    Outputs go to `folder`, files that must survive a crash to `state`. `journal` records progress. `guard` tells
+    whether the target may be replaced.
+    """
 
     target: Path
     state: Path
@@ -423,7 +426,7 @@ def _discard(state: Path, part: str | None) -> None:
 
 
 def _explained(error: BaseException, target: Path, state: Path, *, kept: bool, stays: bool) -> BaseException:
-    """Return the error for the user: the system's refusal in our words, what was kept and where.
+    """Return the error for the user: the system's refusal in our words, and the place of the work that is kept.
 
     `stays`: whether the work folder is there, though nothing in it may be worth keeping.
     """
@@ -580,43 +583,41 @@ def _is_file_of(name: str, mode: int, inside: str, depth: int = DEEPEST) -> bool
     return stat.S_ISREG(mode) and (is_inner or _WRITTEN[inside].fullmatch(name) is not None)
 
 
-def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> list[str]:
-    """Return the names in a folder of the work folder that no run wrote.
+def _walk(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> Iterator[tuple[int, str, int, bool, str]]:
+    """Yield every entry of a folder of the work folder: the open folder, name, mode, whether a run wrote it, path.
 
-    The artifact of a budget keeps its spool in OUT. A model of several components has folders in OUT and OLD
-    (`inside`).
+    The entries of a folder come before it. The artifact of a budget keeps its spool in OUT. A model of several
+    components has folders in OUT and OLD (`inside`).
     """
     inside = inside or name
-    wrong: list[str] = []
     with suppress(FileNotFoundError), opened(name, _FOLDER, folder) as inner:
-        modes = _modes(inner)
-        if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
-            del modes[SPOOL]
-            wrong = _foreign(inner, SPOOL)
-        for part in [n for n, mode in modes.items() if depth and _is_part(n, mode, inside)]:
-            del modes[part]
-            wrong += _foreign(inner, part, inside, depth - 1)
-        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside, depth)]
-    return [f"{name}/{one}" for one in wrong]
+        for one, mode in _modes(inner).items():
+            is_spool = one == SPOOL and name == OUT and stat.S_ISDIR(mode)
+            if is_spool or (depth and _is_part(one, mode, inside)):
+                below = _walk(inner, one) if is_spool else _walk(inner, one, inside, depth - 1)
+                yield from ((fd, entry, m, ours, f"{one}/{path}") for fd, entry, m, ours, path in below)
+                yield inner, one, mode, True, one
+            else:
+                yield inner, one, mode, _is_file_of(one, mode, inside, depth), one
+
+
+def _foreign(folder: int, name: str) -> list[str]:
+    """Return the paths in a folder of the work folder that no run wrote."""
+    return [_named(f"{name}/{path}", mode) for _, _, mode, ours, path in _walk(folder, name) if not ours]
+
+
+def _empty(folder: int, name: str) -> None:
+    """Remove what runs wrote from a folder of the work folder. OSError: some could not be removed."""
+    for inner, one, mode, ours, _ in _walk(folder, name):
+        if ours and stat.S_ISDIR(mode):
+            os.rmdir(one, dir_fd=inner)
+        elif ours:
+            _unlink(one, inner)
 
 
 def _is_part(name: str, mode: int, inside: str) -> bool:
     """Return whether an entry is the folder of a component of what was made."""
     return inside in (OUT, OLD) and stat.S_ISDIR(mode) and is_plain_folder(name)
-
-
-def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> None:
-    inside = inside or name
-    with opened(name, _FOLDER, folder) as inner:
-        for one, mode in _modes(inner).items():
-            if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
-                _empty(inner, SPOOL)
-                os.rmdir(SPOOL, dir_fd=inner)
-            elif depth and _is_part(one, mode, inside):
-                _empty(inner, one, inside, depth - 1)
-                os.rmdir(one, dir_fd=inner)
-            elif _is_file_of(one, mode, inside, depth):
-                _unlink(one, inner)
 
 
 def _unlink(name: str, folder: int) -> None:

@@ -18,9 +18,8 @@ from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.formats.config_json import code_of
-from deltamerge.formats.gguf.header import GgufHeader
-from deltamerge.formats.gguf.parts import SUFFIX as GGUF
-from deltamerge.formats.gguf.parts import parts_of
+from deltamerge.formats.gguf.header import SUFFIX as GGUF
+from deltamerge.formats.gguf.header import GgufHeader, parts_of
 from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header
@@ -379,7 +378,7 @@ class _HubFolder:
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
     """Return the folder of the hub's cache with the files `names` of a repository; its name is the commit.
 
-    InputError: not a hub id, what `resolve` refuses, or a missing file that is not `optional`.
+    InputError: not a hub id, not on the hub, or a missing file that is not `optional`.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

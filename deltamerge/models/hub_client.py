@@ -26,8 +26,8 @@ from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.strict_json import parse_json
 from deltamerge.formats.gguf.header import GgufHeader, parse_gguf_header, read_gguf_header, with_factors
 from deltamerge.formats.safetensors import PREFIX, Header, header_length, parse_header, read_header
-from deltamerge.tensors.computed import Held
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 FIRST_BYTES = 100_000
 PIECE_BYTES = 1_000_000
@@ -181,7 +181,7 @@ def gguf_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -
 def range_bytes(hub_id: str, commit: str, name: str, info: TensorInfo) -> TensorInfo:
     """Return a small tensor of bytes that lies in the file `name`, with its bytes, which are fetched."""
     raw, _ = _range(hub_id, commit, name, info.begin, info.begin + info.nbytes - 1)
-    return replace(info, begin=0, made=Held(raw))
+    return replace(info, tensor=in_memory(info.name, info.dtype, info.shape, memoryview(raw), info.path).tensor)
 
 
 def _range(hub_id: str, commit: str, name: str, first: int, last: int) -> tuple[bytes, int]:
@@ -452,7 +452,7 @@ def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> It
 
 
 class UnreachableError(InputError):
-    """The hub cannot be reached, and its cache lacks what is needed."""
+    """The hub cannot be reached, and its cache lacks a file."""
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
 from deltamerge.formats.delta.writer import DeltaWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
 from deltamerge.plan.finite import set_aside
@@ -31,7 +30,7 @@ from deltamerge.plan.planner import Plan, fit
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tensor import TensorInfo
 
 

@@ -55,12 +55,12 @@ from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
-from deltamerge.tensors.computed import flat_rows, floats
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import flat_rows, floats
 
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
@@ -217,7 +217,7 @@ def _bases(planned: Plan) -> dict[str, TensorInfo]:
 def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
     """Return whether a tensor is copied from the base's own file, where it is `info`."""
     root = out.pieces[0].built.root
-    return info is not None and root.kind == "read" and root.parameter("tensor").is_same(info)
+    return info is not None and root.is_source and root.is_same(info)
 
 
 @contextmanager
@@ -348,8 +348,8 @@ class _FactorSink:
         """Factor a sum of adapters' updates, whose factors are concatenated."""
         left, right = [], []
         for coefficient, update in target.output.pieces[0].built.updates:
-            b, a = flat_rows(self.reader, update.b), flat_rows(self.reader, update.a)
-            left.append(b.astype(np.float64) * (coefficient * update.scale))
+            a, b = (flat_rows(self.reader, factor) for factor in update.inputs[1:3])
+            left.append(b.astype(np.float64) * (coefficient * update.parameter("scale")))
             right.append(a)
         b, a = np.concatenate(left, axis=1), np.concatenate(right)
         self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)

@@ -26,12 +26,11 @@ from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
-from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.rows import Gathered
+from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import TensorInfo
 
 
@@ -199,7 +198,8 @@ class StageMaker:
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """The stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
-        source = self._source(deltas, first, [(product.weight, product.update.base) for product in products])
+        pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
+        source = self._source(deltas, first, pairs)
         spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
         made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
         return replace(
@@ -266,10 +266,7 @@ def on_one_gpu(stages: Stages, device: str) -> str | None:
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
     """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
     for tuned in tensors:
-        if any(
-            info is not None and isinstance(info.made, Gathered | Transplanted)
-            for info in (tuned.tensor, tuned.merge.base)
-        ):
+        if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
         if tuned.model.regroups(tuned.tensor):

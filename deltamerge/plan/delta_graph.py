@@ -14,6 +14,7 @@ from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.q.threshold import cut_of
 from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
 from deltamerge.errors import InputError
+from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
@@ -23,7 +24,6 @@ from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ, Recipe
-from deltamerge.tensors.computed import update_of
 from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds
 
@@ -128,7 +128,7 @@ class Deltas:
     def whole(self, tuned: Tuned) -> Node:
         """Δ = fine-tune − base."""
         pair = self._pair(tuned)
-        if pair[1].kind != "read":
+        if not pair[1].is_source:
             return pair[0]
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
         return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)

@@ -21,8 +21,8 @@ from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_n
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.schema import Recipe, Section, model_name, written
-from deltamerge.tensors.experts import Joined, Turned
+from deltamerge.recipe.schema import Recipe, Section, model_name
+from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo
 
@@ -54,9 +54,9 @@ class Input:
 
     def regroups(self, tensor: TensorInfo) -> bool:
         """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
-        adapter = self.checkpoint.adapter
+        adapter, own = self.checkpoint.adapter, tensor.tensor.whole
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
-        return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
+        return is_joined(own) or is_turned_stack(own) or (".experts." in tensor.name and not known)
 
 
 def _containers(stored: Mapping[str, str]) -> dict[str, str]:
@@ -213,7 +213,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     named += [(base, None, (merged if base in read else checkpoint)(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
-            at = written(recipe.parts, ("models", index))
+            at = recipe.place(("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
     check_sums(recipe, named)
@@ -378,7 +378,7 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
         for name, info in found.tensors.items()
         if len(info.shape) == 2 and rows is not None and has_vocabulary_rows(name, info.shape, rows, found.config)
     }
-    plain = all(info.made is None for info in tensors.values())
+    plain = all(info.kind == "stored" for info in tensors.values())
     read = {info.path for info in tensors.values()}
     files = tuple(path for path in found.files if path in read) if plain else found.files
     return Input(reference, None, replace(found, tensors=tensors, files=files), tensors, {n: n for n in tensors})

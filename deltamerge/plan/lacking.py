@@ -11,7 +11,7 @@ from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
 from deltamerge.tensors.dtypes import COPIED, FLOATING
 from deltamerge.tensors.names import block_of, blocks_of
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 # Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
 BUFFERS = re.compile(
@@ -99,8 +99,8 @@ class Spares:
         return 0 <= last < number and all(block - usual for block in own)
 
 
-def is_buffer(tensor: TensorInfo) -> bool:
-    """Whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
+def is_buffer(tensor: Tensor | TensorInfo) -> bool:
+    """Tell whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
     name, shape = tensor.name, tensor.shape
     if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
         return True

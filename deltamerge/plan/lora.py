@@ -11,6 +11,7 @@ from deltamerge.calibrate.spec import CalibrationInput, Pruned, Spec, mask_seeds
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.config import DERIVED
+from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.formats.peft.parts import factor_names
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense
@@ -20,9 +21,9 @@ from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.merged_tensor import Tuned
 from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe
-from deltamerge.tensors.computed import LowRank, Zeros
 from deltamerge.tensors.graph import Node
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
+from deltamerge.tensors.views import zeros_like
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
@@ -56,7 +57,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     _check(recipe, tune.index)
     names = {name: name for name in adapter.tensors}
     factors = factor_names(adapter)
-    nothing = {n: replace(i, begin=0, made=Zeros()) if n in factors else i for n, i in adapter.tensors.items()}
+    nothing = {n: replace(i, tensor=zeros_like(i)) if n in factors else i for n, i in adapter.tensors.items()}
     own = replace(tune, tensors=dict(adapter.tensors), stored=names)
     group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
     return Inputs((group,), own, inputs.vocabulary)
@@ -67,7 +68,7 @@ class Product:
     """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
 
     weight: TensorInfo
-    update: LowRank
+    update: Tensor
     factors: dict[str, Tuned]
 
 
@@ -82,10 +83,10 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []
     for weight in model.checkpoint.tensors.values():
-        if isinstance(update := weight.made, LowRank) and len(weight.shape) == 2:
-            if update.magnitude is not None:
+        if is_low_rank(update := weight.tensor) and len(weight.shape) == 2:
+            if is_dora(update):
                 raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
-            sides = (("a", update.a), ("b", update.b))
+            sides = (("a", update.inputs[1]), ("b", update.inputs[2]))
             factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
             if factors:
                 products.append(Product(weight, update, factors))
@@ -109,15 +110,14 @@ def factor_spec(
 
     def product_node(product: Product, seed: int) -> Node:
         update, factors = product.update, []
-        for side, info in (("a", update.a), ("b", update.b)):
+        for side, info in (("a", update.inputs[1]), ("b", update.inputs[2])):
             if side in product.factors:
                 stored = deltas.masked(product.factors[side], seed)
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
             factors.append(node(adapter_masks.whole, kind="small", node=factor))
-        shape, scale, transposed = product.weight.shape, update.scale, update.transposed
-        return node(adapter_masks.product, factors, shape=shape, scale=scale, transposed=transposed)
+        return node(adapter_masks.product, factors, shape=update.shape, **dict(update.parameters))
 
     pruned = []
     for product in products:

@@ -18,8 +18,7 @@ from deltamerge.errors import InputError
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
 from deltamerge.formats.peft.config import Adapter
-from deltamerge.formats.quantised.coding import Coding
-from deltamerge.formats.quantised.packing import kept_bytes
+from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of, stage_bytes
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
@@ -439,7 +438,7 @@ def _tokenizers(
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     """What "auto" leaves to the GPU, and why, in a line."""
-    pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
+    pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
     here = len(pieces) - there

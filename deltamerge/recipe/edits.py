@@ -39,7 +39,7 @@ def parse_setting(text: str) -> tuple[Loc, str]:
     return tuple(int(part) if part.isdecimal() else part for part in parts), value.strip() or "null"
 
 
-def overridden(text: str, settings: Mapping[Loc, str], path: str) -> str:
+def set_keys(text: str, settings: Mapping[Loc, str], path: str) -> str:
     """Return the recipe `text` with the YAML value of each place in `settings` set in each of its documents.
 
     A key that is missing is added to its mapping: at the end of the recipe, so that no line moves, else at its

@@ -59,7 +59,7 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     """Return the recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
-    problems: list[Problem] = [problem for read in reads for problem in open_values.refused(read)]
+    problems: list[Problem] = [problem for read in reads for problem in open_values.refusals(read)]
     if problems:
         raise RecipeError(reads[0].path, problems[:MAX_PROBLEMS])
     recipes = [parse(read, problems) for read in reads]
@@ -96,7 +96,7 @@ def flatten(
         several: list[Member] = []
         for i, model in enumerate(found):
             several += members(model, i, (*loc, key, i), folder, read, problems)
-        several, described = weighed(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
+        several, described = weigh(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
         series.extend(described)
         indices = tuple(range(len(models), len(models) + len(several)))
         places = tuple(member.place for member in several)
@@ -191,7 +191,7 @@ def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -
             yield read.problem((*place, "decay"), "is of schedule: ema", "schedule: ema", key=True)
 
 
-def weighed(
+def weigh(
     several: Sequence[Member],
     merge_method: str | None,
     levels: Sequence[Mapping[str, Value]],

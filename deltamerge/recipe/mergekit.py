@@ -16,13 +16,13 @@ from deltamerge.recipe import yaml_source
 from deltamerge.recipe.edits import MODELS, in_full, text_in_full
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.prune import effective_prune
-from deltamerge.recipe.schema import Recipe, written
+from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 
 L1 = {"rescale": "l1"}
 
 
-def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
+def write_defaults(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
     """Write mergekit's defaults into `text`; return the new text, and its recipes, whose errors name lines of `text`.
 
     They are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models of
@@ -76,12 +76,12 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     if open_ and len(open_) == len(recipe.fine_tunes) and recipe.prune is None:
         yield (), {"prune": L1}
     else:
-        for at, i in {written(recipe.parts, ("models", i)): i for i in open_}.items():  # a series has one place
+        for at, i in {recipe.place(("models", i)): i for i in open_}.items():  # a series has one place
             yield (at, {"prune": L1}) if recipe.models[i].prune is None else ((*at, "prune"), L1)
 
 
 def _leaves_divisor_open(recipe: Recipe, index: int) -> bool:
-    """Return whether the merge method implies random pruning of a model that has neither q nor rescale."""
+    """Return whether the merge method implies random pruning of a model without q and rescale."""
     implied, prune = recipe.method.implies_prune, effective_prune(recipe, index)
     return prune.method == implied and PRUNE[prune.method].random and prune.q is None and prune.rescale is None
 

@@ -154,7 +154,7 @@ class Template:
         """Return the values for the numbers `found`, by place."""
         return {axis.loc: axis.value(found, layers) for axis in self.ranges}
 
-    def filled(self, values: Mapping[Loc, Any]) -> YamlSource:
+    def fill(self, values: Mapping[Loc, Any]) -> YamlSource:
         """Return the source with values in their places; problems stay where they are in the text."""
         data = copy.deepcopy(self.source.data)
         for loc, value in values.items():
@@ -182,7 +182,7 @@ def template_of(source: YamlSource) -> Template:
     return Template(source, sweeps, ranges)
 
 
-def refused(source: YamlSource) -> Iterator[Problem]:
+def refusals(source: YamlSource) -> Iterator[Problem]:
     """Yield a problem at each open value of a recipe that is to give one result."""
     name = Path(source.path).name
     for loc, kind in _open(source.data, ()):
@@ -319,12 +319,12 @@ def label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def written(values: Mapping[Loc, Any]) -> dict[Loc, str]:
-    """Return values as YAML, for `overrides.overridden`."""
+def as_yaml(values: Mapping[Loc, Any]) -> dict[Loc, str]:
+    """Return values as YAML, for `edits.set_keys`."""
     return {loc: json.dumps(value, ensure_ascii=False) for loc, value in values.items()}
 
 
-def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
+def settings_by_place(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
     """Return settings of the command line by place; several of one place become values to sweep."""
     found: dict[Loc, list[str]] = {}
     for loc, value in settings:

@@ -65,7 +65,7 @@ class Quantization(Keys):
 
     @property
     def by(self) -> str:
-        """What has a scale."""
+        """The unit that has a scale."""
         return self.strategy or {"fp8": "block", "int8": "channel", "int4": "group"}[self.scheme]
 
 

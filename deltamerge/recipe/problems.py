@@ -1,5 +1,4 @@
-"""What is wrong with a recipe, in its own terms: pydantic's errors at their places, words that nobody knows, and the
-lookups that all checks share."""
+"""Problems of a recipe in its own terms: pydantic's errors at their places, unknown words, lookups of all checks."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MERGE, MOE, PRUNE, MergeMethod, Param
-from deltamerge.recipe.schema import Prune, Recipe, written
+from deltamerge.recipe.schema import Prune, Recipe
 from deltamerge.recipe.values import BRANCHES, Value, show
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -163,7 +162,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
 def raw(recipe: Recipe, *loc: str | int) -> Any:
     """Return the value in the text at a place, valid or not; None if there is none."""
     value = recipe.source.data
-    for part in written(recipe.parts, loc):
+    for part in recipe.place(loc):
         if isinstance(part, int):
             value = value[part] if isinstance(value, list) and part < len(value) else None
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -296,14 +296,6 @@ class Section:
         return self.ranges[0][1] - self.ranges[0][0]
 
 
-def written(parts: Sequence[Section], loc: Loc) -> Loc:
-    """Return the place in the text of `loc`: models of slices and modules are not at models[i]."""
-    if loc[:1] != ("models",) or len(loc) == 1 or not parts:
-        return loc
-    places = [place for part in parts for place in part.places]
-    return (*places[int(loc[1])], *loc[2:])
-
-
 class Recipe(Keys):
     """What is merged, how deltas are pruned before, and what is written."""
 
@@ -370,12 +362,12 @@ class Recipe(Keys):
 
     @property
     def parts(self) -> tuple[Section, ...]:
-        """What the output is put together from; `models` has the models of all parts, in this order."""
+        """The parts of the output; `models` has the models of all parts, in this order."""
         return self._parts
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """What patterns and ranges among the models stand for."""
+        """The series that patterns and ranges among the models stand for."""
         return self._series
 
     @cached_property
@@ -431,9 +423,16 @@ class Recipe(Keys):
         """The model whose tokenizer the output is put on, whatever tokens the models have."""
         return None if self.tokenizer is None else self.tokenizer.transplant
 
+    def place(self, loc: Loc) -> Loc:
+        """Return the place of `loc` in the text: models of slices and modules are not at models[i] there."""
+        if loc[:1] != ("models",) or len(loc) == 1 or not self._parts:
+            return loc
+        places = [place for part in self._parts for place in part.places]
+        return (*places[int(loc[1])], *loc[2:])
+
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
         """Return a fault found later at the value (or the `key`) of the recipe that `loc` names."""
-        return self._source.problem(written(self._parts, loc), message, hint, key=key)
+        return self._source.problem(self.place(loc), message, hint, key=key)
 
     def out_of_range(self, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
         """Yield the faults of a parameter's value that lies outside its range."""

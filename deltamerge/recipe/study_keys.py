@@ -62,7 +62,7 @@ class Goal(Keys):
 
     @property
     def name(self) -> str:
-        """What it is called in tables and in a study."""
+        """The name in tables and in a study."""
         if self.command is not None:
             return self.command.value
         by = "distance" if self.by == "agreement" else self.by

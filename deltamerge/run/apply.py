@@ -35,13 +35,13 @@ from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, is_delta
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.models.front_matter import card
 from deltamerge.models.hub_cache import check_blobs
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 from deltamerge.version import __version__
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out

@@ -19,7 +19,7 @@ from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatist
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.cli import main, output
 from deltamerge.cli.inspect import render_inspect
-from deltamerge.cli.layout import Column, cut, ended, table
+from deltamerge.cli.layout import Column, cut, cut_at_word, table
 from deltamerge.cli.methods import catalogue, render_method, render_methods
 from deltamerge.cli.recommend import render_recommend
 from deltamerge.errors import InputError, RecipeError
@@ -155,7 +155,11 @@ def test_a_table_leaves_out_what_is_empty_first_and_then_by_rank():
     assert narrow[-1] == "no room in 60 columns for: twolines; --json has them"
     assert "…" in narrow[1]
     assert max(map(len, narrow)) <= 60
-    assert (cut("abcdefghij", 5), ended("one, two three", 9), ended("onetwothree", 6)) == ("ab…ij", "one …", "onet …")
+    assert (cut("abcdefghij", 5), cut_at_word("one, two three", 9), cut_at_word("onetwothree", 6)) == (
+        "ab…ij",
+        "one …",
+        "onet …",
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from deltamerge.files import descriptors
 from deltamerge.files.descriptors import lock
 
 HOLD = """
@@ -50,10 +51,25 @@ def test_locks_of_two_processes(tmp_path: Path, theirs: str, ours: str, free: bo
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
+def test_another_s_lock_on_any_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, code: int
+) -> None:
+    """Some network file systems say "permission denied" of another's lock."""
+
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (tmp_path / "lock").open("w") as file:
+        assert not lock(file.fileno(), shared=shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_a_file_system_without_locks_is_an_error(shared: bool) -> None:
     """Only another's lock is False: no other refusal of the system is taken for it."""
     reader, writer = os.pipe()
     os.close(writer)
     os.close(reader)
     with pytest.raises(OSError, match="descriptor"):
-        descriptors.lock(reader, shared=shared)
+        lock(reader, shared=shared)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +161,20 @@ def test_a_kind_of_output_adds_what_it_has_to_say_to_lock_card_and_plan(
     assert "other.txt" in lock["outputs"]
     assert card.index("## Above the search") < card.index("## Below it")
     assert "- other.txt: other" in card
+
+
+def test_a_plain_run_imports_no_other_output_and_no_other_command(tmp_path: Path) -> None:
+    models(tmp_path)
+    (tmp_path / "r.yaml").write_text("models: [{model: a}]\nmerge_method: linear\n")
+    code = (
+        "import sys; from pathlib import Path; from deltamerge.recipe.file import read_recipe\n"
+        "from deltamerge.run.runner import run; run(read_recipe(Path('r.yaml')))\n"
+        "print(*sorted(name.removeprefix('deltamerge.') for name in sys.modules"
+        " if name.startswith(('deltamerge.outputs.', 'deltamerge.run.', 'deltamerge.apps.'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    needed = {f"outputs.{name}" for name in ("assets", "checkpoint", "output")}
+    needed |= {
+        f"run.{name}" for name in ("card", "hashes", "lock", "options", "partition", "plans", "reading", "runner")
+    }
+    assert set(done.stdout.split()) == needed

@@ -65,7 +65,7 @@ def own(model: str) -> str:
 
 
 def resolved(text: str) -> str:
-    return mergekit.written_out(text, load_all(yaml_source.loads_all(text, "r.yaml")))[0]
+    return mergekit.write_defaults(text, load_all(yaml_source.loads_all(text, "r.yaml")))[0]
 
 
 WRITTEN = {
@@ -135,7 +135,7 @@ def test_defaults_are_written_where_they_belong(case):
 def test_places_are_those_of_the_file_as_it_was():
     text = f"name: one\n{DARE}---\n{LINEAR}"
     before = load_all(yaml_source.loads_all(text, "r.yaml"))
-    _, after = mergekit.written_out(text, before)
+    _, after = mergekit.write_defaults(text, before)
     for old, new in zip(before, after, strict=True):
         for key in ("merge_method", "base_model", "models"):
             assert new.source.locate((key,)) == old.source.locate((key,))
@@ -149,7 +149,7 @@ def test_a_series_has_one_place(tmp_path):
     text += "parameters: {density: 0.5, weight: 1}\n"
     wanted = text.replace("run/step-*", '{prune: {rescale: l1}, model: "run/step-*"}')
     read = load_all(yaml_source.loads_all(text, str(tmp_path / "r.yaml")))
-    found, (recipe,) = mergekit.written_out(text, read)
+    found, (recipe,) = mergekit.write_defaults(text, read)
     assert found == wanted
     assert [model.prune and model.prune.rescale for model in recipe.models] == ["l1", "l1", None]
 

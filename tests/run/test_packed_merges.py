@@ -15,7 +15,7 @@ from packed_files import CASES, awq, gptq, mxfp4
 from running import run
 
 from deltamerge.apps.inspect.diff import diff
-from deltamerge.formats.quantised.packing import KEPT
+from deltamerge.formats.quantised.scheme import KEPT
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.tensors.reader import Reader
@@ -33,7 +33,7 @@ def plain(folder: Path, out: Path) -> Path:
     tensors = {}
     with Reader() as reader:
         for name, info in decoded(open_checkpoint(folder)).tensors.items():
-            if info.made is None:
+            if info.kind == "stored":
                 tensors[name] = load_tensors(folder)[name]
                 continue
             values = np.empty(info.shape, np.float32)

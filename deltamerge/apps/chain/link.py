@@ -26,8 +26,7 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import elements
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 
 @dataclass(frozen=True, slots=True)

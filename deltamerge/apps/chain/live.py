@@ -70,7 +70,7 @@ class Delta(Iterator[Patch]):
         """
         with torch.no_grad(), errors.context(str(self.path)):
             sources = self._sources(state)
-            done = self._done(state, sources)
+            done = self._count_applied(state, sources)
             if done == len(self._versions):
                 return 0
             delta = folded(self._versions[done:])
@@ -96,7 +96,7 @@ class Delta(Iterator[Patch]):
         entries = self._versions[0].delta.entries
         return {name: entry.key_in(state) for name, entry in entries.items() if entry.record.base is not None}
 
-    def _done(self, state: State, sources: Mapping[str, str]) -> int:
+    def _count_applied(self, state: State, sources: Mapping[str, str]) -> int:
         """Return how many of the versions the state has had applied.
 
         InputError: none, and it is not the base either.

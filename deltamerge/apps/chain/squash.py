@@ -32,14 +32,14 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 
 @dataclass(frozen=True, slots=True)
-class Squashed:
+class SquashResult:
     """The result of a squash: the version that others were folded into, and their names.
 
     None: there was nothing to fold. `before` and `after` are bytes of the chain's artifacts.
@@ -51,7 +51,7 @@ class Squashed:
     after: int
 
 
-def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> Squashed:
+def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> SquashResult:
     """Fold all versions of a chain but the newest `keep` into one, over the base, then remove them.
 
     The folded version has the name of the last of them. Later versions stay, as the state that they change is the same.
@@ -66,7 +66,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         old = versions[: len(versions) - keep]
         before = sum(map(_bytes, versions))
         if len(old) < 2:
-            return Squashed(None, (), before, before)
+            return SquashResult(None, (), before, before)
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest
@@ -76,7 +76,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
             _write(folder, old, origin, workers)
         for version in old[:-1]:
             remove(chain, version.name)
-        return Squashed(
+        return SquashResult(
             target.name, tuple(v.name for v in old[:-1]), before, sum(map(_bytes, line(chain / head(chain))))
         )
 

@@ -20,13 +20,13 @@ from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.config_differences import Difference, differences, in_words
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
 from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 from deltamerge.tensors.dtypes import FLOATING, PACKED, widen
-from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.tensor import TensorInfo, as_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,12 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
                     check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
         with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
 
-            def compared(name: str) -> tuple[TensorDifference, float, float]:
+            def compare_one(name: str) -> tuple[TensorDifference, float, float]:
                 found = _compare(reader, named[0][name], named[1][name])
                 comparing.step(named[1][name].nbytes)
                 return found
 
-            found = list(pool.map(compared, shared))
+            found = list(pool.map(compare_one, shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
     squares = math.fsum(square for _, square, _ in found)
@@ -139,7 +139,7 @@ def _ratio(squares: float, of_a: float) -> float | None:
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[TensorDifference, float, float]:
     """Return the difference of two tensors, Σ Δ² and Σ a²."""
     if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
-        a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
+        a, b = (replace(info, tensor=as_bytes(info.tensor)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)
     kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)

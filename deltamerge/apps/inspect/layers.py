@@ -90,7 +90,7 @@ def place(name: str) -> Place | None:
     return None if block is None else (block, module_of(name, block))
 
 
-def grouped(
+def group_tensors(
     tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], Place] = lambda t: _place(t)
 ) -> dict[Place, TensorGroup]:
     """Group tensors by a key: by default by block and module, with all vectors of a block as one module."""
@@ -106,7 +106,7 @@ def _place(tensor: TensorStatistics) -> Place:
 
 def matrices(found: Report) -> dict[Place, TensorGroup]:
     """Return the matrices of every block, by block and module."""
-    return grouped(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
+    return group_tensors(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
 
 
 def grids(cells: Mapping[Place, float | None]) -> list[LayerGrid]:
@@ -119,7 +119,7 @@ def grids(cells: Mapping[Place, float | None]) -> list[LayerGrid]:
     return made
 
 
-def placed(values: Mapping[str, float | None]) -> dict[Place, float | None]:
+def place_figures(values: Mapping[str, float | None]) -> dict[Place, float | None]:
     """Return figures by block and module, from figures by weight. Of several experts it is the mean."""
     together: dict[Place, list[float]] = {}
     for name, value in values.items():

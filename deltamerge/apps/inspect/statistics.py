@@ -147,8 +147,7 @@ def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
 
 
 def _rows(tensor: TensorInfo, count: int) -> TensorInfo:
-    size = tensor.nbytes // tensor.shape[0] * count
-    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=size)
+    return tensor.part(0, (count, *tensor.shape[1:]))
 
 
 def measure_deltas(
@@ -172,8 +171,9 @@ def measure_deltas(
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
         for pair in odd:
-            models = (pair.base, pair.tune)
-            rest.append(replace(pair, base=finite(pair.base, models), tune=finite(pair.tune, models)))
+            models = (pair.base.tensor, pair.tune.tensor)
+            base, tune = (replace(one, tensor=finite(one.tensor, models)) for one in (pair.base, pair.tune))
+            rest.append(replace(pair, base=base, tune=tune))
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
     for name, one in found.items():
         if not _is_finite(one):
@@ -241,7 +241,7 @@ def report(
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 
-    def grouped(key: Callable[[Pair], str]) -> dict[str, Statistics]:
+    def group_by(key: Callable[[Pair], str]) -> dict[str, Statistics]:
         groups: dict[str, list[DeltaMoments]] = {}
         for pair in pairs:
             groups.setdefault(key(pair), []).append(found[pair.name])
@@ -251,8 +251,8 @@ def report(
         model=inputs.tunes[0].name,
         base=inputs.base.name,
         total=Statistics(**statistics(list(found.values()), whole)),
-        kinds=grouped(lambda pair: pair.kind),
-        layers=grouped(lambda pair: pair.layer),
+        kinds=group_by(lambda pair: pair.kind),
+        layers=group_by(lambda pair: pair.layer),
         tensors=[
             TensorStatistics(
                 name=pair.name,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.apps.moe.layout import FAMILIES, MLP, OUTSIDE, MixtureLayout, Sizes, choose, config_of
-from deltamerge.apps.moe.routers import Prompts, Routers, RouterSpec, locked, routers
+from deltamerge.apps.moe.routers import Prompts, Routers, RouterSpec, from_lock, routers
 from deltamerge.engine import backends
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
@@ -60,7 +60,7 @@ class PlannedMixture:
 
     def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Routers:
         """Return the routers of a lock. VerifyError: it has none that fit."""
-        return locked(lock, self.spec, values, where)
+        return from_lock(lock, self.spec, values, where)
 
     def describe(self) -> dict[str, Any]:
         """Return the mixture as `deltamerge plan --json` prints it."""
@@ -102,7 +102,7 @@ class MixtureOutputs:
         self.gated = [bool(one.positive_prompts) or recipe.gate_mode in DRAWN for one in recipe.shared_experts]
         prompted = any(one.positive_prompts for one in recipe.shared_experts)
         families = [_family(model) for model in (self.base, *lenders)]
-        self.layout = _chosen(recipe.architecture, families, len(self.shared), prompted, self.gated, silent)
+        self.layout = _choose(recipe.architecture, families, len(self.shared), prompted, self.gated, silent)
         self.layers = _layers(self.base)
         self._known: dict[str, Mapping[int, Mapping[str, TensorInfo]]] = {}
         self._check_layers()
@@ -139,7 +139,7 @@ class MixtureOutputs:
                     made.append(self._copy(stored, tensor, self._dtype(tensor), self.base.name))
             elif (number := int(found["number"])) not in done:
                 done.add(number)
-                made += self._mixed(number, stored.rpartition(".mlp.")[0])
+                made += self._mlp_rows(number, stored.rpartition(".mlp.")[0])
         if self.layout.untied and HEAD not in self.base.stored.values():
             embedding = self.spec.embedding
             made.append(self._copy(HEAD, embedding, self._dtype(embedding), self.base.name))
@@ -157,7 +157,7 @@ class MixtureOutputs:
             self.layout, experts, shared, self.sizes, self.spec, self.routers, total, total - idle * expert
         )
 
-    def _mixed(self, number: int, layer: str) -> Iterator[Row]:
+    def _mlp_rows(self, number: int, layer: str) -> Iterator[Row]:
         """Yield the tensors that stand for the MLP of a layer, whose stored name is `layer`."""
         like = self.layers[number]
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
@@ -303,7 +303,7 @@ class MixtureOutputs:
             yield f"{self.sizes.experts} experts: llama.cpp wants a power of two"
 
 
-def _chosen(
+def _choose(
     wanted: str | None, families: Sequence[str], shared: int, prompted: bool, gated: Sequence[bool], silent: bool
 ) -> MixtureLayout:
     """Return the layout. A shared expert that is silent, or whose gate is drawn, needs no prompts for its gate."""

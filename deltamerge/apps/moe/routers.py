@@ -125,7 +125,7 @@ class Routers:
     record: Mapping[str, Any]
 
 
-def locked(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.float32] | None, where: str) -> Routers:
+def from_lock(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.float32] | None, where: str) -> Routers:
     """Return the routers of a lock. VerifyError: it has none, or its own are of another gate mode or shape."""
     record = lock.get(ROUTERS)
     if not isinstance(record, dict) or values is None:
@@ -144,13 +144,13 @@ def routers(*, spec: RouterSpec) -> Routers:
     InputError: there is no usable tokenizer, a prompt has no tokens or too many, or transformers cannot run the model.
     """
     if spec.mode in DRAWN:
-        return _recorded(spec, _drawn(spec), {})
+        return _record(spec, _draw(spec), {})
     with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
         tokens = _tokens(spec)
-        made = _embedded(spec, reader, tokens) if spec.mode == "cheap_embed" else _run(spec, reader, tokens)
+        made = _embed(spec, reader, tokens) if spec.mode == "cheap_embed" else _run(spec, reader, tokens)
     if not np.isfinite(made).all():
         raise InputError(f"routers of {spec.model}: its states on the prompts are not finite", hint="check the base")
-    return _recorded(spec, made.astype(np.float32), tokens)
+    return _record(spec, made.astype(np.float32), tokens)
 
 
 def unit(vector: Vector) -> Vector:
@@ -159,7 +159,7 @@ def unit(vector: Vector) -> Vector:
     return scaled
 
 
-def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
+def _draw(spec: RouterSpec) -> NDArray[np.float32]:
     count = spec.layers * len(spec.experts) * spec.width
     key = mask_key(spec.seed, "moe", "routers")
     if spec.mode == "random":
@@ -169,7 +169,7 @@ def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
     return flat.reshape(spec.layers, len(spec.experts), spec.width)
 
 
-def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
+def _record(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
     """Return the routers, with what a lock says of them: the two of one layer that are most alike, too."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
     cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
@@ -200,7 +200,7 @@ def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     return found
 
 
-def _embedded(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
+def _embed(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
     """Return (layers, experts, hidden) from sums of rows of the embedding, in float64."""
     known: dict[int, Vector] = {}
 
@@ -281,7 +281,7 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
     watch = _Watch(model, batches, mean=spec.mode == "hidden_avg", mlp=spec.mode == "mlp_input")
     with single_threaded({"torch"}), progress.phase(f"routers of {spec.model}", 1, progress.PASSES) as phase:
         model.walked = lambda batches, passes: phase.begin(passes)
-        with suppress(_Seen):
+        with suppress(_Enough):
             model.run(batches, [weights], lambda batch, output: None, watch=watch)
         phase.step()
     layers = [np.concatenate(rows) for rows in watch.found]
@@ -300,7 +300,7 @@ def _batch(ids: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {"input_ids": padded, "attention_mask": mask}
 
 
-class _Seen(Exception):
+class _Enough(Exception):
     """The last block has been seen: the head need not be run."""
 
 
@@ -327,7 +327,7 @@ class _Watch:
             hook.remove()
         self.hooks, self.part = [], self.part + 1
         if self.part == len(self.places) and all(self.found):
-            raise _Seen
+            raise _Enough
         return False
 
     def _keep(self, layer: int, module: Any, args: Any) -> None:

@@ -94,20 +94,20 @@ def first_recipe(
     first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
     text = HEAD.format(name=path.name, base=first)
     if advice:
-        text += ADVISED + "".join(_advised(model, one) for model, one in zip(named, advice, strict=True))
-        if calibration and any(_chosen(one).needs_calibration for one in advice):
+        text += ADVISED + "".join(_advice_lines(model, one) for model, one in zip(named, advice, strict=True))
+        if calibration and any(_choice(one).needs_calibration for one in advice):
             rows = {**calibration, "data": seen_from(path.parent, str(calibration["data"]))}
             text += CALIBRATION.format(rows=_flow(rows))
     elif len(models) == 1:
-        text += ONE.format(model=named[0]) + _pruned(density)
+        text += ONE.format(model=named[0]) + _prune_lines(density)
     elif q_decides(Pruning("none"), density):  # of ties
-        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _pruned(density)
+        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _prune_lines(density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
     return text + TAIL.format(dtype=TORCH_NAMES[dtype]) + ("pickles: true\n" if pickles else "")
 
 
-def _pruned(density: float) -> str:
+def _prune_lines(density: float) -> str:
     """Return the lines of the pruning that keeps most without rows, and in comments the one with rows."""
     plain, calibrated = choose(density, rows=False), choose(density, rows=True)
     return PRUNED.format(
@@ -118,11 +118,11 @@ def _pruned(density: float) -> str:
     )
 
 
-def _chosen(advice: Recommendation) -> PruneCandidate:
+def _choice(advice: Recommendation) -> PruneCandidate:
     return next(one for one in advice.candidates if one.name == advice.method)
 
 
-def _advised(model: str, advice: Recommendation) -> str:
+def _advice_lines(model: str, advice: Recommendation) -> str:
     """Return a model of the recipe with its pruning, and above it the measurements of every candidate."""
     lines = [f"{advice.method}, by `deltamerge recommend`:", *advice.why, ""]
     rows = [f"{'':24}{'loses':>8}{'layer':>9}{'q':>9}"]
@@ -136,7 +136,7 @@ def _advised(model: str, advice: Recommendation) -> str:
         "loses: of the fine-tune's effect on held-out outputs; layer: relative error of a layer's output",
     ]
     comment = "".join(f"    # {line}".rstrip() + "\n" for line in lines)
-    prune = _flow(_chosen(advice).prune)
+    prune = _flow(_choice(advice).prune)
     return f"  - model: {model}\n    parameters: {{weight: 1.0}}\n{comment}    prune: {prune}\n"
 
 

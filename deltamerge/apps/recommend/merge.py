@@ -23,7 +23,7 @@ from pydantic import Field
 from deltamerge.apps.inspect.activations import Figures
 from deltamerge.apps.inspect.statistics import parse
 from deltamerge.apps.recommend.conflict import Conflict, measure
-from deltamerge.apps.recommend.prune import commented, seen_from
+from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
@@ -83,7 +83,7 @@ WAYS = (
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
-class Tried(Figures):
+class MergeTrial(Figures):
     """One λ of a method, on the rows that are searched on."""
 
     factor: float = Field(description="λ")
@@ -107,7 +107,7 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
-    tried: list[Tried] = Field(description="The λ that were tried.")
+    tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
 
@@ -150,18 +150,18 @@ def recommend_merge(
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     options = options or Options()
-    setting = _Setting(tuple(models), base, _spread(calibration, models), options.pickles)
+    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
     found, way, factor = _Adviser(setting, options).advice(fit=fit)
     folder = Path.cwd() if out is None else out.resolve().parent
     recipe = setting.recipe(way, factor, seen=lambda one: seen_from(folder, one))
     head = [f"{found.method}, by `deltamerge recommend`:", *found.why]
-    answer = found.model_copy(update={"recipe": commented(head, recipe)})
+    answer = found.model_copy(update={"recipe": with_comment(head, recipe)})
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
 
 
-def _spread(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     if len(calibration) not in (0, 1, len(models)):
         hint = "give one for all models, or one for each in their order"
         raise UsageError(f"--calibration: {len(calibration)} files for {len(models)} models", hint=hint)
@@ -235,7 +235,7 @@ class _Adviser:
         held: dict[str, int] = {}
         if self.setting.rows:
             with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start))) as judge:
-                found = self._judged(judge, FITTED if fit else ())
+                found = self._judge(judge, FITTED if fit else ())
                 search, held = judge.rows("search"), judge.rows("held")
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
         if found and not judged:
@@ -274,7 +274,7 @@ class _Adviser:
                 goals.append(Goal.model_validate({"measure": SAME, "of": tune.name}))
         return goals
 
-    def _judged(self, judge: StudyJudge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
+    def _judge(self, judge: StudyJudge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
         """Return every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
@@ -319,7 +319,7 @@ class _Adviser:
             lost_mean=None,
             lost_worst=None,
             agreement={},
-            tried=[Tried(factor=one, lost=tried[one]) for one in sorted(tried)],
+            tried=[MergeTrial(factor=one, lost=tried[one]) for one in sorted(tried)],
             error=error,
         )
 

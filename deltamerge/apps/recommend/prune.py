@@ -184,7 +184,7 @@ def recommend_prune(
     if pickles:
         more["pickles"] = True
     recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
-    answer = written(answer, recipe)
+    answer = with_recipe(answer, recipe)
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
@@ -276,13 +276,13 @@ def _candidates(density: float, parts: Sequence[DeltaMoments], measured: MaskEvi
                     prune=prune | ({"q": "output_change"} if calibrated else {}),
                     needs_calibration=calibrated or mask == "wanda",
                     delta_error=alone[mask][calibrated],
-                    **_measured(loss, measured, calibrated),
+                    **_losses(loss, measured, calibrated),
                 )
             )
     return made
 
 
-def _measured(loss: MaskLoss | None, measured: MaskEvidence | None, calibrated: bool) -> dict[str, float | None]:
+def _losses(loss: MaskLoss | None, measured: MaskEvidence | None, calibrated: bool) -> dict[str, float | None]:
     if loss is None or measured is None:
         return dict.fromkeys(("layer_error", "lost", "metric", "q"))
     way = "calibrated" if calibrated else "plain"
@@ -308,7 +308,7 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: fl
             ]
     why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, "
            f"plain DARE {lost['dare']:.1%}, DAREx-q {lost['darex_q']:.1%}"]  # fmt: skip
-    return best, _warned(why, lost[best])
+    return best, _add_warnings(why, lost[best])
 
 
 def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
@@ -327,7 +327,7 @@ def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
     return method, why
 
 
-def _warned(why: list[str], lost: float) -> list[str]:
+def _add_warnings(why: list[str], lost: float) -> list[str]:
     if lost > 0.6:
         why.append("that is most of the effect: consider a larger density")
     if lost > 0.3:
@@ -352,13 +352,13 @@ def paper(question: Question, evidence: Evidence) -> Paper:
     return Paper(method="darex_q", prune=prune, why=why)
 
 
-def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
+def with_recipe(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
     """Return the recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
-    return answer.model_copy(update={"recipe": commented(head, recipe)})
+    return answer.model_copy(update={"recipe": with_comment(head, recipe)})
 
 
-def commented(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
+def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML below a comment, a paragraph for each line of `head`."""
     wrapper = textwrap.TextWrapper(
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False

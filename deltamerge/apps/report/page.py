@@ -17,11 +17,11 @@ from deltamerge.apps.inspect.layers import (
     VECTORS,
     Place,
     grids,
-    grouped,
+    group_tensors,
     matrices,
     module_of,
     place,
-    placed,
+    place_figures,
     stacks,
 )
 from deltamerge.apps.report.svg import (
@@ -133,10 +133,10 @@ def _tiles(found: Report) -> Markup:
         "unchanged": f"{total.unchanged:.1%}",
         "kurtosis (normal: 3)": figure(total.kurtosis),
     }
-    return _shown(tiles)
+    return _tile_cards(tiles)
 
 
-def _shown(tiles: Mapping[str, str]) -> Markup:
+def _tile_cards(tiles: Mapping[str, str]) -> Markup:
     cards = (element("div", element("b", text(value)), text(name), class_="card") for name, value in tiles.items())
     return element("div", *cards, class_="tiles")
 
@@ -179,7 +179,7 @@ def _by_module(found: Report) -> Markup:
 
 def _modules_of(found: Report) -> list[tuple[str, TensorGroup]]:
     """Return the modules, each over all layers, by share of energy."""
-    groups = grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
+    groups = group_tensors(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
 
 
@@ -279,8 +279,8 @@ def _activations(found: Activations) -> list[Markup]:
             f" at the best q {figure(total.least_squares_error)}."
         ),
         _grid(
-            *_heat("coherence D/A", placed({one.name: one.coherence for one in found.layers})),
-            *_heat("q of least squares", placed({one.name: one.least_squares_q for one in found.layers})),
+            *_heat("coherence D/A", place_figures({one.name: one.coherence for one in found.layers})),
+            *_heat("q of least squares", place_figures({one.name: one.least_squares_q for one in found.layers})),
             wide=True,
         ),
         _heading("Predicted error, measured error, massive activations"),
@@ -323,12 +323,12 @@ def _run(found: Run, drawn: Set[str]) -> list[Markup]:
         blocks.append(_choice_tiles(one))
         cards = [_card(f"{one.measure(v)} over {v}", *_search(one, v)) for v, _ in one.panels]
         if len(set(one.q.values())) > 1:
-            cards += _heat(f"q{' (mean of rows)' if one.rows else ''}", placed(_only(one.q, drawn)))
+            cards += _heat(f"q{' (mean of rows)' if one.rows else ''}", place_figures(_only(one.q, drawn)))
         blocks.append(_grid(*cards, wide=True))
     if found.densities:
         blocks += [
             _heading("Densities that the budget allowed"),
-            _grid(*_heat("density", placed(_only(found.densities, drawn)), ".2%"), wide=True),
+            _grid(*_heat("density", place_figures(_only(found.densities, drawn)), ".2%"), wide=True),
         ]
     return blocks
 
@@ -341,7 +341,7 @@ def _choice_tiles(one: ChosenQ) -> Markup:
     values = [end for ends in one.rows.values() for end in ends] + [v for n, v in one.q.items() if n not in one.rows]
     low, high = min(values, default=1.0), max(values, default=1.0)
     density = one.density if isinstance(one.density, list) else [one.density]
-    return _shown(
+    return _tile_cards(
         {
             "method": one.method,
             "density": " to ".join(f"{d:.4g}" for d in density),
@@ -387,7 +387,7 @@ def search_curve(one: ChosenQ, variable: str) -> Markup:
 
 def _table(found: Report) -> Markup:
     """Return the drawn figures as numbers."""
-    groups = grouped(found.tensors)
+    groups = group_tensors(found.tensors)
     names = ("layer", "module", "entries", *FIGURES, "changed", "energy")
     rows = [element("tr", *(element("th", text(name)) for name in names))]
     for (layer, module), group in groups.items():

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
+from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, place_figures
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
 from deltamerge.apps.report.svg import STYLE, Panel, picture, short
@@ -98,10 +98,10 @@ def pictures(found: Report) -> dict[str, str]:
         names = {tensor.name for tensor in found.tensors if tensor.kind != "vector"}
         for one in found.run.choices:
             q = {name: value for name, value in one.q.items() if name in names}
-            maps = _maps(f"q of {short(one.model)}", placed(q)) if len(set(q.values())) > 1 else []
+            maps = _maps(f"q of {short(one.model)}", place_figures(q)) if len(set(q.values())) > 1 else []
             rows[SEARCH] += [[*_searches(one), *maps]]
     if (seen := found.activations) is not None:
-        panels = _maps("coherence D/A", placed({one.name: one.coherence for one in seen.layers}))
+        panels = _maps("coherence D/A", place_figures({one.name: one.coherence for one in seen.layers}))
         if seen.total.dare_measured is not None:
             chart = measured_errors([(one.name, one) for one in seen.layers])
             words = "blue: DARE, q = density; orange: at the q of least squares"

@@ -32,7 +32,7 @@ _HEAD, _LANGUAGE = re.compile(TASK_HEAD), re.compile(r"(^|[./])(lm_head|embed_ou
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class ModelScores:
     """One model's scores: task -> metric -> value."""
 
     model: str
@@ -44,7 +44,7 @@ class Evaluation:
     """Models on the same rows; `rows` is their number for each task."""
 
     rows: Mapping[str, int]
-    models: tuple[Evaluated, ...]
+    models: tuple[ModelScores, ...]
 
     def describe(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -123,7 +123,7 @@ def evaluate(
                     ((found,),) = measured([(task, sheet)], [[weights]])
                 scores[model][question.name] = found
                 rows[question.name] = sheet.rows
-    return Evaluation(rows, tuple(Evaluated(model, found) for model, found in scores.items()))
+    return Evaluation(rows, tuple(ModelScores(model, found) for model, found in scores.items()))
 
 
 def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> Sheet:

@@ -17,7 +17,7 @@ from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, 
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
 from deltamerge.files.descriptors import lock, writing
-from deltamerge.files.lock_file import not_made
+from deltamerge.files.lock_file import foreign_entries
 from deltamerge.files.seals import seal
 from deltamerge.files.work_folder import look
 from deltamerge.recipe.file import TemplateFile
@@ -95,7 +95,7 @@ def _is_written(entry: os.DirEntry[str]) -> bool:
     if not MADE.fullmatch(entry.name):
         return False
     try:
-        return look(path) is not None if entry.name.startswith(".") else not not_made(path)
+        return look(path) is not None if entry.name.startswith(".") else not foreign_entries(path)
     except (OSError, DeltamergeError):
         return False
 

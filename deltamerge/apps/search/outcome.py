@@ -164,10 +164,10 @@ def one_line(error: DeltamergeError) -> str:
 
 def best_of(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> int | None:
     """Return the first of `ranked`."""
-    return next(iter(ranked(outcomes, lower)), None)
+    return next(iter(rank(outcomes, lower)), None)
 
 
-def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
+def rank(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
     """Return candidates that did not fail, the best first.
 
     One goal ranks by itself. Several rank by the distance from the best of each, every goal scaled to [0, 1].

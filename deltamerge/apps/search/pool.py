@@ -75,11 +75,11 @@ class Pool:
             self.actors.append(self._start())
         shares = {i: list(range(i, len(some), count)) for i in range(count)}
         found: dict[int, Outcome] = {}
-        for i, numbers in self._measured(shares, some, part):
+        for i, numbers in self._outcomes(shares, some, part):
             found |= dict(zip(shares[i], numbers, strict=True))
         return [found[i] for i in range(len(some))]
 
-    def _measured(
+    def _outcomes(
         self, shares: Mapping[int, Sequence[int]], some: Sequence[Values], part: Part
     ) -> Iterator[tuple[int, list[Outcome]]]:
         deaths = dict.fromkeys(shares, 0)

@@ -36,7 +36,7 @@ def load_optuna() -> Any:
 
 
 @contextmanager
-def opened(optuna: Any, path: Path, study: Study, lower: Sequence[bool]) -> Iterator[optuna.Study]:
+def open_study(optuna: Any, path: Path, study: Study, lower: Sequence[bool]) -> Iterator[optuna.Study]:
     """Open the study in a SQLite file, made if it is not there.
 
     InputError: the file is none, or of other objectives.
@@ -124,13 +124,13 @@ def distributions(optuna: Any, ranges: Sequence[Range]) -> dict[str, Any]:
     return found
 
 
-def encoded(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
+def encode(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
     """Return numbers as Optuna has them: choices as JSON."""
     choices = {key for axis in ranges if axis.choices for key in axis.keys}
     return {key: json.dumps(value) if key in choices else value for key, value in found.items()}
 
 
-def decoded(params: Mapping[str, Any]) -> dict[str, Any]:
+def decode(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return Optuna's numbers as a recipe has them."""
     return {key: json.loads(value) if isinstance(value, str) else value for key, value in params.items()}
 
@@ -181,7 +181,7 @@ def near_best(optuna: Any, seed: int, width: float) -> Any:
             found = dict(best.params)
             for name, axis in sorted(search_space.items()):
                 if hasattr(axis, "low"):
-                    found[name] = moved(axis, found[name], width * float(self.normal.standard_normal()))
+                    found[name] = move(axis, found[name], width * float(self.normal.standard_normal()))
             return found
 
         def sample_independent(self, study: optuna.Study, trial: Any, param_name: str, param_distribution: Any) -> Any:
@@ -197,7 +197,7 @@ def _best(study: optuna.Study) -> Any:
     return min(done, key=lambda trial: sign * trial.values[0], default=None)
 
 
-def moved(axis: Any, value: float, share: float) -> float:
+def move(axis: Any, value: float, share: float) -> float:
     """Return a number of Optuna's distribution `axis`, moved by a share of its range.
 
     One of its steps, within its bounds.

@@ -81,7 +81,7 @@ class SearchResult:
         return {
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
             "sampler": self.sampler,
-            "trials": [_described(trial) for trial in self.trials],
+            "trials": [_describe(trial) for trial in self.trials],
             "best": self.chosen.number,
             "why": self.why,
             "front": [self.trials[i].number for i in self.front],
@@ -94,7 +94,7 @@ class SearchResult:
         }
 
 
-def _described(trial: Trial) -> dict[str, Any]:
+def _describe(trial: Trial) -> dict[str, Any]:
     held = {} if trial.held is None else {"held_out": list(trial.held.values), "held_out_scores": trial.held.scores}
     error = {} if trial.outcome.error is None else {"error": trial.outcome.error}
     return {
@@ -130,18 +130,18 @@ def summary(found: SearchResult) -> dict[str, Any]:
     """Return how the recipe was found, for its lock and card."""
     best = found.chosen
     values = best.held or best.outcome
-    numbers = {name: _rounded(value) for name, value in zip(found.goals, values.values, strict=True)}
+    numbers = {name: _round(value) for name, value in zip(found.goals, values.values, strict=True)}
     return {
         "sampler": found.sampler,
         "trials": len(found.trials),
         "trial": best.number,
-        "values": {name: _rounded(value) for name, value in best.params.items()},
+        "values": {name: _round(value) for name, value in best.params.items()},
         "objectives": numbers,
         "why": found.why,
     }
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -153,13 +153,13 @@ def as_csv(found: SearchResult) -> str:
     table = csv.DictWriter(made, columns, lineterminator="\n")
     table.writeheader()
     for trial in found.trials:
-        held = {} if trial.held is None else _named((f"held out {name}" for name in goals), trial.held.values)
-        row = {"number": trial.number, "state": trial.state, **trial.params, **_named(goals, trial.outcome.values)}
+        held = {} if trial.held is None else _by_name((f"held out {name}" for name in goals), trial.held.values)
+        row = {"number": trial.number, "state": trial.state, **trial.params, **_by_name(goals, trial.outcome.values)}
         table.writerow({**row, **held, "error": trial.outcome.error or ""})
     return made.getvalue()
 
 
-def _named(names: Any, values: Any) -> dict[str, float]:
+def _by_name(names: Any, values: Any) -> dict[str, float]:
     return dict(zip(names, values, strict=False))
 
 
@@ -221,16 +221,16 @@ def _table(found: SearchResult) -> Markup:
     goals = list(found.goals)
     heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *found.params]
     rows = [element("tr", *(element("th", text(head)) for head in heads))]
-    for trial in _ordered(found)[:SHOWN]:
+    for trial in _by_rank(found)[:SHOWN]:
         numbers = [*_cells(trial.outcome.values, goals), *_cells(trial.held.values if trial.held else (), goals)]
-        values = [_shown(trial.params.get(name)) for name in found.params]
+        values = [_show(trial.params.get(name)) for name in found.params]
         mark = " ←" if trial.number == found.chosen.number else ""
         cells = [f"{trial.number}{mark}", trial.state, *numbers, *values]
         rows.append(element("tr", *(element("td", text(cell)) for cell in cells)))
     return element("div", element("table", *rows), class_="scroll")
 
 
-def _ordered(found: SearchResult) -> list[Trial]:
+def _by_rank(found: SearchResult) -> list[Trial]:
     low = next(iter(found.goals.values()))
     done = [trial for trial in found.trials if trial.outcome.values]
     return sorted(done, key=lambda t: (t.held is None, t.outcome.values[0] if low else -t.outcome.values[0]))
@@ -240,5 +240,5 @@ def _cells(values: Any, goals: list[str]) -> list[str]:
     return [figure(value, ".4g") for value in values] or [""] * len(goals)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -16,15 +16,15 @@ from deltamerge.apps.search.best import check_best
 from deltamerge.apps.search.candidates import candidates_of
 from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
 from deltamerge.apps.search.judge import Part
-from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, ranked
+from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, rank
 from deltamerge.apps.search.pool import Pool, pool_of
 from deltamerge.apps.search.proposals import (
-    decoded,
+    decode,
     distributions,
-    encoded,
+    encode,
     importance,
     load_optuna,
-    opened,
+    open_study,
     run_again,
     sampler,
     sampler_of,
@@ -97,16 +97,14 @@ def search(
         with closing(bench), pool_of(file, options, ray, commands=commands) as pool:
             layers = layers_of(bench, recipe)
             wanted = bench.study.trials if trials is None else trials
-            with opened(optuna, there / STORAGE, bench.study, bench.lower) as study:
+            with open_study(optuna, there / STORAGE, bench.study, bench.lower) as study:
                 _same(study, file, bench, options)
                 run_again(study)
                 if not study.get_trials(deepcopy=False):
-                    study.enqueue_trial(
-                        encoded(file.template.ranges, file.template.start()), user_attrs={"start": True}
-                    )
+                    study.enqueue_trial(encode(file.template.ranges, file.template.start()), user_attrs={"start": True})
                 runner = _Runner(optuna, study, file, bench, layers, there, pool)
                 runner.run(wanted)
-                found = runner.finished()
+                found = runner.finish()
                 study.set_user_attr("best", found.chosen.number)
             return write(found, file, bench, options, runner.values(found.chosen.params), keep)
 
@@ -157,9 +155,9 @@ class _Runner:
         """Run trials until there are `wanted`. InputError: the first ones all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
-            phase.step(min(wanted, len(self._done())))
+            phase.step(min(wanted, len(self._finished_trials())))
             most = settings.together * (self.pool.size if self.pool else 1)
-            while (done := len(self._done())) < wanted:
+            while (done := len(self._finished_trials())) < wanted:
                 size = min(most - done % most, wanted - done)  # a batch that was cut short is asked for as it was
                 asked = [self._ask() for _ in range(size)]
                 self._evaluate(asked)
@@ -175,11 +173,11 @@ class _Runner:
             warnings.simplefilter("ignore")
             return study.ask(self.distributions)
 
-    def _done(self) -> list[optuna.trial.FrozenTrial]:
+    def _finished_trials(self) -> list[optuna.trial.FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _hope(self) -> None:
-        trials = self._done()
+        trials = self._finished_trials()
         if len(trials) >= min(HOPELESS, self.bench.study.trials) and all(t.state.name == "FAIL" for t in trials):
             said = trials[-1].user_attrs.get(ERROR, "no reason given")
             raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
@@ -214,12 +212,12 @@ class _Runner:
         return alive
 
     def _outcomes(self, asked: Sequence[optuna.Trial], part: Any) -> list[Outcome]:
-        some = [self.values(decoded(trial.params)) for trial in asked]
+        some = [self.values(decode(trial.params)) for trial in asked]
         if self.pool is not None:
             return list(self.pool.measure(some, part))
         return self.bench.measure(some, part, self.folder)
 
-    def finished(self) -> SearchResult:
+    def finish(self) -> SearchResult:
         """Return the study's trials, and the best of them on held-out rows."""
         made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
         trials = [trial for trial in made if trial is not None]
@@ -252,7 +250,7 @@ class _Runner:
         names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         if one.state.name not in names:
             return None
-        params = decoded(one.params)
+        params = decode(one.params)
         values = tuple(one.values or ()) if one.state.name == "COMPLETE" else ()
         outcome = Outcome(values, one.user_attrs.get(SCORES, {}), one.user_attrs.get(ERROR))
         return Trial(one.number, params, outcome, names[one.state.name])
@@ -262,7 +260,7 @@ class _Runner:
     ) -> tuple[list[Trial], int, str]:
         """Return the trials, with held-out outcomes where they were compared, and the index of the best there."""
         lower = self.bench.lower
-        order = ranked(outcomes, lower)
+        order = rank(outcomes, lower)
         if front:
             order = [i for i in order if i in front]
         distinct: dict[str, int] = {}

@@ -195,7 +195,7 @@ def _keys(
     known: dict[str, str] = {}
     keys = []
     for _, values in points:
-        data = file.template.filled(values).data
+        data = file.template.fill(values).data
         models = json.dumps(fixed(data), sort_keys=True)
         if models not in known:
             known[models] = json.dumps(input_facts(file, values, options), sort_keys=True)

@@ -20,9 +20,9 @@ from deltamerge.engine.execute import default_workers, execute
 from deltamerge.engine.whole import computed
 from deltamerge.methods.ops import dense
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
-from deltamerge.tensors.graph import READ, Graph, Node, depth_first
-from deltamerge.tensors.memory import in_memory
+from deltamerge.tensors.graph import Graph, Node, depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.views import in_memory
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Walk:
     def _make(self, k: int, names: Sequence[str]) -> dict[tuple[int, str], Tensor]:
         shared = self.shared.get(names, self._share)
         roots = {name: _over(self.candidates[k].roots[name], shared[name]) for name in names}
-        return {(k, name): tensor for name, tensor in self._computed(roots).items()}
+        return {(k, name): tensor for name, tensor in self._compute(roots).items()}
 
     def _share(self, names: Sequence[str]) -> dict[str, dict[Node, Node]]:
         """Return, by tensor, the nodes that candidates share, as nodes that read them from memory."""
@@ -123,18 +123,16 @@ class Walk:
                     known = (("value", values[node]),)
                     found[name][node] = Node(GIVEN, (), known, node.shape, node.dtype, "small")
                     continue
-                info = in_memory(key, node.dtype, node.shape, memoryview(buffers[key].data))
-                found[name][node] = Node(READ, (), (("tensor", info),), node.shape, node.dtype, "read")
+                found[name][node] = in_memory(key, node.dtype, node.shape, memoryview(buffers[key].data)).tensor
         return found
 
-    def _computed(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
-        whole = {name: node for name, node in roots.items() if node.kind != "read"}
+    def _compute(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
+        whole = {name: node for name, node in roots.items() if not node.is_source}
         buffers = self._run(whole)
         for name, node in roots.items():
-            if node.kind == "read":  # shared as a whole, or a copy
-                info = node.parameter("tensor")
-                buffers[name] = np.empty(info.nbytes, np.uint8)
-                self.reader.read_into(info, 0, buffers[name])
+            if node.is_source:  # shared as a whole, or a copy
+                buffers[name] = np.empty(node.nbytes, np.uint8)
+                self.reader.read_into(node, 0, buffers[name])
         made = {}
         for name, node in roots.items():
             tensor = torch.from_numpy(buffers.pop(name)).view(torch_dtype(node.dtype)).view(node.shape)
@@ -160,7 +158,7 @@ def _common(roots: Sequence[Node]) -> list[Node]:
     """
     distinct = list(dict.fromkeys(roots))
     if len(distinct) == 1:
-        return distinct if len(roots) > 1 and distinct[0].kind != "read" else _reads(distinct[0])
+        return distinct if len(roots) > 1 and not distinct[0].is_source else _reads(distinct[0])
     count: dict[Node, int] = {}
     for root in distinct:
         for node in depth_first(root):
@@ -173,15 +171,15 @@ def _common(roots: Sequence[Node]) -> list[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if count[node] > 1 and (node.kind in ("read", "whole") or _is_delta(node, distinct[0])):
+        if count[node] > 1 and (node.is_source or node.kind == "whole" or _is_delta(node, distinct[0])):
             found[node] = None
         else:
-            pending += node.inputs
+            pending += node.operands
     return list(found)
 
 
 def _reads(root: Node) -> list[Node]:
-    return [node for node in depth_first(root) if node.kind == "read"]
+    return [node for node in depth_first(root) if node.is_source]
 
 
 def _is_delta(node: Node, root: Node) -> bool:

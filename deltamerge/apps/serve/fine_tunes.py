@@ -23,14 +23,13 @@ from deltamerge.models.chain.models import open_model
 from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
-from deltamerge.models.delta_over_base import elements
 from deltamerge.tensors.dtypes import TORCH_NAMES, code_of
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 Changes = Mapping[str, Change]
 
 
-class Served:
+class ServedModel:
     """A base's folder (or hub id), and the changes of it that a server's model holds.
 
     at      by tensor; {}: it is the base; None: not known, a write has failed
@@ -63,7 +62,7 @@ class Served:
     def weights(self, changes: Changes, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         """Tensors, whole, with `changes`."""
         for name in names:
-            yield name, self._made(changes, name)
+            yield name, self._make(changes, name)
 
     def patches(self, changes: Changes) -> Iterator[Patch]:
         """Yield the patches from a model at `at` to one with `changes`.
@@ -72,7 +71,7 @@ class Served:
         """
         for name in self.touched(changes):
             old = None if self.at is None else self.at.get(name)
-            tensor, wheres = self._made(changes, name), []
+            tensor, wheres = self._make(changes, name), []
             for change in (old, changes.get(name)):
                 if change is not None and change.where is not None:
                     wheres.append(change.where)
@@ -87,7 +86,7 @@ class Served:
                 continue
             yield Patch(name, tuple(tensor.shape), tensor.dtype, tensor.reshape(-1), None)
 
-    def _made(self, changes: Changes, name: str) -> Any:
+    def _make(self, changes: Changes, name: str) -> Any:
         tensor = self.base[name]
         if (change := changes.get(name)) is not None:
             bits_of(tensor)[slice(None) if change.where is None else change.where] = change.values

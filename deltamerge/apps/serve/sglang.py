@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.chain.live import Delta
-from deltamerge.apps.serve.fine_tunes import Served
+from deltamerge.apps.serve.fine_tunes import ServedModel
 from deltamerge.errors import InputError, OutputError
 
 
@@ -33,7 +33,7 @@ class EngineSwitch:
                 "the engine keeps what its weights have computed of prompts",
                 hint="sglang.Engine(..., disable_radix_cache=True)",
             )
-        self._engine, self._served = engine, Served(base, keep=keep)
+        self._engine, self._served = engine, ServedModel(base, keep=keep)
 
     def to(self, delta: str | Path | Delta | None) -> None:
         """Make the engine's model the one of `delta`: an artifact, a version of a chain, or a chain (its newest).
@@ -45,14 +45,14 @@ class EngineSwitch:
         if names := self._served.touched(changes):
             weights = list(self._served.weights(changes, names))
             self._served.at = None
-            _taken(self._engine.begin_weight_update())
+            _check(self._engine.begin_weight_update())
             try:
-                _taken(self._engine.update_weights_from_tensor(weights, flush_cache=False))
+                _check(self._engine.update_weights_from_tensor(weights, flush_cache=False))
             finally:
-                _taken(self._engine.end_weight_update())
+                _check(self._engine.end_weight_update())
         self._served.at = changes
 
 
-def _taken(answer: tuple[bool, str]) -> None:
+def _check(answer: tuple[bool, str]) -> None:
     if not answer[0]:
         raise OutputError(f"SGLang: {answer[1]}")

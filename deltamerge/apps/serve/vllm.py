@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from deltamerge.apps.serve.fine_tunes import Changes, Served
+from deltamerge.apps.serve.fine_tunes import Changes, ServedModel
 from deltamerge.errors import InputError
 
 
@@ -64,7 +64,7 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
 
     def init_transfer_engine(self, init_info: DeltaInit) -> None:
         """Open the base, which the model has to hold now. InputError: it is no checkpoint."""
-        self._served = Served(init_info.base or self.model_config.model, keep=init_info.keep)
+        self._served = ServedModel(init_info.base or self.model_config.model, keep=init_info.keep)
         self._in_place = keeps_weights(self) if init_info.in_place is None else init_info.in_place
 
     def start_weight_update(self) -> None:

@@ -101,11 +101,11 @@ class AdamR(torch.optim.Optimizer):
     @property
     def fresh(self) -> list[str]:
         """Return the names of parameters that have a `decay` but no pretrained value to be pulled to."""
-        return [name for name in self._decayed() if name not in self._pretrained]
+        return [name for name in self._with_decay() if name not in self._pretrained]
 
     def attach(self, pretrained: Pretrained) -> None:
         """Give the parameters that are still `fresh` their pretrained values, after `add_param_group`."""
-        params = self._decayed()
+        params = self._with_decay()
         values = _readers(pretrained)
         pairs = _match(self.fresh, values)
         if not pairs and self.fresh:
@@ -118,7 +118,7 @@ class AdamR(torch.optim.Optimizer):
                     f"{name} has shape {tuple(params[name].shape)}, pretrained {tuple(value.shape)}",
                     hint="put a new head or a resized embedding in a group with decay=0 (for_model: `fresh`)",
                 )
-            value = self._placed(value, params[name])
+            value = self._to_place(value, params[name])
             self._pretrained[name] = value.clone() if value.untyped_storage().data_ptr() in trained else value
         for group in self.param_groups:
             names = self._pretrained.keys() & set(group.get("param_names", ()))
@@ -175,7 +175,7 @@ class AdamR(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_pretrained": self._pretrained, "_place": self._place}
 
-    def _decayed(self) -> dict[str, Tensor]:
+    def _with_decay(self) -> dict[str, Tensor]:
         """Return the parameters that have a `decay`, by name."""
         named: dict[str, Tensor] = {}
         for group in self.param_groups:
@@ -190,7 +190,7 @@ class AdamR(torch.optim.Optimizer):
                         raise InputError(f"two parameters are named {name!r}")
         return named
 
-    def _placed(self, value: Tensor, param: Tensor) -> Tensor:
+    def _to_place(self, value: Tensor, param: Tensor) -> Tensor:
         """Return θ_P where it is to be kept. The model may have moved since the optimizer was built."""
         device, dtype = self._place
         value = value.to(device or param.device, dtype or param.dtype)
@@ -223,7 +223,7 @@ class AdamR(torch.optim.Optimizer):
         if not group["decay"] or not pairs:
             return
         for name, p in pairs:
-            self._pretrained[name] = self._placed(self._pretrained[name], p)
+            self._pretrained[name] = self._to_place(self._pretrained[name], p)
         params = [p for _, p in pairs]
         c = (group["lr"] * group["decay"] / root_v).to(params[0], non_blocking=True)
         # On the CPU a number is at hand and has the faster kernels; elsewhere .item() would wait for the device.
@@ -357,7 +357,7 @@ def _readers(pretrained: Pretrained) -> Readers:
     tensors = hub.open_model(os.fspath(pretrained), Path(), weights=True).tensors
     files: dict[Path, Any] = {}
     for info in tensors.values():
-        if info.made is not None:
+        if info.kind != "stored":
             raise ValueError(f"{pretrained}: a base with an adapter: give the merged model, or the adapted nn.Module")
         if info.path not in files:
             files[info.path] = safe_open(info.path, framework="pt")

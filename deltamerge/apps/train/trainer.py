@@ -37,12 +37,11 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
-from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 Bits = dict[str, Array]
 
@@ -90,7 +89,7 @@ class DeltaWriter:
             if self._last is not None:
                 self._shapes = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
             if model is not None:
-                _matched(self._shapes, model.state_dict())
+                _match(self._shapes, model.state_dict())
         except BaseException:
             self._held.close()
             raise
@@ -122,7 +121,7 @@ class DeltaWriter:
             if self._model is None:
                 raise InputError("there is no model", hint="write(state_dict)")
             state = self._model.state_dict()
-        new = _copied(self._shapes, state, self._spare)
+        new = _copy(self._shapes, state, self._spare)
         self._spare = {}
         number = max(0 if self._last is None else _number(self._last.name) + 1, step or 0, 1)
         future: Future[WrittenVersion] = Future()
@@ -227,7 +226,7 @@ def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
     return found
 
 
-def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
+def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
     """InputError unless the state has every tensor of the base, of a dtype that becomes its, and no weight more."""
     hint = "model.save_pretrained(FOLDER) once, and base=FOLDER; or write(state) with the base's names"
     for name, (dtype, shape) in wanted.items():
@@ -249,12 +248,12 @@ def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[s
             raise InputError(f"the base has no {name}, which the model has", hint=hint)
 
 
-def _copied(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
+def _copy(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
     """Return the bits of a state in the base's dtypes, rounded to the nearest, ties to even.
 
     They are written into `spare` memory if given.
     """
-    _matched(wanted, state)
+    _match(wanted, state)
     found: Bits = {}
     with torch.no_grad():
         for name, (dtype, shape) in wanted.items():

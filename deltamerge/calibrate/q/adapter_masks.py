@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltamerge.engine.whole import computed
-from deltamerge.tensors.computed import Array, ordered_product
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tiles import Tile
+from deltamerge.tensors.views import Array, ordered_product
 
 if TYPE_CHECKING:
     import torch

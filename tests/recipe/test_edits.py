@@ -11,7 +11,7 @@ from calls import call
 from conftest import tiny_llama
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.recipe.edits import overridden, parse_setting
+from deltamerge.recipe.edits import parse_setting, set_keys
 
 TEXT = """\
 # a merge
@@ -87,7 +87,7 @@ def test_lines_that_are_not_touched_keep_their_bytes(setting: str, old: str, new
     """Spaces, quotes, braces and indents: a round trip by a library of YAML would make all of them its own."""
     parsed, text = parse_setting(setting)
     added = "seed: 3\n" if setting == "seed=3" else ""
-    assert overridden(ROUGH, {parsed: text}, "r.yaml") == ROUGH.replace(old, new) + added
+    assert set_keys(ROUGH, {parsed: text}, "r.yaml") == ROUGH.replace(old, new) + added
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -95,9 +95,9 @@ def test_a_key_is_set_and_nothing_else_changes(setting):
     loc, value = SETTINGS[setting]
     parsed, text = parse_setting(setting)
     assert parsed == loc
-    result = overridden(TEXT, {parsed: text}, "r.yaml")
+    result = set_keys(TEXT, {parsed: text}, "r.yaml")
     assert yaml.safe_load(result) == replaced(yaml.safe_load(TEXT), loc, value)
-    assert overridden(result, {parsed: text}, "r.yaml") == result
+    assert set_keys(result, {parsed: text}, "r.yaml") == result
     for comment in ("# a merge", "# the base", "# end"):
         assert comment in result
     if len(loc) == 1 and loc[0] not in yaml.safe_load(TEXT):  # errors keep their lines
@@ -106,7 +106,7 @@ def test_a_key_is_set_and_nothing_else_changes(setting):
 
 def test_every_document_of_a_file_gets_it():
     text = "{name: one, seed: 1}\n---\nname: two\n---\n  base_model: x\n"
-    result = list(yaml.safe_load_all(overridden(text, {("seed",): "5", ("output", "path"): "p"}, "r.yaml")))
+    result = list(yaml.safe_load_all(set_keys(text, {("seed",): "5", ("output", "path"): "p"}, "r.yaml")))
     assert [(one["seed"], one["output"]) for one in result] == [(5, {"path": "p"})] * 3
 
 
@@ -119,7 +119,7 @@ SHORT = {
 
 @pytest.mark.parametrize("text", SHORT)
 def test_a_key_is_set_of_a_model_in_its_short_form(text):
-    assert overridden(text, {("models", 0, "prune", "density"): "0.5"}, "r.yaml") == SHORT[text]
+    assert set_keys(text, {("models", 0, "prune", "density"): "0.5"}, "r.yaml") == SHORT[text]
 
 
 REFUSED = {
@@ -137,19 +137,19 @@ REFUSED = {
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_cannot_be_set_is_refused(setting):
     with pytest.raises(InputError, match=REFUSED[setting]):
-        overridden(TEXT, dict([parse_setting(setting)]), "r.yaml")
+        set_keys(TEXT, dict([parse_setting(setting)]), "r.yaml")
 
 
 @pytest.mark.parametrize("loc", [("b",), ("b", "x"), ("c", 0, "x")])
 def test_an_alias_is_left_alone(loc):
     text = "a: &one {x: 1}\nb: *one\nc: [*one]\n"
     with pytest.raises(InputError, match="alias"):
-        overridden(text, {loc: "2"}, "r.yaml")
+        set_keys(text, {loc: "2"}, "r.yaml")
 
 
 def test_the_text_must_be_a_recipe_s():
     with pytest.raises(RecipeError):
-        overridden("[1, 2]", {("seed",): "1"}, "r.yaml")
+        set_keys("[1, 2]", {("seed",): "1"}, "r.yaml")
 
 
 def test_commands_take_settings_and_the_output_says_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
