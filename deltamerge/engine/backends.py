@@ -35,14 +35,14 @@ def steps(
     What a left-out node would free is freed by the step before it.
     """
     ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
-    wanted = {id(node) for node in (root, *ends) if id(node) not in needless}
+    wanted = {node for node in (root, *ends) if id(node) not in needless}
     for node in reversed(nodes):
-        if id(node) in wanted:
-            wanted |= {id(source) for source in node.operands}
+        if node in wanted:
+            wanted.update(node.operands)
     made: list[Step] = []
     for i, node in enumerate(nodes):
-        freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)
-        if id(node) in wanted:
+        freed = tuple([n for n in frees.get(i, ()) if n in wanted])
+        if node in wanted:
             made.append(Step(node, dict(node.parameters), freed))
         elif freed:
             made[-1] = replace(made[-1], frees=made[-1].frees + freed)

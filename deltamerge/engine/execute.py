@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,9 +100,6 @@ class _Engine:
     failure: BaseException | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def __post_init__(self) -> None:
-        self.shared_by_id = {id(node): value for node, value in self.shared.items()}
-
     def run(self) -> None:
         mine = [self.devices[number % len(self.devices)] for number in range(self.workers)]
         threads = [threading.Thread(target=self._work, args=(device,), daemon=True) for device in mine]
@@ -167,7 +165,8 @@ class _Engine:
             return
         plan = schedule(task.root)
         there = on_gpu(task, device)
-        running = Running(task, plan, ChainMap({}, self.shared_by_id), device if there else "cpu")
+        known = {id(node): self.shared[node] for small in plan.small for node in small if node in self.shared}
+        running = Running(task, plan, known, device if there else "cpu")
         if there:
             running.uploads = self._backend(running).uploads(sum(map(bool, plan.passes)))
         jobs = self._next_pass(running)
@@ -177,6 +176,8 @@ class _Engine:
     def _backend(self, running: Running) -> TorchBackend:
         """The backend of a running task, opened on first use: copies need none."""
         key = running.task.backend, running.device
+        if (opened := self.backends.get(key)) is not None:
+            return opened
         with self.changed:
             if key not in self.backends:
                 self.backends[key] = backends.open_backend(*key)
@@ -226,7 +227,7 @@ class _Engine:
         if root.is_source:
             total, step = root.nbytes, COPY_BYTES
         else:
-            total = int(np.prod(root.shape, dtype=np.int64))
+            total = math.prod(root.shape)
             tile = self._tile_step(running.task)
             on_gpu = running.whole is None and self._backend(running).on_gpu
             step = GPU_TILES * tile if on_gpu else max(1, JOB_ELEMENTS // tile) * tile
@@ -270,10 +271,10 @@ class _Engine:
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
     """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
     values: dict[Node, Any] = dict(known)
-    tiled: set[Node] = set()
     for root in roots:
+        tiled: set[Node] = set()
         for node in depth_first(root):
-            if node.kind != "small" or any(source in tiled for source in node.inputs):
+            if node.kind != "small" or not tiled.isdisjoint(node.inputs):
                 tiled.add(node)
             elif node not in values:
                 inputs = [values[source] for source in node.inputs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +39,7 @@ class Running:
 
     task: Task
     schedule: Schedule
-    values: MutableMapping[int, Any]
+    values: dict[int, Any]
     device: str
     index: int = -1
     steps: list[Step] = field(default_factory=list)

@@ -234,9 +234,11 @@ class Outbox:
                 self._release(sent)
 
     def _tell(self, file: str, position: int, nbytes: int) -> None:
+        """Report what has been written, and wake `follow` if it waits for it."""
         self._wrote(file, position, nbytes)
         with self._changed:
-            self._changed.notify_all()
+            if self._awaited is None or not self._is_starved():
+                self._changed.notify_all()
 
     def _write(self, sent: Sent) -> None:
         view = flat(sent.data)

@@ -16,7 +16,7 @@ from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.q.threshold import model_cut
 from deltamerge.calibrate.reach import has_columns, is_linear
 from deltamerge.calibrate.rows.split import split
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, within
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
@@ -304,6 +304,15 @@ def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
         parts = stages.together.parameter("spec").sources
         sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
     return sources
+
+
+def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list[int]:
+    """Return the bytes of every stage that runs a model, beside the process."""
+    found = [node.parameter("spec").memory for node in stages.calibrations]
+    found += [one.memory + memory(Share(one.source)) for one in stages.inputs.values()]
+    if stages.rows is not None:
+        found.append(merge_inputs.memory(stages.rows.parameter("parts")))
+    return found + [memory(Share(source)) for source in sources.values()]
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:

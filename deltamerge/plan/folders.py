@@ -42,7 +42,7 @@ def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
 def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
     """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
     only what is needed is there before a run."""
-    if recipe.output.kind != "model" or template.config_file != PIPELINE or template.hub_id is not None:
+    if not recipe.output.rules.standalone or template.config_file != PIPELINE or template.hub_id is not None:
         return
     lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
     if lost:

@@ -206,7 +206,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     lends = recipe.tokenizer_of in own or recipe.tokenizer_of == "union"
     bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
     read = set(bases)
-    if recipe.base_model is not None and (recipe.template in own or recipe.output.kind == "delta"):
+    if recipe.base_model is not None and (recipe.template in own or recipe.output.rules.patches):
         read.add(recipe.base_model)
     if recipe.base_model is not None and (lends or recipe.base_model in read):
         bases.setdefault(recipe.base_model)
@@ -222,7 +222,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
     named_template = "base" if recipe.is_moe else recipe.template
     template = input_named(named_template, recipe, base, tunes) or _template(groups, tunes)
-    like = base if base is not None and recipe.output.kind != "model" else template
+    like = base if base is not None and not recipe.output.rules.standalone else template
     form = form_of(like.tensors, like.checkpoint.tensors)
     matched = [_regrouped(model, form) for model in matched]
     notes += tuple(f"{model.name}: {note}" for model in matched if (note := _regrouping(model)))
@@ -232,7 +232,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     if recipe.transplant is not None:
         donor = donor_of(recipe.transplant, input_named(recipe.transplant, recipe, base, tunes), merged)
     vocabulary = donor or _vocabulary(recipe, base, tunes, checkpoint)
-    origin = base if recipe.output.kind == "delta" else None
+    origin = base if recipe.output.rules.patches else None
     refuse_vocabulary(recipe, template.name, template.checkpoint)
     refuse_partial(recipe, template.name, template.checkpoint)
     notes = tuple(dict.fromkeys(notes))

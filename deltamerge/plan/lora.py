@@ -35,7 +35,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     RecipeError: a weight or λ other than 1, a q or a mask from calibration.
     """
     base, tune = inputs.base, inputs.tunes[0]
-    if recipe.output.kind != "peft" or base is None:
+    if not recipe.output.rules.adapts or base is None:
         return None
     group = inputs.groups[0]
     if len(inputs.groups) > 1 or group.part.ranges is not None:
@@ -78,7 +78,7 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
     """
     model = pruned[0].model
-    if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
+    if not recipe.output.rules.adapts or model.checkpoint.adapter is None:
         return []
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []

@@ -1,20 +1,23 @@
-"""The anonymous memory that a run takes, and the tile size that keeps it under a cap."""
+"""The anonymous memory that a run takes, as a value that the parts of a plan add up, and the tile that keeps it capped.
+
+`Memory` names what takes the bytes. `Cost` is of one tensor, `tiles` chooses the tile.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from deltamerge.engine.execute import own_tile
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.files.outbox import ROOM, SLAB, room_for
 from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import REDUCTIONS, Node, peak_tiles, schedule
+from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, peak_tiles, schedule
 from deltamerge.tensors.names import layer_index
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
@@ -22,6 +25,32 @@ from deltamerge.tensors.traits import traits_of
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of anonymous memory, by what takes them. `+` is for what is held at one time, `largest` for what is not."""
+
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Memory) -> Memory:
+        """Return the memory of both at one time."""
+        names = dict.fromkeys((*self.parts, *other.parts))
+        return Memory({name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in names})
+
+    @property
+    def total(self) -> int:
+        """Return the sum of all parts."""
+        return sum(self.parts.values())
+
+    def describe(self) -> dict[str, int]:
+        """Return the parts that are not 0, as `deltamerge plan --json` prints them."""
+        return {name: size for name, size in self.parts.items() if size}
+
+
+def largest(*stages: Memory) -> Memory:
+    """Return the memory of the stage that takes the most, of stages that run one after another."""
+    return max(stages, key=lambda stage: stage.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +73,57 @@ class Cost:
 
 
 def cost(root: Node) -> Cost:
-    """The cost of the tensor that `root` makes, from its schedule."""
-    plan = schedule(root)
-    reads = [[node for node in nodes if node.is_source] for nodes in plan.passes]
-    stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
-    usual = [
-        nodes for nodes, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
-    ]
-    wholes = [node for nodes in plan.passes for node in nodes if node.kind == "whole"]
+    """Return the cost of the tensor that `root` makes, from its schedule."""
+    order = depth_first(root)
+    place = {node: i for i, node in enumerate(order)}
+    form = _form(tuple([(n.function, n.kind, n.dtype, tuple([place[s] for s in n.operands])) for n in order]))
+    needs = [_needs(order[i]) for i in form.wholes]
     return Cost(
+        form.passes,
+        sum([order[i].read_nbytes for i in form.reads]),
+        form.alive,
+        sum(size for size, _ in needs),
+        sum(4 * math.prod(order[i].shape) for i in form.wholes),
+        sum(operations for _, operations in needs),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The part of a cost that tensors share whose nodes differ in shapes and parameters alone.
+
+    passes, alive   as in `Cost`
+    reads, wholes   places of nodes: those read in usual passes, once for each, and the `whole` ones
+    """
+
+    passes: int
+    alive: int
+    reads: tuple[int, ...]
+    wholes: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)  # tensors of a model are made in few ways
+def _form(nodes: tuple[tuple[str, Kind, str, tuple[int, ...]], ...]) -> _Form:
+    """Return the shared part of the costs of tensors made by `nodes`: function, kind, dtype and places of inputs."""
+    order: list[Node] = []
+    for function, kind, dtype, inputs in nodes:
+        order.append(Node(function, tuple(order[i] for i in inputs), (), (), dtype, kind))
+    place, plan = {node: i for i, node in enumerate(order)}, schedule(order[-1])
+    reads = [[node for node in steps if node.is_source] for steps in plan.passes]
+    stored = max(sum(ITEMSIZE[node.dtype] for node in some) for some in reads)
+    usual = [
+        some for some, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
+    ]
+    return _Form(
         len(plan.passes),
-        sum(node.read_nbytes for nodes in usual for node in nodes),
-        stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
-        sum(_needs(node)[0] for node in wholes),
-        sum(4 * math.prod(node.shape) for node in wholes),
-        sum(_needs(node)[1] for node in wholes),
+        stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[order[-1].dtype],
+        tuple(place[node] for some in usual for node in some),
+        tuple(place[node] for steps in plan.passes for node in steps if node.kind == "whole"),
     )
 
 
 def _needs(node: Node) -> tuple[int, float]:
-    """The bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
+    """Return the bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
     needs = traits_of(node.function).needs
     if needs is None:
         raise TypeError(f"{node.function} does not declare what it needs")
@@ -72,74 +132,58 @@ def _needs(node: Node) -> tuple[int, float]:
 
 
 def _is_usual(steps: Sequence[Node]) -> bool:
-    """Whether a pass that ends in reductions is made for nearly every tensor, and reads it all."""
+    """Tell whether a pass that ends in reductions is made for nearly every tensor, and reads it all."""
     return any(step.kind in REDUCTIONS and not traits_of(step.function).rare for step in steps)
 
 
-def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
-    """Bytes of positions, and of values to be coded, of the tensors that are open in a delta's sink."""
-    largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
-    return math.ceil(sum(largest[: workers + 1]))
-
-
-def room(workers: int, memory: int | None) -> int:
-    """Bytes on their way to the files of a checkpoint at most: where memory is capped, the least."""
-    return room_for(workers) if memory is None else ROOM
-
-
-def held_by_files(outputs: tuple[OutputTensor, ...], workers: int, memory: int | None) -> int:
-    """Bytes on their way to the files of a checkpoint, and those being computed."""
-    return min(sum(o.nbytes for o in outputs), room(workers, memory) + (workers + 1) * 2 * SLAB)
-
-
 def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
-    """Bytes of the coded weights whose rows are being collected, and of what is made of them."""
+    """Return the bytes of coded weights whose rows are collected, and of their codes."""
     units = [output.coding.unit_bytes for output in outputs if output.coding is not None]
     if not units:
         return 0
     return 2 * (workers + 1) * min(max(units), LARGE) + workers * (max(units) // 2 + CODING_BYTES)
 
 
-def tile_and_peak(
+def tiles(
     outputs: tuple[OutputTensor, ...],
     costs: Mapping[Node, Cost],
     device: str,
     workers: int,
     memory: int | None,
-    held: int = 0,
-) -> tuple[int, int]:
-    """(elements of a tile, bytes of anonymous memory at the peak); the tile shrinks until the peak fits `memory`.
+    held: Memory,
+) -> tuple[int, Memory]:
+    """Return the elements of a tile and the memory at the peak; the tile shrinks until the peak fits `memory`.
 
     outputs   the output's tensors
     costs     of them
     device    of the plan
     workers   threads
     memory    the cap in bytes; None: no cap
-    held      bytes that the sink holds
+    held      by what is open beside the tiles
     """
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
     computed = [(root, backend) for root, backend in roots if not root.is_source]
-    baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
+    process = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"]
+    whole = _held_whole([costs[root] for root, _ in computed], workers) if device == "cpu" else 0
+    held = Memory({"process": process}) + held + Memory({"whole_matrices": whole})
     alive = max((costs[root].alive for root, _ in computed), default=0)
-    if device == "cpu":
-        baseline += _held_whole([costs[root] for root, _ in computed], workers)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
     on_gpu = device != "cpu" and any(backend == "torch" for _, backend in computed)
     tile = own_tile(device if on_gpu else "cpu")
     while True:
-        peak = baseline + workers * alive * max(tile, largest_block)
-        if memory is None or peak <= memory:
+        peak = held + Memory({"tiles": workers * alive * max(tile, largest_block)})
+        if memory is None or peak.total <= memory:
             return tile, peak
         if tile <= largest_block or tile <= 1024:
             raise InputError(
                 f"--memory {human(memory)} is too little for {workers} workers",
-                hint=f"give at least {-(-peak // 10**6)}MB, or fewer --workers",
+                hint=f"give at least {-(-peak.total // 10**6)}MB, or fewer --workers",
             )
         tile //= 2
 
 
 def _held_whole(costs: Sequence[Cost], workers: int) -> int:
-    """Bytes of whole tensors: each worker computes one, and one more is being written."""
+    """Return the bytes of whole tensors: each worker computes one, and one more is written."""
     largest = sorted((cost.whole for cost in costs), reverse=True)[:workers]
     return sum(largest) + max((cost.kept for cost in costs), default=0)
 

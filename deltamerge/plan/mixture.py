@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.outputs import Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder
@@ -58,6 +59,8 @@ class AppOutputs(Protocol):
     stacks: list[Stack]
     config: dict[str, Any]
     settled: WrittenConfig
+    merges: list[Merge]
+    averaged: dict[str, str]
 
     def rows(self) -> list[Row]:
         """Return the tensors of the output, in the base's order."""

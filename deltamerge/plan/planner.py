@@ -1,37 +1,43 @@
-"""Makes a plan from a recipe and headers: every output tensor, where its bytes go, passes and peak memory."""
+"""The plan of a recipe, made from headers: every output tensor, the place of its bytes, passes and peak memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.merge import inputs as merge_inputs
 from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.calibrate.spec import CalibrationInput, Share, Spec
-from deltamerge.calibrate.spec import memory as stage_memory
+from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.components import Component
-from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.layout import Layout
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
-from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of
+from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of, stage_bytes
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
-from deltamerge.plan.folders import refuse_adapter, remarks
+from deltamerge.plan.delta_graph import Stages
+from deltamerge.plan.folders import remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.low_rank import factoring_note, held_by_factors
-from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
+from deltamerge.plan.memory import (
+    Cost,
+    Memory,
+    check_size,
+    cost,
+    held_coded,
+    largest,
+    tiles,
+)
 from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
+from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -48,7 +54,6 @@ from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import TensorInfo
 
 SHOWN_PROBLEMS = 8
-ADAPTER = Component(stem="adapter_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,7 @@ class Plan:
     layout: Layout
     notes: tuple[str, ...]
     tile_elements: int
-    peak_bytes: int
+    memory: Memory
     costs: Mapping[Node, Cost]
     stages: tuple[Node, ...] = ()
     sources: tuple[CalibrationInput, ...] = ()
@@ -125,6 +130,11 @@ class Plan:
     def workers(self) -> int:
         """Threads that compute them."""
         return self.options.workers
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the bytes of anonymous memory at the peak."""
+        return self.memory.total
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -194,13 +204,14 @@ class Plan:
             "workers": self.workers,
             "tile_elements": self.tile_elements,
             "peak_bytes": self.peak_bytes,
+            "memory": self.memory.describe(),
             "read_bytes": self.read_bytes,
             "operations": round(self.operations),
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
-            **self._describe_delta(),
+            **output_kind(self.recipe.output, own_weights=self.pruned_adapter is not None).describe(self),
             **({"config": self.settled.describe()} if self.settled.keys else {}),
             **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
@@ -222,13 +233,6 @@ class Plan:
             ],
         }
 
-    def _describe_delta(self) -> dict[str, Any]:
-        if self.recipe.output.kind != "delta":
-            return {}
-        sizes = {output.name: output.delta_bytes(self.delta_values) for output in self.outputs}
-        how = {"semantics": "add" if self.delta_values else "replace", "values": self.delta_values}
-        return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
-
 
 def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
     """Plan `recipe`; relative references start at `folder`, `opener` opens one by its headers.
@@ -243,7 +247,7 @@ def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | No
 
 
 def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
-    """The plan of the same models with `densities` for the tensors that a budget is for; nothing is opened again."""
+    """Return the plan of the same models with `densities` for the tensors that a budget is for; nothing is reopened."""
     made = _plan(planned.recipe, planned.inputs, planned.folder, planned.options, densities)
     return replace(made, warnings=planned.warnings)
 
@@ -251,93 +255,31 @@ def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
 def _plan(
     recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
 ) -> Plan:
-    """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
-    if recipe.output.kind == "peft":
-        refuse_adapter(inputs.template.name, inputs.template.checkpoint)
+    """Return the plan of opened models.
+
+    `densities` are those of the tensors that a budget is for; without them each is planned with the same.
+    """
+    output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
+    kind = output_kind(recipe.output, own_weights=own is not None)
     inputs = own or inputs
     vocabulary = _vocabulary(recipe, inputs)
-    device, workers, memory = options.device, options.workers, options.memory
-    if recipe.transplant is not None and vocabulary is not None:
-        edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
-    found: Outputs | AppOutputs
-    if recipe.is_moe:
-        found = mixture_outputs(recipe, inputs, device, folder, memory)
-    else:
-        found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
-    rows = found.rows()
-    if found.problems:
-        differ = any("missing in" in problem or "shapes differ" in problem for problem in found.problems)
-        if differ and (others := strangers(inputs.all)) is not None:
-            raise InputError(others, hint=f"{len(found.problems)} tensors differ, such as {found.problems[0]}")
-        first, *also = found.problems[:SHOWN_PROBLEMS]
-        more = len(found.problems) - SHOWN_PROBLEMS
-        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
-    found.settled.check()
-    metas = [stored for row in rows for stored in row.stored]
+    decided = _decided(recipe, inputs, folder, options, densities, vocabulary)
+    rows = _rows(decided, inputs)
     weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
-    if own:
-        layout = plan_layout(metas, None, (ADAPTER,))
-    else:
-        layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
+    layout = kind.layout([part for row in rows for part in row.stored], recipe.output, inputs, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else held_by_files(outputs, workers, memory)
-    if recipe.output.lora:
-        held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
-    held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
-    roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
-    costs = {root: cost(root) for root in roots}
-    held += held_coded(outputs, workers) + (vocabulary.held(workers) if vocabulary is not None else 0)
-    tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
-    builder, stages = found.builder, found.builder.deltas.stages
+    costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
+    builder, stages = decided.builder, decided.builder.deltas.stages
+    held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
+    tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     sources = sources_of(stages, inputs)
     if options.data and densities is None:  # once: `fit` has the same sources
         check_data(sources, inputs)
-    if sources:  # stages run one after another, before the first tile
-        resident = [node.parameter("spec").memory for node in stages.calibrations]
-        resident += [one.memory + stage_memory(Share(one.source)) for one in stages.inputs.values()]
-        if stages.rows is not None:
-            resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
-        resident += [stage_memory(Share(source)) for source in sources.values()]
-        peak = max(peak, CALIBRATING_BYTES + max(resident))
-    mixture = None if isinstance(found, Outputs) else found.mixture(rows)
-    if mixture is not None:  # before the first tile, too
-        peak = max(peak, CALIBRATING_BYTES + mixture.memory)
-    peak += vocabulary.memory if vocabulary is not None else 0
-    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
-    models = [(model.name, model.checkpoint) for model in inputs.all]
-    tokenizers = _tokenizers(recipe, inputs, found, rows, vocabulary) if own is None else Differences()
-    notes = [
-        *(line for series in recipe.series for line in series.describe()),
-        *found.notes,
-        *remarks(inputs.template.name, inputs.template.checkpoint, models),
-        *tokenizers.notes,
-        *found.settled.notes,
-        *(
-            f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
-            for name, deltas in cuts.items()
-        ),
-    ]
-    if device == AUTO:
-        notes.append(_where(outputs, calibrates=bool(sources)))
-    notes += [line] if (line := on_one_gpu(stages, device)) else []
-    specs = [node.parameter("spec") for node in stages.calibrations]
-    notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
-    if own is not None:
-        notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
-    elif recipe.output.lora:
-        notes.append(factoring_note(recipe.output, calibrated=bool(stages.inputs)))
-    elif recipe.output.kind == "peft":
-        notes.append("merged, then what differs from the base is written as a SHiRA adapter")
-    kept = builder.kept(found.merges) if isinstance(found, Outputs) and recipe.method.deltas else {}
-    cut_bytes = 2 * sum(
-        math.prod(read.shape) * ITEMSIZE[read.dtype]
-        for deltas in cuts.values()
-        for _, delta in deltas
-        for read in delta.inputs
-    )
-    if stages.totals is not None:
-        cut_bytes += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
+    mixture = decided.mixture(rows)
+    read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
+    tokenizers = Differences() if own is not None else _tokenizers(recipe, inputs, decided, rows, vocabulary)
+    kept = builder.kept(decided.merges) if recipe.method.deltas else {}
     return Plan(
         recipe=recipe,
         inputs=inputs,
@@ -345,9 +287,9 @@ def _plan(
         options=options,
         outputs=outputs,
         layout=layout,
-        notes=tuple(notes),
+        notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers)),
         tile_elements=tile,
-        peak_bytes=peak,
+        memory=largest(merging, *_before(stages, sources, mixture)) + read,
         costs=costs,
         stages=stages.calibrations,
         sources=tuple(sources.values()),
@@ -355,8 +297,8 @@ def _plan(
         weighing=next(iter(stages.weighing.values()), None),
         measured=tuple(stages.inputs.values()),
         rows=stages.rows,
-        cut_bytes=cut_bytes,
-        config=found.config,
+        cut_bytes=_read_before(stages),
+        config=decided.config,
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
@@ -364,17 +306,116 @@ def _plan(
             *(checks.warnings(recipe) if recipe.mergekit else ()),
             *swapped(inputs),
             *tokenizers.warnings,
-            *found.settled.warnings,
-            *adapter_warnings(found.settled, inputs),
+            *decided.settled.warnings,
+            *adapter_warnings(decided.settled, inputs),
             *advice.warnings(recipe, kept, factors=own is not None),
         ),
-        settled=found.settled,
-        stacks=tuple(found.stacks),
+        settled=decided.settled,
+        stacks=tuple(decided.stacks),
         mixture=mixture,
-        running_sum=made_of(recipe, inputs, found.averaged)
-        if recipe.output.kind == "sum" and isinstance(found, Outputs)
+        running_sum=made_of(recipe, inputs, decided.averaged)
+        if recipe.output.rules.accumulates and mixture is None
         else None,
     )
+
+
+def _decided(
+    recipe: Recipe,
+    inputs: Inputs,
+    folder: Path,
+    options: PlanOptions,
+    densities: Mapping[str, float] | None,
+    vocabulary: Vocabulary | None,
+) -> Outputs | AppOutputs:
+    """Return what decides about each tensor of the output. InputError: the config cannot follow a transplant."""
+    if recipe.transplant is not None and vocabulary is not None:
+        edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
+    if recipe.is_moe:
+        return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
+    return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
+
+
+def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
+    """Return the output's tensors in order. InputError: the first problems, or that the models are strangers."""
+    rows, problems = decided.rows(), decided.problems
+    if problems:
+        differ = any("missing in" in problem or "shapes differ" in problem for problem in problems)
+        if differ and (others := strangers(inputs.all)) is not None:
+            raise InputError(others, hint=f"{len(problems)} tensors differ, such as {problems[0]}")
+        first, *also = problems[:SHOWN_PROBLEMS]
+        more = len(problems) - SHOWN_PROBLEMS
+        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=decided.hint or None)
+    decided.settled.check()
+    return rows
+
+
+def _held(
+    kind: OutputKind,
+    recipe: Recipe,
+    inputs: Inputs,
+    outputs: tuple[OutputTensor, ...],
+    options: PlanOptions,
+    stages: Stages,
+    vocabulary: Vocabulary | None,
+) -> Memory:
+    """Return the memory that is held beside the tiles while tensors are merged."""
+    workers = options.workers
+    return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
+        {
+            "quantised_inputs": kept_bytes(info for model in inputs.all for info in model.tensors.values()),
+            "quantised_outputs": held_coded(outputs, workers),
+            "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
+        }
+    )
+
+
+def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None) -> Iterator[Memory]:
+    """Yield the memory of each stage before the first tile; they run one after another."""
+    process = Memory({"process": CALIBRATING_BYTES})
+    for size in stage_bytes(stages, sources):
+        yield process + Memory({"calibration": size})
+    if mixture is not None:
+        yield process + Memory({"routers": mixture.memory})
+
+
+def _read_before(stages: Stages) -> int:
+    """Return the bytes that are read for thresholds and totals of whole models, before the first tile."""
+    deltas = (delta for node in stages.cuts.values() for _, delta in node.parameter("deltas"))
+    read: int = 2 * sum(math.prod(one.shape) * ITEMSIZE[one.dtype] for delta in deltas for one in delta.inputs)
+    if stages.totals is not None:
+        read += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
+    return read
+
+
+def _notes(
+    kind: OutputKind,
+    recipe: Recipe,
+    inputs: Inputs,
+    options: PlanOptions,
+    decided: Outputs | AppOutputs,
+    outputs: Sequence[OutputTensor],
+    tokenizers: Differences,
+) -> Iterator[str]:
+    """Yield a line for each thing that is copied, left out, or not as one may expect."""
+    stages, template = decided.builder.deltas.stages, inputs.template
+    for series in recipe.series:
+        yield from series.describe()
+    yield from decided.notes
+    yield from remarks(template.name, template.checkpoint, [(model.name, model.checkpoint) for model in inputs.all])
+    yield from tokenizers.notes
+    yield from decided.settled.notes
+    for index, node in stages.cuts.items():
+        tensors = f"{len(node.parameter('deltas'))} tensors of {recipe.names[index]}"
+        yield f"group: model: one threshold over {tensors}, found in two or three passes before"
+    if options.device == AUTO:
+        yield _where(outputs, calibrates=bool(sources_of(stages, inputs)))
+    if line := on_one_gpu(stages, options.device):
+        yield line
+    for node in stages.calibrations:
+        spec = node.parameter("spec")
+        if words := in_words(spec.not_calibrated):
+            yield f"calibration of {spec.name}: {words}"
+    yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
@@ -384,10 +425,14 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 
 
 def _tokenizers(
-    recipe: Recipe, inputs: Inputs, found: Outputs | AppOutputs, rows: Sequence[Row], vocabulary: Vocabulary | None
+    recipe: Recipe,
+    inputs: Inputs,
+    decided: Outputs | AppOutputs,
+    rows: Sequence[Row],
+    vocabulary: Vocabulary | None,
 ) -> Differences:
-    """What differs of the models' tokenizers; a mixture has the rows of its base alone."""
-    meeting = rows_merged(found, rows) if isinstance(found, Outputs) else {inputs.template.name}
+    """Return what differs of the models' tokenizers; a mixture has the rows of its base alone."""
+    meeting = rows_merged(decided, rows) if isinstance(decided, Outputs) else {inputs.template.name}
     return compare_tokenizers(recipe, inputs, meeting, by_token=vocabulary is not None)
 
 

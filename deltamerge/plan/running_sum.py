@@ -58,7 +58,7 @@ def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> Runnin
         summed = tune.checkpoint.running_sum
         names += [tune.name] if summed is None else summed.models
         weight = model.parameters.get("weight", 1.0)
-        assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
+        assert isinstance(weight, bool | int | float)  # `recipe.checks` has seen to it
         weights.append(_count(tune.checkpoint, weight))
         schedule = model.schedule or schedule if summed is None else summed.schedule
         decay = decay or model.decay if summed is None else summed.decay

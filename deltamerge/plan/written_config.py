@@ -362,7 +362,7 @@ def _types(configs: Mapping[str, Mapping[str, Any]], template: str, keys: Mappin
 def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, Written]) -> dict[str, Any]:
     """What an adapter's model would say otherwise than its base, on which it is loaded."""
     base = inputs.base
-    if recipe.output.kind != "peft" or base is None:
+    if not recipe.output.rules.adapts or base is None:
         return {}
     values = {key: (one.value, one.difference.values.get(base.name, ABSENT)) for key, one in keys.items()}
     return {key: _plain(value) for key, (value, of_base) in values.items() if not same(value, of_base)}

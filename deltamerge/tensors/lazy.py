@@ -14,9 +14,11 @@ else:
         """A module, by its attributes."""
 
         def __init__(self, name: str) -> None:
-            self._name = name
+            self._name, self._module = name, None
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module(self._name), name)
+            if self._module is None:
+                self._module = importlib.import_module(self._name)
+            return getattr(self._module, name)
 
     numpy, torch = _Module("numpy"), _Module("torch")

@@ -88,6 +88,16 @@ def test_a_sample_tells_where_to_look_or_else_all_is_counted(name, k, passes):
     assert taken & (LISTED | COUNTED | {"equal_counts"}) == passes
 
 
+def test_a_tensor_of_one_block_takes_one_pass_before_the_mask():
+    """All of its magnitudes are a sample, so that no bracket is needed."""
+    delta = np.random.Generator(np.random.PCG64(3)).integers(-3, 4, (128, 256)).astype(np.float32)
+    for k in (1, 500, 20_000, delta.size - 1):
+        kept, taken = keep(delta, k)
+        np.testing.assert_array_equal(kept, reference.keep_top(delta, k))
+        assert taken == {"magnitudes", "pick_largest", "rank_of_block", "keep_largest"}
+    assert "bracketed" in keep(np.ones(select.SAMPLE_LEAST + 1, np.float32), 5)[1]
+
+
 @pytest.mark.parametrize("shape", [(1,), (70_000,), (5, 3), (300, 333), (1, 5_000_000), (40_000, 4000), (2**20, 2**11)])
 def test_a_sample_is_a_run_of_each_block(shape):
     size, step, run = math.prod(shape), block_elements(shape), select.sampled_run(shape)

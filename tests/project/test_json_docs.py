@@ -154,6 +154,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
         pairs = {f"changed[].{key}" for key in TENSOR_KEYS} if title == "## plan --diff" else set()
         lists = {key.partition("[")[0] for key in said} - said.keys()
         assert got.keys() - pairs - lists <= said.keys(), words
+        assert title != "## plan" or sum(got["memory"][0].values()) == got["peak_bytes"][0], words
         empty = {key for key in lists if got.get(key) == [[]]}
         missing = {key for key, (_, always) in said.items() if always} - got.keys()
         assert all(key.partition("[")[0] in empty for key in missing), (words, missing)
@@ -162,7 +163,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_of_the_page_was_read():
-    assert len(described("## plan")) == 47
+    assert len(described("## plan")) == 48
     assert len(described("## diff")) == 19
     assert len(described("## run, extract and apply")) == 16
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

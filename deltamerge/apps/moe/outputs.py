@@ -23,6 +23,7 @@ from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -88,6 +89,8 @@ class MixtureOutputs:
         self.hint = ""
         self.notes: list[str] = list(inputs.notes)
         self.stacks: list[Stack] = []
+        self.merges: list[Merge] = []  # none: experts are copied
+        self.averaged: dict[str, str] = {}
         self.out_dtype = CODES.get(str(recipe.out_dtype or recipe.dtype))
         tunes = {tune.index: tune for tune in inputs.tunes}
         routed = len(recipe.experts)

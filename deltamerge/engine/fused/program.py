@@ -40,15 +40,15 @@ class Program:
         self.block, self.sources = shape.block, assembly.sources
         self.counters, self.sums, self.listed = assembly.counters, assembly.sums, assembly.listed
         self.summed = assembly.summed
-        self.operations = np.zeros(len(done), OPERATION)
         self.spare: list[NDArray[np.uint8]] = []
-        first, weights, models, lists = 0, list[float](), list[int](), list[int]()
-        for row, x in zip(self.operations, done, strict=True):
-            row["fields"], row["key"], row["scalars"] = (x.code, x.to, *x.fields), x.key, x.scalars
-            row["models"], row["first"] = x.count or len(x.models), first
-            first += x.width
-            for given, into in ((x.weights, weights), (x.models, models), (x.lists, lists)):
-                into += [*given, *[0] * (x.width - len(given))]
+        rows, weights, models, lists = list[Any](), list[float](), list[int](), list[int]()
+        for x in done:
+            count = x.count or len(x.models)
+            rows.append(((x.code, x.to, *x.fields), x.key, x.scalars, count, len(weights)))
+            if width := x.width:
+                for given, into in ((x.weights, weights), (x.models, models), (x.lists, lists)):
+                    into += [*given, *[0] * (width - len(given))]
+        self.operations = np.array(rows, OPERATION)
         self.weights = np.array(weights, np.float32)
         self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)

@@ -54,7 +54,7 @@ def operations_of(
     gathers = not ends and _patches(last.inputs[0] if declared[-1].stores else last)
     assembly = Assembly(values, reader, Form(shape), output, gathers)
     _cut(assembly, steps, declared)
-    assembly.uses.update(id(source) for node, _, _ in steps for source in node.operands)
+    assembly.uses.update([id(source) for node, _, _ in steps for source in node.operands])
     for (node, parameters, frees), its in zip(steps, declared, strict=True):
         if node.is_source:
             _read(assembly, node)

@@ -121,6 +121,24 @@ def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
     return np.concatenate(parts)
 
 
+@traits(loop=_sample_loop, samples=sampled_run)
+def magnitudes(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
+    """Return the bits of abs(Δ) of a tensor of at most `SAMPLE_LEAST` entries, which is one block."""
+    return _words(magnitude_bits(delta))
+
+
+def pick_largest(magnitudes: Magnitudes, *, k: int) -> Cut:
+    """Return the cut of the k-th largest (k ≥ 1) of all magnitudes of a tensor."""
+    threshold = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    above, equal = np.count_nonzero(magnitudes > threshold), np.count_nonzero(magnitudes == threshold)
+    return Cut(int(threshold), k - int(above), int(equal), listed=True)
+
+
+def rank_of_block(cut: Cut) -> Counts:
+    """Return the ranks of a tensor that is one block: no entry equal to the cut comes before it."""
+    return np.zeros(int(cut.equal_kept != cut.equal_total), np.int64)
+
+
 def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
     """Return the bracket of the k-th largest (k ≥ 1) of `size` magnitudes; None: too many would lie inside.
 
@@ -500,12 +518,15 @@ def above(make: Make, delta: Any, cut: Any) -> Any:
 
 
 def end_of(make: Make, delta: Any, k: int) -> tuple[Any, Any]:
-    """Make what says where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
+    """Make the end of the k largest magnitudes: the cut, and the ranks of the entries equal to it."""
     if k == 0:
         return make(nothing, kind="small"), make(no_ranks, kind="small")
-    shape = delta.shape
+    shape, size = delta.shape, math.prod(delta.shape)
+    if size <= SAMPLE_LEAST:  # one block, whose magnitudes fit in memory
+        cut = make(pick_largest, [make(magnitudes, [delta], kind="concat", shape=shape)], kind="small", k=k)
+        return cut, make(rank_of_block, [cut], kind="small")
     some = make(sample, [delta], kind="concat", shape=shape)
-    bracket = make(pick_bracket, [some], kind="small", k=k, size=math.prod(shape))
+    bracket = make(pick_bracket, [some], kind="small", k=k, size=size)
     inside = make(bracketed, [delta, bracket], kind="concat", shape=shape)
     listed = make(gathered, [inside, bracket], kind="small")
     near = make(pick_listed, [listed], kind="small", k=k)
