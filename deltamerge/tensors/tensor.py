@@ -152,6 +152,9 @@ class Tensor:
         return (own.shape, own.dtype, own.begin, own.path) == (its.shape, its.dtype, its.begin, its.path)
 
 
+Node: TypeAlias = Tensor  # a tensor among the steps of a pass
+
+
 class Read(Protocol):
     """The interface by which views read their inputs; `tensors.reader.Reader` implements it."""
 
@@ -389,9 +392,9 @@ class Graph:
 
 
 def name_of(function: Function) -> str:
-    """ "module:name" of a function, by which a node knows it; names stay as they are.
+    """Return "module:name" of a function, by which a tensor knows it; names stay as they are.
 
-    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
+    ValueError: a function that its module does not have under a name, such as a lambda or one inside another.
     """
     if isinstance(function, str):
         return function
@@ -401,7 +404,7 @@ def name_of(function: Function) -> str:
 
 
 def function_of(function: Function) -> Callable[..., Any]:
-    """The function that a name "module:name" stands for; functions are themselves."""
+    """Return the function that a name "module:name" stands for; functions are themselves."""
     return _imported(function) if isinstance(function, str) else function
 
 
