@@ -379,7 +379,7 @@ class Graph:
         others     keyword arguments of the function
         """
         inputs, function = tuple(inputs), name_of(function)
-        plain = tuple(sorted(parameters.items()))
+        plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
         found = self.nodes.get(key)
         if found is None:
@@ -391,6 +391,7 @@ class Graph:
         return info.tensor
 
 
+@cache
 def name_of(function: Function) -> str:
     """Return "module:name" of a function, by which a tensor knows it; names stay as they are.
 
