@@ -150,6 +150,9 @@ class Tensor:
         return (own.shape, own.dtype, own.begin, own.path) == (its.shape, its.dtype, its.begin, its.path)
 
 
+Node: TypeAlias = Tensor  # a tensor among the steps of a pass
+
+
 class Read(Protocol):
     """The interface by which views read their inputs; `tensors.reader.Reader` implements it."""
 
@@ -374,7 +377,7 @@ class Graph:
         others     keyword arguments of the function
         """
         inputs, function = tuple(inputs), name_of(function)
-        plain = tuple(sorted(parameters.items()))
+        plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
         found = self.nodes.get(key)
         if found is None:
