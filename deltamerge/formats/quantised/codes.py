@@ -64,6 +64,14 @@ def values_of(dtype: str) -> Floats:
     return values
 
 
+@cache
+def _limits(dtype: str) -> tuple[float, tuple[int, ...]]:
+    """Return the largest number of a dtype of small floats, and the kernels' description of it."""
+    limits: Any = ml_dtypes.finfo(SMALL[dtype])  # type: ignore[no-untyped-call]
+    last = int(np.array(limits.max, SMALL[dtype]).view(np.uint8))
+    return float(limits.max), (int(limits.nexp), int(limits.nmant), 1 - int(limits.minexp), last, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class SmallFloats:
     """Floats of a dtype of `SMALL`: E4M3, E5M2, E2M1."""
@@ -71,17 +79,12 @@ class SmallFloats:
     dtype: str
 
     @property
-    def _limits(self) -> Any:
-        return ml_dtypes.finfo(SMALL[self.dtype])  # type: ignore[no-untyped-call]
-
-    @property
     def largest(self) -> float:
-        return float(self._limits.max)
+        return _limits(self.dtype)[0]
 
     @property
     def form(self) -> tuple[int, ...]:
-        limits, last = self._limits, int(self.codes(np.array([self.largest], np.float32))[0])
-        return int(limits.nexp), int(limits.nmant), 1 - int(limits.minexp), last, 0, 0
+        return _limits(self.dtype)[1]
 
     def codes(self, values: Floats) -> Array:
         largest = np.float32(self.largest)
