@@ -107,7 +107,7 @@ struct ScaledRows {
   const float* table;
 };
 
-// The numbers that codes stand for (formats/quantised/numbers.py): small floats up to the code `last`, or, where `exponent` is
+// The numbers that codes stand for (formats/quantised/codes.py): small floats up to the code `last`, or, where `exponent` is
 // 0, the integers from `least` to `largest`.
 struct CodeForm {
   i64 exponent, mantissa, bias, last;

@@ -29,7 +29,7 @@ struct Source {
   i64 fd, begin, dtype, memory, coded;
 };
 
-// Codes and the scales of a job (formats/quantised/scaled.py): of matrices of `height` rows in blocks of m x n, with down x
+// Codes and the scales of a job (formats/quantised/grid.py): of matrices of `height` rows in blocks of m x n, with down x
 // across blocks each; scales, zeros and table (-1: none) are numbers of arrays,
 // here their addresses (0: none), scales from row `line` of the grid on. `hashed`: its bytes are
 // hashed, as rows fill them and pieces of the job begin with a byte. Of a TurnedForm `stored` and `groups` are arrays too,

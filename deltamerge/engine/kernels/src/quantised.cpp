@@ -1,4 +1,4 @@
-// Entry points of quantised weights (formats/quantised/scaled.py), and what entry points share.
+// Entry points of quantised weights (formats/quantised/grid.py), and what entry points share.
 #define PY_SSIZE_T_CLEAN
 #include "check.h"
 #include "entries.h"
