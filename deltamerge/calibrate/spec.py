@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from deltamerge.calibrate.model.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
@@ -346,32 +343,3 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
             hint=f"give at least {BASELINE_BYTES + share * least}, or lower calibration.sequences or length",
         )
     return replace(source, cache=min(room, CACHE_BYTES // share), share=share)
-
-
-def norm(
-    statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
-) -> NDArray[np.float32]:
-    """(n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for a
-    weight that saw no input.
-
-    InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
-    """
-    if name not in statistics:
-        return np.ones((stacked, count) if stacked else count, np.float32)
-    if statistics[name].transposed != transposed:
-        stored, taken = ("(in, out)", "(out, in)")[:: 1 if statistics[name].transposed else -1]
-        raise InputError(f"{name} is stored {stored}, but was taken for {taken}", hint="use method magnitude")
-    return np.asarray(statistics[name].norm, dtype=np.float32)
-
-
-def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
-    """The k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no input."""
-    if name in statistics and statistics[name].transposed:
-        raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
-    found = statistics[name].massive(k) if name in statistics else []
-    return np.array(found, dtype=np.int64)
-
-
-def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
-    """The columns that a recipe lists, ascending."""
-    return np.array(numbers, dtype=np.int64)

@@ -11,7 +11,7 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.model.loading import Shaped
+    from deltamerge.calibrate.model.loading import ShapedTensor
 
 
 class ChangedTensor(NamedTuple):
@@ -59,7 +59,7 @@ class Modules:
         self.tied = set(aliases(model))
 
     @classmethod
-    def of(cls, config: dict[str, Any], tensors: Mapping[str, Shaped], *, parts: bool = False) -> Modules:
+    def of(cls, config: dict[str, Any], tensors: Mapping[str, ShapedTensor], *, parts: bool = False) -> Modules:
         """Those of a config that is stored as these tensors; with `parts` some may be parts of one of the model's.
 
         InputError: transformers knows no such model, or has other tensors.

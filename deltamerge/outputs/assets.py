@@ -31,7 +31,7 @@ from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.gguf_tokenizer import described, is_described
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.outputs.tokenizer import Files, as_json, content_of, edit_tokenizer
-from deltamerge.plan.folders import TOKENIZER_CONFIG
+from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.plan.written_config import BESIDE, generation_of

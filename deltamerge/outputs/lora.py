@@ -36,7 +36,7 @@ from deltamerge.outputs.adapter_modules import Modules
 from deltamerge.outputs.assets import config as output_config
 from deltamerge.outputs.lora_file import REST, LowRankSummary, Made, Target, finish, stored_dtype
 from deltamerge.outputs.lora_ranks import affordable
-from deltamerge.plan.low_rank import HELD, is_matrix
+from deltamerge.plan.memory import HELD, is_matrix
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.computed import flat_rows, floats

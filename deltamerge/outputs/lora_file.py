@@ -26,7 +26,7 @@ from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
 from deltamerge.outputs.adapter_modules import ChangedTensor, Modules
 from deltamerge.outputs.lora_ranks import Spectrum, greedy
-from deltamerge.plan.low_rank import sides
+from deltamerge.plan.memory import sides
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, narrow

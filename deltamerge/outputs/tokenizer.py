@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from deltamerge.files.strict_json import parse_json, read_json
 from deltamerge.models.tokenizer_files import CONFIG, JINJA, TOKENIZER
-from deltamerge.plan.chat_template import ChatTemplate
 from deltamerge.plan.vocabulary import Vocabulary
+from deltamerge.plan.vocabulary_config import ChatTemplate
 
 ADDED = "added_tokens.json"
 

@@ -8,27 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import stage
-from deltamerge.calibrate.merge import coefficients, joint_factor
-from deltamerge.calibrate.merge import inputs as merge_inputs
+from deltamerge.calibrate import reductions, stage
+from deltamerge.calibrate.merge import coefficients, joint_factor, second_moments
 from deltamerge.calibrate.merge.gradients import squares
-from deltamerge.calibrate.merge.second_moments import Measured
-from deltamerge.calibrate.q.threshold import model_cut
+from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.reach import has_columns, is_linear
-from deltamerge.calibrate.rows.split import split
+from deltamerge.calibrate.reductions import model_cut
+from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
-from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
+from deltamerge.files.strict_json import read_json
+from deltamerge.methods.merge.passthrough import passthrough
+from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
-from deltamerge.plan.folders import refuse_unrunnable
-from deltamerge.plan.inputs import Inputs
-from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
-from deltamerge.plan.matrix_form import matrix_form
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
+from deltamerge.plan.merged_tensor import Merge, Tuned, matrix_form
 from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.computed import LowRank
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.rows import Gathered
@@ -60,11 +60,11 @@ class StageMaker:
             by_model.setdefault(tuned.index, []).append(tuned)
         return replace(stages, inputs={index: self._measured(deltas, some) for index, some in by_model.items()})
 
-    def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> Measured:
+    def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> InputMeasurement:
         """What measures the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
         source = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
-        return Measured(source, {t.name: t.tensor.name for t in tunes})
+        return InputMeasurement(source, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
         """The stages that there are, and those of the model `index`, whose tensors are `tunes`."""
@@ -135,7 +135,7 @@ class StageMaker:
             parts.append(
                 Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted))
             )
-        function = squares if gradients else merge_inputs.inputs
+        function = squares if gradients else second_moments.inputs
         return deltas.graph.node(function, kind="small", parts=tuple(parts))
 
     def merged_inputs(
@@ -149,7 +149,7 @@ class StageMaker:
         known += tuple(deltas.stages.calibrated.values())
         parts = self._shares(deltas, merges, masked)
         return deltas.graph.node(
-            merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
+            second_moments.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
         )
 
     def fitted(
@@ -254,13 +254,78 @@ def _spec(
     )
 
 
-def on_one_gpu(stages: Stages, device: str) -> str | None:
-    """What of the stages the first of several GPUs does alone, in a line."""
-    numbers = device.partition(":")[2]
-    if numbers != ALL and "," not in numbers:
-        return None
-    measured = stages.activations or stages.weighing or stages.inputs or stages.rows is not None
-    return f"device {device}: the first GPU alone measures what layers are given, or gradients" if measured else None
+@dataclass(frozen=True, slots=True)
+class Product:
+    """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
+
+    weight: TensorInfo
+    update: LowRank
+    factors: dict[str, Tuned]
+
+
+def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
+    """The adapted weights whose factors are `pruned`; none where whole weights are.
+
+    InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
+    """
+    model = pruned[0].model
+    if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
+        return []
+    by_name = {tuned.name: tuned for tuned in pruned}
+    products = []
+    for weight in model.checkpoint.tensors.values():
+        if isinstance(update := weight.made, LowRank) and len(weight.shape) == 2:
+            if update.magnitude is not None:
+                raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
+            sides = (("a", update.a), ("b", update.b))
+            factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
+            if factors:
+                products.append(Product(weight, update, factors))
+    paired = {tuned.name for product in products for tuned in product.factors.values()}
+    if alone := next((name for name in by_name if name not in paired), None):
+        message = f"{model.name}: q can be calibrated on A and B of linear layers alone, not {alone}"
+        raise InputError(message, hint="give q a number, or exclude it")
+    return products
+
+
+def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
+    """A pruned factor's name -> the weight whose q it has a root of, and which root."""
+    return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
+
+
+def factor_spec(
+    products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
+) -> Spec:
+    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight."""
+    random, node = PRUNE[prune.method].random, deltas.graph.node
+
+    def product_node(product: Product, seed: int) -> Node:
+        update, factors = product.update, []
+        for side, info in (("a", update.a), ("b", update.b)):
+            if side in product.factors:
+                stored = deltas.masked(product.factors[side], seed)
+                factor = node(dense, [stored], shape=info.shape)
+            else:
+                factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
+            factors.append(node(reductions.whole, kind="small", node=factor))
+        shape, scale, transposed = product.weight.shape, update.scale, update.transposed
+        return node(reductions.product, factors, shape=shape, scale=scale, transposed=transposed)
+
+    pruned = []
+    for product in products:
+        nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
+        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
+        pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
+    scope = q.scope_or_default
+    return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)
+
+
+def refuse_changed_config(tune: Input) -> None:
+    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    checkpoint = tune.checkpoint
+    if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
+        message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
+        raise InputError(message, hint="merge it first: a recipe of its own with merge_method: passthrough")
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
@@ -314,7 +379,7 @@ def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list
     found = [node.parameter("spec").memory for node in stages.calibrations]
     found += [one.memory + memory(Share(one.source)) for one in stages.inputs.values()]
     if stages.rows is not None:
-        found.append(merge_inputs.memory(stages.rows.parameter("parts")))
+        found.append(second_moments.memory(stages.rows.parameter("parts")))
     return found + [memory(Share(source)) for source in sources.values()]
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate import spec
-from deltamerge.calibrate.calibrated import pick
-from deltamerge.calibrate.merge.second_moments import Measured
-from deltamerge.calibrate.q.threshold import cut_of
 from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
+from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
+from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import protect, rescale
@@ -21,12 +19,15 @@ from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.computed import update_of
 from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.merge.second_moments import InputMeasurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,19 @@ class Stages:
     together: Node | None = None
     totals: Node | None = None
     rows: Node | None = None
-    inputs: Mapping[int, Measured] = field(default_factory=dict)
+    inputs: Mapping[int, InputMeasurement] = field(default_factory=dict)
+
+    @property
+    def any(self) -> bool:
+        """Tell whether there is one."""
+        return self != Stages()
+
+    def on_one_gpu(self, device: str) -> bool:
+        """Tell whether the first of several GPUs does some of them alone."""
+        numbers = device.partition(":")[2]
+        return (numbers == ALL or "," in numbers) and bool(
+            self.activations or self.weighing or self.inputs or self.rows is not None
+        )
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
@@ -74,6 +87,11 @@ class Deltas:
     densities: Mapping[str, float] | None = None
     stages: Stages = field(default_factory=Stages)
 
+    @classmethod
+    def of(cls, recipe: Recipe, graph: Graph, densities: Mapping[str, float] | None) -> Deltas:
+        """Return the maker for a recipe, with its models' prunings."""
+        return cls(recipe, graph, tuple(effective_prune(recipe, i) for i in range(len(recipe.models))), densities)
+
     @property
     def whole_merge(self) -> bool:
         """Whether the merge is calibrated as a whole, and no q of a model is."""
@@ -84,6 +102,18 @@ class Deltas:
         """What has a factor of its own in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
         calibration = self.recipe.calibration
         return calibration.coefficients if calibration is not None and self.whole_merge else None
+
+    @property
+    def have_stages(self) -> bool:
+        """Tell whether something may run before the first tile: a measurement, a search, a threshold of a model."""
+        return any(
+            prune.protect is not None
+            or prune.group == "model"
+            or isinstance(prune.q, CalibratedQ)
+            or PRUNE[prune.method].needs_activations
+            or self.recipe.calibration_of(index) is not None
+            for index, prune in enumerate(self.prunes)
+        )
 
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
@@ -220,7 +250,7 @@ class Deltas:
             return None
         stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
-            spec.norm,
+            norm,
             [self.stages.activations[tuned.index]],
             kind="small",
             name=tuned.tensor.name,
@@ -250,7 +280,7 @@ class Deltas:
         if guarded.massive_activations is not None:
             k = min(guarded.massive_activations, width)
             measured = [self.stages.activations[tuned.index]]
-            return self.graph.node(spec.massive, measured, kind="small", name=tuned.tensor.name, k=k), k
+            return self.graph.node(massive, measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
         for pattern, some in (guarded.columns or {}).items():
             if finds(pattern, tuned.name):
@@ -259,7 +289,7 @@ class Deltas:
             return None, 0
         if max(numbers) >= width:
             raise InputError(f"prune.protect.columns: {tuned.name} has {width} columns, {max(numbers)} is none of them")
-        return self.graph.node(spec.columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+        return self.graph.node(columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
         return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)

@@ -12,10 +12,10 @@ from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.peft.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.alike import count_alike, finite, places
-from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
+from deltamerge.plan.stack import is_buffer
 from deltamerge.tensors.computed import Cast, LowRank, Zeros
 from deltamerge.tensors.dtypes import FLOATING
 from deltamerge.tensors.experts import Joined, Turned

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.components import PIPELINE
+from deltamerge.errors.shown import some
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
+from deltamerge.formats.config_json import code_of as code_of
 from deltamerge.formats.dcp import is_distributed
+from deltamerge.formats.weight_files import PICKLES
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
@@ -26,6 +29,92 @@ from deltamerge.recipe.schema import Recipe, model_name
 from deltamerge.tensors.experts import Joined, Turned
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
+    """InputError: two models have no component in common, so that one is a part of the other, or of another kind."""
+    read = [(name, {c.folder for c in checkpoint.components}) for name, _, checkpoint in named if checkpoint.tensors]
+    for name, theirs in read[1:]:
+        first, ours = read[0]
+        if ours.isdisjoint(theirs):
+            whole, part = (first, name) if any(ours) else (name, first)
+            raise InputError(
+                f"{whole} has components ({', '.join(sorted((ours | theirs) - {''}))}), {part} is one model",
+                hint=f"name the folder of the component that it is: {whole}/…",
+            )
+
+
+def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
+    """InputError: a tokenizer or chat template is asked for, and those of the output lie in folders of components."""
+    key = next((k for k in ("tokenizer_source", "tokenizer", "chat_template") if getattr(recipe, k) is not None), None)
+    if key is not None and template.config_file != CONFIG:
+        what = "is a pipeline" if template.config_file == PIPELINE else "has no config.json"
+        raise InputError(f"{key}: {name} {what}, whose tokenizers are copied as they are", hint=f"remove {key}")
+
+
+def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
+    """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
+    only what is needed is there before a run."""
+    if recipe.output.kind != "model" or template.config_file != PIPELINE or template.hub_id is not None:
+        return
+    lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
+    if lost:
+        hint = "download it whole, or name a complete pipeline as the template"
+        raise InputError(f"{name}: {PIPELINE} lists {', '.join(lost[:4])}, which is not there", hint=hint)
+
+
+def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
+    """InputError: a model that calibration would run is none that transformers makes from a config.json."""
+    hint = "give q a number, or a method without calibration (magnitude, dare)"
+    if checkpoint.config_file == PIPELINE or "_class_name" in checkpoint.config:
+        kind = checkpoint.config.get("_class_name", "a pipeline")
+        raise InputError(f"{name}: is of diffusers ({kind}), which calibration does not run", hint=hint)
+    if checkpoint.config_file != CONFIG:
+        raise InputError(f"{name}: has no config.json, without which calibration cannot run it", hint=hint)
+
+
+def refuse_adapter(name: str, checkpoint: Checkpoint) -> None:
+    """InputError: a PEFT adapter is asked for of what PEFT does not load it on."""
+    if checkpoint.config_file != CONFIG or not checkpoint.is_simple or "_class_name" in checkpoint.config:
+        raise InputError(f"output.kind peft: {name} is no model of transformers alone", hint="write kind: delta")
+
+
+def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpoint]]) -> Iterator[str]:
+    """Notes on the folders of a merge, from names and configs alone; `name` is the template's."""
+    if not template.is_simple:
+        kind = "diffusers pipeline" if template.config_file == PIPELINE else "sentence-transformers model"
+        parts = ", ".join(component.folder or "its own folder" for component in template.components)
+        yield f"{name} is a {kind}, merged component by component: {parts}"
+    elif not template.config_file and template.config:
+        yield f"{name} is a GGUF file: config.json is made of what it says, and so is the tokenizer, by transformers"
+    elif not template.config_file:
+        yield f"{name} has no config.json, so the output has none: its weights alone are written"
+    for other, checkpoint in models:
+        if any(file.suffix in PICKLES for file in checkpoint.files):
+            yield f"{other} is read from torch's own files: tables of tensors alone, nothing in them is run"
+    code = sorted(dict.fromkeys(_code(template)))
+    if code:
+        yield f"{name} brings its own code ({some(code)}): copied, never run; whoever loads the output must trust it"
+
+
+def _code(checkpoint: Checkpoint) -> Iterator[str]:
+    """The modules that a model's configs name as its own code, and the .py files of its components."""
+    folder = checkpoint.path
+    for config in (checkpoint.config, _tokenizer(checkpoint)):
+        yield from code_of(config)
+    if checkpoint.config_file == PIPELINE or (folder / MODULES).is_file():
+        with errors.context(checkpoint.reference):
+            for inner in listed_folders(folder):
+                if not inner or check_folder(folder, inner):
+                    yield from (f"{inner}/{p.name}".lstrip("/") for p in sorted((folder / inner).glob("*.py")))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.path / TOKENIZER_CONFIG
+    return read_json(file) if file.is_file() else {}
+
 
 Opener = Callable[[str, Path], Checkpoint]
 SOURCES = 600_000  # tensors of all models, and of an output, each counted for every model that it comes from
@@ -77,7 +166,7 @@ def _containers(stored: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class InputGroup:
     """The inputs of one part of the output: its base (None: no base, or no use for one) and the models that are merged.
 
     `base_member` is the base's index among the part's members; 0 if it is not listed, as all ranges are then equal.
@@ -114,7 +203,7 @@ class Inputs:
     donor        the model whose tokenizer the output is put on, with its embeddings alone; it is `vocabulary`, too
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[InputGroup, ...]
     template: Input
     vocabulary: Input | None
     stand_ins: tuple[str, ...] = ()
@@ -242,7 +331,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
 def _grouped(
     recipe: Recipe, bases: Collection[str], matched: Sequence[Input], apart: Callable[[Section], bool]
-) -> tuple[Input | None, tuple[Input, ...], list[Group]]:
+) -> tuple[Input | None, tuple[Input, ...], list[InputGroup]]:
     """The base, the merged models, and the inputs of each part of the output."""
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))
@@ -250,7 +339,7 @@ def _grouped(
     for part in recipe.parts:
         base = by_base[part.base] if apart(part) and part.base is not None else None
         listed = next((n for n, i in enumerate(part.members) if recipe.is_base(i)), 0)
-        groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
+        groups.append(InputGroup(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
     base = None if recipe.base_model is None else by_base.get(recipe.base_model)
     return base, tuple(by_index.values()), groups
 
@@ -385,7 +474,7 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
     return Input(reference, None, replace(found, tensors=tensors, files=files), tensors, {n: n for n in tensors})
 
 
-def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:
+def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
     """The template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that
     the base lacks; without a base the first model. In stacks only tensors outside layers count."""
     base = groups[0].base

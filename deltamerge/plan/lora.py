@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from deltamerge.calibrate.q import adapter_masks
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Spec, mask_seeds
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.config import DERIVED
 from deltamerge.formats.peft.parts import factor_names
-from deltamerge.methods.merge.passthrough import passthrough
-from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
-from deltamerge.plan.delta_graph import Deltas
-from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.merged_tensor import Tuned
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.plan.inputs import Inputs
+from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.computed import LowRank, Zeros
-from deltamerge.tensors.graph import Node
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.computed import Zeros
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
@@ -61,80 +50,6 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     own = replace(tune, tensors=dict(adapter.tensors), stored=names)
     group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
     return Inputs((group,), own, inputs.vocabulary)
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
-
-    weight: TensorInfo
-    update: LowRank
-    factors: dict[str, Tuned]
-
-
-def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
-    """The adapted weights whose factors are `pruned`; none where whole weights are.
-
-    InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
-    """
-    model = pruned[0].model
-    if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
-        return []
-    by_name = {tuned.name: tuned for tuned in pruned}
-    products = []
-    for weight in model.checkpoint.tensors.values():
-        if isinstance(update := weight.made, LowRank) and len(weight.shape) == 2:
-            if update.magnitude is not None:
-                raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
-            sides = (("a", update.a), ("b", update.b))
-            factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
-            if factors:
-                products.append(Product(weight, update, factors))
-    paired = {tuned.name for product in products for tuned in product.factors.values()}
-    if alone := next((name for name in by_name if name not in paired), None):
-        message = f"{model.name}: q can be calibrated on A and B of linear layers alone, not {alone}"
-        raise InputError(message, hint="give q a number, or exclude it")
-    return products
-
-
-def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
-    """A pruned factor's name -> the weight whose q it has a root of, and which root."""
-    return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
-
-
-def factor_spec(
-    products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
-) -> Spec:
-    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight."""
-    random, node = PRUNE[prune.method].random, deltas.graph.node
-
-    def product_node(product: Product, seed: int) -> Node:
-        update, factors = product.update, []
-        for side, info in (("a", update.a), ("b", update.b)):
-            if side in product.factors:
-                stored = deltas.masked(product.factors[side], seed)
-                factor = node(dense, [stored], shape=info.shape)
-            else:
-                factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(adapter_masks.whole, kind="small", node=factor))
-        shape, scale, transposed = product.weight.shape, update.scale, update.transposed
-        return node(adapter_masks.product, factors, shape=shape, scale=scale, transposed=transposed)
-
-    pruned = []
-    for product in products:
-        nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
-        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
-        pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
-    scope = q.scope_or_default
-    return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)
-
-
-def refuse_changed_config(tune: Input) -> None:
-    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
-    checkpoint = tune.checkpoint
-    if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
-        message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
-        raise InputError(message, hint="merge it first: a recipe of its own with merge_method: passthrough")
 
 
 def _check(recipe: Recipe, index: int) -> None:

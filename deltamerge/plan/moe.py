@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.merge.router import routers
-from deltamerge.calibrate.merge.router_spec import Prompts, RouterSpec
+from deltamerge.calibrate.merge.router import Prompts, RouterSpec, routers
 from deltamerge.engine import backends
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some

@@ -17,13 +17,21 @@ from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.coding import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
-from deltamerge.plan.modules import Modules
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising
 from deltamerge.plan.quantised import remarks
-from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
+from deltamerge.plan.stack import (
+    ModuleFinder,
+    Spares,
+    Target,
+    behind,
+    is_buffer,
+    like_template,
+    named,
+    repaired_config,
+    targets,
+)
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.plan.written_config import settle
@@ -132,7 +140,7 @@ class Outputs:
         self.settled = settle(recipe, inputs, repaired, stacked=bool(self.stacks))
         self.config = self.settled.config
         scopes = {group.part.module for group in inputs.groups}
-        self.notes += [*inputs.notes, *Modules(scopes, inputs.template.stored.values()).describe()]
+        self.notes += [*inputs.notes, *ModuleFinder(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
         self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
         self.coded = copies(inputs)

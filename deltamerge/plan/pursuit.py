@@ -145,7 +145,7 @@ def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     return chosen, weights
 
 
-class Blocks:
+class SharedBlocks:
     """Blocks of a table that threads compute as they come: one that finds its block in another's hands takes the next
     that is free, and waits only where none is."""
 

@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.calibrated import pick, pick_coefficient
-from deltamerge.calibrate.merge.gradients import of_tensor
-from deltamerge.calibrate.merge.inputs import of_layer
-from deltamerge.calibrate.merge.totals import totals
+from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient
 from deltamerge.errors import RecipeError
 from deltamerge.formats.delta.positions import uniform_density
 from deltamerge.formats.delta.values import VALUE_BITS
@@ -22,13 +19,10 @@ from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
 from deltamerge.methods.prune.select import largest
-from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
-from deltamerge.plan.matrix_form import matrix_form
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.merged_tensor import Merge, Tuned, matrix_form
 from deltamerge.plan.running_sum import counts
 from deltamerge.plan.transplant_rows import Transplanted
-from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.prune_keys import MERGED
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
@@ -38,6 +32,9 @@ from deltamerge.tensors.graph import Function, Graph, Node, name_of
 from deltamerge.tensors.graph import function_of as call
 from deltamerge.tensors.rows import Gathered
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.plan.calibration_graph import StageMaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,9 @@ class Builder:
     recipe: Recipe
     graph: Graph
     deltas: Deltas
-    maker: StageMaker
+    folder: Path
+    device: str
+    memory: int | None = None
     budgeted: tuple[Tuned, ...] = ()
 
     @classmethod
@@ -81,8 +80,14 @@ class Builder:
         densities: Mapping[str, float] | None = None,
     ) -> Builder:
         """The builder of a recipe; data of its calibration lies in `folder`."""
-        prunes = tuple(effective_prune(recipe, i) for i in range(len(recipe.models)))
-        return cls(recipe, graph, Deltas(recipe, graph, prunes, densities), StageMaker(folder, device, memory))
+        return cls(recipe, graph, Deltas.of(recipe, graph, densities), folder, device, memory)
+
+    @property
+    def maker(self) -> StageMaker:
+        """Return the maker of the stages that calibration takes; only recipes that have some import it."""
+        from deltamerge.plan.calibration_graph import StageMaker
+
+        return StageMaker(self.folder, self.device, self.memory)
 
     def prepared(self, merges: Sequence[Merge]) -> Builder:
         """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
@@ -92,7 +97,8 @@ class Builder:
         budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
         if budgeted and deltas.densities is None:
             deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
-        deltas = replace(deltas, stages=self.maker.make(deltas, merges))
+        if deltas.have_stages:
+            deltas = replace(deltas, stages=self.maker.make(deltas, merges))
         builder = replace(self, deltas=deltas, budgeted=budgeted)
         if self.recipe.method.totals is not None:
             deltas = replace(deltas, stages=replace(deltas.stages, totals=builder._totals(merges)))
@@ -214,7 +220,9 @@ class Builder:
         return Built(merged, self.recipe.method.name, details, delta, changed)
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
-        """The node of the sums that the merge method needs over all tensors."""
+        """Return the node of the sums that the merge method needs over all tensors."""
+        from deltamerge.calibrate.reductions import totals
+
         function, parts = self.recipe.method.totals, []
         assert function is not None
         for merge in merges:
@@ -225,7 +233,7 @@ class Builder:
             parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
         stages = self.deltas.stages
         known = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrated.values())
-        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.maker.device)
+        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
         """The node that measures what the merge method needs of every model's rows."""
@@ -297,7 +305,7 @@ class Builder:
             else:
                 values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
-            values["counts"] = counts(merge.tunes, values["weights"])
+            values["counts"] = counts([t.model.checkpoint for t in merge.tunes], values["weights"])
         if self.recipe.output.kind == "sum":
             values["normalize"] = False
         return values, texts

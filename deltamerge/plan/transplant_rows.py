@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.formats.quantised.weight import fill_rows
-from deltamerge.plan.pursuit import Atoms, Blocks, block_of, nearest, pursuit
+from deltamerge.plan.pursuit import Atoms, SharedBlocks, block_of, nearest, pursuit
 from deltamerge.tensors.dtypes import bits_type, torch_dtype, widen
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.rows import mean_row, stored_rows
@@ -50,14 +50,14 @@ class Sums:
 
     def of(self, read: Read, first: int, last: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """(last − first, k) places in `common`, and coefficients, of the sums [first, last)."""
-        blocks: Blocks = read.once(("sums", self), lambda: self._blocks(read))
+        blocks: SharedBlocks = read.once(("sums", self), lambda: self._blocks(read))
         size = self.block
         found = [blocks.get(i) for i in range(first // size, -(-last // size))]
         low = first // size * size
         places, weights = (np.concatenate(part)[first - low : last - low] for part in zip(*found, strict=True))
         return places, weights
 
-    def _blocks(self, read: Read) -> Blocks:
+    def _blocks(self, read: Read) -> SharedBlocks:
         # distances are differences, which bfloat16 would not tell apart
         atoms = Atoms.of(self._values(read, self.common), screen=False if self.method == "common" else None)
 
@@ -65,7 +65,7 @@ class Sums:
             rows = self.others[block * self.block : (block + 1) * self.block]
             return METHODS[self.method](self._values(read, rows), atoms, self.k)
 
-        return Blocks(-(-len(self.others) // self.block), compute)
+        return SharedBlocks(-(-len(self.others) // self.block), compute)
 
     def _values(self, read: Read, rows: NDArray[np.int32]) -> Any:
         """The donor's rows as a torch tensor, in bfloat16 if they are stored so, else in float32."""

@@ -56,7 +56,7 @@ SIZES = frozenset({*COUNTS, "vocab_size", "hidden_size", "intermediate_size", "n
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenKey:
     """A key in which models differ, and what the output's config says.
 
     value   that, as it is meant
@@ -91,7 +91,7 @@ class WrittenConfig:
 
     config: dict[str, Any]
     parts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    keys: Mapping[str, Written] = field(default_factory=dict)
+    keys: Mapping[str, WrittenKey] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked
         if folder and template.name in found:
             everywhere[folder] = found
     choices = _choices(recipe, inputs, everywhere)
-    keys: dict[str, Written] = {}
+    keys: dict[str, WrittenKey] = {}
     parts: dict[str, dict[str, Any]] = {}
     for folder, configs in everywhere.items():
         start = f"{folder}/" if folder else ""
@@ -229,7 +229,7 @@ class _Settled:
         stacked: bool,
     ) -> None:
         self.recipe, self.inputs, self.configs, self.choices = recipe, inputs, configs, choices
-        self.keys: dict[str, Written] = {}
+        self.keys: dict[str, WrittenKey] = {}
         self.tunes = [tune.name for tune in _tunes(inputs) if configs.get(tune.name)]
         for one in differences(list(configs.items())):
             if self._is_told(one, stacked):
@@ -258,18 +258,18 @@ class _Settled:
             return False  # the output's head is its own, whatever configs say
         return not (stacked and ("layer" in name or any(isinstance(value, list) for value in one.values.values())))
 
-    def _written(self, one: Difference) -> Written:
+    def _written(self, one: Difference) -> WrittenKey:
         choice = self.choices.get(one.key)
         if choice is not None:
             name = None if choice.owner is None else choice.owner.name
-            return Written(one, choice.value if name is None else one.values.get(name, ABSENT), name, chosen=True)
+            return WrittenKey(one, choice.value if name is None else one.values.get(name, ABSENT), name, chosen=True)
         base, template = self.inputs.base, self.inputs.template.name
         whose = template if template in one.values else next(iter(one.values))
         tunes = [name for name in self.tunes if name in one.values]
         agreed = base is not None and bool(tunes) and one.agrees(tunes) and not self._is_kept(one)
         if agreed and base is not None and template == base.name:
             whose = tunes[0]
-        return Written(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
+        return WrittenKey(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
 
     def _is_kept(self, one: Difference) -> bool:
         """Whether the template's value stays, whatever the fine-tunes say."""
@@ -279,7 +279,7 @@ class _Settled:
         is_set = self.recipe.template is not None or self.recipe.is_moe
         return is_set or has_none or one.key.rpartition(".")[2] in SIZES
 
-    def _moves(self, written: Written, template: str) -> bool:
+    def _moves(self, written: WrittenKey, template: str) -> bool:
         values = written.difference.values
         return written.whose is not None and not same(values.get(template, ABSENT), values[written.whose])
 
@@ -324,7 +324,7 @@ def _refusal(key: str, one: Difference) -> str:
     return f"{key} is {one.said()}: the same places of their weights mean different things"
 
 
-def _warnings(inputs: Inputs, keys: Mapping[str, Written]) -> Iterator[str]:
+def _warnings(inputs: Inputs, keys: Mapping[str, WrittenKey]) -> Iterator[str]:
     explained = False
     for key, written in keys.items():
         one = written.difference
@@ -341,7 +341,7 @@ def _warnings(inputs: Inputs, keys: Mapping[str, Written]) -> Iterator[str]:
         yield f"config.json: {told}; to choose, write in the recipe {line}"
 
 
-def _notes(keys: Mapping[str, Written], choices: Mapping[str, _Choice]) -> Iterator[str]:
+def _notes(keys: Mapping[str, WrittenKey], choices: Mapping[str, _Choice]) -> Iterator[str]:
     for key, choice in choices.items():
         whose = "as the recipe says" if choice.owner is None else f"that of {choice.owner.name}, as the recipe says"
         value = choice.value if key not in keys else keys[key].value
@@ -352,14 +352,14 @@ def _notes(keys: Mapping[str, Written], choices: Mapping[str, _Choice]) -> Itera
             yield f"{said}; the output has {in_words(written.value)}, that of {written.whose}"
 
 
-def _types(configs: Mapping[str, Mapping[str, Any]], template: str, keys: Mapping[str, Written]) -> Iterator[str]:
+def _types(configs: Mapping[str, Mapping[str, Any]], template: str, keys: Mapping[str, WrittenKey]) -> Iterator[str]:
     kinds = dict.fromkeys(str(config[TYPE]) for config in configs.values() if config.get(TYPE))
     if len(kinds) > 1 and TYPE not in keys:
         written = configs.get(template, {}).get(TYPE)
         yield f"config.json: {TYPE} is {some(list(kinds))}, which compute the same; {written} is written"
 
 
-def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, Written]) -> dict[str, Any]:
+def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, WrittenKey]) -> dict[str, Any]:
     """What an adapter's model would say otherwise than its base, on which it is loaded."""
     base = inputs.base
     if recipe.output.kind != "peft" or base is None:

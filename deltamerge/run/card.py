@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.calibrate.reach import in_words
+from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors.markdown import code, fenced, plain
 from deltamerge.formats.components import PIPELINE
 from deltamerge.formats.delta.writer import Summary

@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128
 
 from deltamerge import errors
-from deltamerge.calibrate.rows.hub import commit
-from deltamerge.calibrate.rows.rows import is_of_hub, local_files
-from deltamerge.calibrate.spec import CalibrationInput
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
@@ -34,6 +31,9 @@ from deltamerge.plan.planner import Plan
 from deltamerge.tensors.graph import depth_first
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.version import __version__
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.spec import CalibrationInput
 
 WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
 
@@ -222,13 +222,19 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    data = source.calibration.data
-    root = source.folder / data
-    found = describe_files(
-        local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
-    )
-    commits = {"commit": commit(data)} if is_of_hub(data, source.folder) else {}
-    return {"files": found, **commits}
+    """Return the files of a calibration's rows, by hash, and the commit of a data set on the hub."""
+    files, commits = _rows_of(source)
+    root = source.folder / source.calibration.data
+    return {"files": describe_files(files, workers, hash_input, root=root if root.is_dir() else root.parent), **commits}
+
+
+def _rows_of(source: CalibrationInput) -> tuple[list[Path], dict[str, str | None]]:
+    """Return the local files of a calibration's rows, and the commit of a data set on the hub, if it is one."""
+    from deltamerge.calibrate.rows.hub import commit
+    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+
+    data, folder = source.calibration.data, source.folder
+    return list(local_files(data, folder)), {"commit": commit(data)} if is_of_hub(data, folder) else {}
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
@@ -248,10 +254,9 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
         for path in files:
             found[f"{model.reference}: {input_name(model, path)}"] = _identity(path)
     for source in plan.sources:
-        data = source.calibration.data
-        found |= {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
-        if is_of_hub(data, source.folder):
-            found[f"{DATA}: {data}"] = commit(data)
+        files, commits = _rows_of(source)
+        found |= {f"{DATA}: {path.name}": _identity(path) for path in files}
+        found |= {f"{DATA}: {source.calibration.data}": commit for commit in commits.values()}
     return found
 
 

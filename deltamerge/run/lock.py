@@ -12,8 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.calibrated import locked
-from deltamerge.calibrate.merge import router_spec
+from deltamerge.calibrate.values import ROUTERS, locked, locked_routers
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.lock_file import FORMAT as FORMAT
@@ -43,7 +42,6 @@ PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
 Rows = Mapping[str, NDArray[np.float32]]
 """The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
-ROUTERS = "routers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class Lock:
             **({"warnings": list(plan.warnings)} if plan.warnings else {}),
             **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
-            **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
+            **({ROUTERS: {**routers.record, **beside}} if routers is not None else {}),
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
             **({"study": study} if study else {}),
@@ -110,7 +108,7 @@ class Lock:
         """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
         VerifyError: rows of another lock."""
         content, file = read_lock(path), path.with_suffix(ROWS)
-        entries = [*(content.get("calibration") or {}).values(), content.get(router_spec.NAME) or {}]
+        entries = [*(content.get("calibration") or {}).values(), content.get(ROUTERS) or {}]
         named = [entry for entry in entries if entry.get("rows")]
         if not named or not file.is_file():
             return cls(path, content)
@@ -150,7 +148,8 @@ class Lock:
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
-            found[plan.mixture.routers] = router_spec.locked(self.content, plan.mixture.spec, values, str(self.path))
+            mode, shape = plan.mixture.spec.mode, plan.mixture.spec.shape
+            found[plan.mixture.routers] = locked_routers(self.content, mode, shape, values, str(self.path))
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):

@@ -17,7 +17,7 @@ from running import make_plan, run
 
 from deltamerge.apps.recommend.prune import CALIBRATED, PruneCandidate, Question, Recommendation, decide
 from deltamerge.apps.recommend.study import inspect, recommend
-from deltamerge.calibrate.q.agreement import divergence as fitted
+from deltamerge.calibrate.q.objectives import divergence as fitted
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError

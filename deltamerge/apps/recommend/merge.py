@@ -29,8 +29,7 @@ from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.judge import Judge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.apps.search.tasks import AGREEMENT, DISTANCE, SAME
-from deltamerge.calibrate.rows.rows import has_head
-from deltamerge.calibrate.rows.split import task_of
+from deltamerge.calibrate.rows.rows import has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file

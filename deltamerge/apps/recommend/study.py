@@ -16,8 +16,7 @@ from deltamerge.apps.recommend import prune as recommendation
 from deltamerge.apps.recommend.first_recipe import seen_from
 from deltamerge.apps.recommend.prune import Recommendation
 from deltamerge.apps.report import page as pages
-from deltamerge.calibrate.rows.rows import has_head
-from deltamerge.calibrate.rows.split import metric_of
+from deltamerge.calibrate.rows.rows import has_head, metric_of
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import default_workers, shared_values
 from deltamerge.errors import InputError, OutputError

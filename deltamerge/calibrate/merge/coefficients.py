@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.calibrated import Calibrated, QValue
 from deltamerge.calibrate.merge.joint_factor import mean_judge
 from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine.devices import torch_devices
 from deltamerge.tensors.reader import Reader
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.sums import Shared
     from deltamerge.calibrate.model.blocks import Weights
     from deltamerge.calibrate.q.objectives import Distribution
-    from deltamerge.calibrate.q.subject import Judge, Subject
+    from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
     from deltamerge.tensors.graph import Node
 
 Coefficients = Mapping[str, "Tensor"]
@@ -41,7 +41,7 @@ SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     """The coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import Found
+    from deltamerge.calibrate.q.comparison import QPoint
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
@@ -61,7 +61,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         fitted, path = _fit(merge, start)
         judge, held, plain = _judged(merge, [fitted, start])
         step, value = min(path, key=lambda point: (point[1], point[0]))
-        found = [Found({}, value, {"step": float(step)})]
+        found = [QPoint({}, value, {"step": float(step)})]
         some = judge.eligible(found)
         chosen, record = decide(spec, judge, found, some, [*held[: len(some)], plain], path[0][1])
         record |= {
@@ -265,7 +265,7 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
     return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
 
 
-def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
+def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
     """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
     from deltamerge.calibrate.model.spread import in_turns
 

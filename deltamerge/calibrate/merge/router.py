@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.calibrate.merge.router_spec import BATCH, Prompts, Routers, RouterSpec
-from deltamerge.calibrate.model.foreign import quiet, running
-from deltamerge.calibrate.spec import rounded
+from deltamerge.calibrate.model.transformers_code import quiet, running
+from deltamerge.calibrate.spec import BASELINE_BYTES, resident, rounded
+from deltamerge.calibrate.values import Routers
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors import InputError
 from deltamerge.files import progress
@@ -34,9 +36,85 @@ from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.recipe.moe_keys import DRAWN
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.model.blocks import BlockModel, Inputs
+
+BATCH = 8  # prompts that go through the model together
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """An expert's name and prompts."""
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """The routers of a mixture.
+
+    mode        gate_mode
+    experts     whose routers are made; the shared ones with a gate of their own are the last
+    routed      how many of them are not shared
+    layers      of the model
+    width       of its hidden states
+    model       the base's name
+    checkpoint  its folder, with config.json and tokenizer
+    tensors     all of the base's
+    embedding   of its tokens
+    seed        of drawn routers
+    device      where the base runs
+    """
+
+    mode: str
+    experts: tuple[Prompts, ...]
+    routed: int
+    layers: int
+    width: int
+    model: str
+    checkpoint: Path
+    tensors: tuple[TensorInfo, ...]
+    embedding: TensorInfo
+    seed: int
+    device: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of all their vectors: (layers, experts, hidden)."""
+        return self.layers, len(self.experts), self.width
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every prompt once."""
+        return tuple(dict.fromkeys(text for one in self.experts for text in (*one.positive, *one.negative)))
+
+    @property
+    def runs(self) -> bool:
+        """Whether the base is run."""
+        return self.mode not in DRAWN and self.mode != "cheap_embed"
+
+    @property
+    def memory(self) -> int:
+        """About the bytes that making them takes beside BASELINE_BYTES: a block stored and in float32, hidden states of
+        prompts of a few hundred tokens, and the vectors."""
+        vectors = 16 * self.layers * len(self.experts) * self.width
+        if not self.runs:
+            return vectors
+        states = 4 * self.width * 256 * (len(self.texts) + 8 * BATCH) + 8 * self.layers * self.width * len(self.texts)
+        return 2 * resident(self.tensors) + states + vectors
+
+    def within(self, limit: int | None) -> RouterSpec:
+        """Itself. InputError: it takes more than `limit` bytes."""
+        need = BASELINE_BYTES + self.memory
+        if limit is not None and self.mode not in DRAWN and need > limit:
+            hint = f"give at least {-(-need // 10**6)}MB, or gate_mode: cheap_embed"
+            raise InputError(f"--memory {limit} is too little to make routers of {self.model}", hint=hint)
+        return self
+
 
 LEAST_NORM = 1e-8
 ROUNDING = 1e-5  # of states in float32, relative

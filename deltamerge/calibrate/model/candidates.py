@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.model.blocks import Weights
+from deltamerge.calibrate.model.passes import Weights
 from deltamerge.tensors.tiles import Kept
 
 Masked = Tensor | Kept

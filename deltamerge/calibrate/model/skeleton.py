@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.model.foreign import running
+from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.errors import InputError
 
 UNASKED = frozenset({"token_type_ids", "decoder_attention_mask"})

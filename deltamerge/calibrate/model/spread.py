@@ -28,7 +28,7 @@ class OnDevice(Protocol):
 There = TypeVar("There", bound=OnDevice)
 
 
-class Stopped(Exception):
+class ShareStop(Exception):
     """Another device's share has failed."""
 
 
@@ -45,14 +45,14 @@ def spread(
 ) -> list[T]:
     """What `work(place, share, check)` finds of all jobs, in their order; the first share is this thread's.
 
-    `check` raises `Stopped` once another share has failed.
+    `check` raises `ShareStop` once another share has failed.
     """
     some = shares(jobs, len(places))
     stop, phase = threading.Event(), progress.here(progress.PASSES)
 
     def check() -> None:
         if stop.is_set():
-            raise Stopped
+            raise ShareStop
 
     def one(place: Place, share: Sequence[Job]) -> Sequence[T]:
         try:
@@ -68,9 +68,9 @@ def spread(
         begun = [pool.submit(one, place, share) for place, share in zip(places[1:], some[1:], strict=False)]
         try:
             found = [one(places[0], some[0])]
-        except Stopped:  # what has stopped it is raised
+        except ShareStop:  # what has stopped it is raised
             found = []
-        found += [future.result() for future in begun if not isinstance(future.exception(), Stopped)]
+        found += [future.result() for future in begun if not isinstance(future.exception(), ShareStop)]
     return [value for share in found for value in share]
 
 

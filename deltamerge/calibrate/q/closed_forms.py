@@ -78,7 +78,7 @@ Place = slice | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MatrixStatistics:
     """Statistics of a part of a tensor: of which of its matrices, and at which outputs and inputs of it."""
 
     layer: LayerStatistics
@@ -87,14 +87,14 @@ class Part:
     inputs: Place
 
 
-def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
+def joined(parts: Sequence[MatrixStatistics], shape: tuple[int, ...]) -> LayerStatistics:
     """Those of a whole tensor of `shape`: averages over the tokens of each part."""
     transposed = parts[0].layer.transposed
     sides = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     if len(shape) == 2:
         return _averaged(parts, sides)
     whole = _averaged(parts, sides)
-    own: dict[int, list[Part]] = {}
+    own: dict[int, list[MatrixStatistics]] = {}
     for part in parts:
         own.setdefault(part.matrix, []).append(part)
     count = math.prod(shape[:-2])
@@ -105,10 +105,10 @@ def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
 def pooled(layers: Sequence[LayerStatistics]) -> LayerStatistics:
     """Over all tokens of several layers of one shape."""
     sides = len(layers[0].energy), len(layers[0].mean)
-    return _averaged([Part(layer, 0, slice(None), slice(None)) for layer in layers], sides)
+    return _averaged([MatrixStatistics(layer, 0, slice(None), slice(None)) for layer in layers], sides)
 
 
-def _averaged(parts: Sequence[Part], sides: tuple[int, int]) -> LayerStatistics:
+def _averaged(parts: Sequence[MatrixStatistics], sides: tuple[int, int]) -> LayerStatistics:
     """Of a matrix (m, n): each output's and input's averages over the tokens of the parts that have it."""
     drawn = all(part.layer.power is not None for part in parts)
     weights = [part.layer.tokens for part in parts]

@@ -14,15 +14,67 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights
-from deltamerge.calibrate.model.head import Head, at, pieces, taken
-from deltamerge.calibrate.model.passes import COMPARED
-from deltamerge.calibrate.q import agreement
+from deltamerge.calibrate.model.passes import COMPARED, LazyLogits, at, pieces, taken
 from deltamerge.calibrate.rows.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
+
+Matrix = NDArray[np.float64]
+ROUNDS = 50
+
+
+def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
+    """min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
+
+        z     logits, t the fine-tune's, each less its mean over classes
+
+    No accuracy sees the scale a, whatever it is: at density 0.001 pruned logits are 100 times smaller and rank the rows
+    as well. So z first gets the mean square of t, and about that a ridge with the weight of one row, (a − 1)²/2N, keeps
+    the fit stable where rows are few. A shift between classes is not fitted, since accuracy sees it.
+    """
+    z, t = (logits - logits.mean(1, keepdims=True) for logits in (logits_NC, target_NC))
+    own = float(np.mean(z * z))
+    z = z * np.sqrt(np.mean(t * t) / own) if own > 0.0 else z
+    logs = _log_softmax(t)
+    scale = max(0.0, _scale(z, np.exp(logs)))
+    return float(np.mean(np.sum(np.exp(logs) * (logs - _log_softmax(scale * z)), 1)))
+
+
+def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
+    """1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
+    x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
+    size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
+    return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
+
+
+def _scale(z: Matrix, t: Matrix) -> float:
+    """The scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they overshoot."""
+
+    def loss(a: float) -> float:
+        return float((a - 1.0) ** 2 / (2.0 * len(z)) - np.mean(np.sum(t * _log_softmax(a * z), 1)))
+
+    a, now = 1.0, loss(1.0)
+    for _ in range(ROUNDS):
+        p = np.exp(_log_softmax(a * z))
+        mean = (p * z).sum(1)
+        slope = float(np.mean(np.sum((p - t) * z, 1))) + (a - 1.0) / len(z)
+        step = slope / (float(np.mean(np.sum(p * z * z, 1) - mean**2)) + 1.0 / len(z))
+        while (after := loss(a - step)) > now and abs(step) > 1e-9:
+            step /= 2.0
+        if now - after <= 1e-12 * abs(now):
+            break
+        a, now = a - step, after
+    return a
+
+
+def _log_softmax(values: Matrix) -> Matrix:
+    shifted = values - values.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
+
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
@@ -101,11 +153,11 @@ def over_seeds(values: Sequence[float]) -> float:
     return float(some.mean())
 
 
-def per_token(scores: Tensor | Head | None) -> bool:
+def per_token(scores: Tensor | LazyLogits | None) -> bool:
     """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
     if isinstance(scores, tuple | list):
         raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
-    return scores is not None and (scores.x if isinstance(scores, Head) else scores).dim() == 3
+    return scores is not None and (scores.x if isinstance(scores, LazyLogits) else scores).dim() == 3
 
 
 @dataclass
@@ -274,14 +326,14 @@ class Agreement:
         return _logits(output)
 
     def value(self, parts: Sequence[Any]) -> float:
-        measure = agreement.discord if self.regression else agreement.divergence
+        measure = discord if self.regression else divergence
         return measure(np.concatenate(parts), np.concatenate(self.targets))
 
 
 @dataclass
 class SameAnswers:
     """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
-    the distance of `agreement.discord`, one minus their correlation."""
+    the distance of `discord`, one minus their correlation."""
 
     batches: Sequence[Inputs]
     targets: Sequence[Any]
@@ -305,7 +357,7 @@ class SameAnswers:
 
     def value(self, parts: Sequence[Any]) -> float:
         ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
-        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
+        return discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
 
 
 def is_regression(config: Any) -> bool:
@@ -323,7 +375,7 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
-def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | Head:
+def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | LazyLogits:
     """Logits (sequences, C), or (real tokens, V) of a language model."""
     scores = output.scores
     if scores is None:

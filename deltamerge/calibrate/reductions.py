@@ -1,33 +1,33 @@
-"""`group: model`: one exact threshold over all tensors of a model, with one tile of a tensor in memory at a time.
+"""Values over whole tensors, before the first tile: `group: model`'s threshold, a merge's totals, products of A and B.
 
-The passes are those of `prune.select` for one tensor, with histograms summed over the tensors: the high bits, the low
-bits inside the bin found and, if only some of the entries equal to the threshold are kept, their number per tensor.
+One tile of a tensor is in memory at a time. The threshold is exact: its passes are those of `prune.select` for one
+tensor, with histograms summed over the tensors. They count the high bits, the low bits inside the bin found and, if
+only some of the entries equal to the threshold are kept, their number per tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.values import ModelCut
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
+from deltamerge.engine.whole import computed
 from deltamerge.methods.prune import select
+from deltamerge.tensors.computed import Array, ordered_product
 from deltamerge.tensors.graph import Function, Graph, Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tiles import Tile
+
+if TYPE_CHECKING:
+    import torch
 
 TOGETHER = 32  # tensors whose histograms are kept before they are added
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCut:
-    """The threshold of a model; `equal` has (kept, all) of the entries equal to it, by tensor."""
-
-    threshold: int
-    equal: Mapping[str, tuple[int, int]]
 
 
 def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
@@ -54,12 +54,6 @@ def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> M
         equal[name] = (min(left, counts[name]), counts[name])
         left -= equal[name][0]
     return ModelCut(cut.threshold, equal)
-
-
-def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
-    """One tensor's cut, from a model's."""
-    kept, count = cut.equal[name]
-    return select.Cut(cut.threshold, kept, count)
 
 
 def _sum(graph: Graph, function: Function, delta: Node, *more: Node) -> Node:
@@ -91,3 +85,41 @@ def reduced(
         tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots]
         values = execute(tasks, reader, None, device=device, workers=default_workers(), known=given)
         yield from ((name, values[root]) for name, root in roots)
+
+
+def totals(
+    *values: Any, parts: tuple[tuple[str, Node], ...], known: tuple[Node, ...], device: str
+) -> tuple[float, ...]:
+    """The sums of the numbers of all blocks of all tensors, each exact and rounded once; `parts` are the nodes of
+    (blocks, k) float64 by tensor, `values` those of the `known` nodes that they need."""
+    given = dict(zip(known, values, strict=True))
+    with Reader() as reader:
+        found = [one for _, one in reduced(parts, lambda _, node: node, {}, reader, device, given)]
+    columns = np.concatenate([one for one in found if one.size] or [np.zeros((0, 0))]).T
+    return tuple(math.fsum(column) if np.isfinite(column).all() else float(column.sum()) for column in columns)
+
+
+def whole(*, node: Node) -> Array:
+    """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
+    with Reader() as reader:
+        return computed({"factor": node}, reader, workers=1)["factor"].view(np.float32).reshape(node.shape)
+
+
+def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:
+    """s · B A, or its transpose, of masked factors, on a tile of the weight: flat float32.
+
+    a            (r, in) masked
+    b            (out, r) masked
+    tile         the part of the weight
+    scale        s
+    transposed   whether the weight is stored (in, out)
+    """
+    import torch
+
+    left, right = (a.T, b.T) if transposed else (b, a)
+    top, bottom = tile.start // tile.columns, math.ceil(tile.stop / tile.columns)
+    out = np.empty((bottom - top, tile.columns), np.float32)
+    ordered_product(left[top:bottom], right, out)
+    out *= np.float32(scale)
+    first = tile.start - top * tile.columns
+    return torch.from_numpy(out.reshape(-1)[first : first + tile.size])
