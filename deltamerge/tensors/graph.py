@@ -57,6 +57,7 @@ class Graph:
     """Makes nodes; equal nodes are one object."""
 
     nodes: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+    reads: dict[TensorInfo, Node] = field(default_factory=dict)
 
     def node(
         self,
@@ -78,7 +79,7 @@ class Graph:
         others     keyword arguments of the function
         """
         inputs, function = tuple(inputs), name_of(function)
-        plain = tuple(sorted(parameters.items())) if parameters else ()
+        plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
         key = (function, inputs, plain, shape, dtype, kind)  # inputs count by identity
         found = self.nodes.get(key)
         if found is None:
@@ -87,7 +88,11 @@ class Graph:
 
     def read(self, tensor: TensorInfo) -> Node:
         """The node that reads a stored tensor."""
-        return self.node(READ, kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor)
+        found = self.reads.get(tensor)
+        if found is None:
+            parameters = (("tensor", tensor),)
+            found = self.reads[tensor] = Node(READ, (), parameters, tensor.shape, tensor.dtype, "read")
+        return found
 
 
 def depth_first(root: Node) -> list[Node]:

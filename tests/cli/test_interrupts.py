@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from calls import call
 from conftest import tiny_llama
+
+from deltamerge.files.journal import has_work, read_journal
 
 NOTHING = "interrupted: nothing new is kept: run the command again\n"
 RECIPE = """\
@@ -48,8 +51,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def breaks(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, *, at: int = 1) -> None:
-    """Let the call number `at` of a function raise an error; the ones before it are made."""
+def breaks(
+    monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, *, at: int = 1, saved: Path | None = None
+) -> None:
+    """Let the call number `at` of a function raise an error; the ones before it are made.
+
+    With `saved`, the error waits until the journal of that work folder records some work, which a thread writes.
+    """
     module, _, name = where.rpartition(".")
     parts = module.split(":")
     target: Any = __import__(parts[0], fromlist=["_"])
@@ -59,6 +67,8 @@ def breaks(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, *,
 
     def broken(*arguments: Any, **named: Any) -> Any:
         if next(calls, None) is None:
+            while saved is not None and not has_work(read_journal(saved / "journal")[0]):
+                time.sleep(0.001)
             raise error
         return made(*arguments, **named)
 
@@ -179,7 +189,7 @@ def test_the_folder_that_keeps_work_is_named(
     monkeypatch.setattr("deltamerge.formats.delta.spool.SECONDS", -1)
     (folder / "deep").mkdir()
     with monkeypatch.context() as broken:
-        breaks(broken, "deltamerge.run.runner.write_files", ERRORS[what]())
+        breaks(broken, "deltamerge.run.runner.write_files", ERRORS[what](), saved=folder / state)
         code, _, err = call(capsys, *arguments)
     assert code == (130 if what == "Ctrl-C" else 1), err
     assert (folder / state).is_dir()

@@ -87,6 +87,15 @@ def test_the_call_that_is_changed_runs() -> None:
     assert np.array_equal(call.out, np.arange(SIZE) + 1)
 
 
+def test_of_no_element_nothing_is_asked() -> None:
+    """A tensor without elements has no blocks, sums or output, and its file is not read."""
+    call = Call()
+    call.job.update(stop=0, elements=0)
+    call.out, call.sums, call.arrays = call.out[:0], call.sums[:, :0], (np.zeros(0, np.float32),) * 2
+    call.operations.append(operation(codes.DOTS, -1, 0, 1, 0))
+    assert call.run()
+
+
 Change = Callable[[Call], object]
 
 

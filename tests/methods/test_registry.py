@@ -78,6 +78,12 @@ def test_a_recipe_imports_the_files_that_it_names(recipe: str, imported: set[str
     assert set(done.stdout.split()) & names == imported
 
 
+def test_the_engine_names_no_method() -> None:
+    """Neither by an import nor by a string."""
+    for file in (METHODS.parent / "engine").rglob("*.py"):
+        assert "deltamerge.methods" not in file.read_text(), file
+
+
 def test_neither_torch_nor_numpy_is_imported_at_the_top_of_a_method() -> None:
     for file in [*(METHODS / "merge").glob("*.py"), *(METHODS / "prune").glob("*.py"), METHODS / "ops.py"]:
         for line in ast.parse(file.read_text()).body:

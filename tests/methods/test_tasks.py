@@ -199,13 +199,28 @@ def test_nothing_changed_and_what_is_not_finite(pair, tmp_path, method):
         merge(pair(broken, torch.ones(24, 40)), tmp_path, text(method, names="ab"))
 
 
-@pytest.mark.parametrize(
+TURNED = pytest.mark.parametrize(
     ("name", "shape", "config"),
     [
         ("h.0.attn.c_attn.weight", (24, 72), {"model_type": "gpt2"}),
+        ("h.0.mlp.c_proj.weight", (72, 24), {"model_type": "gpt2"}),
         ("layers.0.experts.gate_up_proj", (2, 24, 36), {"model_type": "test", "hidden_size": 24}),
     ],
 )
+
+
+@TURNED
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_singular_vectors_of_a_weight_that_is_stored_turned(pair, tmp_path, name, shape, config, method):
+    deltas = [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    folder = pair(*deltas, name=name, config=config)
+    got = added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", name)
+    turned = [d.double().numpy().swapaxes(-1, -2) for d in deltas]
+    wanted = reference.by_matrix(turned, getattr(reference, method), stacked=len(shape) == 3).swapaxes(-1, -2)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@TURNED
 @pytest.mark.parametrize("steps", [0, 5])
 def test_inputs_of_a_weight_that_is_stored_turned_are_its_rows(pair, tmp_path, name, shape, config, steps):
     deltas = [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]

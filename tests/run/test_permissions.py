@@ -50,7 +50,8 @@ def as_anybody() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     models(tmp_path)
-    write_json(tmp_path / "a" / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    for name in ("base", "a", "b"):
+        write_json(tmp_path / name / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     (tmp_path / "r.yaml").write_text(RECIPE.format(method="ties", shard="250KB"))
     (tmp_path / "rows.txt").write_text("a b\n" * 50)
     (tmp_path / "q.yaml").write_text(

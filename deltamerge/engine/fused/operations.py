@@ -42,7 +42,8 @@ def spread(assembly: Assembly, to: int, source: int, table: Any, how: int, lists
     lists   the list of places of a sparse source
     """
     row = assembly.form.row
-    assert table.size == (row if how else -(-assembly.form.elements // row))
+    rows = -(-assembly.form.elements // row)
+    assert table.size == (row if how else rows) or not rows  # rows of no element may have numbers too
     at = assembly.table(table.astype("float32").reshape(-1))
     assembly.add(codes.SPREAD, to, source, row, at, how, lists=lists, count=len(lists))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deltamerge.tensors.tiles import Whole
 
 
-def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False) -> tuple[int, float]:
     """Return (bytes, operations): the total is held."""
     return needs(form, matrices=1, squares=6, spectra=1, products=1)
 
@@ -28,10 +28,13 @@ def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
     nodes=nodes,
     needs=needs_of,
 )
-def iso_c(*sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0) -> torch.Tensor:
+def iso_c(
+    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, transposed: bool = False
+) -> torch.Tensor:
     """Return mean(S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
 
-    Directions whose singular value is nothing but rounding are left out. `matrices.nodes` takes `lambda_`.
+    Directions whose singular value is nothing but rounding are left out. A matrix that is stored `transposed`
+    has a transposed result. `matrices.nodes` takes `lambda_`.
     """
 
     def merge(matrices: Matrices, out: torch.Tensor) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Common = Annotated[float, Param("fraction of the directions that are the sum's", low=0, high=1)]
 
 
-def needs_of(*, form: Form, weights: tuple[float, ...], common: float) -> tuple[int, float]:
+def needs_of(
+    *, form: Form, weights: tuple[float, ...], common: float = 0.8, transposed: bool = False
+) -> tuple[int, float]:
     """Return (bytes, operations): the total or a delta is held, and the triplets, twice while they are put together."""
     return needs(form, matrices=3.5, squares=10, grams=3 + len(weights), products=3 + 2 * len(weights))
 
@@ -32,12 +34,18 @@ def needs_of(*, form: Form, weights: tuple[float, ...], common: float) -> tuple[
     needs=needs_of,
 )
 def iso_cts(
-    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, common: Common = 0.8
+    *sources: Whole,
+    form: Form,
+    weights: DeltaFactors,
+    lambda_: Lambda = 1.0,
+    common: Common = 0.8,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """Return `iso_c` with a part of the directions given to each task (Algorithm 2).
 
-    common    fraction of the r directions that stay those of Σ w_i Δ_i
-    lambda_   of `matrices.nodes`
+    common       fraction of the r directions that stay those of Σ w_i Δ_i
+    lambda_      of `matrices.nodes`
+    transposed   whether matrices are stored (in, out)
 
     k = r − n · round((r − int(common · r)) / n), at least r mod n, directions are those of the sum of n models. Of each
     w_i Δ_i, projected off the k left vectors, the top (r − k) / n are added; U and V are replaced by the nearest
@@ -48,10 +56,11 @@ def iso_cts(
         count, rank = len(weights), matrices.rank
         own = min(round((rank - int(rank * common)) / count), rank // count)
         parts = [triplets(matrices.total(), rank - own * count)]
-        left = parts[0][2 if matrices.is_wide else 0]
+        short = matrices.is_wide != transposed  # whether left vectors, of the outputs, are those of the short side
+        left = parts[0][2 if short else 0]
         for i in range(count if own else 0):
-            parts.append(triplets_apart(matrices.delta(i), left, own, short=matrices.is_wide))
-        long, values, short = side_by_side(parts)
-        orthonormal(long, values.mean().expand_as(values), short, out)
+            parts.append(triplets_apart(matrices.delta(i), left, own, short=short))
+        long, values, other = side_by_side(parts)
+        orthonormal(long, values.mean().expand_as(values), other, out)
 
     return each(sources, form, weights, merge)

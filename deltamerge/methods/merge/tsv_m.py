@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deltamerge.tensors.tiles import Whole
 
 
-def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False) -> tuple[int, float]:
     """Return (bytes, operations): a delta is held, and the triplets, twice while they are put together."""
     return needs(form, matrices=2.5, squares=10, grams=2 + len(weights), products=2)
 
@@ -29,11 +29,13 @@ def needs_of(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
     nodes=nodes,
     needs=needs_of,
 )
-def tsv_m(*sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0) -> torch.Tensor:
+def tsv_m(
+    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, transposed: bool = False
+) -> torch.Tensor:
     """Return U⊥ diag(S) V⊥ᵀ of the top r / n triplets of each of n w_i Δ_i, side by side (Algorithm 1).
 
     U⊥ and V⊥ are the nearest orthonormal matrices to their U and V. int(r / n) triplets are taken, but at least one.
-    `matrices.nodes` takes `lambda_`.
+    A matrix that is stored `transposed` has a transposed result. `matrices.nodes` takes `lambda_`.
     """
 
     def merge(matrices: Matrices, out: torch.Tensor) -> None:

@@ -17,12 +17,15 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.maker import MADE_BY
 from deltamerge.files.seals import hash_output
 from deltamerge.files.tree import files_of, is_inside, leads_out
 from deltamerge.models.chain.folder import is_chain, names, notes
 from deltamerge.models.chain.version import base_contents
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import nbytes_of
+
+EXTRACTED = {"command": "extract"}  # what the lock of such a delta says of its maker
 
 
 def is_store(path: Path) -> bool:
@@ -34,17 +37,28 @@ def is_store(path: Path) -> bool:
 
 
 def is_member(path: Path) -> bool:
-    """Whether a delta is one of a store: of a folder that holds nothing but deltas, or it shares files with another of
-    them. A folder of work, with recipes or models in it, is no store for a delta that was made there alone."""
+    """Return whether a delta is one of a store.
+
+    It is where the folder holds nothing but deltas that `extract` made, or where it shares files with another of them.
+    A folder of work, with recipes, models or deltas of recipes in it, is no store for a delta made there alone.
+    """
     store = path.parent
     others = [name for name in names(store) if name != path.name]
     if not others or any(note is not None and note.after is not None for note in notes(store).values()):
         return False
     deltas = {path.name, *others}
-    if all(name in deltas or name.startswith(".") or name.startswith("README") for name in os.listdir(store)):
+    if all(name in deltas or name.startswith(".") or name.startswith("README") for name in os.listdir(store)) and all(
+        _is_extracted(store / name) for name in deltas
+    ):
         return True
     own = {_inode(file) for file in files_of(path).values() if os.lstat(file).st_nlink > 1}
     return bool(own) and any(_inode(file) in own for name in others for file in files_of(store / name).values())
+
+
+def _is_extracted(delta: Path) -> bool:
+    """Return whether `extract` made a delta, as its lock says; a delta without a lock, or of before, may be so."""
+    lock = delta / LOCK_NAME
+    return not lock.is_file() or read_lock(lock).get(MADE_BY, EXTRACTED) == EXTRACTED
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -29,6 +29,7 @@ class Checker {
 
   const char* fault() {
     const char* found = of_job();
+    if (found != nullptr || size() == 0) return found;  // of no element nothing is touched
     for (i64 s = 0; found == nullptr && s < p_.source_count; ++s) found = of_source(s);
     if (found == nullptr && !(known_.allocate(job_.registers) && lists_.allocate(job_.lists) && rows_.allocate(n_.used)))
       return "no memory";
@@ -57,14 +58,12 @@ class Checker {
       return "it has too many registers, lists, sums or sources";
     if (job_.aligned != 0 && job_.chunk < kSparseBlock) return "a register is shorter than a block of the generator";
     if (!within(job_.dtype, 0, 3)) return "the output has no such dtype";
-    if (n_.sums / blocks_or_one() < job_.sums) return "sums are longer than their array";
+    if (blocks() > 0 && n_.sums / blocks() < job_.sums) return "sums are longer than their array";
     if (n_.first_pieces < p_.source_count || n_.hashed < p_.source_count)
       return "a source has no place for its hashes";
     if (r_.room > 0 && job_.sampled > 0) return "what is sampled cannot be hashed";
     return nullptr;
   }
-
-  i64 blocks_or_one() const { return blocks() > 0 ? blocks() : 1; }
 
   bool holds(i64 number, i64 bytes) const { return within(number, 0, held_count_) && held_[number].bytes >= bytes; }
 
@@ -203,7 +202,7 @@ class Checker {
     return r_.listed_row >= size() + 2 * blocks() + kSlack;
   }
 
-  bool writes() const { return r_.out != nullptr && n_.out / size_of(job_.dtype) >= size(); }
+  bool writes() const { return size() == 0 || (r_.out != nullptr && n_.out / size_of(job_.dtype) >= size()); }
 
   bool models(const Operation& op, bool direct) const {
     if (op.models < 1 || !spans(op.first, op.models, n_.operands) || !spans(op.first, op.models, n_.weights)) return false;
@@ -319,7 +318,7 @@ class Checker {
         return filled(op.a) && filled(op.b) && into(op.to) ? nullptr : kRegister;
       case kSpread: {
         if (!within(op.b, 1, kLargest) || !within(op.d, 0, 3)) return kNumbers;
-        const i64 count = op.d != 0 ? op.b : job_.stop > 0 ? (job_.stop - 1) / op.b + 1 : 0;
+        const i64 count = job_.stop <= 0 ? 0 : op.d != 0 ? op.b : (job_.stop - 1) / op.b + 1;
         if (!spans(op.c, count, n_.ratios)) return "a table lies outside of its array";
         if (op.models != 0 && (!spans(op.first, 1, n_.lists) || !listed(p_.lists[op.first]))) return kPlaces;
         return filled(op.a) && into(op.to) ? nullptr : kRegister;
