@@ -31,8 +31,8 @@ TOGETHER = 32  # tensors whose histograms are kept before they are added
 
 
 def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
-    """The cut that keeps the k largest magnitudes of all `deltas`; equal ones are kept from the first tensor on, in
-    flat order."""
+    """Return the cut that keeps the k largest magnitudes of all `deltas`; equal ones are kept from the first tensor on,
+    in flat order."""
     names = [name for name, _ in deltas]
     if k == 0:
         nothing = select.nothing()
@@ -65,7 +65,7 @@ def _equals(graph: Graph, delta: Node) -> Node:
 
 
 def _small(graph: Graph, name: str) -> Node:
-    """A node for a value that is passed when the graph runs."""
+    """Return a node for a value that is passed when the graph runs."""
     return graph.node(name, kind="small")
 
 
@@ -77,7 +77,7 @@ def reduced(
     device: str,
     stages: Mapping[Node, Any] | None = None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """One reduction of every delta; `stages` has the values of nodes that come before them."""
+    """Yield one reduction of every delta; `stages` has the values of nodes that come before them."""
     graph = Graph()
     given = {_small(graph, name): value for name, value in known.items()} | dict(stages or {})
     for start in range(0, len(deltas), TOGETHER):
@@ -90,8 +90,8 @@ def reduced(
 def totals(
     *values: Any, parts: tuple[tuple[str, Node], ...], known: tuple[Node, ...], device: str
 ) -> tuple[float, ...]:
-    """The sums of the numbers of all blocks of all tensors, each exact and rounded once; `parts` are the nodes of
-    (blocks, k) float64 by tensor, `values` those of the `known` nodes that they need."""
+    """Return the sums of the numbers of all blocks of all tensors, each exact and rounded once; `parts` are the nodes
+    of (blocks, k) float64 by tensor, `values` those of the `known` nodes that they need."""
     given = dict(zip(known, values, strict=True))
     with Reader() as reader:
         found = [one for _, one in reduced(parts, lambda _, node: node, {}, reader, device, given)]
@@ -100,7 +100,7 @@ def totals(
 
 
 def whole(*, node: Node) -> Array:
-    """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
+    """Return the whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
     with Reader() as reader:
         return computed({"factor": node}, reader, workers=1)["factor"].view(np.float32).reshape(node.shape)
 

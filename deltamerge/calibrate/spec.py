@@ -124,12 +124,12 @@ class Spec:
 
     @property
     def seeds(self) -> int:
-        """The number of masks that the search averages over."""
+        """Return the number of masks that the search averages over."""
         return 1 if self.coefficients else len(self.pruned[0].masked)
 
     @property
     def passes(self) -> int:
-        """The most forward passes over the calibration rows; a backward pass counts as two."""
+        """Return the most forward passes over the calibration rows; a backward pass counts as two."""
         if self.coefficients:
             return FITTED_PASSES * len(self.parts)
         rows = self.source.calibration.sequences
@@ -139,13 +139,13 @@ class Spec:
 
     @property
     def _is_modelled(self) -> bool:
-        """Whether one q is searched by a model of the output change, or by predictions."""
+        """Tell whether one q is searched by a model of the output change, or by predictions."""
         how = self.objective, self.scope, self.search, self.source.labelled, self.parts
         return how == ("output_change", "global", "auto", False, ())
 
     def _modelled(self, rows: int) -> tuple[tuple[float, float], ...]:
-        """The most passes of such a search, and of its comparison on held-out rows, in either case. The plain choice
-        takes passes of the search where no point of the first round is the same."""
+        """Return the most passes of such a search, and of its comparison on held-out rows, in either case. The plain
+        choice takes passes of the search where no point of the first round is the same."""
         two, one, more = min(self.seeds, 2), ROUND / rows, LAST_ROUND - 1
         first = 1 + (SCANNED + 1) * max(1, rows // 4) / rows + (two if self.random or self.bounds else 0)
         closer, further = (1, MORE_ROUNDS) if self.random else (CLOSER, 0)
@@ -174,7 +174,7 @@ class Spec:
 
     @property
     def _whole_passes(self) -> int:
-        """The most passes that need all logits: an output change is of a few of them."""
+        """Return the most passes that need all logits: an output change is of a few of them."""
         if self.coefficients or self.search == "gradient" or self.objective == "validation":
             return self.passes
         rows = self.source.calibration.sequences
@@ -192,19 +192,19 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """The stage's key in a lock."""
+        """Return the stage's key in a lock."""
         return "merge" if self.parts else self.source.model
 
     @property
     def memory(self) -> int:
-        """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
+        """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
         return shared + memory(*parts, dense=self._dense)
 
     @property
     def shares_weights(self) -> bool:
-        """Whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
+        """Tell whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
         coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
         number."""
         if not self.coefficients or self.source.device != "cpu":
@@ -218,22 +218,22 @@ class Spec:
 
     @property
     def halved(self) -> bool:
-        """Whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
+        """Tell whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
         return bool(self.coefficients) and self.source.precision == "bfloat16"
 
     @property
     def _dense(self) -> int:
-        """Bytes of an entry of a dense masked delta."""
+        """Return the bytes of an entry of a dense masked delta."""
         return 2 if self.halved else 4
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
-        """The fine-tunes that run."""
+        """Return the fine-tunes that run."""
         return tuple(part.source for part in self.parts) or (self.source,)
 
     @property
     def not_calibrated(self) -> list[dict[str, Any]]:
-        """The tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
+        """Return the tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
         if self.parts or self.search == "gradient":
             return []
         shapes = ((p, p.masked[0].shape) for p in self.pruned)
@@ -241,7 +241,7 @@ class Spec:
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
     def describe(self) -> dict[str, Any]:
-        """The stage as `deltamerge plan --json` prints it."""
+        """Return the stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
         tokens = calibration.sequences * calibration.length
         apart, head = products({tensor.name: tensor.shape for tensor in self.source.tensors})
@@ -265,7 +265,8 @@ class Spec:
 
 
 def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
-    """The number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, + 2, …"""
+    """Return the number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, +
+    2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 
@@ -280,20 +281,20 @@ def rounded(value: float) -> float:
 
 
 def grid_step(low: float) -> float:
-    """The step of the authors' coarse grid, which starts at `low`."""
+    """Return the step of the authors' coarse grid, which starts at `low`."""
     return min(low, 0.05)
 
 
 def memory(*parts: Share, dense: int = 4) -> int:
-    """About the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry where
-    they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
+    """Return about the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry
+    where they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
     masks = sum(min(math.ceil(mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
     return masks + passing + min(passing // 2, WAITING_BYTES)
 
 
 def _passing(source: CalibrationInput) -> int:
-    """The bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
+    """Return the bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
     candidates; of pruned deltas of the largest while it is drawn."""
     found = 2 * resident(source.tensors) + ahead(source.tensors) + WALKED * hidden(source)
     if source.pairs:
@@ -302,7 +303,7 @@ def _passing(source: CalibrationInput) -> int:
 
 
 def hidden(source: CalibrationInput) -> int:
-    """The bytes of one candidate's hidden states, in float32."""
+    """Return the bytes of one candidate's hidden states, in float32."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
@@ -310,7 +311,7 @@ def hidden(source: CalibrationInput) -> int:
 
 
 def ahead(tensors: Sequence[TensorInfo]) -> int:
-    """The bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
+    """Return the bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stored = {tensor.name: tensor.nbytes for tensor in tensors}
     return max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
@@ -326,13 +327,13 @@ def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
-    """The bytes in float32 of a model's largest block and of what is outside its blocks."""
+    """Return the bytes in float32 of a model's largest block and of what is outside its blocks."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:
-    """The source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
+    """Return the source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share, share=share)
     least = memory(Share(replace(source, cache=0)))

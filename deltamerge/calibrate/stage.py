@@ -44,7 +44,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The q's with the smallest objective, or the plain choice if that is as good on held-out rows.
+    """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows.
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
@@ -98,7 +98,7 @@ def decide(
     held: Sequence[float],
     plain: float,
 ) -> tuple[QPoint | None, dict[str, Any]]:
-    """The best candidate if it betters the plain choice, else None; and the record for the lock.
+    """Return the best candidate if it betters the plain choice, else None; and the record for the lock.
 
     spec    the stage
     judge   compares on held-out rows

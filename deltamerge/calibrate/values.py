@@ -41,17 +41,20 @@ class Calibrated:
 
     @property
     def scalars(self) -> dict[str, float]:
-        """The q's that are single numbers."""
+        """Return the q's that are single numbers."""
         return {name: value for name, value in self.q.items() if isinstance(value, float)}
 
     @property
     def rows(self) -> dict[str, NDArray[np.float32]]:
-        """The q's of output rows, as arrays that broadcast to the stored tensor."""
+        """Return the q's of output rows, as arrays that broadcast to the stored tensor."""
         return {name: value for name, value in self.q.items() if not isinstance(value, float)}
 
 
 def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
-    """The q of one tensor, 1 if the stage gave it none. Of a product's `root` factors each has the root of its q."""
+    """Return the q of one tensor, 1 if the stage gave it none.
+
+    Of a product's `root` factors each has the root of its q.
+    """
     value = calibrated.q.get(name, 1.0)
     return value if root == 1 else math.pow(float(value), 1 / root)
 
@@ -62,7 +65,7 @@ def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: fl
 
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
-    """The q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
+    """Return the q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
     or search."""
     record = (lock.get("calibration") or {}).get(spec.name)
     if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
@@ -116,7 +119,8 @@ def norm(
 
 
 def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
-    """The k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no input."""
+    """Return the k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no
+    input."""
     if name in statistics and statistics[name].transposed:
         raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
     found = statistics[name].massive(k) if name in statistics else []
@@ -124,7 +128,7 @@ def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.i
 
 
 def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
-    """The columns that a recipe lists, ascending."""
+    """Return the columns that a recipe lists, ascending."""
     return np.array(numbers, dtype=np.int64)
 
 
@@ -137,7 +141,7 @@ class ModelCut:
 
 
 def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
-    """One tensor's cut, from a model's."""
+    """Return one tensor's cut, from a model's."""
     kept, count = cut.equal[name]
     return select.Cut(cut.threshold, kept, count)
 
@@ -163,7 +167,7 @@ class Spooled:
         return cls(Path(own.name), owner=own)
 
     def begun(self, name: str, model: int) -> Path:
-        """The path of a new file, of a tensor in a model."""
+        """Return the path of a new file, of a tensor in a model."""
         path = self.folder / f"{FIRST + len(self.files):07d}"
         self.files[name, model] = path
         return path
@@ -238,7 +242,7 @@ class Routers:
 def locked_routers(
     lock: Mapping[str, Any], mode: str, shape: tuple[int, ...], values: NDArray[np.float32] | None, where: str
 ) -> Routers:
-    """The routers of a lock. VerifyError: it has none, or those of another gate mode or shape."""
+    """Return the routers of a lock. VerifyError: it has none, or those of another gate mode or shape."""
     record = lock.get(ROUTERS)
     if not isinstance(record, dict) or values is None:
         raise VerifyError(f"{where}: has no routers", hint="run without --locked, or copy the .rows file beside it")

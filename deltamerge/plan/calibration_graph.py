@@ -47,7 +47,8 @@ class StageMaker:
     memory: int | None
 
     def make(self, deltas: Deltas, merges: Sequence[Merge]) -> Stages:
-        """The stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
+        """Return the stages of the models whose q is calibrated or whose masks need activations or all their
+        tensors."""
         stages = Stages()
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
@@ -67,7 +68,7 @@ class StageMaker:
         return InputMeasurement(source, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
-        """The stages that there are, and those of the model `index`, whose tensors are `tunes`."""
+        """Return the stages that there are, and those of the model `index`, whose tensors are `tunes`."""
         prune, stages = deltas.prunes[index], deltas.stages
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
@@ -105,7 +106,8 @@ class StageMaker:
         return stages
 
     def together(self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
-        """The stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask seed."""
+        """Return the stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask
+        seed."""
         recipe, stages = deltas.recipe, deltas.stages
         refuse_gathered([t for merge in merges for t in merge.tunes], "calibrate per: model")
         searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
@@ -127,7 +129,8 @@ class StageMaker:
         return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
 
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
-        """The stage that measures the inputs of every fine-tune's layers, or the gradients of all its tensors."""
+        """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its
+        tensors."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
         wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
@@ -141,8 +144,8 @@ class StageMaker:
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
     ) -> Node:
-        """The same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the node
-        `so_far` of the moments that there are."""
+        """Return the same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the
+        node `so_far` of the moments that there are."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
         masked = {m.name: (merged_delta(m, deltas.recipe.seed),) for m in merges}
         known = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
@@ -159,7 +162,7 @@ class StageMaker:
         parts_of: Callable[[Merge], dict[str, Node]],
         starts: Sequence[float],
     ) -> Node:
-        """The stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        """Return the stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
@@ -183,7 +186,7 @@ class StageMaker:
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]
     ) -> tuple[Share, ...]:
-        """Every fine-tune with what `masked` has for its tensors."""
+        """Return every fine-tune with what `masked` has for its tensors."""
         parts = []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
@@ -191,13 +194,13 @@ class StageMaker:
         return tuple(parts)
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
-        """The one threshold of a model: as many entries as the tensors' densities add up to."""
+        """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
         whole = tuple((t.name, deltas.whole(t)) for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
         return deltas.graph.node(model_cut, kind="small", deltas=whole, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
-        """The stages that there are, and the calibration of an adapter's own A and B."""
+        """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         source = self._source(deltas, first, [(product.weight, product.update.base) for product in products])
         spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
@@ -209,7 +212,7 @@ class StageMaker:
     def _source(
         self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
     ) -> CalibrationInput:
-        """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
+        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
@@ -239,7 +242,7 @@ def _spec(
     tensors: Sequence[Tuned],
     shared: tuple[Node, ...],
 ) -> Spec:
-    """The calibration of a model's q's, of its pruned `tensors`."""
+    """Return the calibration of a model's q's, of its pruned `tensors`."""
     random = PRUNE[prune.method].random
     seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
     pruned = []
@@ -264,7 +267,7 @@ class Product:
 
 
 def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
-    """The adapted weights whose factors are `pruned`; none where whole weights are.
+    """Return the adapted weights whose factors are `pruned`; none where whole weights are.
 
     InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
     """
@@ -289,14 +292,15 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
 
 
 def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
-    """A pruned factor's name -> the weight whose q it has a root of, and which root."""
+    """Return a pruned factor's name -> the weight whose q it has a root of, and which root."""
     return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
 def factor_spec(
     products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
 ) -> Spec:
-    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight."""
+    """Return the calibration of an adapter's own A and B: masks and q are those of their product, the update of the
+    weight."""
     random, node = PRUNE[prune.method].random, deltas.graph.node
 
     def product_node(product: Product, seed: int) -> Node:
@@ -343,7 +347,7 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
 
 
 def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
-    """The names of single matrices, whose inputs are measured."""
+    """Return the names of single matrices, whose inputs are measured."""
     forms = ((merge.name, matrix_form(merge.name, merge.shape, len(merge.sources))) for merge in merges)
     return tuple(name for name, form in forms if form is not None and form[0] == 1)
 
@@ -360,7 +364,7 @@ def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
 
 
 def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
-    """The data that stages run on, by the fine-tune's index in the recipe."""
+    """Return the data that stages run on, by the fine-tune's index in the recipe."""
     measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}

@@ -94,7 +94,7 @@ class Deltas:
 
     @property
     def whole_merge(self) -> bool:
-        """Whether the merge is calibrated as a whole, and no q of a model is."""
+        """Tell whether the merge is calibrated as a whole, and no q of a model is."""
         return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
     @property
@@ -122,13 +122,13 @@ class Deltas:
         return PRUNE[self.prune_of(tuned).method]
 
     def prunes_by_name(self, tuned: Tuned) -> bool:
-        """Whether the include and exclude lists of its model prune a tensor."""
+        """Tell whether the include and exclude lists of its model prune a tensor."""
         prune, name = self.prune_of(tuned), tuned.name
         included = prune.include is None or any(finds(pattern, name) for pattern in prune.include)
         return included and not any(finds(pattern, name) for pattern in prune.exclude)
 
     def density(self, tuned: Tuned) -> float | None:
-        """The density of a tensor's mask, None if it is not pruned."""
+        """Return the density of a tensor's mask, None if it is not pruned."""
         prune, merge = self.prune_of(tuned), tuned.merge
         if prune.method == "none" or not self.prunes_by_name(tuned):
             return None
@@ -141,7 +141,7 @@ class Deltas:
         return number(prune.density, merge)
 
     def is_masked(self, tuned: Tuned) -> bool:
-        """Whether entries of a tensor's delta are dropped or divided, so that it is not simply whole."""
+        """Tell whether entries of a tensor's delta are dropped or divided, so that it is not simply whole."""
         density, prune = self.density(tuned), self.prune_of(tuned)
         if density is None or density != 1:
             return density is not None
@@ -149,7 +149,7 @@ class Deltas:
         return not (calibrated or prune.rescale) and self.plain_q(tuned, density) != 1
 
     def plain_q(self, tuned: Tuned, density: float) -> float:
-        """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
+        """Return the q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
         if isinstance(prune.q, CalibratedQ):
             return density if self.method_of(tuned).random else 1.0
@@ -169,7 +169,7 @@ class Deltas:
         return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
-        """The pruned, rescaled delta, and its description ("" if it is whole)."""
+        """Return the pruned, rescaled delta, and its description ("" if it is whole)."""
         prune, density, whole = self.prune_of(tuned), self.density(tuned), self.whole(tuned)
         if density is None:
             return whole, ""
@@ -191,7 +191,7 @@ class Deltas:
         return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
-        """The masked delta over what the model's stage chose for this tensor."""
+        """Return the masked delta over what the model's stage chose for this tensor."""
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
@@ -260,19 +260,20 @@ class Deltas:
         )
 
     def transposed(self, tuned: Tuned) -> bool:
-        """Whether a weight is stored (in, out)."""
+        """Tell whether a weight is stored (in, out)."""
         name, checkpoint = tuned.tensor.name, tuned.model.checkpoint
         tensors = checkpoint.tensors if name in checkpoint.tensors else {name: tuned.tensor}
         return is_transposed(name, checkpoint.config, tensors)
 
     def _cut(self, tuned: Tuned) -> Node | None:
-        """The tensor's part of the threshold of its model, where that is what entries compete for."""
+        """Return the tensor's part of the threshold of its model, where that is what entries compete for."""
         if self.prune_of(tuned).group != "model":
             return None
         return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
-        """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
+        """Return the node of a linear weight's protected columns, and how many they are at most; None where there are
+        none."""
         guarded = self.prune_of(tuned).protect
         if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
@@ -295,7 +296,7 @@ class Deltas:
         return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
-        """The kept delta with its protected columns, and its description."""
+        """Return the kept delta with its protected columns, and its description."""
         columns, count = self.protected(tuned)
         if columns is None:
             return kept, text

@@ -100,7 +100,7 @@ def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpo
 
 
 def _code(checkpoint: Checkpoint) -> Iterator[str]:
-    """The modules that a model's configs name as its own code, and the .py files of its components."""
+    """Yield the modules that a model's configs name as its own code, and the .py files of its components."""
     folder = checkpoint.path
     for config in (checkpoint.config, _tokenizer(checkpoint)):
         yield from code_of(config)
@@ -133,24 +133,25 @@ class Input:
     _containers: dict[str, str] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def get(self, canonical_name: str) -> TensorInfo | None:
-        """The tensor of a canonical name, or None."""
+        """Return the tensor of a canonical name, or None."""
         return self.tensors.get(canonical_name)
 
     def container(self, prefix: str) -> str:
-        """The name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
+        """Return the name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
         if not self._containers:
             self._containers.update(_containers(self.stored))
         return self._containers.get(prefix, prefix)
 
     def regroups(self, tensor: TensorInfo) -> bool:
-        """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
+        """Tell whether a tensor of this model is of experts that its files store otherwise: fused, apart or
+        transposed."""
         adapter = self.checkpoint.adapter
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
         return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
 
 
 def _containers(stored: Mapping[str, str]) -> dict[str, str]:
-    """The name in a model's files of every numbered container, as the first of its tensors has it."""
+    """Return the name in a model's files of every numbered container, as the first of its tensors has it."""
     found: dict[str, str] = {}
     for name, own in stored.items():
         parts = name.split(".")
@@ -179,11 +180,11 @@ class InputGroup:
 
     @property
     def all(self) -> tuple[Input, ...]:
-        """The base, if there is one, and the models."""
+        """Return the base, if there is one, and the models."""
         return self.tunes if self.base is None else (self.base, *self.tunes)
 
     def range_of(self, model: Input) -> tuple[int, int]:
-        """The layers [first, end) that a model contributes to a slice."""
+        """Return the layers [first, end) that a model contributes to a slice."""
         assert self.part.ranges is not None
         return self.part.ranges[self.base_member if model.index is None else self.part.members.index(model.index)]
 
@@ -215,33 +216,33 @@ class Inputs:
 
     @property
     def base(self) -> Input | None:
-        """The base of the first part."""
+        """Return the base of the first part."""
         return self.groups[0].base
 
     @property
     def tunes(self) -> tuple[Input, ...]:
-        """The merged models, one for each place in the recipe."""
+        """Return the merged models, one for each place in the recipe."""
         return tuple(tune for group in self.groups for tune in group.tunes)
 
     @property
     def all(self) -> tuple[Input, ...]:
-        """Every model once, the base first."""
+        """Return every model once, the base first."""
         everyone = (model for group in self.groups for model in group.all)
         return tuple({(model.name, model.checkpoint.reference): model for model in everyone}.values())
 
     @property
     def canonical(self) -> dict[str, str]:
-        """The names of the output's tensors -> those that models are compared by."""
+        """Return the names of the output's tensors -> those that models are compared by."""
         return {stored: name for name, stored in self.template.stored.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the merged models, without repetition."""
+        """Return the names of the merged models, without repetition."""
         return tuple(dict.fromkeys(tune.name for tune in self.tunes))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint that is read, once: the models, and the bases of delta artifacts."""
+        """Return every checkpoint that is read, once: the models, and the bases of delta artifacts."""
         models = self.all if self.origin is None else (self.origin, *self.all)
         models = models if self.donor is None else (*models, self.donor)
         found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
@@ -332,7 +333,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 def _grouped(
     recipe: Recipe, bases: Collection[str], matched: Sequence[Input], apart: Callable[[Section], bool]
 ) -> tuple[Input | None, tuple[Input, ...], list[InputGroup]]:
-    """The base, the merged models, and the inputs of each part of the output."""
+    """Return the base, the merged models, and the inputs of each part of the output."""
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))
     groups = []
@@ -367,14 +368,14 @@ def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
 
 
 def ties(config: Mapping[str, Any], *, default: bool) -> bool:
-    """Whether a config ties the head to the embedding; `default` if it does not say."""
+    """Tell whether a config ties the head to the embedding; `default` if it does not say."""
     inner = config.get("text_config")
     said = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
     return default if said is None else said is True
 
 
 def has_tied_head(model: Input) -> bool:
-    """Whether a language model's file omits the head because its config ties it to the embedding."""
+    """Tell whether a language model's file omits the head because its config ties it to the embedding."""
     config = model.checkpoint.config
     return LM_HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
 
@@ -384,7 +385,8 @@ def _is_language_model(config: Mapping[str, Any]) -> bool:
 
 
 def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
-    """The embedding to which a model without a head of its own ties its head; None if it is no language model."""
+    """Return the embedding to which a model without a head of its own ties its head; None if it is no language
+    model."""
     config = model.checkpoint.config
     if not ties(config, default=True) or not _is_language_model(config):
         return None
@@ -393,7 +395,7 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
-    """The inputs of models, whose names are matched component by component, and a note for each that differs."""
+    """Return the inputs of models, whose names are matched component by component, and a note for each that differs."""
     if all(checkpoint.is_simple for _, _, checkpoint in named):
         return _match_part(named)
     inputs = [Input(name, index, checkpoint, {}, {}) for name, index, checkpoint in named]
@@ -420,7 +422,7 @@ def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[li
 
 
 def _regrouped(model: Input, form: Form) -> Input:
-    """A model with its experts in another form, in the order of its own files."""
+    """Return a model with its experts in another form, in the order of its own files."""
     tensors, stored = regrouped(model.tensors, model.stored, form)
     stored = in_order(stored, model.checkpoint.tensors)
     return replace(model, tensors={name: tensors[name] for name in stored}, stored=stored)
@@ -433,7 +435,7 @@ def _regrouping(model: Input) -> str:
 
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or a token's source names: by name, by reference, or as "base"; None if
+    """Return the input that `template` or a token's source names: by name, by reference, or as "base"; None if
     there is none."""
     if name is None:
         return None
@@ -445,7 +447,7 @@ def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tup
 def _vocabulary(
     recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
 ) -> Input | None:
-    """The model that `tokenizer_source` names; for a union the base, or the first model without one."""
+    """Return the model that `tokenizer_source` names; for a union the base, or the first model without one."""
     wanted = recipe.tokenizer_of
     if wanted is None:
         return None
@@ -456,7 +458,7 @@ def _vocabulary(
 
 
 def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], Checkpoint]) -> Input:
-    """The model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
+    """Return the model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
     found = merged(reference, "tokenizer.transplant") if among is None else among.checkpoint
     if found.config_file == PIPELINE:
         raise InputError(
@@ -475,8 +477,8 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
 
 
 def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
-    """The template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that
-    the base lacks; without a base the first model. In stacks only tensors outside layers count."""
+    """Return the template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head)
+    that the base lacks; without a base the first model. In stacks only tensors outside layers count."""
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]

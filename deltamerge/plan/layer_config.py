@@ -35,7 +35,7 @@ Place = tuple[Section, str]
 
 
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
-    """The (section, key) of `config` that state the number of layers of the numbered container `prefix`.
+    """Return the (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
     A section is a nested config; if the prefix names one, only that one counts, and those inside it. For an encoder or
     decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones, except for a
@@ -68,7 +68,7 @@ def _words(prefix: str) -> list[str]:
 
 
 def _sections(config: Mapping[str, Any], at: Section = ()) -> Iterator[tuple[Section, Mapping[str, Any]]]:
-    """A config and the configs nested in it."""
+    """Yield a config and the configs nested in it."""
     yield at, config
     for key, value in config.items():
         if isinstance(value, Mapping) and (key.endswith("_config") or "model_type" in value):
@@ -76,8 +76,8 @@ def _sections(config: Mapping[str, Any], at: Section = ()) -> Iterator[tuple[Sec
 
 
 def layer_count(config: Mapping[str, Any], prefix: str, numbers: Collection[int], *, alone: bool = True) -> int | None:
-    """The number of layers, by the config, of a container of blocks with these numbers. None: gaps in them, or no
-    count.
+    """Return the number of layers, by the config, of a container of blocks with these numbers. None: gaps in them, or
+    no count.
 
     It is all of them, or fewer if blocks follow the layers (for multi-token prediction).
     """
@@ -151,7 +151,7 @@ def repair(
 
 
 def _numbers_layers(key: str, value: Any, old: int) -> bool:
-    """Whether a list holds numbers of layers, rather than a value for each layer."""
+    """Tell whether a list holds numbers of layers, rather than a value for each layer."""
     if not isinstance(value, list) or not value or not NUMBERS.search(key):
         return False
     if not all(type(v) is int and 0 <= v < old for v in value):
@@ -160,21 +160,22 @@ def _numbers_layers(key: str, value: Any, old: int) -> bool:
 
 
 def _is_keyed_by_layer(key: str, value: Any, old: int) -> bool:
-    """Whether a table's keys are numbers of layers."""
+    """Tell whether a table's keys are numbers of layers."""
     if "layer" not in key and key != "pruned_heads":
         return False
     return isinstance(value, dict) and bool(value) and value.keys() <= {str(i) for i in range(old)}
 
 
 def _is_by_layer(key: str, value: Any, old: int) -> bool:
-    """Whether a list or a string has a value for each layer."""
+    """Tell whether a list or a string has a value for each layer."""
     if isinstance(value, str):
         return len(value) == old > 1 and PATTERN.search(key) is not None
     return isinstance(value, list) and len(value) == old and not UNRELATED.search(key) and (old > 1 or "layer" in key)
 
 
 def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
-    """The names of every layer of a backbone (stem, stage1, …), and its outputs: the last layer, or numbers of layers.
+    """Return the names of every layer of a backbone (stem, stage1, …), and its outputs: the last layer, or numbers of
+    layers.
 
     None: the key is about something else. InputError: a layer is an output whose number the stack has not.
     """
@@ -271,7 +272,7 @@ def _ends(stacked: Stacked, section: dict[str, Any]) -> Iterator[str]:
 
 
 def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
-    """The periods of a config that no list by layer replaces."""
+    """Return the periods of a config that no list by layer replaces."""
     found = {}
     for key, value in section.items():
         if type(value) is int and value > 1 and PERIOD.search(key):
@@ -282,7 +283,7 @@ def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool:
-    """Whether values by layer express a period: they repeat with it, or are about the same thing."""
+    """Tell whether values by layer express a period: they repeat with it, or are about the same thing."""
     if TYPES.search(name) and ATTENTION.search(key):
         return True
     varied = any(value != values[0] for value in values)
@@ -297,7 +298,7 @@ def _told(stacked: Stacked) -> tuple[list[str], list[str]]:
 
 
 def _is_explained(stacked: Stacked) -> bool:
-    """Whether all layers are of one kind, or the values by layer tell the kinds apart."""
+    """Tell whether all layers are of one kind, or the values by layer tell the kinds apart."""
     kinds: dict[str, Kind] = {}
     old, new = _told(stacked)
     pairs = zip([*old, *new], [*stacked.old, *stacked.new], strict=True)
@@ -305,7 +306,7 @@ def _is_explained(stacked: Stacked) -> bool:
 
 
 def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
-    """Whether every new layer has the kind of its place in the template, extended by its periods."""
+    """Tell whether every new layer has the kind of its place in the template, extended by its periods."""
     old, new = stacked.old, stacked.new
     if list(new) == list(old[: len(new)]):
         return True
@@ -339,9 +340,8 @@ def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
 
 
 def _sides(stacked: Stacked, told: Sequence[str], at: int) -> dict[tuple[str, bool], Kind] | None:
-    """The kind of a template's layer by what is told of it and by whether it comes before `at`; None if these do not
-    determine it.
-    """
+    """Return the kind of a template's layer by what is told of it and by whether it comes before `at`; None if these do
+    not determine it."""
     kinds: dict[tuple[str, bool], Kind] = {}
     for i, kind in enumerate(stacked.old):
         if kinds.setdefault((told[i], i < at), kind) != kind:
@@ -354,7 +354,7 @@ def _fits(stacked: Stacked, told: Sequence[str], kinds: Mapping[tuple[str, bool]
 
 
 def _first_wrong(stacked: Stacked) -> int | None:
-    """The first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
+    """Return the first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
     template's, which is reported as an error of its tensors."""
     names = [{name for name, _ in kind} for kind in stacked.old]
     known = set(stacked.old)
@@ -377,7 +377,7 @@ def _refusal(stacked: Stacked, section: Mapping[str, Any], at: int) -> InputErro
 
 
 def which_layers(section: Mapping[str, Any]) -> str:
-    """The hint of a refusal: the keys of a config that say which layer is which."""
+    """Return the hint of a refusal: the keys of a config that say which layer is which."""
     keys = [
         f"{key}: {value}"
         for key, value in section.items()
@@ -400,7 +400,7 @@ def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
 
 
 def _shows(kinds: Sequence[Kind], period: int) -> bool:
-    """Whether some phase of a period has layers of kinds that no other phase has."""
+    """Tell whether some phase of a period has layers of kinds that no other phase has."""
     for phase in range(min(period, len(kinds))):
         inside = {kind for i, kind in enumerate(kinds) if i % period == phase}
         outside = {kind for i, kind in enumerate(kinds) if i % period != phase}

@@ -16,7 +16,8 @@ from deltamerge.tensors.computed import Zeros
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
-    """The inputs of a run on the own weights of a LoRA adapter that is the only fine-tune; None where there is none.
+    """Return the inputs of a run on the own weights of a LoRA adapter that is the only fine-tune; None where there is
+    none.
 
     A and B are the deltas, on a base of zeros; the adapter's other tensors stand in both and are copied.
 

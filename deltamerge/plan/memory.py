@@ -231,13 +231,13 @@ def sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def is_matrix(output: OutputTensor) -> bool:
-    """Whether a tensor may have factors, as its name and shape tell."""
+    """Tell whether a tensor may have factors, as its name and shape tell."""
     known = output.pieces[0].built.delta is not None and len(output.pieces) == 1
     return known and len(output.shape) > 1 and EMBEDDING.search(output.name) is None
 
 
 def held_by_factors(wanted: Output, outputs: Iterable[OutputTensor], workers: int, *, moments: bool) -> int:
-    """Bytes of deltas that are being collected, and of factoring them."""
+    """Return the bytes of deltas that are being collected, and of factoring them."""
     shapes = [sides(output.shape) for output in outputs if is_matrix(output)]
     sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
     rank = wanted.rank or UNKNOWN

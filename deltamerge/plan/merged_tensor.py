@@ -34,7 +34,7 @@ class Merge:
 
     @property
     def tunes(self) -> tuple[Tuned, ...]:
-        """The fine-tunes' tensors, in the recipe's order."""
+        """Return the fine-tunes' tensors, in the recipe's order."""
         return tuple(Tuned(self, model, tensor) for model, tensor in self.sources)
 
     @property
@@ -56,13 +56,13 @@ class Tuned:
 
     @property
     def base(self) -> TensorInfo:
-        """The base's tensor, from which the delta is taken; a merge of deltas has one."""
+        """Return the base's tensor, from which the delta is taken; a merge of deltas has one."""
         assert self.merge.base is not None
         return self.merge.base
 
     @property
     def index(self) -> int:
-        """The fine-tune's index in the recipe."""
+        """Return the fine-tune's index in the recipe."""
         assert self.model.index is not None
         return self.model.index
 

@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
+        """Tell where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
         return self.options.device
 
     @property
@@ -142,22 +142,22 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """All messages about the plan; first `warnings`, which say that a model may be the wrong one."""
+        """Return all messages about the plan; first `warnings`, which say that a model may be the wrong one."""
         return (*self.warnings, *self.notes)
 
     @property
     def specs(self) -> dict[Node, Spec]:
-        """The specification of each calibration stage."""
+        """Return the specification of each calibration stage."""
         return {node: node.parameter("spec") for node in self.stages}
 
     @property
     def chosen(self) -> tuple[Node, ...]:
-        """The nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
+        """Return the nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
         return self.stages if self.mixture is None else (*self.stages, self.mixture.routers)
 
     @property
     def tasks(self) -> list[Task]:
-        """The engine's tasks: every piece of every output tensor."""
+        """Return the engine's tasks: every piece of every output tensor."""
         return [
             Task(output.name, piece.built.root, piece.backend, piece.offset)
             for output in self.outputs
@@ -166,12 +166,13 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the output's tensors."""
+        """Return the bytes of the output's tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def made_bytes(self) -> int:
-        """Bytes that the engine makes, which it counts as it goes: those, but of coded weights what is coded."""
+        """Return the bytes that the engine makes, which it counts as it goes: those, but of coded weights what is
+        coded."""
         return sum(4 * output.elements if output.coding is not None else output.nbytes for output in self.outputs)
 
     @property
@@ -181,12 +182,12 @@ class Plan:
 
     @property
     def delta_values(self) -> str | None:
-        """The coding of the values that a delta artifact adds; None: it holds final values."""
+        """Return the coding of the values that a delta artifact adds; None: it holds final values."""
         return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs in all passes, without what calibration reads."""
+        """Return the bytes read from the inputs in all passes, without what calibration reads."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
@@ -198,7 +199,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
+        """Return the plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -499,5 +500,5 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
 
 
 def _blocks(source: CalibrationInput) -> int:
-    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
+    """Return the number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

@@ -51,7 +51,7 @@ class Spares:
     models: Sequence[Input]
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor that some models lack may be copied or left out."""
+        """Tell whether a tensor that some models lack may be copied or left out."""
         found = [tensor for model in self.models if (tensor := model.get(name)) is not None]
         if any(map(is_buffer, found)):
             return True
@@ -106,14 +106,14 @@ class Spares:
         return found
 
     def _is_odd(self, prefix: str, number: int) -> bool:
-        """Whether a block behind all blocks that every model has holds a tensor that none of these has."""
+        """Tell whether a block behind all blocks that every model has holds a tensor that none of these has."""
         last, usual = self._usual[prefix]
         own = [blocks[number] for kinds in self._kinds if number in (blocks := kinds.get(prefix, {}))]
         return 0 <= last < number and all(block - usual for block in own)
 
 
 def is_buffer(tensor: TensorInfo) -> bool:
-    """Whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
+    """Tell whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
     name, shape = tensor.name, tensor.shape
     if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
         return True
@@ -173,7 +173,7 @@ class ModuleFinder:
         return [f"module {module}: {names} in the file" for module, names in self.found.items()]
 
     def of(self, name: str) -> str | None:
-        """The module of a tensor, by its name in the files."""
+        """Return the module of a tensor, by its name in the files."""
         if None in self.wanted or "default" in self.wanted:
             return None if None in self.wanted else "default"
         parts = COMPONENT.split(name)
@@ -188,7 +188,7 @@ class ModuleFinder:
 
 
 def _beside_embedding(names: Iterable[str]) -> str | None:
-    """The prefix of the only token embedding, with its dot; None if there are several, or none."""
+    """Return the prefix of the only token embedding, with its dot; None if there are several, or none."""
     stems = {name[: found.start(1)] + found[1] for name in names if (found := TOKEN_EMBEDDING.search(name))}
     return stems.pop() if len(stems) == 1 else None
 
@@ -227,7 +227,7 @@ class Layer:
     position: float
 
     def source(self, model: Input) -> int:
-        """The layer's number in a model."""
+        """Return the layer's number in a model."""
         return self.group.range_of(model)[0] + self.offset
 
 
@@ -240,7 +240,8 @@ class Stack:
     layers: tuple[Layer, ...]
 
     def owner(self, layer: Layer, template: Input) -> Input:
-        """The model that determines the tensors of a merged layer: the template if it contributes, else the first."""
+        """Return the model that determines the tensors of a merged layer: the template if it contributes, else the
+        first."""
         known = (m for m in layer.group.all if m.checkpoint.reference == template.checkpoint.reference)
         return next(known, layer.group.tunes[0])
 
@@ -258,11 +259,11 @@ class Stack:
         return found
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor belongs to a layer of the container."""
+        """Tell whether a tensor belongs to a layer of the container."""
         return _inside(name, self.prefix)
 
     def describe(self) -> str:
-        """The stack in words: "6 layers: ./a 0-3, ./b 2-3"."""
+        """Return the stack in words: "6 layers: ./a 0-3, ./b 2-3"."""
         groups = dict.fromkeys(layer.group for layer in self.layers)
         texts = []
         for group in groups:
@@ -272,7 +273,8 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, with plain weights, and messages about the changes."""
+    """Return the template's config for the output's layers and head, with plain weights, and messages about the
+    changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -303,7 +305,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
 
 
 def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
-    """The kinds of the template's layers, and of the new ones."""
+    """Return the kinds of the template's layers, and of the new ones."""
     old = _kinds_of(template, stack.prefix)
     owners = [(stack.owner(layer, template), layer) for layer in stack.layers]
     of_owners = {id(owner): _kinds_of(owner, stack.prefix) for owner, _ in owners}
@@ -312,7 +314,7 @@ def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
 
 
 def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
-    """The kind of every numbered layer, without buffers."""
+    """Return the kind of every numbered layer, without buffers."""
     found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in model.tensors.items():
         if _inside(name, prefix) and not is_buffer(tensor):
@@ -322,7 +324,7 @@ def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
 
 
 def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target], list[Stack]]:
-    """The tensors of the output in order, and its stacks. `spares` are no layers and do not count.
+    """Return the tensors of the output in order, and its stacks. `spares` are no layers and do not count.
 
     RecipeError: a range beyond a model's layers, or a module without tensors. InputError: layers that cannot be stacked
     because they are not numbered plainly.
@@ -353,7 +355,7 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
 
 
 def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[Input, list[str]]]:
-    """The tensors of blocks that follow each model's layers, which a stack has no place for."""
+    """Yield the tensors of blocks that follow each model's layers, which a stack has no place for."""
     for stack in stacks:
         for model in models:
             count = _count(model, stack.prefix, _numbers(model.tensors, stack.prefix))
@@ -364,8 +366,8 @@ def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[I
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
-    """The template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one of its
-    kind.
+    """Return the template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one
+    of its kind.
 
     Layers of one model may differ in shape (in some MoE models they do), so the shape of any layer is accepted.
     """
@@ -390,7 +392,7 @@ def _plain(name: str, template: Input, group: InputGroup | None, position: float
 
 
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
-    """The tensors of every layer: its owner's, with the new number and the template's names."""
+    """Yield the tensors of every layer: its owner's, with the new number and the template's names."""
     container = template.container(stack.prefix)
     spelled = {  # what follows the number, in canonical names and in the template's own
         _behind(name, stack.prefix): _behind(stored, container)
@@ -411,7 +413,7 @@ def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
 
 
 def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[InputGroup]]:
-    """The groups of each module, in order; without modules all belong to None."""
+    """Return the groups of each module, in order; without modules all belong to None."""
     scopes: dict[str | None, list[InputGroup]] = {}
     for group in inputs.groups:
         scopes.setdefault(group.part.module, []).append(group)
@@ -464,7 +466,7 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[InputGroup], module:
 
 
 def _container(template: Input, module: str | None, scopes: Mapping[str | None, object]) -> tuple[str, int]:
-    """The prefix of the numbered layers that slices stack, and their number.
+    """Return the prefix of the numbered layers that slices stack, and their number.
 
     The first number in a tensor's name counts: experts and blocks inside a layer belong to it. InputError: no such
     numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
@@ -525,7 +527,7 @@ def _check_outside(template: Input, stack: Stack) -> None:
 
 
 def _alone(template: Input, prefix: str) -> bool:
-    """Whether a decoder's layers are the model's only layers."""
+    """Tell whether a decoder's layers are the model's only layers."""
     return not any("encoder" in name.split(".") for name in template.tensors) or "encoder" in prefix.split(".")
 
 
@@ -550,7 +552,7 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
-    """The number of layers among numbered blocks, without blocks that follow them, by the config."""
+    """Return the number of layers among numbered blocks, without blocks that follow them, by the config."""
     config, alone = model.checkpoint.config, _alone(model, prefix)
     count = layer_count(config, model.container(prefix), numbers, alone=alone)
     return len(numbers) if count is None else count

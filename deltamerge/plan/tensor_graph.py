@@ -79,7 +79,7 @@ class Builder:
         memory: int | None = None,
         densities: Mapping[str, float] | None = None,
     ) -> Builder:
-        """The builder of a recipe; data of its calibration lies in `folder`."""
+        """Return the builder of a recipe; data of its calibration lies in `folder`."""
         return cls(recipe, graph, Deltas.of(recipe, graph, densities), folder, device, memory)
 
     @property
@@ -119,7 +119,7 @@ class Builder:
         return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
-        """The density at which all tensors of a budget together about fit."""
+        """Return the density at which all tensors of a budget together about fit."""
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
@@ -127,11 +127,11 @@ class Builder:
         return uniform_density(8 * budget / size, bits) if size else 1.0
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
-        """The stored tensor, cast only if its dtype differs."""
+        """Return the stored tensor, cast only if its dtype differs."""
         return self.cast(self.graph.read(tensor), dtype)
 
     def merge(self, merge: Merge) -> Built:
-        """The merged tensor."""
+        """Return the merged tensor."""
         base, tunes, dtype = merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
         apart = base is not None and method.deltas
@@ -175,12 +175,12 @@ class Builder:
 
     @property
     def _is_sum(self) -> bool:
-        """Whether the method adds up deltas, so that factors of theirs are all there is to fit."""
+        """Tell whether the method adds up deltas, so that factors of theirs are all there is to fit."""
         return name_of(self.recipe.method.function) == name_of(task_arithmetic)
 
     def _parts(self, merge: Merge) -> dict[str, Node]:
-        """The deltas that have a factor each: every model's as it is in the sum, or what the method makes of them, and
-        every model's."""
+        """Return the deltas that have a factor each: every model's as it is in the sum, or what the method makes of
+        them, and every model's."""
         own = [self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes]
         names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
         if self._is_sum:
@@ -196,7 +196,7 @@ class Builder:
         return self._node(multiply, [node, number], node.shape)
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
-        """The base and the sum of the deltas, each times the factor that was fitted."""
+        """Return the base and the sum of the deltas, each times the factor that was fitted."""
         scaled, stage = [], self.deltas.stages.together
         assert merge.base is not None
         assert stage is not None
@@ -236,7 +236,7 @@ class Builder:
         return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
-        """The node that measures what the merge method needs of every model's rows."""
+        """Return the node that measures what the merge method needs of every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
@@ -246,7 +246,8 @@ class Builder:
         return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, so_far)
 
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
-        """The method's result in float32, of the base where it stands apart and of the models or their deltas."""
+        """Return the method's result in float32, of the base where it stands apart and of the models or their
+        deltas."""
         method, shape = self.recipe.method, merge.shape
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
@@ -269,19 +270,20 @@ class Builder:
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
-        """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
+        """Tell whether pruning leaves this tensor whole in every model, though it was asked for: it is stored
+        exactly."""
         return all(self.deltas.density(t) is None and self.deltas.prune_of(t).method != "none" for t in merge.tunes)
 
     def kept(self, merges: Sequence[Merge]) -> dict[int, Counter[float]]:
-        """The entries of every model's delta, counted by the fraction of them that pruning or the merge method keeps.
-        Models are named by their place in the recipe."""
+        """Return the entries of every model's delta, counted by the fraction of them that pruning or the merge method
+        keeps. Models are named by their place in the recipe."""
         counted: dict[int, Counter[float]] = {}
         for tuned in (tuned for merge in merges if merge.base is not None for tuned in merge.tunes):
             counted.setdefault(tuned.index, Counter())[self._kept(tuned)] += math.prod(tuned.base.shape)
         return counted
 
     def _kept(self, tuned: Tuned) -> float:
-        """The fraction of a delta's entries that pruning or the merge method keeps."""
+        """Return the fraction of a delta's entries that pruning or the merge method keeps."""
         density = self.deltas.density(tuned)
         if density is None and "density" in (method := self.recipe.method).parameters and not method.implies_prune:
             density = float(self._value("density", tuned.merge, tuned))
@@ -311,13 +313,14 @@ class Builder:
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
-        """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
+        """Return the pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         if self.deltas.prune_of(tuned).method == "none":
             return self._trimmed(tuned)
         return self.deltas.pruned(tuned, seed)
 
     def _trimmed(self, tuned: Tuned) -> tuple[Node, str]:
-        """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""
+        """Return the int(density · n) largest entries, at least 1, where the merge method has a density of its own
+        (ties)."""
         method, whole = self.recipe.method, self.deltas.whole(tuned)
         if "density" not in method.parameters or method.implies_prune:
             return whole, ""
@@ -340,7 +343,7 @@ class Builder:
         return self._difference(merged, base)
 
     def _value(self, key: str, merge: Merge, tuned: Tuned | None) -> Any:
-        """A parameter of the merge method for a tensor, of one model where it is `tuned`'s own."""
+        """Return a parameter of the merge method for a tensor, of one model where it is `tuned`'s own."""
         levels = list(merge.part.levels)
         if tuned is not None:
             levels.insert(0, self.recipe.models[tuned.index].parameters)
@@ -357,7 +360,7 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def cast(self, node: Node, dtype: str) -> Node:
-        """A node's values in the output dtype."""
+        """Return a node's values in the output dtype."""
         if (
             node.kind == "read"
             and node.dtype == dtype
@@ -368,7 +371,7 @@ class Builder:
 
 
 def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, LowRank], ...]:
-    """The coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
+    """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
     factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)

@@ -23,7 +23,7 @@ ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 def edit_config(
     config: Mapping[str, Any], vocabulary: Vocabulary, template: Input, *, generation: bool = False
 ) -> dict[str, Any]:
-    """A config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
+    """Return a config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
 
     An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
     """
@@ -39,8 +39,8 @@ def edit_config(
 
 
 def _transplanted(config: dict[str, Any], vocabulary: Transplant, *, generation: bool) -> dict[str, Any]:
-    """A config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them; other
-    ids follow their tokens.
+    """Return a config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them;
+    other ids follow their tokens.
 
     InputError: one of a token that the donor lacks.
     """
@@ -106,8 +106,8 @@ class ChatTemplate:
 
 
 def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
-    """The template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer keeps its
-    own.
+    """Return the template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer
+    keeps its own.
 
     InputError: the model that the recipe names has none.
     """
@@ -128,7 +128,7 @@ def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
 
 
 def _most_common(models: Sequence[Input]) -> ChatTemplate | None:
-    """The template that most models have, the first of equals; surrounding white space is ignored."""
+    """Return the template that most models have, the first of equals; surrounding white space is ignored."""
     read = ((model.name, (read_chat_template(model.checkpoint) or "").strip()) for model in models)
     found = [(text, name) for name, text in read if text]
     if not found:

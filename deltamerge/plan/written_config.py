@@ -120,7 +120,8 @@ class _Choice:
 
 
 def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked: bool = False) -> WrittenConfig:
-    """The output's configs. `config` is the template's, adapted to the output's layers; `stacked`: to a stack of them.
+    """Return the output's configs. `config` is the template's, adapted to the output's layers; `stacked`: to a stack of
+    them.
 
     RecipeError: `config` of the recipe names an unknown key, or no model and no value for it.
     """
@@ -176,8 +177,8 @@ def adapter_warnings(settled: WrittenConfig, inputs: Inputs) -> Iterator[str]:
 
 
 def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]:
-    """A message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`: the same
-    places of their weights mean different things."""
+    """Yield a message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`:
+    the same places of their weights mean different things."""
     found = differences([(model.name, without_keys(model.checkpoint.config)) for model in _models(inputs)])
     refused = [_refusal(one.key, one) for one in found if one.kind == "positions"]
     if refused and refuse:
@@ -189,8 +190,8 @@ def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]
 
 
 def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
-    """The model whose generation_config.json the output has: the template, or the first fine-tune where the template is
-    the base and all fine-tunes agree against it; another where the recipe takes its end of text."""
+    """Return the model whose generation_config.json the output has: the template, or the first fine-tune where the
+    template is the base and all fine-tunes agree against it; another where the recipe takes its end of text."""
     template, base = inputs.template, inputs.base
     if recipe.tokenizer_of is not None or recipe.transplant is not None or recipe.is_moe:
         return template
@@ -236,7 +237,7 @@ class _Settled:
                 self.keys[one.key] = self._written(one)
 
     def config(self, template: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's config with the values of others where theirs are written."""
+        """Return the template's config with the values of others where theirs are written."""
         made, name = deepcopy(dict(template)), self.inputs.template.name
         owners = {key: one.whose for key, one in self.keys.items() if not one.chosen and self._moves(one, name)}
         for key in sorted(owners, key=lambda one: one != TYPE):
@@ -272,7 +273,7 @@ class _Settled:
         return WrittenKey(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
 
     def _is_kept(self, one: Difference) -> bool:
-        """Whether the template's value stays, whatever the fine-tunes say."""
+        """Tell whether the template's value stays, whatever the fine-tunes say."""
         name = self.inputs.template.name
         is_known = class_of_type(str(self.configs[name].get(TYPE))) is not None
         has_none = is_known and one.values.get(name, ABSENT) is ABSENT  # its class has no such key
@@ -289,7 +290,7 @@ class _Settled:
 
 
 def _models(inputs: Inputs) -> list[Input]:
-    """Every model with a config, once; the base that a delta artifact is a change of, too."""
+    """Return every model with a config, once; the base that a delta artifact is a change of, too."""
     named: dict[str, Input] = {}
     for model in inputs.all:
         if model.checkpoint.config:
@@ -298,7 +299,7 @@ def _models(inputs: Inputs) -> list[Input]:
 
 
 def _tunes(inputs: Inputs) -> list[Input]:
-    """The merged models but the base, each once."""
+    """Return the merged models but the base, each once."""
     base = inputs.base
     found: dict[str, Input] = {}
     for tune in inputs.tunes:
@@ -308,13 +309,14 @@ def _tunes(inputs: Inputs) -> list[Input]:
 
 
 def _is_untied(inputs: Inputs) -> bool:
-    """Whether the output's head is its own because some model's is, and no model stores one that its config ties."""
+    """Tell whether the output's head is its own because some model's is, and no model stores one that its config
+    ties."""
     stale = any(LM_HEAD in m.checkpoint.tensors and ties(m.checkpoint.config, default=False) for m in inputs.all)
     return inputs.untied and LM_HEAD in inputs.template.tensors and not stale
 
 
 def _is_refused(one: Difference, recipe: Recipe) -> bool:
-    """Whether weights mean different things. Of a mixture's experts only their MLPs are taken."""
+    """Tell whether weights mean different things. Of a mixture's experts only their MLPs are taken."""
     if one.kind != "positions":
         return False
     return not recipe.is_moe or ACTIVATION.fullmatch(one.key.rpartition(".")[2]) is not None
@@ -524,7 +526,8 @@ def _take(section: MutableMapping[str, Any], theirs: Mapping[str, Any], names: I
 
 
 def _section(config: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """The section of a config that dotted keys lead to; the config itself where an older form has it at the top."""
+    """Return the section of a config that dotted keys lead to; the config itself where an older form has it at the
+    top."""
     for key in path:
         inner = config.get(key)
         if not isinstance(inner, dict):

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import pytest
 
-from deltamerge.engine import traits as of_functions
 from deltamerge.methods import registry
 from deltamerge.methods.parameters import Density, Lambda, Param, Weights, parameters_of
 from deltamerge.methods.registry import MERGE, PRUNE, Methods, PruneMethod
+from deltamerge.tensors import traits as of_functions
 from deltamerge.tensors.traits import traits, traits_of
 
 METHODS = Path(registry.__file__).parent

@@ -40,7 +40,7 @@ SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
+    """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
     from deltamerge.calibrate.q.comparison import QPoint
     from deltamerge.calibrate.q.subject import Subject
 
@@ -105,7 +105,8 @@ class _Merge:
         self.stored = [{one.name: one.stored for one in part.pruned} for part in self.spec.parts[: len(self.places)]]
 
     def start(self) -> dict[str, Tensor]:
-        """The recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of theirs."""
+        """Return the recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of
+        theirs."""
         import torch
 
         from deltamerge.calibrate.q.learned import row_shape
@@ -125,8 +126,8 @@ class _Merge:
         return {name: values * 0.0 for name, values in self.start().items()}
 
     def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
-        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients, where
-        weights are `shared` when they descend."""
+        """Return the merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients,
+        where weights are `shared` when they descend."""
         from deltamerge.calibrate.merge.sums import combined
 
         subject, own = self.subjects[task], self.own[task]
@@ -166,7 +167,8 @@ def _rows(subject: Subject, step: int) -> _Rows:
 
 
 def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
-    """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
+    """Return the coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every
+    look.
 
     A look comes before the first step and after every turn through the rows.
     PATIENCE of them in a row that are no better end it.
@@ -266,7 +268,7 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
 
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
-    """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
+    """Return the judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
     from deltamerge.calibrate.model.spread import in_turns
 
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))

@@ -69,7 +69,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 def _search(
     subjects: Sequence[Subject], objective: str, low: float, high: float
 ) -> tuple[Minima, Callable[[Sequence[float]], list[float]]]:
-    """The minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
+    """Return the minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
     from deltamerge.calibrate.q import objectives as O
     from deltamerge.calibrate.q import search
 
@@ -99,7 +99,7 @@ def _q(subject: Subject, factor: float) -> Qs:
 
 
 def mean_judge(judges: Sequence[HeldOutMeasure]) -> HeldOutMeasure:
-    """The name of the mean of the fine-tunes' measures."""
+    """Return the name of the mean of the fine-tunes' measures."""
     from deltamerge.calibrate.q.subject import HeldOutMeasure
 
     measures = list(dict.fromkeys(judge.measure for judge in judges))

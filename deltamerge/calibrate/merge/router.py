@@ -89,18 +89,18 @@ class RouterSpec:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every prompt once."""
+        """Return every prompt once."""
         return tuple(dict.fromkeys(text for one in self.experts for text in (*one.positive, *one.negative)))
 
     @property
     def runs(self) -> bool:
-        """Whether the base is run."""
+        """Tell whether the base is run."""
         return self.mode not in DRAWN and self.mode != "cheap_embed"
 
     @property
     def memory(self) -> int:
-        """About the bytes that making them takes beside BASELINE_BYTES: a block stored and in float32, hidden states of
-        prompts of a few hundred tokens, and the vectors."""
+        """Return about the bytes that making them takes beside BASELINE_BYTES: a block stored and in float32, hidden
+        states of prompts of a few hundred tokens, and the vectors."""
         vectors = 16 * self.layers * len(self.experts) * self.width
         if not self.runs:
             return vectors
@@ -123,8 +123,8 @@ Vector = NDArray[np.float64]
 
 
 def routers(*, spec: RouterSpec) -> Routers:
-    """The routers of a mixture. InputError: no usable tokenizer, a prompt without tokens or with too many, a model that
-    transformers cannot run."""
+    """Return the routers of a mixture. InputError: no usable tokenizer, a prompt without tokens or with too many, a
+    model that transformers cannot run."""
     if spec.mode in DRAWN:
         return _recorded(spec, _drawn(spec), {})
     with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
@@ -152,7 +152,7 @@ def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
 
 
 def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
-    """The routers, with what a lock says of them: the two of one layer that are most alike, too."""
+    """Return the routers, with what a lock says of them: the two of one layer that are most alike, too."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
     cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
     cosines[:, *np.tril_indices(spec.routed)] = -1.0
@@ -165,7 +165,7 @@ def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> 
 
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
-    """The token ids of every prompt, after the tokenizer's first token where it has one."""
+    """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
     from deltamerge.calibrate.rows.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)

@@ -46,7 +46,7 @@ class InputMeasurement:
 
     @property
     def memory(self) -> int:
-        """About the bytes of the C's of one block, each with the sum of a batch."""
+        """Return about the bytes of the C's of one block, each with the sum of a batch."""
         widths = {t.name: t.shape[-1] for t in self.source.tensors if len(t.shape) == 2 and t.name in self._wanted}
         shapes = {tensor.name: tensor.shape for tensor in self.source.tensors if tensor.name in widths}
         blocks = numbered_blocks(shapes) or {0: list(shapes)}
@@ -114,8 +114,8 @@ class MomentSums:
 
 
 def memory(parts: Sequence[Share]) -> int:
-    """About the bytes that measuring takes: fine-tunes run one after another, or side by side where they have deltas to
-    make."""
+    """Return about the bytes that measuring takes: fine-tunes run one after another, or side by side where they have
+    deltas to make."""
     block = max((_measured(part).memory for part in parts), default=0)
     each = [Share(part.source) for part in parts]
     if any(one.masked for part in parts for one in part.pruned):
@@ -128,7 +128,7 @@ def _measured(part: Share) -> InputMeasurement:
 
 
 def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
-    """The moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
+    """Return the moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
     found = Spooled.beginning(folder)
     for model, part in enumerate(parts):
         measured = _measured(part)
@@ -140,7 +140,7 @@ def merged(
     *shared: Any, parts: tuple[Share, ...], wanted: tuple[str, ...], known: tuple[Node, ...], so_far: Node,
     folder: Path | None = None,
 ) -> Spooled:  # fmt: skip
-    """The same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
+    """Return the same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
     "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
 
     parts    the fine-tunes; `masked` of their tensors is what the merge adds, made with the moments that there are
@@ -183,7 +183,8 @@ def _walk(subject: Subject, passed: Weights, names: Mapping[str, str], keep: Kee
 
 
 def _onward(subject: Subject, part: Share, first: Subject, of_first: Share) -> Weights:
-    """The merged weights under a fine-tune's names and with its own head; `first` makes the merged deltas for all."""
+    """Return the merged weights under a fine-tune's names and with its own head; `first` makes the merged deltas for
+    all."""
     from deltamerge.calibrate.model.candidates import pruned
 
     by_name = {one.name: one.stored for one in of_first.pruned}

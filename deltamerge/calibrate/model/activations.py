@@ -140,7 +140,7 @@ class _Collector:
                 self.found[layer.name] = pooled(stacks[layer.stack])
 
     def _delta(self, name: str) -> Tensor | None:
-        """A tensor's delta, as stored; read when it is first needed."""
+        """Return a tensor's delta, as stored; read when it is first needed."""
         if name not in self.deltas:
             found = self.delta(name)
             self.deltas[name] = None if found is None else found.to(self.device, torch.float32)
@@ -160,7 +160,7 @@ def _rows(stored: Tensor, layer: Linear, cut: MatrixCut | None) -> Tensor:
 
 
 def masks_of(batches: Sequence[Inputs]) -> list[list[Tensor]]:
-    """The masks of real tokens that each batch has, for `tokens_of`."""
+    """Return the masks of real tokens that each batch has, for `tokens_of`."""
     return [[mask for key in MASKS if (mask := batch.get(key)) is not None] for batch in batches]
 
 

@@ -41,7 +41,7 @@ class Ahead(Generic[T]):
         self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
     def __call__(self, info: TensorInfo) -> T:
-        """The tensor; the caller reads what the thread has not come to."""
+        """Return the tensor; the caller reads what the thread has not come to."""
         begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
 
@@ -75,7 +75,7 @@ class Arriving:
     event: Any
 
     def here(self) -> Tensor:
-        """The tensor, for use on this thread's stream."""
+        """Return the tensor, for use on this thread's stream."""
         stream = torch.cuda.current_stream(self.tensor.device)
         stream.wait_event(self.event)
         self.tensor.record_stream(stream)  # its memory is not used anew before that stream has come so far
@@ -141,7 +141,7 @@ class Resident:
         self.ahead.begin(info for info in self._next if info not in self.passing)
 
     def stored(self, info: TensorInfo) -> Tensor:
-        """A flat stored tensor on the GPU, which stays if there is room."""
+        """Return a flat stored tensor on the GPU, which stays if there is room."""
         for kept in (self.there, self.passing):
             if info in kept:
                 return kept[info]

@@ -106,7 +106,7 @@ class Trace:
         return outputs
 
     def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of block i, given the previous block's `outputs`."""
+        """Return the arguments of block i, given the previous block's `outputs`."""
         args, kwargs = self.calls[i]
         previous = _elements(outputs)
 
@@ -143,8 +143,8 @@ class Generating(nn.Module):
 
 
 def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
-    """The results of walks that take their steps in turn: models of as many blocks are at the same one, so that what
-    they read of it can be shared."""
+    """Return the results of walks that take their steps in turn: models of as many blocks are at the same one, so that
+    what they read of it can be shared."""
     found: dict[int, T] = {}
     while len(found) < len(walks):
         for i, walk in enumerate(walks):
@@ -213,12 +213,12 @@ class BlockModel:
 
     @property
     def whole(self) -> bool:
-        """Whether blocks cannot be identified, so that the model is one part."""
+        """Tell whether blocks cannot be identified, so that the model is one part."""
         return not self.blocks
 
     @property
     def headless(self) -> bool:
-        """Whether the model has no head: its output is its last hidden state."""
+        """Tell whether the model has no head: its output is its last hidden state."""
         return bool(self.module.base_model is self.module)
 
     @property
@@ -430,8 +430,8 @@ class BlockModel:
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights, precision: Precision = "float32") -> BlockOutput:
-        """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
-        (activation checkpointing, block by block): a block's tensors exist only while it runs."""
+        """Return the forward with gradients to whatever `weights` computes from, which is called again in the backward
+        pass (activation checkpointing, block by block): a block's tensors exist only while it runs."""
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -462,7 +462,7 @@ class BlockModel:
         return made
 
     def _tensors(self, weights: Weights, part: int, *, quick: bool = False) -> dict[str, Tensor]:
-        """The states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
+        """Return the states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
         half = self._halved[part] if quick and self.precision == "bfloat16" else set[str]()
         found, made = dict(weights(self.parts[part])), dict[str, Tensor]()
         for group in self._groups[part]:

@@ -87,7 +87,7 @@ class Products(TorchFunctionMode):
 
 
 def _box(state: str, parameter: Tensor, matrix: Tensor) -> Box | None:
-    """Where a matrix (in, out) lies in a contiguous parameter; None: it is no view of rows and columns of it."""
+    """Tell where a matrix (in, out) lies in a contiguous parameter; None: it is no view of rows and columns of it."""
     high, wide = parameter.shape[-2:]
     start = int(matrix.storage_offset() - parameter.storage_offset())
     if not 0 <= start < parameter.numel() or wide == 1 or 0 in matrix.shape:
@@ -106,7 +106,7 @@ def _box(state: str, parameter: Tensor, matrix: Tensor) -> Box | None:
 
 
 def _steps(steps: tuple[int, ...], wanted: tuple[int, int], sides: tuple[int, int]) -> bool:
-    """Whether strides are the wanted ones, as far as a side of 1 lets them be told."""
+    """Tell whether strides are the wanted ones, as far as a side of 1 lets them be told."""
     return all(step == want or side == 1 for step, want, side in zip(steps, wanted, sides, strict=True))
 
 
@@ -154,12 +154,12 @@ class MatrixCut:
 
     @property
     def outputs(self) -> Index:
-        """The file's rows, or columns, that are outputs."""
+        """Return the file's rows, or columns, that are outputs."""
         return self.columns if self.transposed else self.rows
 
     @property
     def inputs(self) -> Index:
-        """The file's columns, or rows, that are inputs."""
+        """Return the file's columns, or rows, that are inputs."""
         return self.rows if self.transposed else self.columns
 
 
@@ -195,7 +195,7 @@ def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], 
 
 
 def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
+    """Return the matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
     another way."""
     x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
     return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None

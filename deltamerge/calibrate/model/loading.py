@@ -106,15 +106,15 @@ class Loading:
 
     @cached_property
     def states(self) -> frozenset[str]:
-        """Every state that is made of the checkpoint."""
+        """Return every state that is made of the checkpoint."""
         return frozenset(state for group in self.groups for state in group.states)
 
     def shape(self, state: str) -> tuple[int, ...]:
-        """A state's."""
+        """Return a state's."""
         return self._sizes[state]
 
     def made(self, group: StateGroup, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The states of a group, from the tensors of the file; gradients flow through."""
+        """Return the states of a group, from the tensors of the file; gradients flow through."""
         if group.converter is None:
             return {group.states[0]: found[group.files[0]]}
         return _convert(group, [found[file] for file in group.files], self.model)
@@ -176,7 +176,8 @@ def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
 
 
 def _computed(model: Any, name: str) -> bool:
-    """Whether a parameter that no file has is always the same (sinusoidal positions); it is then given its values."""
+    """Tell whether a parameter that no file has is always the same (sinusoidal positions); it is then given its
+    values."""
     path, _, leaf = name.rpartition(".")
     module, values = model.get_submodule(path), []
     if list(module._parameters) != [leaf]:
@@ -234,13 +235,13 @@ def _matched(model: Any, tensors: Mapping[str, ShapedTensor]) -> tuple[dict[str,
 
 
 def _spelled(name: str, there: Collection[str], prefix: str) -> str | None:
-    """A name as the model has it: the same, or after `prefix.` is taken off or put before it."""
+    """Return a name as the model has it: the same, or after `prefix.` is taken off or put before it."""
     spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
     return next((spelling for spelling in spellings if spelling in there), None)
 
 
 def _checked(group: StateGroup, tensors: Mapping[str, ShapedTensor], model: Any) -> StateGroup:
-    """The group with all states that its converter makes. InputError: they do not have the model's shapes."""
+    """Return the group with all states that its converter makes. InputError: they do not have the model's shapes."""
     shapes = [tuple(tensors[file].shape) for file in group.files]
     if any(isinstance(tensors[file], _Nothing) for file in group.files):
         message = f"{group.files[0]} is only a part of {type(model).__name__}'s {group.states[0]}"
@@ -259,7 +260,8 @@ def _checked(group: StateGroup, tensors: Mapping[str, ShapedTensor], model: Any)
 
 
 def _convert(group: StateGroup, tensors: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
-    """A group's states by its converter's operations, as `WeightConverter.convert` does it, but with gradients."""
+    """Return a group's states by its converter's operations, as `WeightConverter.convert` does it, but with
+    gradients."""
     collected: dict[str, Any] = {}
     for pattern, tensor in zip(group.patterns, tensors, strict=True):
         collected.setdefault(pattern, []).append(tensor)
@@ -315,14 +317,14 @@ def _placed(
 
 
 def _same(numbers: Tensor, axis: int) -> bool:
-    """Whether numbers (E, rows, columns) are the same along an axis."""
+    """Tell whether numbers (E, rows, columns) are the same along an axis."""
     return bool((numbers == numbers.narrow(axis, 0, 1)).all())
 
 
 def _cut(
     rows: Tensor, columns: Tensor, shapes: Sequence[tuple[int, ...]], starts: Sequence[int], *, turned: bool
 ) -> Iterator[tuple[int, StatePiece]]:
-    """The pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
+    """Yield the pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
     bounds = torch.tensor(starts)
     of_file = torch.bucketize(rows, bounds, right=True) - 1
     for k in torch.unique(of_file).tolist():
@@ -335,7 +337,7 @@ def _cut(
 
 
 def simple(numbers: Tensor) -> Index:
-    """A slice for ascending neighbours, else the numbers."""
+    """Return a slice for ascending neighbours, else the numbers."""
     first = int(numbers[0])
     neighbours = torch.arange(first, first + len(numbers), device=numbers.device)
     return slice(first, first + len(numbers)) if torch.equal(numbers, neighbours) else numbers

@@ -50,7 +50,7 @@ class LazyLogits:
 
     @property
     def logits(self) -> Tensor:
-        """All of them (…, V)."""
+        """Return all of them (…, V)."""
         return F.linear(self.x, self.weight, self.bias)
 
     def at(self, index: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ class LazyLogits:
 
 
 def taken(scores: Tensor | LazyLogits, take: Callable[[Tensor], Tensor]) -> Tensor | LazyLogits:
-    """The logits of the tokens that `take` leaves."""
+    """Return the logits of the tokens that `take` leaves."""
     return replace(scores, x=take(scores.x)) if isinstance(scores, LazyLogits) else take(scores)
 
 
 def pieces(scores: Tensor | LazyLogits) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of logits (N, V) and what they hold, those of a `LazyLogits` computed one piece after the other."""
+    """Yield rows of logits (N, V) and what they hold, those of a `LazyLogits` computed one piece after the other."""
     if not isinstance(scores, LazyLogits):
         yield slice(0, len(scores)), scores
         return
@@ -85,7 +85,7 @@ def pieces(scores: Tensor | LazyLogits) -> Iterator[tuple[slice, Tensor]]:
 
 
 def at(scores: Tensor | LazyLogits, index: Tensor) -> Tensor:
-    """The logits (N, k) that an index of each row names."""
+    """Return the logits (N, k) that an index of each row names."""
     return scores.at(index) if isinstance(scores, LazyLogits) else scores.gather(-1, index)
 
 
@@ -118,7 +118,7 @@ class LastLayer:
 
 
 def _put_off(layer: nn.Linear, products: dict[int, tuple[Tensor, LazyLogits]], x: Tensor) -> Tensor:
-    """A stand-in for a layer's product, by whose id it is found."""
+    """Return a stand-in for a layer's product, by whose id it is found."""
     stand_in = x.new_zeros(*x.shape[:-1], 1)
     products[id(stand_in)] = stand_in, LazyLogits(x, layer.weight, layer.bias)
     return stand_in
@@ -140,7 +140,7 @@ class BlockOutput:
 
     @property
     def logits(self) -> Tensor | None:
-        """The logits, computed."""
+        """Return the logits, computed."""
         return self.scores.logits if isinstance(self.scores, LazyLogits) else self.scores
 
 
@@ -153,17 +153,17 @@ class Watch(Protocol):
 
 
 def sequences(inputs: Inputs) -> int:
-    """How many of them a batch has."""
+    """Count how many of them a batch has."""
     return len(next(iter(inputs.values())))
 
 
 def stored(reader: Reader, info: TensorInfo) -> Tensor:
-    """A tensor as it is stored, or made, on the CPU."""
+    """Return a tensor as it is stored, or made, on the CPU."""
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     reader.read_into(info, 0, raw.numpy())
     return raw.view(torch_dtype(info.dtype)).view(info.shape)
 
 
 def from_reader(read: Callable[[str], Tensor]) -> Weights:
-    """Weights by name, from a function that reads one tensor."""
+    """Return the weights by name, from a function that reads one tensor."""
     return lambda names: {name: read(name) for name in names}

@@ -25,7 +25,8 @@ class Sized(Protocol):
 
 
 def chosen(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
-    """The precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at it."""
+    """Return the precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at
+    it."""
     if asked != "auto":
         return "bfloat16" if asked == "bfloat16" else "float32"
     large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
@@ -33,7 +34,7 @@ def chosen(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
+    """Tell whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
     return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
 
 
@@ -57,7 +58,7 @@ def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def _flags(path: Path) -> frozenset[str]:
-    """The flags of the first processor."""
+    """Return the flags of the first processor."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

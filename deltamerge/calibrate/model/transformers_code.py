@@ -42,7 +42,7 @@ class Forward:
 
 
 def has_decoder_inputs(config: Mapping[str, Any]) -> bool:
-    """Whether a model's decoder is to be given texts beside its encoder."""
+    """Tell whether a model's decoder is to be given texts beside its encoder."""
     architecture = (config.get("architectures") or ["none"])[0]
     return config.get("is_encoder_decoder") is True and not architecture.endswith(ALONE)
 
@@ -78,7 +78,7 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
 
 @cache
 def _source(root: Path, architecture: str, model_type: str) -> str | None:
-    """The source of the module that defines a class, in the folder of the model's type or any other; None:
+    """Return the source of the module that defines a class, in the folder of the model's type or any other; None:
     not found."""
     wanted = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
     for path in _modules(root, model_type):
@@ -89,7 +89,7 @@ def _source(root: Path, architecture: str, model_type: str) -> str | None:
 
 
 def _is_exported(source: str, architecture: str) -> bool:
-    """Whether `transformers.NAME` is the class: its module lists it, or lists nothing."""
+    """Tell whether `transformers.NAME` is the class: its module lists it, or lists nothing."""
     listed = re.search(r"^__all__ = \[(.*?)\]", source, re.MULTILINE | re.DOTALL)
     return listed is None or re.search(rf"[\"']{re.escape(architecture)}[\"']", listed[1]) is not None
 
@@ -104,7 +104,7 @@ def _modules(root: Path, model_type: str) -> Iterator[Path]:
 
 @cache
 def _forward(source: str, architecture: str) -> Forward | None:
-    """The parameters of a class's forward; None if it is inherited from another module."""
+    """Return the parameters of a class's forward; None if it is inherited from another module."""
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     name: str | None = architecture
     seen: set[str] = set()
@@ -154,7 +154,7 @@ def quiet() -> Iterator[None]:
 
 
 def is_own(error: Exception) -> bool:
-    """Whether an error was raised by deltamerge itself, not by code that it called.
+    """Tell whether an error was raised by deltamerge itself, not by code that it called.
 
     Torch's own functions are called through the modes that watch them.
     """
@@ -165,7 +165,7 @@ def is_own(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """An error on one line."""
+    """Return an error on one line."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     shown = first if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {first}"
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"

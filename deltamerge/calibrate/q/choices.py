@@ -63,14 +63,14 @@ class Searches:
 
     @cached_property
     def layers(self) -> dict[str, Linear]:
-        """The pruned linear layers, stacked experts that the rows reach among them."""
+        """Return the pruned linear layers, stacked experts that the rows reach among them."""
         _ = self.objective  # a pass shows which they are
         _ = self.subject.reached
         return self.subject.layers
 
     @cached_property
     def plain(self) -> dict[str, float]:
-        """The q's without calibration."""
+        """Return the q's without calibration."""
         return {p.stored: p.plain for p in self.spec.pruned}
 
     @cached_property
@@ -80,7 +80,7 @@ class Searches:
 
     @cached_property
     def reached(self) -> list[str]:
-        """The layers that the rows reach."""
+        """Return the layers that the rows reach."""
         found = self.subject.reached & self.layers.keys()
         if not found:
             raise InputError("no pruned linear layer was reached by the calibration data")
@@ -102,7 +102,8 @@ class Searches:
         return found
 
     def closer(self, candidates: Sequence[QPoint], values: Sequence[float]) -> QPoint | None:
-        """One more candidate of one q: the minimum of the parabola in log q through the best and its neighbours."""
+        """Return one more candidate of one q: the minimum of the parabola in log q through the best and its
+        neighbours."""
         if self.few is None:
             return None
         some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
@@ -110,7 +111,7 @@ class Searches:
         return None if q is None else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
 
     def not_calibrated(self, found: QPoint) -> list[dict[str, Any]]:
-        """The entry of the lock about tensors without a searched q."""
+        """Return the entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
         return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
 
@@ -121,7 +122,7 @@ class Searches:
         return QPoint(self._whole(own), value, numbers, edge, frozenset(own))
 
     def run(self) -> list[QPoint]:
-        """The candidates, the smallest objective first; learned scales come before their start."""
+        """Return the candidates, the smallest objective first; learned scales come before their start."""
         if self.objective is None:
             return self._closed_form()
         if self.spec.search == "gradient":
@@ -132,7 +133,7 @@ class Searches:
 
     @cached_property
     def objective(self) -> O.Objective | O.Generation | None:
-        """The spec's objective; None for layer_mse, which has a closed form."""
+        """Return the spec's objective; None for layer_mse, which has a closed form."""
         if self.spec.objective == "layer_mse":
             return None
         if self.spec.objective == "validation":
@@ -141,12 +142,12 @@ class Searches:
 
     @property
     def compared(self) -> int:
-        """The masks that the plain choice's objective is a mean over."""
+        """Return the masks that the plain choice's objective is a mean over."""
         return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
 
     def value(self, q: Qs) -> float:
-        """The objective on the rows that are searched on, over `compared` masks; of a choice of the first round, if one
-        mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
+        """Return the objective on the rows that are searched on, over `compared` masks; of a choice of the first round,
+        if one mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
         if self.compared == 1 and (known := [value for some, value in self._valued if same(some, q)]):
             return known[0]
         if self.objective is None:
@@ -160,7 +161,7 @@ class Searches:
     def _minimise(
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
     ) -> list[QPoint]:
-        """The local minima over one number that all q's follow from."""
+        """Return the local minima over one number that all q's follow from."""
         found = self._search(name, lambda points: [self._whole(qs(point)) for point in points], low, high)
         named: dict[str, float | str] = {} if family is None else {"family": family}
         few = f"{family}, {SCAN}" if family else SCAN
@@ -177,7 +178,7 @@ class Searches:
         return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
 
     def _search(self, name: str, qs: Callable[[Sequence[float]], list[Qs]], low: float, high: float) -> search.Minima:
-        """The minimum over one number: of the output change by a model of it, of a metric by trying."""
+        """Return the minimum over one number: of the output change by a model of it, of a metric by trying."""
         objective, subject = self.objective, self.subject
         assert objective is not None
 
@@ -202,7 +203,8 @@ class Searches:
         return found
 
     def _says_little(self, few: O.OutputChange, least: float) -> bool:
-        """Whether the least output change is hardly less than the base's, and predictions can be compared instead."""
+        """Tell whether the least output change is hardly less than the base's, and predictions can be compared
+        instead."""
         if self.rounds is None or not self.rounds.judge.trusted:
             return False
         return few.distance(least) > HARDLY_LESS * few.distance(self.subject.nothing(few))
@@ -268,7 +270,7 @@ class Searches:
         return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
 
     def _exact(self, name: str, layer: LayerStatistics) -> Q:
-        """The closed-form q; of a mask without one the plain q of its layer."""
+        """Return the closed-form q; of a mask without one the plain q of its layer."""
         none = self.plain[name]
         return self._own(
             name,
@@ -345,7 +347,7 @@ class Searches:
         of_rows: Callable[[LayerStatistics], Vector],
         bounds: tuple[float, float],
     ) -> Q:
-        """A layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
+        """Return a layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
         shape, parts = self.subject.infos[name].shape, layer.parts or (layer,)
         if self.spec.scope == "row" and not (layer.parts and layer.transposed):
             values = np.concatenate([of_rows(part) for part in parts])

@@ -70,7 +70,7 @@ class LayerStatistics:
         return float(_ratio(self.diagonal.sum(), self.energy.sum()))
 
     def massive(self, k: int) -> list[int]:
-        """The k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
+        """Return the k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
         return sorted(np.argsort(-self.mean_abs, kind="stable")[:k].tolist())
 
 
@@ -224,7 +224,7 @@ def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
 
 
 def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
-    """A layer's q by the paper's rule: the mean of its rows' q_i(η)."""
+    """Return a layer's q by the paper's rule: the mean of its rows' q_i(η)."""
     return float(bound_rows(layer, density, eta).mean())
 
 
@@ -234,8 +234,8 @@ FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squa
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
-    """The bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to
-    a mean of ½."""
+    """Return the bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of
+    d, to a mean of ½."""
     some = list(layers)
 
     def mean(eta: float) -> float:

@@ -142,7 +142,7 @@ class Rounds:
 
     @cached_property
     def judge(self) -> HeldOutMeasure:
-        """The judge of the first round, in which the fine-tune runs."""
+        """Return the judge of the first round, in which the fine-tune runs."""
         judge = self.subject.agreement(self._left.pop(0))
         self._objectives.append(judge.objective)
         self.rows = judge.rows
@@ -150,11 +150,11 @@ class Rounds:
 
     @property
     def number(self) -> int:
-        """The rounds that there have been."""
+        """Return the rounds that there have been."""
         return len(self._objectives)
 
     def entry(self, q: Mapping[str, Q], found: QPoint | None = None) -> Contender:
-        """The entry of a choice of q's; the same numbers have the same one."""
+        """Return the entry of a choice of q's; the same numbers have the same one."""
         known = next((one for one in self._seen if one.q is q or same(one.q, q)), None)
         if known is None:
             known = Contender(q, found)
@@ -185,7 +185,7 @@ class Rounds:
 
 
 def same(a: Mapping[str, Q], b: Mapping[str, Q]) -> bool:
-    """Whether two choices of numbers are the same."""
+    """Tell whether two choices of numbers are the same."""
     if any(not isinstance(q, float) for q in (*a.values(), *b.values())):
         return False
     return a == b

@@ -50,7 +50,7 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Tell where it computes."""
         return self.model.device
 
 

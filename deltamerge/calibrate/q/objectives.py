@@ -52,7 +52,8 @@ def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
 
 
 def _scale(z: Matrix, t: Matrix) -> float:
-    """The scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they overshoot."""
+    """Return the scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they
+    overshoot."""
 
     def loss(a: float) -> float:
         return float((a - 1.0) ** 2 / (2.0 * len(z)) - np.mean(np.sum(t * _log_softmax(a * z), 1)))
@@ -99,8 +100,8 @@ def evaluate(
     group: int = WALKED,
     counted: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """The objective of every variant; `group` of them share one walk through the blocks, after which their number is
-    `counted`."""
+    """Return the objective of every variant; `group` of them share one walk through the blocks, after which their
+    number is `counted`."""
     if not isinstance(objective, Generation):
         return [objective.value(parts) for parts in reduced(model, objective, variants, group, counted)]
     values: list[float] = []
@@ -127,7 +128,7 @@ def reduced(
 
 
 def placed(objective: Placed, device: torch.device) -> Placed:
-    """The objective with the fine-tune's outputs on a device."""
+    """Return the objective with the fine-tune's outputs on a device."""
     if not isinstance(objective, OutputChange | Distribution):
         return objective
     targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
@@ -135,18 +136,18 @@ def placed(objective: Placed, device: torch.device) -> Placed:
 
 
 def first(objective: Compared, count: int) -> Compared:
-    """The objective on the first `count` of its batches."""
+    """Return the objective on the first `count` of its batches."""
     return replace(objective, batches=objective.batches[:count], targets=objective.targets[:count])
 
 
 def joined(objectives: Sequence[Compared]) -> Compared:
-    """The objective on the batches of all."""
+    """Return the objective on the batches of all."""
     batches = [batch for one in objectives for batch in one.batches]
     return replace(objectives[0], batches=batches, targets=[target for one in objectives for target in one.targets])
 
 
 def over_seeds(values: Sequence[float]) -> float:
-    """The mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
+    """Return the mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
     some = np.asarray(values, dtype=np.float64)
     if len(some) > 2:
         some = np.delete(some, np.argmax(np.abs(some - some.mean())))
@@ -154,7 +155,10 @@ def over_seeds(values: Sequence[float]) -> float:
 
 
 def per_token(scores: Tensor | LazyLogits | None) -> bool:
-    """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
+    """Tell whether logits (B, T, V) score every token, as those of a language model do.
+
+    InputError: they are several.
+    """
     if isinstance(scores, tuple | list):
         raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
     return scores is not None and (scores.x if isinstance(scores, LazyLogits) else scores).dim() == 3
@@ -196,7 +200,7 @@ class OutputChange:
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
     def distance(self, value: float) -> float:
-        """A value in the units of outputs: the root of a squared change."""
+        """Return a value in the units of outputs: the root of a squared change."""
         squared = any(index is not None for _, index in self.targets)
         return math.sqrt(value) if squared else value
 
@@ -245,7 +249,7 @@ class Generation:
     new_tokens: int = 64
 
     def measure(self, model: BlockModel, weights: Weights) -> float:
-        """One variant's 1 − exact match."""
+        """Return one variant's 1 − exact match."""
         made = model.generate(self.batches, weights, new_tokens=self.new_tokens)
         texts = [text for tokens in made for text in self.decode(tokens)]
         return 1.0 - exact_match(texts, [answer for some in self.answers for answer in some], self.pattern)
@@ -361,7 +365,8 @@ class SameAnswers:
 
 
 def is_regression(config: Any) -> bool:
-    """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
+    """Tell whether a head's logits are numbers rather than the classes of one distribution (regression, several
+    labels)."""
     kind = getattr(config, "problem_type", None)
     return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
 
@@ -376,7 +381,7 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | LazyLogits:
-    """Logits (sequences, C), or (real tokens, V) of a language model."""
+    """Return the logits (sequences, C), or (real tokens, V) of a language model."""
     scores = output.scores
     if scores is None:
         raise InputError("the model gives no logits", hint="give a number as q")

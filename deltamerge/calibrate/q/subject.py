@@ -95,7 +95,7 @@ class Tensors:
         return self.resident is not None and self.resident.shed()
 
     def delta(self, name: str) -> Tensor | None:
-        """The part of a tensor's delta that is pruned: 0 in protected columns."""
+        """Return the part of a tensor's delta that is pruned: 0 in protected columns."""
         if name not in self.pairs:
             return None
         tune, base = self.pairs[name]
@@ -107,7 +107,7 @@ class Tensors:
         return delta
 
     def _part_bytes(self) -> int:
-        """Bytes of the tensors outside the blocks and of the largest block."""
+        """Return the bytes of the tensors outside the blocks and of the largest block."""
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return outside + max(blocks, default=0)
 
@@ -124,7 +124,7 @@ class Tensors:
         (self.ahead if self.resident is None else self.resident).begin(wanted)
 
     def _has_masks(self, name: str) -> bool:
-        """Whether all masked deltas of a tensor are kept."""
+        """Tell whether all masked deltas of a tensor are kept."""
         return all(name in mask for mask in self.masks)
 
     def _advise(self, tunes: Sequence[TensorInfo]) -> None:
@@ -133,18 +133,18 @@ class Tensors:
             self.reader.advise(tune, 0, tune.nbytes)
 
     def _stored(self, info: TensorInfo) -> Tensor:
-        """A tensor as it is stored, on the device, to be read only."""
+        """Return a tensor as it is stored, on the device, to be read only."""
         flat = self.ahead(info) if self.resident is None else self.resident.stored(info)
         return flat.view(info.shape)
 
     def _read(self, info: TensorInfo) -> Tensor:
-        """A stored tensor in float32; integers unchanged."""
+        """Return a stored tensor in float32; integers unchanged."""
         tensor = self._stored(info)
         return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
     def _start(self, name: str) -> Tensor:
-        """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
-        own."""
+        """Return the tensor that the masked delta is added to: the base with protected columns' deltas, else the
+        fine-tune's own."""
         if name not in self.pairs:
             return self._stored(self.infos[name])
         tune, base = self.pairs[name]
@@ -159,7 +159,7 @@ class Tensors:
         return start
 
     def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
-        """The masked deltas of tensors, None where a tensor is not pruned."""
+        """Return the masked deltas of tensors, None where a tensor is not pruned."""
         found: dict[str, Masked | None] = dict.fromkeys(names)
         pruned = {name: nodes[name] for name in names if name in nodes}
         roots = {name: Graph().node(dense, [node], shape=node.shape) for name, node in pruned.items()}
@@ -167,7 +167,7 @@ class Tensors:
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
-        """A masked delta as positions and values, or dense, whichever is smaller."""
+        """Return a masked delta as positions and values, or dense, whichever is smaller."""
         positions = np.flatnonzero(values)
         if len(positions) < SPARSE_BELOW * len(values):
             small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
@@ -206,11 +206,11 @@ class HeldOutMeasure:
     higher: bool = False
 
     def eligible(self, found: Sequence[T]) -> list[T]:
-        """The candidates that this judge can compare."""
+        """Return the candidates that this judge can compare."""
         return [one for one in found if self.trusted or not getattr(one, "edge", False)]
 
     def shown(self, value: float) -> float:
-        """A value as it is shown."""
+        """Return a value as it is shown."""
         return 1.0 - value if self.higher else value
 
 
@@ -276,7 +276,7 @@ class Subject:
         return self.reads.batches(rows, size=self.size, labelled=labelled)
 
     def _batch_rows(self) -> int:
-        """Rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
+        """Return rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
         if self.task == "image-classification":
             return BATCH
         length = self.source.calibration.length
@@ -300,8 +300,8 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Linear]:
-        """The linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a pass
-        has reached."""
+        """Return the linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a
+        pass has reached."""
         model = self.model
         found = [layer for part in model.layers for layer in part]
         stacked = [layer for part in model.stacked for layer in part if layer.name in model.turned]
@@ -310,13 +310,13 @@ class Subject:
 
     @property
     def may_have_layers(self) -> bool:
-        """Whether a pruned tensor may be a linear layer's."""
+        """Tell whether a pruned tensor may be a linear layer's."""
         some = (layer for part in (*self.model.layers, *self.model.stacked) for layer in part)
         return any(layer.name in self.pairs for layer in some)
 
     @property
     def reached(self) -> set[str]:
-        """The linear layers of the fine-tune that have had an input."""
+        """Return the linear layers of the fine-tune that have had an input."""
         if not self.model.reached:
             inputs = self.batches["search"].inputs
             self.model.run(inputs, [self.tune], lambda batch, output: None)
@@ -342,7 +342,7 @@ class Subject:
             progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
-        """The objective of that name, on "search" or "held" rows."""
+        """Return the objective of that name, on "search" or "held" rows."""
         return self._change(self.batches[part].inputs)
 
     def _change(self, inputs: Sequence[Inputs]) -> O.OutputChange:
@@ -351,7 +351,7 @@ class Subject:
         return change
 
     def validation(self, part: Part) -> O.Validation | O.Generation:
-        """The objective of that name, on "search" or "held" rows."""
+        """Return the objective of that name, on "search" or "held" rows."""
         assert self.metric is not None
         if self.metric == "exact_match":
             made, settings = self.reads.prompts(self.rows[part], size=self.size), self.source.calibration
@@ -363,20 +363,20 @@ class Subject:
         return O.Validation(self.batches[part].inputs, labels, self.metric)
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
-        """The objective of learned scales on batches of the given rows."""
+        """Return the objective of learned scales on batches of the given rows."""
         found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
         self.count(inputs)
         return found
 
     def judge(self) -> HeldOutMeasure:
-        """The judge: the metric where there are labels, else predictions; without a head the output change."""
+        """Return the judge: the metric where there are labels, else predictions; without a head the output change."""
         if self.metric is None:
             return self.agreement(self.batches["held"].inputs)
         objective = self.validation("held")
         return HeldOutMeasure(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
 
     def agreement(self, inputs: Sequence[Inputs]) -> HeldOutMeasure:
-        """The distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
+        """Return the distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
         rows = sum(map(sequences, inputs))
         if self.task in LANGUAGE and self._has_head:
             return HeldOutMeasure(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
@@ -389,7 +389,7 @@ class Subject:
 
     @property
     def is_regression(self) -> bool:
-        """Whether the head's outputs are numbers."""
+        """Tell whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
     @property
@@ -407,7 +407,7 @@ class Subject:
     def values(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
-        """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
+        """Return the objective of every choice of q's, over the first `seeds` masks (default: all)."""
         return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
 
     def of_masks(
@@ -443,7 +443,7 @@ class Subject:
 
     @cached_property
     def others(self) -> list[Subject]:
-        """The same on the other GPUs that calibration may use."""
+        """Return the same on the other GPUs that calibration may use."""
         devices = torch_devices(self.source.device)[1:]
         return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
@@ -452,7 +452,7 @@ class Subject:
         return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
-        """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
+        """Return the objective of the base with the fine-tune's head, where nothing of the delta is kept."""
         nothing = [pruned(self.start, lambda name: None, {})]
         return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
 

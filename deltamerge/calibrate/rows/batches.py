@@ -66,7 +66,7 @@ class RowReader:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id that pads sequences; None for pictures."""
+        """Return the id that pads sequences; None for pictures."""
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def batches(self, rows: Sequence[DataRow], *, size: int = 32, labelled: bool = False) -> Batches:
@@ -139,7 +139,7 @@ class RowReader:
         return encoded | {COMPARED: compared}
 
     def _said_from(self, row: DataRow, ids: list[int]) -> int:
-        """Where the completion begins among a row's ids: the first that are not those of the prompt alone."""
+        """Tell where the completion begins among a row's ids: the first that are not those of the prompt alone."""
         alone = self._tokenise([row.content])["input_ids"][0] if row.content else []
         start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
         if max(1, start) >= len(ids):
@@ -190,7 +190,7 @@ def _groups(rows: Sequence[DataRow], size: int) -> list[Sequence[DataRow]]:
 
 
 def config_of(folder: Path) -> Any:
-    """A model's configuration. InputError: transformers cannot read it."""
+    """Return a model's configuration. InputError: transformers cannot read it."""
     from transformers import AutoConfig
 
     with running("transformers cannot read its config.json"):
@@ -198,7 +198,7 @@ def config_of(folder: Path) -> Any:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
+    """Return the tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
     from transformers import AutoTokenizer
 
     with running(f"{folder}: no usable tokenizer"):

@@ -60,7 +60,7 @@ def read(
     split: str | None = None,
     limit: int = 1000,
 ) -> list[DataRow]:
-    """The rows of `source`, in order.
+    """Return the rows of `source`, in order.
 
         source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
                  or a hub data set id, org/name or org/name@revision
@@ -96,12 +96,12 @@ def read(
 
 
 def is_of_hub(source: str, folder: Path) -> bool:
-    """Whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
+    """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
     return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
-    """The local files of `source`: one file, or a folder's pictures; none for a hub data set."""
+    """Return the local files of `source`: one file, or a folder's pictures; none for a hub data set."""
     path = folder / source
     if path.is_dir():
         return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
@@ -109,7 +109,7 @@ def local_files(source: str, folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """All files below a folder; links to folders are not followed. InputError: too many."""
+    """Yield all files below a folder; links to folders are not followed. InputError: too many."""
     listed = 0
     pending = [str(folder)]
     while pending:
@@ -138,7 +138,7 @@ def select(rows: Sequence[DataRow], count: int, seed: int) -> list[DataRow]:
 
 
 def has_head(config: Mapping[str, Any], task: str) -> bool:
-    """Whether the model of a config.json has the head that the task needs."""
+    """Tell whether the model of a config.json has the head that the task needs."""
     return _architecture(config).endswith(HEADS[task])
 
 
@@ -212,7 +212,7 @@ def _row(
 
 
 def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> DataRow:
-    """A row of a prompt and its completion, which is its label where it has no other."""
+    """Return a row of a prompt and its completion, which is its label where it has no other."""
     prompt, completion = (record[name] for name in ANSWERED)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
@@ -345,8 +345,8 @@ def split(
 def rows_of(
     calibration: Calibration, folder: Path, config: Mapping[str, Any], *, labelled: bool, limit: int
 ) -> list[DataRow]:
-    """All rows of the data, of a hub data set the first `limit`. InputError: missing fields, a head that does not fit
-    the task, labels that do not fit the head."""
+    """Return all rows of the data, of a hub data set the first `limit`. InputError: missing fields, a head that does
+    not fit the task, labels that do not fit the head."""
     _check_model(calibration, config)
     label = None
     if labelled:
