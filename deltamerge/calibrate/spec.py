@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from deltamerge.calibrate.model.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
@@ -18,6 +19,63 @@ from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16"]
+CPU_INFO = Path("/proc/cpuinfo")
+FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
+LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
+
+
+class Sized(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def precision_of(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
+    """Return the precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at
+    it."""
+    if asked != "auto":
+        return "bfloat16" if asked == "bfloat16" else "float32"
+    large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
+    return "bfloat16" if large and fast_bfloat16(device) else "float32"
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Tell whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
+    return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
+
+
+def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in that precision, of bfloat16 with sums in float32."""
+    if precision == "float32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
+    """Attention whose backward adds in one order: the fused ones of a GPU do not."""
+    if device.type == "cpu":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@cache
+def _flags(path: Path) -> frozenset[str]:
+    """Return the flags of the first processor."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").split())
+
 
 EVALUATIONS = 20
 STEPS = 40
@@ -68,8 +126,8 @@ class CalibrationInput:
 
     @property
     def precision(self) -> Precision:
-        """Of the products of its forward passes."""
-        return chosen(self.calibration.precision, self.device, self.tensors)
+        """Return the precision of the products of its forward passes."""
+        return precision_of(self.calibration.precision, self.device, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +271,7 @@ class Spec:
 
     @property
     def _shared_bytes(self) -> int:
-        """Of merged weights and their gradients, in float32."""
+        """Return the bytes of merged weights and their gradients, in float32."""
         return 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
 
     @property
@@ -318,7 +376,7 @@ def ahead(tensors: Sequence[TensorInfo]) -> int:
 
 
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
-    """Of masked deltas, of `dense` bytes an entry where they are dense."""
+    """Return the bytes of masked deltas, of `dense` bytes an entry where they are dense."""
     return sum(
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
         for one in pruned

@@ -60,7 +60,7 @@ def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
 
 
 def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: float) -> QValue:
-    """That of a delta of a tensor; `start`, the recipe's own, where the stage has none."""
+    """Return the coefficient of a tensor's delta; `start`, the recipe's own, where the stage has none."""
     return calibrated.q.get(f"{delta}:{name}", start)
 
 
@@ -204,7 +204,7 @@ class OfLayer:
 
 
 def of_layer(moments: Spooled, *, name: str) -> OfLayer:
-    """Those of one layer, by its weight's name in the output."""
+    """Return the moments of one layer, by its weight's name in the output."""
     return OfLayer(moments, name)
 
 
@@ -227,7 +227,7 @@ class OfTensor:
 
 
 def of_tensor(squares: Spooled, *, name: str) -> OfTensor:
-    """Those of one tensor, by its name in the output."""
+    """Return the squares of one tensor, by its name in the output."""
     return OfTensor(squares, name)
 
 

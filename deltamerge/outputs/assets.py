@@ -32,9 +32,9 @@ from deltamerge.models.gguf_tokenizer import described, is_described
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.outputs.tokenizer import Files, as_json, content_of, edit_tokenizer
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
+from deltamerge.plan.output_config import BESIDE, generation_of
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
-from deltamerge.plan.written_config import BESIDE, generation_of
 from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
 
 TOKENIZER = (

@@ -23,7 +23,7 @@ from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
-from deltamerge.plan.merged_tensor import Merge, Tuned, matrix_form
+from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -62,7 +62,7 @@ class StageMaker:
         return replace(stages, inputs={index: self._measured(deltas, some) for index, some in by_model.items()})
 
     def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> InputMeasurement:
-        """What measures the inputs of a model's layers."""
+        """Return the measurement of the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
         source = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
         return InputMeasurement(source, {t.name: t.tensor.name for t in tunes})

@@ -17,7 +17,7 @@ from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.merge import Merge, Tuned
 from deltamerge.recipe import values
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What runs before the first tile, since it is of all tensors of a model: nodes by the model's place in the recipe.
+    """The stages before the first tile, of all tensors of a model: nodes by the model's place in the recipe.
 
     activations  measure what `Masking.norms` and `protect` take
     weighing     measure what a budget weighs its errors by
@@ -69,7 +69,7 @@ class Stages:
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
-        """Those that choose something: each model's q's, or the merge's λ."""
+        """Return the stages that choose something: each model's q's, or the merge's λ."""
         together = () if self.together is None else (self.together,)
         return (*self.calibrated.values(), *together)
 
@@ -99,7 +99,7 @@ class Deltas:
 
     @property
     def coefficients(self) -> str | None:
-        """What has a factor of its own in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
+        """Return the scope of a factor in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
         calibration = self.recipe.calibration
         return calibration.coefficients if calibration is not None and self.whole_merge else None
 
@@ -232,7 +232,7 @@ class Deltas:
             return self._cleared(function_of(method.nodes)(masking), columns)
 
     def _parameters(self, tuned: Tuned) -> dict[str, float | bool]:
-        """What the parameters of a tensor's pruning method are for it."""
+        """Return the parameters of a tensor's pruning method."""
         method, given = self.method_of(tuned), dict[str, float | bool]()
         for name, value in self.prune_of(tuned).parameters.items():
             found = number(value, tuned.merge)
@@ -319,6 +319,6 @@ class Deltas:
 
 
 def number(value: Any, merge: Merge) -> float | None:
-    """What a value of the recipe is for a tensor; None where no filter matches it."""
+    """Return a value of the recipe for a tensor; None where no filter matches it."""
     found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)

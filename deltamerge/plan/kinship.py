@@ -41,7 +41,7 @@ HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadMode
 
 @dataclass(frozen=True, slots=True)
 class Kin:
-    """How two models' weights relate: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
+    """The relation of two models' weights: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
 
     relative: float
     cosine: float
@@ -69,7 +69,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
 
 
 def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
-    """How two models' weights relate; None if too little can be compared, or if one is an adapter or delta."""
+    """Return the relation of two models' weights; None if too little can be compared, or for an adapter or delta."""
     made = any(model.checkpoint.base is not None for model in (first, other))
     if made or any((twin := first.get(n)) is not None and twin.is_same(t) for n, t in other.tensors.items()):
         return None

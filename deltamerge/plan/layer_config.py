@@ -291,7 +291,7 @@ def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool
 
 
 def _told(stacked: Stacked) -> tuple[list[str], list[str]]:
-    """What the values by layer say of each layer: the template's layers, and the new ones."""
+    """Return the values by layer of each layer: the template's layers, and the new ones."""
     columns = list(stacked.followed.values())
     old = [repr([values[i] for values, _ in columns]) for i in range(len(stacked.old))]
     return old, [repr([values[i] for _, values in columns]) for i in range(len(stacked.new))]

@@ -246,7 +246,7 @@ def held_by_factors(wanted: Output, outputs: Iterable[OutputTensor], workers: in
 
 
 def factoring_note(wanted: Output, *, calibrated: bool) -> str:
-    """What a plan says of the factors."""
+    """Return the note of a plan about the factors."""
     size = f"rank {wanted.rank}"
     if wanted.budget is not None:
         size = f"{wanted.budget} bytes" + (f", rank {wanted.rank} at most" if wanted.rank else "")

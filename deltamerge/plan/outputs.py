@@ -17,7 +17,8 @@ from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.coding import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.merge import Merge
+from deltamerge.plan.output_config import settle
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising
 from deltamerge.plan.quantised import remarks
@@ -34,7 +35,6 @@ from deltamerge.plan.stack import (
 )
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
-from deltamerge.plan.written_config import settle
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.graph import Graph

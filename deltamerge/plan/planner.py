@@ -20,9 +20,8 @@ from deltamerge.formats.quantised.coding import Coding
 from deltamerge.formats.quantised.packing import kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs, refuse_adapter, remarks
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, refuse_adapter, remarks
 from deltamerge.plan.kinship import strangers, swapped
-from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import (
     Cost,
     Memory,
@@ -36,6 +35,7 @@ from deltamerge.plan.memory import (
     largest,
     tiles,
 )
+from deltamerge.plan.output_config import OutputConfig, adapter_warnings
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -43,7 +43,6 @@ from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizer
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import ChatTemplate, choose_chat_template, edit_config
-from deltamerge.plan.written_config import WrittenConfig, adapter_warnings
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -62,7 +61,7 @@ ADAPTER = Component(stem="adapter_model")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """How a plan is to be run.
+    """The options of a run.
 
     device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for what it does faster
     workers  threads
@@ -123,7 +122,7 @@ class Plan:
     stacks: tuple[Stack, ...] = ()
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
-    settled: WrittenConfig = field(default_factory=lambda: WrittenConfig({}))
+    settled: OutputConfig = field(default_factory=lambda: OutputConfig({}))
 
     @property
     def device(self) -> str:
@@ -177,7 +176,7 @@ class Plan:
 
     @property
     def codings(self) -> dict[str, Coding]:
-        """How the output's coded weights are stored."""
+        """Return the codings of the output's quantised weights."""
         return {output.name: output.coding for output in self.outputs if output.coding is not None}
 
     @property
@@ -488,7 +487,7 @@ def _tokenizers(
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
-    """What "auto" leaves to the GPU, and why, in a line."""
+    """Return a line on the work that "auto" leaves to the GPU, and why."""
     pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)

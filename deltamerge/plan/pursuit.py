@@ -95,7 +95,7 @@ def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
 
 
 def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> NDArray[np.int64]:
-    """Of each target the atom with the greatest |a · r| that is not chosen yet."""
+    """Return each target's atom with the greatest |a · r| that is not chosen yet."""
     scores = (residual.to(atoms.screened.dtype) @ atoms.screened.T).abs_()
     if chosen.shape[1]:
         at, places = np.nonzero(used)

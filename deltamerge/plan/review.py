@@ -21,7 +21,7 @@ NUMBER = re.compile(r"\d+")
 
 
 def difference(old: Described, new: Described) -> dict[str, Any]:
-    """How the plan `new` differs from `old`, both as described.
+    """Return the differences of the plan `new` from `old`, both as described.
 
     plan      the plan's own values that differ: key -> [old, new]
     stages    calibration stages that differ: model -> [old, new]

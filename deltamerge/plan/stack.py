@@ -84,7 +84,7 @@ class Spares:
 
     @cached_property
     def _kinds(self) -> list[dict[str, dict[int, set[str]]]]:
-        """Of each model, by container and number: what follows the number in the names of the block's tensors."""
+        """Return each model's blocks by container and number: the ends of their tensors' names, after the number."""
         found: list[dict[str, dict[int, set[str]]]] = []
         for model in self.models:
             own: dict[str, dict[int, set[str]]] = {}
@@ -97,7 +97,7 @@ class Spares:
 
     @cached_property
     def _usual(self) -> dict[str, tuple[int, set[str]]]:
-        """Of each container the last number that every model has (-1: none), and what those blocks hold."""
+        """Return each container's last number that every model has (-1: none), and the content of such blocks."""
         found = {}
         for prefix in {prefix for own in self._kinds for prefix in own}:
             kinds = [own.get(prefix, {}) for own in self._kinds]
@@ -169,7 +169,7 @@ class ModuleFinder:
                 self.found[module] = f"{stem}*"
 
     def describe(self) -> list[str]:
-        """What the modules that have other names in the file are called there."""
+        """Return the names in the file of modules that have other names there."""
         return [f"module {module}: {names} in the file" for module, names in self.found.items()]
 
     def of(self, name: str) -> str | None:
@@ -439,7 +439,7 @@ def _inside(name: str, prefix: str) -> bool:
 
 
 def _behind(name: str, prefix: str) -> str:
-    """What follows the number of a layer in the name of one of its tensors."""
+    """Return the end of the name of a layer's tensor, after the layer's number."""
     return name.removeprefix(prefix + ".").partition(".")[2]
 
 

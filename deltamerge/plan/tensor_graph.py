@@ -20,7 +20,7 @@ from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
 from deltamerge.methods.prune.select import largest
 from deltamerge.plan.delta_graph import Deltas
-from deltamerge.plan.merged_tensor import Merge, Tuned, matrix_form
+from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.plan.running_sum import counts
 from deltamerge.plan.transplant_rows import Transplanted
 from deltamerge.recipe.prune_keys import MERGED
@@ -265,7 +265,7 @@ class Builder:
             return node
 
     def _difference(self, merged: Node, base: Node) -> Node:
-        """What a merged tensor adds to the base, in float32."""
+        """Return the difference of a merged tensor and the base, in float32."""
         pair = [self.cast(merged, "F32"), base]
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
@@ -290,11 +290,11 @@ class Builder:
         return 1.0 if density is None else min(1.0, density)
 
     def parameters(self, merge: Merge) -> dict[str, Any]:
-        """What the method's function is given for a tensor."""
+        """Return the parameters of the method's function for a tensor."""
         return self._parameters(merge)[0]
 
     def _parameters(self, merge: Merge) -> tuple[dict[str, Any], list[str]]:
-        """What the method's function is given for a tensor, and for people what of it is a model's own, by model."""
+        """Return the parameters of the method's function for a tensor, and each model's own in words."""
         values: dict[str, Any] = {}
         texts = [""] * len(merge.tunes)
         for name, param in self.recipe.method.parameters.items():
@@ -335,7 +335,7 @@ class Builder:
         return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:
-        """What the merge adds to the base, in float32."""
+        """Return the merge less the base, in float32."""
         assert merge.base is not None
         base = self.graph.read(merge.base)
         inputs = [base, *(self._delta(tuned, seed)[0] for tuned in merge.tunes)]

@@ -53,7 +53,7 @@ UNION = "tokenizer_source: union"
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """What is said of tokenizers: `warnings`, and `notes` on what a recipe chose or only the base has otherwise."""
+    """Messages about tokenizers: `warnings`, and `notes` on a recipe's choice and on differences of the base alone."""
 
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class _Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """How the rows of one vocabulary differ from those of another.
+    """The differences of the rows of two vocabularies.
 
     shared   rows that have a token in both
     other    row -> its token, of shared rows that have another token
@@ -109,7 +109,7 @@ class _Apart:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What differs, in words, and the tokenizers that are not as the one they are compared with."""
+    """The differences in words, and the tokenizers that are not as the one they are compared with."""
 
     kind: Literal["many", "rows", "more", "special", "steps", "role", "template", "unread"]
     text: str
@@ -187,7 +187,7 @@ def other_words(inputs: Inputs) -> Iterator[str]:
 
 
 def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """How the tokenizer of B differs from A's, in words."""
+    """Return the differences of B's tokenizer from A's, in words."""
     one, other = (_places(checkpoint, checkpoint.reference) for checkpoint in (a, b))
     lines, reading = [], Reading()
     for place in one.keys() & other.keys():
@@ -281,7 +281,7 @@ def _is_tokenizer(folder: Path) -> bool:
 def _findings(
     written: _Tokenizer | None, others: Sequence[_Tokenizer], reading: Reading, *, by_token: bool
 ) -> Iterator[_Finding]:
-    """How tokenizers differ from the one that is written, or where there is none from the first."""
+    """Return the differences of tokenizers from the one that is written, or from the first if there is none."""
     try:
         yield from _of_rows(written, others, reading, by_token=by_token)
     except InputError as error:

@@ -35,8 +35,8 @@ from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.run.options import Options

@@ -27,9 +27,9 @@ from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device

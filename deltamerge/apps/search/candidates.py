@@ -11,9 +11,8 @@ from typing import Any
 from deltamerge.errors import InputError
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs
-from deltamerge.plan.lora import own_weights
-from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
+from deltamerge.plan.merge import Merge
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary

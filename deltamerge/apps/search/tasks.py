@@ -12,10 +12,10 @@ from torch import Tensor
 from deltamerge import errors
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import stored
-from deltamerge.calibrate.model.precision import chosen
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, task_of
+from deltamerge.calibrate.spec import precision_of
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ class Task:
                 checkpoint.tensors,
                 device=self.device,
                 pad_token_id=self.reads.pad_token_id,
-                precision=chosen(calibration.precision, device, checkpoint.tensors.values()),
+                precision=precision_of(calibration.precision, device, checkpoint.tensors.values()),
             )
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 

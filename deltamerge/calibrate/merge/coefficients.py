@@ -78,7 +78,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
 
 def _deltas(spec: Spec, part: int) -> list[dict[str, Node]]:
-    """Of each coefficient the nodes of its deltas, by the names of a fine-tune's tensors."""
+    """Return the nodes of each coefficient's deltas, by the names of a fine-tune's tensors."""
     masked = {one.name: one.masked for one in spec.pruned}
     return [{one.stored: masked[one.name][k] for one in spec.parts[part].pruned} for k in range(len(spec.coefficients))]
 
@@ -122,7 +122,7 @@ class _Merge:
         return found
 
     def nothing(self) -> dict[str, Tensor]:
-        """Of the base."""
+        """Return coefficients of 0, which give the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
 
     def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
@@ -229,7 +229,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
 
 
 def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
-    """What is fitted, and what gives the coefficients of every tensor that it stands for."""
+    """Return the fitted numbers, and the function that makes every tensor's coefficients of them."""
     if scope == "model":
         one = next(iter(start.values())).clone().requires_grad_(True)
         return [one], lambda some: dict.fromkeys(start, some[0])
@@ -238,7 +238,7 @@ def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Se
 
 
 def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
-    """How often all fine-tunes' rows can be gone through, within the passes that are left for it."""
+    """Return the number of times that the passes left allow to go through all fine-tunes' rows."""
     from deltamerge.calibrate.model.passes import sequences
 
     turn, left = max(len(task.groups) for task in tasks), []
@@ -251,7 +251,7 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
 
 
 def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
-    """Of each fine-tune that of its objective."""
+    """Return the value of each fine-tune's objective."""
     from deltamerge.calibrate.model.spread import in_turns
 
     every = range(len(objectives))

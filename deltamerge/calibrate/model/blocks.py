@@ -41,7 +41,6 @@ from deltamerge.calibrate.model.passes import (
     from_reader,
     patched,
 )
-from deltamerge.calibrate.model.precision import Precision, multiplying, same_every_time
 from deltamerge.calibrate.model.skeleton import (
     bodies,
     find_blocks,
@@ -52,6 +51,7 @@ from deltamerge.calibrate.model.skeleton import (
     skeleton,
 )
 from deltamerge.calibrate.model.transformers_code import running
+from deltamerge.calibrate.spec import Precision, multiplying, same_every_time
 from deltamerge.errors import InputError
 
 

@@ -206,7 +206,7 @@ def _bias(state: str) -> str:
 
 
 def cuts(box: Box, pieces: Sequence[StatePiece], layers: Mapping[str, Linear], shape: Sequence[int]) -> list[MatrixCut]:
-    """What of the file a box is; `shape` is the state's, `layers` have the file's tensors by name."""
+    """Return the parts of the file in a box; `shape` is the state's, `layers` have the file's tensors by name."""
     found = []
     for piece in pieces:
         rows, columns, inputs_are_rows, high = box.rows, box.columns, box.turned, shape[-2]

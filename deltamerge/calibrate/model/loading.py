@@ -290,7 +290,7 @@ def _convert(group: StateGroup, tensors: Sequence[Tensor], model: Any) -> dict[s
 def _placed(
     group: StateGroup, shapes: Sequence[tuple[int, ...]], model: Any
 ) -> dict[str, list[list[tuple[int, StatePiece]]]]:
-    """Of each state and its matrices the pieces, with the numbers of their files: the converter run on int32 places."""
+    """Return the pieces of each state's matrices, with the numbers of their files: the converter, run on places."""
     if any(len(shape) < 2 for shape in shapes):
         return {}
     starts = [0]

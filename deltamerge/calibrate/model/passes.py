@@ -106,7 +106,7 @@ class LastLayer:
         return patched(self._layers, lambda i: stop)
 
     def put_off(self, forward: Callable[[], BlockOutput]) -> BlockOutput:
-        """What a forward gives; where the layer's product is the logits as it is, it is not computed."""
+        """Return the output of a forward; the layer's product is not computed where it is the logits as it is."""
         if self._is_last:
             products: dict[int, tuple[Tensor, LazyLogits]] = {}
             with suppress(InputError), patched(self._layers, lambda i: partial(_put_off, self._layers[i], products)):

@@ -19,7 +19,7 @@ Place = TypeVar("Place")
 
 
 class OnDevice(Protocol):
-    """What computes on a device."""
+    """A place that computes on a device."""
 
     @property
     def device(self) -> torch.device: ...
@@ -43,7 +43,7 @@ def spread(
     jobs: Sequence[Job],
     work: Callable[[Place, Sequence[Job], Callable[[], None]], Sequence[T]],
 ) -> list[T]:
-    """What `work(place, share, check)` finds of all jobs, in their order; the first share is this thread's.
+    """Return the results of `work(place, share, check)` for all jobs, in their order; the first share is this thread's.
 
     `check` raises `ShareStop` once another share has failed.
     """
@@ -75,7 +75,7 @@ def spread(
 
 
 def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There, Job], T]) -> Iterator[T]:
-    """What `work(place, job)` finds of all jobs, in their order; job j is that of place j % len(places).
+    """Yield the results of `work(place, job)` for all jobs, in their order; job j is that of place j % len(places).
 
     As many go at a time as there are places, and what they found is taken before others go.
     """

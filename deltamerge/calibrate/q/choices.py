@@ -75,7 +75,7 @@ class Searches:
 
     @cached_property
     def density(self) -> dict[str, float]:
-        """Of the layers."""
+        """Return the densities of the layers."""
         return {p.stored: p.density for p in self.spec.pruned if p.stored in self.layers}
 
     @cached_property
@@ -322,7 +322,7 @@ class Searches:
         return [self._found(qs, self.value(self._whole(qs)), numbers), *starts]
 
     def _agreeing(self, found: Sequence[QPoint], inputs: Sequence[Mapping[str, torch.Tensor]]) -> QPoint:
-        """Of several minima the one whose predictions are nearest to the fine-tune's."""
+        """Return the minimum whose predictions are nearest to the fine-tune's."""
         some = [one for one in found if not one.edge] or list(found)
         if len(some) == 1:
             return some[0]

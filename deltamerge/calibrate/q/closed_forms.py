@@ -19,7 +19,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What one pass over the calibration tokens leaves of a layer y = x Wᵀ + b; E is the mean over tokens.
+    """Averages of one pass over the calibration tokens, of a layer y = x Wᵀ + b; E is the mean over tokens.
 
     tokens           N, padding excluded
     mean, mean_abs   (n) E[x_j], E|x_j|
@@ -88,7 +88,7 @@ class MatrixStatistics:
 
 
 def joined(parts: Sequence[MatrixStatistics], shape: tuple[int, ...]) -> LayerStatistics:
-    """Those of a whole tensor of `shape`: averages over the tokens of each part."""
+    """Return the statistics of a whole tensor of `shape`: averages over the tokens of each part."""
     transposed = parts[0].layer.transposed
     sides = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     if len(shape) == 2:
@@ -109,7 +109,7 @@ def pooled(layers: Sequence[LayerStatistics]) -> LayerStatistics:
 
 
 def _averaged(parts: Sequence[MatrixStatistics], sides: tuple[int, int]) -> LayerStatistics:
-    """Of a matrix (m, n): each output's and input's averages over the tokens of the parts that have it."""
+    """Return each output's and input's averages of a matrix (m, n), over the tokens of the parts that have it."""
     drawn = all(part.layer.power is not None for part in parts)
     weights = [part.layer.tokens for part in parts]
     counts = np.zeros(sides[0]), np.zeros(sides[1])

@@ -47,7 +47,7 @@ class QPoint:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What held-out rows say.
+    """The result of a comparison on held-out rows.
 
     judge    with the number of rows that were looked at
     some     the candidates that were compared to the end

@@ -118,7 +118,7 @@ def reduced(
     group: int = WALKED,
     counted: Callable[[int], None] = lambda _: None,
 ) -> list[list[Any]]:
-    """Of every variant what `objective.value` takes, a part a batch; see `evaluate`."""
+    """Return the argument of `objective.value` for every variant, a part a batch; see `evaluate`."""
     found: list[list[Any]] = []
     for start in range(0, len(variants), group):
         some = variants[start : start + group]

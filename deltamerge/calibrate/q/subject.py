@@ -420,7 +420,7 @@ class Subject:
         return [found[i :: len(qs)] for i in range(len(qs))]
 
     def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]]) -> list[list[Any]]:
-        """Of every choice of q's what `objective.value` takes, for the first mask."""
+        """Return the argument of `objective.value` for every choice of q's, for the first mask."""
         return self._spread(O.reduced, objective, qs, lambda at, q: pruned(at.start, at.masks[0], q))
 
     def _spread(
@@ -448,7 +448,7 @@ class Subject:
         return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
     def learners(self, objective: O.Distribution) -> list[Learner]:
-        """What learns scales of the first mask on the other GPUs."""
+        """Return the learners of the first mask's scales on the other GPUs."""
         return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
