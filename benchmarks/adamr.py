@@ -29,7 +29,7 @@ from process import measure
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedModel
 
-from deltamerge.apps.train.adamr import AdamR
+from deltamerge import AdamR
 
 MODELS = {"minilm": (30522, 384, 1536, 6), "bert-base": (30522, 768, 3072, 12)}  # vocabulary, width, inner, layers
 DENSITY = 0.01

@@ -20,7 +20,7 @@ import torch
 from deltamerge.calibrate.q.choices import Searches
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.stage import calibrating
-from deltamerge.cli.plan_view import calibration_seconds
+from deltamerge.cli.plan import calibration_seconds
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans

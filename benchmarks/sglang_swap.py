@@ -33,7 +33,7 @@ def measure(base: Path, models: list[Path], folder: Path) -> int:
     """How many models answer otherwise than they should."""
     from sglang.srt.entrypoints.engine import Engine
 
-    from deltamerge.apps.serve.sglang import EngineSwitch
+    from deltamerge import EngineSwitch
 
     names = [*(model.name for model in models), "base"]
     deltas: list[Path | None] = [*extracted(base, models, folder / "store"), None]

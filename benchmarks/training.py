@@ -20,7 +20,7 @@ def adamw(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
 
 
 def adamr(base: Path, decay: float, **options: Any) -> OptimizerFactory:
-    from deltamerge.apps.train.adamr import AdamR
+    from deltamerge import AdamR
 
     return lambda model, lr: AdamR.for_model(model, base, lr=lr, decay=decay, **options)
 

@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from deltamerge.apps.chain.follow import follow
     from deltamerge.apps.chain.live import load_delta
     from deltamerge.apps.chain.switch import Switch
+    from deltamerge.apps.serve.sglang import EngineSwitch
+    from deltamerge.apps.train.adamr import AdamR
     from deltamerge.apps.train.callback import DeltaCallback
     from deltamerge.apps.train.trainer import DeltaWriter
     from deltamerge.errors import DeltamergeError
 
 __all__ = [
+    "AdamR",
     "DeltaCallback",
     "DeltaWriter",
     "DeltamergeError",
+    "EngineSwitch",
     "Switch",
     "__version__",
     "follow",
@@ -27,10 +31,13 @@ __all__ = [
     "prune",
 ]
 
+# A public name, and the module that has it.
 _HOME = {
+    "AdamR": "deltamerge.apps.train.adamr",
     "DeltaCallback": "deltamerge.apps.train.callback",
     "DeltaWriter": "deltamerge.apps.train.trainer",
     "DeltamergeError": "deltamerge.errors",
+    "EngineSwitch": "deltamerge.apps.serve.sglang",
     "Switch": "deltamerge.apps.chain.switch",
     "follow": "deltamerge.apps.chain.follow",
     "load_delta": "deltamerge.apps.chain.live",
@@ -44,7 +51,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """What Python users call, imported when it is asked for."""
+    """Import a public name when it is asked for."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

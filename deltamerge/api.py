@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from deltamerge.apps.report.pictures import drawing
 from deltamerge.engine.execute import default_workers, execute
-from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors import InputError, RecipeError, app
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, PlanOptions, plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
@@ -23,9 +22,9 @@ from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
 from deltamerge.tensors.dtypes import code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,11 @@ class Planned:
 
     @property
     def recipe(self) -> Path:
-        """The recipe's path."""
+        """Return the recipe's path."""
         return self.file.path
 
     def describe(self) -> dict[str, Any]:
-        """What `deltamerge plan --json` prints."""
+        """Return the plan as `deltamerge plan --json` prints it."""
         return self.plan.describe()
 
     def run(
@@ -59,13 +58,19 @@ class Planned:
 
         DeltamergeError: whatever the command line would print and exit for.
         """
+        drawing = None
+        if pictures:
+            with app("report"):
+                from deltamerge.apps.report import pictures as report
+
+            drawing = report.drawing
         options = replace(
             self.options,
             force=force,
             resume=resume,
             lock=Lock.read(self.file.lock_path) if locked else None,
             allow_nonfinite=allow_nonfinite,
-            drawing=drawing if pictures else None,
+            drawing=drawing,
         )
         return run_recipe(self.file, None if out is None else Path(out), options)
 
@@ -78,8 +83,9 @@ def load_recipe(
     memory: int | None = None,
     mergekit_exact: bool = False,
 ) -> Planned:
-    """The recipe file `recipe`, planned; no weight is read. `memory` is a cap in bytes; `mergekit_exact` takes
-    mergekit's defaults where ours follow the papers.
+    """Plan the recipe file `recipe`. No weight is read.
+
+    `memory` is a cap in bytes. `mergekit_exact` takes mergekit's defaults where ours follow the papers.
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
     """
@@ -97,7 +103,9 @@ def prune(
     workers: int | None = None,
     **keys: Any,
 ) -> dict[str, torch.Tensor]:
-    """base + the pruned delta of a fine-tune, state dict for state dict, in the fine-tune's dtypes and on the CPU.
+    """Return base + the pruned delta of a fine-tune, state dict for state dict.
+
+    The tensors have the fine-tune's dtypes and are on the CPU.
 
     `keys` are those of a recipe's `prune` (method, density, q, include, exclude, …); the result is that of a recipe
     with them, this `seed`, and a model of this `name`, bit for bit. Nothing calibrated: that needs a model's folder.

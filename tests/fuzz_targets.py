@@ -59,10 +59,18 @@ from deltamerge.models.chain.folder import head
 from deltamerge.models.checkpoint import INDEX, open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.gguf_vocabulary import sentences
 from deltamerge.models.hub import open_model
-from deltamerge.models.hub_answers import check_range, header_by_ranges, read_listing
-from deltamerge.models.hub_guard import COMMIT, HASH, Bounds, check, within
+from deltamerge.models.hub_client import (
+    COMMIT,
+    HASH,
+    Bounds,
+    check,
+    check_range,
+    header_by_ranges,
+    read_listing,
+    within,
+)
+from deltamerge.models.vocabulary_files import sentences
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify

@@ -48,7 +48,7 @@ SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have
 HEAVY = (
     "torch", "transformers", "peft",
     "deltamerge.run.apply", "deltamerge.apps.chain.extract", "deltamerge.apps.chain.squash",
-    "deltamerge.apps.recommend.study", "deltamerge.apps.recommend.first_recipe",
+    "deltamerge.apps.inspect.study", "deltamerge.apps.recommend.prune", "deltamerge.apps.recommend.first_recipe",
 )  # fmt: skip
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 

@@ -154,6 +154,24 @@ def metal() -> Packed:
     return Packed(tensors, config, {"a.weight": float64(stored[f"{name}.truth"])})
 
 
+def mlx_floats(rows: int = 6) -> Packed:
+    """MLX's modes of small floats, in rows of 320."""
+    modes, tensors, values = {"mxfp4": 32, "nvfp4": 16, "mxfp8": 32}, {}, {}
+    for seed, (mode, group) in enumerate(modes.items()):
+        codes = random(rows, 320 if mode == "mxfp8" else 160, seed=seed)
+        scales = random(rows, 320 // group, low=100, high=125)
+        if mode == "mxfp8":
+            codes &= 0xBF  # no NaN
+            numbers = float64(codes.view(torch.float8_e4m3fn))
+        else:
+            numbers = FP4[nibbles(codes.numpy())]
+        factors = float64(scales.view(torch.float8_e4m3fn)) if mode == "nvfp4" else 2.0 ** (float64(scales) - 127)
+        tensors |= {f"{mode}.weight": codes.view(torch.uint32), f"{mode}.scales": scales}
+        values[f"{mode}.weight"] = numbers * np.repeat(factors, group, 1)
+    settings = {mode: {"mode": mode, "bits": int(mode[-1]), "group_size": group} for mode, group in modes.items()}
+    return Packed(tensors, {"group_size": 32, "bits": 4, **settings}, values)
+
+
 CASES: dict[str, Callable[[], Packed]] = {
     "mxfp4": mxfp4,
     "mxfp4 of 37 rows": lambda: mxfp4(37),
@@ -178,5 +196,6 @@ CASES: dict[str, Callable[[], Packed]] = {
     "fp4 nested, odd": lambda: four_bits("fp4", nested=True, shape=(9, 15)),
     "int8": int8,
     "mlx": mlx,
+    "mlx of small floats": mlx_floats,
     "metal": metal,
 }  # fmt: skip

@@ -137,7 +137,7 @@ def statistics(setting: Setting, one: Subject) -> Record:
     """What `deltamerge inspect --calibration` says of its linear weights."""
 
     def measure() -> Record:
-        from deltamerge.apps.recommend.study import inspect
+        from deltamerge.apps.inspect.study import inspect
 
         seen = inspect(one.tuned, str(one.base), calibration=dict(one.calibration), device="cpu", workers=1)
         assert seen.activations is not None

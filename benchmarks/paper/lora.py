@@ -15,7 +15,7 @@ from tasks import TASKS
 from training import OptimizerFactory, adamw, trained
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from deltamerge.apps.train.adamr import AdamR
+from deltamerge import AdamR
 from paper import encoders, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject

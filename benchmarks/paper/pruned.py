@@ -114,7 +114,7 @@ def whole(setting: Setting, subject: Subject) -> Record:
     """The unpruned fine-tune: its score, and how large its delta is."""
 
     def measure() -> Record:
-        from deltamerge.apps.recommend.study import inspect
+        from deltamerge.apps.inspect.study import inspect
 
         found = inspect(subject.tuned, str(subject.base), device="cpu", workers=1).total
         size = {"mean_abs": found.mean_abs, "relative_norm": found.relative_norm}

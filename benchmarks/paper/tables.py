@@ -163,7 +163,7 @@ def show_table_9(record: Record) -> str:
 
 def table_8(setting: Setting) -> Record:
     """What `deltamerge inspect --calibration` says of every fine-tune."""
-    from deltamerge.apps.recommend.study import inspect
+    from deltamerge.apps.inspect.study import inspect
 
     found = {}
     for trainer in encoders.TRAINERS:
@@ -223,7 +223,7 @@ ENOUGH = ("DARE", "DAREx-q, q_v", "DAREx-q, q_e", "importance sampling", "magnit
 
 def small(setting: Setting) -> Record:
     """Of two learning rates: mean abs(Δ), the unpruned score, the cells of each method and density."""
-    from deltamerge.apps.recommend.study import inspect
+    from deltamerge.apps.inspect.study import inspect
 
     found = {}
     methods, densities = setting.pick((ENOUGH, SMALL_DENSITIES), (ENOUGH[:2], SMALL_DENSITIES[:1]))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import deltamerge
-from deltamerge.apps.train.adamr import AdamR
+from deltamerge import AdamR
 from deltamerge.calibrate.q import closed_forms as S
 from paper import digits, plot
 from paper.frame import Experiment, Record, Setting, spread, table

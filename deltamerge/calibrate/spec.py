@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Calibration
+from deltamerge.recipe.schema import CalibratedQ, Calibration
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
 from deltamerge.tensors.tensor import TensorInfo

@@ -24,7 +24,6 @@ from deltamerge.methods.prune import select
 if TYPE_CHECKING:
     from deltamerge.calibrate.spec import Spec
 
-ROUTERS = "routers"  # their name in a lock
 QValue = float | NDArray[np.float32]
 FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
 
@@ -229,26 +228,3 @@ class OfTensor:
 def of_tensor(squares: Spooled, *, name: str) -> OfTensor:
     """Return the squares of one tensor, by its name in the output."""
     return OfTensor(squares, name)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Routers:
-    """The vectors of routers, (layers, experts, hidden) float32, and what a lock says of them."""
-
-    values: NDArray[np.float32]
-    record: Mapping[str, Any]
-
-
-def locked_routers(
-    lock: Mapping[str, Any], mode: str, shape: tuple[int, ...], values: NDArray[np.float32] | None, where: str
-) -> Routers:
-    """Return the routers of a lock. VerifyError: it has none, or those of another gate mode or shape."""
-    record = lock.get(ROUTERS)
-    if not isinstance(record, dict) or values is None:
-        raise VerifyError(f"{where}: has no routers", hint="run without --locked, or copy the .rows file beside it")
-    if record.get("gate_mode") != mode:
-        raise VerifyError(f"{where}: its routers are {record.get('gate_mode')}, the recipe says {mode}")
-    if values.shape != shape or values.dtype != np.float32:
-        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which is not that of the mixture")
-    kept = {key: value for key, value in record.items() if key not in ("rows", "rows_hash")}
-    return Routers(values, kept)

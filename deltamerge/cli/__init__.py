@@ -1,9 +1,14 @@
-"""The command line: its group, exit codes and errors; the only package that prints or exits."""
+"""The command line: its table of commands, exit codes and errors. No other package prints or exits.
+
+A command is one file here: `deltamerge.cli.run` holds the options and the output of `run`, as `command`. It is imported
+when the command is called.
+"""
 
 from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import io
 import platform
 import sys
@@ -15,20 +20,57 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
 
-from deltamerge.cli import chains, convert, deltas, inspect, progress, push, recipes, run, search, streams
-from deltamerge.cli.mergekit_flags import COMMANDS
+from deltamerge.cli import progress, streams
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
-from deltamerge.engine import kernels
 from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
 from deltamerge.version import __version__
 
-# errors of writing to stdout
 AS_JSON_FLAG = "--json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
 VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
+
+
+# The table of commands, by purpose: a command's name, and the first sentence of its help.
+SECTIONS = {
+    "Write a recipe": {
+        "init": "Write a commented first recipe for MODELS and their base.",
+        "recommend": "Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.",
+        "methods": "List merge and pruning methods, a line each.",
+        "schema": "Print the JSON schema of a recipe, for editors.",
+    },
+    "Before a run": {
+        "check": "Validate RECIPES and the headers of their models.",
+        "plan": "Show what a run of RECIPE would do, and what it takes.",
+        "inspect": "Measure the delta of MODEL: how large it is, and where.",
+        "calibrate": "Choose the q's of RECIPE on its calibration data, no more.",
+        "lock": "Write the lock of RECIPE beside it: its inputs by content, and its q's.",
+    },
+    "Run": {
+        "run": "Merge the models of RECIPE into one that transformers loads.",
+        "convert": "Write MODEL in another form into OUT, without a merge.",
+        "verify": "Check FOLDER, which a run made, against the hashes in its lock.",
+        "diff": "Show what differs between two checkpoints or two locks.",
+        "push": "Publish FOLDER, which a run made, as REPOSITORY on the hub.",
+    },
+    "Judge and search": {
+        "eval": "Score MODELS on labelled rows, side by side.",
+        "sweep": "Try every combination of the values that RECIPE leaves open.",
+        "search": "Search the values that RECIPE leaves open for the best.",
+    },
+    "Deltas": {
+        "extract": "Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.",
+        "apply": "Put DELTA on its base again.",
+        "list": "List the versions of the chain FOLDER, or the deltas of the store.",
+        "squash": "Fold the older versions of CHAIN into one.",
+        "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
+    },
+    "Shell": {
+        "completion": "Print what makes SHELL complete commands and their values.",
+    },
+}
+HELP = {name: line for section in SECTIONS.values() for name, line in section.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except click.ClickException as error:
         code = _refuse(error, machine=machine)
-    except _Failed as failed:
+    except _CommandFailure as failed:
         code = _explain(failed.error, machine=machine)
     except Exception as error:
         code = _explain(error, machine=machine)
@@ -89,8 +131,10 @@ def _say_as_json(error: DeltamergeError) -> None:
 
 
 def _of_system(error: Exception) -> DeltamergeError | None:
-    """The error for a fault of the system that the user can mend (a folder, a disk behind stdout, memory, a name), or
-    None."""
+    """Return the error for a fault of the system that the user can mend: a folder, a disk, memory, a name.
+
+    None: a bug.
+    """
     if isinstance(error, MemoryError):
         return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
@@ -124,6 +168,8 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     from importlib.metadata import PackageNotFoundError, version
 
+    from deltamerge.engine import kernels
+
     click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
     for package in VERSIONS:
         try:
@@ -134,7 +180,7 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
     context.exit()
 
 
-class _Failed(Exception):
+class _CommandFailure(Exception):
     """Wraps an error of a command that click would take for its own: for end of input, or a closed pipe."""
 
     def __init__(self, error: Exception) -> None:
@@ -142,28 +188,53 @@ class _Failed(Exception):
         self.error = error
 
 
+def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command's function: stderr shows its progress, as the command's options allow."""
+
+    @wraps(callback)
+    def run_with_progress(*args: Any, **options: Any) -> Any:
+        machine = options.get("as_json") or options.get("as_csv")
+        with progress.display(quiet=bool(options.get("quiet")), machine=bool(machine)):
+            return callback(*args, **options)
+
+    return run_with_progress
+
+
 class Commands(click.Group):
-    """A group whose help lists commands by purpose."""
+    """The group of all commands. It knows their names and lines of help, and imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*HELP]  # `list` is a command here
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in HELP and cmd_name not in self.commands:
+            command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+            assert command.callback is not None
+            command.callback = _with_progress(command.callback)
+            self.add_command(command)
+        return self.commands.get(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (EOFError, OSError) as error:
-            raise _Failed(error) from error
+            raise _CommandFailure(error) from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is named; one of mergekit's is answered with ours."""
-        ours = None if self.get_command(ctx, args[0]) else COMMANDS.get(args[0].removeprefix("mergekit-"))
-        if ours is not None:
-            ctx.fail(f"{args[0]} is a command of mergekit's. Here: {ours}")
+        """Return the command that the arguments name. A command of mergekit's is refused with the name of ours."""
+        if args[0] not in HELP:
+            from deltamerge.cli.mergekit_flags import COMMANDS
+
+            if ours := COMMANDS.get(args[0].removeprefix("mergekit-")):
+                ctx.fail(f"{args[0]} is a command of mergekit's. Here: {ours}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, several in SECTIONS.items():
+        for title, lines in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(str(one.name), one.get_short_help_str(100)) for one in several])
+                formatter.write_dl([*lines.items()])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -173,57 +244,3 @@ class Commands(click.Group):
 )  # fmt: skip
 def commands() -> None:
     """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""
-
-
-@click.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands and their values.
-
-    Options, methods, recipes, models and devices, too.
-
-    \b
-    eval "$(deltamerge completion bash)"     # in ~/.bashrc; zsh likewise in ~/.zshrc
-    deltamerge completion fish > ~/.config/fish/completions/deltamerge.fish
-    """
-    found = get_completion_class(shell)
-    assert found is not None  # click supports these three
-    script = found(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE").source()
-    click.echo(script.replace(*NO_SPACE[shell]) if shell in NO_SPACE else script)
-
-
-# No space after a folder, since more will be typed; fish does this by itself.
-NO_SPACE = {
-    "bash": ("COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == */ ]] && compopt -o nospace"),
-    "zsh": (
-        'completions+=("$key")',
-        'if [[ "$key" == */ ]]; then compadd -U -V folders -S \'\' -- "$key"; else completions+=("$key"); fi',
-    ),
-}
-SECTIONS = {
-    "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
-    "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
-    "Run": [run.run, convert.convert, deltas.verify, inspect.diff, push.push],
-    "Judge and search": [search.evaluate, search.sweep, search.search],
-    "Deltas": [deltas.extract, deltas.apply, chains.list_versions, chains.squash, chains.remove_delta],
-    "Shell": [completion],
-}
-
-
-def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """A command's function, while which runs stderr says how far it is, as the command's options allow."""
-
-    @wraps(callback)
-    def run_shown(*args: Any, **options: Any) -> Any:
-        machine = options.get("as_json") or options.get("as_csv")
-        with progress.shown(quiet=bool(options.get("quiet")), machine=bool(machine)):
-            return callback(*args, **options)
-
-    return run_shown
-
-
-for section in SECTIONS.values():
-    for command in section:
-        assert command.callback is not None
-        command.callback = _with_progress(command.callback)
-        commands.add_command(command)

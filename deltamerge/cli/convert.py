@@ -1,4 +1,4 @@
-"""The command that writes a model in another form: convert."""
+"""The command convert: a model in another form."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
-from deltamerge.cli.output import Warnings, report_run, say, say_json
-from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.output import say, say_json
+from deltamerge.cli.plan import render_plan
+from deltamerge.cli.result import Warnings, report_run
 
 
-@click.command()
+@click.command("convert")
 @click.argument("model", type=FILE)
 @click.argument("out", type=FOLDER)
 @click.option("--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Of all weights.")
@@ -33,7 +34,7 @@ from deltamerge.cli.plan_view import render_plan
 @NONFINITE
 @AS_JSON
 @QUIET
-def convert(
+def command(
     model: str,
     out: Path,
     dtype: str | None,
@@ -47,10 +48,11 @@ def convert(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Write MODEL in another form into OUT: a folder, a weight file, a hub id; safetensors, torch's files, GGUF.
+    """Write MODEL in another form into OUT, without a merge.
 
-    Dtype, size of files, quantised or plain, all that a merge reads and writes, without a merge. Of torch's own files
-    nothing is run. A weight whose form stays keeps its bytes.
+    MODEL is a folder, a weight file or a hub id: safetensors, torch's files, GGUF. The form is dtype, size of files,
+    quantised or plain: all that a merge reads and writes. Of torch's own files nothing is run. A weight whose form
+    stays keeps its bytes.
 
     \b
     deltamerge convert ./old ./new                        # pytorch_model.bin to safetensors

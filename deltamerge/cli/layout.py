@@ -22,7 +22,7 @@ class Column:
 
     @property
     def name(self) -> str:
-        """The head on one line."""
+        """Return the head on one line."""
         return self.head.replace("-\n", "").replace("\n", " ")
 
 
@@ -31,7 +31,9 @@ Row = tuple[str, Sequence[str]]
 
 
 def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int) -> list[str]:
-    """Blocks of rows as lines of at most `width` columns: names left, figures right, an empty line between two blocks.
+    """Return blocks of rows as lines of at most `width` columns.
+
+    Names are left, figures right. An empty line is between two blocks.
 
     Columns without any figure are left out; where there is no room, long names are cut, then columns are left out, and
     a last line names these. Cells may be a stranger's text.
@@ -65,16 +67,23 @@ def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int
     return lines
 
 
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows of a table as lines. Long cells are cut; they may be a stranger's text."""
+    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def cut(text: str, most: int) -> str:
-    """A text of at most so many characters; of a longer one the beginning and, mostly, the end."""
+    """Cut a text to at most so many characters. The beginning and most of the end stay."""
     if len(text) <= most:
         return text
     end = (most - 1) * 2 // 3
     return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
-def ended(text: str, most: int) -> str:
-    """A text of at most so many characters; of a longer one the beginning, to the end of a word."""
+def cut_at_word(text: str, most: int) -> str:
+    """Cut a text to at most so many characters, at the end of a word."""
     if len(text) <= most:
         return text
     room = most - 2
@@ -82,8 +91,21 @@ def ended(text: str, most: int) -> str:
 
 
 def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> list[str]:
-    """Words on lines of at most `width` columns; `first` stands before the first line, `then` before the others."""
+    """Wrap words to lines of at most `width` columns.
+
+    `first` stands before the first line, `then` before the others.
+    """
     return textwrap.wrap(
         shown(text, 4000), width, initial_indent=first, subsequent_indent=then,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
+
+
+def figure(number: float | None) -> str:
+    """Return a number to three digits, or a dash."""
+    return "-" if number is None else f"{number:.3g}"
+
+
+def cell(number: float | None) -> str:
+    """Return a number to three digits, or an en dash."""
+    return "–" if number is None else figure(number)

@@ -58,7 +58,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class MergekitFlags:
     """What mergekit's flags ask for: a folder, a device and threads where ours say nothing, and keys of the recipe."""
 
     out: str | None = None
@@ -69,12 +69,12 @@ class Taken:
 
     @property
     def warning(self) -> str | None:
-        """A line about the flags that have no use."""
+        """Return a line about the flags that have no use."""
         return f"no effect here: {'; '.join(self.without_use)}" if self.without_use else None
 
 
-def taken(context: click.Context) -> Taken:
-    """The flags of mergekit's that a command was given. UsageError: a value of one is none."""
+def given_flags(context: click.Context) -> MergekitFlags:
+    """Return the flags of mergekit's that a command was given. UsageError: a value is none."""
     given: dict[str, Any] = context.meta.get(META, {})
     settings: dict[Loc, str] = {}
     if "--random-seed" in given:
@@ -86,7 +86,7 @@ def taken(context: click.Context) -> Taken:
     known = {**{names.partition("/")[0]: why for names, why in WITHOUT_USE.items()}, **VALUES_WITHOUT_USE}
     useless = tuple(f"{name} ({known[name]})" for name in given if name in known)
     gpu = "cuda" if any(given.get(name) for name in _GPU) else None
-    return Taken(
+    return MergekitFlags(
         given.get("--out-path"), "cuda:all" if given.get(_EVERY) else gpu, given.get("--num-threads"), settings, useless
     )
 
@@ -116,7 +116,7 @@ def _option(names: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _bytes(text: str) -> int:
-    """mergekit's size of a shard: it says parameters, and counts bytes ("5B" is 5 · 10⁹)."""
+    """Parse mergekit's size of a shard. It says parameters and counts bytes ("5B" is 5 · 10⁹)."""
     found = _COUNT.fullmatch(text.strip())
     if found is None:
         raise click.UsageError(f"--out-shard-size {text}: not a size such as 5B or 500M")

@@ -38,7 +38,7 @@ class RecipePath(click.Path):
         ]
 
 
-class Folder(click.Path):
+class FolderPath(click.Path):
     """A path; the shell completes folders."""
 
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -65,19 +65,19 @@ class Reference(click.types.StringParamType):
 
 
 def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """A completion for an option that takes these values, among others."""
+    """Return a completion for an option that takes these values, among others."""
     return lambda context, option, incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    """The pruning methods that begin with the typed text, including those of other packages."""
+    """Return the pruning methods that begin with the typed text, including those of other packages."""
     from deltamerge.methods.registry import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))
 
 
 RECIPE = RecipePath(path_type=Path)
-FOLDER = Folder(path_type=Path)
+FOLDER = FolderPath(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)
 DEVICE = click.option(
@@ -90,7 +90,7 @@ WORKERS = click.option(
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    from deltamerge.recipe.types import parse_size
+    from deltamerge.recipe.values import parse_size
 
     try:
         return None if text is None else parse_size(text)
@@ -137,12 +137,12 @@ def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
-    """The same, of rows that may be each model's own: the command is given a list, [None] without rows."""
+    """Add the same for rows that may be each model's own. The command gets a list, [None] without rows."""
     return _rows(command, ROWS_OF_EACH, lambda data, of: [of(one) for one in data or (None,)])
 
 
 def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., None]:
-    """`made` has what `data`, the option, was given, and what makes a `calibration` of one of its values."""
+    """Add the option `data` and the options about rows. `made` turns their values into `calibration`."""
 
     @wraps(command)
     def with_rows(*, calibration: Any, text: tuple[str, ...], **options: Any) -> None:
@@ -155,7 +155,7 @@ def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
-    """A recipe's `calibration` from these options and `more`, which may be None; None without data."""
+    """Return a recipe's `calibration` from these options and `more`, which may be None. None: there is no data."""
     if data is None:
         if text or more.get("label"):
             raise click.UsageError("--text and --label need --calibration")
@@ -175,8 +175,8 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
-def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
-    from deltamerge.recipe.overrides import parse_setting
+def _parse(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
+    from deltamerge.recipe.edits import parse_setting
 
     try:
         return list(map(parse_setting, texts))
@@ -185,20 +185,23 @@ def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
 
 
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    return dict(_parsed(texts))
+    return dict(_parse(texts))
 
 
-def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.open_values import swept
+def _sweeps(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.open_values import settings_by_place
 
-    return swept(_parsed(texts))
+    return settings_by_place(_parse(texts))
 
 
 SET_OR_SWEEP = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_swept,
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_sweeps,
     help="Set a key of the recipe; several times, each value is tried.",
 )  # fmt: skip
 SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_settings,
     help="Set a key of the recipe: models.0.prune.density=0.01.",
 )  # fmt: skip
+ALLOW_COMMAND = click.option(
+    "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
+)

@@ -1,4 +1,4 @@
-"""What commands print on stdout and stderr: progress, results, errors."""
+"""Text on stdout and stderr: results, JSON, CSV, messages, and errors with the line of a recipe that is wrong."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamerge.cli import progress, streams
-from deltamerge.cli.tables import human
-from deltamerge.errors import DeltamergeError, Problem, RecipeError
+from deltamerge.errors import MOST, DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
-from deltamerge.tensors.names import block_name, natural
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.console import Console
+    from rich.text import Text
 
-    from deltamerge.formats.delta.writer import Summary
-    from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
-    from deltamerge.plan.planner import Plan
-    from deltamerge.run.runner import Result
+
+BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # YAML's
+PLACE, MESSAGE, HINT, QUIET = "bold", "red", "cyan", "dim"
 
 
 def say(text: str) -> None:
@@ -75,31 +74,6 @@ def _columns(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, "x".join(map(str, inner)) if isinstance(inner, list) else inner
 
 
-def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
-    """What `--json` prints for an error: its line, hint and exit code, and each problem of a recipe with its place."""
-    problems = error.problems if isinstance(error, RecipeError) else ()
-    return {
-        "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-        "problems": [_problem(problem) | {"path": getattr(error, "path", where)} for problem in problems],
-    }
-
-
-def _problem(problem: Problem) -> dict[str, Any]:
-    return {key: value for key, value in asdict(problem).items() if key != "text"}
-
-
-def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
-    """Print a line that GitHub shows beside a line of a file: an error, a warning or a notice."""
-
-    def escaped(text: str, also: str = "") -> str:
-        return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in shown(text))
-
-    place = f"file={escaped(path, ',:')}" + (f",line={line},col={column}" if line else "")
-    click.echo(f"::{level} {place},title=deltamerge::{escaped(message)}")
-
-
 def _say_ascii(text: str) -> None:
     click.echo(text.replace("##[", "#\\u0023["))
 
@@ -113,125 +87,32 @@ def _to_stderr(text: str) -> None:
     progress.aside(lambda: streams.to_stderr(f"{text}\n"))
 
 
-class Warnings:
-    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before.
+def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
+    """Print a line that GitHub shows beside a line of a file: an error, a warning or a notice."""
 
-    `first` is a line to print before them, once there is a plan.
+    def escape(text: str, also: str = "") -> str:
+        return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in shown(text))
+
+    place = f"file={escape(path, ',:')}" + (f",line={line},col={column}" if line else "")
+    click.echo(f"::{level} {place},title=deltamerge::{escape(message)}")
+
+
+def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
+    """Return an error as `--json` prints it.
+
+    It has the error's line, hint and exit code, and each problem of a recipe with its place.
     """
-
-    def __init__(self, first: str = "") -> None:
-        self.said: set[str] = set()
-        self.first = first
-
-    def watch(self, plan: Plan) -> Callable[[int], None]:
-        """Print those of `plan` that have not been printed yet; as `Options.watch`."""
-        if self.first:
-            tell(self.first)
-            self.first = ""
-        for warning in plan.warnings:
-            if warning not in self.said:
-                self.said.add(warning)
-                tell(f"warning: {warning}")
-        return lambda _: None
-
-    def end(self, result: Result) -> None:
-        """Print those that have not been printed yet, and of what in the result is not finite."""
-        from deltamerge.run.weights import describe_nonfinite
-
-        self.watch(result.plan)
-        if result.nonfinite:
-            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-
-
-def _size(result: Result) -> int:
-    """Bytes of the weights that a run left."""
-    kind = result.plan.recipe.output.kind
-    return result.delta.nbytes if result.delta else result.plan.nbytes if kind == "model" else result.nbytes
-
-
-def _of_delta(delta: Summary) -> dict[str, Any]:
-    return {"entries": delta.entries, "relative_error": delta.error, "encodings": dict(delta.stored)}
-
-
-def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
-    """What `--json` prints of a run that had `begun` then, by `time.monotonic`, and `more`."""
-    delta, quantised = result.delta, result.lock.get("quantization")
+    problems = error.problems if isinstance(error, RecipeError) else ()
     return {
-        "out": str(result.folder),
-        "bytes": _size(result),
-        "tensors": len(result.plan.outputs),
-        "seconds": round(time.monotonic() - begun, 3),
-        "lock": result.lock,
-        "up_to_date": not result.made,
-        "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
-        "warnings": list(result.plan.warnings),
-        **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
-        **({} if delta is None else _of_delta(delta)),
-        **({} if result.lora is None else {"lora": result.lora.describe()}),
-        **more,
+        "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "problems": [_problem(problem) | {"path": getattr(error, "path", where)} for problem in problems],
     }
 
 
-def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
-    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
-    seconds = time.monotonic() - begun
-    tensors, delta = len(result.plan.outputs), result.delta
-    kind = result.plan.recipe.output.kind
-    adapter = kind == "peft"
-    quantised = result.lock.get("quantization")
-    size = _size(result)
-    if as_json:
-        say_json(summary_of(result, begun, **more))
-    elif not quiet:
-        lost = ""
-        for folder, made in result.intermediate.items():
-            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
-        if not result.made:
-            tell(f"{result.folder}: up to date")
-            return
-        if delta is not None:
-            values = result.plan.delta_values
-            rounded = any(tune.checkpoint.quantised is not None for tune in result.plan.inputs.tunes)
-            how = f"{values} values, relative error {delta.error:.3g}"
-            if values is None:
-                how = f"final values, {'rounded once' if rounded else 'exact'}"
-            lost = f", {delta.entries:,} entries: {how}"
-        if quantised is not None:
-            lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
-        what = "an adapter" if adapter else f"{tensors} tensors"
-        tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
-        if result.lock:  # a part of a run has none
-            from deltamerge.run.usage import next_steps
-
-            for line in next_steps(result.plan, result.folder):
-                tell(line)
-        for line in of_layers(result.lora) if result.lora is not None else ():
-            tell(line)
-        for note in result.plan.notes if adapter else ():
-            tell(f"note: {note}")
-
-
-def of_layers(lora: LowRankSummary) -> Iterator[str]:
-    """What a LoRA keeps, layer by layer, and in all."""
-    blocks: dict[str, list[LayerRank]] = {}
-    for name, layer in lora.layers.items():
-        blocks.setdefault(block_name(name) or name, []).append(layer)
-    for name, layers in sorted(blocks.items(), key=lambda block: natural(block[0])):
-        count = f"{len(layers)} weights, " if len(layers) > 1 else ""
-        ranks = _range([layer.rank for layer in layers])
-        kept = _range([layer.energy for layer in layers])
-        outputs = [layer.output for layer in layers if layer.output is not None]
-        also = f", {_range(outputs)} of the outputs" if outputs else ""
-        yield f"{name}: {count}rank {ranks}, keeps {kept} of the delta{also}"
-    also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
-    missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
-    bound = f"; the best of these ranks would keep at most {missed:.2g} more of any" if missed else ""
-    yield f"all: keeps {lora.energy:.3g} of the deltas' squares{also}{bound}"
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} … {high}"
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {key: value for key, value in asdict(problem).items() if key != "text"}
 
 
 def complain(error: DeltamergeError, where: str) -> None:
@@ -248,7 +129,66 @@ def complain(error: DeltamergeError, where: str) -> None:
 
 
 def _show(error: DeltamergeError, where: str) -> None:
-    from deltamerge.cli import excerpt
-
+    """Print an error in colour. `where` is the file it is about; recipe errors carry their own place."""
     with suppress(OSError):
-        excerpt.show(error, where, streams.console())
+        show(error, where, streams.console())
+
+
+def show(error: DeltamergeError, where: str, console: Console) -> None:
+    """Print an error. `where` is the file it is about; recipe errors carry their own place."""
+    from rich.text import Text
+
+    if isinstance(error, RecipeError):
+        for problem in error.problems[:MOST]:
+            _print(console, _in_colour(problem, error.path, console.width))
+        if len(error.problems) > MOST:
+            _print(console, Text(f"{error.path}: … and {len(error.problems) - MOST} more problems"))
+    else:
+        first, *more = str(error).split("\n")
+        _print(console, Text.assemble((f"{shown(where)}: ", f"{PLACE} {MESSAGE}"), (first, "")))
+        for line in more:
+            _print(console, Text(line))
+    if error.hint:
+        _print(console, Text.assemble(("hint: ", HINT), shown(error.hint)))
+
+
+def _print(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def excerpt(line: str, column: int, width: int) -> tuple[str, int]:
+    """Return the part of a line around a column (from 1) that fits `width` columns of a terminal.
+
+    The second value is how many columns come before that place.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    before, after = shown(line[: column - 1].expandtabs(4), 1 << 20), shown(line[column - 1 :].expandtabs(4), 1 << 20)
+    room = max(8, width * 2 // 3)
+    if cell_len(before) > room:
+        while cell_len(before) > room - 1:
+            before = before[max(1, (len(before) - room) // 2) :]
+        before = f"…{before}"
+    rest = width - cell_len(before)
+    if cell_len(after) > rest:
+        after = f"{set_cell_size(after, max(1, rest - 1)).rstrip()}…"
+    return f"{before}{after}".rstrip(), cell_len(before)
+
+
+def _in_colour(problem: Problem, path: str, width: int) -> Text:
+    from rich.text import Text
+
+    place = shown(path) if problem.line is None else f"{shown(path)}:{problem.line}:{problem.column}"
+    text = Text.assemble((f"{place}: ", PLACE))
+    if problem.location:
+        text.append(f"{shown(problem.location, 400)}: ")
+    text.append(shown(problem.message, 400), MESSAGE)
+    source = BREAKS.split(problem.text or "")
+    if problem.line is not None and problem.column is not None and problem.text and problem.line <= len(source):
+        gutter = f"{problem.line:>4} | "
+        line, column = excerpt(source[problem.line - 1], problem.column, max(20, width - len(gutter) - 1))
+        text.append(f"\n{gutter}", QUIET).append(line)
+        text.append(f"\n{'|':>{len(gutter) - 1}} ", QUIET).append(f"{' ' * column}^", f"bold {MESSAGE}")
+    if problem.hint is not None:
+        text.append("\nhint: ", HINT).append(shown(problem.hint, 400))
+    return text

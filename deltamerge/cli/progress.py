@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from deltamerge.cli import streams
-from deltamerge.cli.tables import human
-from deltamerge.errors.shown import printed
+from deltamerge.errors.shown import human, printed
 from deltamerge.files.progress import BYTES, Phase, heard
 
 EVERY = 10.0  # seconds between lines
@@ -25,8 +24,10 @@ RECENT = 20.0  # seconds that a rate is measured over, or half of the time so fa
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A phase in words: its name, the share that is done (None where only a bound is known), how much of what, how
-    fast, how long still; "" where that is not known."""
+    """A phase in words: its name, the share that is done, how much of what, how fast, how long still.
+
+    The share is None where only a bound is known. Unknown words are "".
+    """
 
     name: str
     share: float | None
@@ -36,14 +37,14 @@ class State:
 
 
 @dataclass(slots=True)
-class Seen:
+class PhaseHistory:
     """A phase, and when it had done how much."""
 
     phase: Phase
     samples: deque[tuple[float, float]] = field(default_factory=deque)
 
     def look(self, now: float) -> State:
-        """What there is to say at a time."""
+        """Return the state at a time."""
         phase, done, total = self.phase, self.phase.reached, self.phase.total
         if not self.samples:
             self.samples.append((phase.begun, 0.0))
@@ -68,7 +69,7 @@ class Seen:
 
 
 def amount(phase: Phase) -> str:
-    """How much is done, of how much."""
+    """Return how much is done, of how much."""
     done = phase.reached
     of = "of ≤" if phase.bound else "of"
     if phase.unit == BYTES:
@@ -77,7 +78,7 @@ def amount(phase: Phase) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """A time in the units that people use, to about a tenth."""
+    """Return a time in the units that people use, to about a tenth."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -88,7 +89,7 @@ def lasting(seconds: float) -> str:
 
 
 def line(state: State) -> str:
-    """A phase on one line of a log."""
+    """Return a phase as one line of a log."""
     share = "" if state.share is None else f"{int(100 * state.share)} %"
     return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
 
@@ -97,14 +98,14 @@ class Display(ABC):
     """Shows every phase that lasts: a listener of phases, with a thread that prints."""
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[PhaseHistory] = []
         self._changed = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begun(self, phase: Phase) -> None:
         with self._changed:
-            self.seen.append(Seen(phase))
+            self.seen.append(PhaseHistory(phase))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._go, daemon=True)
                 self._thread.start()
@@ -138,7 +139,7 @@ class Display(ABC):
     @property
     @abstractmethod
     def every(self) -> float:
-        """Seconds between two looks."""
+        """Return the seconds between two looks."""
 
     @abstractmethod
     def show(self, states: list[State]) -> None:
@@ -149,7 +150,7 @@ class Display(ABC):
         """Remove what does not stay."""
 
 
-class Lines(Display):
+class LineDisplay(Display):
     """A line for each phase now and then, for logs, and for terminals that cannot move a cursor."""
 
     @property
@@ -160,10 +161,10 @@ class Lines(Display):
         streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
 
     def clear(self) -> None:
-        """Lines stay."""
+        """Do nothing: lines stay."""
 
 
-class Bars(Display):
+class BarDisplay(Display):
     """A line for each phase at the bottom of a terminal, drawn again and again."""
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ class Bars(Display):
         return TICK
 
     def show(self, states: list[State]) -> None:
-        drawn = bars(states, self._consoled())
+        drawn = bars(states, self._get_console())
         above = self._erasing()
         self._drawn = len(drawn)
         streams.to_stderr(above + "\n".join(drawn))
@@ -186,18 +187,21 @@ class Bars(Display):
             streams.to_stderr(self._erasing())
             self._drawn = 0
 
-    def _consoled(self) -> Any:
+    def _get_console(self) -> Any:
         if self._console is None:
             self._console = streams.console()
         return self._console
 
     def _erasing(self) -> str:
-        """Moves to the first line drawn, and erases all."""
+        """Return the text that moves to the first line drawn, and erases all."""
         return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._drawn - 1) if self._drawn else ""
 
 
 def bars(states: list[State], console: Any) -> list[str]:
-    """The phases as lines that fit the terminal; where it is narrow the rate goes first, then bar, then time left."""
+    """Return the phases as lines that fit the terminal.
+
+    Where it is narrow the rate goes first, then bar, then time left.
+    """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -220,7 +224,7 @@ def bars(states: list[State], console: Any) -> list[str]:
     return [text.rstrip() for text in captured.get().rstrip("\n").split("\n")]
 
 
-class Layout(NamedTuple):
+class BarLayout(NamedTuple):
     """What of a phase is shown: columns of its bar, its rate, the time left."""
 
     bar: int
@@ -229,12 +233,12 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout(24, True, True), Layout(12, True, True), Layout(12, False, True), Layout(0, False, True),
-    Layout(0, False, False),
+    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(0, False, True),
+    BarLayout(0, False, False),
 )  # fmt: skip
 
 
-def _words(state: State, layout: Layout) -> str:
+def _words(state: State, layout: BarLayout) -> str:
     share = "" if state.share is None else f"{int(100 * state.share):>2} %"
     parts = (share, state.amount, state.rate * layout.rate, state.left * layout.left)
     return "  ".join(part for part in parts if part)
@@ -252,13 +256,15 @@ def aside(say: Callable[[], None]) -> None:
 
 
 @contextmanager
-def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
-    """Show phases on stderr while the block runs: not where it is `quiet`; for a `machine`, whose results go to stdout
-    as data, only on a terminal."""
+def display(*, quiet: bool, machine: bool) -> Iterator[None]:
+    """Show phases on stderr while the block runs, unless it is `quiet`.
+
+    A `machine` gets results as data on stdout. It sees phases only on a terminal.
+    """
     if quiet or (machine and not streams.is_terminal()):
         yield
         return
-    display: Display = Bars() if streams.moves() else Lines()
+    display: Display = BarDisplay() if streams.moves() else LineDisplay()
     _displays.append(display)
     try:
         with heard(display):

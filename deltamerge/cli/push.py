@@ -1,4 +1,4 @@
-"""The command that publishes on the hub: push."""
+"""The command push."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deltamerge.cli.output import say_json, tell
 from deltamerge.errors import GO_ON, interruptible
 
 
-@click.command()
+@click.command("push")
 @click.argument("folder", type=FOLDER)
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="For everyone to see; without it the repository is private.")
 @WORKERS
 @AS_JSON
-def push(folder: Path, repository: str, public: bool, workers: int | None, as_json: bool) -> None:
+def command(folder: Path, repository: str, public: bool, workers: int | None, as_json: bool) -> None:
     """Publish FOLDER, which a run made, as REPOSITORY on the hub.
 
     Weights, card, recipe and lock. Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an

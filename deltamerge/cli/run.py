@@ -1,4 +1,4 @@
-"""The commands that run a recipe: run, calibrate."""
+"""The command run."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.mergekit_flags import mergekit_flags, taken
+from deltamerge.cli.mergekit_flags import given_flags, mergekit_flags
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
     FILE,
     FOLDER,
-    FORCE_FILES,
     MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
     PICKLES,
     QUIET,
-    RECIPE,
     RESUME,
     SET,
     WORKERS,
     RecipePath,
 )
-from deltamerge.cli.output import Warnings, report_run, say, say_json, tell
-from deltamerge.cli.tables import render_calibration
-from deltamerge.engine import kernels
-from deltamerge.files.descriptors import scratch
+from deltamerge.cli.output import tell
+from deltamerge.cli.result import Warnings, report_run
+from deltamerge.errors import app
 
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
 
+PUBLISHED = "hf://"  # a recipe that someone pushed
 
-@click.command()
+
+@click.command("run")
 @click.argument("recipe", type=RecipePath())
 @click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
 @click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
@@ -68,7 +67,7 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
 @mergekit_flags
 @click.pass_context
-def run(
+def command(
     context: click.Context,
     recipe: str,
     target: Path | None,
@@ -105,30 +104,30 @@ def run(
     Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
     it stopped, from .NAME.partial beside its target, or is forgotten by --force.
     """
-    from deltamerge.apps.report.pictures import drawing
+    from deltamerge.engine import kernels
+    from deltamerge.files.descriptors import scratch
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.lock import Lock
     from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
     from deltamerge.run.plans import lock_for
-    from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
-    if ray is not None and recipe.startswith(SCHEME):
+    if ray is not None and recipe.startswith(PUBLISHED):
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
-    theirs = taken(context)
+    theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
     out = out or target or (None if theirs.out is None else Path(theirs.out))
     device = theirs.device or device if device == "auto" else device
     workers = workers or theirs.workers
     settings = {**(theirs.settings or {}), **settings}
-    if settings and recipe.startswith(SCHEME):
+    if settings and recipe.startswith(PUBLISHED):
         raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
 
     if quiet:
@@ -141,12 +140,14 @@ def run(
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,
         allow_nonfinite=allow_nonfinite,
-        pickles=pickles, watch=warnings.watch, drawing=drawing if pictures else None,
+        pickles=pickles, watch=warnings.watch, drawing=_drawing() if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:
         path = Path(recipe)
-        if recipe.startswith(SCHEME):
+        if recipe.startswith(PUBLISHED):
+            from deltamerge.run.publish import fetch
+
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
             path = published.recipe
@@ -183,81 +184,8 @@ def run(
         raise click.exceptions.Exit(1)
 
 
-@click.command()
-@click.argument("recipe", type=RECIPE)
-@DEVICE
-@WORKERS
-@MEMORY
-@SET
-@PICKLES
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
-@FORCE_FILES
-@AS_JSON
-def calibrate(
-    recipe: Path,
-    settings: dict[Loc, str],
-    plot: Path | None,
-    force: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Choose the q's of RECIPE on its calibration data, no more.
+def _drawing() -> Any:
+    with app("report"):
+        from deltamerge.apps.report.pictures import drawing
 
-    Writes them to the lock beside RECIPE, for run --locked.
-    """
-    from deltamerge.recipe.file import read_recipe
-    from deltamerge.run.options import Options
-    from deltamerge.run.runner import calibrate as calibrate_recipe
-
-    file = read_recipe(recipe, settings=settings)
-    if plot is not None:
-        from deltamerge.apps.report.pictures import check_plot, draw
-
-        check_plot(plot, file.path.name, force=force)
-    found = calibrate_recipe(file, Options(force=force, **options))
-    if plot is not None:
-        draw(found, plot, file.path.name, force=force)
-    say_json(found) if as_json else say(render_calibration(found))
-    tell(f"{file.lock_path}: written")
-
-
-@click.command()
-@click.argument("recipe", type=RECIPE)
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 where RECIPE or inputs differ from the lock.")
-@DEVICE
-@WORKERS
-@MEMORY
-@MERGEKIT_EXACT
-@SET
-@PICKLES
-@FORCE_FILES
-def lock(
-    recipe: Path,
-    check: bool,
-    force: bool,
-    mergekit_exact: bool,
-    settings: dict[Loc, str],
-    **options: Any,
-) -> None:
-    """Write the lock of RECIPE beside it: its inputs by content, and its q's.
-
-    For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
-
-    \b
-    deltamerge lock recipe.yaml            # writes recipe.lock, to be kept in git
-    deltamerge lock recipe.yaml --check    # in CI
-    """
-    from deltamerge.recipe.file import read_recipe
-    from deltamerge.run.options import Options
-    from deltamerge.run.runner import check_lock
-    from deltamerge.run.runner import lock as lock_recipe
-
-    file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
-    chosen = Options(force=force, **options)
-    if check:
-        check_lock(file, chosen)
-        tell(f"{file.lock_path}: is that of {recipe} and its inputs")
-        return
-    written = lock_recipe(file, chosen)
-    found = f", the q's of {len(written.calibration)} models" if written.calibration else ""
-    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{found}")
+    return drawing

@@ -19,8 +19,10 @@ PLAIN = 80  # columns where nobody says how many there are
 
 
 def prepare() -> None:
-    """Open every closed stream, so that no file of ours takes its number; escape characters that a stream cannot
-    encode."""
+    """Open every closed stream, so that no file of ours takes its number.
+
+    Streams escape characters that they cannot encode.
+    """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -60,7 +62,7 @@ def to_stderr(text: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether people read stderr as it is written."""
+    """Return whether people read stderr as it is written."""
     try:
         return sys.stderr.isatty()
     except ValueError:  # it is closed
@@ -68,12 +70,12 @@ def is_terminal() -> bool:
 
 
 def moves() -> bool:
-    """Whether stderr is a terminal whose cursor can be moved."""
+    """Return whether stderr is a terminal whose cursor can be moved."""
     return is_terminal() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
 def console() -> Console:
-    """What writes to a terminal as it can show it, on stderr; without any colour or weight if NO_COLOR is set."""
+    """Return a console for stderr, as the terminal can show it. NO_COLOR: without any colour or weight."""
     from rich.console import Console
 
     plain = bool(os.environ.get("NO_COLOR")) or not moves()
@@ -87,5 +89,5 @@ def console() -> Console:
 
 
 def columns() -> int:
-    """How wide text on stdout may be: COLUMNS, or the terminal's columns; 80 for a pipe or a file."""
+    """Return the width of text on stdout: COLUMNS, or the terminal's columns. A pipe or a file has 80."""
     return max(40, shutil.get_terminal_size((PLAIN, 24)).columns)

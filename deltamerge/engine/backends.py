@@ -38,7 +38,7 @@ def steps(
     wanted = {node for node in (root, *ends) if id(node) not in needless}
     for node in reversed(nodes):
         if node in wanted:
-            wanted.update(node.inputs)
+            wanted.update(node.operands)
     made: list[Step] = []
     for i, node in enumerate(nodes):
         freed = tuple([n for n in frees.get(i, ()) if n in wanted])

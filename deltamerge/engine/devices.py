@@ -145,7 +145,7 @@ class Lane:
     def read(self, node: Node, tile: Tile, kept: Uploads | None = None) -> Any:
         """The stored values of a read node on a tile, valid until the next tile."""
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
-        self.reader.read_hashed(node.parameter("tensor"), tile.start, buffer.numpy())
+        self.reader.read_hashed(node, tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype))
 
     def emit(self, value: Any, take: Take, give: Give) -> None:

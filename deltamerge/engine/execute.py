@@ -74,7 +74,7 @@ def execute(
     engine = _Engine(iter(tasks), reader, sink, devices, workers, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
-        backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
+        backends.single_threaded({task.backend for task in tasks if not task.root.is_source}),
     ):
         engine.run()
     return engine.shared
@@ -203,7 +203,7 @@ class _Engine:
             if not (last or reductions):
                 continue
             root = running.task.root
-            backend = None if root.kind == "read" else self._backend(running)
+            backend = None if root.is_source else self._backend(running)
             wholes = [n for n in reductions if n.kind == "whole"]
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
@@ -224,8 +224,8 @@ class _Engine:
 
     def _jobs(self, running: Running) -> Iterator[Job]:
         root = running.task.root
-        if root.kind == "read":
-            total, step = root.parameter("tensor").nbytes, COPY_BYTES
+        if root.is_source:
+            total, step = root.nbytes, COPY_BYTES
         else:
             total = math.prod(root.shape)
             tile = self._tile_step(running.task)
@@ -236,7 +236,7 @@ class _Engine:
 
     def _is_done_job(self, job: Job) -> bool:
         root = job.running.task.root
-        size = 1 if root.kind != "read" else ITEMSIZE[root.dtype]
+        size = 1 if not root.is_source else ITEMSIZE[root.dtype]
         return self._is_done(job.running.task, job.start // size, job.stop // size)
 
     def _is_done(self, task: Task, start: int, stop: int) -> bool:

@@ -86,7 +86,7 @@ class Source:
         making, values = self.making, dict[int, Any]()
         for item in self.steps:
             node = item.node
-            if node.kind == "read":
+            if node.is_source:
                 values[id(node)] = making.lane.read(node, tile)
             else:
                 inputs = [values[id(s)] if id(s) in values else self.values[id(s)] for s in node.inputs]

@@ -77,4 +77,4 @@ class Job:
 
 def on_gpu(task: Task, device: str) -> bool:
     """Whether a task is computed on a GPU, where `device` is one."""
-    return device != "cpu" and task.backend == "torch" and task.root.kind != "read"
+    return device != "cpu" and task.backend == "torch" and not task.root.is_source

@@ -19,7 +19,6 @@ from deltamerge.engine.tasks import Job, Running, Task
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import REDUCTIONS, Node
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.tiles import Tile, block_elements
 
 
@@ -48,13 +47,13 @@ class Worker:
         """All of a job."""
         if job.whole is not None:
             self._compute_at_once(job.whole, job.running)
-        elif job.running.task.root.kind == "read":
+        elif job.running.task.root.is_source:
             self._copy(job)
         else:
             self._compute(job)
 
     def _copy(self, job: Job) -> None:
-        source: TensorInfo = job.running.task.root.parameter("tensor")
+        source = job.running.task.root
         memory = self._lend(job.running.task, job.start, job.stop - job.start)
         self.reader.read_into(source, job.start // ITEMSIZE[source.dtype], memory)
         self._give(job.running.task, job.start, memory)
@@ -78,10 +77,10 @@ class Worker:
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
         backend, lane = self._lane(running)
-        calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
-        for node in (item.node for item in running.steps if item.node.kind == "read"):
+        calls = [None if item.node.is_source else backend.function(item.node) for item in running.steps]
+        for node in (item.node for item in running.steps if item.node.is_source):
             size = ITEMSIZE[node.dtype]
-            self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
+            self.reader.advise(node, job.start * size, (job.stop - job.start) * size)
         start = job.start
         while start < job.stop or start == job.start:
             if self.stopped():

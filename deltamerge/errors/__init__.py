@@ -20,9 +20,9 @@ MOST = 50  # printed lines of one error
 
 
 class DeltamergeError(Exception):
-    """What went wrong (`message`), where (`where`, outermost first), what to do (`hint`), and lines of detail (`also`).
+    """A fault: `message`, its place `where` (outermost first), the remedy `hint`, and lines of detail `also`.
 
-    As text, names and words of others in it are escaped and what is long is cut: it goes to terminals and logs.
+    As text, foreign names and words are escaped and long ones cut: it goes to terminals and logs.
     """
 
     exit_code = 1
@@ -47,7 +47,7 @@ GO_ON = "run the same command again"
 
 @contextmanager
 def interruptible(left: Callable[[str], str]) -> Iterator[None]:
-    """Say of a Ctrl-C what it leaves: `left` of what was said of it inside the block, "" if nothing was."""
+    """Add to a Ctrl-C a word on its remains: `left` of the words that it has from inside the block, or of ""."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -56,7 +56,7 @@ def interruptible(left: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def after_folders(made: Iterable[object]) -> Iterator[None]:
-    """Say of a Ctrl-C, besides what is said of it inside the block, that these folders are complete."""
+    """Say of a Ctrl-C, besides the words of the block inside, that these folders are complete."""
     names = [str(folder) for folder in made]
 
     def left(said: str) -> str:
@@ -98,7 +98,7 @@ class Problem:
     text: str | None = field(default=None, repr=False, compare=False)
 
     def render(self, path: str) -> str:
-        """The problem as text: file, line, column, key path and message, with its hint below."""
+        """Return the problem as text: file, line, column, key path and message, with its hint below."""
         place = path if self.line is None else f"{path}:{self.line}:{self.column}"
         said = ": ".join(text.shown(part, 400) for part in (place, self.location, self.message) if part)
         return said if self.hint is None else f"{said}\nhint: {text.shown(self.hint, 400)}"
@@ -120,8 +120,7 @@ class RecipeError(DeltamergeError):
         return "\n".join([*(problem.render(self.path) for problem in self.problems[:MOST]), *map(text.shown, more)])
 
     def of(self, caller: str, within: str = "") -> RecipeError:
-        """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
-        `within`."""
+        """Return this error for a recipe that `caller` generated: without lines, and with keys relative to `within`."""
         problems = [
             replace(
                 problem, line=None, column=None, text=None, location=problem.location.removeprefix(within).lstrip(".")
@@ -142,3 +141,16 @@ def context(where: str) -> Iterator[None]:
         if error.where[:1] != [where]:
             error.where.insert(0, where)
         raise
+
+
+@contextmanager
+def app(name: str) -> Iterator[None]:
+    """Import an app in this block. InputError: its folder, or that of an app below it, is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{missing}.".startswith("deltamerge.apps."):
+            raise
+        where = f"deltamerge.apps.{name}" if missing == "deltamerge.apps" else missing
+        raise InputError(f"this needs {where}, which is not installed", hint="install all of deltamerge") from None

@@ -12,12 +12,12 @@ _MERMAID = {'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "`": "#96;", "
 
 
 def plain(text: str) -> str:
-    """Text escaped for a paragraph, a heading or a table's cell."""
+    """Escape text for a paragraph, a heading or a table's cell."""
     return _IN_WORD.sub("_", _SPECIAL.sub(r"\\\1", shown(text))).replace("://", ":&#47;/").replace("@", "&#64;")
 
 
 def code(text: str) -> str:
-    """A name as inline code, for a paragraph or a table's cell."""
+    """Return a name as inline code, for a paragraph or a table's cell."""
     text = shown(text)
     if "`" not in text and "|" not in text:
         return f"`{text}`"
@@ -25,7 +25,7 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "") -> list[str]:
-    """A fenced block of code, whose fence the text cannot close."""
+    """Return a fenced block of code, whose fence the text cannot close."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     body = ("\t".join(shown(part, len(part) + 1) for part in line.split("\t")) for line in text.split("\n"))
@@ -33,7 +33,7 @@ def fenced(text: str, language: str = "") -> list[str]:
 
 
 def label(text: str) -> str:
-    """Text for the quotes of a Mermaid node."""
+    """Escape text for the quotes of a Mermaid node."""
     return "".join(_MERMAID.get(character, character) for character in shown(text))
 
 

@@ -15,26 +15,25 @@ _COMMAND = re.compile(r"\s*::")  # a GitHub workflow command; the older form, ##
 
 
 def shown(text: str, most: int = LONGEST) -> str:
-    """`text` on one line: invisible characters are written as escapes, and the middle of a text longer than `most` is
-    cut."""
+    """Return `text` on one line, with escapes for invisible characters, and cut in the middle beyond `most`."""
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def lines(several: Iterable[str], most: int = LINE) -> str:
-    """Several messages joined by line breaks; each may quote foreign text."""
+    """Join several messages by line breaks; each may quote foreign text."""
     return "\n".join(shown(line, most) for line in several)
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first of several names, and the number of the others."""
+    """Return the first of several names, and the number of the others."""
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def printed(text: str) -> str:
-    """A text of several lines as it may be printed in CI: control characters are escaped, no line is a workflow
+    """Return a text of several lines as it may be printed in CI: control characters are escaped, no line is a workflow
     command."""
     return "\n".join(map(_inert, text.split("\n")))
 
@@ -56,7 +55,7 @@ def _escaped(character: str) -> str:
 
 
 def human(size: float) -> str:
-    """A number of bytes in decimal units, as shard_size and the hub use them."""
+    """Return a number of bytes in decimal units, as shard_size and the hub use them."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

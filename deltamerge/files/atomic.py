@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import OutputError
-from deltamerge.files.descriptors import opened, output_error, system, write_at, writing
+from deltamerge.files.descriptors import lock, opened, output_error, system, write_at, writing
 
 # The name of a file until it is complete; a lock on it says that its writer is alive.
 PASSING = re.compile(r"\..{1,48}\.[0-9a-f]{16}\.deltamerge", re.DOTALL)
@@ -40,7 +39,7 @@ def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
 
 
 def refuse_taken(path: Path, *, new: bool = False) -> None:
-    """OutputError: `path` is a link, a folder or no plain file; or it exists although it must be `new`."""
+    """Raise OutputError if `path` is a link, a folder or no plain file, or exists although it must be `new`."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -66,8 +65,8 @@ def sweep(folder: int, name: str = "") -> None:
         if not (entry.startswith(start) and PASSING.fullmatch(entry)):
             continue
         with suppress(OSError), opened(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, folder) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(entry, dir_fd=folder)
+            if lock(fd):
+                os.unlink(entry, dir_fd=folder)
 
 
 def _replace(folder: int, path: Path, raw: bytes, *, new: bool) -> None:
@@ -79,7 +78,7 @@ def _replace(folder: int, path: Path, raw: bytes, *, new: bool) -> None:
         fd = os.open(passing, flags, 0o666, dir_fd=folder)
         try:
             with suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(fd)
             write_at(fd, 0, memoryview(raw))
             with suppress(FileNotFoundError):
                 os.fchmod(fd, stat.S_IMODE(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode))

@@ -1,10 +1,12 @@
-"""Reads, writes and copies at offsets of files, from any thread; the number of open files is bounded."""
+"""Reads, writes and copies at offsets of files, from any thread, and locks; the number of open files is bounded."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ COPY_PIECE = 4 << 20
 # Opens a file for writing past the page cache; offsets and memory must be page-aligned. 0: the system has no such flag.
 DIRECT = getattr(os, "O_DIRECT", 0)
 PAGE = 4096
+# Opens no link, and refuses a pipe instead of waiting for its writer.
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK
 
 _FREE = "free space, or choose another folder with --out"
 _OTHER = "choose another folder with --out"
@@ -39,13 +43,13 @@ _REASONS = {
 
 
 def input_error(error: OSError) -> InputError:
-    """The InputError for an OSError on a source."""
+    """Return the InputError for an OSError on a source."""
     reason = "it vanished" if error.errno == errno.ENOENT else error.strerror
     return InputError(f"cannot be read: {reason}")
 
 
 def output_error(error: OSError) -> OutputError:
-    """The OutputError for an OSError on a target, with what to do."""
+    """Return the OutputError for an OSError on a target, with what to do."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
     return OutputError(f"cannot be written: {reason}", hint=hint)
 
@@ -72,7 +76,7 @@ def writing(where: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None) -> Iterator[int]:
-    """An open file or folder (of an open `folder`), closed at the end. OSError: it cannot be opened."""
+    """Yield an open file or folder (of an open `folder`), closed at the end. OSError: it cannot be opened."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         yield fd
@@ -80,8 +84,41 @@ def opened(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None
         os.close(fd)
 
 
+def open_plain(path: Path, flags: int) -> int:
+    """Open a file of ours, creating it if `flags` say so. OutputError: it is a link or no plain file."""
+    try:
+        fd = os.open(path, flags | NO_LINK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, which no run wrote", hint="remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OutputError(f"{path}: is no plain file, which no run wrote", hint="remove it")
+    return fd
+
+
+def lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock an open file at once, or return False where another holds it. The system drops the lock with the process.
+
+    filelock's only shared lock is a transaction on an SQLite file, which cannot name its holder. So a `shared` lock is
+    `flock` itself, the call that filelock's exclusive lock makes too: the two exclude each other.
+    """
+    if not shared:
+        from filelock import lock_descriptor
+
+        return lock_descriptor(fd, blocking=False)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
 def refuse_link(path: Path) -> None:
-    """InputError: `path`, a file of a model, is a link that leaves the model's folder.
+    """Raise InputError if `path`, a file of a model, is a link that leaves the model's folder.
 
     A stranger's model must not name the user's own files. Links of the hub's cache may lead from snapshots to blobs,
     and on to blobs that repositories share.
@@ -125,7 +162,7 @@ class Descriptors:
         self._lock = threading.Lock()
 
     def get(self, path: Path) -> Descriptor:
-        """The open file at `path`. OSError: it cannot be opened."""
+        """Return the open file at `path`. OSError: it cannot be opened."""
         with self._lock:
             held = self._open.get(path)
             if held is None:
@@ -144,7 +181,7 @@ class Descriptors:
 
 
 def flat(buffer: Any) -> memoryview:
-    """The bytes of a contiguous buffer of any element type and shape."""
+    """Return the bytes of a contiguous buffer of any element type and shape."""
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(b"")
 
@@ -171,7 +208,7 @@ def write_at(fd: int, offset: int, data: memoryview) -> None:
 
 
 def takes_direct(path: Path) -> bool:
-    """Whether a file can be opened for writing past the page cache."""
+    """Return whether a file can be opened for writing past the page cache."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | DIRECT))
     except OSError:
@@ -234,13 +271,13 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
 
 @cache
 def system() -> ctypes.CDLL:
-    """The C library, for calls that Python lacks."""
+    """Return the C library, for calls that Python lacks."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
-    """A temporary folder: the system's, else one in `beside`. OutputError: neither can be made."""
+    """Yield a temporary folder: the system's, else one in `beside`. OutputError: neither can be made."""
     try:
         folder = TemporaryDirectory(prefix="deltamerge-")
     except OSError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from xxhash import xxh3_64_hexdigest
 
 from deltamerge import errors
 from deltamerge.errors import OutputError
-from deltamerge.files.descriptors import input_error, sync, write_at, writing
-from deltamerge.files.work_folder import JOURNAL, PART_JOURNAL, open_file
+from deltamerge.files.descriptors import input_error, open_plain, sync, write_at, writing
 
+JOURNAL = "journal"  # the name of a file
+PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 MAX_BYTES = 1 << 28
 # run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; coded: what
 # quantisation lost; calibrated: q's are kept; part: one is complete; publish: the folder that is about to get the
@@ -28,12 +31,12 @@ KINDS: dict[str, type] = {
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of the journal at `path` up to the first torn one, and the bytes they take.
+    """Return the records of the journal at `path` up to the first torn one, and the bytes they take.
 
     InputError: it cannot be read. OutputError: it is a link or no plain file.
     """
     try:
-        with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
             raw = file.read(MAX_BYTES)
     except FileNotFoundError:
         return [], 0
@@ -58,7 +61,7 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a record has the form that runs write. A first record without "run" makes the journal empty."""
+    """Return whether a record has the form that runs write. A first record without "run" makes the journal empty."""
     if not isinstance(record, dict) or any(not isinstance(v, KINDS.get(k, ())) for k, v in record.items()):
         return False
     part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
@@ -72,7 +75,7 @@ def _is_record(record: Any) -> bool:
 
 
 def _is_sums(start: Any, sums: Any) -> bool:
-    """Whether a unit of a coded weight has its start, and two sums."""
+    """Return whether a unit of a coded weight has its start, and two sums."""
     whole = type(start) is str and start.isdecimal() and len(start) < 20
     return whole and type(sums) is list and len(sums) == 2 and all(type(x) is float and 0 <= x < math.inf for x in sums)
 
@@ -93,17 +96,17 @@ def _is_file(entry: Any) -> bool:
 
 
 def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that the next run would keep."""
+    """Return whether there is work that the next run would keep."""
     return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
-def named_inode(records: list[dict[str, Any]]) -> int | None:
-    """The inode of the folder that the run was about to rename to the target."""
+def published_inode(records: list[dict[str, Any]]) -> int | None:
+    """Return the inode of the folder that the run was about to rename to the target."""
     return next((record["publish"]["inode"] for record in reversed(records) if "publish" in record), None)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """OutputError naming every fact that has changed since the unfinished work began."""
+    """Raise OutputError with every fact that has changed since the unfinished work began."""
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
@@ -112,15 +115,14 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Whether two facts agree. Files on two machines, which may each have a copy, are compared by size and modification
-    time."""
+    """Return whether two facts agree. Files on two machines are compared by size and modification time."""
     if isinstance(then, list) and isinstance(now, list) and then[-1:] != now[-1:]:
         return then[:2] == now[:2]
     return bool(then == now)
 
 
 def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of every part's journal in a work folder, by part ("2-of-8")."""
+    """Return the records of every part's journal in a work folder, by part ("2-of-8")."""
     names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 
@@ -133,7 +135,7 @@ class Journal:
         self._lock = threading.Lock()
         self.records, self._end = read_journal(path)
         with errors.context(str(path)), writing():
-            self._fd = open_file(path, os.O_WRONLY | os.O_CREAT)
+            self._fd = open_plain(path, os.O_WRONLY | os.O_CREAT)
             os.ftruncate(self._fd, self._end)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -150,3 +152,42 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Spans:
+    """Bytes of a file that are done, as disjoint, ascending ranges [start, stop); adjacent ranges are joined."""
+
+    __slots__ = ("_starts", "_stops")
+
+    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        for start, stop in spans:
+            self.add(start, stop)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._starts, self._stops, strict=True)
+
+    @property
+    def end(self) -> int:
+        """Return the end of the last range, 0 if there is none."""
+        return self._stops[-1] if self._stops else 0
+
+    def add(self, start: int, stop: int) -> None:
+        """Add the bytes [start, stop)."""
+        if start >= stop:
+            return
+        first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        if first < last:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
+    def reach(self, position: int) -> int:
+        """Return the end of the gapless run of bytes from `position` on; `position` if its byte is missing."""
+        index = bisect_right(self._starts, position) - 1
+        return max(position, self._stops[index]) if index >= 0 else position
+
+    def count(self, start: int, stop: int) -> int:
+        """Count the bytes of [start, stop) that are in the set."""
+        return sum(max(0, min(stop, b) - max(start, a)) for a, b in self)

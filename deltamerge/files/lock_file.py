@@ -55,7 +55,7 @@ class _Lock(_Part):
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """The content of a lock. InputError: not a lock, larger than 64 MB, or nested too deep."""
+    """Return the content of a lock. InputError: not a lock, larger than 64 MB, or nested too deep."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         with path.open("rb") as file:
@@ -93,13 +93,15 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
-    """The entries of `folder` that its lock does not list, without the lock itself and hidden files of tools."""
+    """Return the entries of `folder` that its lock does not list, without the lock itself and hidden files of tools."""
     return sorted(entries(folder, lock["outputs"]).keys() - {*lock["outputs"], LOCK_NAME} - HIDDEN)
 
 
-def not_made(folder: Path) -> list[str]:
-    """The entries of `folder` that no run made and that replacing it would lose: what its lock does not list as a plain
-    file; everything if there is no lock. OSError: the folder cannot be read."""
+def foreign_entries(folder: Path) -> list[str]:
+    """Return the entries of `folder` that no run made, and that replacing it would lose. OSError: it cannot be read.
+
+    They are all but the plain files that its lock lists; without a lock they are all.
+    """
     lock, listed = folder / LOCK_NAME, set[str]()
     if lock.is_file() and not lock.is_symlink():
         try:

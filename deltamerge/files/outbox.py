@@ -40,8 +40,10 @@ def _pages(nbytes: int) -> NDArray[np.uint8]:
 
 
 def room_for(workers: int) -> int:
-    """Bytes that may be on their way from so many threads: two pieces of each. If a piece comes after fewer later ones
-    than that, these wait in memory for it to be hashed, and none is read back from its file."""
+    """Return the bytes that may be on their way from so many threads: two pieces of each.
+
+    A piece that comes after fewer later ones than that is awaited in memory; none is read back from its file.
+    """
     return max(ROOM, 2 * workers * SLAB)
 
 
@@ -96,7 +98,7 @@ class Outbox:
         self._threads: list[threading.Thread] = []
 
     def lend(self, position: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for the bytes of a file from `position` on, to be sent; waits while too much is on its way."""
+        """Lend memory for the bytes of a file from `position` on, to be sent. Waits while too much is on its way."""
         if nbytes < LEAST:
             return np.empty(nbytes, np.uint8)
         with self._changed:
@@ -133,8 +135,10 @@ class Outbox:
             self._changed.notify_all()
 
     def follow(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
-        """The bytes at `position` of a file of `size` bytes, for hashing: the memory sent for it, to be released with
-        `finished`, or up to where the file can be read. Waits for either; None: the outbox is closed."""
+        """Wait for the bytes at `position` of a file of `size` bytes, for hashing. None: the outbox is closed.
+
+        They are the memory sent for it, to be released with `finished`, or are read back from the file.
+        """
         with self._changed:
             while not self._closed:
                 found = self._found(file, position, size)
@@ -183,7 +187,7 @@ class Outbox:
             raise self._failure
 
     def _found(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
-        """What `follow` gives, if it is there."""
+        """Return the bytes for `follow`, if they are there."""
         held = self._held[file]
         if position in held:
             return held[position].data
@@ -192,7 +196,7 @@ class Outbox:
         return ready if ready == stop or ready - position >= READ else None
 
     def _is_starved(self) -> bool:
-        """Whether who hashes waits for bytes that are not there; not if it only has not yet woken."""
+        """Return whether who hashes waits for bytes that are not there; not if it only has not yet woken."""
         return self._awaited is not None and self._found(*self._awaited) is None
 
     def _forget(self) -> None:

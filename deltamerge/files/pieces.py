@@ -25,7 +25,7 @@ AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Digests:
     """The digests (pieces, 16) of a file of `size` bytes, and which of them are known."""
 
     size: int
@@ -37,20 +37,20 @@ class Pieces:
     """The digests known of files so far. Thread-safe; a thread adds the digests of the pieces that it reads."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, Known] = {}
+        self._known: dict[Path, Digests] = {}
         self._changed = threading.Lock()
 
-    def of(self, path: Path) -> Known:
-        """What is known of the file `path`. OSError: it cannot be examined."""
+    def of(self, path: Path) -> Digests:
+        """Return the digests that are known of the file `path`. OSError: it cannot be examined."""
         with self._changed:
             if path not in self._known:
                 size = path.stat().st_size
                 count = -(-size // PIECE_BYTES)
-                self._known[path] = Known(size, np.empty((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.bool_))
+                self._known[path] = Digests(size, np.empty((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.bool_))
             return self._known[path]
 
     def hash(self, path: Path, begin: int, data: NDArray[np.uint8]) -> None:
-        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but those that are known."""
+        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but no known ones."""
         first, skipped = -(-begin // PIECE_BYTES), -begin % PIECE_BYTES
         count = (len(data) - skipped) // PIECE_BYTES
         if count > 0 and not self.of(path).there[first : first + count].all():
@@ -65,8 +65,7 @@ class Pieces:
 
 
 def digests(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """(pieces, 2) the high and low words of the digests of whole pieces; the compiled loop leaves other threads the
-    GIL."""
+    """Return (pieces, 2) the high and low words of the digests of whole pieces. The compiled loop drops the GIL."""
     made = np.empty((len(data) // PIECE_BYTES, 2), np.uint64)
     if (native := kernels.native()) is not None:
         native.digests(data, made)
@@ -80,7 +79,7 @@ def _as_bytes(halves: NDArray[np.uint64]) -> NDArray[np.uint8]:
     return halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
 
 
-def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
+def learn(known: Digests, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
     """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from an offset of it."""
     buffer = np.empty(min(AT_ONCE * PIECE_BYTES, known.size), np.uint8)
     for first, stop in _runs(wanted):
@@ -95,14 +94,14 @@ def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], No
         progress.here().step(len(part))
 
 
-def size_of(known: Known, wanted: NDArray[np.bool_]) -> int:
-    """Bytes of the `wanted` pieces of a file, whose last may be shorter."""
+def size_of(known: Digests, wanted: NDArray[np.bool_]) -> int:
+    """Return bytes of the `wanted` pieces of a file, whose last may be shorter."""
     short = -known.size % PIECE_BYTES if len(wanted) and wanted[-1] else 0
     return int(wanted.sum()) * PIECE_BYTES - short
 
 
-def inside(known: Known, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which pieces of a file lie within one of the byte ranges [begin, end)."""
+def inside(known: Digests, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Return which pieces of a file lie within one of the byte ranges [begin, end)."""
     found = np.zeros(len(known.there), np.bool_)
     for begin, end in ranges:
         found[-(-begin // PIECE_BYTES) : end // PIECE_BYTES] = True
@@ -117,7 +116,7 @@ def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
             yield first, min(end, first + AT_ONCE)
 
 
-def hash_whole(known: Known) -> str:
-    """The hash, in hex, of a file whose pieces are all known."""
+def hash_whole(known: Digests) -> str:
+    """Return the hash, in hex, of a file whose pieces are all known."""
     assert known.there.all()
     return str(xxh3_128_hexdigest(known.digests.data))

@@ -1,7 +1,7 @@
-"""How far long work is: phases that say what is done, how much of it there is, and how much has been done.
+"""Progress of long work: phases with a name, a total and the part that is done.
 
-What does the work opens a `phase` and steps it; who wants to see phases gives a listener. Without one nothing is said.
-Functions deep below need not be handed the phase: `here` is the one that their thread works for.
+The function that works opens a `phase` and steps it; a listener sees phases. Without a listener nothing is said.
+Functions deep below are not handed the phase: `here` is the phase of their thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Phase:
 
     @property
     def reached(self) -> float:
-        """What has been done, with what of the next step has."""
+        """The work that is done, with the part of the next step."""
         return self.done + self.ahead
 
     def skip(self, count: float) -> None:
@@ -61,7 +61,7 @@ class Phase:
 
 
 class Listener(Protocol):
-    """What is told of every phase that begins and ends, on the thread that works."""
+    """The receiver of every phase's begin and end, on the thread that works."""
 
     def begun(self, phase: Phase) -> None: ...
     def ended(self, phase: Phase) -> None: ...
@@ -90,7 +90,7 @@ def heard(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str, total: float, unit: str = BYTES, *, bound: bool = False) -> Iterator[Phase]:
-    """A phase that lasts as long as the block, for which this thread works; see `Phase`."""
+    """Yield a phase that lasts as long as the block, for which this thread works; see `Phase`."""
     one = Phase(name, total, unit, bound)
     listener = _listeners[-1] if _listeners else None
     if listener is not None:
@@ -114,6 +114,6 @@ def joined(one: Phase) -> Iterator[None]:
 
 
 def here(unit: str = BYTES) -> Phase:
-    """The phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
+    """Return the phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
     one = _here.phases[-1] if _here.phases else None
     return one if one is not None and one.unit == unit else Phase("", 0, unit)

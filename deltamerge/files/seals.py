@@ -18,7 +18,7 @@ HASH_BYTES = 1 << 23
 
 
 class Seal(NamedTuple):
-    """What the system updates with every change of a file; `changed` cannot be set back by anybody. Times in ns."""
+    """The numbers that the system updates with every change of a file; nobody can set back `changed`. Times in ns."""
 
     size: int
     modified: int
@@ -27,13 +27,13 @@ class Seal(NamedTuple):
 
 
 def seal(path: Path) -> Seal:
-    """The seal of the file at `path`; take it before hashing, or when its writer has ended. OSError: no access."""
+    """Return the seal of a file; take it before hashing, or when its writer has ended. OSError: no access."""
     status = path.stat()
     return Seal(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
 def hash_output(path: Path) -> str:
-    """ "blake3:<hex>" of a file, as `b3sum` prints it: published files are identified by a cryptographic hash."""
+    """Return "blake3:<hex>" of a file, as `b3sum` prints it: published files have a cryptographic hash."""
     hasher = blake3(max_threads=blake3.AUTO)
     try:
         with path.open("rb", buffering=0) as file:
@@ -47,14 +47,14 @@ def hash_output(path: Path) -> str:
 
 
 def hash_bytes(data: bytes) -> str:
-    """What `hash_output` says of a file of these bytes."""
+    """Return the `hash_output` of a file of these bytes."""
     return f"blake3:{blake3(data).hexdigest()}"
 
 
 def damages(
     folder: Path, files: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int
 ) -> dict[str, str]:
-    """What is wrong with the `files` (name -> {hash, size}) of `folder`: missing, of another size, or of other content.
+    """Return the faults of the `files` (name -> {hash, size}) of `folder`: missing, of another size or content.
 
     Files whose seal is unbroken are not read.
     """

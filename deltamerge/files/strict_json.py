@@ -19,7 +19,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
-    """The JSON object in `raw`; `parse_int`, if given, converts its integers.
+    """Return the JSON object in `raw`; `parse_int`, if given, converts its integers.
 
     InputError: not UTF-8, not an object, a duplicate key, half a surrogate pair, too deep, too many values.
     """
@@ -41,12 +41,12 @@ def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dic
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`, at most 100 MB and no link out of its folder; errors name the file."""
+    """Return the JSON object in a file of at most 100 MB that is no link out of its folder; errors name the file."""
     return _read(path, parse_json)
 
 
 def read_list(path: Path) -> list[Any]:
-    """The JSON list in the file at `path`, under the bounds of `read_json`."""
+    """Return the JSON list in the file at `path`, under the bounds of `read_json`."""
 
     def parse(raw: bytes) -> list[Any]:
         if not raw.lstrip().startswith(b"["):
@@ -58,11 +58,11 @@ def read_list(path: Path) -> list[Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a small file, at most 100 MB and no link out of its folder; errors name the file."""
+    """Return the content of a small file, at most 100 MB and no link out of its folder; errors name the file."""
     return _read(path, bytes)
 
 
-class Parts:
+class SharedParts:
     """Reads JSON objects that have large parts in common: a part whose text was read before is that very value.
 
     Texts are kept up to the size of one file.
@@ -73,7 +73,7 @@ class Parts:
         self._left = MAX_BYTES
 
     def read(self, path: Path, inside: str) -> dict[str, Any]:
-        """As `read_json`. Parts are the values of the object, and those of the object under its key `inside`."""
+        """Read as `read_json` does. The parts are the values of the object, and those under its key `inside`."""
         return _read(path, lambda raw: self._parsed(raw, inside))
 
     def _parsed(self, raw: bytes, inside: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Parts:
         return parse_json(raw)  # which says what is wrong with it
 
     def _object(self, text: str, at: int, place: str, inside: str) -> tuple[dict[str, Any], int]:
-        """The object at a place of a text, and where it ends. ValueError, IndexError: there is none."""
+        """Return the object at a place of a text, and where it ends. ValueError, IndexError: there is none."""
         table: dict[str, Any] = {}
         at = _gap(text, _after(text, at, "{"))
         while text[at] != "}":
@@ -147,7 +147,7 @@ def _read(path: Path, parse: Callable[[bytes], T]) -> T:
 
 
 def _refuse_halves(table: dict[str, Any]) -> None:
-    """InputError: a text or key holds half a surrogate pair, which UTF-8 cannot encode."""
+    """Raise InputError if a text or key holds half a surrogate pair, which UTF-8 cannot encode."""
     left: list[tuple[str, Any]] = list(table.items())
     while left:
         key, value = left.pop()

@@ -19,20 +19,22 @@ def is_plain_folder(folder: str) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Path below `folder`, with slashes -> path, of everything in it and in its folders that is no folder."""
+    """Return path below `folder`, with slashes -> path, of every file in it and in its folders."""
     return {name: folder / name for name, _ in _entries(folder, "")}
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """`folder` and the folders in it, the innermost first."""
+    """Return `folder` and the folders in it, the innermost first."""
     inner = {path.parent for path in files_of(folder).values()}
     above = {parent for path in inner for parent in (path, *path.parents) if parent.is_relative_to(folder)}
     return sorted(above | {folder}, key=lambda path: (-len(path.parts), path))
 
 
 def entries(folder: Path, listed: Collection[str]) -> dict[str, int]:
-    """The mode of everything in `folder` by its path below it: what lies in folders of `listed` files one by one, other
-    folders as a whole. OSError: one cannot be read."""
+    """Return the mode of every entry of `folder`, by its path below it. OSError: one cannot be read.
+
+    Folders of `listed` files are entered; any other folder is one entry.
+    """
     held = {parent.as_posix() for name in listed if is_inside(name) for parent in Path(name).parents}
     found: dict[str, int] = {}
     left = [""]
@@ -49,14 +51,14 @@ def entries(folder: Path, listed: Collection[str]) -> dict[str, int]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether the name of an output, as a lock has it, is a file of the folder or of a component's folder in it."""
+    """Return whether a name in a lock is a file of the output's folder, or of a component's folder in it."""
     folder, slash, file = name.rpartition("/")
     plain = file not in ("", ".", "..") and "\\" not in file and "\0" not in file
     return plain and (not slash or is_plain_folder(folder))
 
 
 def leads_out(folder: Path, name: str) -> bool:
-    """Whether a folder on the way from `folder` to its file `name` is a link."""
+    """Return whether a folder on the way from `folder` to its file `name` is a link."""
     return any((folder / parent).is_symlink() for parent in Path(name).parents if parent.parts)
 
 

@@ -25,9 +25,9 @@ from deltamerge.files.descriptors import refuse_link
 from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, Named, run
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
 from deltamerge.formats.torch_bin import BY_TORCH, read_torch_tensor
-from deltamerge.tensors.chunks import Sharded, covers
+from deltamerge.tensors.chunks import covers, from_chunks
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, viewed
 
 METADATA, SUFFIX = ".metadata", ".distcp"
 HINT = "write it again with torch.distributed.checkpoint.save"
@@ -277,9 +277,10 @@ def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opene
     first = placed[0][1]
     if len(placed) == 1:
         return replace(first, name=name)
-    nbytes = math.prod(shape) * ITEMSIZE[code]
-    made = Sharded(code, tuple(shape), tuple(one for one in placed if one[1].nbytes))
-    return TensorInfo(name, code, tuple(shape), first.path, 0, nbytes, made)
+    filled = [(offset, chunk) for offset, chunk in placed if chunk.nbytes]
+    offsets = tuple(offset for offset, _ in filled)
+    together = viewed(from_chunks, [chunk for _, chunk in filled], tuple(shape), code, offsets=offsets, path=first.path)
+    return TensorInfo(name, together)
 
 
 def _chunk(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import attrgetter, mul
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
 from deltamerge.files.strict_json import parse_json
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_of
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
@@ -104,7 +105,7 @@ def parse_header(text: bytes, path: Path, size: int) -> Header:
         raise InputError("header: __metadata__ is not a table of strings")
     data_begin = PREFIX + len(text)
     tensors = {name: _tensor(name, entry, path, data_begin) for name, entry in entries.items()}
-    _check_places(tensors, data_begin, size)
+    _check_places(entries, data_begin, size)
     return Header(tensors, metadata, data_begin, size)
 
 
@@ -128,7 +129,7 @@ def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:
         raise _wrong(name, f"{dtype} of shape {str(shape)[:80]} ends within a byte")
     if end - begin != nbytes:
         raise _wrong(name, f"{dtype} of shape {str(shape)[:80]} takes {nbytes} bytes, data_offsets give {end - begin}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_begin + begin, nbytes)
+    return TensorInfo(name, stored(path, data_begin + begin, tuple(shape), dtype, name))
 
 
 def _naturals(values: Any) -> bool:
@@ -156,15 +157,14 @@ def _wrong(name: str, what: str, hint: str | None = None) -> InputError:
     return InputError(f"header: tensor {name[:80]!r}: {what}", hint=hint)
 
 
-def _check_places(tensors: dict[str, TensorInfo], data_begin: int, size: int) -> None:
+def _check_places(entries: Mapping[str, Any], data_begin: int, size: int) -> None:
     """InputError unless the tensors' bytes follow each other from the header to the end of the file."""
-    end = data_begin
-    for tensor in sorted(tensors.values(), key=attrgetter("begin", "nbytes")):
-        if gap := tensor.begin - end:
-            raise _wrong(
-                tensor.name, f"leaves {gap} bytes before it unused" if gap > 0 else "overlaps the one before it"
-            )
-        end = tensor.begin + tensor.nbytes
+    end = 0
+    for (begin, stop), name in sorted((entry["data_offsets"], name) for name, entry in entries.items()):
+        if gap := begin - end:
+            raise _wrong(name, f"leaves {gap} bytes before it unused" if gap > 0 else "overlaps the one before it")
+        end = stop
+    end += data_begin
     if end > size:
         raise InputError(f"the file is truncated: header promises {end} bytes, file has {size}", hint=_AGAIN)
     if end < size:

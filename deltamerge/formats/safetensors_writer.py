@@ -27,9 +27,8 @@ from deltamerge.files.descriptors import (
     write_at,
     writing,
 )
-from deltamerge.files.journal import Journal
+from deltamerge.files.journal import Journal, Spans
 from deltamerge.files.outbox import Outbox
-from deltamerge.files.spans import Spans
 from deltamerge.formats.audit import Audit, Findings, TensorSpan
 from deltamerge.formats.layout import FileLayout, Layout, Place
 from deltamerge.tensors.dtypes import ITEMSIZE

@@ -26,7 +26,7 @@ from deltamerge.formats.pickle_reader import Storage, Tensor, read_pickle
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, Header
 from deltamerge.tensors.dtypes import DTYPES, ITEMSIZE
 from deltamerge.tensors.names import TOKEN_EMBEDDING
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
 PROTOCOL = 1001
@@ -82,7 +82,7 @@ def read_torch_tensor(file: BinaryIO, path: Path, begin: int, nbytes: int) -> Te
     if not isinstance(table, Tensor):
         raise InputError("is no single tensor")
     info = _tensor("tensor", table, places, path)
-    return replace(info, begin=begin + info.begin)
+    return replace(info, tensor=stored(info.path, begin + info.begin, info.shape, info.dtype, info.name))
 
 
 class _Window(io.RawIOBase, BinaryIO):
@@ -162,7 +162,7 @@ def _tensor(name: str, tensor: Tensor, places: Places, path: Path) -> TensorInfo
         raise InputError(f"its storage has {there} bytes, not {storage.nbytes}", hint="download it again")
     if (tensor.offset + count) * item > there:
         raise InputError(f"ends at byte {(tensor.offset + count) * item} of a storage of {there}")
-    return TensorInfo(name, code, shape, path, begin + tensor.offset * item, count * item)
+    return TensorInfo(name, stored(path, begin + tensor.offset * item, tuple(shape), code, name))
 
 
 def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.gguf.parts import SUFFIX as GGUF
-from deltamerge.formats.gguf.parts import the_model
+from deltamerge.formats.gguf.header import SUFFIX as GGUF
+from deltamerge.formats.gguf.header import the_model
 from deltamerge.formats.safetensors import Header, read_header
 from deltamerge.formats.torch_bin import read_torch_header
 from deltamerge.tensors.tensor import TensorInfo

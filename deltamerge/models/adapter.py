@@ -17,19 +17,22 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import input_error
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.peft import weights as adapted
 from deltamerge.formats.peft.config import BY_PEFT, CONFIG, Adapter, checked_config, parameters_of, tokens_of
+from deltamerge.formats.peft.experts import fits, stored_transposed, with_experts
+from deltamerge.formats.peft.loha import with_loha
+from deltamerge.formats.peft.lokr import with_lokr
+from deltamerge.formats.peft.lora import expected, is_lora, is_low_rank, is_residual, with_bias, with_lora
 from deltamerge.formats.peft.parts import Parts, parts
-from deltamerge.formats.peft.updates import Residual
+from deltamerge.formats.peft.rows import with_rows
 from deltamerge.formats.weight_files import ALLOW, read_weights
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.matching import Shape, match_one
 from deltamerge.tensors import experts
-from deltamerge.tensors.computed import Cast, LowRank
-from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN
+from deltamerge.tensors.dtypes import PLAIN
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TOKEN_EMBEDDING, block_name, is_conv1d
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo, viewed
+from deltamerge.tensors.views import cast
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -140,7 +143,7 @@ def _apart(tensors: Tensors, layout: experts.Layout) -> Iterator[tuple[str, Tens
             yield name, info
             continue
         pair = (found[container].get(which) for which in ("gate_up_proj", "down_proj"))
-        if adapted.stored_transposed(*pair):
+        if stored_transposed(*pair):
             info = experts.turned(info)
         yield from ((f"{container}.{rest}", part) for rest, part in experts.unfold(info, own).items())
 
@@ -161,11 +164,17 @@ def _in_own_form(tensors: Tensors, stored: Tensors, added: str) -> Tensors:
 
 def _as_stored(info: TensorInfo, old: TensorInfo | None) -> TensorInfo:
     """Fused experts in the orientation of the base's, or the base's own where nothing changed them."""
-    if old is None or not isinstance(info.made, experts.Joined):
+    if old is None or not experts.is_joined(info.tensor):
         return info
-    if all(part.made is old.made or isinstance(part.made, experts.Turned) for part in info.made.parts):
+    own = old.tensor
+    if all(experts.is_turned_stack(part.whole) or _is_inside(part, own) for part in info.tensor.inputs):
         return replace(old, name=info.name)
     return replace(experts.turned(info), name=info.name) if info.shape != old.shape else info
+
+
+def _is_inside(part: Tensor, whole: Tensor) -> bool:
+    """Tell whether a tensor is a part of another that nothing changes."""
+    return part.whole is whole.whole or (part.kind == whole.kind == "stored" and part.path == whole.path)
 
 
 def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[str, list[str]]:
@@ -192,7 +201,7 @@ def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[st
     for root, levels in found.nested().items():
         if targets[root] == ["weight"]:
             with errors.context(root):
-                yield f"{root}.weight", adapted.expected(levels[0])
+                yield f"{root}.weight", expected(levels[0])
                 if "B.bias" in levels[0]:
                     yield f"{root}.bias", levels[0]["B.bias"].shape
         else:
@@ -252,11 +261,27 @@ def _update(
             key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
             # PEFT loads a stored base layer last: what A and B began with is subtracted from it already.
             own = {**config, "init_lora_weights": True} if f"{root}.weight" in found.whole else config
-            tensors[info.name] = adapted.updated(info, levels[0], key, own, turned=root in turned)
+            tensors[info.name] = _updated(info, levels[0], key, own, turned=root in turned)
             if "B.bias" in levels[0]:
                 bias = tensors.get(places.get(f"{root}.bias", ""))
-                shifted = adapted.shifted(bias, levels[0], root, config)
+                shifted = with_bias(bias, levels[0], root, config)
                 tensors[shifted.name] = shifted
+
+
+def _updated(
+    info: TensorInfo, factors: Mapping[str, TensorInfo], key: str, config: Mapping[str, Any], *, turned: bool
+) -> TensorInfo:
+    """Return a weight with its update.
+
+    key      the module, as patterns match it
+    turned   whether the weight is stored (in, out)
+    InputError: shapes that do not fit, or a weight that is no plain float.
+    """
+    if info.dtype not in PLAIN:
+        raise InputError(f"the base's weight is {info.dtype}", hint="adapters are merged into unquantised weights")
+    if is_lora(factors):
+        return with_lora(info, factors, key, config, turned)
+    return (with_loha if config.get("peft_type") == "LOHA" else with_lokr)(info, factors, key, config)
 
 
 def _update_experts(
@@ -276,17 +301,17 @@ def _update_experts(
         (
             order
             for order in permutations(sorted(infos, key=lambda target: "gate" not in target), len(levels))
-            if all(adapted.fits(infos[t], factors) for t, factors in zip(order, levels, strict=True))
+            if all(fits(infos[t], factors) for t, factors in zip(order, levels, strict=True))
         ),
         None,
     )
     if matching is None:
         raise InputError(f"its factors do not fit {', '.join(infos)}", hint="is this the base that it was trained on?")
     stem = infos[matching[0]].name.rpartition(".")[0]
-    turned = adapted.stored_transposed(tensors.get(f"{stem}.gate_up_proj"), tensors.get(f"{stem}.down_proj"))
+    turned = stored_transposed(tensors.get(f"{stem}.gate_up_proj"), tensors.get(f"{stem}.down_proj"))
     for target, factors in zip(matching, levels, strict=True):
         info = infos[target]
-        tensors[info.name] = adapted.experts(info, factors, f"{root}.{target}", config, turned)
+        tensors[info.name] = with_experts(info, factors, f"{root}.{target}", config, turned)
 
 
 def _replace_rows(
@@ -299,7 +324,7 @@ def _replace_rows(
             continue
         with errors.context(module):
             info = _place(name, tensors, places)
-            tensors[info.name] = adapted.with_rows(info, module, values, config)
+            tensors[info.name] = with_rows(info, module, values, config)
 
 
 def _place(name: str, tensors: Tensors, places: Mapping[str, str]) -> TensorInfo:
@@ -323,7 +348,7 @@ def _turned(
     """
     found, square, shapes = set(), [], set()
     for root, levels in nested.items():
-        info, shape = tensors.get(places.get(f"{root}.weight", "")), adapted.expected(levels[0])
+        info, shape = tensors.get(places.get(f"{root}.weight", "")), expected(levels[0])
         if info is None or shape is None or len(shape) != 2 or "weight" in parameters_of(config, root):
             continue  # PEFT takes a parameter, of any class, as (out, in)
         if is_conv1d(info.name, base):
@@ -375,14 +400,13 @@ def _shared(
 def _leave_residual(tensors: Tensors, embedding: str, old: TensorInfo) -> None:
     """Give an embedding what PEFT leaves of it where A and B of the head begin with a part of the weight that both
     share. InputError: the embedding has factors of its own."""
-    made = tensors[LM_HEAD].made
-    rest = made.base if isinstance(made, LowRank) else None
-    if rest is None or not isinstance(rest.made, Residual):
+    head = tensors[LM_HEAD]
+    if not is_low_rank(head.tensor) or not is_residual(head.tensor.inputs[0]):
         return
-    if tensors[embedding].made is not old.made:
+    if tensors[embedding].tensor is not old.tensor:
         message = "changes an embedding that is tied to a head, and takes a part of both out of the base"
         raise InputError(message, hint=BY_PEFT)
-    tensors[embedding] = replace(rest, name=embedding)
+    tensors[embedding] = replace(head, name=embedding, tensor=head.tensor.inputs[0])
 
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
@@ -391,8 +415,7 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
         raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
         return replace(info, name=name)
-    nbytes = info.nbytes // ITEMSIZE[info.dtype] * ITEMSIZE[dtype]
-    return replace(info, name=name, dtype=dtype, begin=0, nbytes=nbytes, made=Cast(info, dtype))
+    return replace(info, name=name, tensor=viewed(cast, [info], info.shape, dtype))
 
 
 def _tied(base: Checkpoint, adapter: Adapter, names: Tensors) -> str:

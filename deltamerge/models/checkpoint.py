@@ -24,10 +24,9 @@ from deltamerge.formats.components import (
 )
 from deltamerge.formats.config_json import read_config
 from deltamerge.formats.dcp import is_distributed, read_distributed
-from deltamerge.formats.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.formats.gguf.header import SUFFIX as GGUF
+from deltamerge.formats.gguf.header import GgufHeader, parts_of, read_gguf_header
 from deltamerge.formats.gguf.model import open_model
-from deltamerge.formats.gguf.parts import SUFFIX as GGUF
-from deltamerge.formats.gguf.parts import parts_of
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.detect import Scheme
 from deltamerge.formats.running_sum import FILE as RUNNING_SUM

@@ -1,7 +1,7 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
-`decoders.DECODERS` has a function for each kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`).
-config.json calls schemes by more names, and `decoders.KINDS` says which kinds each of them has.
+`detect.FORMATS` has a row for each form that the tensors' names and dtypes tell (`detect.Scheme.kinds`): the file
+that reads it, and the names of schemes that config.json calls it by.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.detect import HINT, Scheme, keys_of, moved, orphans, scheme_of
-from deltamerge.formats.quantised.weight import Stored
+from deltamerge.formats.quantised.detect import HINT, SCHEMES, Scheme, keys_of, moved, orphans, reader_of, scheme_of
+from deltamerge.formats.quantised.scheme import StoredWeight
 from deltamerge.models.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.tensors.dtypes import CODES, PLAIN
 from deltamerge.tensors.tensor import TensorInfo
@@ -37,7 +37,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         raise InputError(f"is quantised ({scheme}), and {why}: they are not the model's own", hint=HINT)
     if lone := orphans(scheme, checkpoint.tensors):
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
-    decoders = {name: _decoder(scheme, name) for name in scheme.weights}
+    decoders = {name: _decoder(scheme, name, checkpoint.tensors[parts[0]]) for name, parts in scheme.weights.items()}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
     companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
@@ -52,7 +52,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         name = weight_of[stored]
         parts = tuple(checkpoint.tensors[part] for part in scheme.weights[name])
         with errors.context(name), errors.context(str(scheme)):
-            made = decoders[name](Stored(name, parts, settings))
+            made = decoders[name](StoredWeight(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
     known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
     plain = {name: tensors[name] for name in scheme.weights}
@@ -73,18 +73,17 @@ def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _decoder(scheme: Scheme, weight: str) -> Callable[[Stored], TensorInfo]:
-    """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
-    from deltamerge.formats.quantised.decoders import DECODERS, KINDS  # not at the start of every command
-
+def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo]:
+    """Return the reader of one weight. InputError: none reads it, or config.json names a scheme of other forms."""
     kind = scheme.kinds[weight]
-    if not kind and scheme.name in {*DECODERS, *KINDS}:
+    if not kind and scheme.name in SCHEMES:
         scales = weight.endswith(("_scale", "_scales", "_scale_inv"))
         what = f"{weight} belongs to no weight" if scales else f"the scales of {weight} are missing"
         raise InputError(f"is quantised ({scheme}): {what}", hint="download the model again")
-    if kind not in DECODERS or kind not in KINDS.get(scheme.name, {scheme.name}):
+    read = reader_of(kind, scheme.name, codes)
+    if read is None:
         raise _unknown(scheme, weight)
-    return DECODERS[kind]
+    return read
 
 
 def _unknown(scheme: Scheme, first: str) -> InputError:

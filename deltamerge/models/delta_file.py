@@ -24,10 +24,9 @@ from deltamerge.formats.delta.positions import Array, index_itemsize
 from deltamerge.formats.delta.stored import Scratch
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.delta_in_place import apply_in_place
-from deltamerge.models.delta_over_base import elements
 from deltamerge.tensors.dtypes import code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 THREADED = 1 << 15
 

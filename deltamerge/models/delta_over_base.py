@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +16,14 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.formats.delta.entry import TILE, Entry, as_bits, extend
-from deltamerge.formats.delta.entry import Read as ReadElements
 from deltamerge.formats.delta.positions import Array, Positions
 from deltamerge.formats.delta.recent import Kept
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.models.checkpoint import Checkpoint, with_configs
-from deltamerge.tensors.dtypes import ITEMSIZE, bits_type, cast
-from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Read, TensorInfo
-
-if TYPE_CHECKING:
-    from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.delta_file import DeltaFile
+from deltamerge.tensors.dtypes import bits_type, cast
+from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, part_of, unique, view, viewed
 
 HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element; and as many tiles of steps
 
@@ -49,21 +46,24 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
             tensors[source.name] = replace(info, name=source.name)
             continue
         assert entry is not None
-        nbytes = entry.size * ITEMSIZE[source.dtype]
         path = opened.path / "delta.json"
-        made = _Layer(entry, info, held, path)
-        tensors[source.name] = TensorInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
+        below = [] if info is None else [info]
+        own = {"layer": Layer(entry, held), "name": source.name, "path": path}
+        made = unique(over_base, below, source.shape, source.dtype, **own)
+        tensors[source.name] = TensorInfo(source.name, made)
     components = with_configs(opened.manifest.as_components(), delta.path)
     return replace(delta, tensors=tensors, files=opened.files, base=base, components=components)
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
     """The float32 values that a delta artifact adds to the base's tensor to make `info`; None if it stores none."""
-    layer = info.made
-    if not isinstance(layer, _Layer) or layer.entry.record.values is None:
+    whole, first = info.tensor.whole, 0
+    if whole.function != over_base.__name__ or whole.parameter("layer").entry.record.values is None:
         return None
-    begin, nbytes = (4 * (size // ITEMSIZE[info.dtype]) for size in (info.begin, info.nbytes))
-    return replace(info, dtype="F32", begin=begin, nbytes=nbytes, made=_Added(layer))
+    if whole is not info.tensor:
+        first = info.tensor.parameter("first")
+    addends = viewed(added_values, whole.inputs, whole.shape, "F32", **dict(whole.parameters))
+    return TensorInfo(info.name, part_of(addends, first, info.shape))
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
@@ -92,17 +92,6 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
         except InputError as error:
             error.hint = error.hint or f"this delta belongs to {delta.manifest.base}"
             raise
-
-
-def elements(reader: Reader, info: TensorInfo) -> ReadElements:
-    """A function that reads flat elements [start, stop) of a tensor as bits."""
-
-    def read(start: int, stop: int) -> Array:
-        out = np.empty(stop - start, bits_type(info.dtype))
-        reader.read_into(info, start, out)
-        return out
-
-    return read
 
 
 @dataclass(slots=True)
@@ -134,75 +123,77 @@ def _index_of(entry: Entry) -> _Index:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Layer:
-    """An entry of the delta at `path` over the base's tensor `info` (None: the base has none)."""
+class Layer:
+    """An entry of a delta. `held` has the positions that were decoded last."""
 
     entry: Entry
-    info: TensorInfo | None
     held: Kept
-    path: Path
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        with errors.context(f"{self.path}: {self.entry.name}"):
-            self._fill(read, start, out)
 
-    def _fill(self, read: Read, start: int, out: memoryview) -> None:
-        record = self.entry.record
+@view()
+def over_base(read: Read, tensor: Tensor, start: int, out: memoryview, *, layer: Layer, name: str, path: Path) -> None:
+    """Put an entry of the delta at `path` over the base's tensor, the input; without one the base has none."""
+    entry = layer.entry
+    with errors.context(f"{path}: {entry.name}"):
+        record = entry.record
         target = np.frombuffer(out, bits_type(record.dtype))
         stop = start + target.size
-        if self.entry.index is None and record.count and record.values is None:
-            target[:] = self.entry.values[start:stop]
+        if entry.index is None and record.count and record.values is None:
+            target[:] = entry.values[start:stop]
             return
-        base = extend(self._base(read, start, stop), target.size)
-        target[:] = cast(base, self.entry.base_dtype, record.dtype)
-        for where, values in self.entries(read, start, stop):
-            self.entry.put(target, base, where, values)
-
-    def _base(self, read: Read, start: int, stop: int) -> Array:
-        assert self.info is not None
-        base = np.empty(max(0, min(stop, self.entry.base_size) - start), bits_type(self.info.dtype))
-        if base.size:
-            read.read_into(self.info, start, base)
-        return base
-
-    def _steps(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Array]]:
-        for number in range(start // STEP_TILE, -(-stop // STEP_TILE)):
-            begin = number * STEP_TILE
-            positions, values = self.held.get((self.entry.name, number), partial(self._step_tile, read, number))
-            low, high = np.searchsorted(positions, [start - begin, stop - begin])
-            yield positions[low:high] + (begin - start), values[low:high]
-
-    def _step_tile(self, read: Read, number: int) -> tuple[Array, Array]:
-        begin, end = number * STEP_TILE, min((number + 1) * STEP_TILE, self.entry.size)
-        base = self.entry.converted(self._base(read, begin, end), end - begin)
-        return self.entry.step_tile(number, base)
-
-    def entries(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
-        """Positions relative to `start`, with bits of final values or float32 values to add."""
-        entry = self.entry
-        if not entry.record.count:
-            return
-        if entry.has_steps:
-            yield from self._steps(read, start, stop)
-            return
-        scales = entry.scale_values()
-        if entry.index is None:
-            pieces: Any = [(np.arange(start, stop), start)]
-        else:
-            pieces = self.held.get((entry.name, None), partial(_index_of, entry)).between(start, stop)
-        for positions, first in pieces:
-            yield positions - start, entry.values_at(positions, first, scales)
+        base = extend(_base(read, tensor, entry, start, stop), target.size)
+        target[:] = cast(base, entry.base_dtype, record.dtype)
+        for where, values in _entries(read, tensor, layer, start, stop):
+            entry.put(target, base, where, values)
 
 
-@dataclass(frozen=True, slots=True)
-class _Added:
-    """The float32 values that a layer adds; zero where it adds nothing."""
+@view()
+def added_values(
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, layer: Layer, name: str, path: Path
+) -> None:
+    """Compute the float32 values that an entry adds to the base; zero where it adds nothing."""
+    target = np.frombuffer(out, np.float32)
+    target[:] = 0
+    with errors.context(f"{path}: {layer.entry.name}"):
+        for where, values in _entries(read, tensor, layer, start, start + target.size):
+            target[where] = as_bits(values, "F32").view(np.float32)
 
-    layer: _Layer
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        target = np.frombuffer(out, np.float32)
-        target[:] = 0
-        with errors.context(f"{self.layer.path}: {self.layer.entry.name}"):
-            for where, values in self.layer.entries(read, start, start + target.size):
-                target[where] = as_bits(values, "F32").view(np.float32)
+def _base(read: Read, tensor: Tensor, entry: Entry, start: int, stop: int) -> Array:
+    (info,) = tensor.inputs
+    base = np.empty(max(0, min(stop, entry.base_size) - start), bits_type(info.dtype))
+    if base.size:
+        read.read_into(info, start, base)
+    return base
+
+
+def _steps(read: Read, tensor: Tensor, layer: Layer, start: int, stop: int) -> Iterator[tuple[Array, Array]]:
+    entry = layer.entry
+
+    def tile(number: int) -> tuple[Array, Array]:
+        begin, end = number * STEP_TILE, min((number + 1) * STEP_TILE, entry.size)
+        base = entry.converted(_base(read, tensor, entry, begin, end), end - begin)
+        return entry.step_tile(number, base)
+
+    for number in range(start // STEP_TILE, -(-stop // STEP_TILE)):
+        begin = number * STEP_TILE
+        positions, values = layer.held.get((entry.name, number), partial(tile, number))
+        low, high = np.searchsorted(positions, [start - begin, stop - begin])
+        yield positions[low:high] + (begin - start), values[low:high]
+
+
+def _entries(read: Read, tensor: Tensor, layer: Layer, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
+    """Yield positions relative to `start`, with bits of final values or float32 values to add."""
+    entry = layer.entry
+    if not entry.record.count:
+        return
+    if entry.has_steps:
+        yield from _steps(read, tensor, layer, start, stop)
+        return
+    scales = entry.scale_values()
+    if entry.index is None:
+        pieces: Any = [(np.arange(start, stop), start)]
+    else:
+        pieces = layer.held.get((entry.name, None), partial(_index_of, entry)).between(start, stop)
+    for positions, first in pieces:
+        yield positions - start, entry.values_at(positions, first, scales)

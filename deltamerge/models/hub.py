@@ -18,21 +18,28 @@ from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.formats.config_json import code_of
-from deltamerge.formats.gguf.header import GgufHeader
-from deltamerge.formats.gguf.parts import SUFFIX as GGUF
-from deltamerge.formats.gguf.parts import parts_of
+from deltamerge.formats.gguf.header import SUFFIX as GGUF
+from deltamerge.formats.gguf.header import GgufHeader, parts_of
 from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import PICKLES, is_index, is_weights, read_weights, weight_source
 from deltamerge.models.adapter import WEIGHTS, check_files, expand, open_adapter
-from deltamerge.models.blobs import blob_of, check_blobs
 from deltamerge.models.checkpoint import DELTA, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
-from deltamerge.models.hub_answers import listing, range_bytes, range_gguf, range_header
-from deltamerge.models.hub_errors import UnreachableError as UnreachableError
-from deltamerge.models.hub_errors import explained, near
-from deltamerge.models.hub_errors import explained_upload as explained_upload
-from deltamerge.models.hub_guard import COMMIT, Bounds, within
+from deltamerge.models.hub_cache import blob_of, check_blobs
+from deltamerge.models.hub_client import (
+    COMMIT,
+    Bounds,
+    hub_errors,
+    listing,
+    near,
+    range_bytes,
+    range_gguf,
+    range_header,
+    within,
+)
+from deltamerge.models.hub_client import UnreachableError as UnreachableError
+from deltamerge.models.hub_client import upload_errors as upload_errors
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
@@ -47,7 +54,7 @@ CODE = ".py"  # of models that bring their own; it is copied and never run
 
 
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
-    """The checkpoint that a recipe in `folder` calls `reference`.
+    """Return the checkpoint that a recipe in `folder` calls `reference`.
 
     A reference is a local folder or weight file, else a hub id, perhaps with a folder of its repository behind it; or
     one of them, "+" and a LoRA adapter (a folder or a hub id), which is merged as it is read. `weights=True` downloads
@@ -87,7 +94,7 @@ class _Asked:
     file: str = ""
 
     def at(self, name: str) -> str:
-        """The path in the repository of a file of the model."""
+        """Return the path in the repository of a file of the model."""
         return f"{self.inside}/{name}" if self.inside else name
 
 
@@ -121,7 +128,7 @@ def _adapter(reference: str, folder: Path, weights: bool, pickles: bool) -> Adap
         return open_adapter(path, reference=reference, pickles=pickles)
     hub_id, revision = _hub_id(reference, folder)
     try:
-        with errors.context(reference), explained(hub_id, revision, folder, CONFIG):
+        with errors.context(reference), hub_errors(hub_id, revision, folder, CONFIG):
             return _describe_adapter(reference, hub_id, revision, weights, pickles)
     except UnreachableError:
         from huggingface_hub import try_to_load_from_cache
@@ -135,7 +142,7 @@ def _adapter(reference: str, folder: Path, weights: bool, pickles: bool) -> Adap
 
 
 def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool, pickles: bool) -> Adapter:
-    """The adapter on the hub, from its config and header; `weights` downloads its tensors too."""
+    """Return the adapter on the hub, from its config and header; `weights` downloads its tensors too."""
     commit, names = listing(f"models/{hub_id}", revision)
     file = check_files(names, pickles=pickles)
     snapshot = _file(hub_id, CONFIG, revision, commit).parent
@@ -163,7 +170,7 @@ def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
             continue
         with (
             errors.context(checkpoint.reference),
-            explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
+            hub_errors(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
         ):
             try:
                 _file(checkpoint.hub_id, start + name, checkpoint.revision, checkpoint.revision)
@@ -173,7 +180,7 @@ def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
 
 
 def _inside(checkpoint: Checkpoint | Adapter) -> str:
-    """What stands before a model's file names in its repository: "unet/"."""
+    """Return the folder of a model in its repository, with its slash: "unet/"."""
     parts = checkpoint.path.parts
     at = max((i for i, part in enumerate(parts) if part == checkpoint.revision), default=len(parts) - 1)
     return "".join(f"{part}/" for part in parts[at + 1 :])
@@ -184,7 +191,7 @@ def _from_hub(asked: _Asked, folder: Path) -> Checkpoint:
     if pinned and not asked.weights and (cached := _from_cache(asked)):
         return cached
     try:
-        with errors.context(asked.reference), explained(asked.hub_id, asked.revision, folder):
+        with errors.context(asked.reference), hub_errors(asked.hub_id, asked.revision, folder):
             return _describe(asked)
     except UnreachableError:
         if cached := _from_cache(asked):
@@ -193,7 +200,7 @@ def _from_hub(asked: _Asked, folder: Path) -> Checkpoint:
 
 
 def _from_cache(asked: _Asked) -> Checkpoint | None:
-    """The cached checkpoint of a revision, or None if it is incomplete."""
+    """Return the cached checkpoint of a revision, or None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in (asked.file,) if asked.file else (PIPELINE, MODULES, MODEL_CONFIG):
@@ -206,7 +213,7 @@ def _from_cache(asked: _Asked) -> Checkpoint | None:
 
 
 def _open(asked: _Asked, snapshot: Path) -> Checkpoint:
-    """The checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
+    """Return the checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
     path = snapshot / asked.at(asked.file)
     with errors.context(asked.reference):
         found = {path.name: path} if asked.file else files_of(path)
@@ -217,12 +224,12 @@ def _open(asked: _Asked, snapshot: Path) -> Checkpoint:
 
 
 def _snapshot(path: Path, name: str) -> Path:
-    """The snapshot of the cache that has the file `name` at `path`."""
+    """Return the snapshot of the cache that has the file `name` at `path`."""
     return path.parents[name.count("/")]
 
 
 def _check_named(paths: Iterable[Path]) -> None:
-    """InputError: a cached file without the hub's hash in its name, so that `check_blobs` could not check it."""
+    """Raise InputError for a cached file without the hub's hash in its name: `check_blobs` could not check it."""
     for path in paths:
         if not any(COMMIT.fullmatch(parent.name) for parent in [*path.parents][: DEEPEST + 2]):
             raise InputError(f"{path.parent}: is no commit", hint="remove it, to have it downloaded again")
@@ -232,7 +239,7 @@ def _check_named(paths: Iterable[Path]) -> None:
 
 
 def _file(hub_id: str, name: str, revision: str | None, commit: str | None, bounds: Bounds | None = None) -> Path:
-    """A file in the cache, downloaded within bounds if it is missing; weights have no bound `most`.
+    """Return a file in the cache, downloaded within bounds if it is missing; weights have no bound `most`.
 
     With a `revision` that is no commit the cache records that it is at `commit`.
     """
@@ -250,8 +257,10 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 
 
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
-    """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
-    wait."""
+    """Return the cached snapshot with the files `names` of a commit, downloaded eight at a time.
+
+    An interruption does not wait for them.
+    """
     weights = {name for name in names if is_weights(name)}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
@@ -270,7 +279,7 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
 
 
 def _describe(asked: _Asked) -> Checkpoint:
-    """The checkpoint on the hub, from its headers; `weights` downloads all its files too."""
+    """Return the checkpoint on the hub, from its headers; `weights` downloads all its files too."""
     # first: it fails at once without a network, while a download retries for long
     commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
     start = asked.at("")
@@ -312,7 +321,7 @@ def _describe(asked: _Asked) -> Checkpoint:
 
 
 def _first(names: Sequence[str], inner: str, *, pickles: bool) -> list[str]:
-    """The files of a folder that must be there before its weights are opened: its config, and their index."""
+    """Return the files of a folder that must be there before its weights are opened: its config, and their index."""
     if not any(map(is_weights, names)):
         return []
     source = weight_source(names, pickles=pickles)
@@ -367,9 +376,9 @@ class _HubFolder:
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
-    """The folder of huggingface_hub's cache that holds the files `names` of a repository; its name is the commit.
+    """Return the folder of the hub's cache with the files `names` of a repository; its name is the commit.
 
-    InputError: not a hub id, what `resolve` refuses, or a missing file that is not `optional`.
+    InputError: not a hub id, not on the hub, or a missing file that is not `optional`.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -377,7 +386,7 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
     if found is None:
         raise InputError("not a hub id", hint="org/name or org/name@revision")
     revision, folder, commit = found["revision"], Path(), None
-    with explained(found["id"], revision, Path()):
+    with hub_errors(found["id"], revision, None):
         for name in (*names, *optional):
             try:
                 path = _file(found["id"], name, revision, commit)

@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.strict_json import MAX_VALUES, Parts, parse_json, read_bytes, read_json
+from deltamerge.files.strict_json import MAX_VALUES, SharedParts, parse_json, read_bytes, read_json
 from deltamerge.models.token_text import BYTES
 from deltamerge.models.tokenizer_files import (
     CONFIG,
@@ -55,7 +55,7 @@ class Reading:
     """Reads vocabularies; a file's bytes are hashed once, and what several files have in common is parsed once."""
 
     def __init__(self) -> None:
-        self._parts = Parts()
+        self._parts = SharedParts()
         self._hashes: dict[Path, str] = {}
 
     def content(self, folder: Path) -> tuple[str, ...] | None:

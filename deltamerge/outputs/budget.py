@@ -34,11 +34,11 @@ from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.positions import expected_bits
 from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.delta_over_base import added, elements
+from deltamerge.models.delta_over_base import added
 from deltamerge.plan.planner import Budgeted, Plan
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.tensors.dtypes import ITEMSIZE, widen
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tiles import row_length
 
 if TYPE_CHECKING:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf.write import FILE_TYPES, GgufTensor, Rows, package, type_of, write
+from deltamerge.formats.gguf.config import llama3_factors
+from deltamerge.formats.gguf.header import package
+from deltamerge.formats.gguf.write import FILE_TYPES, NEEDED, GgufTensor, Rows, type_of, write
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
-from deltamerge.models.gguf_vocabulary import Vocabulary, vocabulary
+from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.memory import in_memory
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import in_memory
 
 if TYPE_CHECKING:
     import gguf
@@ -30,19 +32,22 @@ PLAIN = "leave output.gguf out, and convert the result with llama.cpp's convert_
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """How an architecture of transformers is written: llama.cpp's name of it, and whether rows of q and k are put in
-    its order."""
+class WrittenArchitecture:
+    """How an architecture of transformers is written.
+
+    name       llama.cpp's name of it
+    permuted   whether rows of q and k are put in llama.cpp's order
+    """
 
     name: str
     permuted: bool = False
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", permuted=True),
-    "mistral": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+ARCHITECTURES: Mapping[str, WrittenArchitecture] = {
+    "llama": WrittenArchitecture("llama", permuted=True),
+    "mistral": WrittenArchitecture("llama", permuted=True),
+    "qwen2": WrittenArchitecture("qwen2"),
+    "qwen3": WrittenArchitecture("qwen3"),
 }
 COUNTS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 # What rotary positions of each kind need.
@@ -56,13 +61,13 @@ ROPES: Mapping[str, tuple[str, ...]] = {
 
 
 def file_name(plan: Plan) -> str:
-    """The file that an output's `gguf` makes."""
+    """Return the name of the file that an output's `gguf` makes."""
     return f"model-{plan.recipe.output.gguf}.gguf"
 
 
 def check(plan: Plan) -> None:
-    """InputError: the model's architecture, one of its tensors, or its tokenizer cannot be written."""
-    package()
+    """Raise InputError where the model's architecture, one of its tensors, or its tokenizer cannot be written."""
+    package(NEEDED)
     config = plan.config
     name = plan.inputs.template.name
     architecture = _architecture(config, name)
@@ -76,7 +81,7 @@ def check(plan: Plan) -> None:
 
 
 def write_gguf(plan: Plan, folder: Path) -> str:
-    """Write the GGUF file of the finished checkpoint in `folder`; a note about it."""
+    """Write the GGUF file of the finished checkpoint in `folder`, and return a note about it."""
     wanted = plan.recipe.output.gguf
     assert wanted is not None
     checkpoint = decoded(open_checkpoint(folder))
@@ -103,7 +108,7 @@ def write_gguf(plan: Plan, folder: Path) -> str:
     return f"{path.name}: {len(tensors)} tensors for llama.cpp, {path.stat().st_size:,} bytes"
 
 
-def _architecture(config: Mapping[str, Any], name: str) -> Architecture:
+def _architecture(config: Mapping[str, Any], name: str) -> WrittenArchitecture:
     found = ARCHITECTURES.get(str(config.get("model_type")))
     if found is None:
         known = ", ".join(ARCHITECTURES)
@@ -116,7 +121,10 @@ def _architecture(config: Mapping[str, Any], name: str) -> Architecture:
 
 
 def _rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of rotary positions, as transformers 4 or 5 states them. InputError: some that are not known."""
+    """Return the settings of rotary positions, as transformers 4 or 5 states them.
+
+    InputError: some are not known.
+    """
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, Mapping) or any(isinstance(value, Mapping) for value in said.values()):
         raise InputError(f"{name}: rotary positions that differ by layer are not written as GGUF", hint=PLAIN)
@@ -130,16 +138,16 @@ def _rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_numbers(config: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
-    """InputError: a config lacks one of `keys`, or it is no number above 0."""
+    """Raise InputError where a config lacks one of `keys`, or it is no number above 0."""
     for key in keys:
         value = config.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
             raise InputError(f"{name}: config.json has no {key} that is a number, which GGUF files state", hint=PLAIN)
 
 
-def _renamed(architecture: Architecture, config: Mapping[str, Any], name: str, model: str) -> str:
-    """A tensor's name in the file."""
-    library = package()
+def _renamed(architecture: WrittenArchitecture, config: Mapping[str, Any], name: str, model: str) -> str:
+    """Return a tensor's name in the file."""
+    library = package(NEEDED)
     arch = next(key for key, value in library.MODEL_ARCH_NAMES.items() if value == architecture.name)
     names = library.get_tensor_name_map(arch, int(config.get("num_hidden_layers") or 0))
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -149,14 +157,14 @@ def _renamed(architecture: Architecture, config: Mapping[str, Any], name: str, m
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Heads of queries, heads of keys, and numbers of a head."""
+    """Return heads of queries, heads of keys, and numbers of a head."""
     queries = int(config["num_attention_heads"])
     keys = int(config.get("num_key_value_heads") or queries)
     return queries, keys, int(config.get("head_dim") or config["hidden_size"] // queries)
 
 
 def _order(name: str, config: Mapping[str, Any], rows: int) -> Rows | None:
-    """Where llama.cpp's rows of q and k come from: a head's two halves, whose numbers rotate in pairs, interleaved."""
+    """Return the order of llama.cpp's rows of q and k: the two halves of a head, which rotate in pairs, interleaved."""
     queries, keys, _ = _heads(config)
     module = name.rpartition(".")[0]
     heads = queries if module.endswith("q_proj") else keys if module.endswith("k_proj") else 0
@@ -166,30 +174,25 @@ def _order(name: str, config: Mapping[str, Any], rows: int) -> Rows | None:
 
 
 def _frequencies(config: Mapping[str, Any], folder: Path) -> TensorInfo | None:
-    """What Llama 3 divides rotary frequencies by, as transformers computes it (modeling_rope_utils.py)."""
+    """Return the divisors of rotary frequencies in Llama 3, else None."""
     rope = _rope(config, folder.name)
     if rope["rope_type"] != "llama3":
         return None
     size = _heads(config)[2]
-    lengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
-    old, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    smooth = (old / lengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(lengths < old / high, 1.0, np.where(lengths > old / low, factor, between))
+    factors = llama3_factors(rope, size, rope["rope_theta"])
     return in_memory("rope_freqs", "F32", (size // 2,), memoryview(factors.astype("<f4").tobytes()), folder)
 
 
 def _describe(
     header: gguf.GGUFWriter,
     config: Mapping[str, Any],
-    words: Vocabulary,
+    words: GgufVocabulary,
     wanted: str,
     folder: Path,
     rows: int,
     plan: Plan,
 ) -> None:
-    """The metadata, by llama.cpp's keys."""
+    """Add the metadata, by llama.cpp's keys."""
     rope = _rope(config, folder.name)
     queries, keys, size = _heads(config)
     header.add_type("model")
@@ -214,7 +217,7 @@ def _describe(
     header.add_file_type(FILE_TYPES[wanted])
     header.add_quantization_version(2)
     words.add_to(header)
-    special = package().SpecialVocab(folder, load_merges=words.kind == "gpt2", n_vocab=rows)
+    special = package(NEEDED).SpecialVocab(folder, load_merges=words.kind == "gpt2", n_vocab=rows)
     special.add_to_gguf(header, quiet=True)
     if "bos" not in special.add_special_token:  # llama.cpp would guess by the kind of vocabulary
         header.add_add_bos_token(False)

@@ -24,7 +24,7 @@ from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat, writing
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.spool import Spool
 from deltamerge.formats.layout import plan_layout
@@ -39,12 +39,12 @@ from deltamerge.outputs.lora_ranks import affordable
 from deltamerge.plan.memory import HELD, is_matrix
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.computed import flat_rows, floats
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import flat_rows, floats
 
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
@@ -123,7 +123,7 @@ def _bases(planned: Plan) -> dict[str, TensorInfo]:
 def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
     """Whether a tensor is copied from the base's own file, where it is `info`."""
     root = out.pieces[0].built.root
-    return info is not None and root.kind == "read" and root.parameter("tensor").is_same(info)
+    return info is not None and root.is_source and root.is_same(info)
 
 
 @contextmanager
@@ -254,8 +254,8 @@ class _Sink:
         """Factor a sum of adapters' updates, whose factors are concatenated."""
         left, right = [], []
         for coefficient, update in target.output.pieces[0].built.updates:
-            b, a = flat_rows(self.reader, update.b), flat_rows(self.reader, update.a)
-            left.append(b.astype(np.float64) * (coefficient * update.scale))
+            a, b = (flat_rows(self.reader, factor) for factor in update.inputs[1:3])
+            left.append(b.astype(np.float64) * (coefficient * update.parameter("scale")))
             right.append(a)
         b, a = np.concatenate(left, axis=1), np.concatenate(right)
         self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)

@@ -7,56 +7,46 @@ merge, so they are kept out of its arithmetic.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.formats.audit import NonFinite
-from deltamerge.tensors.computed import CHUNK, floats
 from deltamerge.tensors.dtypes import bits_type
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, view, viewed
+from deltamerge.tensors.views import CHUNK, floats
 
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Finite:
-    """`source`, one of `models`, with zeros where all models hold the same infinity or NaN."""
-
-    source: TensorInfo
-    models: tuple[TensorInfo, ...]
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        bits = np.frombuffer(out, bits_type(self.source.dtype))
-        read.read_into(self.source, start, bits)
-        bits[alike(read, self.models, start, len(bits))] = 0
+@view()
+def finite_part(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Take the first input, with zeros where all others hold the same infinity or NaN."""
+    source, *models = tensor.inputs
+    bits = np.frombuffer(out, bits_type(tensor.dtype))
+    read.read_into(source, start, bits)
+    bits[alike(read, models, start, len(bits))] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """A uint8 tensor: 1 where all of `models` hold the same infinity or NaN, else 0."""
-
-    models: tuple[TensorInfo, ...]
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        np.frombuffer(out, np.uint8)[:] = alike(read, self.models, start, len(out))
+@view()
+def alike_places(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Mark by 1 where all inputs hold the same infinity or NaN, in uint8."""
+    np.frombuffer(out, np.uint8)[:] = alike(read, tensor.inputs, start, len(out))
 
 
-def finite(source: TensorInfo, models: tuple[TensorInfo, ...]) -> TensorInfo:
-    """`source` as a tensor with zeros where all models hold the same infinity or NaN."""
-    return replace(source, begin=0, made=Finite(source, models))
+def finite(source: Tensor, models: Sequence[Tensor]) -> Tensor:
+    """Return `source`, one of `models`, with zeros where all models hold the same infinity or NaN."""
+    return viewed(finite_part, [source, *models], source.shape, source.dtype)
 
 
-def places(models: tuple[TensorInfo, ...]) -> TensorInfo:
-    """The tensor that marks where all models hold the same infinity or NaN."""
-    first = models[0]
-    return replace(first, dtype="U8", begin=0, nbytes=math.prod(first.shape), made=Places(models))
+def places(models: Sequence[Tensor]) -> Tensor:
+    """Return the tensor that marks where all models hold the same infinity or NaN."""
+    return viewed(alike_places, models, models[0].shape, "U8")
 
 
-def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) -> Mask:
-    """A bool array of `count` elements from element `start`: all models hold the same float32 bits, and these are not
-    finite."""
+def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> Mask:
+    """Tell of `count` elements from `start` where all models hold the same float32 bits, and these are not finite."""
     first = floats(read, models[0], start, count)
     mask: Mask = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():
@@ -64,8 +54,8 @@ def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) ->
     return mask
 
 
-def count_alike(read: Read, models: tuple[TensorInfo, ...]) -> NonFinite:
-    """The number of NaNs, and of infinities, that all models hold alike."""
+def count_alike(read: Read, models: Sequence[Tensor]) -> NonFinite:
+    """Return the number of NaNs, and of infinities, that all models hold alike."""
     nan = inf = 0
     size = math.prod(models[0].shape)
     for start in range(0, size, CHUNK):

@@ -18,21 +18,19 @@ from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
+from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
 from deltamerge.plan.merge import Merge, Tuned, matrix_form
-from deltamerge.plan.transplant_rows import Transplanted
-from deltamerge.recipe.effective_prune import Pruning
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.computed import LowRank
+from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.rows import Gathered
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.rows import moves_rows
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +200,8 @@ class StageMaker:
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
-        source = self._source(deltas, first, [(product.weight, product.update.base) for product in products])
+        pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
+        source = self._source(deltas, first, pairs)
         spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
         made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
         return replace(
@@ -262,7 +261,7 @@ class Product:
     """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
 
     weight: TensorInfo
-    update: LowRank
+    update: Tensor
     factors: dict[str, Tuned]
 
 
@@ -277,10 +276,10 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []
     for weight in model.checkpoint.tensors.values():
-        if isinstance(update := weight.made, LowRank) and len(weight.shape) == 2:
-            if update.magnitude is not None:
+        if is_low_rank(update := weight.tensor) and len(weight.shape) == 2:
+            if is_dora(update):
                 raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
-            sides = (("a", update.a), ("b", update.b))
+            sides = (("a", update.inputs[1]), ("b", update.inputs[2]))
             factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
             if factors:
                 products.append(Product(weight, update, factors))
@@ -305,15 +304,14 @@ def factor_spec(
 
     def product_node(product: Product, seed: int) -> Node:
         update, factors = product.update, []
-        for side, info in (("a", update.a), ("b", update.b)):
+        for side, info in (("a", update.inputs[1]), ("b", update.inputs[2])):
             if side in product.factors:
                 stored = deltas.masked(product.factors[side], seed)
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
             factors.append(node(reductions.whole, kind="small", node=factor))
-        shape, scale, transposed = product.weight.shape, update.scale, update.transposed
-        return node(reductions.product, factors, shape=shape, scale=scale, transposed=transposed)
+        return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
 
     pruned = []
     for product in products:
@@ -335,10 +333,7 @@ def refuse_changed_config(tune: Input) -> None:
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
     """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
     for tuned in tensors:
-        if any(
-            info is not None and isinstance(info.made, Gathered | Transplanted)
-            for info in (tuned.tensor, tuned.merge.base)
-        ):
+        if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
         if tuned.model.regroups(tuned.tensor):

@@ -12,6 +12,7 @@ from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
+from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
@@ -19,10 +20,8 @@ from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
 from deltamerge.plan.merge import Merge, Tuned
 from deltamerge.recipe import values
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.computed import update_of
+from deltamerge.recipe.prune import Pruning, effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds
 
@@ -159,7 +158,7 @@ class Deltas:
     def whole(self, tuned: Tuned) -> Node:
         """Δ = fine-tune − base."""
         pair = self._pair(tuned)
-        if pair[1].kind != "read":
+        if not pair[1].is_source:
             return pair[0]
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
         return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
 from deltamerge.errors.shown import some
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.peft.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.alike import count_alike, finite, places
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import is_buffer
-from deltamerge.tensors.computed import Cast, LowRank, Zeros
 from deltamerge.tensors.dtypes import FLOATING
-from deltamerge.tensors.experts import Joined, Turned
-from deltamerge.tensors.graph import READ, Node, depth_first, name_of
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import VIEWS, Tensor, TensorInfo, name_of
 
-# Tensors that are computed entry by entry from a model's own; not rows of several models nor a delta artifact's.
-ENTRYWISE = Cast | LowRank | Zeros | Joined | Turned | Experts | Hadamard | Kronecker | Residual | Rows | Shifted
 SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
@@ -69,19 +63,19 @@ def _pieces(
     output: OutputTensor,
     reader: Reader,
     device: str,
-    costs: dict[Node, Cost],
+    costs: dict[Tensor, Cost],
     bases: Mapping[str, TensorInfo],
 ) -> tuple[tuple[Piece, ...], NonFinite]:
     made, nan, inf = [], 0, 0
     for piece in output.pieces:
         root = piece.built.root
-        models = _copied(root, bases.get(output.name)) if root.kind == "read" else _models(root)
+        models = _copied(root, bases.get(output.name)) if root.is_source else _models(root)
         found = count_alike(reader, models) if models else NonFinite(0, 0)
         if len(models) > 1 and (found.nan or found.inf):
-            new = root if root.kind == "read" else _put_back(root, models)
+            new = root if root.is_source else _put_back(root, models)
             delta = piece.built.delta
             if delta is not None:
-                delta = _rewritten(delta, {info: finite(info, models) for info in models})
+                delta = _rewritten(delta, {one: finite(one, models) for one in models})
             for before, after in ((root, new), (piece.built.delta, delta)):
                 if before in costs and after is not None:
                     costs[after] = costs[before]
@@ -92,46 +86,46 @@ def _pieces(
     return tuple(made), NonFinite(nan, inf)
 
 
-def _put_back(root: Node, models: tuple[TensorInfo, ...]) -> Node:
-    """A merged tensor of finite numbers, in which what is not finite is put back where all models have it."""
-    merged = _rewritten(root, {info: finite(info, models) for info in models})
-    read = Node(READ, (), (("tensor", models[0]),), root.shape, models[0].dtype, "read")
-    where = places(models)
-    mask = Node(READ, (), (("tensor", where),), root.shape, "U8", "read")
-    return Node(name_of(put_back), (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
+def _put_back(root: Tensor, models: tuple[Tensor, ...]) -> Tensor:
+    """Return a merged tensor of finite numbers, in which what is not finite is put back where all models have it."""
+    merged = _rewritten(root, {one: finite(one, models) for one in models})
+    inputs = (merged, models[0], places(models))
+    return Tensor(name_of(put_back), inputs, (("to", root.dtype),), root.shape, root.dtype, "map")
 
 
-def _copied(root: Node, base: TensorInfo | None) -> tuple[TensorInfo, ...]:
-    """The tensors that have to agree in what is not finite in a copied one; empty: it is a fault."""
-    info: TensorInfo = root.parameter("tensor")
-    if info.dtype not in FLOATING:
+def _copied(root: Tensor, base: TensorInfo | None) -> tuple[Tensor, ...]:
+    """Return the tensors that have to agree in what is not finite in a copied one; empty: it is a fault."""
+    if root.dtype not in FLOATING:
         return ()
-    if base is not None and base.shape == info.shape and base.dtype in FLOATING:
-        return info, base
-    return (info,) if is_buffer(info) or math.prod(info.shape) == 1 else ()
+    if base is not None and base.shape == root.shape and base.dtype in FLOATING:
+        return root, base.tensor
+    return (root,) if is_buffer(root) or root.size == 1 else ()
 
 
-def _models(root: Node) -> tuple[TensorInfo, ...]:
-    """The stored tensors that a merged tensor is computed from entry by entry; empty for other tensors."""
-    if len(root.inputs) == 1 and root.inputs[0].kind == "read":
+def _models(root: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors of models that a merged tensor is computed from entry by entry; empty for other tensors."""
+    if len(root.inputs) == 1 and root.inputs[0].is_source:
         return ()
-    found = [node.parameter("tensor") for node in depth_first(root) if node.kind == "read"]
+    found = [tensor for tensor in depth_first(root) if tensor.is_source]
     plain = all(
-        isinstance(info.made, ENTRYWISE | None)
-        and info.shape == root.shape
-        and info.dtype in FLOATING
-        and math.prod(info.shape)
-        for info in found
+        _is_entrywise(tensor) and tensor.shape == root.shape and tensor.dtype in FLOATING and tensor.size
+        for tensor in found
     )
-    return tuple(dict.fromkeys(found)) if plain else ()
+    return tuple(found) if plain else ()
 
 
-def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
-    """The graph with `tensors` exchanged; nodes that read none of them stay the same."""
-    done: dict[int, Node] = {}
+def _is_entrywise(source: Tensor) -> bool:
+    """Tell whether a tensor is computed entry by entry from a model's own; not so rows of several models or a delta."""
+    whole = source.whole
+    return whole.kind == "stored" or VIEWS[whole.function].entrywise
+
+
+def _rewritten(root: Tensor, tensors: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return the graph with `tensors` exchanged; nodes that read none of them stay the same."""
+    done: dict[int, Tensor] = {}
     for node in depth_first(root):
-        if node.kind == "read" and node.parameter("tensor") in tensors:
-            done[id(node)] = replace(node, parameters=(("tensor", tensors[node.parameter("tensor")]),))
+        if node.is_source:
+            done[id(node)] = tensors.get(node, node)
         else:
             inputs = tuple(done[id(source)] for source in node.inputs)
             same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))

@@ -30,14 +30,12 @@ from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_n
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.parts import Section, written
-from deltamerge.recipe.prune_keys import CalibratedQ
-from deltamerge.recipe.schema import Recipe, model_name
-from deltamerge.tensors.computed import Zeros
-from deltamerge.tensors.experts import Joined, Turned
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe, Section, model_name
+from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import zeros_like
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -154,9 +152,9 @@ class Input:
     def regroups(self, tensor: TensorInfo) -> bool:
         """Tell whether a tensor of this model is of experts that its files store otherwise: fused, apart or
         transposed."""
-        adapter = self.checkpoint.adapter
+        adapter, own = self.checkpoint.adapter, tensor.tensor.whole
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
-        return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
+        return is_joined(own) or is_turned_stack(own) or (".experts." in tensor.name and not known)
 
 
 def _containers(stored: Mapping[str, str]) -> dict[str, str]:
@@ -313,7 +311,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     named += [(base, None, (merged if base in read else checkpoint)(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
-            at = written(recipe.parts, ("models", index))
+            at = recipe.place(("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
     check_sums(recipe, named)
@@ -479,7 +477,7 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
         for name, info in found.tensors.items()
         if len(info.shape) == 2 and rows is not None and has_vocabulary_rows(name, info.shape, rows, found.config)
     }
-    plain = all(info.made is None for info in tensors.values())
+    plain = all(info.kind == "stored" for info in tensors.values())
     read = {info.path for info in tensors.values()}
     files = tuple(path for path in found.files if path in read) if plain else found.files
     return Input(reference, None, replace(found, tensors=tensors, files=files), tensors, {n: n for n in tensors})
@@ -528,7 +526,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     _check(recipe, tune.index)
     names = {name: name for name in adapter.tensors}
     factors = factor_names(adapter)
-    nothing = {n: replace(i, begin=0, made=Zeros()) if n in factors else i for n, i in adapter.tensors.items()}
+    nothing = {n: replace(i, tensor=zeros_like(i)) if n in factors else i for n, i in adapter.tensors.items()}
     own = replace(tune, tensors=dict(adapter.tensors), stored=names)
     group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
     return Inputs((group,), own, inputs.vocabulary)

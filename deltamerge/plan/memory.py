@@ -18,9 +18,9 @@ from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.recipe.schema import Output
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, peak_tiles, schedule
+from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, schedule
 from deltamerge.tensors.names import EMBEDDING, layer_index
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
@@ -79,11 +79,11 @@ def cost(root: Node) -> Cost:
     """Return the cost of the tensor that `root` makes, from its schedule."""
     order = depth_first(root)
     place = {node: i for i, node in enumerate(order)}
-    form = _form(tuple([(n.function, n.kind, n.dtype, tuple([place[s] for s in n.inputs])) for n in order]))
+    form = _form(tuple([(n.function, n.kind, n.dtype, tuple([place[s] for s in n.operands])) for n in order]))
     needs = [_needs(order[i]) for i in form.wholes]
     return Cost(
         form.passes,
-        sum([order[i].parameter("tensor").read_nbytes for i in form.reads]),
+        sum([order[i].read_nbytes for i in form.reads]),
         form.alive,
         sum(size for size, _ in needs),
         sum(4 * math.prod(order[i].shape) for i in form.wholes),
@@ -112,14 +112,14 @@ def _form(nodes: tuple[tuple[str, Kind, str, tuple[int, ...]], ...]) -> _Form:
     for function, kind, dtype, inputs in nodes:
         order.append(Node(function, tuple(order[i] for i in inputs), (), (), dtype, kind))
     place, plan = {node: i for i, node in enumerate(order)}, schedule(order[-1])
-    reads = [[node for node in steps if node.kind == "read"] for steps in plan.passes]
+    reads = [[node for node in steps if node.is_source] for steps in plan.passes]
     stored = max(sum(ITEMSIZE[node.dtype] for node in some) for some in reads)
     usual = [
         some for some, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
     ]
     return _Form(
         len(plan.passes),
-        stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[order[-1].dtype],
+        stored + 4 * (plan.peak + 3) + ITEMSIZE[order[-1].dtype],
         tuple(place[node] for some in usual for node in some),
         tuple(place[node] for steps in plan.passes for node in steps if node.kind == "whole"),
     )
@@ -181,7 +181,7 @@ def tiles(
     held      by what is open beside the tiles
     """
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
-    computed = [(root, backend) for root, backend in roots if root.kind != "read"]
+    computed = [(root, backend) for root, backend in roots if not root.is_source]
     process = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"]
     whole = _held_whole([costs[root] for root, _ in computed], workers) if device == "cpu" else 0
     held = Memory({"process": process}) + held + Memory({"whole_matrices": whole})

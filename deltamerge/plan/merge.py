@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deltamerge.calibrate.reach import is_stacked
 from deltamerge.plan.inputs import Input
-from deltamerge.recipe.parts import Section
+from deltamerge.recipe.schema import Section
 from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD
 from deltamerge.tensors.tensor import TensorInfo
 
@@ -35,7 +35,7 @@ class Merge:
     @property
     def tunes(self) -> tuple[Tuned, ...]:
         """Return the fine-tunes' tensors, in the recipe's order."""
-        return tuple(Tuned(self, model, tensor) for model, tensor in self.sources)
+        return tuple([Tuned(self, model, tensor) for model, tensor in self.sources])
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ from deltamerge.models.config_differences import (
 from deltamerge.models.tokenizer_files import GENERATION
 from deltamerge.plan.inputs import Input, Inputs, input_named, ties
 from deltamerge.plan.layer_config import COUNTS
-from deltamerge.recipe.messages import suggest
+from deltamerge.recipe.problems import suggest
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import LM_HEAD
 

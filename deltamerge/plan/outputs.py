@@ -14,14 +14,13 @@ from deltamerge.formats.components import folders_of, split
 from deltamerge.formats.delta.positions import expected_bits
 from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.coding import Coding
+from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
 from deltamerge.plan.merge import Merge
 from deltamerge.plan.output_config import settle
 from deltamerge.plan.quantise import copied as copied_as
-from deltamerge.plan.quantise import copies, is_matrix, quantising
-from deltamerge.plan.quantised import remarks
+from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks
 from deltamerge.plan.stack import (
     ModuleFinder,
     Spares,
@@ -258,7 +257,7 @@ class Outputs:
             return replace(row, coding=coding)
         remapped = self._remapped(target, present)
         if like is not None and remapped is not present:
-            like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
+            like = like.part(0, (remapped[0][1].shape[0], *like.shape[1:]))
         shared, rest = self._rows(target, remapped, like)
         if shared is None:
             return None

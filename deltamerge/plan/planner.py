@@ -16,8 +16,7 @@ from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.components import Component
 from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import Adapter
-from deltamerge.formats.quantised.coding import Coding
-from deltamerge.formats.quantised.packing import kept_bytes
+from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, refuse_adapter, remarks
@@ -35,6 +34,7 @@ from deltamerge.plan.memory import (
     largest,
     tiles,
 )
+from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
@@ -53,7 +53,6 @@ from deltamerge.tensors.tensor import TensorInfo
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
-    from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
 ADAPTER = Component(stem="adapter_model")
@@ -338,18 +337,16 @@ def _decided(
     options: PlanOptions,
     densities: Mapping[str, float] | None,
     vocabulary: Vocabulary | None,
-) -> Outputs | MixtureOutputs:
+) -> Outputs | AppOutputs:
     """Return what decides about each tensor of the output. InputError: the config cannot follow a transplant."""
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
-        from deltamerge.plan.moe import MixtureOutputs
-
-        return MixtureOutputs(recipe, inputs, options.device, folder, options.memory)
+        return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
 
-def _rows(decided: Outputs | MixtureOutputs, inputs: Inputs) -> list[Row]:
+def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     """Return the output's tensors in order. InputError: the first problems, or that the models are strangers."""
     rows, problems = decided.rows(), decided.problems
     if problems:
@@ -418,7 +415,7 @@ def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mi
     for size in stage_bytes(stages, sources):
         yield process + Memory({"calibration": size})
     if mixture is not None:
-        yield process + Memory({"routers": mixture.spec.memory})
+        yield process + Memory({"routers": mixture.memory})
 
 
 def _read_before(stages: Stages) -> int:
@@ -434,7 +431,7 @@ def _notes(
     recipe: Recipe,
     inputs: Inputs,
     options: PlanOptions,
-    decided: Outputs | MixtureOutputs,
+    decided: Outputs | AppOutputs,
     outputs: Sequence[OutputTensor],
     tokenizers: Differences,
     *,
@@ -477,7 +474,7 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 def _tokenizers(
     recipe: Recipe,
     inputs: Inputs,
-    decided: Outputs | MixtureOutputs,
+    decided: Outputs | AppOutputs,
     rows: Sequence[Row],
     vocabulary: Vocabulary | None,
 ) -> Differences:
@@ -488,7 +485,7 @@ def _tokenizers(
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     """Return a line on the work that "auto" leaves to the GPU, and why."""
-    pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
+    pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
     here = len(pieces) - there

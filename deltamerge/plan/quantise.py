@@ -1,28 +1,30 @@
-"""Which weights of the output are quantised, in which form, and what its config says of it."""
+"""Which weights of the output are quantised, in which form, and what config and remarks say of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.formats.quantised.coding import Coding
+from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
+from deltamerge.formats.quantised.scheme import Coding, coding_like
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
+SHOWN = 3  # names in a remark
 # Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
 # that see and hear.
 LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
@@ -32,32 +34,43 @@ LISTS = ("modules_to_not_convert", "ignore", "ignored_layers")
 NUMBER = re.compile(r"\.\d+(\.|$)")
 
 
-class Quantising(Protocol):
-    """How the output is quantised."""
+@dataclass(slots=True)
+class Quantiser:
+    """How the output is quantised: here every tensor has its plain dtype."""
+
+    template: Input
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
-        """How a weight of the output is stored that would be a tensor of `dtype`; None: as that."""
+        """Return how a weight of the output is stored; None: as a tensor of `dtype`."""
+        return None
 
     def more(self) -> list[TensorInfo]:
-        """Further tensors of the output, which are copied."""
+        """Return further tensors of the output, which are copied."""
+        return []
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
-        """The config (without its key about quantisation) of an output whose matrices `plain` are not coded."""
+        """Return the config of an output whose matrices `plain` are not coded; `config` lacks its quantisation key."""
+        return dict(config)
 
     def notes(self) -> list[str]:
-        """What is to be said, once every weight has been asked for."""
+        """Return the notes, once every weight has been asked for."""
+        config = self.template.checkpoint.config
+        name, _ = stated(config) or ("", "")
+        quantised = self.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
 
 
-def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
-    """How a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
+def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantiser:
+    """Return how a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
     wanted = recipe.output.scheme
     if wanted == "none":
-        return Plainly(inputs.template)
+        return Quantiser(inputs.template)
     if any(component.folder for component in inputs.template.checkpoint.components):
         message = f"{inputs.template.name} has several components, which are not quantised together"
         raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
     if isinstance(wanted, Quantization):
-        return Afresh(wanted, inputs.template)
+        return NewQuantisation(inputs.template, wanted)
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
@@ -66,7 +79,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
                 raise RecipeError(
                     recipe.source.path, [recipe.problem(("output", "quantization"), message, f"{PLAIN}, or fp8")]
                 )
-            return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
+            return SameQuantisation(inputs.template, model, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"
     raise RecipeError(
@@ -74,35 +87,11 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Plainly:
-    """Every tensor has its plain dtype."""
-
-    template: Input
-
-    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
-        return None
-
-    def more(self) -> list[TensorInfo]:
-        return []
-
-    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
-        return dict(config)
-
-    def notes(self) -> list[str]:
-        config = self.template.checkpoint.config
-        name, _ = stated(config) or ("", "")
-        quantised = self.template.checkpoint.quantised
-        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
-        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
-
-
 @dataclass(slots=True)
-class Kept:
+class SameQuantisation(Quantiser):
     """The weights that `model` stores coded are coded as there."""
 
     model: Input
-    template: Input
     scheme: Scheme
     stacked: bool
     count: int = 0
@@ -129,7 +118,7 @@ class Kept:
         return coding
 
     def _name(self, target: Target) -> str | None:
-        """The name in `model` of the weight that is merged into a target, or of what stands in its place there."""
+        """Return the name in `model` of the weight that is merged into a target, or of the one in its place there."""
         reference = self.model.checkpoint.reference
         for model, source in ((target.owner, None), *target.sources):
             if model.checkpoint.reference == reference:
@@ -141,7 +130,7 @@ class Kept:
         return self.kinds.get(numbers_as_stars(target.name))
 
     def more(self) -> list[TensorInfo]:
-        """Scales of keys, values and activations, which belong to no weight, under the template's names.
+        """Return scales of keys, values and activations, which belong to no weight, under the template's names.
 
         InputError: layers are stacked, which they would have to follow.
         """
@@ -166,11 +155,10 @@ class Kept:
 
 
 @dataclass(slots=True)
-class Afresh:
+class NewQuantisation(Quantiser):
     """The weights of linear layers are coded in the scheme that the recipe asks for."""
 
     wanted: Quantization
-    template: Input
     count: int = 0
     unfit: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
@@ -180,11 +168,7 @@ class Afresh:
             self.fused.append(target.stored)
         if dtype not in FLOATING or not self._is_linear(target, shape):
             return None
-        from deltamerge.formats.quantised.encode import (  # only where codes are written
-            channels,
-            fp8_blocks,
-            int4_groups,
-        )
+        from deltamerge.formats.quantised import fp8, int8, packed  # only where codes are written
 
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
@@ -192,15 +176,16 @@ class Afresh:
             if any(size % side for size, side in zip(shape, block, strict=True)):
                 self.unfit.append(name)
                 return None
-            coding = fp8_blocks(name, shape, block)
+            coding = fp8.write_blocks(name, shape, block)
         elif wanted.by == "group":
             group = wanted.group or 128
             if shape[1] % group:
                 self.unfit.append(name)
                 return None
-            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.path)
+            coding = packed.write_int4(name, shape, group, _scale(dtype), self.template.checkpoint.path)
         else:
-            coding = channels(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
+            write = {"fp8": fp8.write_rows, "int8": int8.write_rows}[wanted.scheme]
+            coding = write(name, shape, _scale(dtype))
         self.count += 1
         return coding
 
@@ -210,7 +195,7 @@ class Afresh:
         return given[0], given[1]
 
     def _is_linear(self, target: Target, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
+        """Return whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
         name = target.stored
         if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
             return False
@@ -218,42 +203,14 @@ class Afresh:
             return False
         return not is_transposed(name, self.template.checkpoint.config, {name: target.tensor})
 
-    def more(self) -> list[TensorInfo]:
-        return []
-
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
-        settings = self._fp8(modules) if self.wanted.by == "block" else self._compressed(modules)
-        return {**config, KEY: settings}
+        from deltamerge.formats.quantised import fp8, packed
 
-    def _fp8(self, plain: Sequence[str]) -> dict[str, Any]:
-        """As Qwen3-FP8 and DeepSeek-V3 say it."""
-        return {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "modules_to_not_convert": list(plain),
-            "quant_method": "fp8",
-            "weight_block_size": list(self._block),
-        }
-
-    def _compressed(self, plain: Sequence[str]) -> dict[str, Any]:
-        """As compressed-tensors says it: 8 bits with activations rounded token by token, 4 bits with plain ones."""
-        kind = "float" if self.wanted.scheme == "fp8" else "int"
-        bits = 4 if self.wanted.scheme == "int4" else 8
-        common = {"num_bits": bits, "type": kind, "symmetric": True}
-        weights = {**common, "dynamic": False, "strategy": self.wanted.by, "observer": "minmax"}
-        if self.wanted.by == "group":
-            weights["group_size"] = self.wanted.group or 128
-        tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
-        form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[self.wanted.scheme]
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
-        return {
-            "config_groups": {"group_0": group},
-            "format": form,
-            "ignore": list(plain),
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-        }
+        wanted = self.wanted
+        if wanted.by == "block":
+            return {**config, KEY: fp8.settings_of(self._block, modules)}
+        return {**config, KEY: packed.settings_of(wanted.scheme, wanted.by, wanted.group or 128, modules)}
 
     def notes(self) -> list[str]:
         way = {
@@ -269,19 +226,43 @@ class Afresh:
         return found
 
 
-def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
-    """The model and name of every weight that some model stores coded."""
+def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each quantised model, and one for scales that belong to no weight.
+
+    The line has its scheme, and the dtypes in which it is computed and, by `dtypes` of the output's tensors, written.
+    """
+    for model in inputs.all:
+        scheme = model.checkpoint.quantised
+        if scheme is None:
+            continue
+        if scheme.weights:
+            written = " and ".join(TORCH_NAMES[dtype] for dtype in _written(model, inputs, dtypes))
+            yield f"{model.name}: quantised ({scheme}), read as float32, written as {written}"
+        if scheme.dropped:
+            yield f"{model.name}: left out, scales of a cache or of activations: {some(scheme.dropped, SHOWN)}"
+
+
+def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:
+    """Return the dtypes of the output's tensors that quantised weights of a model become.
+
+    Where layers of a stack have other names, return those of all tensors.
+    """
+    stored = (inputs.template.stored.get(name) for name, info in model.tensors.items() if info.saved_as)
+    found = {dtypes[name] for name in stored if name is not None and name in dtypes}
+    return sorted(found or dtypes.values(), key=list(TORCH_NAMES).index)[: len(found) or 1]
+
+
+def copies(inputs: Inputs) -> dict[Tensor, tuple[Checkpoint, str]]:
+    """Return the model and name of every weight that some model stores coded."""
     models = [model for model in inputs.checkpoints if model.quantised is not None]
-    return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
+    return {info.tensor: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
 
 
-def copied(
-    root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
-) -> Coding | None:
-    """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
-    if root.kind != "read" or root.parameter("tensor") not in known:
+def copied(root: Node, coding: Coding, known: Mapping[Tensor, tuple[Checkpoint, str]], output: str) -> Coding | None:
+    """Return the coding whose tensors are copied if `root` reads a weight stored in that form already, else None."""
+    if root not in known:
         return None
-    model, name = known[root.parameter("tensor")]
+    model, name = known[root]
     assert model.quantised is not None
     try:
         other = _kept(model.quantised, model, name, output)
@@ -292,25 +273,23 @@ def copied(
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a plain tensor is named among those that a quantised model leaves plain."""
+    """Return whether a plain tensor is named among those that a quantised model leaves plain."""
     return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
 
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
-    from deltamerge.formats.quantised.encode import kept
-
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
-    return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
+    return coding_like(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 
 
 def _prefix(model: Input) -> str:
-    """What a model's stored names begin with before their canonical ones."""
+    """Return the prefix of a model's stored names before their canonical ones."""
     canonical, stored = next(iter(model.stored.items()))
     return stored.removesuffix(canonical)
 
 
 def _module(name: str) -> str:
-    """The module of a weight: of fused experts, all of them."""
+    """Return the module of a weight: of fused experts, all of them."""
     return name.rpartition(".")[0]
 
 

@@ -37,7 +37,7 @@ def form_of(tensors: Tensors, stored: Tensors) -> Form:
     for container, own in experts.by_container(tensors).items():
         place = numbers_as_stars(container)
         shapes.setdefault(place, {key: info.shape for key, info in own.items()})
-        if any(isinstance(info.made, experts.Joined) for info in own.values()):
+        if any(experts.is_joined(info.tensor) for info in own.values()):
             apart.add(place)
     return Form(shapes, frozenset(apart), experts.layout_of(stored))
 

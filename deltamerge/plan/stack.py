@@ -24,7 +24,7 @@ from deltamerge.tensors.names import (
     layer_index,
     layer_position,
 )
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 # Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
 BUFFERS = re.compile(
@@ -112,7 +112,7 @@ class Spares:
         return 0 <= last < number and all(block - usual for block in own)
 
 
-def is_buffer(tensor: TensorInfo) -> bool:
+def is_buffer(tensor: Tensor | TensorInfo) -> bool:
     """Tell whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
     name, shape = tensor.name, tensor.shape
     if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):

@@ -14,6 +14,7 @@ from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coeffici
 from deltamerge.errors import RecipeError
 from deltamerge.formats.delta.positions import uniform_density
 from deltamerge.formats.delta.values import VALUE_BITS
+from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
@@ -22,16 +23,13 @@ from deltamerge.methods.prune.select import largest
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.plan.running_sum import counts
-from deltamerge.plan.transplant_rows import Transplanted
-from deltamerge.recipe.prune_keys import MERGED
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
-from deltamerge.tensors.computed import LowRank, update_of
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Function, Graph, Node, name_of
 from deltamerge.tensors.graph import function_of as call
-from deltamerge.tensors.rows import Gathered
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.rows import moves_rows
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.plan.calibration_graph import StageMaker
@@ -51,7 +49,7 @@ class Built:
     details: tuple[str, ...]
     delta: Node | None = None
     changed: float = 1.0
-    updates: tuple[tuple[float, LowRank], ...] = ()
+    updates: tuple[tuple[float, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,26 +359,21 @@ class Builder:
 
     def cast(self, node: Node, dtype: str) -> Node:
         """Return a node's values in the output dtype."""
-        if (
-            node.kind == "read"
-            and node.dtype == dtype
-            and not isinstance(node.parameter("tensor").made, Gathered | Transplanted)
-        ):
+        if node.is_source and node.dtype == dtype and not moves_rows(node):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
-def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, LowRank], ...]:
+def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, Tensor], ...]:
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
     factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
     found = []
     for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
-        made = tuned.tensor.made
         if tuned.tensor.is_same(merge.base):
             continue
-        if update_of(tuned.tensor, merge.base) is None or not isinstance(made, LowRank):
+        if update_of(tuned.tensor, merge.base) is None:
             return ()
-        found.append((factor * weight, made))
+        found.append((factor * weight, tuned.tensor.tensor))
     return tuple(found)

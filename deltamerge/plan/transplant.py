@@ -15,13 +15,13 @@ from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.tokenizer_files import ROLES, read_generation, read_roles, read_tokens
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.pursuit import SCREENED, held
-from deltamerge.plan.transplant_rows import Sums, Transplanted
+from deltamerge.plan.transplant_rows import Moves, Sums, transplant_rows
 from deltamerge.plan.vocabulary import BYTES_PER_TOKEN, Rows, Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_rows import vocabularies
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import PLAIN
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, viewed
 
 TORCH_BYTES = 170_000_000  # of torch's code and its first product, measured
 
@@ -105,19 +105,22 @@ class Transplant(Vocabulary):
         ids = self.origin[self.common]
         order = np.cumsum(self.origin == -1, dtype=np.int32) - 1
         digest = blake2b(self.origin.tobytes() + ids.tobytes(), digest_size=16).hexdigest()
-        width = math.prod(source.shape[1:])
-        made = Transplanted(source, width, sums, digest, self.origin, order, ids)
+        moves = Moves(sums, digest, self.origin, order, ids)
+        inputs = [source] if sums is None else [source, self.donors[self._which(source.name)]]
         shape = (self.total, *source.shape[1:])
-        return TensorInfo(source.name, "F32", shape, source.path, 0, 4 * math.prod(shape), made)
+        return TensorInfo(source.name, viewed(transplant_rows, inputs, shape, "F32", moves=moves))
+
+    def _which(self, name: str) -> str:
+        return "head" if TOKEN_HEAD.search(name) else "embedding"
 
     def _sums_of(self, name: str) -> Sums | None:
         """Return the sums of the output's embedding, or of its head."""
-        which = "head" if TOKEN_HEAD.search(name) else "embedding"
+        which = self._which(name)
         if which not in self._sums:
             common, others = self.common, self.others
             digest = blake2b(common.tobytes() + others.tobytes(), digest_size=16).hexdigest()
             made = self.method != "mean" and len(others)
-            sums = Sums(self.donors[which], self.method, self.k, digest, common, others) if made else None
+            sums = Sums(self.method, self.k, digest, common, others) if made else None
             self._sums[which] = sums
         return self._sums[which]
 

@@ -15,7 +15,8 @@ from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
 from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
-from deltamerge.recipe.schema import ModelToken, Recipe, Token, ZeroToken
+from deltamerge.recipe.output_keys import ModelToken, Token, ZeroToken
+from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.rows import gather
 from deltamerge.tensors.tensor import TensorInfo
 

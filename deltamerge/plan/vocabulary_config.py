@@ -14,7 +14,7 @@ from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.transplant import Transplant
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.plan.vocabulary_rows import sizes
-from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
+from deltamerge.recipe.output_keys import BUILT_IN, is_literal
 from deltamerge.recipe.schema import Recipe
 
 ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamerge.methods.registry import PRUNE
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
-from deltamerge.recipe.lookup import is_given
+from deltamerge.recipe.problems import is_given
+from deltamerge.recipe.prune import Pruning, effective_prune
+from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, place
-
-if TYPE_CHECKING:
-    from deltamerge.recipe.schema import Recipe
 
 SAMPLED = {"method": "dare", "sampling": "magnitude"}
 CALIBRATED = {"method": "magnitude", "q": "output_change"}
@@ -29,7 +27,7 @@ SHOWN = 3  # models that a warning names
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Advice:
     """A pruning at a density, as keys of `prune`, and why it is the one to take."""
 
     prune: dict[str, Any]
@@ -40,18 +38,18 @@ class Choice:
         return f"prune: {{{keys}}}: {self.why}"
 
 
-def choose(density: float, *, rows: bool) -> Choice:
+def choose(density: float, *, rows: bool) -> Advice:
     """Choose what keeps most of a fine-tune at `density`; `rows`: whether there is calibration data."""
     if rows:
         keys = {"method": CALIBRATED["method"], "density": density, "q": CALIBRATED["q"]}
-        return Choice(keys, "with rows, magnitude with a calibrated q keeps most")
-    return Choice(
+        return Advice(keys, "with rows, magnitude with a calibrated q keeps most")
+    return Advice(
         {**SAMPLED, "density": density}, "of what needs no rows, importance sampling keeps most of a fine-tune"
     )
 
 
 def q_decides(pruning: Pruning, density: float) -> bool:
-    """Whether a calibrated q keeps much more of a fine-tune at this density than the q that the pruning has without.
+    """Return whether a calibrated q keeps much more of a fine-tune at this density than the pruning's own q.
 
     A pruning whose method is "none" is what ties does to deltas of itself.
     """
@@ -85,7 +83,7 @@ def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors
 
 
 def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: bool) -> str:
-    """What is wrong with a model's pruning, and the keys that mend it."""
+    """Return the fault of a model's pruning, and the keys that mend it."""
     method = "magnitude" if pruning.method == "none" else pruning.method
     q = "q = density" if PRUNE[method].random else "q = 1"
     name = "importance sampling" if pruning.sampling == "magnitude" else method
@@ -107,7 +105,7 @@ def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: 
 
 
 def _is_divided(recipe: Recipe, i: int) -> bool:
-    """Whether the recipe itself says what a model's kept entries are divided by."""
+    """Return whether the recipe itself has the divisor of a model's entries."""
     calibration = recipe.calibration
     if calibration is not None and calibration.per == "merge":
         return True  # its λ is calibrated

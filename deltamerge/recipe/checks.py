@@ -1,46 +1,48 @@
-"""Checks of a recipe beyond its types: methods and their parameters, names."""
+"""Checks of a recipe beyond its types: methods and their parameters, names; and across the documents of a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Sequence
 
 from deltamerge.errors import Problem
 from deltamerge.methods.parameters import KEPT
-from deltamerge.methods.registry import MERGE, NO_EFFECT
+from deltamerge.methods.registry import MERGE, NO_EFFECT, MergeMethod
 from deltamerge.models.config_differences import BOOKKEEPING
-from deltamerge.recipe import moe_checks, prune_checks, sums
-from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
-from deltamerge.recipe.effective_prune import effective_prune
-from deltamerge.recipe.lookup import is_given, known_method, levels, out_of_range, prune_params, raw
-from deltamerge.recipe.messages import show, suggest
-from deltamerge.recipe.output_keys import Quantization
+from deltamerge.recipe import moe_checks, prune
+from deltamerge.recipe.output_keys import BUILT_IN, Quantization, is_literal
+from deltamerge.recipe.problems import is_given, known_method, levels, prune_params, raw, suggest
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.series import running
+from deltamerge.recipe.values import show
 from deltamerge.recipe.yaml_source import Loc, place
 
-if TYPE_CHECKING:
-    from deltamerge.methods.registry import MergeMethod
-    from deltamerge.recipe.schema import Recipe
-
-
+# Bounds on the size of a recipe, far above any written by hand: checking and planning always end.
+MODELS = 1_000  # in all documents, slices and modules, with repetitions
+LAYERS = 10_000  # that slices take, counted once for each source
+NAME = 1_000  # characters in a reference or a name
+FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+ANEW = "an average of these is made anew from all its models: kind: model"
 _UNKNOWN, _WHOLE = "unknown parameter of", "is for the whole merge"
 _NO_EFFECT = (_UNKNOWN, _WHOLE)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault that the types of the keys cannot express."""
+    """Yield every fault that the types of the keys cannot express."""
     if recipe.is_moe or is_given(recipe, "experts"):
         yield from moe_checks.problems(recipe)
         return
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _config, _tokens,
-        prune_checks.problems, _output, _adapter, sums.problems, _study, moe_checks.stray,
+        prune.problems, _output, _adapter, _running_sum, _study, moe_checks.stray,
     )  # fmt: skip
     yield from (problem for check in checks for problem in check(recipe))
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:
-    """One of models, slices, modules; as many models as the method takes; distinct names."""
+    """Check that one of models, slices, modules is there, is not empty, and has distinct names."""
     given = [key for key in ("models", "slices", "modules") if is_given(recipe, key)]
     if not given:
         yield recipe.problem((), "needs models", "models: a list of {model: path or hub id}")
@@ -68,7 +70,7 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _slices(recipe: Recipe) -> Iterator[Problem]:
-    """All sources of a slice have the same number of layers; a base that is not a source has the same range in each."""
+    """Check that all sources of a slice have as many layers, and that the layers of an unlisted base are clear."""
     for part in recipe.parts:
         if part.ranges is None:
             continue
@@ -84,7 +86,7 @@ def _slices(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _merge_method(recipe: Recipe) -> Iterator[Problem]:
-    """A known method, its base, and as many models as it takes."""
+    """Check that the method is known, and has its base and as many models as it takes."""
     name, method = recipe.method_name, known_method(recipe)
     if name is None:
         if not is_given(recipe, "merge_method") and recipe.models:
@@ -115,7 +117,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:
-    """Every parameter belongs to the method, stands at a level where it has a meaning, and is in its range."""
+    """Check that every parameter is the method's, stands at a level where it means something, and is in its range."""
     method = known_method(recipe)
     if method is None:
         yield from _unknown_anywhere(recipe)
@@ -125,7 +127,7 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
 
 
 def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
-    """Parameters without an effect, which mergekit passes over: where each stands, and the fault that it is else."""
+    """Yield the parameters that mergekit ignores: the place of each, and its fault where mergekit does not read it."""
     method = known_method(recipe)
     for at, problem in () if method is None else _parameters_of(recipe, method):
         if problem.message.startswith(_NO_EFFECT):
@@ -133,14 +135,14 @@ def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
 
 
 def warnings(recipe: Recipe) -> tuple[str, ...]:
-    """What is to be said of a recipe that is read as mergekit reads it."""
+    """Warn of every parameter that mergekit ignores, in a recipe that is read as mergekit reads it."""
     return tuple(
         f"{place(at)}: no effect under {recipe.method_name}, ignored as mergekit does" for at, _ in ignored(recipe)
     )
 
 
 def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, Problem]]:
-    """The faults of every parameter, and where it stands."""
+    """Yield the faults of every parameter, and where it stands."""
     pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
     for loc, level, parameters in levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
@@ -158,11 +160,11 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
             elif level == "model" and name in method.parameters and not method.parameters[name].per_model:
                 yield at, recipe.problem(at, _WHOLE, "move it to the recipe's parameters", key=True)
             else:
-                yield from ((at, problem) for problem in out_of_range(recipe, at, known[name], value))
+                yield from ((at, problem) for problem in recipe.out_of_range(at, known[name], value))
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters that no method has, for a recipe whose method is unknown."""
+    """Yield parameters that no method has, for a recipe whose method is unknown."""
     known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
     for loc, _, parameters in levels(recipe):
         for name in parameters.keys() - known:
@@ -170,7 +172,7 @@ def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _required(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters without a default are given, for each model or for all."""
+    """Check that parameters without a default are given, for each model or for all."""
     method = known_method(recipe)
     if method is None:
         return
@@ -191,7 +193,7 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _config(recipe: Recipe) -> Iterator[Problem]:
-    """`config` has keys of a config.json that say what a model computes, with values that JSON has."""
+    """Check that `config` has keys that say what a model computes, with values of JSON."""
     for key, value in recipe.config.items():
         if BOOKKEEPING.fullmatch(key.rpartition(".")[2]):
             message = f"{show(key)} says nothing of what a model computes"
@@ -204,7 +206,7 @@ def _config(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _template(recipe: Recipe) -> Iterator[Problem]:
-    """`template` names an input, and the tokenizer is described once."""
+    """Check that `template` names an input, and that the tokenizer is described once."""
     known = {*recipe.names, *(model.model for model in recipe.models)}
     method = known_method(recipe)
     if recipe.base_model is not None and (
@@ -231,7 +233,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _tokens(recipe: Recipe) -> Iterator[Problem]:
-    """A forced token has a source, and a chat template is a known name or a text."""
+    """Check that a forced token has a source, and that a chat template is a known name or a text."""
     for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
         if wanted.force and not is_given(recipe, "tokenizer", "tokens", token, "source"):
             yield recipe.problem(("tokenizer", "tokens", token, "force"), "needs a source", "source: MODEL", key=True)
@@ -244,7 +246,7 @@ def _tokens(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
-    """A delta has a base, and a delta that adds comes from a method that adds to the base."""
+    """Check that a delta has a base, and that a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
     yield from _low_rank(recipe)
@@ -264,7 +266,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _low_rank(recipe: Recipe) -> Iterator[Problem]:
-    """A LoRA's keys are of an adapter, and say its size in one way."""
+    """Check that a LoRA's keys stand at an adapter, and say its size in one way."""
     output = recipe.output
     sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
     if output.kind != "peft":
@@ -285,7 +287,7 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
-    """Models alone are quantised, and a scheme has no keys of another."""
+    """Check that only models are quantised, and that a scheme has no keys of another."""
     wanted, kind = recipe.output.scheme, recipe.output.kind
     if wanted != "none" and kind != "model":
         message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
@@ -305,7 +307,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
-    """An adapter is made from deltas of a base."""
+    """Check that the deltas of an adapter have a base."""
     method = known_method(recipe)
     if recipe.output.kind == "peft" and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
@@ -313,7 +315,7 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _study(recipe: Recipe) -> Iterator[Problem]:
-    """The models that a study names are there, and have what their measures need."""
+    """Check that the models that a study names are there, and that its sampler and pruner fit its objectives."""
     if recipe.study is None:
         return
     known = {recipe.names[i] for i in recipe.fine_tunes}
@@ -332,3 +334,98 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(
             ("study", "pruner"), "is for one objective that rows give, not a command's", "pruner: none"
         )
+
+
+def _running_sum(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a running sum is of whole models, in float32, with weights that no later model changes."""
+    if recipe.output.kind != "sum":
+        return
+    kind = ("output", "kind")
+    method = known_method(recipe)
+    if method is not None and method.name != "linear":
+        yield recipe.problem(kind, f"a running sum is of linear, not {method.name}", "merge_method: linear")
+    if recipe.slices or recipe.modules:
+        yield recipe.problem(kind, "a running sum is of whole models", "models: run/step-*")
+    for key in ("dtype", "out_dtype", "tokenizer", "tokenizer_source", "template", "chat_template"):
+        if is_given(recipe, key):
+            hint = "set it where the average is made"
+            yield recipe.problem((key,), "is not for a running sum, which is float32 and no model", hint, key=True)
+    if any(effective_prune(recipe, i).method != "none" for i in range(len(recipe.models))):
+        yield recipe.problem(("prune",), "models of a running sum are whole", key=True)
+    for loc, _, parameters in levels(recipe):
+        if "normalize" in parameters:
+            message = "is not for a running sum: the average that is made of it is divided"
+            yield recipe.problem((*loc, "normalize"), message, key=True)
+        if is_given(recipe, *loc, "weight"):
+            message = "weights of a running sum are those of its schedule"
+            yield recipe.problem((*loc, "weight"), message, "schedule: constant or ema", key=True)
+    for i, model in enumerate(recipe.models):
+        if model.window is not None:
+            message = "a running sum has no window: the next checkpoint would take one away"
+            yield recipe.problem(("models", i, "window"), message, ANEW, key=True)
+            return
+        if model.schedule == "minus_sqrt":
+            message = "minus_sqrt has no running sum: each checkpoint changes the weights of all before it"
+            yield recipe.problem(("models", i, "schedule"), message, ANEW)
+            return
+    for series in recipe.series:
+        if series.schedule == "ema" and running("ema", 0, len(series.names), series.decay) is None:
+            message = f"a running sum of {len(series.names)} models with decay {series.decay:g} leaves float32's range"
+            yield recipe.problem(kind, message, ANEW)
+
+
+def references(recipe: Recipe) -> frozenset[str]:
+    """Return every model that a recipe may open, as written; names of other documents are among them."""
+    tokens = recipe.tokenizer.tokens.values() if recipe.tokenizer is not None else ()
+    sources = (getattr(token.source, "model", token.source) for token in tokens)
+    bases = (recipe.base_model, *(part.base for part in recipe.parts))
+    models = (model.model for model in recipe.models)
+    tokenizers = (recipe.tokenizer_of, recipe.transplant)
+    return frozenset(x for x in (*bases, *models, *tokenizers, *sources) if isinstance(x, str))
+
+
+def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
+    """Check that every document but the output has a name of its own, and gives what others use it for."""
+    if len(recipes) == 1:
+        return
+    named: set[str] = set()
+    unnamed = 0
+    for recipe in recipes:
+        if recipe.name is None:
+            unnamed += 1
+            if unnamed > 1:
+                hint = "name: first; later documents may use that as a model"
+                yield recipe.problem((), "a second document without a name", hint)
+            continue
+        if recipe.name in named:
+            yield recipe.problem(("name",), f"another document is named {show(recipe.name)}")
+        if not FOLDER_NAME.fullmatch(recipe.name):
+            yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
+        named.add(recipe.name)
+    for recipe in recipes:
+        result = recipe.output.kind
+        if result not in ("model", "sum") and any(recipe.name in references(other) for other in recipes):
+            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
+
+
+def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:
+    """Yield the first bound that the documents of a file exceed; they are then not checked further."""
+    models = layers = 0
+    for recipe in recipes:
+        if len(recipe.base_model or "") > NAME:
+            yield recipe.problem(("base_model",), f"is longer than {NAME:,} characters", "a path or a hub id")
+            return
+        for part in recipe.parts:
+            models += len(part.members)
+            layers += part.layers * len(part.members) if part.ranges else 0
+            if models > MODELS:
+                yield recipe.problem(part.loc, f"more than {MODELS:,} models", "merge them in several runs")
+                return
+            if layers > LAYERS:
+                message = f"more than {LAYERS:,} layers of all sources of the slices"
+                yield recipe.problem(part.loc, message, "see layer_range: it counts the layers of the model")
+                return
+        for i, model in enumerate(recipe.models):
+            if len(model.model) > NAME or len(model.name or "") > NAME:
+                yield recipe.problem(("models", i), f"a name longer than {NAME:,} characters", "a path or a hub id")
+                return

@@ -1,4 +1,4 @@
-"""The documents of a recipe file, ordered so that each follows those that it uses."""
+"""The documents of a recipe file, each after the documents that it uses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
-from deltamerge.recipe.documents import references
+from deltamerge.recipe.checks import references
+from deltamerge.recipe.edits import set_keys
 from deltamerge.recipe.load import load_all
-from deltamerge.recipe.open_values import Template, is_open, template_of, written
-from deltamerge.recipe.overrides import overridden
+from deltamerge.recipe.open_values import Template, as_yaml, is_open, template_of
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -33,11 +33,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RecipeFile:
-    """A recipe file that was read: its path, and its documents, each after those that it needs; the output is the last.
+    """A recipe file: its path, and its documents, each after the documents that it needs; the output is the last.
 
-    `path` is where relative references start, what the output is named after and what the lock lies beside; of a recipe
-    that is no file it says where one would be. `made_for` is the command that such a recipe was made for, or where it
-    is from (stdin, the hub); "" of a file.
+    Relative references start at `path`. The output has its name, and the lock lies beside it. A recipe that is no file
+    has the path that a file would have. `made_for` is the command or the source (stdin, the hub) of such a recipe; ""
+    of a file.
     """
 
     path: Path
@@ -72,27 +72,27 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
 
 
 def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:
-    """The text of a recipe file with what is set from outside, and where it lies."""
+    """Return the text of a recipe file with the settings from outside, and its path."""
     whole, settings = yaml_source.read(path), dict(settings or {})
     if path == yaml_source.STDIN:  # as if it lay in the current folder
         path = Path("recipe.yaml")
     if mergekit_exact:
         settings[("mergekit",)] = "true"
     if settings:
-        whole = overridden(whole, settings, str(path))
+        whole = set_keys(whole, settings, str(path))
     return whole, path
 
 
 def read_text(whole: str, path: Path) -> RecipeFile:
-    """The recipe file whose text is `whole`, as if it stood at `path`. RecipeError: as for `read_recipe`."""
+    """Return the recipe file whose text is `whole`, as if it stood at `path`. RecipeError: as for `read_recipe`."""
     return _recipe(whole, path, yaml_source.loads_all(whole, str(path)))
 
 
 def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile:
-    """The recipe file whose text is `whole`, and whose documents `sources`."""
+    """Return the recipe file whose text is `whole`, and whose documents `sources`."""
     recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
-        whole, recipes = mergekit.written_out(whole, recipes)
+        whole, recipes = mergekit.write_defaults(whole, recipes)
     if len(recipes) == 1:
         return RecipeFile(path, (Document(recipes[0], whole),))
     output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
@@ -118,13 +118,13 @@ class TemplateFile:
     template: Template
 
     def recipe(self, values: Mapping[Loc, Any]) -> Recipe:
-        """The recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
-        (recipe,) = load_all([self.template.filled(values)])
+        """Return the recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
+        (recipe,) = load_all([self.template.fill(values)])
         return self.file(values).output.recipe if recipe.mergekit else recipe
 
     def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
-        """The same as a file, whose text is plain: it has the values, and is read again."""
-        return read_text(overridden(self.text, written(values), str(self.path)), self.path)
+        """Return the same as a file, whose text is plain: it has the values, and is read again."""
+        return read_text(set_keys(self.text, as_yaml(values), str(self.path)), self.path)
 
 
 def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:
@@ -139,7 +139,7 @@ def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> Temp
 def read_either(
     path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None
 ) -> RecipeFile | TemplateFile:
-    """`read_template` of a recipe that leaves values open, else `read_recipe`."""
+    """Return `read_template` of a recipe that leaves values open, else `read_recipe`."""
     whole, path = _text_of(path, mergekit_exact, settings)
     sources = yaml_source.loads_all(whole, str(path))
     return (_template if any(map(is_open, sources)) else _recipe)(whole, path, sources)

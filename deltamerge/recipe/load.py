@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from deltamerge.errors import Problem, RecipeError
-from deltamerge.recipe import checks, documents, messages, moe_checks, open_values, yaml_source
-from deltamerge.recipe.expand import Member, members, weighed
-from deltamerge.recipe.parts import Section
-from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
-from deltamerge.recipe.series import Series
-from deltamerge.recipe.short_form import in_full
+from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.methods.registry import MERGE
+from deltamerge.models.chain.folder import expand
+from deltamerge.recipe import checks, moe_checks, open_values, yaml_source
+from deltamerge.recipe.edits import in_full
+from deltamerge.recipe.problems import place_of, problem_of, without
+from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
+from deltamerge.recipe.series import Matches, Series, find, running, shares
 from deltamerge.recipe.values import Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 from deltamerge.tensors import patterns
@@ -33,7 +37,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 
 
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
-    """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
+    """Return the recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
     fault left out."""
     read = in_full(read)
     data = read.data
@@ -43,8 +47,8 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
         except ValidationError as error:
             errors = error.errors(include_url=False)
             if data is read.data:  # later rounds report only what the first left out
-                problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
-            data = messages.without(data, map(messages.place_of, errors))
+                problems += [problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
+            data = without(data, map(place_of, errors))
         else:
             models, parts, series = flatten(recipe, read, problems)
             recipe = recipe.model_copy(update={"models": models})
@@ -53,17 +57,17 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
 
 
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
-    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
+    """Return the recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
-    problems: list[Problem] = [problem for read in reads for problem in open_values.refused(read)]
+    problems: list[Problem] = [problem for read in reads for problem in open_values.refusals(read)]
     if problems:
         raise RecipeError(reads[0].path, problems[:MAX_PROBLEMS])
     recipes = [parse(read, problems) for read in reads]
-    beyond = list(documents.beyond_bounds(recipes))
+    beyond = list(checks.beyond_bounds(recipes))
     problems += beyond
     for recipe in () if beyond else recipes:
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-    problems += () if beyond else documents.problems(recipes)
+    problems += () if beyond else checks.problems_across(recipes)
     if problems:
         ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
         raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])
@@ -73,9 +77,10 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
 def flatten(
     recipe: Recipe, read: YamlSource, problems: list[Problem]
 ) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """Every model of the recipe in order, once for each place, the parts that they form, and the series among them; a
-    pattern, or a range of versions of a chain, is as many models as it stands for. Those at fault are added to
-    `problems`."""
+    """Return every model of the recipe in order, once for each place, the parts that they form, and the series.
+
+    A pattern, or a range of versions of a chain, becomes the models that it stands for. Faults go to `problems`.
+    """
     if recipe.is_moe:
         return _experts(recipe)
     models: list[Model] = []
@@ -91,7 +96,7 @@ def flatten(
         several: list[Member] = []
         for i, model in enumerate(found):
             several += members(model, i, (*loc, key, i), folder, read, problems)
-        several, described = weighed(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
+        several, described = weigh(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
         series.extend(described)
         indices = tuple(range(len(models), len(models) + len(several)))
         places = tuple(member.place for member in several)
@@ -113,7 +118,7 @@ def flatten(
 
 
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """The experts of a mixture as models, the shared ones last, and the one part that they form."""
+    """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
     names = moe_checks.names(experts)
     models = tuple(
@@ -129,7 +134,7 @@ def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tu
 def _holders(
     recipe: Recipe,
 ) -> Iterator[tuple[Loc, str | None, Sequence[Model], Sequence[Slice], tuple[Mapping[str, Value], ...]]]:
-    """Everything that holds models or slices: its place, module, models, slices and own parameters."""
+    """Yield every holder of models or slices: its place, module, models, slices and own parameters."""
     if recipe.models or recipe.slices:
         yield (), None, recipe.models, () if recipe.models else recipe.slices, ()
     for name, module in () if recipe.models or recipe.slices else recipe.modules.items():
@@ -138,3 +143,171 @@ def _holders(
 
 def _ranges(sources: Sequence[SliceSource]) -> tuple[tuple[int, int], ...]:
     return tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A model, the number of the item that it is of, where the recipe has that, and the series that it is one of, which
+    had `of` models before its window."""
+
+    model: Model
+    item: int
+    place: Loc
+    found: Matches | None = None
+    of: int = 1
+    summed: RunningSum | None = None
+
+
+def members(
+    model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
+) -> list[Member]:
+    """Return the models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
+    try:
+        versions = expand(model.model, folder)
+        found = find(model.model, folder) if versions is None else Matches(tuple(versions))
+        summed = read_running_sum(folder / model.model) if found is None else None
+    except InputError as error:
+        problems.append(read.problem((*place, "model"), str(error), error.hint))
+        return [Member(model, item, place)]
+    problems += _faults(model, found, place, read)
+    if found is None:
+        return [Member(model, item, place, summed=summed)]
+    last = found.references[-(model.window or 0) :]
+    named = {} if model.name is None else {one: f"{model.name}:{one.rpartition('/')[2]}" for one in last}
+    models = [model.model_copy(update={"model": one, "name": named.get(one)}) for one in last]
+    return [Member(one, item, place, found, len(found.references)) for one in models]
+
+
+def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -> Iterator[Problem]:
+    """Check that an item that is no series has no keys of one, and that `decay` stands with `ema`."""
+    if found is None and model.window is not None:
+        hint = "model: run/step-*, with a * for the numbers"
+        yield read.problem((*place, "window"), "is of a series of models, this is one", hint, key=True)
+    if (model.decay is not None) != (model.schedule == "ema"):
+        if model.decay is None:
+            message = "ema needs decay, the factor of the average so far"
+            yield read.problem((*place, "schedule"), message, "decay: 0.9")
+        else:
+            yield read.problem((*place, "decay"), "is of schedule: ema", "schedule: ema", key=True)
+
+
+def weigh(
+    several: Sequence[Member],
+    merge_method: str | None,
+    levels: Sequence[Mapping[str, Value]],
+    read: YamlSource,
+    problems: list[Problem],
+    *,
+    is_sum: bool,
+) -> tuple[list[Member], list[Series]]:
+    """Return the models of one part with the weights of their schedules, and their series.
+
+    A series alone in a merge that divides by the sum of its weights gets those of `series.running`, which later
+    checkpoints leave as they are; so do models of a running sum (`is_sum`), and what follows one goes on with the
+    sum's. Else weights add up to those that the item has.
+    """
+    summed = next((member.summed for member in several if member.summed is not None), None)
+    by_item: dict[int, list[Member]] = {}
+    for member in several:
+        by_item.setdefault(member.item, []).append(member)
+    items = [own[-1] for own in by_item.values() if own[0].summed is None]
+    method = MERGE.get(merge_method or "")
+    given = any("weight" in level for level in levels)
+    normalized = _normalized(method, levels)
+    made: list[Member] = []
+    described: list[Series] = []
+    if summed is not None:
+        problems += _unlike(summed, items, several, read)
+    start = 0 if summed is None else len(summed.models)
+    for own in by_item.values():
+        first = own[0]
+        schedule: str | None = first.model.schedule
+        decay = first.model.decay
+        if first.summed is None and summed is not None and schedule is None and not given:
+            schedule, decay = summed.schedule, summed.decay
+        default = (first.found is not None or is_sum) and not given and "weight" not in first.model.parameters
+        schedule = schedule or ("constant" if default else None)
+        takes = method is None or "weight" in method.parameters
+        if first.summed is not None:
+            schedule = None
+            own = [_with_weight(first, 1.0)] if takes and "weight" not in first.model.parameters else own
+        if schedule == "ema" and decay is None:  # reported before
+            schedule = "constant"
+        weights: tuple[float, ...] | None = None
+        part: tuple[float, ...] = ()
+        if schedule is not None and takes:
+            part = shares(schedule, len(own), decay)
+            alone = normalized and (len(items) == 1 or summed is not None or is_sum)
+            weights = running(schedule, start, len(own), decay) if alone else None
+            if weights is None and summed is not None and schedule == "ema":
+                message = f"more than float32's range allows follow a running sum with decay {decay:g}"
+                problems.append(read.problem(first.place, message, "average them anew, without the sum"))
+            start += len(own)
+            weights = weights or part
+            scale = first.model.parameters.get("weight", 1.0)
+            if not isinstance(scale, bool | int | float):
+                at = (*first.place, "parameters", "weight")
+                problems.append(
+                    read.problem(at, "must be one number beside a schedule", "the schedule is of all layers")
+                )
+                scale = 1.0
+            own = [_with_weight(member, float(scale) * weight) for member, weight in zip(own, weights, strict=True)]
+        elif first.model.schedule is not None and method is not None:
+            at = (*first.place, "schedule")
+            problems.append(
+                read.problem(at, f"gives weights, {method.name} has none", "merge_method: linear", key=True)
+            )
+        made += own
+        if first.found is not None:
+            names = tuple(model_name(member.model) for member in own)
+            written = _read_item(read, first.place) or first.model.model
+            described.append(Series(written, names, first.of, schedule, decay, part, first.found))
+    return made, described
+
+
+def _read_item(read: YamlSource, place: Loc) -> str | None:
+    """Return the reference of an item as the recipe has it."""
+    value: Any = read.data
+    for key in (*place, "model"):
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value if isinstance(value, str) else None
+
+
+def _with_weight(member: Member, weight: float) -> Member:
+    parameters = {**member.model.parameters, "weight": weight}
+    return replace(member, model=member.model.model_copy(update={"parameters": parameters}))
+
+
+def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
+    """Return whether a merge divides by the sum of its weights, in every tensor."""
+    if method is None or "normalize" not in method.parameters:
+        return False
+    given = next((level["normalize"] for level in levels if "normalize" in level), None)
+    return given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
+
+
+def _unlike(
+    summed: RunningSum, items: Sequence[Member], several: Sequence[Member], read: YamlSource
+) -> Iterator[Problem]:
+    """Check that the models after a running sum can be added to it."""
+    known = set(summed.models)
+    for member in several:
+        if member.summed is None and model_name(member.model) in known:
+            message = f"{model_name(member.model)} is in the running sum already"
+            yield read.problem((*member.place, "model"), message, "name only the checkpoints that come after")
+    for member in items:
+        model, ours = member.model, (summed.schedule, summed.decay)
+        if model.window is not None:
+            yield read.problem(
+                (*member.place, "window"),
+                "a window leaves out models that the running sum has",
+                "average the window anew, without the sum",
+                key=True,
+            )
+        elif model.schedule is not None and (model.schedule, model.decay) != ours:
+            how = summed.schedule + (f" {summed.decay:g}" if summed.decay else "")
+            message = f"the running sum is of schedule {how}"
+            yield read.problem((*member.place, "schedule"), message, "leave schedule and decay out")

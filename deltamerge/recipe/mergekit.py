@@ -13,21 +13,20 @@ import yaml
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.edits import MODELS, in_full, text_in_full
 from deltamerge.recipe.load import load_all
-from deltamerge.recipe.parts import written
+from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.short_form import MODELS, in_full, text_in_full
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 
 L1 = {"rescale": "l1"}
 
 
-def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
-    """The recipes of `text` with mergekit's defaults as keys, and the text that has them; errors name lines of `text`.
+def write_defaults(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
+    """Write mergekit's defaults into `text`; return the new text, and its recipes, whose errors name lines of `text`.
 
-    Written are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models
-    of linear, and `template: base`. RecipeError: one of them cannot be inserted.
+    They are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models of
+    linear, and `template: base`. RecipeError: one of them cannot be inserted.
     """
     path = recipes[0].source.path
     wanted = [recipe.source.data for recipe in recipes]
@@ -62,7 +61,7 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
 
 
 def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
-    """The defaults that a recipe lacks: the place, and a key of the mapping or the first item of the list there."""
+    """Yield the defaults that a recipe lacks: a place, and a key of its mapping or the first item of its list."""
     if recipe.is_moe:
         return
     method, base = recipe.method, recipe.base_model
@@ -77,12 +76,12 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     if open_ and len(open_) == len(recipe.fine_tunes) and recipe.prune is None:
         yield (), {"prune": L1}
     else:
-        for at, i in {written(recipe.parts, ("models", i)): i for i in open_}.items():  # a series has one place
+        for at, i in {recipe.place(("models", i)): i for i in open_}.items():  # a series has one place
             yield (at, {"prune": L1}) if recipe.models[i].prune is None else ((*at, "prune"), L1)
 
 
 def _leaves_divisor_open(recipe: Recipe, index: int) -> bool:
-    """Whether the merge method implies random pruning of a model that has neither q nor rescale."""
+    """Return whether the merge method implies random pruning of a model without q and rescale."""
     implied, prune = recipe.method.implies_prune, effective_prune(recipe, index)
     return prune.method == implied and PRUNE[prune.method].random and prune.q is None and prune.rescale is None
 
@@ -100,7 +99,7 @@ def _inserted(data: Any, loc: Loc, value: dict[str, Any]) -> Any:
 
 
 def _as_before(read: YamlSource, added: Sequence[int]) -> YamlSource:
-    """The source with the line numbers that it had before the lines `added` were inserted."""
+    """Return the source with the line numbers that it had before the lines `added` were inserted."""
 
     def before(at: Position) -> Position:
         return at[0] - bisect_left(added, at[0]), at[1]

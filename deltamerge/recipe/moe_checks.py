@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
-from deltamerge.recipe.lookup import is_given
-from deltamerge.recipe.messages import show
-from deltamerge.recipe.moe_keys import DRAWN
-
-if TYPE_CHECKING:
-    from deltamerge.recipe.moe_keys import Expert
-    from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.problems import is_given
+from deltamerge.recipe.schema import DRAWN, Expert, Recipe
+from deltamerge.recipe.values import show
 
 OF_MERGES = (
     "models", "slices", "modules", "parameters", "prune", "calibration", "template", "tokenizer_source", "tokenizer",
@@ -23,7 +18,7 @@ LEAST = 2  # experts
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault of a mixture that the types of the keys cannot express."""
+    """Yield every fault of a mixture that the types of the keys cannot express."""
     if recipe.method_name != "moe":
         message = f"are merged by moe, not by {show(recipe.merge_method)}"
         yield recipe.problem(("experts",), message, "merge_method: moe, or leave it out", key=True)
@@ -48,7 +43,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def stray(recipe: Recipe) -> Iterator[Problem]:
-    """Keys of mixtures in another recipe."""
+    """Check that a recipe without experts has no keys of mixtures."""
     for key in OF_MIXTURES:
         if is_given(recipe, key):
             yield recipe.problem((key,), "is for moe, and there are no experts", "experts: […]", key=True)
@@ -64,7 +59,7 @@ def _counts(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
-    """Routers made of prompts need some of every expert, and not the same of all."""
+    """Check that routers made of prompts have some of every expert, and not the same of all."""
     shared = [bool(expert.positive_prompts) for expert in recipe.shared_experts]
     if recipe.gate_mode in DRAWN:
         return
@@ -89,7 +84,7 @@ def _without(recipe: Recipe, index: int) -> Problem:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """A name that is given belongs to one expert."""
+    """Check that no two experts have one name."""
     seen: set[str] = set()
     for key, experts in (("experts", recipe.experts), ("shared_experts", recipe.shared_experts)):
         for i, expert in enumerate(experts):
@@ -99,7 +94,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def names(experts: tuple[Expert, ...]) -> list[str]:
-    """The name of every expert; one that is named before by the same reference has a number behind it."""
+    """Return the name of every expert; one that is named before by the same reference has a number behind it."""
     found: list[str] = []
     for expert in experts:
         name, number = expert.name or expert.reference, 1

@@ -1,6 +1,7 @@
 """Values that a recipe leaves open: `{sweep: [0.1, 0.01]}` and `{search: [0, 1]}`, and the recipes that they stand for.
 
-They may stand anywhere in one document but in `study`. A recipe is made of them by putting values in their places.
+They may stand anywhere in one document but in `study`. A recipe is made of them by putting values in their places. In
+the JSON schema they may stand wherever a number, a method or another single value may.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Range:
         return round(middle) if self.is_whole else middle
 
     def value(self, found: Mapping[str, Any], layers: int) -> Any:
-        """What is put into the recipe for the numbers `found`, of a model of so many layers."""
+        """Return the value for the numbers `found`, in the recipe of a model of so many layers."""
         numbers = [found[key] for key in self.keys]
         if not self._spread:
             return numbers[0]
@@ -120,8 +121,7 @@ class Template:
             yield tuple(axis.labels[i] for axis, i in pairs), {axis.loc: axis.values[i] for axis, i in pairs}
 
     def examples(self) -> Iterator[dict[Loc, Any]]:
-        """Values that show what a recipe of any other would be refused for: the first of all, every other one once, and
-        both ends of every range."""
+        """Yield values that show every fault of a template: the first of all, each other once, both ends of ranges."""
         first = {axis.loc: axis.values[0] for axis in self.sweeps}
         yield first | self.values(self.start(), 1)
         for axis in self.sweeps:
@@ -130,13 +130,13 @@ class Template:
             yield first | self.values(found, 1)
 
     def ends(self) -> Iterator[dict[str, Any]]:
-        """Both bounds of every number, and every choice, the others at their start."""
+        """Yield both bounds of every number, and every choice, the others at their start."""
         for axis in self.ranges:
             for value in axis.choices or (axis.low, axis.high):
                 yield self.start() | dict.fromkeys(axis.keys, value)
 
     def describe(self) -> dict[str, Any]:
-        """As `deltamerge plan --json` prints it."""
+        """Return the open values as `deltamerge plan --json` prints them."""
         if self.sweeps:
             return {"sweep": {axis.name: list(axis.labels) for axis in self.sweeps}, "points": self.count}
         return {"search": [key for axis in self.ranges for key in axis.keys]}
@@ -147,15 +147,15 @@ class Template:
         return math.prod(len(axis.values) for axis in self.sweeps)
 
     def start(self) -> dict[str, Any]:
-        """The numbers of the first trial, by the names that a study has for them."""
+        """Return the numbers of the first trial, by the names that a study has for them."""
         return {key: axis.first for axis in self.ranges for key in axis.keys}
 
     def values(self, found: Mapping[str, Any], layers: int) -> dict[Loc, Any]:
-        """What the numbers `found` put into the recipe, by place."""
+        """Return the values for the numbers `found`, by place."""
         return {axis.loc: axis.value(found, layers) for axis in self.ranges}
 
-    def filled(self, values: Mapping[Loc, Any]) -> YamlSource:
-        """The source with values in their places; problems stay where they are in the text."""
+    def fill(self, values: Mapping[Loc, Any]) -> YamlSource:
+        """Return the source with values in their places; problems stay where they are in the text."""
         data = copy.deepcopy(self.source.data)
         for loc, value in values.items():
             holder = data
@@ -166,7 +166,7 @@ class Template:
 
 
 def template_of(source: YamlSource) -> Template:
-    """The open values of a document. RecipeError: values that are none."""
+    """Return the open values of a document. RecipeError: values that are none."""
     problems: list[Problem] = []
     axes = list(_axes(source, problems))
     sweeps = tuple(axis for axis in axes if isinstance(axis, Sweep))
@@ -182,8 +182,8 @@ def template_of(source: YamlSource) -> Template:
     return Template(source, sweeps, ranges)
 
 
-def refused(source: YamlSource) -> Iterator[Problem]:
-    """A problem at each open value of a recipe of which one result is to be made."""
+def refusals(source: YamlSource) -> Iterator[Problem]:
+    """Yield a problem at each open value of a recipe that is to give one result."""
     name = Path(source.path).name
     for loc, kind in _open(source.data, ()):
         command = f"deltamerge {kind} {name}"
@@ -193,12 +193,12 @@ def refused(source: YamlSource) -> Iterator[Problem]:
 
 
 def is_open(source: YamlSource) -> bool:
-    """Whether a document leaves values open."""
+    """Return whether a document leaves values open."""
     return next(_open(source.data, ()), None) is not None
 
 
 def kind_of(value: Any) -> str | None:
-    """ "sweep" or "search" for an open value, else None. `q: {search: grid}` is none: its `search` is a word."""
+    """Return "sweep" or "search" for an open value, else None. `q: {search: grid}` is none: its `search` is a word."""
     if isinstance(value, dict):
         if SWEEP in value:
             return SWEEP
@@ -208,7 +208,7 @@ def kind_of(value: Any) -> str | None:
 
 
 def _open(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
-    """The places of all open values, not those inside another."""
+    """Yield the places of all open values, not those inside another."""
     if loc and (kind := kind_of(value)) is not None:
         yield loc, kind
         return
@@ -312,20 +312,20 @@ def _is_number(value: Any) -> bool:
 
 
 def label(value: Any) -> str:
-    """A value as tables name it."""
+    """Return a value as tables name it."""
     if isinstance(value, dict) and isinstance(value.get("method"), str):
         more = [f"{key} {label(one)}" for key, one in value.items() if key != "method"]
         return ", ".join([value["method"], *more])
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def written(values: Mapping[Loc, Any]) -> dict[Loc, str]:
-    """Values as YAML, for `overrides.overridden`."""
+def as_yaml(values: Mapping[Loc, Any]) -> dict[Loc, str]:
+    """Return values as YAML, for `edits.set_keys`."""
     return {loc: json.dumps(value, ensure_ascii=False) for loc, value in values.items()}
 
 
-def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
-    """Settings of the command line, where several of one place are values to sweep."""
+def settings_by_place(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
+    """Return settings of the command line by place; several of one place become values to sweep."""
     found: dict[Loc, list[str]] = {}
     for loc, value in settings:
         found.setdefault(loc, []).append(value)
@@ -333,6 +333,72 @@ def swept(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
 
 
 def _sweep_of(texts: Sequence[str]) -> str:
-    """A sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
+    """Return a sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
     values = [yaml_source.loads(f"value: {text}", "--set").data["value"] for text in texts]
     return f"{{sweep: {json.dumps(values, ensure_ascii=False)}}}"
+
+
+SWEEP_SCHEMA: dict[str, Any] = {
+    "title": "Sweep",
+    "description": "`deltamerge sweep` tries all of these values; a mapping names them.",
+    "type": "object",
+    "properties": {
+        "sweep": {
+            "description": "The values, or names of values.",
+            "anyOf": [{"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}],
+        }
+    },
+    "required": ["sweep"],
+    "additionalProperties": False,
+}
+SEARCH_SCHEMA: dict[str, Any] = {
+    "title": "Search",
+    "description": "`deltamerge search` looks for the best number between two bounds, or the best choice.",
+    "type": "object",
+    "properties": {
+        "search": {
+            "description": "[low, high], or choices.",
+            "anyOf": [
+                {"type": "array", "minItems": 2},
+                {
+                    "type": "object",
+                    "properties": {"choices": {"type": "array", "minItems": 2}},
+                    "required": ["choices"],
+                    "additionalProperties": False,
+                },
+            ],
+        },
+        "log": {"type": "boolean", "description": "Of the logarithm."},
+        "step": {"type": "number", "description": "In steps of this."},
+        "start": {"description": "The first trial's; default: the middle, or the first choice."},
+        "groups": {"type": "integer", "description": "So many groups of neighbouring layers have a number each."},
+        "gradient": {"type": "integer", "description": "So many numbers are interpolated over the layers."},
+    },
+    "required": ["search"],
+    "additionalProperties": False,
+}
+OPEN = {"anyOf": [{"$ref": "#/$defs/Sweep"}, {"$ref": "#/$defs/Search"}]}
+HOLDERS = ("Prune", "CalibratedQ", "Protect")
+KEYS = ("merge_method", "seed", "dtype", "base_model", "prune")
+
+
+def allow(schema: dict[str, Any]) -> None:
+    """Let open values stand where a value is written: in `parameters`, `prune` and some keys of the recipe itself."""
+    definitions = schema["$defs"]
+    definitions |= {"Sweep": SWEEP_SCHEMA, "Search": SEARCH_SCHEMA, "Open": OPEN}
+    for holder in HOLDERS:
+        for key, value in definitions[holder]["properties"].items():
+            definitions[holder]["properties"][key] = _or_open(value)
+    for key in KEYS:
+        schema["properties"][key] = _or_open(schema["properties"][key])
+    models = schema["properties"]["models"]
+    models["items"] = _or_open(models["items"])
+    for key in ("model", "prune"):
+        definitions["Model"]["properties"][key] = _or_open(definitions["Model"]["properties"][key])
+    for key, value in definitions["Parameters"]["properties"].items():
+        definitions["Parameters"]["properties"][key] = _or_open(value)
+
+
+def _or_open(value: dict[str, Any]) -> dict[str, Any]:
+    about: dict[str, Any] = {key: value[key] for key in ("description", "default", "title") if key in value}
+    return {"anyOf": [{k: v for k, v in value.items() if k not in about}, {"$ref": "#/$defs/Open"}], **about}

@@ -2,38 +2,154 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, create_model, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from deltamerge.errors import Problem
-from deltamerge.methods.registry import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS, MergeMethod, Param
-from deltamerge.recipe import open_schema
-from deltamerge.recipe.moe_keys import Expert as Expert
-from deltamerge.recipe.moe_keys import GateMode
-from deltamerge.recipe.output_keys import Quantization, Quantized
-from deltamerge.recipe.parts import Section, written
-from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
-from deltamerge.recipe.prune_keys import Keys
-from deltamerge.recipe.prune_keys import Protect as Protect
-from deltamerge.recipe.prune_keys import Prune as Prune
+from deltamerge.methods.registry import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS, PRUNE, MergeMethod, Param
+from deltamerge.recipe import open_values
+from deltamerge.recipe.output_keys import Output, Tokenizer
 from deltamerge.recipe.series import Schedule, Series
 from deltamerge.recipe.study_keys import Study
-from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
-from deltamerge.recipe.types import parse_size as parse_size
-from deltamerge.recipe.values import Items, Value
+from deltamerge.recipe.values import (
+    Bounds,
+    Columns,
+    Dtype,
+    Items,
+    Keys,
+    LayerRange,
+    Natural,
+    Pattern,
+    Positive,
+    Reference,
+    Size,
+    Text,
+    Value,
+    leaves,
+    show,
+)  # fmt: skip
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 Parameters = TypeAliasType("Parameters", dict[str, Value])
+Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
+MERGED = "merged"  # what the fine-tunes make together, beside the names of models
+_FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
+GateMode = Literal["hidden", "hidden_avg", "hidden_last", "mlp_input", "cheap_embed", "random", "uniform_random"]
+DRAWN = frozenset({"random", "uniform_random"})  # gate modes that read no prompts
 
 
-def _token_shape(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(zero)" if value.get("kind") == "zero" else "(model_token)"
-    return "(zero)" if isinstance(value, ZeroToken) else "(model_token)" if isinstance(value, ModelToken) else "(text)"
+def _q_shape(value: Any) -> str:
+    if isinstance(value, CalibratedQ) or (isinstance(value, dict) and "value" not in value):
+        return "(search)"
+    return "(objective)" if isinstance(value, str) else "(value)"
+
+
+class CalibratedQ(Keys):
+    """A q that is searched on calibration data, for the weights of linear layers that the rows reach.
+
+    1-D tensors and embeddings have q = 1, all other tensors the q that they have without calibration.
+    """
+
+    objective: Objective = Field(description="What the search makes best.")
+    scope: Literal["global", "layer", "row"] = Field("global", description="One q for all, per layer, or per row.")
+    search: Literal["auto", "grid", "gradient"] = Field("auto", description="How q is searched.")
+    bounds: Bounds | None = Field(None, description="[low, high] of q.")
+
+    @property
+    def scope_or_default(self) -> str:
+        """The scope; layer_mse, which is solved layer by layer, has no global q unless asked for one."""
+        return "layer" if self.objective == "layer_mse" and "scope" not in self.model_fields_set else self.scope
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        return None if self.bounds is None else (self.bounds[0], self.bounds[1])
+
+
+class Protect(Keys):
+    """Input columns of linear weights whose delta stays whole and unscaled; a density counts the others."""
+
+    massive_activations: Positive | None = Field(
+        None, description="Of each layer the k input features of largest mean |activation|."
+    )
+    columns: dict[Pattern, Items[Natural]] | None = Field(
+        None, description="Pattern on tensor names -> numbers of columns (the last dimension)."
+    )
+
+
+class Prune(Keys):
+    """Which entries of a delta stay, and what they are divided by."""
+
+    method: Text | None = Field(
+        None, description="How entries are chosen. Default: none, or what merge_method implies.",
+        json_schema_extra=lambda key: key.update(enum=[*PRUNE, None]),
+    )  # fmt: skip
+    density: Value | None = Field(None, description="Fraction kept, in (0, 1].", json_schema_extra=_FRACTION)
+    sampling: Literal["uniform", "magnitude"] | None = Field(
+        None, description="dare only: keep with equal probability, or in proportion to abs(delta)."
+    )
+    q: (
+        Annotated[
+            Annotated[Value, Tag("(value)")]
+            | Annotated[Objective, Tag("(objective)")]
+            | Annotated[CalibratedQ, Tag("(search)")],
+            Discriminator(_q_shape),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Kept entries are divided by q: a number in (0, 1], or calibrated. "
+        "Default: density for random methods, 1 for importance methods.",
+        json_schema_extra=_FRACTION,
+    )
+    rescale: Literal["l1", "l2", "linf"] | None = Field(
+        None, description="Instead of q: mergekit's matching of this norm, per tensor."
+    )
+    include: Items[Pattern] | None = Field(
+        None, description="Prune only tensors whose name one of these finds (re.search). Default: all."
+    )
+    exclude: Items[Pattern] | None = Field(
+        None, description="Leave tensors whose name one of these finds. Default: the task head."
+    )
+    protect: Protect | None = Field(None, description="Columns that stay whole and unscaled.")
+    group: Literal["tensor", "row", "model"] | None = Field(
+        None, description="Importance methods: entries compete within a tensor, a row, or all tensors."
+    )
+    a: Value | None = Field(None, description="structured: fraction of input columns.", json_schema_extra=_FRACTION)
+    b: Value | None = Field(
+        None, description="structured: fraction kept inside those columns.", json_schema_extra=_FRACTION
+    )
+    epsilon: Value | None = Field(None, description="della: half the spread of the keep probabilities.")
+    gamma: Value | None = Field(None, description="breadcrumbs: fraction of the largest entries dropped.")
+    budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
+
+    @property
+    def calibrated_q(self) -> CalibratedQ | None:
+        """How q is searched, if it is."""
+        if isinstance(self.q, str):
+            return CalibratedQ.model_validate({"objective": self.q})
+        return self.q if isinstance(self.q, CalibratedQ) else None
+
+    @property
+    def number_q(self) -> Value | None:
+        """q if it is given as a number."""
+        return None if isinstance(self.q, str | CalibratedQ) else self.q
+
+
+# The keys of other packages' methods; the class keeps its name, which the schema shows.
+_OTHERS: dict[str, Any] = {
+    name: (Value | None, Field(None, description=f"{method.name}: {param.summary}."))
+    for method in PRUNE.others().values()
+    for name, param in method.parameters.items()
+    if name not in Prune.model_fields
+}
+if _OTHERS and not TYPE_CHECKING:
+    Prune = create_model("Prune", __base__=Prune, __doc__=Prune.__doc__, __module__=__name__, **_OTHERS)
 
 
 class Model(Keys):
@@ -122,125 +238,62 @@ class Calibration(Keys):
     )
 
 
-class ModelToken(Keys):
-    """The embedding of a token of some model."""
+class Expert(Keys):
+    """A dense model whose MLPs are one expert of every layer."""
 
-    kind: Literal["model_token"]
-    model: Text = Field(description="A model reference.")
-    token: str | None = Field(None, description="The token, or")
-    token_id: Natural | None = Field(None, description="its id.")
+    model: Reference | None = Field(None, description="A path, a hub id, id@revision; + a LoRA adapter.")
+    source_model: Reference | None = Field(None, description="mergekit's name of `model`.")
+    name: Text | None = Field(None, description="Its name in reports. Default: `model` as written.")
+    positive_prompts: Items[Text] = Field((), description="Texts that are to go to this expert.")
+    negative_prompts: Items[Text] = Field((), description="Texts that are not.")
+    noise_scale: float | None = Field(
+        None, ge=0, le=1e6, description="Standard deviation of normal noise on its weights, from the seed."
+    )
+    residual_scale: float | None = Field(None, ge=-1e6, le=1e6, description="Factor of its down projections.")
 
     @model_validator(mode="after")
-    def _one(self) -> ModelToken:
-        if (self.token is None) == (self.token_id is None):
-            raise PydanticCustomError("token", "needs either token or token_id")
+    def _one(self) -> Expert:
+        if (self.model is None) == (self.source_model is None):
+            raise PydanticCustomError("expert", "needs either model or source_model")
         return self
 
-
-class ZeroToken(Keys):
-    """A row of zeros."""
-
-    kind: Literal["zero"]
-
-
-class Token(Keys):
-    """Where the embedding of one token comes from."""
-
-    source: (
-        Annotated[
-            Annotated[Text, Tag("(text)")]
-            | Annotated[ModelToken, Tag("(model_token)")]
-            | Annotated[ZeroToken, Tag("(zero)")],
-            Discriminator(_token_shape),
-        ]
-        | None
-    ) = Field(None, description="A model reference, a token of a model, or zeros.")
-    force: bool = Field(False, description="Also in models that have the token: the row is the source's, not a merge.")
-
-
-class Tokenizer(Keys):
-    """The output's tokenizer, in full."""
-
-    source: Text = Field("union", description="Whose tokens the output has: base, union, or a model.")
-    tokens: dict[str, Token] = Field({}, description="Where single tokens' rows come from; new tokens are appended.")
-    transplant: Reference | None = Field(
-        None, description="Instead of a source: the model whose tokenizer the output is put on, by what tokens say."
-    )
-    method: Literal["omp", "common", "mean"] = Field(
-        "omp",
-        description="transplant: what the row of a token is that the models lack: a sum of rows of tokens that both "
-        "have, found by orthogonal matching pursuit among the rows of that model (omp) or by its nearest (common), "
-        "or the mean row.",
-    )
-    k: Positive = Field(64, le=4096, description="transplant: rows of a sum.")
-    pad_to_multiple_of: Positive | None = Field(
-        None, description="Rows of the mean row are added until the number of rows is a multiple of this."
-    )
-
-
-class Output(Keys):
-    """The folder that a run leaves."""
-
-    kind: Literal["model", "delta", "peft", "sum"] = Field(
-        "model", description="A checkpoint, a delta artifact, a PEFT adapter, or the running sum of an average."
-    )
-    path: Text | None = Field(None, description="Folder, relative to the recipe. Default: <recipe name>-merged.")
-    shard_size: Size = Field(5 * 10**9, description="Largest file of weights.")
-    semantics: Literal["replace", "add"] | None = Field(
-        None, description="delta: final values (the default), or values to add to the base, which `values` implies."
-    )
-    values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
-        None,
-        description="delta: how values to add are stored. Default: bfloat16. peft with a rank: how the factors are, "
-        "float32 or bfloat16. Default: the output's dtype.",
-    )
-    steps: bool | None = Field(
-        None,
-        description="delta: whether final values of bfloat16 and float16 may be stored as steps from the base's, the "
-        "fewest bytes, which only a reader that has the base can tell. Default: true.",
-    )
-    rank: Positive | None = Field(None, le=1 << 20, description="peft: a LoRA of this rank, or at most of it.")
-    energy: Share | None = Field(
-        None, description="peft: a LoRA of as many ranks as keep this share of each delta; 1: all of it."
-    )
-    budget: Size | None = Field(
-        None, description="peft: a LoRA of this many bytes, each layer with the rank that pays."
-    )
-    whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
-        None,
-        description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "
-        "whole; heads and what the base lacks alone are; nothing is; or it is an error. Default: keep.",
-    )
-    targets: Items[Pattern] | None = Field(
-        None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."
-    )
-    dora: bool = Field(False, description="peft with a rank: with the lengths of the weights' rows (DoRA).")
-    quantization: Quantized = Field(
-        "none",
-        description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
-        "in that of a scheme.",
-    )
-    gguf: Literal["q8_0", "f16", "bf16"] | None = Field(
-        None, description="model: a GGUF file for llama.cpp beside the checkpoint, with matrices of this type."
-    )
+    @property
+    def reference(self) -> str:
+        """The model, as written."""
+        return self.model or self.source_model or ""
 
     @property
-    def scheme(self) -> Quantization | Literal["none", "keep"]:
-        """How weights are written: plain, as they were, or in a scheme with all its defaults."""
-        wanted = self.quantization
-        if isinstance(wanted, Quantization) or wanted == "none" or wanted == "keep":
-            return wanted
-        return Quantization.model_validate({"scheme": wanted})
+    def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The positive and the negative ones."""
+        return self.positive_prompts, self.negative_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the output that one set of models makes: a slice's layers, a module, or everything.
+
+    loc       its place in the recipe, () for the recipe itself
+    module    its module; None without `modules`
+    members   its models, as indices of `recipe.models`
+    places    where the recipe has them
+    ranges    for each member the layers [first, end) that it contributes; None: all tensors under their own names
+    base      the base of its deltas, as written
+    levels    parameters of the slice, the module and the recipe, the most specific first (mergekit's precedence)
+    """
+
+    loc: Loc
+    module: str | None
+    members: tuple[int, ...]
+    places: tuple[Loc, ...]
+    ranges: tuple[tuple[int, int], ...] | None
+    base: str | None
+    levels: tuple[Mapping[str, Value], ...]
 
     @property
-    def lora(self) -> bool:
-        """Whether a LoRA is asked for, whose factors are made from the deltas."""
-        return self.kind == "peft" and not (self.rank is self.energy is self.budget is None)
-
-    @property
-    def adds(self) -> bool:
-        """Whether a delta artifact is asked for that holds values to add."""
-        return self.kind == "delta" and (self.semantics == "add" or self.values is not None)
+    def layers(self) -> int:
+        """The number of layers of the output that a slice makes."""
+        assert self.ranges is not None
+        return self.ranges[0][1] - self.ranges[0][0]
 
 
 class Recipe(Keys):
@@ -309,12 +362,12 @@ class Recipe(Keys):
 
     @property
     def parts(self) -> tuple[Section, ...]:
-        """What the output is put together from; `models` has the models of all parts, in this order."""
+        """The parts of the output; `models` has the models of all parts, in this order."""
         return self._parts
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """What patterns and ranges among the models stand for."""
+        """The series that patterns and ranges among the models stand for."""
         return self._series
 
     @cached_property
@@ -333,7 +386,7 @@ class Recipe(Keys):
         return tuple(i for i in range(len(self.models)) if not self.is_base(i))
 
     def is_base(self, index: int) -> bool:
-        """Whether a model is the base of its own part (mergekit lets it be listed)."""
+        """Return whether a model is the base of its own part (mergekit lets it be listed)."""
         return not self.is_moe and self.models[index].model == self.part_of[index].base
 
     @property
@@ -354,7 +407,7 @@ class Recipe(Keys):
         return MOE if self.is_moe else MERGE[self.method_name or ""]
 
     def calibration_of(self, index: int) -> Calibration | None:
-        """The calibration rows of a model: its own keys before the recipe's."""
+        """Return the calibration rows of a model: its own keys before the recipe's."""
         own, whole = self.models[index].calibration, self.calibration
         if own is None or whole is None:
             return own or whole
@@ -370,18 +423,38 @@ class Recipe(Keys):
         """The model whose tokenizer the output is put on, whatever tokens the models have."""
         return None if self.tokenizer is None else self.tokenizer.transplant
 
+    def place(self, loc: Loc) -> Loc:
+        """Return the place of `loc` in the text: models of slices and modules are not at models[i] there."""
+        if loc[:1] != ("models",) or len(loc) == 1 or not self._parts:
+            return loc
+        places = [place for part in self._parts for place in part.places]
+        return (*places[int(loc[1])], *loc[2:])
+
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
-        """A fault found later at the value (or the `key`) of the recipe that `loc` names."""
-        return self._source.problem(written(self._parts, loc), message, hint, key=key)
+        """Return a fault found later at the value (or the `key`) of the recipe that `loc` names."""
+        return self._source.problem(self.place(loc), message, hint, key=key)
+
+    def out_of_range(self, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
+        """Yield the faults of a parameter's value that lies outside its range."""
+        if param.scalar and not isinstance(value, bool | int | float):
+            yield self.problem(loc, f"must be {param.wanted()}, the same for every tensor, got {show(value)}")
+            return
+        for inner, scalar in leaves(value):
+            in_gradient = bool(inner) and inner[-1] != "value"
+            # mergekit reads 0 and 1 as booleans; in a gradient they would be ambiguous
+            if not param.accepts(scalar) or (param.kind == "bool" and in_gradient and not isinstance(scalar, bool)):
+                share = param.high == 1 and isinstance(scalar, int | float) and 5 <= scalar <= 100
+                hint = f"{scalar:g} % is {scalar / 100:g}" if share else None
+                yield self.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}", hint)
 
 
 def model_name(model: Model) -> str:
-    """The name that masks and reports know a model by: its `name`, else the reference as written."""
+    """Return the name that masks and reports know a model by: its `name`, else the reference as written."""
     return model.name or model.model
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors: draft 7, which they all know."""
+    """Return the JSON schema of a recipe, for editors: draft 7, which they all know."""
     generated = Recipe.model_json_schema()
     known: dict[str, tuple[Param, list[str]]] = {}
     for method in MERGE.values():
@@ -398,7 +471,7 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
-    open_schema.allow(generated)
+    open_values.allow(generated)
     for holder in (generated, generated["$defs"]["Module"]):
         short_form(holder["properties"]["models"])
     generated["properties"]["tokenizer"]["anyOf"].insert(0, {"type": "string", "minLength": 1})

@@ -34,7 +34,7 @@ SHOWN = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Matches:
     """The references that a pattern stands for, in order, and the names of folders that it passes over."""
 
     references: tuple[str, ...]
@@ -52,10 +52,10 @@ class Series:
     schedule: str | None
     decay: float | None
     shares: tuple[float, ...]
-    found: Found
+    found: Matches
 
     def describe(self) -> Iterator[str]:
-        """What a plan says of it."""
+        """Yield the lines of a plan about the series."""
         count = len(self.names)
         what = f"the last {count} of {self.of} models" if count < self.of else f"{count} models"
         how = "" if self.schedule is None else f", {self.schedule}" + (f" {self.decay:g}" if self.decay else "")
@@ -75,9 +75,11 @@ class Series:
             yield f"{self.pattern}: passed over as links to others of them: {some(self.found.linked)}"
 
 
-def find(reference: str, folder: Path) -> Found | None:
-    """The folders that a reference with * ? [] in a local path names ("run/step-*", "base+run/checkpoint-*"), by the
-    numbers in their names. None: it is no pattern. InputError: nothing matches, or the order is unknown."""
+def find(reference: str, folder: Path) -> Matches | None:
+    """Return the folders of a local path with * ? [] ("run/step-*", "base+run/checkpoint-*"), by their numbers.
+
+    None: it is no pattern. InputError: nothing matches, or the order is unknown.
+    """
     before, plus, pattern = (
         reference.rpartition("+") if MAGIC.search(reference.rpartition("+")[2]) else ("", "", reference)
     )
@@ -101,11 +103,11 @@ def find(reference: str, folder: Path) -> Found | None:
         odd = next(place for place in kept if place not in numbered)
         hint = f"narrow the pattern: {reference.replace('*', '[0-9]*')}, or name it alone"
         raise InputError(f"{reference}: {odd} has no number, its place among the others is not known", hint=hint)
-    return Found(tuple(f"{before}{plus}{place}" for place in kept), unfinished, linked)
+    return Matches(tuple(f"{before}{plus}{place}" for place in kept), unfinished, linked)
 
 
 def _matching(folder: Path, pattern: str) -> list[str]:
-    """The names of folders in a folder that match one part of a pattern."""
+    """Return the names of folders in a folder that match one part of a pattern."""
     if not MAGIC.search(pattern):
         return [pattern] if (folder / pattern).is_dir() else []
     try:
@@ -116,7 +118,7 @@ def _matching(folder: Path, pattern: str) -> list[str]:
 
 
 def _sorted_out(places: Sequence[str], start: Path) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """Finished folders in order, each once; the unfinished; links to others of them."""
+    """Sort folders into the complete, in order and each once; the unfinished; and links to others."""
     ordered = sorted(places, key=lambda place: (natural(place), place))
     unfinished = [place for place in ordered if UNFINISHED.search(place.rpartition("/")[2])]
     kept = [place for place in ordered if place not in unfinished]
@@ -126,13 +128,13 @@ def _sorted_out(places: Sequence[str], start: Path) -> tuple[list[str], tuple[st
 
 
 def _varying(place: str, pattern: str) -> str:
-    """The names in a place that a pattern's * ? [] stand in."""
+    """Return the names in a place that a pattern's * ? [] stand in."""
     names, parts = place.split("/"), os.path.expanduser(pattern).split("/")
     return "/".join(name for name, part in zip(names, parts, strict=True) if MAGIC.search(part))
 
 
 def shares(schedule: str, count: int, decay: float | None = None) -> tuple[float, ...]:
-    """The weights of `count` checkpoints, the oldest first; they add up to 1 (formulas above)."""
+    """Return the weights of `count` checkpoints, the oldest first; they add up to 1 (formulas above)."""
     if schedule == "minus_sqrt":
         return tuple((math.sqrt(i + 1) - math.sqrt(i)) / math.sqrt(count) for i in range(count))
     if schedule == "ema":
@@ -142,8 +144,10 @@ def shares(schedule: str, count: int, decay: float | None = None) -> tuple[float
 
 
 def running(schedule: str, start: int, count: int, decay: float | None = None) -> tuple[float, ...] | None:
-    """Weights in proportion to `shares` that no later checkpoint changes, of numbers `start` to `start + count`: those
-    of constant are 1, of ema 1, then (1 − d) d^(−i). None: there are none, or they leave the range of float32."""
+    """Return weights in proportion to `shares` that no later checkpoint changes, of numbers `start` to `start + count`.
+
+    For constant they are 1; for ema 1, then (1 − d) d^(−i). None: there are none, or they leave float32's range.
+    """
     if schedule == "minus_sqrt":
         return None
     if schedule == "constant":

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from deltamerge.recipe.prune_keys import Keys
-from deltamerge.recipe.types import Positive, Text
-from deltamerge.recipe.values import Items
+from deltamerge.recipe.values import Items, Keys, Positive, Text
 
 Measure: TypeAlias = Literal[
     "agreement", "same_answers", "metric", "accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman",
@@ -64,7 +62,7 @@ class Goal(Keys):
 
     @property
     def name(self) -> str:
-        """What it is called in tables and in a study."""
+        """The name in tables and in a study."""
         if self.command is not None:
             return self.command.value
         by = "distance" if self.by == "agreement" else self.by

@@ -44,7 +44,7 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
 
 
 def place(loc: Loc) -> str:
-    """A key path as text: ("models", 0, "prune") -> "models[0].prune"."""
+    """Return a key path as text: ("models", 0, "prune") -> "models[0].prune"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
@@ -59,8 +59,7 @@ class YamlSource:
     whole: str = field(repr=False)
 
     def locate(self, loc: Loc, *, key: bool = False) -> Position:
-        """Line and column (from 1) of the value at `loc` or of its `key`; of the nearest ancestor if it
-        does not exist."""
+        """Return line and column (from 1) of the value at `loc`, or of its `key`; else of the nearest ancestor."""
         if loc in self.positions:
             return self.positions[loc][key]
         while loc not in self.positions:
@@ -68,7 +67,7 @@ class YamlSource:
         return self.positions[loc][0]
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
-        """A problem at the value at `loc`, or at its `key`."""
+        """Return a problem at the value at `loc`, or at its `key`."""
         line, column = self.locate(loc, key=key)
         return Problem(message, place(loc), line, column, hint, self.whole)
 
@@ -79,7 +78,7 @@ def load(path: Path) -> YamlSource:
 
 
 def read(path: Path) -> str:
-    """The text of a recipe file; `-` is stdin. RecipeError: no file, not UTF-8, or too large for a recipe."""
+    """Return the text of a recipe file; `-` is stdin. RecipeError: no file, not UTF-8, or too large for a recipe."""
 
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
@@ -106,7 +105,7 @@ def loads(text: str, path: str) -> YamlSource:
 
 
 def loads_all(text: str, path: str) -> tuple[YamlSource, ...]:
-    """The documents of YAML text, each with its own text; empty ones are skipped. RecipeError as for `load`."""
+    """Return the documents of YAML text, each with its own text; empty ones are skipped. RecipeError as for `load`."""
     return _compose(text, path, MAX_DOCUMENTS)
 
 
@@ -144,7 +143,7 @@ def _is_empty(node: yaml.Node) -> bool:
 
 
 def _malformed(text: str, most: int) -> Problem | None:
-    """The first reason to refuse a text before nodes are built: not text, not YAML, too deep, too many documents."""
+    """Return the first reason to refuse a text before nodes are built: no text, no YAML, too deep, too long."""
     if len(text) > MAX_BYTES:
         return Problem("larger than 1 MiB", line=1, column=1, hint="a recipe is a short text file; is this one?")
     found = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -188,7 +187,7 @@ def _syntax(error: yaml.YAMLError, text: str) -> Problem:
 
 
 def _position(before: str) -> Position:
-    """Line and column of the character after `before`."""
+    """Return line and column of the character after `before`."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
@@ -216,7 +215,7 @@ class _Builder:
         raise _Stop
 
     def value(self, node: yaml.Node, loc: Loc, key: yaml.Node, depth: int) -> Any:
-        """The value of `node`; `key` is the node to report if its key is wrong."""
+        """Return the value of `node`; `key` is the node to report if its key is wrong."""
         start, key_start = node.start_mark, key.start_mark
         self.positions[loc] = (start.line + 1, start.column + 1), (key_start.line + 1, key_start.column + 1)
         if len(self.problems) > MAX_PROBLEMS:
@@ -242,7 +241,7 @@ class _Builder:
             self.stop(node, f"nested more than {MAX_DEPTH} deep", "does an alias contain itself?")
 
     def pairs(self, node: yaml.MappingNode, loc: Loc, depth: int) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """Key and value nodes by the key's text. `<<` is expanded: own keys win, then the mapping named first."""
+        """Return key and value nodes by the key's text. `<<` is expanded: own keys win, then the first mapping."""
         self.spend(node, 1 + len(node.value), depth)
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         inherited: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -267,7 +266,7 @@ class _Builder:
         return inherited | own
 
     def scalar(self, node: yaml.Node, loc: Loc) -> Any:
-        """The value of a scalar node."""
+        """Return the value of a scalar node."""
         tag, text = node.tag, node.value
         if tag not in _PLAIN or tag == _MERGE:
             return text

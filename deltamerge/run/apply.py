@@ -18,16 +18,15 @@ from deltamerge.errors.markdown import code, plain
 from deltamerge.errors.shown import human
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
-from deltamerge.files.maker import MADE_BY, Guard, Maker
 from deltamerge.files.outbox import ROOM, SLAB
+from deltamerge.files.ownership import MADE_BY, Guard, Maker
 from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
-from deltamerge.files.workspace import refuse_inputs, workspace
+from deltamerge.files.work_folder import refuse_inputs, workspace
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.models.blobs import check_blobs
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import line
 from deltamerge.models.chain.layers import check_complete
@@ -36,12 +35,13 @@ from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, is_delta
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.models.front_matter import card
+from deltamerge.models.hub_cache import check_blobs
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 from deltamerge.version import __version__
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out

@@ -18,7 +18,6 @@ from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
 from deltamerge.formats.delta.writer import DeltaWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.budget import ChosenDensities, given, search
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.outputs import OutputTensor
@@ -26,7 +25,7 @@ from deltamerge.plan.planner import Plan, fit
 from deltamerge.run.options import Options
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tensor import TensorInfo
 
 

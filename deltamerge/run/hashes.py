@@ -17,19 +17,19 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
-from deltamerge.files.maker import DATA as DATA
-from deltamerge.files.pieces import Known, Pieces, hash_whole, inside, learn, size_of
+from deltamerge.files.ownership import DATA as DATA
+from deltamerge.files.pieces import Digests, Pieces, hash_whole, inside, learn, size_of
 from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
-from deltamerge.formats.quantised.scaled import Streamed
-from deltamerge.models.blobs import sha256_of
+from deltamerge.formats.quantised.scheme import streamed
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.graph import depth_first
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Tensor
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
     return f"xxh3-64k:{hash_whole(found)}"
 
 
-def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Known:
+def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
     """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
     try:
         known = pieces.of(path)
@@ -169,23 +169,22 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
         position += len(files)
 
 
-def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
-    """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
-    if info.made is None:
-        return info
-    if backend == "fused" and isinstance(info.made, Streamed):
-        return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
-    return None
+def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
+    """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
+    codes = streamed(source) if backend == "fused" else None
+    if codes is not None:
+        return codes.codes.tensor if codes.bits else None
+    return source if source.kind == "stored" else None
 
 
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
     for task in plan.tasks if plan.recipe.output.kind == "model" else ():
-        if task.root.kind != "read":
-            infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
-            for info in (one for info in infos if (one := hashed_as_read(info, task.backend)) is not None):
-                merged[info.path].append((info.begin, info.begin + info.nbytes))
+        if not task.root.is_source:
+            sources = (node for node in depth_first(task.root) if node.is_source)
+            for one in (one for source in sources if (one := hashed_as_read(source, task.backend)) is not None):
+                merged[one.path].append((one.begin, one.begin + one.nbytes))
     paths = [path for _, files in _chosen(plan, mine) for path in files if not sha256_of(path)]
     total = sum(path.stat().st_size for path in paths if path.exists())
     with progress.phase("hashing inputs", total) as hashing:

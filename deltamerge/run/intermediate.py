@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.maker import Guard, Maker, place_named, place_of
-from deltamerge.files.workspace import is_begun
+from deltamerge.files.ownership import Guard, Maker, place_named, place_of
+from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.outputs.assets import assets, config
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.documents import references
+from deltamerge.recipe.checks import references
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.values import ROUTERS, locked, locked_routers
+from deltamerge.calibrate.values import locked
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.lock_file import FORMAT as FORMAT
@@ -20,8 +20,7 @@ from deltamerge.files.lock_file import LOCK_NAME as LOCK_NAME
 from deltamerge.files.lock_file import ROWS as ROWS
 from deltamerge.files.lock_file import read_lock as read_lock
 from deltamerge.files.lock_file import unlisted
-from deltamerge.files.maker import MADE_BY, Maker, has_weights
-from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own
 from deltamerge.files.seals import hash_bytes, hash_output
 from deltamerge.files.tree import is_inside, leads_out
 from deltamerge.formats.quantised.writer import Losses, relative_error
@@ -42,6 +41,7 @@ PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
 Rows = Mapping[str, NDArray[np.float32]]
 """The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
+ROUTERS = "routers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,7 @@ class Lock:
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
-            mode, shape = plan.mixture.spec.mode, plan.mixture.spec.shape
-            found[plan.mixture.routers] = locked_routers(self.content, mode, shape, values, str(self.path))
+            found[plan.mixture.routers] = plan.mixture.locked(self.content, values, str(self.path))
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):

@@ -11,7 +11,7 @@ from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.files.journal import check_facts, part_journals
 from deltamerge.files.seals import Seal, damages, seal
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.layout import Layout
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile

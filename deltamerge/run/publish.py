@@ -43,7 +43,7 @@ def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
     if hub.HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"{repository}: no repository's name", hint="org/name")
     api = HfApi()
-    with errors.context(repository), hub.explained_upload():
+    with errors.context(repository), hub.upload_errors():
         api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.model_info(repository).private:
             raise UsageError("is public", hint="--public says that you know")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
-from deltamerge.files.workspace import parts_workspace
+from deltamerge.files.work_folder import parts_workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.run.intermediate import guard_of

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.files.pieces import Pieces
-from deltamerge.models.blobs import check_blobs
 from deltamerge.models.chain.fold import covers
 from deltamerge.models.delta_over_base import check
+from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
 from deltamerge.run.layers_built import check_layers_built
@@ -86,8 +86,8 @@ def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> lis
     """The files that the output depends on; of plain checkpoints' shards those that the part reads."""
     wanted = {path for _, paths in hashes.files_read(planned) for path in paths} | set(copied)
     if part is not None and not planned.stages:
-        nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.kind == "read"]
-        read = {node.parameter("tensor").path for node in nodes}
+        nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.is_source]
+        read = {leaf.path for node in nodes for leaf in node.leaves()}
         donor = planned.inputs.donor  # of which every part may read rows
         models = [c for c in planned.inputs.checkpoints if donor is None or c is not donor.checkpoint]
         plain = [c for c in models if c.adapter is None and c.base is None]

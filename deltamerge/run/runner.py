@@ -12,10 +12,10 @@ from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.maker import Guard
+from deltamerge.files.ownership import Guard
 from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
-from deltamerge.files.workspace import Workspace, is_begun, refuse_inputs, workspace
+from deltamerge.files.work_folder import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.formats.peft.config import CONFIG

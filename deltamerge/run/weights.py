@@ -18,8 +18,7 @@ from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import writing
 from deltamerge.files.pieces import Pieces
 from deltamerge.files.seals import Seal, seal
-from deltamerge.files.work_folder import CALIBRATION, SPOOL
-from deltamerge.files.workspace import Workspace
+from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace
 from deltamerge.formats.audit import Findings, NonFinite
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.formats.quantised.writer import CodedWriter, Losses

@@ -67,7 +67,7 @@ def bits_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes in a file."""
-    return -(-bits_of(dtype, shape) // 8)
+    return math.prod(shape) * ITEMSIZE[dtype] if dtype not in PACKED else -(-bits_of(dtype, shape) // 8)
 
 
 def bits_type(dtype: str) -> str:

@@ -7,13 +7,12 @@ with their last two dimensions exchanged (Qwen3-VL, Llama 4). transformers' `con
 
 from __future__ import annotations
 
-import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 Layout = Mapping[str, tuple[str, ...]]
 
@@ -37,80 +36,86 @@ _APART = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(.*\bexperts)\.(gate_up_proj|up_proj|down_proj)")
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Tensors one after another, as one; of one dtype."""
-
-    parts: tuple[TensorInfo, ...]
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """The element behind each part."""
-        return list(accumulate(math.prod(part.shape) for part in self.parts))
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        size = ITEMSIZE[self.parts[0].dtype]
-        done, count = 0, len(out) // size
-        while done < count:
-            at = bisect_right(self.ends, start + done)
-            first = self.ends[at] - math.prod(self.parts[at].shape)
-            stop = min(count, self.ends[at] - start)
-            read.read_into(self.parts[at], start + done - first, out[done * size : stop * size])
-            done = stop
+@view(entrywise=True)
+def join(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Put the inputs one after another."""
+    size, ends = ITEMSIZE[tensor.dtype], _ends(tensor)
+    done, count = 0, len(out) // size
+    while done < count:
+        at = bisect_right(ends, start + done)
+        first = ends[at - 1] if at else 0
+        stop = min(count, ends[at] - start)
+        read.read_into(tensor.inputs[at], start + done - first, out[done * size : stop * size])
+        done = stop
 
 
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """A stack of matrices, each transposed: `source` (E, C, R) read as (E, R, C)."""
+@lru_cache(maxsize=64)
+def _ends(tensor: Tensor) -> list[int]:
+    """Return the element behind each input of a joined tensor."""
+    return list(accumulate(part.size for part in tensor.inputs))
 
-    source: TensorInfo
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        _, columns, rows = self.source.shape
-        target = np.frombuffer(out, bits_type(self.source.dtype))
-        stop = start + len(target)
-        at = start
-        while at < stop:
-            expert, row = divmod(at // columns, rows)
-            last = min(rows, -(-(stop - expert * rows * columns) // columns))
-            flat = self._columns(read, expert, row, last).T.reshape(-1)
-            low = (expert * rows + row) * columns
-            end = min(stop, low + flat.size)
-            target[at - start : end - start] = flat[at - low : end - low]
-            at = end
+def is_joined(tensor: Tensor) -> bool:
+    """Tell whether a tensor is several one after another."""
+    return tensor.function == join.__name__
 
-    def _columns(self, read: Read, expert: int, first: int, last: int) -> NDArray[Any]:
-        """Columns [first, last) of one matrix of the source: of the whole matrix if it is small, else run by run."""
-        _, rows, columns = self.source.shape
-        dtype = bits_type(self.source.dtype)
-        if rows * columns * ITEMSIZE[self.source.dtype] <= WHOLE:
-            matrix = np.empty((rows, columns), dtype)
-            read.read_into(self.source, expert * rows * columns, matrix)
-            return matrix[:, first:last]
-        block = np.empty((rows, last - first), dtype)
-        done = 0
-        while done < rows:
-            info, row, count = self._part(expert * rows + done, rows - done)
-            firsts = (np.arange(row, row + count, dtype=np.int64) * columns + first) * block.itemsize
-            ends = np.arange(1, count + 1, dtype=np.int64) * ((last - first) * block.itemsize)
-            read.read_runs(info, firsts, ends, block[done : done + count])
-            done += count
-        return block
 
-    def _part(self, row: int, most: int) -> tuple[TensorInfo, int, int]:
-        """The tensor that stores a row of the source, its number there, and how many of `most` rows follow it."""
-        made, columns = self.source.made, self.source.shape[2]
-        if not isinstance(made, Joined) or self.source.begin:
-            return self.source, row, most
-        at = bisect_right(made.ends, row * columns)
-        stop, count = made.ends[at] // columns, made.parts[at].shape[0]
-        return made.parts[at], row - (stop - count), min(most, stop - row)
+@view(entrywise=True)
+def transpose(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Transpose each matrix of a stack: (E, C, R) is read as (E, R, C)."""
+    (source,) = tensor.inputs
+    _, columns, rows = source.shape
+    target = np.frombuffer(out, bits_type(source.dtype))
+    stop = start + len(target)
+    at = start
+    while at < stop:
+        expert, row = divmod(at // columns, rows)
+        last = min(rows, -(-(stop - expert * rows * columns) // columns))
+        flat = _columns(read, source, expert, row, last).T.reshape(-1)
+        low = (expert * rows + row) * columns
+        end = min(stop, low + flat.size)
+        target[at - start : end - start] = flat[at - low : end - low]
+        at = end
+
+
+def _columns(read: Read, source: Tensor, expert: int, first: int, last: int) -> NDArray[Any]:
+    """Return columns [first, last) of one matrix: of the whole matrix if it is small, else run by run."""
+    _, rows, columns = source.shape
+    dtype = bits_type(source.dtype)
+    if rows * columns * ITEMSIZE[source.dtype] <= WHOLE:
+        matrix = np.empty((rows, columns), dtype)
+        read.read_into(source, expert * rows * columns, matrix)
+        return matrix[:, first:last]
+    block = np.empty((rows, last - first), dtype)
+    done = 0
+    while done < rows:
+        part, row, count = _part(source, expert * rows + done, rows - done)
+        firsts = (np.arange(row, row + count, dtype=np.int64) * columns + first) * block.itemsize
+        ends = np.arange(1, count + 1, dtype=np.int64) * ((last - first) * block.itemsize)
+        read.read_runs(part, firsts, ends, block[done : done + count])
+        done += count
+    return block
+
+
+def _part(source: Tensor, row: int, most: int) -> tuple[Tensor, int, int]:
+    """Return the tensor that has a row of the source, its number there, and how many of `most` rows follow it."""
+    if not is_joined(source):
+        return source, row, most
+    ends, columns = _ends(source), source.shape[2]
+    at = bisect_right(ends, row * columns)
+    stop, count = ends[at] // columns, source.inputs[at].shape[0]
+    return source.inputs[at], row - (stop - count), min(most, stop - row)
 
 
 def turned(info: TensorInfo) -> TensorInfo:
-    """A stack of matrices with its last two dimensions exchanged."""
+    """Return a stack of matrices with its last two dimensions exchanged."""
     experts, rows, columns = info.shape
-    return replace(info, shape=(experts, columns, rows), begin=0, made=Turned(info))
+    return replace(info, tensor=viewed(transpose, [info], (experts, columns, rows), info.dtype))
+
+
+def is_turned_stack(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a stack of matrices that are read transposed."""
+    return tensor.function == transpose.__name__
 
 
 def containers(names: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -164,9 +169,7 @@ def _fused(name: str, parts: Mapping[str, Mapping[int, TensorInfo]], own: tuple[
     if any(len(m.shape) != 2 or (m.shape, m.dtype) != (first.shape, first.dtype) for m in members):
         return None
     shape = (len(experts), len(own) * first.shape[0], first.shape[1])
-    return TensorInfo(
-        name, first.dtype, shape, first.path, 0, sum(m.nbytes for m in members), Joined(members), first.saved_as
-    )
+    return TensorInfo(name, viewed(join, members, shape, first.dtype), first.saved_as)
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
@@ -178,17 +181,15 @@ def layout_of(names: Iterable[str]) -> Layout | None:
 def unfold(info: TensorInfo, own: tuple[str, ...]) -> dict[str, TensorInfo]:
     """The parts `own` of a fused tensor (E, rows, columns), by what follows the container's name: "7.up_proj.weight".
 
-    They keep the fused tensor's name, except those that are stored as they are.
+    They keep the fused tensor's name.
     """
     experts, rows, columns = info.shape[0], info.shape[1] // len(own), info.shape[2]
-    nbytes = rows * columns * ITEMSIZE[info.dtype]
-    result = {}
+    result, joined, shape = {}, info.tensor.inputs if is_joined(info.tensor) else (), (rows, columns)
     for number, (expert, part) in enumerate((e, p) for e in range(experts) for p in own):
-        made, shape = info.made, (rows, columns)
-        if isinstance(made, Joined) and not info.begin and made.parts[number].shape == shape:
-            one = made.parts[number]
+        if joined and joined[number].shape == shape:
+            one = replace(info, tensor=joined[number])
         else:
-            one = replace(info, shape=shape, begin=info.begin + number * nbytes, nbytes=nbytes)
+            one = info.part(number * rows * columns, shape)
         result[f"{expert}.{part}.weight"] = one
     return result
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.files.descriptors import Descriptor, Descriptors, flat, input_error, read_at
 from deltamerge.files.pieces import Pieces
-from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
+from deltamerge.tensors.tensor import Tensor, TensorInfo, fill
 
 
 class Reader:
@@ -38,51 +38,53 @@ class Reader:
     def close(self) -> None:
         self._files.close()
 
-    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
+    def read_into(self, info: Tensor | TensorInfo, start_elem: int, out: Any) -> None:
         """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
-        view = flat(out)
-        size = ITEMSIZE[info.dtype]
-        offset = start_elem * size
-        _check_range(info, offset, len(view))
-        if info.made is not None:
+        tensor, view = info.tensor, flat(out)
+        offset = start_elem * ITEMSIZE[tensor.dtype]
+        _check_range(tensor, offset, len(view))
+        if tensor.kind != "stored":
             if view:
-                info.made.fill(self, info.begin // size + start_elem, view)
+                fill(self, tensor, start_elem, view)
             return
-        with errors.context(str(info.path)):
-            file = self._files.get(info.path)
-            read_at(file.fd, info.begin + offset, view)
+        path = tensor.path
+        with errors.context(str(path)):
+            file = self._files.get(path)  # a name for it keeps it open while it is read
+            read_at(file.fd, tensor.begin + offset, view)
 
-    def read_hashed(self, info: TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
+    def read_hashed(self, info: Tensor | TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
         """`read_into`, and tell `pieces` the hashes of what of a file has been read."""
         self.read_into(info, start_elem, out)
-        if self.pieces is not None and info.made is None:
-            self.pieces.hash(info.path, info.begin + start_elem * ITEMSIZE[info.dtype], out)
+        tensor = info.tensor
+        if self.pieces is not None and tensor.kind == "stored":
+            self.pieces.hash(tensor.path, tensor.begin + start_elem * ITEMSIZE[tensor.dtype], out)
 
-    def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
-        """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
-        `ends[i]` of `out`."""
-        view = flat(out)
-        if info.made is not None:
-            begin = 0
+    def read_runs(
+        self, info: Tensor | TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any
+    ) -> None:
+        """Fill `out` with runs of the tensor's bytes. Run i begins at byte `offsets[i]` and ends at `ends[i]` of
+        `out`."""
+        tensor, view, begin = info.tensor, flat(out), 0
+        if tensor.kind != "stored":
             for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
-                self.read_into(info, offset // ITEMSIZE[info.dtype], view[begin:end])
+                self.read_into(tensor, offset // ITEMSIZE[tensor.dtype], view[begin:end])
                 begin = end
             return
         lengths = np.diff(ends, prepend=0)
-        _check_range(info, int(offsets.min()), 0)
-        _check_range(info, int((offsets + lengths).max()), 0)
-        with errors.context(str(info.path)):
-            file = self._files.get(info.path)
-            begin = 0
-            for offset, end in zip((offsets + info.begin).tolist(), ends.tolist(), strict=True):
+        _check_range(tensor, int(offsets.min()), 0)
+        _check_range(tensor, int((offsets + lengths).max()), 0)
+        path = tensor.path
+        with errors.context(str(path)):
+            file = self._files.get(path)
+            for offset, end in zip((offsets + tensor.begin).tolist(), ends.tolist(), strict=True):
                 read_at(file.fd, offset, view[begin:end])
                 begin = end
 
-    def stored(self, info: TensorInfo) -> Descriptor | None:
-        """The open file that holds the tensor's bytes from `info.begin` on; None if the bytes are computed."""
-        return self._files.get(info.path) if info.made is None else None
+    def stored(self, info: Tensor | TensorInfo) -> Descriptor | None:
+        """Return the open file that holds the tensor's bytes from `begin` on; None if they are computed."""
+        return self._files.get(info.path) if info.kind == "stored" else None
 
-    def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
+    def advise(self, info: Tensor | TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
         if hasattr(os, "posix_fadvise") and nbytes and (file := self.stored(info)) is not None:
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
@@ -95,6 +97,17 @@ class Reader:
             return self._known[key]
 
 
-def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
+def elements(reader: Reader, info: Tensor | TensorInfo) -> Callable[[int, int], Any]:
+    """Return a function that reads flat elements [start, stop) of a tensor as bits."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        out = np.empty(stop - start, bits_type(info.dtype))
+        reader.read_into(info, start, out)
+        return out
+
+    return read
+
+
+def _check_range(info: Tensor, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
         raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,60 +15,71 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, NUMPY, PLAIN, bits_type, widen
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, view, viewed
 
 CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """A tensor (rows, width) gathered from `sources`.
+class Table:
+    """An array that is a parameter of a view; its digest compares it."""
 
-    picks     (rows, sources) int32; row r is the float32 mean of row `picks[r, s]` of every source s, without those
+    digest: str
+    values: NDArray[Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Table:
+        """Return the parameter of an array, which must not change any more."""
+        return cls(blake2b(values.tobytes(), digest_size=16).hexdigest(), values)
+
+
+@view(moves=True)
+def gather_rows(
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, picks: Table, padding: int, path: Path
+) -> None:
+    """Gather rows (rows, width) from the inputs.
+
+    picks     (rows, inputs) int32; row r is the float32 mean of row `picks[r, s]` of every input s, without those
               where that is −1; zeros if all are −1
     padding   rows that follow, each the mean of all rows before
-    width     elements of a row
-    digest    of `picks`, by which two such tensors are compared
-    dtype     the sources' own where each row has one source, else F32
+
+    The dtype is the inputs' own where each row has one input, else F32.
     """
+    stop, width, count = start + len(out) // ITEMSIZE[tensor.dtype], math.prod(tensor.shape[1:]), len(picks.values)
+    own = partial(_gathered, read, tensor, picks.values)
+    first, last = start // width, -(-stop // width)
+    rows = own(first, min(last, count))
+    if last > count:
+        mean = read.once(tensor, lambda: mean_row(own, count, width))
+        rows = np.concatenate([rows, np.broadcast_to(mean, (last - max(first, count), width))])
+    np.frombuffer(out, rows.dtype)[:] = rows.reshape(-1)[start - first * width : stop - first * width]
 
-    dtype: str
-    width: int
-    sources: tuple[TensorInfo, ...]
-    padding: int
-    digest: str
-    picks: NDArray[np.int32] = field(compare=False, repr=False)
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        stop = start + len(out) // ITEMSIZE[self.dtype]
-        width = self.width
-        first, last = start // width, -(-stop // width)
-        rows = self._rows(read, first, min(last, len(self.picks)))
-        if last > len(self.picks):
-            mean = read.once(self, lambda: mean_row(partial(self._rows, read), len(self.picks), width))
-            rows = np.concatenate([rows, np.broadcast_to(mean, (last - max(first, len(self.picks)), width))])
-        np.frombuffer(out, rows.dtype)[:] = rows.reshape(-1)[start - first * width : stop - first * width]
+def _gathered(read: Read, tensor: Tensor, picks: NDArray[np.int32], first: int, last: int) -> NDArray[Any]:
+    picks, width = picks[first : max(first, last)], math.prod(tensor.shape[1:])
+    result: NDArray[Any] = np.zeros((len(picks), width), NUMPY[tensor.dtype])
+    begun = np.zeros(len(picks), bool)
+    for column, source in zip(picks.T, tensor.inputs, strict=True):
+        at = np.flatnonzero(column >= 0)
+        if at.size:
+            values = stored_rows(read, source, column[at], width)
+            if source.dtype != tensor.dtype:
+                values = widen(values.view(bits_type(source.dtype)), source.dtype)
+            more = begun[at]
+            result[at[~more]] = values[~more]
+            result[at[more]] += values[more]
+            begun[at] = True
+    counts = (picks >= 0).sum(1)
+    several = counts > 1
+    if several.any():
+        result[several] /= counts[several, None].astype(np.float32)
+    return result
 
-    def _rows(self, read: Read, first: int, last: int) -> NDArray[Any]:
-        picks = self.picks[first : max(first, last)]
-        result: NDArray[Any] = np.zeros((len(picks), self.width), NUMPY[self.dtype])
-        begun = np.zeros(len(picks), bool)
-        for column, source in zip(picks.T, self.sources, strict=True):
-            at = np.flatnonzero(column >= 0)
-            if at.size:
-                values = stored_rows(read, source, column[at], self.width)
-                values = (
-                    values if source.dtype == self.dtype else widen(values.view(bits_type(source.dtype)), source.dtype)
-                )
-                more = begun[at]
-                result[at[~more]] = values[~more]
-                result[at[more]] += values[more]
-                begun[at] = True
-        counts = (picks >= 0).sum(1)
-        several = counts > 1
-        if several.any():
-            result[several] /= counts[several, None].astype(np.float32)
-        return result
+
+def moves_rows(info: Tensor | TensorInfo) -> bool:
+    """Tell whether a tensor has other rows than its file, or in another order."""
+    tensor = info.tensor.whole
+    return tensor.kind == "view" and VIEWS[tensor.function].moves
 
 
 def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int32], padding: int) -> TensorInfo:
@@ -88,18 +100,13 @@ def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int
     plain = len(dtypes) == 1 and not padding and int((picks >= 0).sum(1).max(initial=0)) <= 1
     dtype = dtypes.pop() if plain else "F32"
     shape = (len(picks) + padding, *own.shape[1:])
-    digest = blake2b(picks.tobytes(), digest_size=16).hexdigest()
-    made = Gathered(dtype, math.prod(own.shape[1:]), tuple(taken), padding, digest, picks)
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    return TensorInfo(own.name, dtype, shape, own.path, 0, nbytes, made)
+    table = Table.of(picks)
+    return TensorInfo(own.name, viewed(gather_rows, taken, shape, dtype, picks=table, padding=padding, path=own.path))
 
 
 def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
-    """Rows [start, stop) of a stored tensor."""
-    row = tensor.nbytes // tensor.shape[0]
-    return replace(
-        tensor, shape=(stop - start, *tensor.shape[1:]), begin=tensor.begin + start * row, nbytes=(stop - start) * row
-    )
+    """Return rows [start, stop) of a tensor."""
+    return tensor.part(start * math.prod(tensor.shape[1:]), (stop - start, *tensor.shape[1:]))
 
 
 def mean_row(rows: Callable[[int, int], NDArray[Any]], count: int, width: int) -> NDArray[np.float32]:
@@ -110,7 +117,7 @@ def mean_row(rows: Callable[[int, int], NDArray[Any]], count: int, width: int) -
     return (total / count).astype(np.float32)
 
 
-def stored_rows(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
+def stored_rows(read: Read, source: Tensor | TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
     """Rows of a stored tensor, in the given order."""
     out: NDArray[Any] = np.empty((len(rows), width), NUMPY[source.dtype])
     ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows))

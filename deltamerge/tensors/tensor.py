@@ -1,68 +1,415 @@
-"""A tensor as plans know it: name, dtype, shape, and where its bytes lie or how they are computed."""
+"""The lazy tensor: a value, the function that computes it, and the tensors that the function reads.
+
+One graph holds what formats read, what methods compute and what outputs store. A stored tensor is a range of a file.
+A view computes any range of its values from ranges of its inputs. The engine computes all others tile by tile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.tensors.dtypes import DTYPES, nbytes_of
+
+Kind = Literal["stored", "view", "map", "sum", "concat", "whole", "small"]
+SOURCES = frozenset({"stored", "view"})  # a `Reader` computes any range of them
+STORED = "stored"
+PART = "part"
+
+# A function at the top of its module, or its name "module:name".
+Function: TypeAlias = str | Callable[..., Any]
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Tensor:
+    """One value of the graph: `function` of `inputs` and of plain `parameters`.
+
+        stored   a range of a file: `path`, `begin` and `name` are parameters
+        view     f(read, tensor, start, out, **parameters) fills `out` with its bytes from element `start` on
+        map      f(*inputs, tile, **parameters) -> the tile's value
+        sum      f(*inputs, tile, **parameters) -> a partial per tile; the partials are added (integers only)
+        concat   the same, but the partials are concatenated in tile order
+        whole    f(*inputs, **parameters) -> a value of the size of the tensor; inputs that have tiles are given as a
+                 `source.Source` each, which computes any range of the tensor when it is read
+        small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
+
+    Views are named as `view` registers them, other functions by "module:name". `tensors.traits` has what a function
+    declares besides: of `whole` functions what they need, of reductions when they are needless.
+
+    Stored tensors and views are interned for the process, others by their `Graph`: identity is equality. Inputs exist
+    before their tensor, so graphs have no cycles. `shape` and `dtype` (a safetensors code) are those of the value.
+
+    Nothing changes a tensor. It is not frozen because a plan makes hundreds of thousands, each in a third of the time.
+    """
+
+    function: str
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[tuple[str, Any], ...]
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+
+    def parameter(self, name: str) -> Any:
+        """Return the parameter of that name."""
+        for key, value in self.parameters:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Return itself: a reader takes tensors with and without a name."""
+        return self
+
+    @property
+    def is_source(self) -> bool:
+        """Tell whether a reader computes it, without the engine."""
+        return self.kind in SOURCES
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """Return the inputs that the engine computes before it: none of a source."""
+        return () if self.kind == "view" else self.inputs
+
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all elements."""
+        return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def begin(self) -> int:
+        """Return the offset of a stored tensor's first byte in its file; 0 for others."""
+        found: int = self.parameters[0][1] if self.kind == "stored" else 0
+        return found
+
+    @property
+    def path(self) -> Path:
+        """Return the file that errors name: its own, or that of its first input."""
+        found: Path = self._own("path", Path())
+        return found
+
+    @property
+    def name(self) -> str:
+        """Return the name that its file has for it, or for its first input."""
+        return str(self._own("name", ""))
+
+    def _own(self, key: str, default: Any) -> Any:
+        """Return a parameter of its own, or of the first input that has it."""
+        tensor = self
+        while True:
+            for name, value in tensor.parameters:
+                if name == key:
+                    return value
+            if not tensor.inputs:
+                return default
+            tensor = tensor.inputs[0]
+
+    @property
+    def whole(self) -> Tensor:
+        """Return the tensor that it is a part of; itself where it is no part."""
+        return self.inputs[0] if self.function == PART else self
+
+    @property
+    def read_nbytes(self) -> int:
+        """Return the bytes of files that are read for its elements: of a quantised weight its codes."""
+        if self.kind == "view" and (codes := VIEWS[self.function].codes) is not None:
+            read = codes(self)
+            return self.nbytes if read is None else read.nbytes
+        return self.nbytes
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Yield the stored tensors that it is computed from, each once."""
+        yield from (tensor for tensor in self.graph() if tensor.kind == "stored")
+
+    def graph(self) -> Iterator[Tensor]:
+        """Yield itself and every tensor that it is computed from, each once."""
+        seen, pending = {id(self)}, [self]
+        while pending:
+            tensor = pending.pop()
+            yield tensor
+            for source in tensor.inputs:
+                if id(source) not in seen:
+                    seen.add(id(source))
+                    pending.append(source)
+
+    def is_same(self, other: Tensor | TensorInfo) -> bool:
+        """Tell whether both have the same bytes of the same files, whatever their names."""
+        own, its = self, other.tensor
+        if own is its or own.kind != "stored" or its.kind != "stored":
+            return own is its
+        return (own.shape, own.dtype, own.begin, own.path) == (its.shape, its.dtype, its.begin, its.path)
+
 
 class Read(Protocol):
-    """The interface by which a computed tensor reads other tensors; `tensors.reader.Reader` implements it."""
+    """The interface by which views read their inputs; `tensors.reader.Reader` implements it."""
 
-    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
+    def read_into(self, info: Tensor | TensorInfo, start_elem: int, out: Any) -> None:
         """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
 
-    def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
-        """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
-        `ends[i]` of `out`."""
+    def read_runs(
+        self, info: Tensor | TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any
+    ) -> None:
+        """Fill `out` with runs of the tensor's bytes. Run i begins at byte `offsets[i]` and ends at `ends[i]` of
+        `out`."""
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """The value of `compute` for `key`, computed by the first thread that asks."""
+        """Return the value of `compute` for `key`, computed by the first thread that asks."""
 
 
-class Made(Protocol):
-    """Computes the bytes of a tensor that is not stored as it is. Implementations are plain data, as plans are."""
+@dataclass(frozen=True, slots=True)
+class View:
+    """A registered view: the function that fills a range, and what the graph asks of it.
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from element `start` on."""
+    entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
+    moves       its rows are not those of the file, in order
+    codes       codes(tensor): the stored codes that are read for its values; None where there are none
+    keeps       a reader keeps slabs of what it reads
+    """
+
+    fill: Callable[..., None]
+    entrywise: bool = False
+    moves: bool = False
+    codes: Callable[[Tensor], Tensor | None] | None = None
+    keeps: bool = False
+
+
+VIEWS: dict[str, View] = {}
+_INTERNED: dict[tuple[Any, ...], ref[Tensor]] = {}
+_INTERNING = threading.Lock()
+_LEAST = 1 << 12  # interned tensors, before dead ones are first swept
+_sweep_at = _LEAST
+
+
+def view(**traits: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a view under its name. `traits` are fields of `View`.
+
+    `function(read, tensor, start, out, **parameters)` fills `out` with bytes of `tensor` from element `start` on.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__
+        if name in VIEWS and VIEWS[name].fill.__module__ != function.__module__:
+            raise ValueError(f"{function.__module__} and {VIEWS[name].fill.__module__} both have a view {name}")
+        VIEWS[name] = View(function, **traits)
+        return function
+
+    return register
+
+
+def fill(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Fill `out` with the bytes of a view from element `start` on."""
+    VIEWS[tensor.function].fill(read, tensor, start, out, **dict(tensor.parameters))
+
+
+def stored(path: Path, begin: int, shape: tuple[int, ...], dtype: str, name: str = "") -> Tensor:
+    """Return the tensor in a file from byte `begin` on. `name` is the file's own for it."""
+    parameters = (("begin", begin), ("name", name), ("path", path))
+    return _interned((parameters, shape, dtype), STORED, (), parameters, shape, dtype, "stored")
+
+
+def viewed(
+    function: Callable[..., None],
+    inputs: Iterable[Tensor | TensorInfo],
+    shape: tuple[int, ...],
+    dtype: str,
+    **parameters: Any,
+) -> Tensor:
+    """Return the tensor that a registered view computes from `inputs`."""
+    plain, sources = tuple(sorted(parameters.items())), tuple(one.tensor for one in inputs)
+    # a tensor keeps its inputs alive, so that their ids are theirs
+    key = (function.__name__, tuple(map(id, sources)), plain, shape, dtype)
+    return _interned(key, function.__name__, sources, plain, shape, dtype, "view")
+
+
+def unique(
+    function: Callable[..., None],
+    inputs: Iterable[Tensor | TensorInfo],
+    shape: tuple[int, ...],
+    dtype: str,
+    **parameters: Any,
+) -> Tensor:
+    """Return the same for parameters that no other tensor has, such as memory. It is not interned."""
+    plain = tuple(sorted(parameters.items()))
+    return Tensor(function.__name__, tuple(one.tensor for one in inputs), plain, shape, dtype, "view")
+
+
+def _interned(
+    key: tuple[Any, ...],
+    function: str,
+    inputs: tuple[Tensor, ...],
+    parameters: tuple[tuple[str, Any], ...],
+    shape: tuple[int, ...],
+    dtype: str,
+    kind: Kind,
+) -> Tensor:
+    global _sweep_at
+    with _INTERNING:
+        alive = _INTERNED.get(key)
+        found = None if alive is None else alive()
+        if found is None:
+            found = Tensor(function, inputs, parameters, shape, dtype, kind)
+            _INTERNED[key] = ref(found)
+            if len(_INTERNED) >= _sweep_at:
+                _sweep()
+                _sweep_at = max(_LEAST, 2 * len(_INTERNED))
+    return found
+
+
+def _sweep() -> None:
+    """Forget interned tensors that nobody has any more."""
+    for key in [key for key, alive in _INTERNED.items() if alive() is None]:
+        del _INTERNED[key]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor whose elements share bytes."""
+    return Tensor(tensor.function, tensor.inputs, tensor.parameters, (tensor.nbytes,), "U8", tensor.kind)
+
+
+@view(entrywise=True)
+def part(read: Read, tensor: Tensor, start: int, out: memoryview, *, first: int) -> None:
+    """Take elements of a view from `first` on."""
+    read.read_into(tensor.inputs[0], first + start, out)
+
+
+def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the elements of `tensor` from `first` on, as a tensor of `shape`."""
+    if tensor.kind == "stored":
+        begin = tensor.begin + first * DTYPES[tensor.dtype].bits // 8
+        return stored(tensor.path, begin, shape, tensor.dtype, tensor.name)
+    if tensor.function == PART:
+        first += tensor.parameter("first")
+    whole = tensor.whole
+    return whole if not first and shape == whole.shape else viewed(part, [whole], shape, tensor.dtype, first=first)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor and where its bytes lie.
+    """A tensor under the name that a model has for it.
 
-    dtype   safetensors' code ("BF16")
-    begin   offset of the first byte from the start of the file, or from the first computed byte
-    made    computes the bytes (an adapter's, a delta's, a quantised weight's); None: they are stored
-    saved_as   the dtype that outputs take from it, where that is not `dtype`: a quantised weight is computed in float32
+    saved_as   the dtype of outputs like it, where that is not `dtype`: a quantised weight is computed in float32
     """
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    begin: int
-    nbytes: int
-    made: Made | None = None
+    tensor: Tensor
     saved_as: str | None = None
 
     @property
-    def output_dtype(self) -> str:
-        """The dtype of an output that is like this tensor."""
-        return self.saved_as or self.dtype
+    def dtype(self) -> str:
+        """Return safetensors' code of its values ("BF16")."""
+        return self.tensor.dtype
 
     @property
-    def read_nbytes(self) -> int:
-        """The bytes of files that are read for its elements: of a quantised weight its codes."""
-        codes = getattr(self.made, "codes", None)
-        return codes.nbytes if isinstance(codes, TensorInfo) else self.nbytes
+    def shape(self) -> tuple[int, ...]:
+        """Return its shape."""
+        return self.tensor.shape
 
-    def is_same(self, other: TensorInfo) -> bool:
-        """Whether both are the same bytes of the same file, whatever their names."""
-        ours = (self.dtype, self.shape, self.path, self.begin, self.made)
-        return ours == (other.dtype, other.shape, other.path, other.begin, other.made)
+    @property
+    def kind(self) -> Kind:
+        """Return "stored", or "view" where its values are computed."""
+        return self.tensor.kind
+
+    @property
+    def path(self) -> Path:
+        """Return the file that errors name."""
+        return self.tensor.path
+
+    @property
+    def begin(self) -> int:
+        """Return the offset of a stored tensor's first byte in its file."""
+        return self.tensor.begin
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all elements."""
+        return self.tensor.nbytes
+
+    @property
+    def output_dtype(self) -> str:
+        """Return the dtype of an output that is like this tensor."""
+        return self.saved_as or self.dtype
+
+    def is_same(self, other: Tensor | TensorInfo) -> bool:
+        """Tell whether both have the same bytes of the same files, whatever their names."""
+        return self.tensor.is_same(other)
+
+    def part(self, first: int, shape: tuple[int, ...]) -> TensorInfo:
+        """Return its elements from `first` on, as a tensor of `shape`."""
+        return replace(self, tensor=part_of(self.tensor, first, shape))
+
+
+@dataclass
+class Graph:
+    """Make the tensors of a plan; equal tensors are one object."""
+
+    nodes: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def node(
+        self,
+        function: Function,
+        inputs: Iterable[Tensor] = (),
+        *,
+        kind: Kind = "map",
+        shape: tuple[int, ...] = (),
+        dtype: str = "F32",
+        **parameters: Any,
+    ) -> Tensor:
+        """Return the tensor with these fields.
+
+        function   what makes the value, or its "module:name"
+        inputs     tensors
+        kind       of the tensor, see `Tensor`
+        shape      of the tensor; () for small values
+        dtype      safetensors code
+        others     keyword arguments of the function
+        """
+        inputs, function = tuple(inputs), name_of(function)
+        plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
+        key = (function, inputs, plain, shape, dtype, kind)  # inputs count by identity
+        found = self.nodes.get(key)
+        if found is None:
+            found = self.nodes[key] = Tensor(function, inputs, plain, shape, dtype, kind)
+        return found
+
+    def read(self, info: Tensor | TensorInfo) -> Tensor:
+        """Return the tensor as an operand of others."""
+        return info.tensor
+
+
+@cache
+def name_of(function: Function) -> str:
+    """ "module:name" of a function, by which a node knows it; names stay as they are.
+
+    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
+    """
+    if isinstance(function, str):
+        return function
+    if not function.__qualname__.isidentifier():
+        raise ValueError(f"{function.__module__}: {function.__qualname__} is no function at the top of its module")
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def function_of(function: Function) -> Callable[..., Any]:
+    """The function that a name "module:name" stands for; functions are themselves."""
+    return _imported(function) if isinstance(function, str) else function
+
+
+@cache
+def _imported(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name

@@ -15,8 +15,9 @@ import transformers
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, write_tokenizer
 from running import make_plan, run
 
+from deltamerge.apps.inspect.study import inspect
 from deltamerge.apps.recommend.prune import CALIBRATED, PruneCandidate, Question, Recommendation, decide
-from deltamerge.apps.recommend.study import inspect, recommend
+from deltamerge.apps.recommend.prune import recommend_prune as recommend
 from deltamerge.calibrate.q.objectives import divergence as fitted
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main

@@ -21,7 +21,7 @@ from running import run
 from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.apps.inspect.layers import module_of
 from deltamerge.apps.inspect.statistics import Report
-from deltamerge.apps.recommend.study import inspect
+from deltamerge.apps.inspect.study import inspect
 from deltamerge.apps.report import pictures, svg
 from deltamerge.apps.report.page import check_target, page, write
 from deltamerge.cli import main

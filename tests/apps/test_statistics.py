@@ -14,7 +14,7 @@ import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse
-from deltamerge.apps.recommend.study import inspect
+from deltamerge.apps.inspect.study import inspect
 from deltamerge.cli import main
 from deltamerge.errors import InputError
 from deltamerge.models import hub

@@ -20,7 +20,8 @@ from running import calibrate, make_plan, run
 from simulated_gpu import GPU, out_of_memory, simulated
 from test_stage import RUNS, recipe
 
-from deltamerge.apps.recommend import study
+from deltamerge.apps.inspect import study
+from deltamerge.apps.recommend.prune import recommend_prune
 from deltamerge.calibrate.model.ahead import Ahead, Arrivals, Resident
 from deltamerge.calibrate.q import subject as subjects
 from deltamerge.calibrate.q.subject import Subject
@@ -211,7 +212,7 @@ def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys
         by_rows = recipe(tmp_path, method, "{method: magnitude, density: 1.0}", "", f"merge_method: {method}\n")
         asked[method] = partial(run, by_rows, tmp_path / f"out-{method}", device="cuda")
     measured = {"data": tmp_path / "calib.jsonl", "sequences": 8, "length": 12}
-    for name, studied in {"inspect": study.inspect, "recommend": partial(study.recommend, density=0.3)}.items():
+    for name, studied in {"inspect": study.inspect, "recommend": partial(recommend_prune, density=0.3)}.items():
         both = str(tmp_path / "tuned"), str(tmp_path / "base")
         asked[name] = partial(studied, *both, calibration=measured, device="cuda")
     for ask in asked.values():

@@ -16,7 +16,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate.reach import is_linear, is_stacked, is_unscaled
-from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.plan import render_plan
 from deltamerge.errors import VerifyError
 
 TEXT = {

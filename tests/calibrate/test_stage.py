@@ -24,7 +24,7 @@ from deltamerge.calibrate import spec as specs
 from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
-from deltamerge.cli.plan_view import calibration_seconds
+from deltamerge.cli.plan import calibration_seconds
 from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
 from deltamerge.run.lock import verify

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
+import deltamerge.cli
+from deltamerge.cli import HELP, commands
 from deltamerge.methods.registry import MERGE, PRUNE
 
 RECIPE = """\
@@ -293,3 +296,34 @@ def test_pickled_weights_are_refused_with_the_way_out(folder, tmp_path, capsys):
     assert code == 1
     assert "pickle" in err
     assert "hint: " in err
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_the_table_has_each_command_as_its_file_says_it(name):
+    """The line of help is written twice, so that `--help` imports no command."""
+    found = commands.get_command(click.Context(commands), name)
+    assert found.name == name
+    assert found.get_short_help_str(200).rstrip(".") == HELP[name].rstrip(".")
+    assert found.callback.__module__ == f"deltamerge.cli.{name}"
+
+
+def test_every_file_of_a_command_is_in_the_table():
+    files = {path.stem for path in Path(deltamerge.cli.__file__).parent.glob("*.py")}
+    shared = {"__init__", "layout", "mergekit_flags", "options", "output", "progress", "result", "streams"}
+    assert files - shared == set(HELP)
+
+
+def test_a_command_is_imported_when_it_is_called():
+    script = (
+        "import sys\nfrom deltamerge.cli import HELP, main\n"
+        "def loaded(): return {m for m in sys.modules if m[:15] == 'deltamerge.cli.' and m[15:] in HELP}\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    print(*sorted(loaded()), file=sys.stderr)\n"
+    )
+
+    def imports(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        return done.stderr.strip()
+
+    assert imports("--help") == ""
+    assert imports("schema") == "deltamerge.cli.schema"
+    assert imports("verify", "--help") == "deltamerge.cli.verify"

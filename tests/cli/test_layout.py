@@ -17,11 +17,11 @@ from terminals import terminal
 from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
-from deltamerge.cli import excerpt, main
-from deltamerge.cli.catalogue import catalogue
-from deltamerge.cli.layout import Column, cut, ended, table
-from deltamerge.cli.studies import render_inspect, render_recommend
-from deltamerge.cli.tables import render_method, render_methods
+from deltamerge.cli import main, output
+from deltamerge.cli.inspect import render_inspect
+from deltamerge.cli.layout import Column, cut, cut_at_word, table
+from deltamerge.cli.methods import catalogue, render_method, render_methods
+from deltamerge.cli.recommend import render_recommend
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe.load import load_all
@@ -109,8 +109,8 @@ def complaints(width: int) -> str:
         try:
             load_all(loads_all(text, "r.yaml"))
         except RecipeError as error:
-            excerpt.show(error, "error", shown)
-    excerpt.show(InputError("m: is missing", hint="name a folder", also=["a: one", "b: two"]), "error", shown)
+            output.show(error, "error", shown)
+    output.show(InputError("m: is missing", hint="name a folder", also=["a: one", "b: two"]), "error", shown)
     return shown.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -155,7 +155,11 @@ def test_a_table_leaves_out_what_is_empty_first_and_then_by_rank():
     assert narrow[-1] == "no room in 60 columns for: twolines; --json has them"
     assert "…" in narrow[1]
     assert max(map(len, narrow)) <= 60
-    assert (cut("abcdefghij", 5), ended("one, two three", 9), ended("onetwothree", 6)) == ("ab…ij", "one …", "onet …")
+    assert (cut("abcdefghij", 5), cut_at_word("one, two three", 9), cut_at_word("onetwothree", 6)) == (
+        "ab…ij",
+        "one …",
+        "onet …",
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -164,7 +168,7 @@ def test_a_table_leaves_out_what_is_empty_first_and_then_by_rank():
     [("a: b", 1), ("a: b", 4), ("日本: x", 5), ("\ta: b", 2), ("k" * 300 + ": v", 303), ("é\x1b[31m: v", 5), ("", 1)],
 )
 def test_the_caret_stands_under_its_column(line, column, width):
-    text, before = excerpt.excerpt(line, column, width)
+    text, before = output.excerpt(line, column, width)
     assert cell_len(text) <= width
     assert "\x1b" not in text
     at = next((i for i in range(len(text) + 1) if cell_len(text[:i]) == before), None)

@@ -15,7 +15,7 @@ from terminals import terminal
 
 from deltamerge.cli import progress
 from deltamerge.cli.output import tell
-from deltamerge.cli.progress import Seen, State, bars, lasting, line
+from deltamerge.cli.progress import PhaseHistory, State, bars, lasting, line
 from deltamerge.files.progress import PASSES, Phase, phase
 
 GB = 10**9
@@ -23,7 +23,7 @@ GB = 10**9
 
 def looked(one: Phase, *steps: tuple[float, float]) -> State:
     """What is said at the last of several times, at each of which so much had been done."""
-    seen = Seen(one)
+    seen = PhaseHistory(one)
     for at, done in steps:
         one.done = done
         state = seen.look(one.begun + at)
@@ -124,7 +124,7 @@ MOVES = re.compile(r"\r|\x1b\[2K|\x1b\[1A")
 @pytest.mark.parametrize("plain", [False, True], ids=["colour", "NO_COLOR"])
 def test_a_terminal_shows_a_bar_and_is_left_clean(monkeypatch, quick, plain):
     with terminal(monkeypatch, 100, **({"NO_COLOR": "1"} if plain else {})) as shown:
-        with progress.shown(quiet=False, machine=True):
+        with progress.display(quiet=False, machine=True):
             some_work("warning: odd")
         text = shown.read()
     assert bool(COLOUR.search(text)) is not plain
@@ -138,7 +138,7 @@ def test_a_terminal_shows_a_bar_and_is_left_clean(monkeypatch, quick, plain):
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
 def test_a_terminal_that_cannot_move_gets_lines(monkeypatch, quick, term):
     with terminal(monkeypatch, 80, TERM=term) as shown:
-        with progress.shown(quiet=False, machine=False):
+        with progress.display(quiet=False, machine=False):
             some_work()
         text = shown.read()
     assert "\x1b" not in text
@@ -147,20 +147,20 @@ def test_a_terminal_that_cannot_move_gets_lines(monkeypatch, quick, term):
 
 
 def test_a_file_gets_a_line_now_and_then_unless_it_is_not_wanted(capsys, quick, monkeypatch):
-    with progress.shown(quiet=False, machine=False):
+    with progress.display(quiet=False, machine=False):
         some_work()
         lines = capsys.readouterr().err.splitlines()
         assert set(lines) == {"merging: 25 %, 1.0 GB of 4.0 GB"}
         assert 2 <= len(lines) <= 5
     for quiet, machine in ((True, False), (False, True)):
-        with progress.shown(quiet=quiet, machine=machine):
+        with progress.display(quiet=quiet, machine=machine):
             some_work()
         assert capsys.readouterr().err == ""
-    with progress.shown(quiet=False, machine=False), phase("calibrating ##[error]", 3, PASSES):
+    with progress.display(quiet=False, machine=False), phase("calibrating ##[error]", 3, PASSES):
         time.sleep(0.1)
     assert "##[" not in capsys.readouterr().err
     monkeypatch.setattr(progress, "EVERY", 10.0)
-    with progress.shown(quiet=False, machine=False):
+    with progress.display(quiet=False, machine=False):
         some_work()
     assert capsys.readouterr().err == ""
 
@@ -168,7 +168,7 @@ def test_a_file_gets_a_line_now_and_then_unless_it_is_not_wanted(capsys, quick, 
 def test_a_stderr_that_breaks_ends_no_work(monkeypatch, quick):
     with terminal(monkeypatch, 80) as shown:
         shown.hang_up()
-        with progress.shown(quiet=False, machine=False):
+        with progress.display(quiet=False, machine=False):
             some_work("warning: nobody reads it")
 
 

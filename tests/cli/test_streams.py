@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from calls import call
@@ -105,7 +106,7 @@ def test_every_error_has_its_exit_code(
     def broken(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands.commands["methods"], "callback", broken)
+    monkeypatch.setattr(commands.get_command(click.Context(commands), "methods"), "callback", broken)
     found, out, err = call(capsys, "methods")
     assert (found, out) == (code, "")
     assert said in err

@@ -77,10 +77,7 @@ class Models:
         infos = read_header(path).tensors
         self.graph, self.shape = Graph(), tuple(tensors[0].shape)
         self.known: dict[Node, Any] = {}
-        self.reads = [
-            self.graph.node("read", kind="read", shape=self.shape, dtype=info.dtype, tensor=info)
-            for _, info in sorted(infos.items())
-        ]
+        self.reads = [info.tensor for _, info in sorted(infos.items())]
 
     def small(self, value: Any) -> Node:
         node = self.graph.node("small", kind="small", number=len(self.known))

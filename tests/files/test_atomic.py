@@ -108,7 +108,7 @@ def test_no_command_writes_through_a_link(
     """And before its work is done, not after."""
     monkeypatch.chdir(tmp_path)
     calibrated(tmp_path)
-    for work in ("deltamerge.run.runner.shared_values", "deltamerge.apps.recommend.study.measure_deltas"):
+    for work in ("deltamerge.run.runner.shared_values", "deltamerge.apps.inspect.study.measure_deltas"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked for nothing"))
     name, arguments = WRITES[case]
     Path("bashrc").write_text("precious")

@@ -17,8 +17,8 @@ import pytest
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files import outbox
+from deltamerge.files.journal import Spans
 from deltamerge.files.outbox import LEAST, READ, Outbox
-from deltamerge.files.spans import Spans
 from deltamerge.formats import audit
 from deltamerge.formats import safetensors_writer as writer
 from deltamerge.formats.layout import Layout, plan_layout

@@ -14,7 +14,8 @@ from conftest import tiny_bert_pair
 from running import calibrate, run
 
 from deltamerge.apps.chain import extract
-from deltamerge.apps.recommend import study
+from deltamerge.apps.inspect import study
+from deltamerge.apps.recommend.prune import recommend_prune
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.files import pieces, progress
 from deltamerge.files.progress import BYTES, PASSES, Phase, heard, here, joined, phase
@@ -157,7 +158,7 @@ def test_inspect_recommend_extract_and_apply_say_how_far_they_are(said, models, 
     told: list[float] = []
     with monkeypatch.context() as watched:
         watched.setattr(Phase, "begin", lambda self, count: told.append(count))
-        study.recommend("tuned", "base", 0.3, calibration=rows)
+        recommend_prune("tuned", "base", 0.3, calibration=rows)
     assert {8 / 3, 16 / 3} <= {*told}  # of a walk of 8 candidates over all rows, after each of 2 blocks
     extract.extract("tuned", "base", tmp_path / "delta")
     apply.apply(str(tmp_path / "delta"), "base", tmp_path / "again", workers=2)

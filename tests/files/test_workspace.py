@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from interrupted import earlier, killed, lock
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.files import workspace as module
-from deltamerge.files.journal import Journal, read_journal
-from deltamerge.files.spans import Spans
-from deltamerge.files.workspace import Workspace, is_begun, workspace
+from deltamerge.files import work_folder as module
+from deltamerge.files.journal import Journal, Spans, read_journal
+from deltamerge.files.work_folder import Workspace, is_begun, workspace
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
 
@@ -143,7 +142,7 @@ def test_other_facts_are_refused_by_name_and_force_starts_over(tmp_path: Path) -
 
 def test_one_run_at_a_time_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib\nfrom deltamerge.files.workspace import workspace\n"
+        "import sys, pathlib\nfrom deltamerge.files.work_folder import workspace\n"
         "with workspace(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
@@ -184,7 +183,7 @@ def test_parts_share_a_folder_but_not_with_a_whole_run(tmp_path: Path) -> None:
 def can_exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Where the system can exchange two folders, and where it cannot."""
     if not request.param:
-        monkeypatch.setattr("deltamerge.files.workspace.exchange", lambda *_: False)
+        monkeypatch.setattr("deltamerge.files.work_folder.exchange", lambda *_: False)
     return bool(request.param)
 
 
@@ -204,7 +203,7 @@ def test_a_target_is_replaced_whole_or_not_at_all(
         rename(a, b)
 
     with monkeypatch.context() as patch:
-        patch.setattr("deltamerge.files.workspace.exchange", fail) if can_exchange else patch.setattr(
+        patch.setattr("deltamerge.files.work_folder.exchange", fail) if can_exchange else patch.setattr(
             os, "rename", second
         )
         with pytest.raises(OutputError, match="Input/output"), workspace(target, force=True) as space:
@@ -272,7 +271,7 @@ def test_a_name_that_is_not_on_the_disk_is_taken_back(
             if path == tmp_path:
                 raise OutputError("cannot be written: Input/output error")
 
-        patch.setattr("deltamerge.files.workspace.sync_path", fail)
+        patch.setattr("deltamerge.files.work_folder.sync_path", fail)
         with pytest.raises(OutputError, match="Input/output error") as caught:
             end(target, force=replaced)
     assert "run" in (caught.value.hint or "")

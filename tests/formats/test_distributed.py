@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.tensors.chunks import Sharded, covers
+from deltamerge.tensors.chunks import covers, from_chunks
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import viewed
+from deltamerge.tensors.views import in_memory
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "vocab_size": 6}
 
@@ -108,23 +110,6 @@ def test_any_range_of_a_tensor_in_chunks_is_read():
     """Blocks of every kind of cut, read by ranges that end anywhere; the chunks are tensors in memory."""
     draw = np.random.default_rng(1)
 
-    class Memory:
-        def __init__(self, chunks):
-            self.chunks = chunks
-
-        def read_into(self, info, start, out):
-            out[:] = self.chunks[info].reshape(-1).view(np.uint8)[start * 4 : start * 4 + len(out)].data
-
-        def read_runs(self, info, offsets, ends, out):
-            raw, begin = self.chunks[info].reshape(-1).view(np.uint8), 0
-            for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
-                out[begin:end] = raw[offset : offset + end - begin].data
-                begin = end
-
-    class Info:
-        def __init__(self, shape):
-            self.shape, self.nbytes = shape, 4 * int(np.prod(shape))
-
     for shape, cut in (
         ((9,), (4,)),
         ((5, 6), (2, 6)),
@@ -133,19 +118,20 @@ def test_any_range_of_a_tensor_in_chunks_is_read():
         ((3, 4, 5), (3, 4, 2)),
     ):
         whole = draw.integers(0, 2**31, shape, dtype=np.uint32)
-        chunks, places = {}, []
+        chunks, offsets_of = [], []
         for first in np.ndindex(*[-(-n // c) for n, c in zip(shape, cut, strict=True)]):
             offsets = tuple(f * c for f, c in zip(first, cut, strict=True))
             block = np.ascontiguousarray(whole[tuple(slice(o, o + c) for o, c in zip(offsets, cut, strict=True))])
-            chunks[info := Info(block.shape)] = block
-            places.append((offsets, info))
-        assert covers(shape, [(offsets, info.shape) for offsets, info in places])
-        assert len(places) == 1 or not covers(shape, [(places[0][0], info.shape) for _, info in places])
-        made = Sharded("F32", shape, tuple(places))
+            chunks.append(in_memory("chunk", "F32", block.shape, memoryview(block).cast("B")))
+            offsets_of.append(offsets)
+        assert covers(shape, [(o, chunk.shape) for o, chunk in zip(offsets_of, chunks, strict=True)])
+        assert len(chunks) == 1 or not covers(shape, [(offsets_of[0], chunk.shape) for chunk in chunks])
+        together = viewed(from_chunks, chunks, shape, "F32", offsets=tuple(offsets_of), path=Path())
         for _ in range(30):
             start, stop = sorted(draw.integers(0, whole.size + 1, 2).tolist())
             out = bytearray((stop - start) * 4)
-            made.fill(Memory(chunks), start, memoryview(out))
+            with Reader() as reader:
+                reader.read_into(together, start, out)
             assert bytes(out) == whole.reshape(-1)[start:stop].tobytes()
 
 

@@ -22,11 +22,11 @@ from running import make_plan, run
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf import blocks
+from deltamerge.formats.gguf import header
 from deltamerge.formats.gguf.blocks import tensor_of
 from deltamerge.formats.gguf.header import read_gguf_header
 from deltamerge.formats.gguf.names import ARCHITECTURES
-from deltamerge.models import hub_answers
+from deltamerge.models import hub_client
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.hub import open_model
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type, widen
@@ -229,8 +229,8 @@ def test_a_model_in_parts(tmp_path):
 def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
     repository = tmp_path / "r"
     repository.mkdir()
-    monkeypatch.setattr(hub_answers, "FIRST_BYTES", 300)
-    monkeypatch.setattr(hub_answers, "PIECE_BYTES", 500)
+    monkeypatch.setattr(hub_client, "FIRST_BYTES", 300)
+    monkeypatch.setattr(hub_client, "PIECE_BYTES", 500)
     write(
         repository / "a.gguf",
         "llama",
@@ -267,7 +267,7 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
 def test_a_file_of_plain_floats_is_not_quantised(tmp_path):
     found = open_checkpoint(write(tmp_path / "m.gguf", "qwen2", types=("BF16",)))
     assert found.quantised is None
-    assert {info.dtype for info in found.tensors.values() if info.made is None} == {"BF16"}
+    assert {info.dtype for info in found.tensors.values() if info.kind == "stored"} == {"BF16"}
     assert {info.output_dtype for info in found.tensors.values()} == {"BF16"}
 
 
@@ -282,7 +282,7 @@ def test_a_file_is_opened_without_torch(tmp_path):
 
 def test_the_package_is_asked_for(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", "llama")
-    for cached in (blocks.package, blocks.block_of):
+    for cached in (header.package, header.block_of):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="GGUF files need gguf") as raised:

@@ -23,12 +23,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from deltamerge.engine import kernels
 from deltamerge.engine.fused.assembly import StoredSource
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised import packing
+from deltamerge.formats.quantised import detect, scheme
+from deltamerge.formats.quantised.detect import FORMATS, reader_of
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.hub import open_model
 from deltamerge.run.hashes import hashed_as_read
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo, stored, viewed
+from deltamerge.tensors.views import cast
 
 
 def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.ndarray]:
@@ -57,7 +60,7 @@ def test_values_are_those_of_the_formula(case, tmp_path, monkeypatch):
     assert set(found) == set(packed.values)
     for name, values in packed.values.items():
         np.testing.assert_allclose(found[name], values, rtol=3e-7, atol=1e-7 * np.abs(values).max(), err_msg=name)
-    monkeypatch.setattr(packing, "SLAB", 700)  # a few columns
+    monkeypatch.setattr(scheme, "SLAB", 700)  # a few columns
     straight = read(packed, tmp_path / "straight", pieces=False)
     assert all(straight[name].tobytes() == values.tobytes() for name, values in found.items())
 
@@ -105,16 +108,49 @@ def test_kernels_refuse_arrays_that_are_too_short(entry):
 
 @needs_kernels
 @pytest.mark.parametrize("case", ["nvfp4 of modelopt", "nvfp4 of compressed-tensors", "mxfp4 of compressed-tensors",
-                                  "nf4", "nf4 nested", "nf4 stored as bfloat16", "fp4"])  # fmt: skip
+                                  "nf4", "nf4 nested", "nf4 stored as bfloat16", "fp4",
+                                  "mlx of small floats"])  # fmt: skip
 def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
     packed = CASES[case]()
     make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
-    (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
     with Reader() as reader:
-        source = StoredSource.of(info, reader)
-        assert source.coded is not None
-        assert source.bits == 4
-        assert hashed_as_read(info, "fused") is info.made.codes
+        for name, info in decoded(open_checkpoint(tmp_path)).tensors.items():
+            source = StoredSource.of(info.tensor, reader)
+            assert source.coded is not None
+            assert source.bits == (8 if "mxfp8" in name else 4)
+            assert hashed_as_read(info.tensor, "fused") is info.tensor.inputs[0]
+
+
+UNREAD = ("weight_format", "nf4", "fp4", "input_scale", "input_global_scale")  # looked at once, or not at all
+TURNED = ("gptq", "awq", "mxfp4 of 37")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_sees_every_stored_part(case, tmp_path):
+    packed = CASES[case]()
+    key = "quantization" if "quant_method" not in packed.config else "quantization_config"
+    make_checkpoint(tmp_path, packed.tensors, config={key: packed.config})
+    seen = open_checkpoint(tmp_path)
+    told = decoded(seen)
+    for name, parts in told.quantised.weights.items():
+        info = told.tensors[name]
+        unread = {part for part in parts if part.endswith(UNREAD)}
+        assert {leaf.name for leaf in info.tensor.leaves()} == set(parts) - unread
+        assert info.tensor.read_nbytes == seen.tensors[parts[0]].nbytes
+        above = TensorInfo("above", viewed(cast, [info], info.shape, "BF16"))
+        assert scheme.kept_bytes([above]) == scheme.kept_bytes([info])
+        assert (scheme.kept_bytes([above]) > 0) == (case == "mxfp4" or case.startswith(TURNED))
+
+
+def test_every_form_has_a_file_that_reads_it():
+    codes = TensorInfo("a.weight_packed", stored(Path("x"), 0, (1,), "U8"))
+    for kind, form in FORMATS.items():
+        for named in (kind, *form.schemes):
+            assert callable(reader_of(kind, named, codes)), kind
+        assert reader_of(kind, "another", codes) is None
+    assert reader_of("hqq", "hqq", codes) is None
+    files = {path.stem for path in Path(detect.__file__).parent.glob("*.py") if "\ndef read(" in path.read_text()}
+    assert files == {form.module for form in FORMATS.values()} | {"int8"}
 
 
 class CountingReader(Reader):
@@ -133,9 +169,9 @@ def test_a_large_matrix_is_read_once_panel_by_panel(case, tmp_path, monkeypatch)
     whole, pieces = (np.empty(info.shape, np.float32) for _ in range(2))
     with Reader() as reader:
         reader.read_into(info, 0, whole)
-    monkeypatch.setattr(packing, "SLAB", 1 << 10)
-    monkeypatch.setattr(packing, "BAND", 1)
-    monkeypatch.setattr(packing, "CHUNK", 1)
+    monkeypatch.setattr(scheme, "SLAB", 1 << 10)
+    monkeypatch.setattr(scheme, "BAND", 1)
+    monkeypatch.setattr(scheme, "CHUNK", 1)
     with CountingReader() as reader:
         for at in range(0, whole.size, info.shape[-1]):
             reader.read_into(info, at, pieces.reshape(-1)[at : at + info.shape[-1]])

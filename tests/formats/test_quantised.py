@@ -15,14 +15,16 @@ from running import make_plan, run
 from safetensors.torch import save_file
 
 from deltamerge.formats.quantised.detect import keys_of, scheme_of, without_keys
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored
 
 W = "model.layers.0.mlp.up_proj"
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def headers(entries: Headers) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(name, dtype, shape, Path("x"), 0, 0) for name, (dtype, shape) in entries.items()}
+    return {
+        name: TensorInfo(name, stored(Path("x"), 0, shape, dtype, name)) for name, (dtype, shape) in entries.items()
+    }
 
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}}

@@ -22,7 +22,7 @@ def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, s
     graph, flat = Graph(), torch.from_numpy(delta.reshape(-1).copy())
     step = block_elements(delta.shape) * tile_blocks
     tiles = [Tile(i, min(flat.numel(), i + step), delta.shape) for i in range(0, flat.numel(), step)]
-    source = graph.node("delta", kind="read", shape=delta.shape)
+    source = graph.node("delta", kind="stored", shape=delta.shape)
     values, taken = {source: flat}, set()
     for node in depth_first(select.largest(graph.node, source, k)):
         call, inputs = node.function, [values.get(x) for x in node.inputs]

@@ -20,9 +20,9 @@ from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.models import hub
 from deltamerge.tensors import patterns
-from deltamerge.tensors.computed import ordered_product
 from deltamerge.tensors.dtypes import torch_dtype
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.views import ordered_product
 
 transformers = pytest.importorskip("transformers")
 
@@ -223,7 +223,7 @@ def test_plan_reads_headers_only(llama: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-4] + b"\xff" * 4)
     planned = make_plan(llama / "r.yaml")
-    assert sum(p.made is not None for p in planned.inputs.tunes[0].checkpoint.tensors.values()) == 6
+    assert sum(p.kind != "stored" for p in planned.inputs.tunes[0].checkpoint.tensors.values()) == 6
 
 
 def edit(folder: Path, **changes: Any) -> None:

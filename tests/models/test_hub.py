@@ -18,7 +18,7 @@ from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
 from deltamerge.formats import safetensors_writer as writer
-from deltamerge.models import hub, hub_answers
+from deltamerge.models import hub, hub_client
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.run.partition import Part
 from deltamerge.tensors.reader import Reader
@@ -97,7 +97,7 @@ def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.
         assert lora is not None
         assert checkpoint.reference == reference
         assert (lora.hub_id, lora.revision) in (("org/lora", COMMIT), (None, None))
-        assert sum(info.made is not None for info in checkpoint.tensors.values()) == 1
+        assert sum(info.kind != "stored" for info in checkpoint.tensors.values()) == 1
     assert all(span for _, span in server.fetched("adapter_model.safetensors"))
     for reference in ("org/model+org/model", "org/model+org/nothing"):
         with pytest.raises(InputError, match=r"has no adapter_config.json|no such model on the hub"):
@@ -144,7 +144,7 @@ def test_headers_without_weights(server: Hub, model: Path, tmp_path: Path, revis
 def test_a_long_header_takes_a_second_request(
     server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_answers, "FIRST_BYTES", 100)
+    monkeypatch.setattr(hub_client, "FIRST_BYTES", 100)
     checkpoint = hub.open_model("org/model", tmp_path, weights=False)
     assert checkpoint.tensors.keys() == open_checkpoint(model).tensors.keys()
     assert len(server.fetched(".safetensors")) == 6

@@ -17,8 +17,8 @@ from running import make_plan
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
-from deltamerge.models import hub, hub_guard
-from deltamerge.models.blobs import check_blobs
+from deltamerge.models import hub, hub_client
+from deltamerge.models.hub_cache import check_blobs
 
 Handler = BaseHTTPRequestHandler
 WEIGHTS = "model.safetensors"
@@ -30,8 +30,8 @@ OTHER = "f" * 40
 def model(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """org/model."""
     folder = server.repositories["org/model"] = tiny_llama(tmp_path / "hub" / "model", seed=1)
-    monkeypatch.setattr(hub_guard, "SLOWEST", 1e9)
-    monkeypatch.setattr(hub_guard, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(hub_client, "SLOWEST", 1e9)
+    monkeypatch.setattr(hub_client, "WAIT_SECONDS", 0)
     return folder
 
 
@@ -41,7 +41,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def less(name: str) -> None:
         if name in SLOW:
-            monkeypatch.setattr(hub_guard, "ANSWER_SECONDS", 0.5)
+            monkeypatch.setattr(hub_client, "ANSWER_SECONDS", 0.5)
 
     return less
 
@@ -335,9 +335,37 @@ def test_blobs_that_repositories_share(server: Hub, model: Path, tmp_path: Path)
 def test_the_guard_leaves_others_alone(server: Hub, model: Path) -> None:
     from huggingface_hub import HfApi
 
-    hub_guard.guard()
+    hub_client.guard()
     server.instead["/api/models/org/model"] = say(listing(sha="main"))
     assert HfApi().model_info("org/model").sha == "main"
+
+
+def test_a_users_own_client_stays_and_has_the_bounds(server: Hub, model: Path, tmp_path: Path) -> None:
+    """Its factory (of proxies, certificates) makes every client: also after the library has closed one, and after a
+    process has set it late."""
+    from huggingface_hub import close_session, get_session, set_client_factory
+    from huggingface_hub.utils import _http
+
+    before, made = _http._GLOBAL_CLIENT_FACTORY, list[Any]()
+
+    def own() -> Any:
+        made.append(_http.default_client_factory())
+        return made[-1]
+
+    try:
+        for _ in range(2):
+            set_client_factory(own)
+            hub_client.guard()
+            hub_client.guard()
+            close_session()
+            first = get_session()
+            assert first is made[-1]
+            assert first.event_hooks["response"].count(hub_client.check) == 1
+            server.instead["/api/models/org/model"] = say(listing(sha="main"))
+            refused("its commit is 'main', which is none", tmp_path)
+        assert get_session() is made[-1]
+    finally:
+        set_client_factory(before)
 
 
 def test_data_sets_have_commits(server: Hub, model: Path, tmp_path: Path) -> None:

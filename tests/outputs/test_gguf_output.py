@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from deltamerge.errors import InputError, OutputError
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
-from deltamerge.models.gguf_vocabulary import CONTROL, SPLITS, UNUSED, USER_DEFINED, sentences, vocabulary
+from deltamerge.models.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, vocabulary
+from deltamerge.models.vocabulary_files import sentences
 from deltamerge.tensors.reader import Reader
 
 gguf = pytest.importorskip("gguf")

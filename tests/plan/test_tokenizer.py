@@ -19,15 +19,15 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
-from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.tokenizer_files import read_chat_template, read_tokens
 from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
 from deltamerge.recipe import load
-from deltamerge.recipe.chat_templates import BUILT_IN
+from deltamerge.recipe.output_keys import BUILT_IN
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.rows import Gathered, gather
+from deltamerge.tensors.rows import gather
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\
@@ -477,7 +477,7 @@ def test_gathered_rows_are_those_of_numpy_wherever_reading_starts(tmp_path, dtyp
     infos = open_checkpoint(make_checkpoint(tmp_path, tensors)).tensors
     picks = np.array([[3, -1], [4, -1], [-1, 0], [2, 8], [-1, -1], [0, -1]], np.int32)
     info = gather(infos["x"], [infos["x"], infos["y"]], picks, padding)
-    assert isinstance(info.made, Gathered)
+    assert info.tensor.function == "gather_rows"
     x, y = (tensors[name].double().numpy() for name in ("x", "y"))
     wanted = np.stack([x[3], x[4], y[0], (x[2] + y[8]) / 2, np.zeros(5), x[0]])
     wanted = np.concatenate([wanted, np.repeat(wanted.mean(0, keepdims=True), padding, 0)]).reshape(-1)

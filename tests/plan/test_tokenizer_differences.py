@@ -22,7 +22,7 @@ from vocabularies import TEMPLATE, rows64, word_tokenizer
 
 from deltamerge.apps.inspect.diff import diff
 from deltamerge.errors import InputError
-from deltamerge.files.strict_json import Parts, read_json
+from deltamerge.files.strict_json import SharedParts, read_json
 from deltamerge.models.vocabulary_files import Reading, sentences
 from deltamerge.run.check import check_recipe
 from deltamerge.run.options import Options
@@ -485,7 +485,7 @@ def test_parts_that_were_read_before_are_the_same_values(tmp_path):
     one, other = tmp_path / "one.json", tmp_path / "other.json"
     one.write_text('{"a": 1, "model": {"vocab": {"x": 1}, "k": [1, 2]}}')
     other.write_text(' {"a":12,"model":{"vocab": {"x": 1},"k":[1, 3]} , "z": "\\u00e9"}\n')
-    parts = Parts()
+    parts = SharedParts()
     first, second = parts.read(one, "model"), parts.read(other, "model")
     assert (first, second) == (read_json(one), read_json(other))
     assert first["model"]["vocab"] is second["model"]["vocab"]
@@ -503,7 +503,7 @@ def test_json_in_parts_is_refused_as_read_json_refuses_it(tmp_path, text):
     with pytest.raises(InputError) as wanted:
         read_json(path)
     with pytest.raises(InputError) as caught:
-        Parts().read(path, "model")
+        SharedParts().read(path, "model")
     assert str(caught.value) == str(wanted.value)
 
 

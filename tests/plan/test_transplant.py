@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transplants import DONOR_WORDS, interpolated64, pursuit64, two_models
 from vocabularies import WORDS, rows64, vocab_of, word_tokenizer
 
-from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.checkpoint import Tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from conftest import load_tensors, make_checkpoint, tiny_llama
 
+import deltamerge
 from deltamerge import api
 from deltamerge.errors import DeltamergeError
 
@@ -125,8 +127,8 @@ def test_help_comes_without_a_heavy_import(command: str) -> None:
 def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
-        "names = ['DeltaCallback', 'DeltaWriter', 'DeltamergeError', 'Switch', '__version__', 'follow', 'load_delta',\n"
-        "         'load_recipe', 'prune']\n"
+        "names = ['AdamR', 'DeltaCallback', 'DeltaWriter', 'DeltamergeError', 'EngineSwitch', 'Switch',\n"
+        "         '__version__', 'follow', 'load_delta', 'load_recipe', 'prune']\n"
         "assert sorted(dm.__all__) == names, dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert callable(dm.load_recipe) and callable(dm.prune) and callable(dm.load_delta)\n"
@@ -135,3 +137,26 @@ def test_the_package_is_light_and_says_what_it_has() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(deltamerge.__all__) - {"__version__"}))
+def test_a_public_name_is_the_one_of_its_module(name: str) -> None:
+    found = getattr(deltamerge, name)
+    assert found.__name__ == name
+    assert deltamerge._HOME.keys() == set(deltamerge.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize(("old", "name"), [("run.adamr", "AdamR"), ("run.sglang_switch", "EngineSwitch")])
+def test_the_documented_old_imports_work_and_say_the_new_one(old: str, name: str) -> None:
+    sys.modules.pop(f"deltamerge.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"from deltamerge import {name}") as said:
+        module = importlib.import_module(f"deltamerge.{old}")
+    assert getattr(module, name) is getattr(deltamerge, name)
+    assert len(said) == 1
+
+
+def test_the_warning_is_shown_at_the_line_that_imports() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from deltamerge.run.adamr import AdamR"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.startswith("<string>:1: DeprecationWarning: deltamerge.run.adamr has moved")

@@ -211,7 +211,7 @@ def test_recipes_and_code_on_a_page_are_sound(page: Path) -> None:
         if block.kind == "yaml" and page.name not in OWN_TEST and re.search(r"^(base_model|slices):", block.text, re.M):
             template = template_of(yaml_source.loads(block.text, page.name))
             for values in template.examples():
-                loads(yaml.safe_dump(template.filled(values).data))
+                loads(yaml.safe_dump(template.fill(values).data))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

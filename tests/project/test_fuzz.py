@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from running import make_plan, run
 
 from deltamerge.files.journal import Journal, read_journal
-from deltamerge.files.work_folder import mark
-from deltamerge.files.workspace import workspace
+from deltamerge.files.work_folder import mark, workspace
 from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.models.checkpoint import INDEX, open_checkpoint

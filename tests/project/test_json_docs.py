@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.apps.recommend.conflict import Conflict
-from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, Tried
+from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, MergeTrial
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
@@ -38,7 +38,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     MergeAdvice,
     Conflict,
     MergeCandidate,
-    Tried,
+    MergeTrial,
 )
 
 

@@ -14,7 +14,8 @@ from conftest import load_tensors, tiny_llama, write_json
 from running import finish, make_plan, run
 
 from deltamerge import load_recipe
-from deltamerge.cli import commands, main
+from deltamerge.cli import main
+from deltamerge.cli import run as run_command
 from deltamerge.cli.mergekit_flags import VALUES_WITHOUT_USE, WITHOUT_USE
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import NO_EFFECT_KEYS
@@ -64,7 +65,7 @@ def own(model: str) -> str:
 
 
 def resolved(text: str) -> str:
-    return mergekit.written_out(text, load_all(yaml_source.loads_all(text, "r.yaml")))[0]
+    return mergekit.write_defaults(text, load_all(yaml_source.loads_all(text, "r.yaml")))[0]
 
 
 WRITTEN = {
@@ -134,7 +135,7 @@ def test_defaults_are_written_where_they_belong(case):
 def test_places_are_those_of_the_file_as_it_was():
     text = f"name: one\n{DARE}---\n{LINEAR}"
     before = load_all(yaml_source.loads_all(text, "r.yaml"))
-    _, after = mergekit.written_out(text, before)
+    _, after = mergekit.write_defaults(text, before)
     for old, new in zip(before, after, strict=True):
         for key in ("merge_method", "base_model", "models"):
             assert new.source.locate((key,)) == old.source.locate((key,))
@@ -148,7 +149,7 @@ def test_a_series_has_one_place(tmp_path):
     text += "parameters: {density: 0.5, weight: 1}\n"
     wanted = text.replace("run/step-*", '{prune: {rescale: l1}, model: "run/step-*"}')
     read = load_all(yaml_source.loads_all(text, str(tmp_path / "r.yaml")))
-    found, (recipe,) = mergekit.written_out(text, read)
+    found, (recipe,) = mergekit.write_defaults(text, read)
     assert found == wanted
     assert [model.prune and model.prune.rescale for model in recipe.models] == ["l1", "l1", None]
 
@@ -276,7 +277,7 @@ def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():
     text = DOCUMENTATION.read_text(encoding="utf-8")
     flags = {name.partition("/")[0] for name in (*WITHOUT_USE, *VALUES_WITHOUT_USE)}
     assert [flag for flag in flags if f"`{flag}" not in text] == []
-    own = {option for parameter in commands.commands["run"].params for option in parameter.opts}
+    own = {option for parameter in run_command.command.params for option in parameter.opts}
     assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} | flags <= own
     assert "mergekit_exact" in inspect.signature(load_recipe).parameters
 

@@ -18,9 +18,9 @@ from deltamerge.errors import Problem, RecipeError
 from deltamerge.methods.registry import MERGE, PRUNE
 from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import value_for
+from deltamerge.recipe.values import parse_size, value_for
 from deltamerge.tensors.graph import name_of
 from deltamerge.tensors.names import TASK_HEAD
 
@@ -262,13 +262,13 @@ def test_shorthand_and_full_name() -> None:
     [("5GB", 5 * 10**9), ("512MiB", 2**29), ("1.5 kb", 1500), ("7", 7), (7, 7), ("200M", 2 * 10**8), ("1b", 1)],
 )
 def test_sizes(text: object, size: int) -> None:
-    assert recipes.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1e9", 0, "0GB", True, "0.1B", None, "1" * 99])
 def test_what_is_no_size(text: object) -> None:
     with pytest.raises(ValueError, match="must be"):
-        recipes.parse_size(text)
+        parse_size(text)
 
 
 # ---- what is refused: exactly these problems, in this order

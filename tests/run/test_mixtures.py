@@ -18,10 +18,10 @@ from running import finish, make_plan, run
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from deltamerge.calibrate.merge.router import routers
+from deltamerge.apps.moe.layout import FAMILIES
+from deltamerge.apps.moe.routers import routers
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.prune.bits import mask_key, normals, uniforms
-from deltamerge.plan.moe_layout import FAMILIES
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
 from deltamerge.run.runner import lock as write_lock

@@ -11,11 +11,11 @@ import torch
 import transformers
 from adapters import write_adapter
 from conftest import load_tensors, make_checkpoint, tiny_llama
-from packed_files import CASES, awq, gptq, mxfp4
+from packed_files import CASES, awq, gptq, mlx_floats, mxfp4
 from running import run
 
 from deltamerge.apps.inspect.diff import diff
-from deltamerge.formats.quantised.packing import KEPT
+from deltamerge.formats.quantised.scheme import KEPT
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.tensors.reader import Reader
@@ -33,7 +33,7 @@ def plain(folder: Path, out: Path) -> Path:
     tensors = {}
     with Reader() as reader:
         for name, info in decoded(open_checkpoint(folder)).tensors.items():
-            if info.made is None:
+            if info.kind == "stored":
                 tensors[name] = load_tensors(folder)[name]
                 continue
             values = np.empty(info.shape, np.float32)
@@ -96,6 +96,7 @@ MERGED = {
     "gptq of 4 bits": lambda: gptq(4, outputs=736),
     "gptq of 8 bits": lambda: gptq(8, outputs=736, ordered=False),
     "awq": lambda: awq(24, 1000),
+    "mlx of small floats": lambda: mlx_floats(300),
     **{name: CASES[name] for name in CASES if name[:3] in ("nf4", "fp4", "nvf") or "compressed" in name},
 }
 

@@ -164,7 +164,7 @@ def test_a_merge_of_local_folders_cannot_be_run_elsewhere(server: Hub, merged: P
     ("reference", "message"),
     [
         ("hf://org/tune", "has no recipe.yaml on the hub"),
-        ("hf://org/nothing", "no such folder in ., and no such model on the hub"),
+        ("hf://org/nothing", "no such model on the hub"),
         ("hf://", "not a hub id"),
         ("hf://../../x", "not a hub id"),
     ],
@@ -173,3 +173,22 @@ def test_what_is_no_published_merge(server: Hub, merged: Path, capsys, reference
     code, out, err = call(capsys, "run", reference)
     assert (code, out) == (1, "")
     assert f"error: {reference}: {message}" in err
+    assert "local folder" not in err
+
+
+@pytest.mark.parametrize(("offline", "message"), [(True, "HF_HUB_OFFLINE is set"), (False, "cannot be reached")])
+def test_a_published_merge_that_is_out_of_reach(
+    server: Hub, merged: Path, capsys, monkeypatch, offline: bool, message: str
+) -> None:
+    """No local folder was looked for, so none is spoken of."""
+    from huggingface_hub import constants
+
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
+    code, out, err = call(capsys, "run", "hf://org/nothing")
+    assert (code, out) == (1, "")
+    assert "error: hf://org/nothing: not (wholly) in the hub's cache" in err
+    assert message in err
+    assert "folder" not in err

@@ -20,7 +20,7 @@ from conftest import make_checkpoint
 
 from deltamerge.apps.chain.link import Link
 from deltamerge.errors import OutputError
-from deltamerge.files import maker, workspace
+from deltamerge.files import ownership, work_folder
 from deltamerge.files.lock_file import read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.models.chain import folder as folders
@@ -222,7 +222,7 @@ def test_recipes_from_stdin_are_known_by_their_models(here: Path, capsys: Any, m
 @pytest.mark.parametrize("earlier", [False, True])
 def test_without_a_note_the_models_tell(here: Path, capsys: Any, monkeypatch: Any, earlier: bool) -> None:
     """Where the file system has no attributes, or an earlier version made it, whose lock names no maker."""
-    monkeypatch.setattr(maker, "_noted", lambda folder: "")
+    monkeypatch.setattr(ownership, "_noted", lambda folder: "")
 
     def age(out: str) -> None:
         path = here / out / "recipe.lock"
@@ -274,7 +274,7 @@ def test_who_comes_second_is_told(here: Path, capsys: Any, monkeypatch: Any, sec
     from deltamerge.run import apply
 
     before: dict[str, bytes] = {}
-    original = workspace.workspace
+    original = work_folder.workspace
 
     def late(*arguments: Any, **options: Any) -> Any:
         if not before:
@@ -317,7 +317,7 @@ def test_what_comes_in_the_last_moment_stays(here: Path, capsys: Any, monkeypatc
     if began == "its own":
         done(capsys, *extract("a", "out"))
     before = content(here / "other")
-    original = workspace.stamp
+    original = work_folder.stamp
 
     def late(target: Path) -> Any:
         found = original(target)
@@ -327,7 +327,7 @@ def test_what_comes_in_the_last_moment_stays(here: Path, capsys: Any, monkeypatc
             os.rename("other", target)
         return found
 
-    monkeypatch.setattr(workspace, "stamp", late)
+    monkeypatch.setattr(work_folder, "stamp", late)
     assert "out: not empty any more" in told(capsys, *extract("a", "out", "--density", 0.5))
     assert content(here / "out") == before
 

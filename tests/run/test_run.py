@@ -16,7 +16,11 @@ from running import run
 from deltamerge.engine import backends
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.methods.prune import bits
+from deltamerge.recipe.file import read_recipe
 from deltamerge.run.lock import verify
+from deltamerge.run.partition import Part
+from deltamerge.run.plans import make_plans
+from deltamerge.run.reading import _files_read
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -343,3 +347,28 @@ def test_patterns_may_have_flags_of_their_own(models, tmp_path):
     same = {name for name in tune if torch.equal(merged[name], tune[name])}
     assert {"embed.weight", "layers.0.norm.weight"} <= same
     assert "layers.0.q.weight" not in same
+
+
+def test_a_part_hashes_every_shard_that_a_fused_tensor_is_read_from(tmp_path: Path) -> None:
+    """Experts one by one in many shards, merged with fused ones: each tensor is read from several files."""
+    one_by_one = {
+        f"model.layers.0.mlp.experts.{e}.{part}.weight": torch.ones(shape)
+        for e in range(4)
+        for part, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
+    }
+    fused = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.ones(4, 8, 6),
+        "model.layers.0.mlp.experts.down_proj": torch.ones(4, 6, 4),
+    }
+    make_checkpoint(tmp_path / "apart", one_by_one, shards=6)
+    make_checkpoint(tmp_path / "fused", fused)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"merge_method: linear\nmodels:\n  - {{model: {tmp_path}/fused, parameters: {{weight: 0.5}}}}\n"
+        f"  - {{model: {tmp_path}/apart, parameters: {{weight: 0.5}}}}\n"
+    )
+    (planned,) = make_plans(read_recipe(recipe))
+    shards = {path for path in _files_read(planned, Part(1, 1), ()) if path.parent.name == "apart"}
+    assert {path.name for path in shards if path.suffix == ".safetensors"} == {
+        f"model-0000{i}-of-00006.safetensors" for i in range(1, 7)
+    }

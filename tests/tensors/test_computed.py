@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +11,16 @@ import torch
 from raw_tensors import Stored, stored, widened, write_checkpoint
 from tolerance import after_rounding
 
-from deltamerge.formats.peft.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
+from deltamerge.formats.peft.experts import expert_updates
+from deltamerge.formats.peft.loha import hadamard
+from deltamerge.formats.peft.lokr import kronecker
+from deltamerge.formats.peft.lora import added, low_rank, residual
+from deltamerge.formats.peft.rows import replaced_rows
 from deltamerge.formats.safetensors import read_header
 from deltamerge.tensors import experts as experts_module
-from deltamerge.tensors.computed import LowRank
-from deltamerge.tensors.experts import Joined, turned, unfold
+from deltamerge.tensors.experts import join, turned, unfold
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Made, TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo, viewed
 
 E, R = 3, 2
 SHAPES = {
@@ -61,68 +64,94 @@ def replaced(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return weight
 
 
-CASES: dict[str, tuple[str, Callable[[Infos], Made], Callable[[Values], np.ndarray]]] = {
-    "LoRA": ("w", lambda t: LowRank(t["w"], t["a"], t["b"], S, False), lambda v: v["w"] + S * v["b"] @ v["a"]),
+def like(t: Infos, function: Callable[..., None], base: str, *others: str, **parameters: Any) -> Tensor:
+    """A view of the base's shape and dtype."""
+    inputs = [t[name] for name in (base, *others)]
+    return viewed(function, inputs, t[base].shape, t[base].dtype, **parameters)
+
+
+def lora(t: Infos, w: str, a: str, b: str, transposed: bool, *magnitude: str) -> Tensor:
+    return like(t, low_rank, w, a, b, *magnitude, scale=S, transposed=transposed)
+
+
+def stacked(t: Infos, a: str, b: str, transposed: bool) -> Tensor:
+    return like(t, expert_updates, "stack", a, b, scale=S, transposed=transposed)
+
+
+def loha(t: Infos, w: str, *factors: str) -> Tensor:
+    return like(t, hadamard, w, *factors, scale=S)
+
+
+def lokr(t: Infos, w: str, c: tuple[str, ...], d: tuple[str, ...], *core: str) -> Tensor:
+    return like(t, kronecker, w, *c, *d, *core, scale=S, of_c=len(c), of_d=len(d))
+
+
+def left_over(t: Infos, begins: str, transposed: bool) -> Tensor:
+    return like(t, residual, "w", begins=begins, rank=R, scale=S, transposed=transposed)
+
+
+CASES: dict[str, tuple[str, Callable[[Infos], Tensor], Callable[[Values], np.ndarray]]] = {
+    "LoRA": ("w", lambda t: lora(t, "w", "a", "b", False), lambda v: v["w"] + S * v["b"] @ v["a"]),
     "LoRA, transposed": (
-        "w", lambda t: LowRank(t["w"], t["a6"], t["b8"], S, True), lambda v: v["w"] + S * (v["b8"] @ v["a6"]).T,
+        "w", lambda t: lora(t, "w", "a6", "b8", True), lambda v: v["w"] + S * (v["b8"] @ v["a6"]).T,
     ),
     "DoRA": (
-        "w", lambda t: LowRank(t["w"], t["a"], t["b"], S, False, t["m"]),
+        "w", lambda t: lora(t, "w", "a", "b", False, "m"),
         lambda v: dora(v["w"] + S * v["b"] @ v["a"], v["m"], 0),
     ),
     "DoRA, transposed": (
-        "w", lambda t: LowRank(t["w"], t["a6"], t["b8"], S, True, t["m8"]),
+        "w", lambda t: lora(t, "w", "a6", "b8", True, "m8"),
         lambda v: dora(v["w"] + S * (v["b8"] @ v["a6"]).T, v["m8"], 1),
     ),
     "convolution": (
-        "conv", lambda t: LowRank(t["conv"], t["conv_a"], t["conv_b"], S, False),
+        "conv", lambda t: lora(t, "conv", "conv_a", "conv_b", False),
         lambda v: v["conv"] + S * np.einsum("or,rikl->oikl", v["conv_b"][:, :, 0, 0], v["conv_a"]),
     ),
     "convolution, DoRA": (
-        "conv", lambda t: LowRank(t["conv"], t["conv_a"], t["conv_b"], S, False, t["conv_m"]),
+        "conv", lambda t: lora(t, "conv", "conv_a", "conv_b", False, "conv_m"),
         lambda v: dora(
             v["conv"] + S * np.einsum("or,rikl->oikl", v["conv_b"][:, :, 0, 0], v["conv_a"]), v["conv_m"], 0
         ),
     ),
     "experts": (
-        "stack", lambda t: Experts(t["stack"], t["ea"], t["eb"], S, False),
+        "stack", lambda t: stacked(t, "ea", "eb", False),
         lambda v: v["stack"] + S * experts(v["ea"], v["eb"], "ore,eri->eoi"),
     ),
     "experts, transposed": (
-        "stack", lambda t: Experts(t["stack"], t["ta"], t["tb"], S, True),
+        "stack", lambda t: stacked(t, "ta", "tb", True),
         lambda v: v["stack"] + S * experts(v["ta"], v["tb"], "ore,eri->eio"),
     ),
     "LoHa": (
-        "w", lambda t: Hadamard(t["w"], (t["h1a"], t["h2a"]), (t["h1b"], t["h2b"]), None, S),
+        "w", lambda t: loha(t, "w", "h1a", "h2a", "h1b", "h2b"),
         lambda v: v["w"] + S * (v["h1a"] @ v["h1b"]) * (v["h2a"] @ v["h2b"]),
     ),
     "LoHa, cores": (
-        "conv", lambda t: Hadamard(t["conv"], (t["c1a"], t["c2a"]), (t["c1b"], t["c2b"]), (t["t1"], t["t2"]), S),
+        "conv", lambda t: loha(t, "conv", "c1a", "c2a", "c1b", "c2b", "t1", "t2"),
         lambda v: v["conv"] + S * np.prod(
             [np.einsum("ijkl,jr,ip->prkl", v[f"t{n}"], v[f"c{n}b"], v[f"c{n}a"]) for n in (1, 2)], axis=0
         ),
     ),
     "LoKr": (
-        "w", lambda t: Kronecker(t["w"], (t["k1"],), (t["k2"],), None, S),
+        "w", lambda t: lokr(t, "w", ("k1",), ("k2",)),
         lambda v: v["w"] + S * np.kron(v["k1"], v["k2"]),
     ),
     "LoKr, of products": (
-        "w", lambda t: Kronecker(t["w"], (t["k1a"], t["k1b"]), (t["k2a"], t["k2b"]), None, S),
+        "w", lambda t: lokr(t, "w", ("k1a", "k1b"), ("k2a", "k2b")),
         lambda v: v["w"] + S * np.kron(v["k1a"] @ v["k1b"], v["k2a"] @ v["k2b"]),
     ),
     "LoKr, a core": (
-        "conv", lambda t: Kronecker(t["conv"], (t["k1c"],), (t["kca"], t["kcb"]), t["t1"], S),
+        "conv", lambda t: lokr(t, "conv", ("k1c",), ("kca", "kcb"), "t1"),
         lambda v: v["conv"] + S * np.kron(
             v["k1c"][:, :, None, None], np.einsum("ijkl,ip,jr->prkl", v["t1"], v["kca"], v["kcb"])
         ),
     ),
-    "PiSSA": ("w", lambda t: Residual(t["w"], "pissa", R, S, False), lambda v: v["w"] - truncated(v["w"])),
-    "OLoRA": ("w", lambda t: Residual(t["w"], "olora", R, S, False), lambda v: v["w"] - triangular(v["w"])),
+    "PiSSA": ("w", lambda t: left_over(t, "pissa", False), lambda v: v["w"] - truncated(v["w"])),
+    "OLoRA": ("w", lambda t: left_over(t, "olora", False), lambda v: v["w"] - triangular(v["w"])),
     "OLoRA, transposed": (
-        "w", lambda t: Residual(t["w"], "olora", R, S, True), lambda v: v["w"] - triangular(v["w"].T).T,
+        "w", lambda t: left_over(t, "olora", True), lambda v: v["w"] - triangular(v["w"].T).T,
     ),
-    "rows": ("w", lambda t: Rows(t["w"], t["rows"], (4, 1)), lambda v: replaced(v["w"], v["rows"])),
-    "a bias": ("bias", lambda t: Shifted(t["bias"], t["added"], S), lambda v: v["bias"] + S * v["added"]),
+    "rows": ("w", lambda t: like(t, replaced_rows, "w", "rows", places=(4, 1)), lambda v: replaced(v["w"], v["rows"])),
+    "a bias": ("bias", lambda t: like(t, added, "bias", "added", scale=S), lambda v: v["bias"] + S * v["added"]),
 }  # fmt: skip
 
 
@@ -155,7 +184,7 @@ def read(info: TensorInfo, step: int) -> np.ndarray:
 def test_as_the_formula(tensors: tuple[Infos, Values], case: str) -> None:
     infos, values = tensors
     base, made, formula = CASES[case]
-    info = TensorInfo(base, infos[base].dtype, infos[base].shape, Path("x"), 0, infos[base].nbytes, made(infos))
+    info = TensorInfo(base, made(infos))
     got, want = read(info, 10**6), formula(values)
     tolerance = {"F32": 2e-6, "BF16": after_rounding(torch.bfloat16), "F16": 2**-10}[info.dtype]
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=4e-6)
@@ -167,11 +196,10 @@ def test_as_the_formula(tensors: tuple[Infos, Values], case: str) -> None:
 def test_stacks_joined_turned_and_taken_apart(tensors: tuple[Infos, Values], monkeypatch, whole: int) -> None:
     monkeypatch.setattr(experts_module, "WHOLE", whole)
     infos, values = tensors
-    rows = [TensorInfo("w", infos["w"].dtype, (3, 8), infos["w"].path, infos["w"].begin, infos["w"].nbytes // 2)]
-    pair = [*rows, infos["w"]]
-    joined = TensorInfo("j", infos["w"].dtype, (9, 8), Path("x"), 0, 9 * rows[0].nbytes // 3, Joined(tuple(pair)))
+    pair = [infos["w"].part(0, (3, 8)), infos["w"]]
+    joined = TensorInfo("j", viewed(join, pair, (9, 8), infos["w"].dtype))
     rows_of_both = np.concatenate([values["w"][:3], values["w"]])
-    stack = TensorInfo("s", infos["w"].dtype, (3, 3, 8), Path("x"), 0, joined.nbytes, joined.made)
+    stack = TensorInfo("s", viewed(join, pair, (3, 3, 8), infos["w"].dtype))
     swapped = turned(infos["stack"])
     twice = turned(swapped)
     for step in (10**6, 1, 5, 11, 50):

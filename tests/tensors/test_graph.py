@@ -11,9 +11,9 @@ from deltamerge.tensors.graph import Graph, Node, depth_first, peak_tiles, sched
 
 def chain(graph: Graph, models: int, shape: tuple[int, ...] = (8, 8)) -> Node:
     """combine(subtract(read_i, base) …): what a merge of `models` looks like."""
-    base = graph.node("m:read", kind="read", shape=shape, tensor="base")
+    base = graph.node("m:read", kind="stored", shape=shape, tensor="base")
     deltas = [
-        graph.node("m:subtract", [graph.node("m:read", kind="read", shape=shape, tensor=i), base], shape=shape)
+        graph.node("m:subtract", [graph.node("m:read", kind="stored", shape=shape, tensor=i), base], shape=shape)
         for i in range(models)
     ]
     return graph.node("m:combine", [base, *deltas], shape=shape)
@@ -21,7 +21,7 @@ def chain(graph: Graph, models: int, shape: tuple[int, ...] = (8, 8)) -> Node:
 
 def selected(graph: Graph) -> Node:
     """A mask that needs a threshold (two reductions) before it can run."""
-    x = graph.node("m:read", kind="read", tensor="x")
+    x = graph.node("m:read", kind="stored", tensor="x")
     first = graph.node("m:count", [x], kind="sum")
     bin_ = graph.node("m:bin", [first], kind="small")
     second = graph.node("m:fine", [x, bin_], kind="concat")
@@ -66,7 +66,7 @@ def test_passes_follow_the_reductions():
 
 def test_a_deep_graph_does_not_recurse():
     graph = Graph()
-    node = graph.node("m:read", kind="read")
+    node = graph.node("m:read", kind="stored")
     for i in range(20_000):
         node = graph.node("m:next", [node], step=i)
     assert len(depth_first(node)) == 20_001

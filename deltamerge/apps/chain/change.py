@@ -20,8 +20,10 @@ INT32 = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What becomes of the tensor that stands under a `key` of a state: `values` (bits) at positions, or at all (None);
-    or it is the tensor `whole`."""
+    """A change of the tensor under a `key` of a state.
+
+    It is `values` (bits) at positions, or everywhere (None), or the tensor `whole`.
+    """
 
     key: str
     where: Array | None
@@ -30,8 +32,11 @@ class Change:
 
 
 def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
-    """What an entry that keeps dtype and shape writes into a `tensor`, which stands under `key`; None: nothing. It is
-    computed and checked tile by tile. InputError: the delta is damaged, or of another base."""
+    """Return the change that an entry of the same dtype and shape makes of a `tensor`, which stands under `key`.
+
+    It is computed and checked tile by tile. None: there is no change. InputError: the delta is damaged, or of another
+    base.
+    """
     old = bits_of(tensor)
     made: Array | None = None
     where: list[Array] = []
@@ -56,7 +61,10 @@ def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
 
 
 def whole_of(entry: Entry, tensor: Any) -> Change:
-    """What an entry makes of a `tensor` (None: the base has none), as another, on its device. InputError: as there."""
+    """Return the tensor that an entry makes of a `tensor`, on its device. None for `tensor`: the base has none.
+
+    InputError: as `change_of`.
+    """
     old = None if tensor is None else bits_of(tensor)
     made = entry.whole(None if old is None else lambda start, stop: old[start:stop])
     whole = to_torch(made, entry.record.dtype).reshape(tuple(entry.record.shape))
@@ -78,12 +86,12 @@ class Write:
             self.line[self.where] = self.values
 
     def kept(self) -> Write:
-        """The write that undoes this one."""
+        """Return the write that undoes this one."""
         return Write(self.line, self.where, self.line.clone() if self.where is None else self.line[self.where])
 
 
 def write_of(change: Change, tensor: Any) -> Write:
-    """What writes a change into its tensor. InputError: it cannot be written at single positions."""
+    """Return the write of a change into its tensor. InputError: it cannot be written at single positions."""
     dtype = f"I{8 * tensor.element_size()}"
     values = to_torch(change.values, dtype).to(tensor.device)
     if change.where is None:
@@ -95,7 +103,7 @@ def write_of(change: Change, tensor: Any) -> Write:
 
 
 def _line_of(tensor: Any, where: Any) -> tuple[Any, Any]:
-    """The memory that a tensor spans, as one dimension, and where its flat positions lie in it."""
+    """Return the memory that a tensor spans, as one dimension, and where its flat positions lie in it."""
     data = tensor.detach()
     if data.is_contiguous():
         return data.view(-1), where

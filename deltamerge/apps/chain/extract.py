@@ -15,7 +15,7 @@ from deltamerge.methods.registry import PRUNE
 from deltamerge.models.chain.folder import is_chain
 from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.chain.version import NAME
-from deltamerge.recipe.advice import Choice, choose
+from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
@@ -35,12 +35,12 @@ def extract(
     calibration: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> Result:
-    """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta, or with `lora`
-    (keys of a recipe's output: rank, energy, budget, …) an adapter, whose factors `calibration` weighs.
+    """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
-    Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. With it, `pruning` says what is kept, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
-    folder if not given; `options` are those of `run`.
+    With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
+    factors. Without `density` everything that changed is kept, and stored as final values. `values` stores values to
+    add, in that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora
+    in this folder if not given. `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
     the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
@@ -80,8 +80,8 @@ def extract(
         raise error.of("extract") from None
 
 
-def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Choice:
-    """What is kept at a density: by `method` and `q` where they are given, else what keeps most of a fine-tune.
+def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:
+    """Return the pruning of a density: `method` and `q` where given, else the one that keeps most of a fine-tune.
 
     `rows`: whether there is calibration data, which chooses q. UsageError: q is given twice.
     """
@@ -93,17 +93,17 @@ def pruning(density: float, method: str | None, q: float | None, *, rows: bool) 
         raise UsageError("--q and --calibration both say what q is", hint="keep one of the two")
     prune: dict[str, Any] = {"method": method, "density": density}
     chosen = "output_change" if rows and q is None else q
-    return Choice(prune if chosen is None else prune | {"q": chosen}, "as asked for")
+    return Advice(prune if chosen is None else prune | {"q": chosen}, "as asked for")
 
 
 def name_of(model: str, *, lora: bool) -> str:
-    """The folder that is made of a model where none is named."""
+    """Return the folder's name of a model where none is given."""
     name = Path(model.partition("@")[0]).name or "model"
     return f"{name}-{'lora' if lora else 'delta'}"
 
 
 def name_in_store(model: str) -> str:
-    """The folder in a store that is made of a model. UsageError: its name is none for a delta there."""
+    """Return the name of a model's folder in a store. UsageError: its name cannot be one."""
     name = Path(model.partition("@")[0]).name
     if NAME.fullmatch(name) is None:
         raise UsageError(f"{model}: {name!r} is no name in a store", hint="extract it by itself, with --out")

@@ -27,7 +27,7 @@ def follow(
     timeout: float | None = None,
     marker: str | Path | None = None,
 ) -> Iterator[Delta]:
-    """The versions of a chain, each when it is published, the first ones at once.
+    """Yield the versions of a chain, each when it is published, the first ones at once.
 
     after     begin behind the version of this name; None: at the first
     latest    skip to the newest each time; `Delta.apply_` folds what was skipped
@@ -38,11 +38,11 @@ def follow(
 
     A version that was yielded when the process died comes again, which `apply_` makes nothing of. Where squash has
     folded the version last yielded, the one that it is folded into comes next, over the base (`after` is None).
-    InputError: a version is damaged or foreign, or two come after the same one.
+    InputError: a version is damaged or foreign, two come after the same one, or the marker file is no text.
     """
     path, opened, known = Path(chain), Opened(), dict[tuple[str, int], Note | None]()
-    if marker is not None and Path(marker).exists():
-        after = Path(marker).read_text(encoding="utf-8").strip() or after
+    if marker is not None:
+        after = _marked(Path(marker)) or after
     waited = time.monotonic()
     while True:
         name = _next(path, known, after, latest=latest)
@@ -59,8 +59,20 @@ def follow(
         time.sleep(poll if left is None else min(poll, left))
 
 
+def _marked(marker: Path) -> str:
+    """Return the name in a marker file, "" where there is no file. InputError: it cannot be read, or is no text."""
+    try:
+        return marker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        hint = "name a file that `follow` wrote, or remove it to begin at the first version"
+        raise InputError(f"{why}, so it names no version", hint=hint, where=str(marker)) from None
+
+
 def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str | None:
-    """The version that comes after one; None: none yet. InputError: two do."""
+    """Return the version that comes after one. None: none yet. InputError: two do."""
     if not chain.is_dir():
         return None
     found = _notes(chain, known)
@@ -82,7 +94,7 @@ def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str
 
 
 def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
-    """The notes of all versions, of which those of folders that are `known` are not read again."""
+    """Return the notes of all versions. Those of folders that are `known` are not read again."""
     there = folders(chain)
     for name, number in there:
         if (name, number) not in known and is_version(chain / name):
@@ -98,7 +110,7 @@ def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
 
 
 def _open(chain: Path, name: str, opened: Opened) -> Delta | None:
-    """A version with all before it; None: one was folded while it was opened."""
+    """Open a version with all before it. None: one was folded meanwhile."""
     if len(opened.versions) > OPEN:
         opened.versions.clear()
     before = folders(chain)

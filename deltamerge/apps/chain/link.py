@@ -26,8 +26,7 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import elements
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,10 @@ class Link:
 
     @classmethod
     def begin(cls, after: str, out: Path) -> Link:
-        """The link of a version that will be the folder `out`. InputError: `after` is no version, or another comes
-        after it, or after `out`. UsageError: `out` lies elsewhere."""
+        """Return the link of a version that will be the folder `out`.
+
+        InputError: `after` is no version, or another comes after it, or after `out`. UsageError: `out` lies elsewhere.
+        """
         path = resolve(Path(after))
         if path is None or not is_version(path):
             raise InputError(f"{after}: is no version of a chain", hint="--after chain/000119")
@@ -58,8 +59,11 @@ class Link:
         return cls(str(Path(after).parent / path.name) if path.name != Path(after).name else after, versions, out.name)
 
     def base(self, reference: str, *, pickles: bool = False) -> str:
-        """The reference of what the version is compared with: `reference` itself if that is what the one before makes,
-        or the one before over it if it is the base of the chain. InputError: it is neither."""
+        """Return the reference that the version is compared with. InputError: `reference` is neither of these two.
+
+        It is `reference` itself if the version before makes it. It is the version before if `reference` is the chain's
+        base.
+        """
         first = self.versions[0].delta.manifest
         end, origin = self.versions[-1].contents, base_contents(first)
         in_base = {name: first.tensors[name].base_name or name if name in first.tensors else name for name in end}
@@ -85,8 +89,10 @@ class Link:
         )
 
     def finish(self, folder: Path) -> None:
-        """Write the version.json of the artifact in `folder`. InputError: it was not made from what the version before
-        makes."""
+        """Write the version.json of the artifact in `folder`.
+
+        InputError: the artifact was not made from the result of the version before.
+        """
         opened, before = DeltaFile.open(folder), self.versions[-1]
         if open_version(before.path).state != before.state:
             raise InputError(f"{before.path}: was replaced by another process meanwhile", hint="run it again")

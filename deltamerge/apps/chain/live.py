@@ -47,8 +47,10 @@ class Delta(Iterator[Patch]):
         return self
 
     def __next__(self) -> Patch:
-        """The next patch: final values over what the version before makes. InputError: it is made of steps, and there
-        is no `base` to take them from, or another."""
+        """Return the next patch: final values over the result of the version before.
+
+        InputError: it is made of steps, and there is no `base` to take them from, or another.
+        """
         if self._patches is None:
             self._patches = self._versions[-1].delta.patches(self._base)
         return next(self._patches)
@@ -57,8 +59,9 @@ class Delta(Iterator[Patch]):
         return f"<Delta {self.path}>"
 
     def apply_(self, state: State) -> int:
-        """Turn a state dict of the base, or of any version before this, into this version's, in place where possible;
-        returns how many versions were applied, 0 where it was this one's already.
+        """Turn a state dict of the base, or of any version before this, into this version's, in place where possible.
+
+        Return how many versions were applied, 0 where it was this one's already.
 
         Tensors are torch's, on any device; ones that the delta does not know are left alone. Everything is read and
         computed, and its hashes are checked, before the first tensor is written, so memory for the changes is needed.
@@ -67,7 +70,7 @@ class Delta(Iterator[Patch]):
         """
         with torch.no_grad(), errors.context(str(self.path)):
             sources = self._sources(state)
-            done = self._done(state, sources)
+            done = self._count_applied(state, sources)
             if done == len(self._versions):
                 return 0
             delta = folded(self._versions[done:])
@@ -89,12 +92,15 @@ class Delta(Iterator[Patch]):
         return len(self._versions) - done
 
     def _sources(self, state: State) -> dict[str, str]:
-        """The key in `state` of the base's tensor that each tensor of the result is made from."""
+        """Return the key in `state` of the base's tensor that each tensor of the result is made from."""
         entries = self._versions[0].delta.entries
         return {name: entry.key_in(state) for name, entry in entries.items() if entry.record.base is not None}
 
-    def _done(self, state: State, sources: Mapping[str, str]) -> int:
-        """How many of the versions the state has had applied. InputError: none, and it is not the base either."""
+    def _count_applied(self, state: State, sources: Mapping[str, str]) -> int:
+        """Return how many of the versions the state has had applied.
+
+        InputError: none, and it is not the base either.
+        """
         known: dict[str, Content | None] = {}
 
         def content(key: str) -> Content | None:
@@ -134,7 +140,7 @@ class Delta(Iterator[Patch]):
 
 
 def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Delta:
-    """The delta artifact, or the version of a chain, at `path`; of a chain's own folder the newest.
+    """Open the delta artifact, or the version of a chain, at `path`. Of a chain's own folder it is the newest.
 
     Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
     comes before; `base` is that, a state dict or a folder, which tensors of encoding `steps` are decoded from and
@@ -154,15 +160,17 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
 
 
 def _content(tensor: Any) -> Content | None:
-    """What a state knows of a tensor in memory; None: there is none, or it is of no dtype of safetensors."""
+    """Return the content of a tensor in memory. None: there is none, or it is of no dtype of safetensors."""
     if tensor is None or (code := code_of(tensor.dtype)) is None:
         return None
     return Content(code, tuple(tensor.shape), digest_of(tensor))
 
 
 def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], gone: set[str]) -> None:
-    """Write all changes, move tensors from their sources' keys to their own, and remove keys; if any of it fails, undo
-    what was done."""
+    """Write all changes, move tensors from their sources' keys to their own, and remove keys.
+
+    If any of it fails, undo it all.
+    """
     before, undo = dict(state), list[Write]()
     writes = [write_of(change, state[change.key]) for change in changes if change.whole is None]
     try:

@@ -32,16 +32,18 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 
 @dataclass(frozen=True, slots=True)
-class Squashed:
-    """The version that others were folded into (None: there was nothing to fold), their names, and the bytes of the
-    chain's artifacts before and after."""
+class SquashResult:
+    """The result of a squash: the version that others were folded into, and their names.
+
+    None: there was nothing to fold. `before` and `after` are bytes of the chain's artifacts.
+    """
 
     into: str | None
     folded: tuple[str, ...]
@@ -49,12 +51,12 @@ class Squashed:
     after: int
 
 
-def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> Squashed:
-    """Fold all versions of a chain but the newest `keep` into one, over the base, under the name of the last of them;
-    then remove the others. Those that come after stay as they are, as the state that they change is the same.
+def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> SquashResult:
+    """Fold all versions of a chain but the newest `keep` into one, over the base, then remove them.
 
-    The folded version takes the place of the old one in one step; a process that is killed leaves the chain as it was
-    or as it will be. `base` is what the chain names if not given. InputError: no chain, or not its base. OutputError:
+    The folded version has the name of the last of them. Later versions stay, as the state that they change is the same.
+    The folded version takes the place of the old one in one step. A killed process leaves the chain as it was, or as it
+    will be. `base` is what the chain names if not given. InputError: no chain, or not its base. OutputError:
     another process folds, or a version holds files that no run wrote.
     """
     if not is_chain(chain):
@@ -64,7 +66,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         old = versions[: len(versions) - keep]
         before = sum(map(_bytes, versions))
         if len(old) < 2:
-            return Squashed(None, (), before, before)
+            return SquashResult(None, (), before, before)
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest
@@ -74,14 +76,16 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
             _write(folder, old, origin, workers)
         for version in old[:-1]:
             remove(chain, version.name)
-        return Squashed(
+        return SquashResult(
             target.name, tuple(v.name for v in old[:-1]), before, sum(map(_bytes, line(chain / head(chain))))
         )
 
 
 def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
-    """Check a chain up to a version, or its newest: the files of each version, and that it was made from what the one
-    before makes; with `base` every tensor of every version too, in one pass. What was checked of each.
+    """Check a chain up to a version, or its newest, and return the checks of each version.
+
+    They are its files, and that it was made from the result of the version before. With `base` they are every tensor of
+    every version too, in one pass.
 
     InputError, VerifyError: what is wrong, and with which version.
     """
@@ -129,7 +133,7 @@ def _bytes(version: Version) -> int:
 
 
 def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, workers: int) -> None:
-    """The version that others amount to: artifact, what goes with its weights, version.json."""
+    """Write the version that others amount to: artifact, files beside its weights, version.json."""
     delta, last = folded(versions), versions[-1]
     planned = delta.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     manifest = delta.manifest

@@ -47,7 +47,7 @@ class Switch:
         self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
         to_dict = getattr(getattr(base, "config", None), "to_dict", None)
         self._config: Mapping[str, Any] = {} if to_dict is None else to_dict()
-        self._known = Known(keep, self._prepare)
+        self._known = DeltaCache(keep, self._prepare)
         self._hashes: dict[str, str] = {}
         self._undo: list[Write] = []
         self.at: str | Path | Delta | None = None
@@ -84,13 +84,13 @@ class Switch:
             self._undo.pop()
 
     def _prepare(self, versions: Sequence[Version]) -> tuple[Write, ...]:
-        """What a line of versions writes into the base. InputError: see `to`."""
+        """Return the writes of a line of versions into the base. InputError: see `to`."""
         check_config(self._config, versions)
         changes = changes_of(folded(versions), self._state, self._hashes)
         return tuple(write_of(change, self._state[change.key]) for change in changes)
 
 
-class Known(Generic[T]):
+class DeltaCache(Generic[T]):
     """What is made of deltas, by folder: of each while it holds the same artifact, and of no more than `keep`."""
 
     def __init__(self, keep: int | None, make: Callable[[Sequence[Version]], T]) -> None:
@@ -103,7 +103,10 @@ class Known(Generic[T]):
         return len(self._made)
 
     def get(self, delta: str | Path | Delta) -> T:
-        """What is made of an artifact, a version of a chain, or a chain (its newest). InputError: one is damaged."""
+        """Return the value of an artifact, a version of a chain, or a chain (its newest).
+
+        InputError: one is damaged.
+        """
         path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
         key, held = str(path), stamp(path)
         if (found := self._made.get(key)) is None or found[0] != held:
@@ -118,8 +121,10 @@ class Known(Generic[T]):
 
 
 def check_config(base: Mapping[str, Any], versions: Sequence[Version]) -> None:
-    """Warn of keys in which the config of what versions make differs from the base's, which stays as weights change.
-    InputError: the same places of weights mean different things. A base of which nothing is known is not compared."""
+    """Warn of keys in which the config of versions differs from the base's, which stays as weights change.
+
+    InputError: the same places of weights mean different things. An unknown base is not compared.
+    """
     folders = (version.path for version in reversed(versions))
     path = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
     if not base or path is None:
@@ -134,9 +139,11 @@ def check_config(base: Mapping[str, Any], versions: Sequence[Version]) -> None:
 
 
 def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMapping[str, str]) -> Iterator[Change]:
-    """What a delta changes of a base's tensors, tensor by tensor; every tensor that it names is checked, and what it
-    makes of it. `hashes` are those known of the base's tensors. InputError: it is damaged or of another base, or makes
-    tensors of other names, dtypes or shapes."""
+    """Yield the changes that a delta makes of a base's tensors, tensor by tensor.
+
+    Every tensor that it names is checked, and its result too. `hashes` are the known hashes of the base's tensors.
+    InputError: it is damaged or of another base, or makes tensors of other names, dtypes or shapes.
+    """
     if gone := state.keys() & {*delta.manifest.removed}:
         raise _unfit(min(gone), "is dropped")
     keys = {name: entry.key_in(state) for name, entry in delta.entries.items()}
@@ -166,7 +173,7 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
 
 
 def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, copied: bool) -> None:
-    """InputError: a tensor is not of the base's dtype and shape, or the delta makes it another one, or several."""
+    """Refuse a tensor that is not of the base's dtype and shape, or that the delta makes another one, or several."""
     record = entry.record
     becomes = entry.kind
     wanted = becomes if record.base is None else entry.base_kind

@@ -1,5 +1,7 @@
-"""A fine-tune's activations and delta, layer by layer: influence, coherence, and the bound of Theorem 3.1 (DAREx, arXiv
-2410.09344)."""
+"""A fine-tune's activations and delta, layer by layer.
+
+They are influence, coherence, and the bound of Theorem 3.1 (DAREx, arXiv 2410.09344).
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ class Activations(Figures):
 
 
 def activations(found: Mapping[str, LayerStatistics], density: float, sequences: int) -> Activations:
-    """The figures of every layer at a density."""
+    """Return the figures of every layer at a density."""
     layers = [_layer(name, layer, density) for name, layer in found.items()]
     entries = np.array([len(layer.energy) * len(layer.mean) for layer in found.values()], dtype=np.float64)
 

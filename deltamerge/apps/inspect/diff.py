@@ -20,17 +20,17 @@ from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.config_differences import Difference, differences, in_words
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_over_base import check, elements
+from deltamerge.models.delta_over_base import check
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
 from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 from deltamerge.tensors.dtypes import FLOATING, PACKED, widen
-from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.tensor import TensorInfo, as_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class TensorDifference:
     """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
 
         changed   entries whose bits differ; if the dtypes differ, whose values do
@@ -52,7 +52,7 @@ class Change:
 
 
 def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
-    """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
+    """Return the differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
 
     UsageError: a checkpoint and a lock.
     """
@@ -65,7 +65,7 @@ def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, An
 
 
 def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
-    """The differences between two checkpoints, one of which may be a delta of the other.
+    """Return the differences between two checkpoints, one of which may be a delta of the other.
 
     `tensors` that differ, the largest norm first; `config`: keys of config.json that mean something else, and what in A
     and in B; `added`, `removed`: names that only B, or only A, has; counts; the relative norm; `tokenizers`: how B's
@@ -91,12 +91,12 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
                     check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
         with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
 
-            def compared(name: str) -> tuple[Change, float, float]:
+            def compare_one(name: str) -> tuple[TensorDifference, float, float]:
                 found = _compare(reader, named[0][name], named[1][name])
                 comparing.step(named[1][name].nbytes)
                 return found
 
-            found = list(pool.map(compared, shared))
+            found = list(pool.map(compare_one, shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
     squares = math.fsum(square for _, square, _ in found)
@@ -116,12 +116,15 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
 
 
 def _values(one: Difference) -> list[str]:
-    """What a key of config.json means in A and in B, in words."""
+    """Return the meaning of a key of config.json in A and in B, in words."""
     return [in_words(one.values[name]) for name in ("a", "b")]
 
 
 def _plain(checkpoint: Checkpoint) -> Checkpoint:
-    """A quantised checkpoint decoded, so that values are compared; its codes and scales where nothing decodes them."""
+    """Return a quantised checkpoint decoded, so that values are compared.
+
+    Where nothing decodes it, return it as it is.
+    """
     try:
         return decoded(checkpoint)
     except InputError:
@@ -129,20 +132,20 @@ def _plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _ratio(squares: float, of_a: float) -> float | None:
-    """The ratio of two norms, from their squares; None if A is all zeros and B is not."""
+    """Return the ratio of two norms, from their squares. None if A is all zeros and B is not."""
     return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
 
 
-def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
-    """The difference of two tensors, Σ Δ² and Σ a²."""
+def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[TensorDifference, float, float]:
+    """Return the difference of two tensors, Σ Δ² and Σ a²."""
     if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
-        a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
+        a, b = (replace(info, tensor=as_bytes(info.tensor)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)
     kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)
     floating = {a.dtype, b.dtype} <= FLOATING
     if a.shape != b.shape or (a.dtype != b.dtype and not floating):
-        return Change(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
+        return TensorDifference(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
     changed, largest = 0, 0.0
     sums: list[tuple[float, float, float]] = []
     for x, y in _tiles(reader, a, b):
@@ -157,10 +160,10 @@ def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, floa
             squares, of_a = np.square(delta).sum(), np.square(old, dtype=np.float64).sum()
             sums.append((float(delta.sum()), float(squares), float(of_a)))
     if not floating:
-        return Change(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
+        return TensorDifference(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
     total, square, of_old = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
     mean = total / size if size else 0.0
-    return Change(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
+    return TensorDifference(b.name, size, changed, largest, mean, _ratio(square, of_old), *kinds), square, of_old
 
 
 def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, Any]]:
@@ -171,7 +174,7 @@ def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, 
 
 
 def diff_locks(a: Path, b: Path) -> dict[str, Any]:
-    """`changes`: key path -> [in A, in B], None where absent; files are compared by hash, q's by value."""
+    """Return `changes`: key path -> [in A, in B]. None: absent. Files are compared by hash, q's by value."""
     first, second = (dict(_flat(locks.read_lock(path))) for path in (a, b))
     if first.keys().isdisjoint(second):
         raise InputError(f"{a} and {b} have nothing in common")
@@ -181,7 +184,7 @@ def diff_locks(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by their path; a file's hash and size are one leaf, and a list is one."""
+    """Yield leaves by their path. A file's hash and size are one leaf, and a list is one."""
     if isinstance(value, dict) and value.keys() == {"hash", "size"}:
         yield path, value["hash"]
     elif isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""Measurements for inspect and recommend: statistics of a fine-tune's layers, and what masks lose of its
-predictions."""
+"""Measurements for inspect and recommend: statistics of a fine-tune's layers, and the losses of masks."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class MaskLoss:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class MaskEvidence:
     """Masks of one fine-tune's delta, measured.
 
     masks     one per spec; None where WANDA has no norms (weights stored (in, out))
@@ -66,7 +65,7 @@ class Measured:
 
 
 def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str, LayerStatistics]:
-    """Statistics of the fine-tune's linear layers over the search rows, by its tensor names.
+    """Return statistics of the fine-tune's linear layers over the search rows, by its tensor names.
 
     With a `spec` of that source, whose masks need no activations, they include its first mask.
     """
@@ -77,8 +76,8 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
         return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
 
-def measure_influence(*, specs: Sequence[Spec]) -> Measured:
-    """The losses of the masks of several specs with one source, for the first mask seed of each."""
+def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
+    """Return the losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
         found = Subject(source, reader).statistics(drawn=False)
@@ -89,7 +88,7 @@ def measure_influence(*, specs: Sequence[Spec]) -> Measured:
         comparison = _Comparison(Subject(source, reader, masks, known), usable)
         losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
         lost, metric = comparison.nothing()
-        return Measured(
+        return MaskEvidence(
             found,
             [losses.get(id(spec)) for spec in specs],
             lost,
@@ -102,7 +101,7 @@ def measure_influence(*, specs: Sequence[Spec]) -> Measured:
 
 
 def passes(specs: Sequence[Spec]) -> int:
-    """The most forward passes over the rows that `measure_influence` takes."""
+    """Return the most forward passes over the rows that `measure_influence` takes."""
     calibration = specs[0].source.calibration
     held = math.ceil(max(HELD_OUT, calibration.sequences) / calibration.sequences)
     each = 2 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
@@ -118,14 +117,14 @@ class _Comparison:
 
     @cached_property
     def near(self) -> O.Objective | O.Generation:
-        """The distance of predictions on the search rows."""
+        """Return the distance of predictions on the search rows."""
         return self.subject.agreement(self.subject.batches["search"].inputs).objective
 
     def losses(self) -> list[MaskLoss]:
         return [self._loss(spec, mask) for spec, mask in zip(self.specs, self.subject.masks, strict=True)]
 
     def nothing(self) -> tuple[float, Scores]:
-        """The divergence of the base, and the metric of base and fine-tune."""
+        """Return the divergence of the base, and the metric of base and fine-tune."""
         subject = self.subject
         lost = subject.nothing(self.judge.objective)
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
@@ -136,7 +135,7 @@ class _Comparison:
         return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
 
     def _score(self, value: float) -> float:
-        """The metric of a value of `validation`."""
+        """Return the metric of a value of `validation`."""
         return value if self.subject.metric == "loss" else 1.0 - value
 
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:

@@ -19,8 +19,10 @@ VECTORS = "biases and norms"
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Figures of several tensors: entries, mean |Δ|, ‖Δ‖/‖W‖ (None if the base is zero), share changed, share of
-    energy."""
+    """Figures of several tensors: entries, mean |Δ|, ‖Δ‖/‖W‖, share changed, share of energy.
+
+    ‖Δ‖/‖W‖ is None if the base is zero.
+    """
 
     count: int
     mean_abs: float
@@ -30,7 +32,7 @@ class TensorGroup:
 
     @classmethod
     def of(cls, tensors: Sequence[TensorStatistics]) -> TensorGroup:
-        """The figures of these tensors together."""
+        """Return the figures of these tensors together."""
         count = sum(t.count for t in tensors)
         norm, base = (math.hypot(*values) for values in ([t.norm for t in tensors], [t.base_norm for t in tensors]))
         mean = math.fsum(t.mean_abs * t.count for t in tensors) / count if count else 0.0
@@ -56,7 +58,7 @@ Place = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class LayerGrid:
     """Figures of one stack of numbered blocks: a row for each module, a column for each block."""
 
     stack: str
@@ -65,7 +67,7 @@ class Grid:
 
 
 def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
-    """The numbers of numbered blocks, ascending, by container."""
+    """Return the numbers of numbered blocks, ascending, by container."""
     found: dict[str, list[str]] = {}
     for layer in dict.fromkeys(layers):
         if match := NUMBERED.fullmatch(layer):
@@ -74,8 +76,10 @@ def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
 
 
 def module_of(name: str, layer: str) -> str:
-    """The module of a weight inside its block: its name without the block and `.weight`, with numbers
-    (experts) as *."""
+    """Return the module of a weight inside its block.
+
+    It is the name without the block and `.weight`, with numbers (experts) as *.
+    """
     inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
     return numbers_as_stars(inner)
 
@@ -86,10 +90,10 @@ def place(name: str) -> Place | None:
     return None if block is None else (block, module_of(name, block))
 
 
-def grouped(
+def group_tensors(
     tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], Place] = lambda t: _place(t)
 ) -> dict[Place, TensorGroup]:
-    """Tensors grouped by a key; by default by block and module, with all vectors of a block as one module."""
+    """Group tensors by a key: by default by block and module, with all vectors of a block as one module."""
     groups: dict[Place, list[TensorStatistics]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
@@ -101,22 +105,22 @@ def _place(tensor: TensorStatistics) -> Place:
 
 
 def matrices(found: Report) -> dict[Place, TensorGroup]:
-    """The matrices of every block, by block and module."""
-    return grouped(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
+    """Return the matrices of every block, by block and module."""
+    return group_tensors(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
 
 
-def grids(cells: Mapping[Place, float | None]) -> list[Grid]:
-    """A grid for each stack."""
+def grids(cells: Mapping[Place, float | None]) -> list[LayerGrid]:
+    """Return a grid for each stack."""
     made = []
     for stack, numbers in stacks(layer for layer, _ in cells).items():
         modules = dict.fromkeys(module for layer, module in cells if layer.rpartition(".")[0] == stack)
         rows = [(module, [cells.get((f"{stack}.{n}", module)) for n in numbers]) for module in modules]
-        made.append(Grid(stack, numbers, rows))
+        made.append(LayerGrid(stack, numbers, rows))
     return made
 
 
-def placed(values: Mapping[str, float | None]) -> dict[Place, float | None]:
-    """Figures by block and module, from figures by weight; of several experts the mean."""
+def place_figures(values: Mapping[str, float | None]) -> dict[Place, float | None]:
+    """Return figures by block and module, from figures by weight. Of several experts it is the mean."""
     together: dict[Place, list[float]] = {}
     for name, value in values.items():
         if (where := place(name)) is not None:

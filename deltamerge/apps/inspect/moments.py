@@ -23,7 +23,7 @@ BINS = 1 << 15
 
 
 def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64]:
-    """(blocks, 8) of Δ: Σ Δ, Σ |Δ|, Σ Δ², Σ Δ³, Σ Δ⁴, the number of zeros, max |Δ|; and Σ W² of the base."""
+    """Return (blocks, 8) of Δ: Σ Δ, Σ |Δ|, Σ Δ², Σ Δ³, Σ Δ⁴, the number of zeros, max |Δ|, and Σ W² of the base."""
     x = densify(delta, tile.size).to(torch.float64)
     square, w = x * x, base.to(torch.float64)
     summed = (x, x.abs(), square, square * x, square * square, (x == 0).to(torch.float64))
@@ -33,7 +33,7 @@ def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moments:
+class DeltaMoments:
     """Sums over the entries of one or more deltas; `bins` are high 16 bits of |Δ|, `counts` their frequencies."""
 
     count: int
@@ -72,24 +72,24 @@ class Moments:
 
     @property
     def relative_norm(self) -> float | None:
-        """‖Δ‖ / ‖W‖; None where the base is zero."""
+        """Return ‖Δ‖ / ‖W‖. None where the base is zero."""
         return math.sqrt(self.square / self.base_square) if self.base_square else None
 
     @property
     def magnitudes(self) -> NDArray[np.float64]:
-        """The middle of each bin; 0 for the bin of zero, and none above the largest magnitude."""
+        """Return the middle of each bin. 0 for the bin of zero, and none above the largest magnitude."""
         middle = ((self.bins << 16) | 0x8000).astype(np.uint32).view(np.float32).astype(np.float64)
         return np.minimum(np.where(self.bins == 0, 0.0, middle), self.largest)
 
     def quantile(self, share: float) -> float:
-        """The smallest magnitude that at least `share` of the entries do not exceed."""
+        """Return the smallest magnitude that at least `share` of the entries do not exceed."""
         if not self.count:
             return 0.0
         index = int(np.searchsorted(np.cumsum(self.counts), math.ceil(share * self.count)))
         return float(self.magnitudes[min(index, len(self.bins) - 1)])
 
     def kept_energy(self, density: float) -> float:
-        """The share of Σ Δ² in the round(density · n) largest magnitudes."""
+        """Return the share of Σ Δ² in the round(density · n) largest magnitudes."""
         energy = self.magnitudes**2
         left = round(density * self.count) - (np.cumsum(self.counts[::-1]) - self.counts[::-1])
         kept = np.clip(left, 0, self.counts[::-1])
@@ -115,19 +115,19 @@ class Moments:
         return 0.0
 
 
-SUMS = tuple(f.name for f in fields(Moments) if f.name not in ("count", "largest", "bins", "counts"))
+SUMS = tuple(f.name for f in fields(DeltaMoments) if f.name not in ("count", "largest", "bins", "counts"))
 
 
-def join_moments(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> Moments:
-    """The moments of one tensor of `size` entries from `moments` of its blocks and its `high_histogram`."""
+def join_moments(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> DeltaMoments:
+    """Return the moments of one tensor of `size` entries from `moments` of its blocks and its `high_histogram`."""
     total, absolute, square, cube, fourth, zeros, _, base = (math.fsum(column) for column in partials.T)
     largest = float(partials[:, 6].max(initial=0.0))
     bins = np.flatnonzero(counts)
-    return Moments(size, total, absolute, square, cube, fourth, zeros, largest, base, bins, counts[bins])
+    return DeltaMoments(size, total, absolute, square, cube, fourth, zeros, largest, base, bins, counts[bins])
 
 
-def together(some: Iterable[Moments]) -> Moments:
-    """The moments of all entries of several deltas."""
+def together(some: Iterable[DeltaMoments]) -> DeltaMoments:
+    """Return the moments of all entries of several deltas."""
     parts = list(some)
     counts = np.zeros(BINS, np.int64)
     for part in parts:
@@ -135,4 +135,4 @@ def together(some: Iterable[Moments]) -> Moments:
     bins = np.flatnonzero(counts)
     sums = {name: math.fsum(getattr(part, name) for part in parts) for name in SUMS}
     largest = max((part.largest for part in parts), default=0.0)
-    return Moments(sum(part.count for part in parts), largest=largest, bins=bins, counts=counts[bins], **sums)
+    return DeltaMoments(sum(part.count for part in parts), largest=largest, bins=bins, counts=counts[bins], **sums)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from deltamerge.apps.inspect.activations import Activations, Figures
-from deltamerge.apps.inspect.moments import Moments, join_moments, moments, together
+from deltamerge.apps.inspect.moments import DeltaMoments, join_moments, moments, together
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
@@ -90,7 +90,7 @@ class Pair:
 
     @property
     def kind(self) -> Kind:
-        """The kind of the tensor, told by its name and shape."""
+        """Return the kind of the tensor, told by its name and shape."""
         if re.search(TASK_HEAD, self.name):
             return "head"
         if len(self.base.shape) < 2:
@@ -101,12 +101,12 @@ class Pair:
 
     @property
     def layer(self) -> str:
-        """The layer that the tensor is in, or "outside"."""
+        """Return the layer that the tensor is in, or "outside"."""
         return block_name(self.name) or OUTSIDE
 
 
 def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The recipe of one fine-tune, named by the last part of its path, and its base; `more` are further keys.
+    """Return the recipe of one fine-tune, named by the last part of its path, and its base. `more` are further keys.
 
     InputError: they are the same model.
     """
@@ -122,8 +122,7 @@ def parse(recipe: Mapping[str, Any]) -> Recipe:
 
 
 def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
-    """The tensors that have a delta, and the names of floating tensors that the base lacks. InputError:
-    shapes differ."""
+    """Return the tensors that have a delta, and the floating tensors that the base lacks. InputError: shapes differ."""
     base, (tune,) = inputs.base, inputs.tunes
     assert base is not None
     pairs, lacking = [], []
@@ -148,8 +147,7 @@ def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
 
 
 def _rows(tensor: TensorInfo, count: int) -> TensorInfo:
-    size = tensor.nbytes // tensor.shape[0] * count
-    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=size)
+    return tensor.part(0, (count, *tensor.shape[1:]))
 
 
 def measure_deltas(
@@ -158,8 +156,8 @@ def measure_deltas(
     device: str = "cpu",
     workers: int = 1,
     tile_elements: int | None = None,
-) -> dict[str, Moments]:
-    """The moments of every pair's delta, by name, from one pass over both files.
+) -> dict[str, DeltaMoments]:
+    """Return the moments of every pair's delta, by name, from one pass over both files.
 
         pairs           the tensors
         device          "cpu" or a GPU
@@ -173,8 +171,9 @@ def measure_deltas(
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
         for pair in odd:
-            models = (pair.base, pair.tune)
-            rest.append(replace(pair, base=finite(pair.base, models), tune=finite(pair.tune, models)))
+            models = (pair.base.tensor, pair.tune.tensor)
+            base, tune = (replace(one, tensor=finite(one.tensor, models)) for one in (pair.base, pair.tune))
+            rest.append(replace(pair, base=base, tune=tune))
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
     for name, one in found.items():
         if not _is_finite(one):
@@ -182,13 +181,13 @@ def measure_deltas(
     return found
 
 
-def _is_finite(moments: Moments) -> bool:
+def _is_finite(moments: DeltaMoments) -> bool:
     return math.isfinite(moments.square + moments.base_square)
 
 
 def _moments(
     pairs: Sequence[Pair], device: str, workers: int, tile_elements: int | None, told: Callable[[int], None]
-) -> dict[str, Moments]:
+) -> dict[str, DeltaMoments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
@@ -210,8 +209,8 @@ def _root(graph: Graph, pair: Pair) -> Node:
     )
 
 
-def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
-    """The fields of `Statistics` of several tensors together; `whole` is Σ Δ² of the whole delta."""
+def statistics(parts: Sequence[DeltaMoments], whole: float) -> dict[str, Any]:
+    """Return the fields of `Statistics` of several tensors together. `whole` is Σ Δ² of the whole delta."""
     m = parts[0] if len(parts) == 1 else together(parts)
     return {
         "count": m.count,
@@ -229,21 +228,21 @@ def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
     }
 
 
-def kept_energy(parts: Sequence[Moments], density: float) -> float:
-    """The share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
+def kept_energy(parts: Sequence[DeltaMoments], density: float) -> float:
+    """Return the share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
     whole = math.fsum(part.square for part in parts)
     return math.fsum(part.square * part.kept_energy(density) for part in parts) / whole if whole else 0.0
 
 
 def report(
-    inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, Moments], **more: Any
+    inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, DeltaMoments], **more: Any
 ) -> Report:
-    """The report on what `measure` found."""
+    """Return the report on what `measure` found."""
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 
-    def grouped(key: Callable[[Pair], str]) -> dict[str, Statistics]:
-        groups: dict[str, list[Moments]] = {}
+    def group_by(key: Callable[[Pair], str]) -> dict[str, Statistics]:
+        groups: dict[str, list[DeltaMoments]] = {}
         for pair in pairs:
             groups.setdefault(key(pair), []).append(found[pair.name])
         return {name: Statistics(**statistics(parts, whole)) for name, parts in groups.items()}
@@ -252,8 +251,8 @@ def report(
         model=inputs.tunes[0].name,
         base=inputs.base.name,
         total=Statistics(**statistics(list(found.values()), whole)),
-        kinds=grouped(lambda pair: pair.kind),
-        layers=grouped(lambda pair: pair.layer),
+        kinds=group_by(lambda pair: pair.kind),
+        layers=group_by(lambda pair: pair.layer),
         tensors=[
             TensorStatistics(
                 name=pair.name,

@@ -53,7 +53,7 @@ class Conflict(Figures):
 
 
 def signs(*deltas: Any, tile: Tile) -> NDArray[np.int64]:
-    """Of each pair i < j the entries of a tile that both change, and those that they change in opposite ways."""
+    """Return, for each pair i < j, how many entries of a tile both change, and how many in opposite ways."""
     ways = [torch.sign(densify(delta, tile.size)) for delta in deltas]
     found = []
     for i, j in _different(len(ways)):
@@ -63,7 +63,7 @@ def signs(*deltas: Any, tile: Tile) -> NDArray[np.int64]:
 
 
 def overlaps_needs(*, form: Form, transposed: bool = False) -> tuple[int, float]:
-    """A delta is held, twice while its directions are found."""
+    """Return the memory of `overlaps`: a delta, and twice its size while its directions are found."""
     _, rows, columns = form
     small = min(rows, columns)
     return 16 * rows * columns + 24 * small**2, 2.0 * form[0] * rows * columns * small
@@ -71,8 +71,10 @@ def overlaps_needs(*, form: Form, transposed: bool = False) -> tuple[int, float]
 
 @traits(needs=overlaps_needs)
 def overlaps(*deltas: Whole, form: Form, transposed: bool = False) -> Floats:
-    """Of each pair i < j the sum over a tensor's matrices of both overlaps, of what random subspaces would have, and
-    the number of overlaps: float64 (pairs, 3)."""
+    """Return, for each pair i < j, sums over a tensor's matrices: float64 (pairs, 3).
+
+    They are of both overlaps, of the overlaps of random subspaces, and of the number of overlaps.
+    """
     count, rows, columns = form
     k = max(1, min(DIRECTIONS, min(rows, columns) // 4))
     found = np.zeros((len(_different(len(deltas))), 3))
@@ -93,7 +95,7 @@ def overlaps(*deltas: Whole, form: Form, transposed: bool = False) -> Floats:
 
 
 def _unit(vectors: Any) -> Floats:
-    """Columns of length 1, of columns that are apart by right angles; those of length 0 are left out."""
+    """Scale orthogonal columns to length 1. Columns of length 0 are left out."""
     wide = np.asarray(vectors, np.float64)
     lengths = np.linalg.norm(wide, axis=0)
     return np.asarray(wide[:, lengths > 0] / lengths[lengths > 0])
@@ -104,12 +106,12 @@ def _different(count: int) -> list[tuple[int, int]]:
 
 
 def measured(*found: Any) -> tuple[Any, ...]:
-    """What a tensor's reductions find: signs, Gram matrices and, of matrices, overlaps."""
+    """Return the results of a tensor's reductions: signs, Gram matrices and, of matrices, overlaps."""
     return found
 
 
 def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict:
-    """The conflict of the deltas in the nodes of a merge by `iso_c`, by tensor."""
+    """Return the conflict of the deltas in the nodes of a merge by `iso_c`, by tensor."""
     graph, wanted, count, size = Graph(), {}, 0, 0
     for name, root in roots.items():
         base, deltas, form = _parts(root)
@@ -129,7 +131,7 @@ def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict
 
 
 def _parts(root: Node) -> tuple[Node, list[Node], Form | None]:
-    """The base, the deltas, and the form of the matrices of a tensor that iso_c merges; None: it is no matrix."""
+    """Return the base, the deltas, and the matrix form of a tensor that iso_c merges. None: it is no matrix."""
     mean = f"{task_arithmetic.__module__}:{task_arithmetic.__qualname__}"
     nodes = depth_first(root)
     whole = next((node for node in nodes if node.kind == "whole"), None)
@@ -165,7 +167,7 @@ def _conflict(count: int, counts: list[Any], grams: list[Floats], shared: list[F
 
 
 def _square(count: int, of_pairs: list[Any], own: float) -> list[list[Any]]:
-    """A symmetric matrix of what pairs have, with `own` on its diagonal."""
+    """Return a symmetric matrix from values of pairs, with `own` on its diagonal."""
     made = [[own] * count for _ in range(count)]
     for (i, j), value in zip(_different(count), of_pairs, strict=True):
         made[i][j] = made[j][i] = value

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from deltamerge import errors
+from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation, seen_from
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.models.chain.models import open_model
 from deltamerge.models.decode import decoded
 from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.prune import Pruning
 from deltamerge.tensors.dtypes import TORCH_NAMES
-
-if TYPE_CHECKING:
-    from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
 HEAD = """\
 # deltamerge check {name}    the headers of every model, no weights read
@@ -75,7 +73,7 @@ def first_recipe(
     advice: Sequence[Recommendation] = (),
     pickles: bool = False,
 ) -> str:
-    """The text of a recipe that merges `models` on `base`. InputError: a model that cannot be opened.
+    """Return the text of a recipe that merges `models` on `base`. InputError: a model cannot be opened.
 
         base          folder or hub id
         models        folders or hub ids
@@ -96,21 +94,21 @@ def first_recipe(
     first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
     text = HEAD.format(name=path.name, base=first)
     if advice:
-        text += ADVISED + "".join(_advised(model, one) for model, one in zip(named, advice, strict=True))
-        if calibration and any(_chosen(one).needs_calibration for one in advice):
+        text += ADVISED + "".join(_advice_lines(model, one) for model, one in zip(named, advice, strict=True))
+        if calibration and any(_choice(one).needs_calibration for one in advice):
             rows = {**calibration, "data": seen_from(path.parent, str(calibration["data"]))}
             text += CALIBRATION.format(rows=_flow(rows))
     elif len(models) == 1:
-        text += ONE.format(model=named[0]) + _pruned(density)
+        text += ONE.format(model=named[0]) + _prune_lines(density)
     elif q_decides(Pruning("none"), density):  # of ties
-        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _pruned(density)
+        text += ADVISED + "".join(WEIGHTED.format(model=model) for model in named) + _prune_lines(density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
     return text + TAIL.format(dtype=TORCH_NAMES[dtype]) + ("pickles: true\n" if pickles else "")
 
 
-def _pruned(density: float) -> str:
-    """The lines of what keeps most at a density without rows, and in comments with them."""
+def _prune_lines(density: float) -> str:
+    """Return the lines of the pruning that keeps most without rows, and in comments the one with rows."""
     plain, calibrated = choose(density, rows=False), choose(density, rows=True)
     return PRUNED.format(
         plain=_flow(plain.prune),
@@ -120,12 +118,12 @@ def _pruned(density: float) -> str:
     )
 
 
-def _chosen(advice: Recommendation) -> PruneCandidate:
+def _choice(advice: Recommendation) -> PruneCandidate:
     return next(one for one in advice.candidates if one.name == advice.method)
 
 
-def _advised(model: str, advice: Recommendation) -> str:
-    """A model of the recipe with its pruning, and above it the measurements of every candidate."""
+def _advice_lines(model: str, advice: Recommendation) -> str:
+    """Return a model of the recipe with its pruning, and above it the measurements of every candidate."""
     lines = [f"{advice.method}, by `deltamerge recommend`:", *advice.why, ""]
     rows = [f"{'':24}{'loses':>8}{'layer':>9}{'q':>9}"]
     for one in advice.candidates:
@@ -138,33 +136,24 @@ def _advised(model: str, advice: Recommendation) -> str:
         "loses: of the fine-tune's effect on held-out outputs; layer: relative error of a layer's output",
     ]
     comment = "".join(f"    # {line}".rstrip() + "\n" for line in lines)
-    prune = _flow(_chosen(advice).prune)
+    prune = _flow(_choice(advice).prune)
     return f"  - model: {model}\n    parameters: {{weight: 1.0}}\n{comment}    prune: {prune}\n"
 
 
 def _flow(value: Mapping[str, Any]) -> str:
-    """A mapping on one line of YAML."""
+    """Return a mapping on one line of YAML."""
     return yaml.safe_dump(
         dict(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
     ).strip()
 
 
-def seen_from(folder: Path, reference: str) -> str:
-    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
-    expanded = Path(reference).expanduser()
-    if not expanded.exists() or expanded.is_absolute():
-        return reference
-    relative = os.path.relpath(expanded, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
-
-
 def _scalar(text: str) -> str:
-    """`text` as a YAML scalar, quoted where necessary."""
+    """Return `text` as a YAML scalar, quoted where necessary."""
     return yaml.safe_dump(text, width=10**6, allow_unicode=text.isprintable()).removesuffix("\n...\n").strip()
 
 
 def check_new(path: Path) -> None:
-    """OutputError: a file exists at `path`."""
+    """Refuse a path where a file exists."""
     if os.path.lexists(path):
         raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
 

@@ -23,10 +23,9 @@ from pydantic import Field
 from deltamerge.apps.inspect.activations import Figures
 from deltamerge.apps.inspect.statistics import parse
 from deltamerge.apps.recommend.conflict import Conflict, measure
-from deltamerge.apps.recommend.first_recipe import seen_from
-from deltamerge.apps.recommend.prune import commented
+from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.judge import Judge
+from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.apps.search.tasks import AGREEMENT, DISTANCE, SAME
 from deltamerge.calibrate.rows.rows import has_head, task_of
@@ -65,7 +64,7 @@ class Way:
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a run of its recipe takes calibration rows."""
+        """Return whether a run of its recipe takes calibration rows."""
         return self.fitted is not None or MERGE[self.method].rows is not None
 
 
@@ -83,7 +82,7 @@ WAYS = (
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
-class Tried(Figures):
+class MergeTrial(Figures):
     """One λ of a method, on the rows that are searched on."""
 
     factor: float = Field(description="λ")
@@ -107,7 +106,7 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
-    tried: list[Tried] = Field(description="The λ that were tried.")
+    tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
 
@@ -136,7 +135,9 @@ def recommend_merge(
     out: Path | None = None,
     options: Options | None = None,
 ) -> MergeAdvice:
-    """The recommended merge of `models` over `base`, and its recipe, which is written to `out`, a new file, if given.
+    """Return the recommended merge of `models` over `base`, with its recipe.
+
+    It is written to `out`, a new file, if given.
 
         models, base   folders or hub ids
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
@@ -148,18 +149,18 @@ def recommend_merge(
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     options = options or Options()
-    setting = _Setting(tuple(models), base, _spread(calibration, models), options.pickles)
+    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
     found, way, factor = _Adviser(setting, options).advice(fit=fit)
     folder = Path.cwd() if out is None else out.resolve().parent
     recipe = setting.recipe(way, factor, seen=lambda one: seen_from(folder, one))
     head = [f"{found.method}, by `deltamerge recommend`:", *found.why]
-    answer = found.model_copy(update={"recipe": commented(head, recipe)})
+    answer = found.model_copy(update={"recipe": with_comment(head, recipe)})
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
 
 
-def _spread(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     if len(calibration) not in (0, 1, len(models)):
         hint = "give one for all models, or one for each in their order"
         raise UsageError(f"--calibration: {len(calibration)} files for {len(models)} models", hint=hint)
@@ -186,14 +187,14 @@ class _Setting:
 
     @cached_property
     def names(self) -> list[str]:
-        """The last part of every model's path, with its number where that is not its own."""
+        """Return the last part of every model's path, with its number where that is not its own."""
         last = [one.rstrip("/").rpartition("/")[2] or one for one in self.models]
         return [one if last.count(one) == 1 else f"{one}-{i}" for i, one in enumerate(last, 1)]
 
     def recipe(
         self, way: Way, factor: float, *, judged: bool = False, seen: Callable[[str], str] = str
     ) -> dict[str, Any]:
-        """The recipe of a way at a λ; `judged`: with the rows of every model, whether it needs them or not."""
+        """Return the recipe of a way at a λ. `judged`: with the rows of every model, whether it needs them or not."""
         known, models = MERGE[way.method].parameters, []
         for i, (model, name) in enumerate(zip(self.models, self.names, strict=True)):
             one: dict[str, Any] = {"model": seen(model), "name": name}
@@ -222,7 +223,7 @@ class _Adviser:
         self.passes = 0
 
     def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
-        """The advice without its recipe, and what that is of."""
+        """Return the advice without its recipe, and the input of the recipe."""
         start, planning = self._recipe(ISO_C, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
@@ -232,8 +233,8 @@ class _Adviser:
         search: dict[str, int] = {}
         held: dict[str, int] = {}
         if self.setting.rows:
-            with closing(Judge(self.candidates, start, STUDY, self._goals(start))) as judge:
-                found = self._judged(judge, FITTED if fit else ())
+            with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start))) as judge:
+                found = self._judge(judge, FITTED if fit else ())
                 search, held = judge.rows("search"), judge.rows("held")
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
         if found and not judged:
@@ -262,7 +263,7 @@ class _Adviser:
         return parse(self.setting.recipe(way, factor, judged=True))
 
     def _goals(self, start: Recipe) -> list[Goal]:
-        """The distance from every fine-tune, and the answers of those that have a head."""
+        """Return the goals: distance from every fine-tune, and the answers of models that have a head."""
         goals = [Goal.model_validate({"measure": AGREEMENT})]
         for tune in self.candidates.inputs(start).tunes:
             config = tune.checkpoint.config
@@ -272,8 +273,8 @@ class _Adviser:
                 goals.append(Goal.model_validate({"measure": SAME, "of": tune.name}))
         return goals
 
-    def _judged(self, judge: Judge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
-        """Every way at its best λ, on held-out rows."""
+    def _judge(self, judge: StudyJudge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
+        """Return every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
             for way in (*WAYS, *fitted):
@@ -292,8 +293,8 @@ class _Adviser:
             found[way] = found[way].model_copy(update=worth | {"agreement": same})
         return found
 
-    def _best(self, judge: Judge, way: Way, first: float, steps: int) -> MergeCandidate:
-        """A way at the λ that loses least on the rows that are searched on, or why it cannot be judged."""
+    def _best(self, judge: StudyJudge, way: Way, first: float, steps: int) -> MergeCandidate:
+        """Return a way at the λ that loses least on the search rows, or the reason why it cannot be judged."""
         tried: dict[float, float] = {}
         error = None
         try:
@@ -317,11 +318,11 @@ class _Adviser:
             lost_mean=None,
             lost_worst=None,
             agreement={},
-            tried=[Tried(factor=one, lost=tried[one]) for one in sorted(tried)],
+            tried=[MergeTrial(factor=one, lost=tried[one]) for one in sorted(tried)],
             error=error,
         )
 
-    def _lost(self, judge: Judge, way: Way, factors: Sequence[float]) -> dict[float, float]:
+    def _lost(self, judge: StudyJudge, way: Way, factors: Sequence[float]) -> dict[float, float]:
         rounded = [float(f"{factor:.3g}") for factor in factors]
         made = [self.candidates.of(self._recipe(way, factor)) for factor in rounded]
         scores = judge.scores(made, "search")
@@ -333,7 +334,7 @@ class _Adviser:
 
 
 def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
-    """What the angles of `count` deltas say, and whether they are of language models, which share their heads."""
+    """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
     said = f"the deltas' mean cosine is {conflict.cosine_mean:.2g}"
     if conflict.cosine_mean >= ALIKE:
         return (
@@ -358,7 +359,7 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
-    """The way that loses least on held-out rows."""
+    """Return the way that loses least on held-out rows."""
     lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
     way = min(lost, key=lambda one: lost[one])
     best = judged[way]

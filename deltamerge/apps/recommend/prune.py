@@ -8,22 +8,35 @@ divided by the base's.
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field
 
 from deltamerge.apps.inspect.activations import Figures, activations
-from deltamerge.apps.inspect.moments import Moments, together
-from deltamerge.apps.inspect.statistics import Pair
+from deltamerge.apps.inspect.moments import DeltaMoments, together
+from deltamerge.apps.inspect.statistics import Pair, pair_recipe, pairs_of
+from deltamerge.apps.inspect.study import measure, open_pair, specs_of
+from deltamerge.calibrate.rows.rows import has_head, metric_of
+from deltamerge.engine.execute import shared_values
+from deltamerge.errors import OutputError
+from deltamerge.files.atomic import replace_file
+from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
+from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.schema import Calibration
+from deltamerge.run.options import choose_device
+from deltamerge.tensors.graph import Graph
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.evidence import MaskLoss, Measured
+    from deltamerge.apps.inspect.evidence import MaskEvidence, MaskLoss
 
 # ‖Δ‖/‖W‖ · sqrt(p/d): the noise of DARE beside the weights. Real fine-tunes are within 3 points of the unpruned up to
 # 0.5 (three measured at density 0.05 and above, one at 0.01) and lose 15 and more at 0.8 to 1.
@@ -117,14 +130,69 @@ class Question:
 
 
 def prunes(density: float) -> list[dict[str, Any]]:
-    """The prunings whose masks are measured, in the order of MASKS."""
+    """Return the prunings whose masks are measured, in the order of MASKS."""
     return [{**mask, "density": density, "q": "output_change"} for mask in MASKS.values()]
 
 
-def recommend(
-    question: Question, pairs: Sequence[Pair], found: Mapping[str, Moments], measured: Measured | None
+def recommend_prune(
+    model: str,
+    base: str,
+    density: float,
+    *,
+    calibration: dict[str, Any] | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    pickles: bool = False,
 ) -> Recommendation:
-    """The candidates, their predicted errors, and the recommendation; `written` adds the recipe."""
+    """Return the recommended pruning at `density`, with its recipe. It is written to `out`, a new file, if given.
+
+    The other arguments are those of `inspect`. A `label` in `calibration` asks for the metric of the held-out rows.
+    OutputError: `out` exists, or cannot be written.
+    """
+    if out is not None and os.path.lexists(out):
+        raise OutputError(f"{out}: exists", hint="choose another name with --out")
+    inputs = open_pair(model, base, pickles=pickles)
+    differing = list(remarks_on_configs(inputs, refuse=True))
+    pairs, _ = pairs_of(inputs)
+    config = inputs.tunes[0].checkpoint.config
+    device = choose_device(device)
+    labelled = calibration is not None and "label" in calibration
+    if calibration is not None and labelled:
+        calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
+    found = measure(pairs, device, workers)
+    measured = None
+    if calibration is not None:
+        specs = specs_of(pairs, model, base, calibration, prunes(density), device, pickles)
+        from deltamerge.apps.inspect.evidence import measure_influence as measure_on_data
+
+        node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
+        measured = shared_values([node], {})[node]
+    decoder = has_head(config, "causal-lm")
+    question = Question(inputs.tunes[0].name, base, density, decoder, labelled)
+    answer = advise(question, pairs, found, measured)
+    warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *differing]
+    answer = answer.model_copy(update={"warnings": warnings})
+    folder = Path.cwd() if out is None else out.resolve().parent
+    chosen = next(one for one in answer.candidates if one.name == answer.method)
+    more: dict[str, Any] = {}
+    if chosen.needs_calibration and calibration is not None:
+        more["calibration"] = calibration | {"data": seen_from(folder, calibration["data"])}
+    if any(pair.cut for pair in pairs):
+        more["tokenizer_source"] = seen_from(folder, model)
+    if pickles:
+        more["pickles"] = True
+    recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
+    answer = with_recipe(answer, recipe)
+    if out is not None:
+        replace_file(out, answer.recipe, new=True)
+    return answer
+
+
+def advise(
+    question: Question, pairs: Sequence[Pair], found: Mapping[str, DeltaMoments], measured: MaskEvidence | None
+) -> Recommendation:
+    """Return the candidates, their predicted errors, and the recommendation. `written` adds the recipe."""
     pruned = {pair.name: pair for pair in pairs if pair.kind != "head"}
     evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
     candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
@@ -143,7 +211,7 @@ def recommend(
     )
 
 
-def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: Measured | None) -> Evidence:
+def _evidence(density: float, parts: Sequence[tuple[Pair, DeltaMoments]], measured: MaskEvidence | None) -> Evidence:
     linear = [m for pair, m in parts if pair.kind == "linear"] or [m for _, m in parts]
     whole, relative = together(m for _, m in parts), together(linear).relative_norm
     noise = None if relative is None else relative * math.sqrt((1 - density) / density)
@@ -176,8 +244,8 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: M
     )
 
 
-def _candidates(density: float, parts: Sequence[Moments], measured: Measured | None) -> list[PruneCandidate]:
-    """Every mask, both plain and with a calibrated q.
+def _candidates(density: float, parts: Sequence[DeltaMoments], measured: MaskEvidence | None) -> list[PruneCandidate]:
+    """Return every mask, both plain and with a calibrated q.
 
     From the delta alone the error of DARE is p/d, of importance sampling v = Σ Δ²(1/π − 1)/Σ Δ², of magnitude the
     energy that it drops. At the best q an unbiased mask's v becomes v/(1 + v).
@@ -207,13 +275,13 @@ def _candidates(density: float, parts: Sequence[Moments], measured: Measured | N
                     prune=prune | ({"q": "output_change"} if calibrated else {}),
                     needs_calibration=calibrated or mask == "wanda",
                     delta_error=alone[mask][calibrated],
-                    **_measured(loss, measured, calibrated),
+                    **_losses(loss, measured, calibrated),
                 )
             )
     return made
 
 
-def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool) -> dict[str, float | None]:
+def _losses(loss: MaskLoss | None, measured: MaskEvidence | None, calibrated: bool) -> dict[str, float | None]:
     if loss is None or measured is None:
         return dict.fromkeys(("layer_error", "lost", "metric", "q"))
     way = "calibrated" if calibrated else "plain"
@@ -226,7 +294,7 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
 
 
 def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: float) -> tuple[str, list[str]]:
-    """The simplest method whose predicted loss is small, else the method with the smallest."""
+    """Return the simplest method whose predicted loss is small, else the method with the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     if not lost:
         return _without_rows(evidence, density)
@@ -239,11 +307,11 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: fl
             ]
     why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, "
            f"plain DARE {lost['dare']:.1%}, DAREx-q {lost['darex_q']:.1%}"]  # fmt: skip
-    return best, _warned(why, lost[best])
+    return best, _add_warnings(why, lost[best])
 
 
 def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
-    """What `recipe.advice` chooses, and what the size of the delta says of it."""
+    """Return the choice of `recipe.advice`, and a remark on the size of the delta."""
     choice = choose(density, rows=False)
     method = next(name for name, keys in MASKS.items() if {**keys, "density": density} == choice.prune)
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
@@ -258,7 +326,7 @@ def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
     return method, why
 
 
-def _warned(why: list[str], lost: float) -> list[str]:
+def _add_warnings(why: list[str], lost: float) -> list[str]:
     if lost > 0.6:
         why.append("that is most of the effect: consider a larger density")
     if lost > 0.3:
@@ -270,7 +338,7 @@ def _warned(why: list[str], lost: float) -> list[str]:
 
 
 def paper(question: Question, evidence: Evidence) -> Paper:
-    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
+    """Return the answer of the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3)."""
     tuning = "; if you can fine-tune again, AdamR-L2 and then DAREx-q"
     if evidence.large:
         prune: dict[str, Any] = {"method": "wanda", "density": question.density}
@@ -283,16 +351,25 @@ def paper(question: Question, evidence: Evidence) -> Paper:
     return Paper(method="darex_q", prune=prune, why=why)
 
 
-def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
-    """The recommendation with its recipe as YAML, named for what it was recommended for."""
+def with_recipe(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
+    """Return the recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
-    return answer.model_copy(update={"recipe": commented(head, recipe)})
+    return answer.model_copy(update={"recipe": with_comment(head, recipe)})
 
 
-def commented(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
-    """A recipe as YAML below a comment, a paragraph for each line of `head`."""
+def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML below a comment, a paragraph for each line of `head`."""
     wrapper = textwrap.TextWrapper(
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
     text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
     return text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)
+
+
+def seen_from(folder: Path, reference: str) -> str:
+    """Return a local reference as a recipe in `folder` writes it. Absolute paths and hub ids are unchanged."""
+    expanded = Path(reference).expanduser()
+    if not expanded.exists() or expanded.is_absolute():
+        return reference
+    relative = os.path.relpath(expanded, folder)
+    return relative if relative.startswith("..") else f"./{relative}"

@@ -17,15 +17,27 @@ from deltamerge.apps.inspect.layers import (
     VECTORS,
     Place,
     grids,
-    grouped,
+    group_tensors,
     matrices,
     module_of,
     place,
-    placed,
+    place_figures,
     stacks,
 )
-from deltamerge.apps.report.style import document
-from deltamerge.apps.report.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
+from deltamerge.apps.report.svg import (
+    Markup,
+    Point,
+    bars,
+    columns,
+    curve,
+    document,
+    element,
+    figure,
+    heat,
+    pairs,
+    scatter,
+    text,
+)
 from deltamerge.errors import OutputError, context
 from deltamerge.files.atomic import refuse_taken, replace_file
 
@@ -40,7 +52,7 @@ FLAT = 0.05  # share of the largest figure that figures of a heat map must diffe
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """OutputError: `path` is no .html file, exists and must not be replaced, or its folder is missing."""
+    """Refuse a `path` that is no .html file, exists and must not be replaced, or whose folder is missing."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: a report is a page", hint="name a .html file")
     if os.path.lexists(path) and not force:
@@ -58,7 +70,7 @@ def write(found: Report, path: Path, *, force: bool = False) -> None:
 
 
 def page(found: Report) -> str:
-    """The page; the same bytes for the same report."""
+    """Return the page. The same report gives the same bytes."""
     blocks = [_words(f"on {found.base}"), element("p", text(conclusion(found)), class_="conclusion")]
     blocks += [element("p", text(f"Warning: {warning}."), class_="warning") for warning in found.warnings]
     blocks.append(_tiles(found))
@@ -74,7 +86,7 @@ def page(found: Report) -> str:
 
 
 def conclusion(found: Report) -> str:
-    """What the figures say, in two sentences."""
+    """Return the meaning of the figures, in two sentences."""
     total = found.total
     if not total.norm:
         return f"{found.model} is its base: no entry differs. There is nothing to prune or to merge."
@@ -121,10 +133,10 @@ def _tiles(found: Report) -> Markup:
         "unchanged": f"{total.unchanged:.1%}",
         "kurtosis (normal: 3)": figure(total.kurtosis),
     }
-    return _shown(tiles)
+    return _tile_cards(tiles)
 
 
-def _shown(tiles: Mapping[str, str]) -> Markup:
+def _tile_cards(tiles: Mapping[str, str]) -> Markup:
     cards = (element("div", element("b", text(value)), text(name), class_="card") for name, value in tiles.items())
     return element("div", *cards, class_="tiles")
 
@@ -166,16 +178,18 @@ def _by_module(found: Report) -> Markup:
 
 
 def _modules_of(found: Report) -> list[tuple[str, TensorGroup]]:
-    """The modules, each over all layers, by share of energy."""
-    groups = grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
+    """Return the modules, each over all layers, by share of energy."""
+    groups = group_tensors(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
 
 
 def heat_maps(
     name: str, cells: Mapping[Place, float | None], form: str = ".3g"
 ) -> Iterator[tuple[str, Markup, tuple[str, str]]]:
-    """A heat map for each stack, all on one scale: its title, the drawing, and the figures of the faintest and of the
-    full colour; none where all figures are alike."""
+    """Yield a heat map for each stack, all on one scale, or nothing where all figures are alike.
+
+    Each is a title, a drawing, and the figures of the faintest and of the full colour.
+    """
     low, top = extent(cells)
     for grid in () if is_flat(cells) else grids(cells):
         drawn = heat(f"{name} of {grid.stack}", grid.layers, grid.rows, low, top, form=form)
@@ -183,19 +197,19 @@ def heat_maps(
 
 
 def extent(cells: Mapping[Place, float | None]) -> tuple[float, float]:
-    """The least and the largest figure; 0 where there is none."""
+    """Return the least and the largest figure. 0 where there is none."""
     found = [v for v in cells.values() if v is not None and math.isfinite(v)]
     return min(found, default=0.0), max(found, default=0.0)
 
 
 def is_flat(cells: Mapping[Place, float | None]) -> bool:
-    """Whether figures are so much alike that a heat map would show nothing."""
+    """Return whether figures are so much alike that a heat map would show nothing."""
     low, top = extent(cells)
     return top - low <= FLAT * max(abs(top), abs(low))
 
 
 def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
-    """A card for each stack; one with words alone where all figures are alike."""
+    """Return a card for each stack. One with words alone where all figures are alike."""
     if cells and is_flat(cells):
         ends = [figure(v, form) for v in extent(cells)]
         alike = ends[0] if ends[0] == ends[1] else " to ".join(ends)
@@ -238,7 +252,7 @@ def _modules(found: Report) -> list[Markup]:
 
 
 def _key(first: str, second: str) -> Markup:
-    """The legend of two colours."""
+    """Return the legend of two colours."""
     one, two = element("span", element("i"), text(first)), element("span", element("i", class_="second"), text(second))
     return element("div", one, two, class_="key")
 
@@ -265,8 +279,8 @@ def _activations(found: Activations) -> list[Markup]:
             f" at the best q {figure(total.least_squares_error)}."
         ),
         _grid(
-            *_heat("coherence D/A", placed({one.name: one.coherence for one in found.layers})),
-            *_heat("q of least squares", placed({one.name: one.least_squares_q for one in found.layers})),
+            *_heat("coherence D/A", place_figures({one.name: one.coherence for one in found.layers})),
+            *_heat("q of least squares", place_figures({one.name: one.least_squares_q for one in found.layers})),
             wide=True,
         ),
         _heading("Predicted error, measured error, massive activations"),
@@ -295,26 +309,26 @@ def _activations(found: Activations) -> list[Markup]:
 
 
 def measured_errors(rows: Sequence[tuple[str, LayerInfluence]]) -> Markup:
-    """The error of a drawn mask over the expected one, a point for each layer, of DARE and at the best q."""
+    """Return the error of a drawn mask over the expected one, a point for each layer, of DARE and at the best q."""
     dare = [(name, one.dare_error, one.dare_measured) for name, one in rows]
     best = [(name, one.least_squares_error, one.least_squares_measured) for name, one in rows]
     return scatter("measured error over predicted error", "predicted error", "measured error", [dare, best])
 
 
 def _run(found: Run, drawn: Set[str]) -> list[Markup]:
-    """What the lock records about the run that made the model: every search, and the q's of the `drawn` tensors."""
+    """Yield the lock's record of the run that made the model: every search, and the q's of the `drawn` tensors."""
     blocks = []
     for one in found.choices:
         blocks += [_heading(f"How q of {one.model} was chosen"), _words(f"{one.chosen}: {one.why}.")]
         blocks.append(_choice_tiles(one))
         cards = [_card(f"{one.measure(v)} over {v}", *_search(one, v)) for v, _ in one.panels]
         if len(set(one.q.values())) > 1:
-            cards += _heat(f"q{' (mean of rows)' if one.rows else ''}", placed(_only(one.q, drawn)))
+            cards += _heat(f"q{' (mean of rows)' if one.rows else ''}", place_figures(_only(one.q, drawn)))
         blocks.append(_grid(*cards, wide=True))
     if found.densities:
         blocks += [
             _heading("Densities that the budget allowed"),
-            _grid(*_heat("density", placed(_only(found.densities, drawn)), ".2%"), wide=True),
+            _grid(*_heat("density", place_figures(_only(found.densities, drawn)), ".2%"), wide=True),
         ]
     return blocks
 
@@ -327,7 +341,7 @@ def _choice_tiles(one: ChosenQ) -> Markup:
     values = [end for ends in one.rows.values() for end in ends] + [v for n, v in one.q.items() if n not in one.rows]
     low, high = min(values, default=1.0), max(values, default=1.0)
     density = one.density if isinstance(one.density, list) else [one.density]
-    return _shown(
+    return _tile_cards(
         {
             "method": one.method,
             "density": " to ".join(f"{d:.4g}" for d in density),
@@ -340,13 +354,16 @@ def _choice_tiles(one: ChosenQ) -> Markup:
 
 
 def _search(one: ChosenQ, variable: str) -> list[Markup]:
-    """The objective over the searched number, below its legend."""
+    """Return the objective over the searched number, below its legend."""
     keys = [element("span", element("i", class_=kind), text(words)) for kind, words in legend(one, variable).items()]
     return [element("div", *keys, class_="key"), search_curve(one, variable)]
 
 
 def legend(one: ChosenQ, variable: str) -> dict[str, str]:
-    """What a search's points and lines stand for, by their look: chosen, without calibration, families if several."""
+    """Return the meaning of a search's points and lines by their look.
+
+    They are chosen, without calibration, and families if several.
+    """
     series, reference, best = dict(one.panels)[variable], one.reference(variable), one.best(variable)
     words = {} if best is None else {"best": best[2]}
     if reference is not None:
@@ -355,7 +372,7 @@ def legend(one: ChosenQ, variable: str) -> dict[str, str]:
 
 
 def search_curve(one: ChosenQ, variable: str) -> Markup:
-    """The objective over the searched number, with the chosen point and the one without calibration."""
+    """Return the objective over the searched number, with the chosen point and the one without calibration."""
     reference, best = one.reference(variable), one.best(variable)
     return curve(
         f"{one.measure(variable)} over {variable}",
@@ -369,8 +386,8 @@ def search_curve(one: ChosenQ, variable: str) -> Markup:
 
 
 def _table(found: Report) -> Markup:
-    """The drawn figures as numbers."""
-    groups = grouped(found.tensors)
+    """Return the drawn figures as numbers."""
+    groups = group_tensors(found.tensors)
     names = ("layer", "module", "entries", *FIGURES, "changed", "energy")
     rows = [element("tr", *(element("th", text(name)) for name in names))]
     for (layer, module), group in groups.items():

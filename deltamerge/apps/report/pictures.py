@@ -7,15 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
+from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, place_figures
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
-from deltamerge.apps.report.style import STYLE
-from deltamerge.apps.report.svg import Panel, picture, short
+from deltamerge.apps.report.svg import STYLE, Panel, picture, short
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
-from deltamerge.files.own_files import refuse_others, replace_own
+from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import open_inputs
@@ -38,7 +37,7 @@ CAPTIONS = {
 
 
 def drawing(planned: Plan, data: bool) -> Draw:
-    """What draws the pictures of a plan, once its weights are there: `Options.drawing` of a run.
+    """Return the function that draws the pictures of a plan from its weights: `Options.drawing` of a run.
 
     With `data`, if q is calibrated, the calibration rows run through the fine-tune once more. InputError: the recipe
     makes nothing that has a delta.
@@ -68,8 +67,10 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
 
 
 def check_plot(path: Path, of: str = "", *, force: bool = False) -> None:
-    """OutputError: a search of the recipe file named `of` cannot be drawn into a file of that name; or one is there
-    that was not drawn so, or was changed since, and no `force`."""
+    """Refuse a file where a search of the recipe file named `of` cannot be drawn.
+
+    So is a file that was not drawn so, or was changed since. `force` allows it.
+    """
     if path.suffix != ".svg":
         raise OutputError(f"{path}: cannot be drawn", hint="name a .svg file")
     refuse_others(path, of, force=force)
@@ -88,7 +89,7 @@ def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path, of: str = "",
 
 
 def pictures(found: Report) -> dict[str, str]:
-    """The pictures of a report, as SVG by file name: figures by layer and module, searches, activations."""
+    """Return the pictures of a report, as SVG by file name: figures by layer and module, searches, activations."""
     cells = matrices(found)
     named = {**FIGURES, "entries changed": CHANGED}
     heats = [_maps(name, {k: one.of(g) for k, g in cells.items()}, one.form) for name, one in named.items()]
@@ -97,10 +98,10 @@ def pictures(found: Report) -> dict[str, str]:
         names = {tensor.name for tensor in found.tensors if tensor.kind != "vector"}
         for one in found.run.choices:
             q = {name: value for name, value in one.q.items() if name in names}
-            maps = _maps(f"q of {short(one.model)}", placed(q)) if len(set(q.values())) > 1 else []
+            maps = _maps(f"q of {short(one.model)}", place_figures(q)) if len(set(q.values())) > 1 else []
             rows[SEARCH] += [[*_searches(one), *maps]]
     if (seen := found.activations) is not None:
-        panels = _maps("coherence D/A", placed({one.name: one.coherence for one in seen.layers}))
+        panels = _maps("coherence D/A", place_figures({one.name: one.coherence for one in seen.layers}))
         if seen.total.dare_measured is not None:
             chart = measured_errors([(one.name, one) for one in seen.layers])
             words = "blue: DARE, q = density; orange: at the q of least squares"
@@ -115,13 +116,16 @@ def _maps(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> 
 
 
 def _searches(one: ChosenQ) -> list[Panel]:
-    """The searches for q."""
+    """Return the searches for q."""
     title = f"{short(one.model)}: {one.method}, {one.objective}"
     return [Panel(title, "; ".join(legend(one, v).values()), search_curve(one, v)) for v, _ in one.panels]
 
 
 def _activations(spec: Spec) -> Activations:
-    """The figures of the first fine-tune's linear layers on the rows; for a random mask with its measured error."""
+    """Return the figures of the first fine-tune's linear layers on the rows.
+
+    For a random mask with its measured error.
+    """
     from deltamerge.apps.inspect.activations import activations
     from deltamerge.apps.inspect.evidence import influence
 

@@ -1,4 +1,4 @@
-"""Markup for one page: elements with escaped text, and SVG charts that stretch to any width without stretching text.
+"""Markup of pages and charts: elements with escaped text, the style, and SVG that stretches without stretching text.
 
 Charts have no viewBox: horizontal places are percent, vertical ones pixels. Colours are the page's CSS. Every shape has
 its figure in `data-value` and its description in `<title>`. A figure that is None or not finite is a dash.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NewType
@@ -19,27 +19,84 @@ SHOWN = 34
 FAINT = 0.08
 LAYER = "layer"  # the name of the axis that counts blocks
 EXTREME = 1e100  # larger than any figure of a model
+# Told apart on light and dark pages, by people who see few colours too (Okabe and Ito).
+COLOURS = ("#2268c0", "#d9541e", "#009e73", "#b8860b", "#8a3fb0", "#56b4e9", "#c2185b", "#6b6a64")
+DASHES = ("none", "6 3", "2 3")
+Points = Sequence[tuple[float, float]]
+ROW = 18
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fcfcfb; --card: #fff; --ink: #1c1c1a; --quiet: #63625d; --line: #e2e1dc;
+  --one: #2268c0; --two: #d9541e; --on: #fff; --mid: #1c1c1a; }
+@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #1f1f1d; --ink: #f1f0ec; --quiet: #a9a8a1;
+  --line: #383733; --one: #62a5f2; --two: #f08a5c; --on: #10151c; --mid: #10151c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem clamp(.7rem, 3vw, 2.5rem) 3rem; max-width: 90rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
+p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: anywhere; }
+.conclusion { color: var(--ink); font-size: 1.05rem; margin: .8rem 0; max-width: 52rem; }
+.warning { color: var(--two); font-weight: 600; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem;
+  align-items: start; }
+.grid + .grid { margin-top: .9rem; }
+.stack { display: grid; gap: .9rem; min-width: 0; }
+.wide { grid-template-columns: repeat(auto-fit, minmax(max(40%, min(100%, 27rem)), 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
+.tiles .card { padding: .6rem .8rem; color: var(--quiet); font-size: .85rem; }
+.tiles b { display: block; font-size: 1.25rem; font-weight: 600; color: var(--ink); }
+.scale { display: flex; align-items: center; gap: .5rem; font-size: 12px; color: var(--quiet); margin-top: .4rem; }
+.scale i { flex: 0 1 9rem; height: 9px; border-radius: 3px;
+  background: linear-gradient(90deg, color-mix(in srgb, var(--one) 8%, transparent), var(--one)); }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: 13px; color: var(--quiet); margin-bottom: .6rem; }
+.key i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .4rem;
+  background: var(--one); }
+.key i.second { background: var(--two); }
+.key i.best { background: var(--card); border: 2px solid var(--two); }
+.key i.dashed { border-radius: 0; width: 16px; height: 0; margin-bottom: .25rem; background: none;
+  border-top: 2px dashed var(--quiet); }
+svg { display: block; overflow: visible; font-size: 12px; } svg .page { fill: var(--page); }
+svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
+svg .mid { fill: var(--mid); } svg .name, svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
+.bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); }
+.none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }
+svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--two); stroke-width: 2.5px; }
+.join { stroke: var(--quiet); stroke-opacity: .5; stroke-width: 2px; }
+.first { fill: var(--one); } .second { fill: var(--two); } .path { stroke: var(--one); stroke-width: 1.5px; }
+.path.second { stroke: var(--two); } .best { fill: none; stroke: var(--two); stroke-width: 2.5px; }
+svg .reference { stroke: var(--quiet); stroke-width: 1.5px; stroke-dasharray: 5 4; }
+details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
+"""
 
 
 def text(words: str) -> Markup:
-    """`words` escaped for text and attributes; unprintable characters (controls, lone surrogates,
-    direction) become �."""
+    """Escape `words` for text and attributes. Controls, lone surrogates and marks of direction become �."""
     return Markup(html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)))
 
 
 def element(tag: str, *children: Markup, **attributes: str | float) -> Markup:
-    """`<tag …>children</tag>`; the attribute `class_` becomes class, `data_value` data-value."""
+    """Return `<tag …>children</tag>`. The attribute `class_` becomes class, `data_value` data-value."""
     given = "".join(f' {name.rstrip("_").replace("_", "-")}="{text(str(v))}"' for name, v in attributes.items())
     return Markup(f"<{tag}{given}>{''.join(children)}</{tag}>")
 
 
 def short(name: str) -> str:
-    """A name that fits a narrow page: the middle of a long one is left out."""
+    """Shorten a name to fit a narrow page: the middle of a long one is left out."""
     return name if len(name) <= SHOWN else f"{name[:6]}…{name[7 - SHOWN :]}"
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
-    """The value in a format, or a dash."""
+    """Return the value in a format, or a dash."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
@@ -72,7 +129,7 @@ class Axis:
 
     @classmethod
     def log(cls, values: Sequence[float], *, whole: bool = True) -> Axis:
-        """A logarithmic axis for positive values (others are at its start); `whole`: between powers of ten."""
+        """Return a logarithmic axis for positive values; others are at its start. `whole`: between powers of ten."""
         found = [v for v in _finite(*values) if 1 / EXTREME < v < EXTREME] or [1.0]
         low, high = math.log10(min(found)), math.log10(max(found))
         first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
@@ -88,7 +145,7 @@ class Axis:
 
     @classmethod
     def linear(cls, values: Sequence[float]) -> Axis:
-        """A linear axis, with a little room at both ends."""
+        """Return a linear axis, with a little room at both ends."""
         found = [v for v in _finite(*values) if abs(v) < EXTREME] or [0.0]
         low, high = min(found), max(found)
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
@@ -99,7 +156,7 @@ class Axis:
         return cls(low, high, tuple(ticks), False)
 
     def place(self, value: float) -> float:
-        """The place of a value, from 0 to 1."""
+        """Return the place of a value, from 0 to 1."""
         if self.logarithmic:
             value = math.log10(value) if value > 0 else self.low
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
@@ -143,8 +200,10 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
 
 
 def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
-    """Horizontal bars from 0 to the largest, or to `whole`, each below its name and number; `mark` is a
-    tick across it."""
+    """Draw horizontal bars from 0 to the largest, or to `whole`, each below its name and number.
+
+    `mark` is a tick across it.
+    """
     top = whole or max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
     shapes = []
     for i, point in enumerate(points):
@@ -175,7 +234,7 @@ def heat(
     *,
     form: str = ".3g",
 ) -> Markup:
-    """Rows of cells below their names, a cell for each layer.
+    """Draw rows of cells below their names, a cell for each layer.
 
     label   describes the chart
     heads   of the columns
@@ -209,8 +268,10 @@ def heat(
 
 
 def pairs(label: str, name: str, points: Sequence[Point]) -> Markup:
-    """A row for each point, below its name: `value` and `mark` on one logarithmic axis called `name`, joined by a
-    line."""
+    """Draw a row for each point, below its name.
+
+    `value` and `mark` are on one logarithmic axis called `name`, joined by a line.
+    """
     axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)], whole=False)
     bottom = 42 * len(points)
 
@@ -253,11 +314,11 @@ class Frame:
     y: Axis
 
     def across(self, value: float) -> float:
-        """The horizontal place of a value."""
+        """Return the horizontal place of a value."""
         return LEFT + (RIGHT - LEFT) * self.x.place(value)
 
     def down(self, value: float) -> float:
-        """The vertical place of a value."""
+        """Return the vertical place of a value."""
         return ABOVE + TALL * (1 - self.y.place(value))
 
     def rules(self, across: str, upward: str) -> list[Markup]:
@@ -273,7 +334,7 @@ class Frame:
         return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, across, anchor="middle")]
 
     def dot(self, x: float, y: float, words: str, kind: str, radius: float = 4) -> Markup:
-        """A point with a description."""
+        """Return a point with a description."""
         where: Attributes = {"cx": _percent(self.across(x)), "cy": f"{self.down(y):.6g}", "r": radius}
         return element("circle", _title(words), **where, class_=kind, data_x=x, data_value=y)
 
@@ -288,7 +349,7 @@ def curve(
     reference: float | None = None,
     best: tuple[float, float] | None = None,
 ) -> Markup:
-    """Points joined by a line, in order of their first number.
+    """Draw points joined by a line, in order of their first number.
 
     label         describes the chart
     across        name of the horizontal axis
@@ -320,8 +381,10 @@ def curve(
 def scatter(
     label: str, across: str, upward: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]
 ) -> Markup:
-    """Two figures of one unit for each name, on logarithmic axes, with the line of equality; the first is horizontal,
-    on the axis called `across`, the second vertical, on that called `upward`."""
+    """Draw two figures of one unit for each name, on logarithmic axes, with the line of equality.
+
+    The first is horizontal, on the axis `across`. The second is vertical, on the axis `upward`.
+    """
     values = [v for one in series for _, x, y in one for v in _finite(x, y)]
     axis = Axis.log(values, whole=False)
     frame = Frame(axis, axis)
@@ -354,7 +417,7 @@ class Panel:
 
 
 def picture(rows: Sequence[Sequence[Panel]], style: str) -> Markup:
-    """Rows of panels as one SVG file, coloured by the page's `style`."""
+    """Draw rows of panels as one SVG file, coloured by the page's `style`."""
     across, y, shapes = max(map(len, rows)), 10.0, [element("rect", width="100%", height="100%", class_="page")]
     for row in rows:
         for i, panel in enumerate(row):
@@ -366,3 +429,87 @@ def picture(rows: Sequence[Sequence[Panel]], style: str) -> Markup:
     root: Attributes = {"xmlns": "http://www.w3.org/2000/svg", "font_family": "system-ui, sans-serif"}
     root |= {"width": WIDTH * across, "height": f"{y:g}", "role": "img"}
     return element("svg", element("style", Markup(style)), *shapes, **root)
+
+
+def lines(
+    label: str,
+    across: str,
+    upward: str,
+    series: Mapping[str, Points],
+    spread: Mapping[str, Mapping[float, float]],
+    *,
+    joined: frozenset[str] | None = None,
+) -> Markup:
+    """Draw a line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
+
+    label    describes the chart
+    across, upward   names of the axes
+    series   points by name
+    spread   by name and place on the axis the standard deviation there, drawn as a bar
+    joined   names whose points are joined; None: all, and the axis is logarithmic where it can be
+    """
+    points = [point for one in series.values() for point in one if all(map(math.isfinite, point))]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    logarithmic = joined is None and bool(xs) and min(xs) > 0 and max(xs) >= 10 * min(xs)
+    frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear(ys))
+    shapes = frame.rules(across, upward)
+    for i, (name, some) in enumerate(series.items()):
+        style = (
+            f"stroke:{COLOURS[i % len(COLOURS)]};stroke-width:1.8px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
+        )
+        path = sorted(point for point in some if all(map(math.isfinite, point)))
+        if joined is None or name in joined:
+            shapes += [_line(frame, a, b, style) for a, b in pairwise(path)]
+        for x, y in path:
+            deviation = spread.get(name, {}).get(x, 0.0)
+            if deviation:
+                shapes.append(_line(frame, (x, y - deviation), (x, y + deviation), style))
+            words = f"{name}: {figure(y, '.4g')} at {x:g}" + (f" ± {deviation:.2g}" if deviation else "")
+            shapes.append(_dot(frame, (x, y), words, COLOURS[i % len(COLOURS)], name))
+    foot = ABOVE + TALL + 44
+    for i, name in enumerate(series):
+        y = foot + ROW * (i + 1)
+        colour = COLOURS[i % len(COLOURS)]
+        style = f"stroke:{colour};stroke-width:2.5px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
+        shapes.append(element("line", x1="0", x2="6%", y1=y - 4, y2=y - 4, style=style))
+        shapes.append(element("text", text(name), x="8%", y=y, class_="quiet"))
+    height = foot + ROW * len(series) + 6
+    return element("svg", *shapes, width="100%", height=f"{height:g}", role="img", aria_label=label)
+
+
+def front(label: str, across: str, upward: str, points: Sequence[tuple[float, float, str, bool]]) -> Markup:
+    """Draw points (x, y, words, whether it is on the front). Points of the front are joined."""
+    good = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
+    frame = Frame(Axis.linear([x for x, *_ in good]), Axis.linear([y for _, y, *_ in good]))
+    shapes = frame.rules(across, upward)
+    best = sorted((x, y) for x, y, _, on in good if on)
+    style = f"stroke:{COLOURS[1]};stroke-width:1.8px"
+    shapes += [_line(frame, a, b, style) for a, b in pairwise(best)]
+    shapes += [_dot(frame, (x, y), words, COLOURS[on], words) for x, y, words, on in good]
+    height = ABOVE + TALL + 44
+    return element("svg", *shapes, width="100%", height=f"{height:g}", role="img", aria_label=label)
+
+
+def _line(frame: Frame, a: tuple[float, float], b: tuple[float, float], style: str) -> Markup:
+    ends = {f"{key}{n}": place for n, (x, y) in enumerate((a, b), 1) for key, place in (
+        ("x", f"{100 * frame.across(x):.6g}%"), ("y", f"{frame.down(y):.6g}"))}  # fmt: skip
+    return element("line", **ends, style=style)
+
+
+def _dot(frame: Frame, point: tuple[float, float], words: str, colour: str, name: str) -> Markup:
+    where = {"cx": f"{100 * frame.across(point[0]):.6g}%", "cy": f"{frame.down(point[1]):.6g}"}
+    return element(
+        "circle", element("title", text(words)), **where, r=3.5, style=f"fill:{colour}", data_name=name,
+        data_x=point[0], data_value=point[1],
+    )  # fmt: skip
+
+
+def document(title: str, blocks: Iterable[Markup]) -> str:
+    """Return an HTML page under its title, without scripts. Its policy allows only its own style."""
+    head = element("title", text(title)), element("style", Markup(STYLE))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{''.join(head)}</head>\n<body>\n" + "\n".join([element("h1", text(title)), *blocks]) + "\n</body></html>\n"
+    )

@@ -1,26 +1,33 @@
-"""Candidates: recipes of the same models, as the nodes of their tensors. Nodes that two of them have are one."""
+"""Candidates: recipes of the same models, as the nodes of their tensors. Nodes that two of them have are one.
+
+`describe_study` says from headers alone what judging them takes. No torch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
 from deltamerge.errors import InputError
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
 from deltamerge.plan.merge import Merge
 from deltamerge.plan.outputs import Outputs
-from deltamerge.plan.planner import PlanOptions
+from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
-from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.study_keys import Study
 from deltamerge.run.options import Options
 from deltamerge.tensors.graph import Graph, Node
+from deltamerge.tensors.names import resident_size
 
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
@@ -28,7 +35,7 @@ HINT = "objective: {command: {run: …}} is given the merged folder, whatever it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
+class RecipeCandidate:
     """A recipe, and what of its output is merged.
 
     roots    by the output's name of a tensor the node that makes it, rounded to the output's dtype
@@ -45,9 +52,11 @@ class Candidate:
 
 
 @dataclass(eq=False)
-class Candidates:
-    """Makes the candidates of recipes in `folder`; models are opened once, and tensors matched once for all recipes
-    that differ in numbers alone."""
+class RecipeCandidates:
+    """The candidates of recipes in `folder`.
+
+    Models are opened once. Tensors are matched once for all recipes that differ in numbers alone.
+    """
 
     folder: Path
     opener: Opener
@@ -56,7 +65,7 @@ class Candidates:
     _known: dict[str, Inputs] = field(default_factory=dict)
 
     def inputs(self, recipe: Recipe) -> Inputs:
-        """The models of a recipe."""
+        """Return the models of a recipe."""
         key = json.dumps(fixed(recipe.source.data), sort_keys=True)
         if key not in self._known:
             self._known[key] = open_inputs(recipe, self.folder, self.opener)
@@ -64,8 +73,11 @@ class Candidates:
         groups = (replace(group, part=part) for group, part in zip(found.groups, recipe.parts, strict=True))
         return replace(found, groups=tuple(groups))
 
-    def of(self, recipe: Recipe) -> Candidate:
-        """The candidate of a recipe. InputError: its weights cannot be judged in memory, or cannot be made at all."""
+    def of(self, recipe: Recipe) -> RecipeCandidate:
+        """Return the candidate of a recipe.
+
+        InputError: its weights cannot be judged in memory, or cannot be made at all.
+        """
         inputs = self.inputs(recipe)
         _refuse(recipe, inputs)
         vocabulary = make_vocabulary(recipe, inputs)
@@ -88,17 +100,17 @@ class Candidates:
         whole = [node for node in (stages.totals, stages.rows) if node is not None]
         nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)
         roots = {merge.name: rows[merge.name].pieces[0].built.root for merge in found.merges}
-        return Candidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
+        return RecipeCandidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
 
 
-def candidates_of(file: TemplateFile, options: Options) -> Candidates:
-    """The candidates of a template."""
+def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
+    """Return the candidates of a template."""
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
     return candidates_in(file.path.resolve().parent, options, pickles=pickles)
 
 
-def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidates:
-    """Candidates of recipes in `folder`; every model is opened once."""
+def candidates_in(folder: Path, options: Options, *, pickles: bool) -> RecipeCandidates:
+    """Return candidates of recipes in `folder`. Every model is opened once."""
     models, opened = Models(), dict[str, Checkpoint]()
 
     def opener(reference: str, folder: Path) -> Checkpoint:
@@ -106,7 +118,7 @@ def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidate
             opened[reference] = models.open(reference, folder, weights=True, pickles=pickles, sums=True)
         return opened[reference]
 
-    return Candidates(folder, opener, options.planning)
+    return RecipeCandidates(folder, opener, options.planning)
 
 
 def _check(merge: Merge, model: str, name: str, tensors: Mapping[str, Any]) -> None:
@@ -127,7 +139,47 @@ def _refuse(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def fixed(value: Any) -> Any:
-    """What of a recipe's data decides which models are opened, and how their tensors are matched."""
+    """Return the part of a recipe's data that decides which models are opened, and how their tensors are matched."""
     if isinstance(value, dict):
         return {key: fixed(inner) for key, inner in value.items() if key not in FREE}
     return [fixed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def describe_study(planned: Plan) -> dict[str, Any]:
+    """Return the size of a study for `deltamerge plan --json`.
+
+    It is candidates in one walk, trials, rows of each fine-tune, and bytes of memory.
+    """
+    study = planned.recipe.study or Study.model_validate({})
+    rows = {tune.name: calibration.sequences for tune, calibration in _rows(planned)}
+    return {"together": study.together, "trials": study.trials, "rows": rows, "memory": memory(planned, study)}
+
+
+def _rows(planned: Plan) -> list[tuple[Any, Any]]:
+    found = (
+        (tune, planned.recipe.calibration_of(tune.index)) for tune in planned.inputs.tunes if tune.index is not None
+    )
+    return [(tune, calibration) for tune, calibration in found if calibration is not None]
+
+
+def memory(planned: Plan, study: Study) -> int:
+    """Return about the bytes that judging takes.
+
+    They are: imports; the hidden states of all candidates for every fine-tune; of one part of the model each model's
+    tensors and deltas, a candidate's own, and both in float32; the next part as it is stored.
+    """
+    states, part = 0, 0
+    for tune, calibration in _rows(planned):
+        tensors = tuple(tune.checkpoint.tensors.values())
+        rows = calibration.model_copy(update={"sequences": max(calibration.sequences, HELD_OUT)})
+        source = CalibrationInput(
+            tune.name, tune.checkpoint.path, tensors, (), rows, planned.folder, 0, planned.device, False, 0
+        )
+        states += study.together * hidden(source)
+        part = max(part, 2 * resident(tensors) + ahead(tensors))
+    shapes = {output.name: output.shape for output in planned.outputs}
+    models = len(planned.inputs.all)
+    shared = resident_size(shapes, {name: math.prod(shape) for name, shape in shapes.items()}) * (
+        4 * models + 4 * len(planned.inputs.tunes) + 4
+    )
+    return BASELINE_BYTES + states + part + shared

@@ -23,7 +23,7 @@ SAID = 200
 
 
 def words_of(command: Command) -> list[str]:
-    """The program and its arguments. InputError: none has {folder}, or quotes are open."""
+    """Return the program and its arguments. InputError: none has {folder}, or quotes are open."""
     try:
         words = shlex.split(command.run) if isinstance(command.run, str) else list(command.run)
     except ValueError as error:
@@ -34,8 +34,10 @@ def words_of(command: Command) -> list[str]:
 
 
 def value_of(command: Command, folder: Path, here: Path) -> float:
-    """The number that a command prints of `folder`; it runs in `here`. InputError, in one line: it cannot be started,
-    fails, takes too long, or prints no such number."""
+    """Return the number that a command prints about `folder`. It runs in `here`.
+
+    InputError, in one line: it cannot be started, fails, takes too long, or prints no such number.
+    """
     words = [word.replace("{folder}", str(folder)) for word in words_of(command)]
     name = shown(words[0])
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -96,7 +98,7 @@ def _number(said: str, keys: Sequence[str], name: str) -> float:
 
 
 def _last_json(said: str) -> dict[str, Any] | None:
-    """The last JSON object that begins a line."""
+    """Return the last JSON object that begins a line."""
     decoder = json.JSONDecoder()
     at = len(said)
     while (at := said.rfind("{", 0, at)) >= 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.apps.search.tasks import Sheet, Task, measured, refuse_unknown
+from deltamerge.apps.search.tasks import ScoredTask, Sheet, measured, refuse_unknown
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.calibrate.rows.rows import rows_of, select
 from deltamerge.calibrate.stage import calibrating
@@ -31,7 +31,7 @@ _HEAD, _LANGUAGE = re.compile(TASK_HEAD), re.compile(r"(^|[./])(lm_head|embed_ou
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class ModelScores:
     """One model's scores: task -> metric -> value."""
 
     model: str
@@ -43,10 +43,10 @@ class Evaluation:
     """Models on the same rows; `rows` is their number for each task."""
 
     rows: Mapping[str, int]
-    models: tuple[Evaluated, ...]
+    models: tuple[ModelScores, ...]
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "rows": dict(self.rows),
             "models": [
@@ -56,7 +56,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LabelledRows:
     """What a model is asked: rows, by a head of its own where it is None, else by that of another model."""
 
     name: str
@@ -65,11 +65,11 @@ class Question:
     head: str | None = None
 
 
-def questions_of(file: RecipeFile) -> list[Question]:
-    """The rows of a recipe, each fine-tune's by its own head. InputError: it has no rows."""
+def questions_of(file: RecipeFile) -> list[LabelledRows]:
+    """Return the rows of a recipe, each fine-tune's by its own head. InputError: it has no rows."""
     recipe = file.output.recipe
     found = [
-        Question(recipe.names[i], calibration, file.folder, recipe.models[i].model)
+        LabelledRows(recipe.names[i], calibration, file.folder, recipe.models[i].model)
         for i in recipe.fine_tunes
         if (calibration := recipe.calibration_of(i)) is not None
     ]
@@ -80,7 +80,7 @@ def questions_of(file: RecipeFile) -> list[Question]:
 
 def evaluate(
     models: Sequence[str],
-    questions: Sequence[Question],
+    questions: Sequence[LabelledRows],
     *,
     metrics: Sequence[str] = (),
     sequences: int | None = None,
@@ -88,7 +88,7 @@ def evaluate(
     device: str = "auto",
     pickles: bool = False,
 ) -> Evaluation:
-    """The metrics of `models`: folders or hub ids, base+adapter, adapters and delta artifacts over `base`.
+    """Return the metrics of `models`: folders or hub ids, base+adapter, adapters and delta artifacts over `base`.
 
         questions   the rows, and whose head answers
         metrics     names; by default all that fit the head, without generated texts unless calibration.metric is one
@@ -104,11 +104,11 @@ def evaluate(
     with Reader() as reader:
         for question in questions:
             whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
-            known: tuple[Task, Sheet] | None = None
+            known: tuple[ScoredTask, Sheet] | None = None
             for model, checkpoint in opened.items():
                 with calibrating(model, 1, "evaluating", device=chosen):
                     if known is None or whole is None:
-                        task = Task(
+                        task = ScoredTask(
                             question.name or model,
                             whole or checkpoint,
                             question.calibration,
@@ -122,10 +122,10 @@ def evaluate(
                     ((found,),) = measured([(task, sheet)], [[weights]])
                 scores[model][question.name] = found
                 rows[question.name] = sheet.rows
-    return Evaluation(rows, tuple(Evaluated(model, found) for model, found in scores.items()))
+    return Evaluation(rows, tuple(ModelScores(model, found) for model, found in scores.items()))
 
 
-def _sheet(task: Task, metrics: Sequence[str], sequences: int | None) -> Sheet:
+def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> Sheet:
     wanted = metrics or task.fitting
     refuse_unknown(wanted, task)
     limit = ALL_ROWS if sequences is None else sequences
@@ -133,8 +133,11 @@ def _sheet(task: Task, metrics: Sequence[str], sequences: int | None) -> Sheet:
     return task.sheet(select(found, min(limit, len(found)), 0), wanted)
 
 
-def under_head(task: Task, checkpoint: Checkpoint, name: str) -> Weights:
-    """A checkpoint's weights below the head of a task's model. InputError: it lacks some, or has other shapes."""
+def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:
+    """Return a checkpoint's weights below the head of a task's model.
+
+    InputError: it lacks some, or has other shapes.
+    """
     ours, theirs = task.checkpoint, checkpoint
     tensors, names = shared_names([ours.tensors, theirs.tensors], [task.name, name])
     there = {names[1].canonical[n]: info for n, info in tensors[1].items()}
@@ -157,13 +160,15 @@ def under_head(task: Task, checkpoint: Checkpoint, name: str) -> Weights:
 
 
 def _is_of_head(name: str) -> bool:
-    """Whether a tensor belongs to the head of a classifier or a regression. A language model's head is none: what is
-    merged of language models has one of its own."""
+    """Return whether a tensor belongs to the head of a classifier or a regression.
+
+    A language model's head is none: a merge of language models has a head of its own.
+    """
     return name != LM_HEAD and _HEAD.search(name) is not None and _LANGUAGE.search(name) is None
 
 
 def open_model(reference: str, base: str | None, folder: Path | None = None, *, pickles: bool = False) -> Checkpoint:
-    """A model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
+    """Open a model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
     here = folder or Path.cwd()
     models = Models()
     opener = partial(models.open, weights=True, pickles=pickles)

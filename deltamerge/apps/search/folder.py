@@ -1,22 +1,31 @@
-"""The folder of a sweep or a search beside its recipe, which one process works in at a time."""
+"""The folder of a sweep or a search, and what its results follow from: models and rows. One process works in it."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from deltamerge.errors import GO_ON, DeltamergeError, OutputError, interruptible
+from deltamerge.calibrate.rows.hub import commit
+from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
-from deltamerge.files.descriptors import writing
-from deltamerge.files.lock_file import not_made
+from deltamerge.files.descriptors import lock, writing
+from deltamerge.files.lock_file import foreign_entries
+from deltamerge.files.seals import seal
 from deltamerge.files.work_folder import look
+from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.run.hashes import facts
+from deltamerge.run.options import Options
+from deltamerge.run.plans import Planner
 
 MARK = ".deltamerge-study"
 WRITTEN = re.compile(
@@ -36,15 +45,18 @@ class StudyFolder:
 
     @classmethod
     def of(cls, recipe: Path, kind: str, out: Path | None) -> StudyFolder:
-        """`out`, or <recipe>-<kind> beside the recipe."""
+        """Return the folder `out`, or <recipe>-<kind> beside the recipe."""
         path = out if out is not None else recipe.resolve().parent / f"{recipe.stem}-{kind}"
         return cls(path, f"{kind} {shown(recipe.name)}")
 
     @contextmanager
     def locked(self, *, force: bool) -> Iterator[Path]:
-        """The folder, made if it is not there and emptied with `force`. OutputError: it is no folder of a study, or of
-        another recipe's and no `force`; with `force`, it holds what no study wrote; another process works in it; or it
-        cannot be written. KeyboardInterrupt: says that the folder stays."""
+        """Lock the folder, made if it is not there and emptied with `force`.
+
+        OutputError: it is no folder of a study; it is another recipe's, and no `force`; with `force`, it holds a file
+        that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: says that the folder
+        stays.
+        """
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
             with writing(path):
@@ -52,10 +64,8 @@ class StudyFolder:
                     raise OutputError(f"{path}: holds something else", hint="another name with --out")
                 path.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(mark.open("a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputError(f"{path}: another process works in it", hint="wait, or give --out") from None
+                if not lock(file.fileno()):
+                    raise OutputError(f"{path}: another process works in it", hint="wait, or give --out")
                 made_for = mark.read_text("utf-8", "replace").strip()
                 if made_for not in ("", self.name) and not force:
                     raise OutputError(f"{path}: is of {shown(made_for)}", hint="another name with --out")
@@ -78,13 +88,46 @@ class StudyFolder:
 
 
 def _is_written(entry: os.DirEntry[str]) -> bool:
-    """Whether a study, or a run that it kept the result of, wrote an entry of its folder, and all that is in it."""
+    """Return whether a study, or a run that it kept the result of, wrote an entry of its folder, and all inside it."""
     path = Path(entry.path)
     if not entry.is_dir(follow_symlinks=False):
         return entry.is_file(follow_symlinks=False) and WRITTEN.fullmatch(entry.name) is not None
     if not MADE.fullmatch(entry.name):
         return False
     try:
-        return look(path) is not None if entry.name.startswith(".") else not not_made(path)
+        return look(path) is not None if entry.name.startswith(".") else not foreign_entries(path)
     except (OSError, DeltamergeError):
         return False
+
+
+def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
+    """Refuse a `study.test` that names a fine-tune that no recipe of the template has."""
+    some = list(recipes)
+    known = {recipe.names[i] for recipe in some for i in recipe.fine_tunes}
+    test = some[0].study.test if some[0].study is not None else None
+    for name in test if isinstance(test, Mapping) else ():
+        if name not in known:
+            problem = file.template.source.problem(("study", "test", name), "is no fine-tune here", key=True)
+            raise RecipeError(str(file.path), [problem])
+
+
+def input_facts(file: TemplateFile, values: Mapping[Loc, Any], options: Options) -> dict[str, Any]:
+    """Return the causes of a candidate's outcome beside its recipe, by names for people: models' files and rows."""
+    one = file.file(values)
+    (planned,) = Planner(one, one.path, options).plans()
+    given = {name: value for name, value in facts(planned, "").items() if name != "the recipe"}
+    return given | _rows_facts(planned.recipe, one.folder)
+
+
+def _rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Return the rows of a recipe and its study by their files: name, size and time, or a commit of the hub."""
+    found: dict[str, Any] = {}
+    rows = (recipe.calibration_of(i) for i in recipe.fine_tunes)
+    data = [calibration.data for calibration in rows if calibration is not None]
+    test = recipe.study.test if recipe.study is not None else None
+    data += [test] if isinstance(test, str) else list(test.values()) if test is not None else []
+    for one in dict.fromkeys(data):
+        found |= {str(path): list(seal(path)) for path in local_files(one, folder)}
+        if is_of_hub(one, folder):
+            found[one] = commit(one)
+    return found

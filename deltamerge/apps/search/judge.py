@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 
 from deltamerge import errors
-from deltamerge.apps.search.candidates import Candidate, Candidates
+from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.evaluate import ALL_ROWS
 from deltamerge.apps.search.tasks import (
     AGREEMENT,
     DISTANCE,
     LOWER,
     UNLABELLED,
+    ScoredTask,
     Sheet,
-    Task,
     measured,
     refuse_unknown,
 )
@@ -42,14 +42,14 @@ Scores = Mapping[str, Mapping[str, float]]
 QUARTER = 4
 
 
-class Judge:
+class StudyJudge:
     """Judges the candidates of a recipe by the measures of its `study`.
 
     start       a candidate; all others are of the same fine-tunes
     references  what the base and the fine-tunes themselves score, by part of the rows
     """
 
-    def __init__(self, candidates: Candidates, recipe: Recipe, study: Study, goals: Sequence[Goal]) -> None:
+    def __init__(self, candidates: RecipeCandidates, recipe: Recipe, study: Study, goals: Sequence[Goal]) -> None:
         self.candidates, self.study = candidates, study
         self.device = candidates.options.device
         self._held = ExitStack()
@@ -57,7 +57,7 @@ class Judge:
         self.known: dict[Node, Any] = {}
         self.start = candidates.of(recipe)
         inputs = candidates.inputs(recipe)
-        self.tasks: dict[int, Task] = {}
+        self.tasks: dict[int, ScoredTask] = {}
         for tune in inputs.tunes:
             if tune.index is None or tune.index not in recipe.fine_tunes:
                 continue
@@ -65,7 +65,7 @@ class Judge:
             if calibration is None:
                 hint = "calibration: {data: rows.jsonl}, or beside the model"
                 raise InputError(f"{tune.name}: has no rows to be judged on", hint=hint)
-            self.tasks[tune.index] = Task(
+            self.tasks[tune.index] = ScoredTask(
                 tune.name,
                 tune.checkpoint,
                 calibration,
@@ -89,22 +89,22 @@ class Judge:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What candidates' tensors are held in: float32 where every product is in it, else as they are."""
+        """Return the dtype of candidates' tensors: float32 where every product is in it, else as they are."""
         precise = all(task.model.precision == "float32" for task in self.tasks.values())
         return torch.float32 if precise else None
 
     def rows(self, part: Part) -> dict[str, int]:
-        """The number of rows of each fine-tune."""
+        """Return the number of rows of each fine-tune."""
         return {self.tasks[index].name: sheet.rows for index, sheet in self._sheet(part).items()}
 
-    def scores(self, candidates: Sequence[Candidate], part: Part) -> list[Scores]:
-        """The measures of every candidate; `study.together` of them share a walk."""
+    def scores(self, candidates: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
+        """Return the measures of every candidate. `study.together` of them share a walk."""
         found: list[Scores] = []
         for at in range(0, len(candidates), self.study.together):
             found += self._walk(candidates[at : at + self.study.together], part)
         return found
 
-    def _walk(self, some: Sequence[Candidate], part: Part) -> list[Scores]:
+    def _walk(self, some: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
         sheets = self._sheet(part)
         for candidate in some:
             self.prepare(candidate)
@@ -119,14 +119,14 @@ class Judge:
             found.append({name: _relative(scores, worth[name]) for name, scores in own.items()})
         return found
 
-    def prepare(self, candidate: Candidate) -> None:
+    def prepare(self, candidate: RecipeCandidate) -> None:
         """Run the stages of a candidate that no other has run: activations, q's."""
         if any(node not in self.known for node in candidate.stages):
             found = shared_values(candidate.stages, self.known)
             self.known |= {node: found[node] for node in candidate.stages}
 
     def _sheet(self, part: Part) -> dict[int, Sheet]:
-        """The rows of a part, and the fine-tunes' own outputs on them."""
+        """Return the rows of a part, and the fine-tunes' own outputs on them."""
         if part not in self._sheets:
             made = {}
             for index, task in self.tasks.items():
@@ -137,7 +137,7 @@ class Judge:
         return self._sheets[part]
 
     def _references(self, sheets: Mapping[int, Sheet]) -> dict[str, Scores]:
-        """What the base, with the fine-tune's head, and the fine-tune score."""
+        """Return the scores of the base, with the fine-tune's head, and of the fine-tune."""
         found: dict[str, dict[str, Mapping[str, float]]] = {"base": {}, "fine-tune": {}}
         for index, sheet in sheets.items():
             task = self.tasks[index]
@@ -156,7 +156,7 @@ class Judge:
         return of
 
     def _of(self, index: int) -> dict[Part, list[DataRow]]:
-        """The rows of a fine-tune."""
+        """Return the rows of a fine-tune."""
         if index not in self._rows:
             task, test = self.tasks[index], self.study.test
             labelled = bool(self.wanted[index][0])
@@ -171,8 +171,8 @@ class Judge:
         return self._rows[index]
 
     @staticmethod
-    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
-        """The metrics that a fine-tune is judged by, and the measures without labels."""
+    def _measures(task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
+        """Return the metrics that a fine-tune is judged by, and the measures without labels."""
         asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
         metrics = list(dict.fromkeys(named))
@@ -180,7 +180,7 @@ class Judge:
         return metrics, UNLABELLED & set(asked)
 
     def _resident(self) -> int:
-        """Bytes that the stored tensors and deltas of one part take, and those outside blocks."""
+        """Return the bytes of the stored tensors and deltas of one part, and of those outside blocks."""
         sizes: dict[str, int] = {}
         for name, merge in self.start.merges.items():
             infos = [info for info in (merge.base, *(tensor for _, tensor in merge.sources)) if info is not None]
@@ -190,7 +190,7 @@ class Judge:
 
 
 def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is as if nothing was added."""
+    """Return scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is the base."""
     found = dict(scores)
     if DISTANCE in found:
         found[DISTANCE] = found[DISTANCE] / base[DISTANCE] if base[DISTANCE] > 0 else found[DISTANCE]
@@ -198,8 +198,10 @@ def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[st
 
 
 def worth(goal: Goal, scores: Scores, metrics: Mapping[str, str]) -> float:
-    """The value of a goal: one fine-tune's, or the weighted mean or the worst of all; `metrics` are the fine-tunes'
-    own."""
+    """Return the value of a goal: one fine-tune's, or the weighted mean or the worst of all.
+
+    `metrics` are the fine-tunes' own.
+    """
     of = {name: own[_key(goal, metrics[name])] for name, own in scores.items() if goal.of in (None, name)}
     if goal.over == "minimum":
         return max(of.values()) if is_lower(goal, metrics) else min(of.values())
@@ -208,12 +210,12 @@ def worth(goal: Goal, scores: Scores, metrics: Mapping[str, str]) -> float:
 
 
 def _key(goal: Goal, metric: str) -> str:
-    """The name of what a goal takes of a fine-tune whose metric is that."""
+    """Return the name of a fine-tune's score in a goal. `metric` is the fine-tune's own."""
     return {"metric": metric, AGREEMENT: DISTANCE}.get(goal.by, goal.by)
 
 
 def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
-    """Whether less of a goal is better. InputError: fine-tunes whose metrics point in different ways."""
+    """Return whether less of a goal is better. InputError: the fine-tunes' metrics point in different ways."""
     if goal.command is not None:
         return goal.command.direction == "minimize"
     if goal.by != "metric":
@@ -227,6 +229,6 @@ def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
     return ways.pop()
 
 
-def judged_by(judge: Judge) -> dict[str, str]:
-    """The fine-tunes' own metrics; "" where none is needed."""
+def judged_by(judge: StudyJudge) -> dict[str, str]:
+    """Return the fine-tunes' own metrics. "": none is needed."""
     return {task.name: (task.metric if judge.wanted[i][0] else "") for i, task in judge.tasks.items()}

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge.apps.search.candidates import Candidate, Candidates
+from deltamerge.apps.search.best import make_folder
+from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.command import value_of, words_of
-from deltamerge.apps.search.judge import Judge, Part, Scores, is_lower, judged_by, worth
-from deltamerge.apps.search.kept import make_folder
+from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, worth
 from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.recipe.file import TemplateFile
@@ -42,7 +42,7 @@ class Bench:
         self,
         file: TemplateFile,
         first: Mapping[Loc, Any],
-        candidates: Candidates,
+        candidates: RecipeCandidates,
         options: Options,
         *,
         commands: bool = False,
@@ -57,12 +57,12 @@ class Bench:
                 if not commands:
                     raise InputError(f"{file.path}: the study runs {words[0]}, as this user", hint="--allow-command")
         self.inside = [goal for goal in self.goals if goal.command is None]
-        self.judges: dict[str, Judge] = {}
+        self.judges: dict[str, StudyJudge] = {}
         judge = self.judge(recipe)
         self.lower = tuple(is_lower(goal, judged_by(judge) if judge else {}) for goal in self.goals)
 
-    def judge(self, recipe: Recipe) -> Judge | None:
-        """The judge of a recipe's fine-tunes; None where commands alone judge."""
+    def judge(self, recipe: Recipe) -> StudyJudge | None:
+        """Return the judge of a recipe's fine-tunes. None where commands alone judge."""
         if not self.inside:
             return None
         rows = {i: calibration for i in recipe.fine_tunes if (calibration := recipe.calibration_of(i)) is not None}
@@ -70,7 +70,7 @@ class Bench:
                  for i in recipe.fine_tunes]  # fmt: skip
         key = json.dumps([recipe.base_model, tunes], sort_keys=True)
         if key not in self.judges:
-            self.judges[key] = Judge(self.candidates, recipe, self.study, self.inside)
+            self.judges[key] = StudyJudge(self.candidates, recipe, self.study, self.inside)
         return self.judges[key]
 
     def close(self) -> None:
@@ -79,11 +79,11 @@ class Bench:
             judge.close()
 
     def rows(self, part: Part) -> dict[str, int]:
-        """The number of rows of each fine-tune."""
+        """Return the number of rows of each fine-tune."""
         return {name: count for judge in self.judges.values() for name, count in judge.rows(part).items()}
 
     def references(self, part: Part) -> dict[str, dict[str, Mapping[str, float]]]:
-        """What the base and the fine-tunes score."""
+        """Return the scores of the base and the fine-tunes."""
         found: dict[str, dict[str, Mapping[str, float]]] = {}
         for judge in self.judges.values():
             judge.rows(part)
@@ -92,7 +92,7 @@ class Bench:
         return found
 
     def calibrated(self, values: Mapping[Loc, Any]) -> dict[str, Calibrated]:
-        """The q's of a candidate that was measured, by the names of their stages."""
+        """Return the q's of a candidate that was measured, by the names of their stages."""
         recipe = self.file.recipe(values)
         judge = self.judge(recipe)
         if judge is None:
@@ -103,9 +103,12 @@ class Bench:
         return {node.parameter("spec").name: value for node, value in known.items() if isinstance(value, Calibrated)}
 
     def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
-        """The outcomes of candidates; a fault of one is its outcome. `work` is a folder for what commands are given."""
+        """Return the outcomes of candidates.
+
+        A fault of one is its outcome. `work` is a folder for the folders of commands.
+        """
         found: list[Outcome | None] = [None] * len(some)
-        made: dict[Judge, dict[int, Candidate]] = {}
+        made: dict[StudyJudge, dict[int, RecipeCandidate]] = {}
         for i, values in enumerate(some):
             try:
                 recipe = self.file.recipe(values)
@@ -155,18 +158,20 @@ class Bench:
 
 
 def one_line(error: DeltamergeError) -> str:
-    """An error on one line."""
+    """Return an error on one line."""
     return " ".join(str(error).split())
 
 
 def best_of(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> int | None:
-    """The first of `ranked`."""
-    return next(iter(ranked(outcomes, lower)), None)
+    """Return the first of `ranked`."""
+    return next(iter(rank(outcomes, lower)), None)
 
 
-def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
-    """Candidates that did not fail, the best first: by the goal or, of several, by the distance from the best of each,
-    every goal scaled to [0, 1]."""
+def rank(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
+    """Return candidates that did not fail, the best first.
+
+    One goal ranks by itself. Several rank by the distance from the best of each, every goal scaled to [0, 1].
+    """
     costs = _costs(outcomes, lower)
     if len(lower) == 1:
         return sorted(costs, key=lambda i: (costs[i][0], i))
@@ -180,7 +185,7 @@ def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
 
 
 def pareto(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
-    """The candidates that no other betters in one goal without being worse in another, in order."""
+    """Return the Pareto front: no other candidate betters one in a goal without being worse in another."""
     costs = _costs(outcomes, lower)
 
     def beaten(i: int) -> bool:
@@ -192,6 +197,6 @@ def pareto(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
 
 
 def _costs(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> dict[int, list[float]]:
-    """Of every candidate that did not fail its goals, of which less is better."""
+    """Return the goals of every candidate that did not fail. Less is better."""
     done = {i: one.values for i, one in enumerate(outcomes) if one.error is None and one.values}
     return {i: [v if low else -v for v, low in zip(values, lower, strict=True)] for i, values in done.items()}

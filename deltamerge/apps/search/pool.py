@@ -23,7 +23,7 @@ from deltamerge.run.ray import RETRIES, connected, ended, gpus_of, interrupts
 Values = Mapping[Loc, Any]
 
 
-class Worker:
+class PoolWorker:
     """What an actor does: it opens the models once, and measures."""
 
     def __init__(self, file: TemplateFile, options: Options, commands: bool) -> None:
@@ -35,11 +35,11 @@ class Worker:
             self.error = error
 
     def pid(self) -> int:
-        """Of its process."""
+        """Return the id of its process."""
         return os.getpid()
 
     def measure(self, some: Sequence[Values], part: Part) -> list[Outcome] | DeltamergeError:
-        """The outcomes, or the error that the user is to see."""
+        """Return the outcomes, or the error for the user."""
         if self.error is not None:
             return self.error
         with tempfile.TemporaryDirectory(prefix="deltamerge-") as work:
@@ -58,7 +58,7 @@ class Pool:
         gpus, device = gpus_of(options.device)
         needs = {"num_cpus": workers, "num_gpus": gpus}
         asked = replace(options, device=device, workers=workers, watch=unwatched, drawing=None)
-        actor = ray.remote(scheduling_strategy="SPREAD", **needs)(Worker)
+        actor = ray.remote(scheduling_strategy="SPREAD", **needs)(PoolWorker)
         self._actor, self._given = actor, (file, asked, commands)
         self.actors: list[Any] = []
 
@@ -66,7 +66,7 @@ class Pool:
         return self._actor.remote(*self._given)
 
     def measure(self, some: Sequence[Values], part: Part) -> list[Outcome]:
-        """The outcomes, in order; what an actor had when it died is measured again by a new one.
+        """Return the outcomes, in order. If an actor dies, a new one measures its candidates again.
 
         OutputError: actors die again and again.
         """
@@ -75,11 +75,11 @@ class Pool:
             self.actors.append(self._start())
         shares = {i: list(range(i, len(some), count)) for i in range(count)}
         found: dict[int, Outcome] = {}
-        for i, numbers in self._measured(shares, some, part):
+        for i, numbers in self._outcomes(shares, some, part):
             found |= dict(zip(shares[i], numbers, strict=True))
         return [found[i] for i in range(len(some))]
 
-    def _measured(
+    def _outcomes(
         self, shares: Mapping[int, Sequence[int]], some: Sequence[Values], part: Part
     ) -> Iterator[tuple[int, list[Outcome]]]:
         deaths = dict.fromkeys(shares, 0)
@@ -112,7 +112,7 @@ class Pool:
 
 @contextmanager
 def pool_of(file: TemplateFile, options: Options, address: str | None, *, commands: bool) -> Iterator[Pool | None]:
-    """The pool of a cluster; None where no address is given."""
+    """Return the pool of a cluster. None where no address is given."""
     if address is None:
         yield None
         return

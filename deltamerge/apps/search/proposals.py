@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.search.near import near_best
+import numpy as np
+
 from deltamerge.errors import InputError
 from deltamerge.recipe.open_values import Range
 from deltamerge.recipe.study_keys import Study
@@ -34,8 +36,11 @@ def load_optuna() -> Any:
 
 
 @contextmanager
-def opened(optuna: Any, path: Path, study: Study, lower: Sequence[bool]) -> Iterator[optuna.Study]:
-    """The study in a SQLite file, made if it is not there. InputError: the file is none, or of other objectives."""
+def open_study(optuna: Any, path: Path, study: Study, lower: Sequence[bool]) -> Iterator[optuna.Study]:
+    """Open the study in a SQLite file, made if it is not there.
+
+    InputError: the file is none, or of other objectives.
+    """
     directions = ["minimize" if low else "maximize" for low in lower]
     storage = None
     try:
@@ -69,14 +74,16 @@ def _pruner(optuna: Any, study: Study) -> Any:
 
 
 def sampler_of(study: Study) -> str:
-    """The name of the sampler."""
+    """Return the name of the sampler."""
     return study.sampler or ("nsga2" if len(study.goals) > 1 else "tpe")
 
 
 def sampler(optuna: Any, study: Study, number: int) -> Any:
-    """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence, of tpe's then every second
-    is near the best. It depends on the study's seed, the number and the trials before it alone, so that a study that
-    goes on proposes what it would have proposed."""
+    """Return Optuna's sampler of the trial `number`.
+
+    The first trials are spread by Sobol's sequence. Of tpe's trials then every second is near the best. The sampler
+    depends on the study's seed, the number and the trials before it alone, so a study that goes on proposes the same.
+    """
     samplers = optuna.samplers
     seed, name = (study.seed + 1000003 * number) % 2**31, sampler_of(study)
     with warnings.catch_warnings():
@@ -103,7 +110,7 @@ def sampler(optuna: Any, study: Study, number: int) -> Any:
 
 
 def distributions(optuna: Any, ranges: Sequence[Range]) -> dict[str, Any]:
-    """Optuna's distribution of every number; a choice that is no scalar is known by its number."""
+    """Return Optuna's distribution of every number. A choice that is no scalar is known by its number."""
     made = optuna.distributions
     found: dict[str, Any] = {}
     for axis in ranges:
@@ -117,14 +124,14 @@ def distributions(optuna: Any, ranges: Sequence[Range]) -> dict[str, Any]:
     return found
 
 
-def encoded(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as Optuna has them: choices as JSON."""
+def encode(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers as Optuna has them: choices as JSON."""
     choices = {key for axis in ranges if axis.choices for key in axis.keys}
     return {key: json.dumps(value) if key in choices else value for key, value in found.items()}
 
 
-def decoded(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Optuna's numbers as a recipe has them."""
+def decode(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Optuna's numbers as a recipe has them."""
     return {key: json.loads(value) if isinstance(value, str) else value for key, value in params.items()}
 
 
@@ -136,7 +143,7 @@ def run_again(study: optuna.Study) -> None:
 
 
 def importance(optuna: Any, study: optuna.Study) -> dict[str, float]:
-    """How much of the variance of the first objective each number explains; {} where there are too few trials."""
+    """Return the share of the first objective's variance that each number explains. {}: there are too few trials."""
     complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     numbers = {name for trial in complete for name in trial.params}
     if len(complete) < 8 or len(numbers) < 2 or len({t.values[0] for t in complete}) < 2:
@@ -149,3 +156,60 @@ def importance(optuna: Any, study: optuna.Study) -> dict[str, float]:
         except (ValueError, RuntimeError):
             return {}
     return {name: float(value) for name, value in found.items()}
+
+
+def near_best(optuna: Any, seed: int, width: float) -> Any:
+    """Return a sampler of Optuna that proposes near the best trial of a study of one objective.
+
+    Every number is the best trial's plus a normal one, within the bounds and on its steps. The deviation is `width` of
+    its range, or of its logarithm's with `log`. A choice is the best trial's. Without a complete trial it is random.
+    """
+
+    class NearBest(optuna.samplers.BaseSampler):  # type: ignore[misc, name-defined, unused-ignore]  # Optuna is optional
+        def __init__(self) -> None:
+            self.random = optuna.samplers.RandomSampler(seed=seed)
+            self.normal = np.random.Generator(np.random.PCG64(seed))
+
+        def infer_relative_search_space(self, study: optuna.Study, trial: Any) -> dict[str, Any]:
+            best = _best(study)
+            return dict(best.distributions) if best is not None else {}
+
+        def sample_relative(self, study: optuna.Study, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+            best = _best(study)
+            if best is None:
+                return {}
+            found = dict(best.params)
+            for name, axis in sorted(search_space.items()):
+                if hasattr(axis, "low"):
+                    found[name] = move(axis, found[name], width * float(self.normal.standard_normal()))
+            return found
+
+        def sample_independent(self, study: optuna.Study, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return self.random.sample_independent(study, trial, param_name, param_distribution)
+
+    return NearBest()
+
+
+def _best(study: optuna.Study) -> Any:
+    """Return the best complete trial, the first of several. None where there is none."""
+    sign = 1 if study.direction.name == "MINIMIZE" else -1
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    return min(done, key=lambda trial: sign * trial.values[0], default=None)
+
+
+def move(axis: Any, value: float, share: float) -> float:
+    """Return a number of Optuna's distribution `axis`, moved by a share of its range.
+
+    One of its steps, within its bounds.
+    """
+    low, high = float(axis.low), float(axis.high)
+    if axis.log:
+        found = math.exp(math.log(value) + share * (math.log(high) - math.log(low)))
+    else:
+        found = value + share * (high - low)
+    found = min(max(found, low), high)
+    if axis.step is None:
+        return found
+    step = float(axis.step)
+    found = min(low + round((found - low) / step) * step, high)
+    return round(found) if isinstance(axis.low, int) else found

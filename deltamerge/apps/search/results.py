@@ -1,5 +1,7 @@
-"""What a search found, its trials and why one was chosen; and what it leaves: the best recipe with its lock, tables, a
-page, the merged folder."""
+"""The result of a search: its trials, the best one and the reason.
+
+It leaves the best recipe with its lock, tables, a page, and the merged folder.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deltamerge.apps.report.lines import front, lines
-from deltamerge.apps.report.style import document
-from deltamerge.apps.report.svg import Markup, Point, bars, element, figure, text
-from deltamerge.apps.search.kept import best_path, make_folder, write_recipe
+from deltamerge.apps.report.svg import Markup, Point, bars, document, element, figure, front, lines, text
+from deltamerge.apps.search.best import best_path, make_folder, write_recipe
 from deltamerge.apps.search.outcome import Bench, Outcome
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile
@@ -42,7 +42,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A finished search.
 
     trials    in the order of the study
@@ -68,20 +68,20 @@ class Found:
 
     @property
     def chosen(self) -> Trial:
-        """The best trial."""
+        """Return the best trial."""
         return self.trials[self.best]
 
     @cached_property
     def params(self) -> tuple[str, ...]:
-        """The names of the numbers that were tried."""
+        """Return the names of the numbers that were tried."""
         return tuple(dict.fromkeys(name for trial in self.trials for name in trial.params))
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
             "sampler": self.sampler,
-            "trials": [_described(trial) for trial in self.trials],
+            "trials": [_describe(trial) for trial in self.trials],
             "best": self.chosen.number,
             "why": self.why,
             "front": [self.trials[i].number for i in self.front],
@@ -94,7 +94,7 @@ class Found:
         }
 
 
-def _described(trial: Trial) -> dict[str, Any]:
+def _describe(trial: Trial) -> dict[str, Any]:
     held = {} if trial.held is None else {"held_out": list(trial.held.values), "held_out_scores": trial.held.scores}
     error = {} if trial.outcome.error is None else {"error": trial.outcome.error}
     return {
@@ -109,8 +109,8 @@ def _described(trial: Trial) -> dict[str, Any]:
 
 
 def write(
-    found: Found, file: TemplateFile, bench: Bench, options: Options, values: Mapping[Loc, Any], keep: str
-) -> Found:
+    found: SearchResult, file: TemplateFile, bench: Bench, options: Options, values: Mapping[Loc, Any], keep: str
+) -> SearchResult:
     """Write all that a search leaves; `values` are those of the best trial."""
     plain, said = file.file(values), summary(found)
     calibrated = bench.calibrated(values)
@@ -126,45 +126,45 @@ def write(
     return found
 
 
-def summary(found: Found) -> dict[str, Any]:
-    """How the recipe was found, for its lock and card."""
+def summary(found: SearchResult) -> dict[str, Any]:
+    """Return how the recipe was found, for its lock and card."""
     best = found.chosen
     values = best.held or best.outcome
-    numbers = {name: _rounded(value) for name, value in zip(found.goals, values.values, strict=True)}
+    numbers = {name: _round(value) for name, value in zip(found.goals, values.values, strict=True)}
     return {
         "sampler": found.sampler,
         "trials": len(found.trials),
         "trial": best.number,
-        "values": {name: _rounded(value) for name, value in best.params.items()},
+        "values": {name: _round(value) for name, value in best.params.items()},
         "objectives": numbers,
         "why": found.why,
     }
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def as_csv(found: Found) -> str:
-    """A line for each trial."""
+def as_csv(found: SearchResult) -> str:
+    """Return a line for each trial."""
     goals = list(found.goals)
     columns = ["number", "state", *found.params, *goals, *(f"held out {name}" for name in goals), "error"]
     made = io.StringIO()
     table = csv.DictWriter(made, columns, lineterminator="\n")
     table.writeheader()
     for trial in found.trials:
-        held = {} if trial.held is None else _named((f"held out {name}" for name in goals), trial.held.values)
-        row = {"number": trial.number, "state": trial.state, **trial.params, **_named(goals, trial.outcome.values)}
+        held = {} if trial.held is None else _by_name((f"held out {name}" for name in goals), trial.held.values)
+        row = {"number": trial.number, "state": trial.state, **trial.params, **_by_name(goals, trial.outcome.values)}
         table.writerow({**row, **held, "error": trial.outcome.error or ""})
     return made.getvalue()
 
 
-def _named(names: Any, values: Any) -> dict[str, float]:
+def _by_name(names: Any, values: Any) -> dict[str, float]:
     return dict(zip(names, values, strict=False))
 
 
-def page(found: Found, name: str) -> str:
-    """The study on a page, without scripts: the objective over trials, what explains it, the front, the best trials."""
+def page(found: SearchResult, name: str) -> str:
+    """Return the study on a page: the objective over trials, its causes, the front, the best trials."""
     blocks = [element("p", text(_conclusion(found)), class_="conclusion")]
     for number, (goal, low) in enumerate(found.goals.items()):
         blocks += [element("h2", text(goal)), _card(_over_trials(found, number, goal, low))]
@@ -178,7 +178,7 @@ def page(found: Found, name: str) -> str:
     return document(f"Search of {name}", blocks)
 
 
-def _conclusion(found: Found) -> str:
+def _conclusion(found: SearchResult) -> str:
     best = found.chosen
     values = ", ".join(
         f"{name} {figure(value, '.4g')}"
@@ -195,8 +195,8 @@ def _card(chart: Markup) -> Markup:
     return element("section", chart, class_="card")
 
 
-def _over_trials(found: Found, number: int, goal: str, low: bool) -> Markup:
-    """Every trial's value, and the best so far."""
+def _over_trials(found: SearchResult, number: int, goal: str, low: bool) -> Markup:
+    """Return every trial's value, and the best so far."""
     points = [(float(t.number), t.outcome.values[number]) for t in found.trials if t.outcome.values]
     best: list[tuple[float, float]] = []
     for x, y in points:
@@ -207,7 +207,7 @@ def _over_trials(found: Found, number: int, goal: str, low: bool) -> Markup:
     return lines(f"{goal} over trials", "trial", goal, series, {}, joined=frozenset({"best so far"}))
 
 
-def _front(found: Found) -> Markup:
+def _front(found: SearchResult) -> Markup:
     across, upward = found.goals
     points = [
         (trial.outcome.values[0], trial.outcome.values[1], f"trial {trial.number}", i in found.front)
@@ -217,20 +217,20 @@ def _front(found: Found) -> Markup:
     return front("Pareto front", across, upward, points)
 
 
-def _table(found: Found) -> Markup:
+def _table(found: SearchResult) -> Markup:
     goals = list(found.goals)
     heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *found.params]
     rows = [element("tr", *(element("th", text(head)) for head in heads))]
-    for trial in _ordered(found)[:SHOWN]:
+    for trial in _by_rank(found)[:SHOWN]:
         numbers = [*_cells(trial.outcome.values, goals), *_cells(trial.held.values if trial.held else (), goals)]
-        values = [_shown(trial.params.get(name)) for name in found.params]
+        values = [_show(trial.params.get(name)) for name in found.params]
         mark = " ←" if trial.number == found.chosen.number else ""
         cells = [f"{trial.number}{mark}", trial.state, *numbers, *values]
         rows.append(element("tr", *(element("td", text(cell)) for cell in cells)))
     return element("div", element("table", *rows), class_="scroll")
 
 
-def _ordered(found: Found) -> list[Trial]:
+def _by_rank(found: SearchResult) -> list[Trial]:
     low = next(iter(found.goals.values()))
     done = [trial for trial in found.trials if trial.outcome.values]
     return sorted(done, key=lambda t: (t.held is None, t.outcome.values[0] if low else -t.outcome.values[0]))
@@ -240,5 +240,5 @@ def _cells(values: Any, goals: list[str]) -> list[str]:
     return [figure(value, ".4g") for value in values] or [""] * len(goals)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,25 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xxhash import xxh3_128
 
+from deltamerge.apps.search.best import check_best
 from deltamerge.apps.search.candidates import candidates_of
-from deltamerge.apps.search.folder import StudyFolder
+from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
 from deltamerge.apps.search.judge import Part
-from deltamerge.apps.search.kept import check_best
-from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, ranked
+from deltamerge.apps.search.outcome import Bench, Outcome, best_of, pareto, rank
 from deltamerge.apps.search.pool import Pool, pool_of
 from deltamerge.apps.search.proposals import (
-    decoded,
+    decode,
     distributions,
-    encoded,
+    encode,
     importance,
     load_optuna,
-    opened,
+    open_study,
     run_again,
     sampler,
     sampler_of,
 )
-from deltamerge.apps.search.results import Found, Trial, write
-from deltamerge.apps.search.rows import input_facts, refuse_strangers
+from deltamerge.apps.search.results import SearchResult, Trial, write
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files import progress
 from deltamerge.recipe.file import TemplateFile
@@ -49,8 +48,11 @@ FACTS, SCORES, ERROR = "facts", "scores", "error"
 
 
 def check(file: TemplateFile) -> Recipe:
-    """The recipe of the first trial. RecipeError: nothing is to be searched, something is swept, or it is no recipe, at
-    its start or where all numbers are at a bound."""
+    """Return the recipe of the first trial.
+
+    RecipeError: nothing is to be searched, something is swept, or it is no recipe, at its start or with all numbers at
+    a bound.
+    """
     source, ranges = file.template.source, file.template.ranges
     if file.template.sweeps:
         hint = f"deltamerge sweep {file.path.name}"
@@ -75,7 +77,7 @@ def search(
     force: bool = False,
     commands: bool = False,
     ray: str | None = None,
-) -> Found:
+) -> SearchResult:
     """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
 
     A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
@@ -95,29 +97,27 @@ def search(
         with closing(bench), pool_of(file, options, ray, commands=commands) as pool:
             layers = layers_of(bench, recipe)
             wanted = bench.study.trials if trials is None else trials
-            with opened(optuna, there / STORAGE, bench.study, bench.lower) as study:
+            with open_study(optuna, there / STORAGE, bench.study, bench.lower) as study:
                 _same(study, file, bench, options)
                 run_again(study)
                 if not study.get_trials(deepcopy=False):
-                    study.enqueue_trial(
-                        encoded(file.template.ranges, file.template.start()), user_attrs={"start": True}
-                    )
+                    study.enqueue_trial(encode(file.template.ranges, file.template.start()), user_attrs={"start": True})
                 runner = _Runner(optuna, study, file, bench, layers, there, pool)
                 runner.run(wanted)
-                found = runner.finished()
+                found = runner.finish()
                 study.set_user_attr("best", found.chosen.number)
             return write(found, file, bench, options, runner.values(found.chosen.params), keep)
 
 
 def layers_of(bench: Bench, recipe: Recipe) -> int:
-    """The number of layers of the merged model, over which groups are spread."""
+    """Return the number of layers of the merged model, over which groups are spread."""
     inputs = bench.candidates.inputs(recipe)
     numbers = [n for name in inputs.template.tensors if (n := layer_index(name)) is not None]
     return 1 + max(numbers, default=0)
 
 
 def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Options) -> None:
-    """InputError: the study is of another recipe, other models or other rows."""
+    """Refuse a study of another recipe, other models or other rows."""
     data = {key: value for key, value in file.template.source.data.items() if key != "study"}
     judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
     given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
@@ -152,12 +152,12 @@ class _Runner:
         self.distributions = distributions(optuna, file.template.ranges)
 
     def run(self, wanted: int) -> None:
-        """Trials until there are `wanted`. InputError: the first ones all fail."""
+        """Run trials until there are `wanted`. InputError: the first ones all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
-            phase.step(min(wanted, len(self._done())))
+            phase.step(min(wanted, len(self._finished_trials())))
             most = settings.together * (self.pool.size if self.pool else 1)
-            while (done := len(self._done())) < wanted:
+            while (done := len(self._finished_trials())) < wanted:
                 size = min(most - done % most, wanted - done)  # a batch that was cut short is asked for as it was
                 asked = [self._ask() for _ in range(size)]
                 self._evaluate(asked)
@@ -165,7 +165,7 @@ class _Runner:
                 self._hope()
 
     def _ask(self) -> optuna.Trial:
-        """The next trial. What is proposed follows from the study's seed, the number of trials and what they found."""
+        """Return the next trial. It follows from the study's seed, the number of trials and their outcomes."""
         study, settings = self.study, self.bench.study
         number = len(study.get_trials(deepcopy=False))
         study.sampler = sampler(self.optuna, settings, number)
@@ -173,17 +173,17 @@ class _Runner:
             warnings.simplefilter("ignore")
             return study.ask(self.distributions)
 
-    def _done(self) -> list[optuna.trial.FrozenTrial]:
+    def _finished_trials(self) -> list[optuna.trial.FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _hope(self) -> None:
-        trials = self._done()
+        trials = self._finished_trials()
         if len(trials) >= min(HOPELESS, self.bench.study.trials) and all(t.state.name == "FAIL" for t in trials):
             said = trials[-1].user_attrs.get(ERROR, "no reason given")
             raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
 
     def values(self, params: Mapping[str, Any]) -> dict[Loc, Any]:
-        """What a trial's numbers put into the recipe."""
+        """Return the values that a trial's numbers put into the recipe."""
         return self.file.template.values(params, self.layers)
 
     def _evaluate(self, asked: Sequence[optuna.Trial]) -> None:
@@ -199,7 +199,7 @@ class _Runner:
                 self.study.tell(trial, list(outcome.values))
 
     def _survivors(self, asked: Sequence[optuna.Trial]) -> list[optuna.Trial]:
-        """The trials that are not pruned after a quarter of the rows."""
+        """Return the trials that are not pruned after a quarter of the rows."""
         alive = []
         for trial, outcome in zip(asked, self._outcomes(asked, "first"), strict=True):
             if outcome.error is None:
@@ -212,13 +212,13 @@ class _Runner:
         return alive
 
     def _outcomes(self, asked: Sequence[optuna.Trial], part: Any) -> list[Outcome]:
-        some = [self.values(decoded(trial.params)) for trial in asked]
+        some = [self.values(decode(trial.params)) for trial in asked]
         if self.pool is not None:
             return list(self.pool.measure(some, part))
         return self.bench.measure(some, part, self.folder)
 
-    def finished(self) -> Found:
-        """The study's trials, and the best of them on held-out rows."""
+    def finish(self) -> SearchResult:
+        """Return the study's trials, and the best of them on held-out rows."""
         made = (self._trial(one) for one in self.study.get_trials(deepcopy=False))
         trials = [trial for trial in made if trial is not None]
         lower = self.bench.lower
@@ -232,7 +232,7 @@ class _Runner:
             trials, best, why = self._decide(trials, outcomes, best, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
         parts: list[Part] = ["search", "held"] if self.bench.inside else []
-        return Found(
+        return SearchResult(
             folder=self.folder,
             storage=self.folder / STORAGE,
             goals=goals,
@@ -250,7 +250,7 @@ class _Runner:
         names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         if one.state.name not in names:
             return None
-        params = decoded(one.params)
+        params = decode(one.params)
         values = tuple(one.values or ()) if one.state.name == "COMPLETE" else ()
         outcome = Outcome(values, one.user_attrs.get(SCORES, {}), one.user_attrs.get(ERROR))
         return Trial(one.number, params, outcome, names[one.state.name])
@@ -258,9 +258,9 @@ class _Runner:
     def _decide(
         self, trials: list[Trial], outcomes: Sequence[Outcome], best: int, front: Sequence[int]
     ) -> tuple[list[Trial], int, str]:
-        """The trials, those that were compared with their outcome on held-out rows; the index of the best there."""
+        """Return the trials, with held-out outcomes where they were compared, and the index of the best there."""
         lower = self.bench.lower
-        order = ranked(outcomes, lower)
+        order = rank(outcomes, lower)
         if front:
             order = [i for i in order if i in front]
         distinct: dict[str, int] = {}

@@ -15,14 +15,11 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
-from deltamerge.apps.report.lines import lines
-from deltamerge.apps.report.style import STYLE
-from deltamerge.apps.report.svg import Panel, Point, bars, picture
+from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, lines, picture
+from deltamerge.apps.search.best import best_path, check_best, make_folder, write_recipe
 from deltamerge.apps.search.candidates import candidates_of, fixed
-from deltamerge.apps.search.folder import StudyFolder
-from deltamerge.apps.search.kept import best_path, check_best, make_folder, write_recipe
+from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
 from deltamerge.apps.search.outcome import Bench, Outcome, best_of
-from deltamerge.apps.search.rows import input_facts, refuse_strangers
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
@@ -37,7 +34,7 @@ SEED = "seed"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SweepRow:
     """One point: the labels of its values by axis, and its outcome."""
 
     labels: Mapping[str, str]
@@ -45,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """A finished sweep.
 
     axes        names of what was swept
@@ -59,7 +56,7 @@ class Swept:
     folder: Path
     axes: tuple[str, ...]
     goals: Mapping[str, bool]
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     references: Mapping[str, Any] = field(default_factory=dict)
     test_rows: Mapping[str, int] = field(default_factory=dict)
     best: int | None = None
@@ -68,7 +65,7 @@ class Swept:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """The columns of figures: the objectives, then every fine-tune's scores."""
+        """Return the columns of figures: the objectives, then every fine-tune's scores."""
         inner = {
             f"{name}.{measure}": None
             for row in self.rows
@@ -77,13 +74,13 @@ class Swept:
         }
         return (*self.goals, *inner)
 
-    def figures(self, row: Row) -> dict[str, float]:
-        """The figures of a row, by column."""
+    def figures(self, row: SweepRow) -> dict[str, float]:
+        """Return the figures of a row, by column."""
         goals = dict(zip(self.goals, row.outcome.values, strict=False))
         return goals | {f"{name}.{m}": v for name, own in row.outcome.scores.items() for m, v in own.items()}
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "axes": list(self.axes),
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
@@ -104,8 +101,8 @@ class Swept:
         }
 
     def averaged(self) -> Iterator[tuple[dict[str, str], dict[str, list[float]]]]:
-        """Rows that differ in their seed alone as one: its labels, and by column the figures of all seeds."""
-        groups: dict[tuple[str, ...], list[Row]] = {}
+        """Yield rows that differ in their seed alone as one: its labels, and by column the figures of all seeds."""
+        groups: dict[tuple[str, ...], list[SweepRow]] = {}
         others = [axis for axis in self.axes if axis != SEED]
         for row in self.rows:
             groups.setdefault(tuple(row.labels[axis] for axis in others), []).append(row)
@@ -125,7 +122,7 @@ def sweep(
     keep: Keep = "none",
     force: bool = False,
     commands: bool = False,
-) -> Swept:
+) -> SweepResult:
     """Judge every point of a template; results go to `out`, by default <recipe>-sweep beside it, as they come.
 
     A sweep that was interrupted goes on; results of points whose recipe, models or rows have changed are made again.
@@ -155,13 +152,13 @@ def sweep(
                         phase.step()
             names = tuple(axis.name for axis in file.template.sweeps)
             rows = tuple(
-                Row(dict(zip(names, labels, strict=True)), known[key])
+                SweepRow(dict(zip(names, labels, strict=True)), known[key])
                 for (labels, _), key in zip(points, keys, strict=True)
             )
             best = best_of([row.outcome for row in rows], bench.lower)
             judged, references = bench.rows("held"), bench.references("held")
             goals = dict(zip((goal.name for goal in bench.goals), bench.lower, strict=True))
-            found = Swept(there, names, goals, rows, references, judged, best)
+            found = SweepResult(there, names, goals, rows, references, judged, best)
             if best is None:
                 raise InputError(f"{file.path}: every point failed: {rows[0].outcome.error}")
             found = _keep(found, file, points, bench, options, keep)
@@ -170,7 +167,7 @@ def sweep(
 
 
 def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]]) -> None:
-    """RecipeError: nothing is swept, something is to be searched, or a point is no recipe."""
+    """Refuse a template where nothing is swept, something is to be searched, or a point is no recipe."""
     source = file.template.source
     if file.template.ranges:
         hint = f"deltamerge search {file.path.name}"
@@ -194,11 +191,11 @@ def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[L
 def _keys(
     file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]], options: Options
 ) -> list[str]:
-    """What the outcome of each point follows from, as a hash: its recipe, its models' files, the rows."""
+    """Return a hash of the causes of each point's outcome: its recipe, its models' files, the rows."""
     known: dict[str, str] = {}
     keys = []
     for _, values in points:
-        data = file.template.filled(values).data
+        data = file.template.fill(values).data
         models = json.dumps(fixed(data), sort_keys=True)
         if models not in known:
             known[models] = json.dumps(input_facts(file, values, options), sort_keys=True)
@@ -207,7 +204,7 @@ def _keys(
 
 
 def _read(path: Path) -> dict[str, Outcome]:
-    """Outcomes by key; a line that was cut short or damaged is left out."""
+    """Read outcomes by key. A line that was cut short or damaged is left out."""
     found: dict[str, Outcome] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -225,13 +222,13 @@ def _append(path: Path, key: str, outcome: Outcome) -> None:
 
 
 def _keep(
-    found: Swept,
+    found: SweepResult,
     file: TemplateFile,
     points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]],
     bench: Bench,
     options: Options,
     keep: Keep,
-) -> Swept:
+) -> SweepResult:
     """Write the best recipe, and the merged folders that are to be kept."""
     assert found.best is not None
     values = points[found.best][1]
@@ -248,14 +245,14 @@ def _keep(
     return replace(found, recipe=best, kept=tuple(kept))
 
 
-def _write(found: Swept) -> None:
+def _write(found: SweepResult) -> None:
     replace_file(found.folder / TABLE, as_csv(found))
     replace_file(found.folder / JSON, json.dumps(found.describe(), indent=1, sort_keys=True) + "\n")
     replace_file(found.folder / PICTURE, draw(found))
 
 
-def as_csv(found: Swept) -> str:
-    """A line for each point: its values, its figures, its error."""
+def as_csv(found: SweepResult) -> str:
+    """Return a line for each point: its values, its figures, its error."""
     text = io.StringIO()
     table = csv.DictWriter(text, [*found.axes, *found.columns, "error"], lineterminator="\n")
     table.writeheader()
@@ -264,8 +261,11 @@ def as_csv(found: Swept) -> str:
     return text.getvalue()
 
 
-def draw(found: Swept) -> str:
-    """A panel for each column: lines over the first axis of numbers, one for each choice of the others, or bars."""
+def draw(found: SweepResult) -> str:
+    """Draw a panel for each column.
+
+    It has lines over the first axis of numbers, one for each choice of the others, or bars.
+    """
     across = next((axis for axis in found.axes if axis != SEED and _is_numeric(found, axis)), None)
     rows = list(found.averaged())
     panels = []
@@ -288,7 +288,7 @@ def draw(found: Swept) -> str:
     return picture([panels[i : i + 2] for i in range(0, len(panels), 2)], STYLE)
 
 
-def _is_numeric(found: Swept, axis: str) -> bool:
+def _is_numeric(found: SweepResult, axis: str) -> bool:
     values = {row.labels[axis] for row in found.rows}
     try:
         return len({float(value) for value in values}) > 1

@@ -46,16 +46,16 @@ class Sheet:
     generated: Mapping[str, O.Generation] = field(default_factory=dict)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, ...]:
-        """What the measures keep of a batch."""
+        """Return the part of a batch that the measures keep."""
         return tuple(measure.reduce(batch, output) for measure in self.measures.values())
 
     def values(self, parts: Sequence[tuple[Any, ...]]) -> dict[str, float]:
-        """The measures, by name, of the batches' parts."""
+        """Return the measures, by name, of the batches' parts."""
         found = (m.value([part[i] for part in parts]) for i, m in enumerate(self.measures.values()))
         return {name: shown(name, value) for name, value in zip(self.measures, found, strict=True)}
 
 
-class Task:
+class ScoredTask:
     """Rows and the head of a model, by which other weights of the same shapes are judged.
 
     name         in tables
@@ -90,22 +90,22 @@ class Task:
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 
     def stored(self, info: TensorInfo) -> Tensor:
-        """A tensor as it is stored, or made."""
+        """Return a tensor as it is stored, or computed."""
         return stored(self.reader, info).to(self.device)
 
     @property
     def metric(self) -> str:
-        """The metric that `calibration` names, or that suits the head."""
+        """Return the metric that `calibration` names, or that suits the head."""
         return metric_of(self.calibration, self.settings)
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has the head that its task needs."""
+        """Return whether the model has the head that its task needs."""
         return has_head(self.settings, self.kind)
 
     @property
     def fitting(self) -> tuple[str, ...]:
-        """The metrics that fit the head; of texts that are generated only where `calibration` asks for one."""
+        """Return the metrics that fit the head. Metrics of generated texts need `calibration` to ask for them."""
         if self.kind in LANGUAGE:
             return (LOSS, EXACT) if self.metric == EXACT else (LOSS,)
         return ("pearson_spearman", LOSS) if self.metric == "pearson_spearman" else self._of_classes
@@ -117,7 +117,7 @@ class Task:
         return ("pearson_spearman", LOSS) if regression else (*own, *CLASSES)
 
     def sheet(self, rows: Sequence[DataRow], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
-        """Rows on which `metrics` are measured, and what of UNLABELLED is `compared` with the model's own outputs."""
+        """Return rows on which `metrics` are measured. `compared` are measures against the model's own outputs."""
         with errors.context(self.name):
             of_forward = [name for name in metrics if name != EXACT]
             made = self.reads.batches(rows, size=BATCH, labelled=bool(of_forward))
@@ -139,8 +139,11 @@ class Task:
         return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
 
     def _agreement(self, inputs: Sequence[Inputs]) -> O.Objective:
-        """The distance of predictions from the model's own, whatever the scale of a classifier's logits; of a
-        language model that of the next token's distribution; without a head that of the last hidden state."""
+        """Return the distance of predictions from the model's own, whatever the scale of a classifier's logits.
+
+        Of a language model it is that of the next token's distribution. Without a head it is that of the last hidden
+        state.
+        """
         if not self.has_head:
             return O.OutputChange.of(self.model, self.own, inputs)
         regression = self.kind == "text-classification" and O.is_regression(self.config)
@@ -149,7 +152,7 @@ class Task:
         return O.Agreement.of(self.model, self.own, inputs, regression=regression)
 
     def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
-        """The share of the model's own answers; see `objectives.SameAnswers`. InputError: it has no head."""
+        """Return the share of the model's own answers. See `objectives.SameAnswers`. InputError: it has no head."""
         if not self.has_head:
             raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
         regression = self.kind == "text-classification" and O.is_regression(self.config)
@@ -157,10 +160,12 @@ class Task:
 
 
 def measured(
-    sheets: Sequence[tuple[Task, Sheet]], variants: Sequence[Sequence[Weights]]
+    sheets: Sequence[tuple[ScoredTask, Sheet]], variants: Sequence[Sequence[Weights]]
 ) -> list[list[dict[str, float]]]:
-    """[task][variant] of the measures by name; `variants` has of each task its weights. One walk: all tasks are at the
-    same block, so that they can share what they read."""
+    """Return [task][variant]: the measures by name. `variants` has the weights of each task.
+
+    All tasks take one walk: they are at the same block, so that they can share reads.
+    """
     walks = [
         task.model.walk(sheet.batches, weights, sheet.reduce)
         for (task, sheet), weights in zip(sheets, variants, strict=True)
@@ -178,12 +183,12 @@ def measured(
 
 
 def shown(name: str, value: float) -> float:
-    """A measure as it is shown, from the objective that is minimised."""
+    """Return a measure for people from the objective that is minimised."""
     return value if name in LOWER else 1.0 - value
 
 
-def refuse_unknown(metrics: Sequence[str], task: Task) -> None:
-    """InputError: a metric that does not fit the head."""
+def refuse_unknown(metrics: Sequence[str], task: ScoredTask) -> None:
+    """Refuse a metric that does not fit the head."""
     fitting = dict.fromkeys((*task.fitting, "accuracy_f1") if "accuracy" in task.fitting else task.fitting)
     if EXACT in metrics and task.kind == "text-generation":
         fitting[EXACT] = None

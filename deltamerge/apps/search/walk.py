@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deltamerge.apps.search.candidates import Candidate
-from deltamerge.apps.search.tasks import Task
+from deltamerge.apps.search.candidates import RecipeCandidate
+from deltamerge.apps.search.tasks import ScoredTask
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
@@ -20,9 +20,9 @@ from deltamerge.engine.execute import default_workers, execute
 from deltamerge.engine.whole import computed
 from deltamerge.methods.ops import dense
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
-from deltamerge.tensors.graph import READ, Graph, Node, depth_first
-from deltamerge.tensors.memory import in_memory
+from deltamerge.tensors.graph import Graph, Node, depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.views import in_memory
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -30,7 +30,7 @@ PRUNING = "deltamerge.methods.prune."
 GIVEN = "deltamerge.apps.search.walk:given"
 
 
-class Held(Generic[K, T]):
+class BoundedCache(Generic[K, T]):
     """What `make` makes of keys, several at once; the last `budget` bytes of it are kept."""
 
     def __init__(self, budget: int, size: Callable[[T], int]) -> None:
@@ -38,7 +38,7 @@ class Held(Generic[K, T]):
         self.kept: OrderedDict[K, T] = OrderedDict()
 
     def get(self, keys: Sequence[K], make: Callable[[list[K]], Mapping[K, T]]) -> dict[K, T]:
-        """The values of `keys`, made if they are not there."""
+        """Return the values of `keys`, made if they are not there."""
         missing = [key for key in keys if key not in self.kept]
         new = make(missing) if missing else {}
         found = {key: new[key] if key in new else self.kept[key] for key in keys}
@@ -52,21 +52,21 @@ class Held(Generic[K, T]):
 
 
 def given(*, value: Any) -> Any:
-    """A value that is there already."""
+    """Return a value that is there already."""
     return value
 
 
 class Walk:
     """The weights of `candidates` while models walk through their blocks; `known` are the values of their stages.
 
-    Of the part of the model that is resident, every tensor that candidates share, as it is stored or as a pruned delta,
-    is in memory once, and so are singular vectors and the like; a candidate's own tensors are made of these when its
-    turn comes, rounded to the output's dtype, and held in `dtype` (None: as they are) until the next one's are.
+    A part of the model is resident. Its tensors that candidates share are in memory once: stored ones, pruned deltas,
+    singular vectors and the like. A candidate's own tensors are made of these when its turn comes, rounded to the
+    output's dtype. They are held in `dtype` (None: as they are) until the next turn.
     """
 
     def __init__(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[RecipeCandidate],
         reader: Reader,
         known: Mapping[Node, Any],
         device: str,
@@ -76,10 +76,12 @@ class Walk:
         self.candidates, self.reader, self.known, self.device = candidates, reader, known, device
         self.dtype = dtype
         self.graph = Graph()
-        self.shared: Held[str, dict[Node, Node]] = Held(budget, _bytes_of_nodes)
-        self.made: Held[tuple[int, str], Tensor] = Held(budget, lambda tensor: tensor.numel() * tensor.element_size())
+        self.shared: BoundedCache[str, dict[Node, Node]] = BoundedCache(budget, _bytes_of_nodes)
+        self.made: BoundedCache[tuple[int, str], Tensor] = BoundedCache(
+            budget, lambda tensor: tensor.numel() * tensor.element_size()
+        )
 
-    def weights(self, k: int, index: int, task: Task) -> Weights:
+    def weights(self, k: int, index: int, task: ScoredTask) -> Weights:
         """Candidate k's weights below the head of a task, which is the fine-tune `index`'s."""
         places = self.candidates[k].places[index]
 
@@ -98,10 +100,10 @@ class Walk:
     def _make(self, k: int, names: Sequence[str]) -> dict[tuple[int, str], Tensor]:
         shared = self.shared.get(names, self._share)
         roots = {name: _over(self.candidates[k].roots[name], shared[name]) for name in names}
-        return {(k, name): tensor for name, tensor in self._computed(roots).items()}
+        return {(k, name): tensor for name, tensor in self._compute(roots).items()}
 
     def _share(self, names: Sequence[str]) -> dict[str, dict[Node, Node]]:
-        """By tensor what candidates share, as nodes that read it from memory."""
+        """Return, by tensor, the nodes that candidates share, as nodes that read them from memory."""
         wanted: dict[str, Node] = {}
         of_name: dict[str, list[tuple[Node, str]]] = {name: [] for name in names}
         for name in names:
@@ -121,18 +123,16 @@ class Walk:
                     known = (("value", values[node]),)
                     found[name][node] = Node(GIVEN, (), known, node.shape, node.dtype, "small")
                     continue
-                info = in_memory(key, node.dtype, node.shape, memoryview(buffers[key].data))
-                found[name][node] = Node(READ, (), (("tensor", info),), node.shape, node.dtype, "read")
+                found[name][node] = in_memory(key, node.dtype, node.shape, memoryview(buffers[key].data)).tensor
         return found
 
-    def _computed(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
-        whole = {name: node for name, node in roots.items() if node.kind != "read"}
+    def _compute(self, roots: Mapping[str, Node]) -> dict[str, Tensor]:
+        whole = {name: node for name, node in roots.items() if not node.is_source}
         buffers = self._run(whole)
         for name, node in roots.items():
-            if node.kind == "read":  # shared as a whole, or a copy
-                info = node.parameter("tensor")
-                buffers[name] = np.empty(info.nbytes, np.uint8)
-                self.reader.read_into(info, 0, buffers[name])
+            if node.is_source:  # shared as a whole, or a copy
+                buffers[name] = np.empty(node.nbytes, np.uint8)
+                self.reader.read_into(node, 0, buffers[name])
         made = {}
         for name, node in roots.items():
             tensor = torch.from_numpy(buffers.pop(name)).view(torch_dtype(node.dtype)).view(node.shape)
@@ -141,7 +141,7 @@ class Walk:
         return made
 
     def _values(self, whole: Mapping[str, Node]) -> dict[Node, Any]:
-        """The values of nodes of whole tensors."""
+        """Return the values of nodes of whole tensors."""
         pieces = [Piece(name, node, backends.choose(node, self.device)) for name, node in whole.items()]
         if not pieces:
             return {}
@@ -152,11 +152,13 @@ class Walk:
 
 
 def _common(roots: Sequence[Node]) -> list[Node]:
-    """The nodes at which to cut the graphs of one tensor: what is the same in several and of its size, stored tensors,
-    pruned deltas, and values of whole matrices."""
+    """Return the nodes at which to cut the graphs of one tensor: common to several, and of its size.
+
+    They are stored tensors, pruned deltas, and values of whole matrices.
+    """
     distinct = list(dict.fromkeys(roots))
     if len(distinct) == 1:
-        return distinct if len(roots) > 1 and distinct[0].kind != "read" else _reads(distinct[0])
+        return distinct if len(roots) > 1 and not distinct[0].is_source else _reads(distinct[0])
     count: dict[Node, int] = {}
     for root in distinct:
         for node in depth_first(root):
@@ -169,24 +171,24 @@ def _common(roots: Sequence[Node]) -> list[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if count[node] > 1 and (node.kind in ("read", "whole") or _is_delta(node, distinct[0])):
+        if count[node] > 1 and (node.is_source or node.kind == "whole" or _is_delta(node, distinct[0])):
             found[node] = None
         else:
-            pending += node.inputs
+            pending += node.operands
     return list(found)
 
 
 def _reads(root: Node) -> list[Node]:
-    return [node for node in depth_first(root) if node.kind == "read"]
+    return [node for node in depth_first(root) if node.is_source]
 
 
 def _is_delta(node: Node, root: Node) -> bool:
-    """Whether a node is a pruned delta of the whole tensor, which is dear to make again."""
+    """Return whether a node is a pruned delta of the whole tensor, which is dear to make again."""
     return node.kind == "map" and node.function.startswith(PRUNING) and node.shape == root.shape
 
 
 def _over(root: Node, cut: Mapping[Node, Node]) -> Node:
-    """The graph of `root` with the nodes at which it is cut in the place of what they are made of."""
+    """Return the graph of `root` with its cut nodes replaced."""
     made = dict(cut)
     for node in depth_first(root):
         if node in made:

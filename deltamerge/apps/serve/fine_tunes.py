@@ -15,7 +15,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.apps.chain.change import Change
 from deltamerge.apps.chain.live import Delta
-from deltamerge.apps.chain.switch import Known, changes_of, check_config
+from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize
 from deltamerge.models.chain.fold import folded
@@ -23,14 +23,13 @@ from deltamerge.models.chain.models import open_model
 from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
-from deltamerge.models.delta_over_base import elements
 from deltamerge.tensors.dtypes import TORCH_NAMES, code_of
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 Changes = Mapping[str, Change]
 
 
-class Served:
+class ServedModel:
     """A base's folder (or hub id), and the changes of it that a server's model holds.
 
     at      by tensor; {}: it is the base; None: not known, a write has failed
@@ -43,30 +42,36 @@ class Served:
             raise InputError(f"{base}: is a delta", hint="name the base that it was made from")
         self.base, self._config = OnDisk(found), found.config
         self.at: Changes | None = {}
-        self._known: Known[Changes] = Known(keep, self._changes)
+        self._known: DeltaCache[Changes] = DeltaCache(keep, self._changes)
         self._hashes: dict[str, str] = {}
 
     def changes(self, delta: str | Path | Delta | None) -> Changes:
-        """What a delta, or a version of a chain, changes of the base; None: nothing. InputError: it is damaged, of
-        another base, or makes tensors of other names, dtypes or shapes."""
+        """Return the changes that a delta, or a version of a chain, makes of the base. None: nothing.
+
+        InputError: it is damaged, of another base, or makes tensors of other names, dtypes or shapes.
+        """
         return {} if delta is None else self._known.get(delta)
 
     def touched(self, changes: Changes) -> list[str]:
-        """The tensors that a model has to get for `changes`, in the base's order: those that they change, and those
-        that what is there now does."""
+        """Return the tensors that a model has to get for `changes`, in the base's order.
+
+        They are the tensors that `changes` or the present changes touch.
+        """
         return [name for name in self.base if self.at is None or name in changes or name in self.at]
 
     def weights(self, changes: Changes, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         """Tensors, whole, with `changes`."""
         for name in names:
-            yield name, self._made(changes, name)
+            yield name, self._make(changes, name)
 
     def patches(self, changes: Changes) -> Iterator[Patch]:
-        """What turns a model that holds `at` into one with `changes`: final values at every position that differs from
-        the base in one of them."""
+        """Yield the patches from a model at `at` to one with `changes`.
+
+        They are final values at every position that either changes.
+        """
         for name in self.touched(changes):
             old = None if self.at is None else self.at.get(name)
-            tensor, wheres = self._made(changes, name), []
+            tensor, wheres = self._make(changes, name), []
             for change in (old, changes.get(name)):
                 if change is not None and change.where is not None:
                     wheres.append(change.where)
@@ -81,7 +86,7 @@ class Served:
                 continue
             yield Patch(name, tuple(tensor.shape), tensor.dtype, tensor.reshape(-1), None)
 
-    def _made(self, changes: Changes, name: str) -> Any:
+    def _make(self, changes: Changes, name: str) -> Any:
         tensor = self.base[name]
         if (change := changes.get(name)) is not None:
             bits_of(tensor)[slice(None) if change.where is None else change.where] = change.values

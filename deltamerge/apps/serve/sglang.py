@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.chain.live import Delta
-from deltamerge.apps.serve.fine_tunes import Served
+from deltamerge.apps.serve.fine_tunes import ServedModel
 from deltamerge.errors import InputError, OutputError
 
 
 class EngineSwitch:
-    """What `dm.Switch` is for a module, for a `sglang.Engine`.
+    """A `sglang.Engine` switched between deltas, as `dm.Switch` does with a module.
 
     engine  serves the base, in the base's dtypes, not quantised, as parts of what SGLang has packed cannot be written;
             with disable_radix_cache, as SGLang may refuse to drop what the weights before have computed of prompts
@@ -33,24 +33,26 @@ class EngineSwitch:
                 "the engine keeps what its weights have computed of prompts",
                 hint="sglang.Engine(..., disable_radix_cache=True)",
             )
-        self._engine, self._served = engine, Served(base, keep=keep)
+        self._engine, self._served = engine, ServedModel(base, keep=keep)
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the engine's model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None:
-        the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of other
-        names, dtypes or shapes. OutputError: SGLang has not taken them; the next `to` sends every tensor."""
+        """Make the engine's model the one of `delta`: an artifact, a version of a chain, or a chain (its newest).
+
+        None: the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of
+        other names, dtypes or shapes. OutputError: SGLang has not taken them. The next `to` then sends every tensor.
+        """
         changes = self._served.changes(delta)
         if names := self._served.touched(changes):
             weights = list(self._served.weights(changes, names))
             self._served.at = None
-            _taken(self._engine.begin_weight_update())
+            _check(self._engine.begin_weight_update())
             try:
-                _taken(self._engine.update_weights_from_tensor(weights, flush_cache=False))
+                _check(self._engine.update_weights_from_tensor(weights, flush_cache=False))
             finally:
-                _taken(self._engine.end_weight_update())
+                _check(self._engine.end_weight_update())
         self._served.at = changes
 
 
-def _taken(answer: tuple[bool, str]) -> None:
+def _check(answer: tuple[bool, str]) -> None:
     if not answer[0]:
         raise OutputError(f"SGLang: {answer[1]}")

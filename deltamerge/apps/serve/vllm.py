@@ -8,8 +8,8 @@ and checks it and the base by hash before anything is written. vLLM does not und
 then writes every tensor.
 
 Of a model that keeps its weights as they are loaded only the positions that change are written, where they are few.
-Where most of a tensor changes, or vLLM has packed the weights (on the CPU, quantised, experts), the layers of the
-tensors that change are loaded anew, from the base's file.
+Some layers are loaded anew, from the base's file: those where most of a tensor changes, and those whose weights vLLM
+has packed (on the CPU, quantised, experts).
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from deltamerge.apps.serve.fine_tunes import Changes, Served
+from deltamerge.apps.serve.fine_tunes import Changes, ServedModel
 from deltamerge.errors import InputError
 
 
 @dataclass
 class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not read for types
-    """base      what the served model was loaded from, and the deltas were made from; None: the model's folder
+    """Settings of the engine.
+
+    base      what the served model was loaded from, and the deltas were made from; None: the model's folder
     in_place  write single positions into the loaded weights; None: where the model keeps them as they are loaded
     keep      how many deltas' changes a worker holds decoded; None: all
     """
@@ -48,13 +50,13 @@ class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not re
 
 @dataclass
 class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not read for types
-    """delta   a folder that every worker sees; None: the base"""
+    """An update: `delta` is a folder that every worker sees. None: the base."""
 
     delta: str | None = None
 
 
 class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]  # vLLM is not read for types
-    """One worker's."""
+    """The engine of one worker."""
 
     init_info_cls = DeltaInit
     update_info_cls = DeltaUpdate
@@ -62,11 +64,11 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
 
     def init_transfer_engine(self, init_info: DeltaInit) -> None:
         """Open the base, which the model has to hold now. InputError: it is no checkpoint."""
-        self._served = Served(init_info.base or self.model_config.model, keep=init_info.keep)
+        self._served = ServedModel(init_info.base or self.model_config.model, keep=init_info.keep)
         self._in_place = keeps_weights(self) if init_info.in_place is None else init_info.in_place
 
     def start_weight_update(self) -> None:
-        """Nothing: an update is whole in `receive_weights`, which refuses before it begins."""
+        """Do nothing: an update is whole in `receive_weights`, which refuses before it begins."""
 
     def finish_weight_update(self) -> None:
         """Nothing, likewise."""
@@ -77,8 +79,10 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: DeltaUpdate) -> None:
-        """Make the model the one of a delta. InputError, with nothing written: the delta is damaged or of another
-        base."""
+        """Make the model the one of a delta.
+
+        InputError, with nothing written: the delta is damaged or of another base.
+        """
         if not hasattr(self, "_served"):
             raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
         changes = self._served.changes(update_info.delta)
@@ -92,8 +96,10 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         self._served.at = changes
 
     def _patches(self, changes: Changes) -> list[CheckpointWeightPatch]:
-        """The changes that vLLM can write in place: of single positions, floating, without NaN, which says to it that
-        nothing changes."""
+        """Return the changes that vLLM can write in place: single positions, floating, without NaN.
+
+        NaN says to vLLM that nothing changes.
+        """
         return [
             CheckpointWeightPatch(*patch)
             for patch in self._served.patches(changes)
@@ -116,6 +122,6 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
 
 
 def keeps_weights(engine: DeltaEngine) -> bool:
-    """Whether a model computes with its weights as they were loaded, so that they can be written in place."""
+    """Return whether a model computes with its weights as they were loaded, so that they can be written in place."""
     plain = engine.device.type != "cpu" and engine.model_config.quantization is None
     return plain and not any("MoE" in type(module).__name__ for module in engine.model.modules())

@@ -100,12 +100,12 @@ class AdamR(torch.optim.Optimizer):
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the parameters that have a `decay` but no pretrained value to be pulled to."""
-        return [name for name in self._decayed() if name not in self._pretrained]
+        """Return the names of parameters that have a `decay` but no pretrained value to be pulled to."""
+        return [name for name in self._with_decay() if name not in self._pretrained]
 
     def attach(self, pretrained: Pretrained) -> None:
         """Give the parameters that are still `fresh` their pretrained values, after `add_param_group`."""
-        params = self._decayed()
+        params = self._with_decay()
         values = _readers(pretrained)
         pairs = _match(self.fresh, values)
         if not pairs and self.fresh:
@@ -118,14 +118,14 @@ class AdamR(torch.optim.Optimizer):
                     f"{name} has shape {tuple(params[name].shape)}, pretrained {tuple(value.shape)}",
                     hint="put a new head or a resized embedding in a group with decay=0 (for_model: `fresh`)",
                 )
-            value = self._placed(value, params[name])
+            value = self._to_place(value, params[name])
             self._pretrained[name] = value.clone() if value.untyped_storage().data_ptr() in trained else value
         for group in self.param_groups:
             names = self._pretrained.keys() & set(group.get("param_names", ()))
             group["pretrained"] = _fingerprint({name: self._pretrained[name] for name in names})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; `attach` then gives the new parameters their pretrained values."""
+        """Add a group as torch does. `attach` then gives the new parameters their pretrained values."""
         params = param_group["params"]
         entries: Any = [params] if isinstance(params, Tensor) else params
         if not isinstance(entries, set):  # which torch refuses: it has no order
@@ -175,8 +175,8 @@ class AdamR(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_pretrained": self._pretrained, "_place": self._place}
 
-    def _decayed(self) -> dict[str, Tensor]:
-        """The parameters that have a `decay`, by name."""
+    def _with_decay(self) -> dict[str, Tensor]:
+        """Return the parameters that have a `decay`, by name."""
         named: dict[str, Tensor] = {}
         for group in self.param_groups:
             if group["decay"]:
@@ -190,8 +190,8 @@ class AdamR(torch.optim.Optimizer):
                         raise InputError(f"two parameters are named {name!r}")
         return named
 
-    def _placed(self, value: Tensor, param: Tensor) -> Tensor:
-        """θ_P where it is to be kept; the model may have moved since the optimizer was built."""
+    def _to_place(self, value: Tensor, param: Tensor) -> Tensor:
+        """Return θ_P where it is to be kept. The model may have moved since the optimizer was built."""
         device, dtype = self._place
         value = value.to(device or param.device, dtype or param.dtype)
         pinned = not param.is_cuda or value.is_cuda or value.is_pinned()
@@ -223,7 +223,7 @@ class AdamR(torch.optim.Optimizer):
         if not group["decay"] or not pairs:
             return
         for name, p in pairs:
-            self._pretrained[name] = self._placed(self._pretrained[name], p)
+            self._pretrained[name] = self._to_place(self._pretrained[name], p)
         params = [p for _, p in pairs]
         c = (group["lr"] * group["decay"] / root_v).to(params[0], non_blocking=True)
         # On the CPU a number is at hand and has the faster kernels; elsewhere .item() would wait for the device.
@@ -235,7 +235,9 @@ class AdamR(torch.optim.Optimizer):
 def pull(
     params: list[Tensor], anchors: list[Tensor], c: Tensor | float, *, regularizer: Regularizer, foreach: bool
 ) -> None:
-    """In place: l2 θ ← θ − min(c, 1) (θ − θ_P); l1 θ ← θ − min(c, |θ − θ_P|) sign(θ − θ_P).
+    """Pull parameters in place.
+
+    l2: θ ← θ − min(c, 1) (θ − θ_P). l1: θ ← θ − min(c, |θ − θ_P|) sign(θ − θ_P).
 
     `params` share a device and a dtype, as does `c` if it is a (0-dim) tensor; `anchors` (θ_P) have their shapes.
     Beside the parameters l2 makes no temporary; otherwise none is larger than a piece of a tensor.
@@ -309,7 +311,7 @@ class _Bucket:
 
 
 def _root_mean(buckets: list[_Bucket]) -> Tensor:
-    """sqrt(v̄_t), 0-dim, on the first bucket's device."""
+    """Return sqrt(v̄_t), 0-dim, on the first bucket's device."""
     first, *others = [bucket.sum_seconds() for bucket in buckets]
     total = first + sum(other.to(first.device, non_blocking=True) for other in others)
     mean = total / sum(p.numel() for bucket in buckets for p in bucket.params)
@@ -355,7 +357,7 @@ def _readers(pretrained: Pretrained) -> Readers:
     tensors = hub.open_model(os.fspath(pretrained), Path(), weights=True).tensors
     files: dict[Path, Any] = {}
     for info in tensors.values():
-        if info.made is not None:
+        if info.kind != "stored":
             raise ValueError(f"{pretrained}: a base with an adapter: give the merged model, or the adapted nn.Module")
         if info.path not in files:
             files[info.path] = safe_open(info.path, framework="pt")
@@ -371,7 +373,10 @@ def _match(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
 
 
 def _fingerprint(values: Mapping[str, Tensor]) -> str:
-    """Of names and evenly spaced entries in bfloat16: the same however θ_P is kept; empty of none."""
+    """Return a fingerprint of names and evenly spaced entries in bfloat16, the same however θ_P is kept.
+
+    It is empty without parameters.
+    """
     digest = hashlib.sha256()
     for name in sorted(values):
         flat = values[name].reshape(-1)

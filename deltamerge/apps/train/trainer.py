@@ -37,18 +37,17 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
-from deltamerge.models.delta_over_base import elements
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.delta_output import base_of
 from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.reader import Reader, elements
 
 Bits = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenVersion:
     """A version that was published: its folder, entries that changed, elements, and bytes of the artifact."""
 
     path: Path
@@ -79,7 +78,7 @@ class DeltaWriter:
         named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
         self._held = ExitStack()
         self._held.enter_context(one_writer(self.chain, "adding"))
-        self._pending: Future[Written] | None = None
+        self._pending: Future[WrittenVersion] | None = None
         try:
             versions, origin = self._open(None if not named else os.fspath(named))
             self._last = versions[-1] if versions else None
@@ -90,7 +89,7 @@ class DeltaWriter:
             if self._last is not None:
                 self._shapes = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
             if model is not None:
-                _matched(self._shapes, model.state_dict())
+                _match(self._shapes, model.state_dict())
         except BaseException:
             self._held.close()
             raise
@@ -107,10 +106,10 @@ class DeltaWriter:
 
     @property
     def last(self) -> str | None:
-        """The name of the version last published; None: there is none yet."""
+        """Return the name of the version last published. None: there is none yet."""
         return None if self._last is None else self._last.name
 
-    def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[Written]:
+    def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write what has changed since the last version as the next one; returns what will say what was written.
 
         `state` is the model's if not given; `step` is noted, and the version's number is at least it. InputError: its
@@ -122,10 +121,10 @@ class DeltaWriter:
             if self._model is None:
                 raise InputError("there is no model", hint="write(state_dict)")
             state = self._model.state_dict()
-        new = _copied(self._shapes, state, self._spare)
+        new = _copy(self._shapes, state, self._spare)
         self._spare = {}
         number = max(0 if self._last is None else _number(self._last.name) + 1, step or 0, 1)
-        future: Future[Written] = Future()
+        future: Future[WrittenVersion] = Future()
         self._pending = future
 
         def work() -> None:
@@ -151,7 +150,7 @@ class DeltaWriter:
             self._held.close()
 
     def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
-        """The versions of the chain, and its base."""
+        """Return the versions of the chain, and its base."""
         versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
         if versions:
             base = base or str(versions[0].delta.manifest.base)
@@ -162,7 +161,7 @@ class DeltaWriter:
             raise InputError(f"{base}: has several components", hint="a chain of each")
         return versions, origin
 
-    def _publish(self, name: str, new: Bits, step: int | None) -> Written:
+    def _publish(self, name: str, new: Bits, step: int | None) -> WrittenVersion:
         before = self._last
         with publishing(self.chain, name, "adding") as folder:
             with ArtifactWriter(folder, self._base) as writer:
@@ -188,7 +187,7 @@ class DeltaWriter:
         self._last = open_version(self.chain / name)
         self._spare, self._bits = self._bits, new
         size = sum(bits.size for bits in new.values())
-        return Written(self.chain / name, summary.entries, size, summary.nbytes)
+        return WrittenVersion(self.chain / name, summary.entries, size, summary.nbytes)
 
 
 def _slices(bits: Array) -> Read:
@@ -211,7 +210,7 @@ def _assets(origin: Checkpoint) -> dict[str, Path]:
 
 
 def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
-    """The weights of the newest version, or of the base, checked by hash if they are a version's."""
+    """Return the weights of the newest version, or of the base, checked by hash if they are a version's."""
     found: Bits = {}
     with Reader() as reader:
         if not versions:
@@ -227,7 +226,7 @@ def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
     return found
 
 
-def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
+def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
     """InputError unless the state has every tensor of the base, of a dtype that becomes its, and no weight more."""
     hint = "model.save_pretrained(FOLDER) once, and base=FOLDER; or write(state) with the base's names"
     for name, (dtype, shape) in wanted.items():
@@ -249,9 +248,12 @@ def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[s
             raise InputError(f"the base has no {name}, which the model has", hint=hint)
 
 
-def _copied(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
-    """The bits of a state in the base's dtypes, rounded to the nearest, ties to even; into `spare` memory if given."""
-    _matched(wanted, state)
+def _copy(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
+    """Return the bits of a state in the base's dtypes, rounded to the nearest, ties to even.
+
+    They are written into `spare` memory if given.
+    """
+    _match(wanted, state)
     found: Bits = {}
     with torch.no_grad():
         for name, (dtype, shape) in wanted.items():

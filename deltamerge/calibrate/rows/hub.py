@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.models.hub_answers import commit_of
+from deltamerge.models.hub_client import commit_of
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 SHOWN = 200  # characters of a foreign error that are shown

@@ -14,31 +14,29 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
-from deltamerge.formats.quantised.scaled import Streamed
+from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSource:
-    """A stored tensor: its open file, or None where its bytes are made when they are read.
+    """A source: its open file, or None where a view computes its values.
 
     `coded`: the file holds its codes, which the loop itself makes numbers of.
     """
 
-    info: TensorInfo
+    info: Tensor
     file: Descriptor | None
-    coded: Streamed | None = None
+    coded: CodedWeight | None = None
 
     @classmethod
-    def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
-        if info.made is None:
-            return cls(info, reader.stored(info))
-        coded = info.made if isinstance(info.made, Streamed) and info.made.is_plain and not info.begin else None
-        return cls(info, reader.stored(info if coded is None else coded.codes), coded)
+    def of(cls, source: Tensor, reader: Reader) -> StoredSource:
+        coded = streamed(source)
+        return cls(source, reader.stored(source if coded is None else coded.codes), coded)
 
     @property
     def path(self) -> Path:

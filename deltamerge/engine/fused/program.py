@@ -12,7 +12,7 @@ from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.files.pieces import PIECE_BYTES, Pieces
-from deltamerge.formats.quantised.scaled import Part, TurnedPart
+from deltamerge.formats.quantised.scheme import CodedRows
 from deltamerge.tensors.reader import Reader
 
 # The structures of kernels/src/program.h.
@@ -117,7 +117,7 @@ class Program:
         return buffer
 
     def _files(
-        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | TurnedPart | None]
+        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[CodedRows | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[NDArray[Any]]]:
         """Where each source lies, of those that are codes what they are, and the arrays that both name by number."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()

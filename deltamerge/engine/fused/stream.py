@@ -29,7 +29,7 @@ def covers(root: Node) -> bool:
 def _is_known(node: Node, root: Node) -> bool:
     if node.kind == "small":
         return True
-    if node.kind == "read":
+    if node.is_source:
         return node.dtype in STORED
     declared = traits_of(node.function)
     return declared.loop is not None and (declared.fits is None or declared.fits(node, root))
@@ -54,9 +54,9 @@ def operations_of(
     gathers = not ends and _patches(last.inputs[0] if declared[-1].stores else last)
     assembly = Assembly(values, reader, Form(shape), output, gathers)
     _cut(assembly, steps, declared)
-    assembly.uses.update([id(source) for node, _, _ in steps for source in node.inputs])
+    assembly.uses.update([id(source) for node, _, _ in steps for source in node.operands])
     for (node, parameters, frees), its in zip(steps, declared, strict=True):
-        if node.kind == "read":
+        if node.is_source:
             _read(assembly, node)
         elif its.loop is None:
             return None
@@ -69,14 +69,13 @@ def operations_of(
 
 
 def _read(assembly: Assembly, node: Node) -> None:
-    info = node.parameter("tensor")
     assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(StoredSource.of(info, assembly.reader))
+    assembly.sources.append(StoredSource.of(node, assembly.reader))
 
 
 def _patches(merge: Node) -> bool:
     """Whether a merge works on places alone: its cost follows what is kept."""
-    if not traits_of(merge.function).patches or merge.inputs[0].kind != "read":
+    if not traits_of(merge.function).patches or not merge.inputs[0].is_source:
         return False
     return all(map(is_sparse, merge.inputs[1:]))
 

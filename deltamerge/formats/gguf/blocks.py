@@ -1,178 +1,111 @@
-"""Values of GGUF tensors: blocks turned into float32 by the gguf package, and what llama.cpp's converters did to the
-weights undone, row by row."""
+"""Values of GGUF tensors, row by row: blocks as float32 by the gguf package, llama.cpp's conversions undone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
 
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf.header import Block
-from deltamerge.formats.quantised.packing import kept
-from deltamerge.formats.quantised.weight import Array, Floats, fill_rows
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
-
-PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
-NAME = "gguf"
+from deltamerge.formats.gguf.header import GgufBlock, block_of, package
+from deltamerge.formats.quantised.scheme import Array, Floats, fill_rows, kept
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, stored, view, viewed
 
 
-@cache
-def package() -> Any:
-    """The gguf package. InputError: it is not installed."""
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError:
-        raise InputError("GGUF files need gguf", hint="pip install 'deltamerge[gguf]'") from None
-    return gguf
+@view()
+def ggml_blocks(read: Read, tensor: Tensor, start: int, out: memoryview, *, kind: int) -> None:
+    """Turn blocks, which lie along rows, into numbers. The input has their bytes."""
+    gguf, (source,), columns = package(), tensor.inputs, tensor.shape[-1]
+    elements, nbytes = block_of(kind)
+    width = columns // elements * nbytes
 
-
-@cache
-def block_of(kind: int) -> tuple[int, int]:
-    """The elements and bytes of a block of one of ggml's types. InputError: a type that gguf cannot turn into
-    numbers."""
-    gguf = package()
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-    except ValueError:
-        raise InputError(f"its type is {kind}, which gguf {_version()} does not know") from None
-    if kind not in PLAIN and known not in gguf.quants._type_traits:
-        raise InputError(f"its type is {known.name}, which gguf {_version()} cannot turn into numbers")
-    elements, nbytes = gguf.GGML_QUANT_SIZES[known]
-    return elements, nbytes
-
-
-def type_name(kind: int) -> str:
-    """ggml's name of a type ("Q4_K")."""
-    return str(package().GGMLQuantizationType(kind).name)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version(NAME)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The values of a tensor's blocks, which lie along rows of `columns`. `stored` has the bytes."""
-
-    stored: TensorInfo
-    kind: int
-    columns: int
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
-
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
-        gguf = package()
-        elements, nbytes = block_of(self.kind)
-        width = self.columns // elements * nbytes
+    def rows(top: int, bottom: int) -> Floats:
         raw = np.empty((bottom - top, width), np.uint8)
-        read.read_into(self.stored, top * width, raw)
+        read.read_into(source, top * width, raw)
         with np.errstate(all="ignore"):
-            values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
+            values = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
         return np.asarray(values, np.float32)
 
+    fill_rows(columns, start, out, rows)
 
-@dataclass(frozen=True, slots=True)
-class Reordered:
-    """The rows of `source` (…, columns) in transformers' order, a head of `rows` at a time.
 
-    Of a head of q and k llama.cpp has the rows that its rotary embedding pairs side by side, transformers half a head
+@view()
+def head_order(read: Read, tensor: Tensor, start: int, out: memoryview, *, head: int, fused: int) -> None:
+    """Put rows in transformers' order, a head of `head` rows at a time.
+
+    llama.cpp has the rows of a head of q and k side by side that its rotary embedding pairs, transformers half a head
     apart. With `fused` = h the heads of q, of k and of v lie interleaved instead (q₀ k₀ v₀ q₁ …), in the file one after
     the other, h of each (Bloom).
     """
+    (source,), columns = tensor.inputs, tensor.shape[-1] if len(tensor.shape) > 1 else 1
 
-    source: TensorInfo
-    rows: int
-    columns: int
-    fused: int = 0
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._band(read, top, bottom))
-
-    def _band(self, read: Read, top: int, bottom: int) -> Floats:
-        first, last = top // self.rows, -(-bottom // self.rows)
-        values = np.empty((last - first, self.rows, self.columns), np.float32)
+    def rows(top: int, bottom: int) -> Floats:
+        first, last = top // head, -(-bottom // head)
+        values = np.empty((last - first, head, columns), np.float32)
         for unit in range(first, last):
-            begin = unit
-            if self.fused:
-                head, part = divmod(unit, 3)
-                begin = part * self.fused + head
-            read.read_into(self.source, begin * self.rows * self.columns, values[unit - first])
-        if not self.fused:
-            pairs = values.reshape(last - first, self.rows // 2, 2, self.columns)
+            begin = unit % 3 * fused + unit // 3 if fused else unit
+            read.read_into(source, begin * head * columns, values[unit - first])
+        if not fused:
+            pairs = values.reshape(last - first, head // 2, 2, columns)
             values = np.ascontiguousarray(pairs.swapaxes(1, 2))
-        return values.reshape(-1, self.columns)[top - first * self.rows : bottom - first * self.rows]
+        return values.reshape(-1, columns)[top - first * head : bottom - first * head]
+
+    fill_rows(columns, start, out, rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """A function of the values of `source`: `less_one` of norms stored as w + 1, `log_of_negative` of Mamba's A."""
-
-    source: TensorInfo
-    function: str
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        values = np.frombuffer(out, np.float32)
-        read.read_into(self.source, start, values)
-        if self.function == "less_one":
-            values -= np.float32(1)
-            return
-        if not (values < 0).all():
-            raise InputError(f"{self.source.name}: is not below 0 everywhere", hint="download it again")
-        np.log(-values, out=values)
+@view()
+def less_one(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Subtract 1 from norms that are stored as w + 1."""
+    values = np.frombuffer(out, np.float32)
+    read.read_into(tensor.inputs[0], start, values)
+    values -= np.float32(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Transposed:
-    """`source` (rows, columns) transposed, as GPT-2's Conv1D has its weights."""
-
-    keeps: ClassVar[bool] = True
-    source: TensorInfo
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        rows, columns = self.source.shape
-
-        def decoded() -> Array:
-            values = np.empty((rows, columns), np.float32)
-            read.read_into(self.source, 0, values)
-            return values
-
-        values = kept(read, self.source, decoded)
-        fill_rows(rows, start, out, lambda top, bottom: np.ascontiguousarray(values[:, top:bottom].T))
+@view()
+def log_of_negative(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Compute log(−x), Mamba's A. InputError: x is not below 0."""
+    values, (source,) = np.frombuffer(out, np.float32), tensor.inputs
+    read.read_into(source, start, values)
+    if not (values < 0).all():
+        raise InputError(f"{source.name}: is not below 0 everywhere", hint="download it again")
+    np.log(-values, out=values)
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Experts (E, ra + rb, columns) whose rows are those of `sources` (E, ra, columns) and (E, rb, columns)."""
+@view(keeps=True)
+def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Transpose a matrix (rows, columns), as GPT-2's Conv1D has its weights."""
+    (source,) = tensor.inputs
+    rows, columns = source.shape
 
-    sources: tuple[TensorInfo, TensorInfo]
+    def numbers() -> Array:
+        values = np.empty((rows, columns), np.float32)
+        read.read_into(source, 0, values)
+        return values
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        values, done = np.frombuffer(out, np.float32), 0
-        sizes = [math.prod(source.shape[1:]) for source in self.sources]
-        while done < len(values):
-            expert, inner = divmod(start + done, sum(sizes))
-            part = int(inner >= sizes[0])
-            inner -= sizes[0] * part
-            count = min(sizes[part] - inner, len(values) - done)
-            read.read_into(self.sources[part], expert * sizes[part] + inner, values[done : done + count])
-            done += count
+    values = kept(read, source, numbers)
+    fill_rows(rows, start, out, lambda top, bottom: np.ascontiguousarray(values[:, top:bottom].T))
 
 
-def tensor_of(block: Block, name: str) -> TensorInfo:
-    """The float32 tensor of a block's values under `name`."""
-    stored = TensorInfo(block.name, "U8", (block.nbytes,), block.path, block.begin, block.nbytes)
-    return made(name, block.shape, block, Blocks(stored, block.kind, block.shape[-1]))
+@view()
+def joined_experts(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Put the rows of two stacks of experts (E, r, columns) together, expert by expert."""
+    values, done = np.frombuffer(out, np.float32), 0
+    sizes = [math.prod(source.shape[1:]) for source in tensor.inputs]
+    while done < len(values):
+        expert, inner = divmod(start + done, sum(sizes))
+        part = int(inner >= sizes[0])
+        inner -= sizes[0] * part
+        count = min(sizes[part] - inner, len(values) - done)
+        read.read_into(tensor.inputs[part], expert * sizes[part] + inner, values[done : done + count])
+        done += count
 
 
-def made(name: str, shape: Sequence[int], like: Block | TensorInfo, how: Made) -> TensorInfo:
-    """The float32 tensor of `shape` that `how` computes."""
-    return TensorInfo(name, "F32", tuple(shape), like.path, 0, 4 * math.prod(shape), how)
+def tensor_of(block: GgufBlock, name: str) -> TensorInfo:
+    """Return the float32 tensor of a block's values under `name`."""
+    source = stored(block.path, block.begin, (block.nbytes,), "U8", block.name)
+    return TensorInfo(name, viewed(ggml_blocks, [source], block.shape, "F32", kind=block.kind))
+
+
+def is_joined_experts(tensor: Tensor) -> bool:
+    """Return whether a tensor has both halves of its experts."""
+    return tensor.function == joined_experts.__name__

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deltamerge.errors import InputError
 from deltamerge.formats.config_json import check_config
 from deltamerge.formats.gguf.header import GgufHeader
-from deltamerge.formats.gguf.names import Architecture
+from deltamerge.formats.gguf.names import GgufNames
 
 HINT = "put the original model's config.json beside it, which is then taken"
 # transformers' tables have other names for these.
@@ -54,8 +54,8 @@ GATES = {0: "none", 1: "softmax", 2: "sigmoid"}
 TIED = frozenset({"falcon", "bloom"})
 
 
-def config_of(header: GgufHeader, known: Architecture, names: Collection[str], rows: int) -> dict[str, Any]:
-    """The config of a file whose tensors are `names`, with embeddings of `rows` tokens.
+def config_of(header: GgufHeader, known: GgufNames, names: Collection[str], rows: int) -> dict[str, Any]:
+    """Return the config of a file whose tensors are `names`, with embeddings of `rows` tokens.
 
     InputError: a key that the config has no place for, or a value of another type.
     """
@@ -98,7 +98,7 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
 
 
 def _is_said(key: str, value: Any, table: Mapping[str, str | None], own: Mapping[str, Any]) -> bool:
-    """Whether a key's value comes into the config, or need not."""
+    """Return whether a key's value comes into the config, or need not."""
     if table.get(key) is not None or key in SILENT:
         return True
     if key == "attention.head_count_kv":
@@ -107,7 +107,7 @@ def _is_said(key: str, value: Any, table: Mapping[str, str | None], own: Mapping
 
 
 def _rope(own: Mapping[str, Any], factors: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The `rope_scaling` of a config; {} where there is none, None where it cannot be told.
+    """Return the `rope_scaling` of a config; {} where there is none, None where it cannot be told.
 
     Llama 3.1's is told by its factors, which are those of one set of numbers and no other (`llama3_factors`).
     """
@@ -132,9 +132,11 @@ def _rope(own: Mapping[str, Any], factors: Mapping[str, bytes]) -> dict[str, Any
 
 
 def llama3_factors(rope: Mapping[str, Any], size: int, theta: float) -> NDArray[np.float64]:
-    """By what Llama 3.1 divides the frequencies of a head of `size`: 1 for wavelengths below a quarter of the original
-    context, the factor above all of it, between them by a straight line of the inverse (transformers,
-    modeling_rope_utils.py)."""
+    """Return the divisors of the rotary frequencies of a head of `size` in Llama 3.1.
+
+    They are 1 for wavelengths below a quarter of the original context, the factor above all of it, and between them a
+    straight line of the inverse (transformers, modeling_rope_utils.py).
+    """
     wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = np.clip((old / wavelengths - low) / (high - low), 0, 1)
@@ -143,14 +145,14 @@ def llama3_factors(rope: Mapping[str, Any], size: int, theta: float) -> NDArray[
 
 
 def _plain(value: Any) -> Any:
-    """A float32 as the shortest decimal that is rounded to it."""
+    """Return a float32 as the shortest decimal that is rounded to it."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _by_family(
     model_type: str, own: Mapping[str, Any], names: Collection[str], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What follows from several keys, or from the tensors."""
+    """Return the settings that follow from several keys, or from the tensors."""
     made: dict[str, Any] = {}
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     key_length, rotated = own.get("attention.key_length"), own.get("rope.dimension_count")

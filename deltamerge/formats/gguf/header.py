@@ -1,4 +1,4 @@
-"""Headers of GGUF files, checked before anything in them is believed.
+"""GGUF files: their names, their headers, and ggml's types. A header is checked before anything in it is believed.
 
 A file is "GGUF", version, counts, key-value pairs, a table of tensors, and their aligned bytes:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No byte of a weight is read here.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,90 @@ FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 MAX_FACTORS = 1 << 16
 ALIGNMENT = 32
 AGAIN = "download it again"
+PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
+SUFFIX = ".gguf"
+SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MOST_PARTS = 10_000
+
+
+# Files.
+
+
+def parts_of(name: str, names: Collection[str]) -> list[str]:
+    """Return the files of the model that begins with the file `name`. InputError: one of them is not among `names`."""
+    found = SPLIT.fullmatch(name)
+    if found is None:
+        return [name]
+    count = int(found["count"])
+    parts = [f"{found['stem']}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, min(count, MOST_PARTS) + 1)]
+    if missing := [part for part in parts if part not in names]:
+        raise InputError(f"missing part {missing[0]}", hint="download it, or the whole model again")
+    return parts
+
+
+def first_parts(names: Collection[str]) -> list[str]:
+    """Return the GGUF files among `names` that are models, of one in parts the first; no projectors of pictures."""
+    found = sorted(name for name in names if name.endswith(SUFFIX) and not name.startswith("mmproj"))
+    numbers = {name: match["number"] for name in found if (match := SPLIT.fullmatch(name))}
+    return [name for name in found if numbers.get(name, "00001") == "00001"]
+
+
+def the_model(names: Collection[str]) -> str | None:
+    """Return the only GGUF model among a folder's file names, its first part; None if there is none.
+
+    InputError: there are several.
+    """
+    found = first_parts(names)
+    if len(found) > 1:
+        hint = f"name one: FOLDER/{found[0]}, or org/name:{found[0]} on the hub"
+        raise InputError(f"{len(found)} GGUF models", hint=hint)
+    return found[0] if found else None
+
+
+# ggml's types.
+
+
+@cache
+def package(what: str = "GGUF files need gguf") -> Any:
+    """Return the gguf package. InputError: it is not installed; `what` says who needs it."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise InputError(what, hint="pip install 'deltamerge[gguf]'") from None
+    return gguf
+
+
+@cache
+def block_of(kind: int) -> tuple[int, int]:
+    """Return the elements and bytes of a block of one of ggml's types. InputError: gguf cannot make numbers of it."""
+    gguf = package()
+    try:
+        known = gguf.GGMLQuantizationType(kind)
+    except ValueError:
+        raise InputError(f"its type is {kind}, which gguf {version('gguf')} does not know") from None
+    if kind not in PLAIN and known not in gguf.quants._type_traits:
+        raise InputError(f"its type is {known.name}, which gguf {version('gguf')} cannot turn into numbers")
+    elements, nbytes = gguf.GGML_QUANT_SIZES[known]
+    return elements, nbytes
+
+
+def type_name(kind: int) -> str:
+    """Return ggml's name of a type ("Q4_K")."""
+    return str(package().GGMLQuantizationType(kind).name)
+
+
+# Headers.
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A tensor of a GGUF file: `kind` is ggml's number of its type, `shape` has the slowest dimension first, bytes
-    `begin` to `begin` + `nbytes` of the file are its own."""
+class GgufBlock:
+    """A tensor of a GGUF file.
+
+    kind    ggml's number of its type
+    shape   with the slowest dimension first
+    begin   of its bytes in the file, and `nbytes` of them
+    """
 
     name: str
     kind: int
@@ -47,23 +128,28 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A file's key-value pairs and tensors; of arrays of texts only the number of items. `factors` are the bytes of the
-    small tensors that belong to the config (`FACTORS`)."""
+    """A file's key-value pairs and tensors; of arrays of texts only the number of items.
+
+    `factors` are the bytes of the small tensors that belong to the config (`FACTORS`).
+    """
 
     path: Path
     pairs: Mapping[str, Any]
-    blocks: tuple[Block, ...]
+    blocks: tuple[GgufBlock, ...]
     size: int
     factors: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
+        """Return llama.cpp's name of the architecture."""
         return str(self.pairs["general.architecture"])
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of the GGUF file at `path`; errors name the file. InputError: unreadable, a link that leaves its
-    folder, or no valid header (see `parse_gguf_header`)."""
+    """Return the header of the GGUF file at `path`; errors name the file.
+
+    InputError: unreadable, a link that leaves its folder, or no valid header (see `parse_gguf_header`).
+    """
     refuse_link(path)
     with errors.context(path.name):
         try:
@@ -77,7 +163,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> GgufHeader:
-    """The header of a file of `size` bytes whose next bytes `read` returns.
+    """Return the header of a file of `size` bytes whose next bytes `read` returns.
 
     InputError: no GGUF, of another version, big-endian, truncated, counts or texts beyond bounds, a name twice, no
     architecture, a type that gguf does not know, or a tensor that does not lie where it may.
@@ -110,7 +196,7 @@ def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> Gg
 
 
 def with_factors(header: GgufHeader, read: Callable[[int, int], bytes]) -> GgufHeader:
-    """The header with its factors, of which `read` returns bytes (first, count)."""
+    """Return the header with its factors; `read` returns bytes of the file (first, count)."""
     found = [block for block in header.blocks if block.name in FACTORS]
     for block in found:
         if block.kind or block.nbytes > MAX_FACTORS:
@@ -153,7 +239,7 @@ class _Cursor:
             raise InputError(f"a text is not UTF-8: {raw[:40]!r}") from None
 
     def value(self, kind: int) -> Any:
-        """A value; of an array of texts the number of them."""
+        """Return the next value; of an array of texts the number of them."""
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
         if kind == TEXT:
@@ -172,7 +258,7 @@ class _Cursor:
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """The name, shape, type and offset of the next tensor in the table."""
+    """Return the name, shape, type and offset of the next tensor in the table."""
     name = cursor.text(1 << 12)
     dimensions = cursor.number("<I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -184,9 +270,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _block(
     name: str, shape: tuple[int, ...], kind: int, offset: int, path: Path, begin: int, size: int, alignment: int
-) -> Block:
-    from deltamerge.formats.gguf.blocks import block_of
-
+) -> GgufBlock:
     with errors.context(name[:80]):
         elements, nbytes = block_of(kind)
         if 0 in shape or shape[-1] % elements:
@@ -194,4 +278,4 @@ def _block(
         total = math.prod(shape) // elements * nbytes
         if offset % alignment or begin + offset + total > size:
             raise InputError(f"its {total:,} bytes at {offset:,} do not lie in the file", hint=AGAIN)
-        return Block(name, kind, shape, path, begin + offset, total)
+        return GgufBlock(name, kind, shape, path, begin + offset, total)

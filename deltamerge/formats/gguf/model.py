@@ -5,29 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf.blocks import (
-    PLAIN,
-    Blocks,
-    Joined,
-    Mapped,
-    Reordered,
-    Transposed,
-    made,
-    tensor_of,
-    type_name,
-)
+from deltamerge.formats.gguf import blocks as views
+from deltamerge.formats.gguf.blocks import tensor_of
 from deltamerge.formats.gguf.config import config_of
-from deltamerge.formats.gguf.header import FACTORS, Block, GgufHeader
-from deltamerge.formats.gguf.names import ARCHITECTURES, Architecture
+from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, type_name
+from deltamerge.formats.gguf.names import ARCHITECTURES, GgufNames
 from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo, stored, viewed
 
 # Axes of one that llama.cpp leaves out.
 SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
@@ -43,7 +34,10 @@ class GgufModel:
 
 
 def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel:
-    """The model in the files of `headers`. InputError: an architecture or tensor that transformers does not read."""
+    """Return the model in the files of `headers`.
+
+    InputError: an architecture or tensor that transformers does not read.
+    """
     header = headers[0]
     known = ARCHITECTURES.get(header.architecture)
     if known is None:
@@ -54,7 +48,7 @@ def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel
     if count not in (0, len(headers)):
         raise InputError(f"is one of {str(count)[:20]} parts", hint="name the first, with all others beside it")
     blocks = [block for part in headers for block in part.blocks]
-    stored: dict[str, Block] = {}
+    stored: dict[str, GgufBlock] = {}
     tensors: dict[str, TensorInfo] = {}
     for block in blocks:
         if block.name in FACTORS:
@@ -83,29 +77,33 @@ def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel
     return GgufModel(found, config, scheme)
 
 
-def _undone(header: GgufHeader, known: Architecture, block: Block, name: str) -> TensorInfo:
-    """A tensor as transformers has it."""
+def _undone(header: GgufHeader, known: GgufNames, block: GgufBlock, name: str) -> TensorInfo:
+    """Return a tensor as transformers has it."""
     info = tensor_of(block, name)
     rest = re.sub(r"^((enc|dec)\.)?blk\.\d+\.", "", block.name)
-    columns = block.shape[-1] if len(block.shape) > 1 else 1
     if known.less_one and block.name.endswith("norm.weight"):
-        return made(name, block.shape, block, Mapped(info, "less_one"))
+        return _viewed(views.less_one, info)
     if known.halves and rest.startswith(("attn_q.", "attn_k.")):
         heads = _heads(header, "head_count" if rest.startswith("attn_q.") else "head_count_kv")
-        return made(name, block.shape, block, Reordered(info, _head(block, heads, 2), columns))
+        return _viewed(views.head_order, info, head=_head(block, heads, 2), fused=0)
     if known.fused and rest.startswith("attn_qkv."):
         heads = _heads(header, "head_count")
-        return made(name, block.shape, block, Reordered(info, _head(block, 3 * heads, 1), columns, heads))
+        return _viewed(views.head_order, info, head=_head(block, 3 * heads, 1), fused=heads)
     if rest.startswith("attn_qkv.") and header.architecture == "falcon" and _heads(header, "head_count_kv") != 1:
         raise InputError("has several heads of keys, in an order of llama.cpp's own, which transformers does not undo")
     if rest in known.transposed:
-        return made(name, block.shape[::-1], block, Transposed(info))
+        return replace(info, tensor=viewed(views.transposed_blocks, [info], block.shape[::-1], "F32"))
     if rest == "ssm_a":
-        return made(name, block.shape, block, Mapped(info, "log_of_negative"))
+        return _viewed(views.log_of_negative, info)
     axis = SQUEEZED.get(rest)
     if axis is not None and len(block.shape) == 1 + axis:
-        return replace(info, shape=(*block.shape[:axis], 1, *block.shape[axis:]))
+        return info.part(0, (*block.shape[:axis], 1, *block.shape[axis:]))
     return info
+
+
+def _viewed(function: Callable[..., None], info: TensorInfo, **parameters: Any) -> TensorInfo:
+    """Return a tensor of the same shape that a view computes."""
+    return replace(info, tensor=viewed(function, [info], info.shape, "F32", **parameters))
 
 
 def _heads(header: GgufHeader, key: str) -> int:
@@ -116,31 +114,35 @@ def _heads(header: GgufHeader, key: str) -> int:
     return heads
 
 
-def _head(block: Block, heads: int, parts: int) -> int:
-    """The rows of a head. InputError: heads or their parts do not divide the rows."""
+def _head(block: GgufBlock, heads: int, parts: int) -> int:
+    """Return the rows of a head. InputError: heads or their parts do not divide the rows."""
     if block.shape[0] % (heads * parts):
         raise InputError(f"{block.shape[0]} rows are no {heads} heads")
     return block.shape[0] // heads
 
 
-def _joined(first: Block, second: Block, one: TensorInfo) -> TensorInfo:
-    """The rows of gate and up of all experts, in this order."""
+def _joined(first: GgufBlock, second: GgufBlock, one: TensorInfo) -> TensorInfo:
+    """Return the rows of gate and up of all experts, in this order."""
     other = tensor_of(second, one.name)
     gate, up = (one, other) if "gate" in first.name else (other, one)
     if len(gate.shape) != 3 or gate.shape != up.shape:
         raise InputError(f"has the shape {list(second.shape)}, {first.name} {list(first.shape)}")
     experts, rows, columns = gate.shape
-    return made(one.name, (experts, 2 * rows, columns), second, Joined((gate, up)))
+    return replace(one, tensor=viewed(views.joined_experts, [gate, up], (experts, 2 * rows, columns), "F32"))
 
 
-def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, Block]) -> None:
+def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, GgufBlock]) -> None:
     for name, block in stored.items():
-        if name.endswith("gate_up_proj") and "_exps" in block.name and not isinstance(tensors[name].made, Joined):
+        if (
+            name.endswith("gate_up_proj")
+            and "_exps" in block.name
+            and not views.is_joined_experts(tensors[name].tensor)
+        ):
             raise InputError(f"{block.name}: the other half of {name} is missing", hint="download the model again")
 
 
-def _dtype(blocks: Sequence[Block]) -> str:
-    """The dtype of outputs: that of most elements of matrices, bfloat16 for blocks."""
+def _dtype(blocks: Sequence[GgufBlock]) -> str:
+    """Return the dtype of outputs: that of most elements of matrices, bfloat16 for blocks."""
     counts: Counter[str] = Counter()
     for block in blocks:
         if len(block.shape) > 1:
@@ -148,8 +150,8 @@ def _dtype(blocks: Sequence[Block]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def _saved(info: TensorInfo, block: Block, dtype: str) -> TensorInfo:
-    """A tensor that is stored as it is in the outputs' dtype is read as it is; others are computed."""
-    if PLAIN.get(block.kind) == dtype and isinstance(info.made, Blocks):
-        return TensorInfo(info.name, dtype, info.shape, block.path, block.begin, block.nbytes)
+def _saved(info: TensorInfo, block: GgufBlock, dtype: str) -> TensorInfo:
+    """Return a tensor that is read as it is, if it is stored in the outputs' dtype, else computed."""
+    if PLAIN.get(block.kind) == dtype and info.tensor.whole.function == views.ggml_blocks.__name__:
+        return TensorInfo(info.name, stored(block.path, block.begin, info.shape, dtype, info.name))
     return replace(info, saved_as=dtype)

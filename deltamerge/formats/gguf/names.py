@@ -63,8 +63,8 @@ def _t5_mlp(layer: int) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """How transformers has an architecture of GGUF.
+class GgufNames:
+    """How transformers names the tensors of an architecture of GGUF.
 
     model_type   of its config, `model` the class of its causal language model
     top          names outside blocks, `block` within one, of layers that are called `stem`.N: GGUF's without its
@@ -88,7 +88,7 @@ class Architecture:
     transposed: frozenset[str] = frozenset()
 
     def name(self, stored: str) -> str | None:
-        """transformers' name of a tensor, or None."""
+        """Return transformers' name of a tensor, or None."""
         found = BLOCK.fullmatch(stored)
         if found is None:
             return _named(self.top, stored)
@@ -107,40 +107,40 @@ def _named(names: Names, stored: str) -> str | None:
 
 
 _MLP = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_T5 = Architecture(
+_T5 = GgufNames(
     "t5", "T5ForConditionalGeneration", {}, _T5_TOP,
     sides={"enc.": ("encoder.block", _T5_SELF | _t5_mlp(1)),
            "dec.": ("decoder.block", _T5_SELF | _T5_CROSS | _t5_mlp(2))},
 )  # fmt: skip
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", halves=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _DENSE | _HEAD_NORMS),
-    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM", _DENSE | _EXPERTS | _SHARED),
-    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _DENSE | _EXPERTS | _HEAD_NORMS),
-    "minimax-m2": Architecture(
+ARCHITECTURES: Mapping[str, GgufNames] = {
+    "llama": GgufNames("llama", "LlamaForCausalLM", halves=True),
+    "qwen2": GgufNames("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": GgufNames("qwen3", "Qwen3ForCausalLM", _DENSE | _HEAD_NORMS),
+    "qwen2moe": GgufNames("qwen2_moe", "Qwen2MoeForCausalLM", _DENSE | _EXPERTS | _SHARED),
+    "qwen3moe": GgufNames("qwen3_moe", "Qwen3MoeForCausalLM", _DENSE | _EXPERTS | _HEAD_NORMS),
+    "minimax-m2": GgufNames(
         "minimax_m2", "MiniMaxM2ForCausalLM",
         _DENSE | _EXPERTS | _HEAD_NORMS | {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
     ),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA, less_one=True),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _GEMMA | _HEAD_NORMS, less_one=True),
-    "phi3": Architecture(
+    "gemma2": GgufNames("gemma2", "Gemma2ForCausalLM", _GEMMA, less_one=True),
+    "gemma3": GgufNames("gemma3_text", "Gemma3ForCausalLM", _GEMMA | _HEAD_NORMS, less_one=True),
+    "phi3": GgufNames(
         "phi3", "Phi3ForCausalLM",
         _NORMS | {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
                   "ffn_down": "mlp.down_proj"},
     ),
-    "starcoder2": Architecture(
+    "starcoder2": GgufNames(
         "starcoder2", "Starcoder2ForCausalLM",
         _ATTENTION | _NORMS | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
     ),
-    "stablelm": Architecture("stablelm", "StableLmForCausalLM"),
-    "nemotron": Architecture("nemotron", "NemotronForCausalLM", _ATTENTION | _NORMS | _MLP, less_one=True),
-    "falcon": Architecture("falcon", "FalconForCausalLM", _FUSED, _H, "transformer.h"),
-    "bloom": Architecture(
+    "stablelm": GgufNames("stablelm", "StableLmForCausalLM"),
+    "nemotron": GgufNames("nemotron", "NemotronForCausalLM", _ATTENTION | _NORMS | _MLP, less_one=True),
+    "falcon": GgufNames("falcon", "FalconForCausalLM", _FUSED, _H, "transformer.h"),
+    "bloom": GgufNames(
         "bloom", "BloomForCausalLM", _FUSED | {"ffn_norm": "post_attention_layernorm"},
         _H | {"token_embd_norm": "transformer.word_embeddings_layernorm"}, "transformer.h", fused=True,
     ),
-    "gpt2": Architecture(
+    "gpt2": GgufNames(
         "gpt2", "GPT2LMHeadModel",
         {"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
          "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
@@ -149,14 +149,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "transformer.h",
         transposed=frozenset({"attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"}),
     ),
-    "mamba": Architecture(
+    "mamba": GgufNames(
         "mamba", "MambaForCausalLM",
         {"attn_norm": "norm", "ssm_a": "mixer.A_log", "ssm_d": "mixer.D", "ssm_conv1d": "mixer.conv1d",
          "ssm_in": "mixer.in_proj", "ssm_x": "mixer.x_proj", "ssm_dt": "mixer.dt_proj", "ssm_out": "mixer.out_proj"},
         {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f", "output": "lm_head"},
         "backbone.layers",
     ),
-    "lfm2": Architecture(
+    "lfm2": GgufNames(
         "lfm2", "Lfm2ForCausalLM",
         {"attn_norm": "operator_norm", "ffn_norm": "ffn_norm", "attn_q": "self_attn.q_proj",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.out_proj",

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import OutputError
 from deltamerge.files.descriptors import flat, output_error
+from deltamerge.formats.gguf.header import package
 from deltamerge.tensors.dtypes import bits_type, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -24,22 +25,19 @@ ALIGN = 32
 CHUNK = 1 << 20  # elements converted at once, in whole rows
 TYPES = {"q8_0": "Q8_0", "f16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"q8_0": 7, "f16": 1, "bf16": 32}  # llama.cpp's LLAMA_FTYPE
+NEEDED = "output.gguf needs the gguf package"
 Rows = NDArray[np.int64]
-
-
-def package() -> Any:
-    """The `gguf` package. InputError: it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("output.gguf needs the gguf package", hint="pip install 'deltamerge[gguf]'") from None
-    return gguf
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of a GGUF file: its name there, what it is read from, in which order its rows are (None: as they are),
-    what is added to it, and its type."""
+    """A tensor to write to a GGUF file.
+
+    source   what it is read from
+    type     ggml's name of its type
+    order    of its rows; None: as they are
+    plus     added to its values
+    """
 
     name: str
     source: TensorInfo
@@ -49,7 +47,7 @@ class GgufTensor:
 
     @property
     def row(self) -> int:
-        """Elements of a row; a vector whose entries are moved has rows of one."""
+        """Return the elements of a row; a vector whose entries are moved has rows of one."""
         if len(self.source.shape) < 2 and self.order is not None:
             return 1
         return self.source.shape[-1]
@@ -60,7 +58,10 @@ class GgufTensor:
 
 
 def type_of(name: str, shape: Sequence[int], wanted: str) -> str:
-    """The type that llama.cpp's converter gives a tensor: vectors and norms F32, rows that 32 does not divide F16."""
+    """Return the type that llama.cpp's converter gives a tensor.
+
+    Vectors and norms are F32, rows that 32 does not divide F16.
+    """
     if len(shape) <= 1 or name.endswith("_norm.weight"):
         return "F32"
     return "F16" if wanted == "q8_0" and shape[-1] % ALIGN else TYPES[wanted]
@@ -73,15 +74,13 @@ def write(
 
     OutputError: a value that its type cannot hold, or what the disk says.
     """
-    package()
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-
+    gguf = package(NEEDED)
     listed = list(tensors)
-    header = GGUFWriter(path, arch)
+    header = gguf.GGUFWriter(path, arch)
     describe(header)
     for tensor in listed:
-        kind = GGMLQuantizationType[tensor.type]
-        block, size = GGML_QUANT_SIZES[kind]
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
         shape = (*tensor.source.shape[:-1], tensor.source.shape[-1] // block * size)
         header.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), kind)
     header.write_header_to_file()
@@ -101,24 +100,22 @@ def write(
 
 
 def _pieces(tensor: GgufTensor, read: Read) -> Iterable[NDArray[Any]]:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    kind = GGMLQuantizationType[tensor.type]
+    gguf = package(NEEDED)
+    kind = gguf.GGMLQuantizationType[tensor.type]
     step = max(1, CHUNK // max(1, tensor.row))
     for top in range(0, tensor.rows, step):
         values = _rows(tensor, read, top, min(tensor.rows, top + step))
         if tensor.plus:
             values = values + np.float32(tensor.plus)
         with np.errstate(over="ignore"):
-            made = quantize(values, kind)
+            made = gguf.quants.quantize(values, kind)
         if tensor.type == "F16" and not np.isfinite(made).all():
             raise OutputError("holds values beyond 65504, where float16 ends", hint="output: {gguf: bf16}")
         yield np.ascontiguousarray(made)
 
 
 def _rows(tensor: GgufTensor, read: Read, top: int, bottom: int) -> NDArray[np.float32]:
-    """Rows [top, bottom) of the file's tensor, in float32."""
+    """Return rows [top, bottom) of the file's tensor, in float32."""
     source, row = tensor.source, tensor.row
     found = np.empty((bottom - top, row), bits_type(source.dtype))
     if tensor.order is None:

@@ -1,23 +1,26 @@
-"""Quantised checkpoints: which scheme stores which weights as codes, told by names, dtypes and config.json.
+"""Recognise quantised checkpoints: which scheme stores which weights as codes, by names, dtypes and config.json.
 
 A quantised weight is one tensor stored as several: codes and their companions (scales, zeros, shapes). Merging these
 one by one gives nonsense, so a merge that does not decode them must recognise them. A config alone proves nothing: a
 dequantised checkpoint may have kept its key.
+
+`FORMATS` has a row for each form of a weight that a file of this folder reads, and `_RULES` its tensors' names. Rules
+without a row are refused by name.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from deltamerge.formats.quantised.scheme import StoredWeight
 from deltamerge.tensors.dtypes import PLAIN
-
-if TYPE_CHECKING:
-    from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import TensorInfo
 
 KEYS = ("quantization_config", "quantization", "compression_config")
 HINT = (
@@ -37,8 +40,8 @@ class Scheme:
     name      of the scheme, as config.json calls it (`fp8`, `modelopt`)
     detail    its blocks or bits, where config.json states them
     weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
-    kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
-              names: a key of `decoders.DECODERS`, or "" where they tell nothing
+    kinds     the form of each of them, by the names and dtypes of its tensors, the same in schemes of several names: a
+              key of `FORMATS`, the name of a rule that nothing reads, or "" where the tensors tell nothing
     dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
     stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
     """
@@ -53,6 +56,43 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")
+
+
+class Format(NamedTuple):
+    """A form of weights: the file that reads and writes it, and config.json's names of schemes that have it.
+
+    Its own name is always one.
+    """
+
+    module: str
+    schemes: frozenset[str] = frozenset()
+
+
+_COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS: Mapping[str, Format] = {
+    "fp8": Format("fp8", frozenset({"fbgemm_fp8", "FP8", "quark", "modelopt", _COMPRESSED_TENSORS})),
+    _COMPRESSED_TENSORS: Format("packed"),
+    "mxfp4": Format("mxfp4"),
+    "nvfp4": Format("nvfp4", frozenset({"modelopt"})),
+    "packed-fp4": Format("nvfp4", frozenset({_COMPRESSED_TENSORS})),
+    "gptq": Format("gptq"),
+    "awq": Format("awq"),
+    "bitsandbytes": Format("bitsandbytes"),
+    "mlx": Format("mlx"),
+    "metal": Format("mlx"),
+}
+SCHEMES = frozenset(FORMATS).union(*(form.schemes for form in FORMATS.values()))
+
+
+def reader_of(kind: str, scheme: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo] | None:
+    """Return `read` of the file for a form of weights; None: none reads it, or no scheme of that name has it."""
+    form = FORMATS.get(kind)
+    if form is None or not (kind == scheme or scheme in form.schemes):
+        return None
+    of_bytes = form.module == "packed" and not codes.name.endswith("weight_packed")
+    module = import_module(f"{__package__}.{'int8' if of_bytes else form.module}")  # not at the start of every command
+    read: Callable[[StoredWeight], TensorInfo] = module.read
+    return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +125,8 @@ _MOVED = re.compile(r"(?:^|\.)(?:pre_quant_scale|act\.scales)$")
 _RULES = (
     _Rule("fp8", "weight", ("weight_scale_inv",), _ACTIVATIONS),
     _Rule("nvfp4", "weight", ("weight_scale", "weight_scale_2"), _ACTIVATIONS, coded=True),
-    _Rule("compressed-tensors", "weight_packed", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS)),
-    _Rule("compressed-tensors", "weight", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS), coded=True),
+    _Rule(_COMPRESSED_TENSORS, "weight_packed", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS)),
+    _Rule(_COMPRESSED_TENSORS, "weight", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS), coded=True),
     _Rule("gptq", "qweight", ("scales", "g_idx"), ("qzeros",)),
     _Rule("awq", "qweight", ("scales",), ("qzeros",)),
     _Rule("bitsandbytes", "weight", ("SCB",), ("weight_format",)),
@@ -110,7 +150,7 @@ _BITSANDBYTES = (".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_o
 
 
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
-    """The scheme of a checkpoint's quantised weights; None if nothing is quantised.
+    """Return the scheme of a checkpoint's quantised weights; None if nothing is quantised.
 
     Its name comes from config.json, else from the tensors' names. float8 weights without scales are a plain cast unless
     config.json says that they are quantised.
@@ -132,7 +172,7 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
 
 
 def moved(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """What says that quantised weights are not those of the model, but scaled or rotated against its activations."""
+    """Return the reason why quantised weights are scaled or rotated against the activations, else None."""
     found = next((name for name in tensors if _MOVED.search(name)), None)
     if found is not None:
         return f"{found} scales the inputs of its weights"
@@ -144,14 +184,16 @@ def moved(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str |
 
 
 def orphans(scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of companions of weights that are not there."""
+    """Return the names of companions of weights that are not there."""
     known = {part for parts in scheme.weights.values() for part in parts}
     return [name for name in tensors if _ORPHANS.search(name) and name not in known]
 
 
 def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts: set[str]) -> Iterator[str]:
-    """Names of scales that belong to activations, or to the cache of keys and values; a model may have parameters of
-    such names, which config.json then says nothing about and which are no single numbers."""
+    """Yield the names of scales that belong to activations, or to the cache of keys and values.
+
+    A model may have parameters of such names: they are no single numbers, and config.json says nothing of a cache.
+    """
     said = any("kv_cache" in str(key) and value for _, part in keys_of(config) for key, value in _items(part))
     for name, info in tensors.items():
         of_cache = _CACHE.search(name) and (said or math.prod(info.shape) == 1)
@@ -164,19 +206,19 @@ def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def states_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The tensors whose bytes say what shape a weight has: bitsandbytes' quantisation states."""
+    """Return the tensors whose bytes state the shape of a weight: bitsandbytes' quantisation states."""
     return [name for name, info in tensors.items() if name.endswith(_STATES) and info.nbytes <= MOST_STATE]
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The scheme that a config names (at its top level or in a part's config) and its details, or None."""
+    """Return the scheme that a config names (at its top level or in a part's config) and its details, or None."""
     for _, settings in keys_of(config):
         return _name(settings), _detail(settings)
     return None
 
 
 def keys_of(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The path and value of each key of a config that speaks of quantisation."""
+    """Yield the path and value of each key of a config that speaks of quantisation."""
     for key in KEYS:
         if config.get(key):
             yield (key,), config[key]
@@ -186,7 +228,7 @@ def keys_of(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[tuple[s
 
 
 def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """A config without its keys about quantisation."""
+    """Return a config without its keys about quantisation."""
     result = {key: value for key, value in config.items() if key not in KEYS}
     return {
         key: without_keys(value, depth + 1) if isinstance(value, Mapping) and depth < DEEPEST else value
@@ -219,7 +261,7 @@ def _detail(settings: Any) -> str:
 
 
 def _grouped(settings: Mapping[str, Any]) -> str:
-    """The format of compressed-tensors, and the bits and blocks of its groups."""
+    """Return the format of compressed-tensors, and the bits and blocks of its groups."""
     words = [_shown(settings["format"])] if settings.get("format") else []
     for group in settings["config_groups"].values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -232,12 +274,12 @@ def _grouped(settings: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The name that a stranger's config gives a scheme, on one line."""
+    """Return the name that a stranger's config gives a scheme, on one line."""
     return "".join(c if c.isprintable() else "?" for c in str(value)[:40])
 
 
 def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
-    """Each quantised weight, its scheme as told by its tensors' names, and those tensors.
+    """Yield each quantised weight, its form by its tensors' names, and those tensors.
 
     `named`: a config speaks of quantisation, so that scales beside plain floats count as companions too.
     """
@@ -260,7 +302,7 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
 
 
 def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
-    """The kind of a weight whose names are those of `rule`, as dtypes and shapes tell it."""
+    """Return the form of a weight whose names are those of `rule`, by dtypes and shapes."""
     if codes.dtype.startswith("F8") and rule.codes == "weight":
         return "fp8"
     if codes.dtype in ("U8", "F4") and rule.codes == "weight_packed":
@@ -270,7 +312,7 @@ def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
 
 
 def _weight(stem: str, name: str, last: str) -> str:
-    """The name of the unquantised weight that codes store."""
+    """Return the name of the unquantised weight that codes store."""
     if last == "_data":
         return stem
     return name if last == "weight" else f"{stem}.weight" if stem else "weight"
@@ -291,7 +333,7 @@ def _suffixed(
 
 
 def _lone_codes(tensors: Mapping[str, TensorInfo], known: set[str]) -> Iterator[str]:
-    """Weights that are not plain floats and have no known companion."""
+    """Yield weights that are not plain floats and have no known companion."""
     for name, info in tensors.items():
         last = name.rpartition(".")[2]
         codes = info.dtype not in PLAIN | BUFFERS and len(info.shape) > 1 and "bias" not in last

@@ -7,35 +7,64 @@ W_ij = code_ij · scale of its block: codes (…, rows, columns) are float8_e4m3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised import compressed
-from deltamerge.formats.quantised.grid import Block
-from deltamerge.formats.quantised.grid import scales_of as scales_of
-from deltamerge.formats.quantised.scaled import values_of as values_of
-from deltamerge.formats.quantised.weight import Stored
+from deltamerge.formats.quantised.codes import E4M3, BlockCoder
+from deltamerge.formats.quantised.grid import Block, channels, scaled_by
+from deltamerge.formats.quantised.packed import of_groups, one_by_one
+from deltamerge.formats.quantised.scheme import AGAIN, Coding, Shape, StoredPart, StoredWeight, unit_rows
 from deltamerge.tensors.tensor import TensorInfo
 
-AGAIN = "download the model again, or merge the originals that are not quantised"
+ORIGINALS = f"{AGAIN}, or merge the originals that are not quantised"
 
 
-def decoded(stored: Stored) -> TensorInfo:
-    """The weight that float8 codes and their scales store. InputError: codes of another dtype, no scales, or scales
-    that do not fit."""
+def read(stored: StoredWeight) -> TensorInfo:
+    """Return the weight that float8 codes and their scales store.
+
+    InputError: codes of another dtype, no scales, or scales that do not fit.
+    """
     codes = stored.codes
     if codes.dtype not in ("F8_E4M3", "F8_E5M2"):
-        raise InputError(f"is {codes.dtype} beside scales, must be F8_E4M3 or F8_E5M2", hint=AGAIN)
+        raise InputError(f"is {codes.dtype} beside scales, must be F8_E4M3 or F8_E5M2", hint=ORIGINALS)
     if "config_groups" in stored.settings:
-        return compressed.decoded(stored)
-    return compressed.scaled_by(stored, block_size(stored.settings))
+        return of_groups(stored, lambda group: one_by_one(stored, group))
+    return scaled_by(stored, block_size(stored.settings))
 
 
 def block_size(settings: Any) -> Block | None:
-    """The rows and columns that share a scale, where config.json says it. InputError: it says something else."""
+    """Return the rows and columns that share a scale, where config.json says it. InputError: it says something else."""
     said = settings.get("weight_block_size")
     if said is None:
         return None
     if not isinstance(said, list) or len(said) != 2 or not all(type(x) is int and x > 0 for x in said):
         raise InputError(f"weight_block_size must be two positive integers, is {str(said)[:80]}")
     return said[0], said[1]
+
+
+def settings_of(block: Block, plain: Sequence[str]) -> dict[str, Any]:
+    """Return config.json's settings as Qwen3-FP8 and DeepSeek-V3 state them. Modules `plain` are not coded."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": list(plain),
+        "quant_method": "fp8",
+        "weight_block_size": list(block),
+    }
+
+
+def write_blocks(name: str, shape: Shape, block: Block) -> Coding:
+    """Return the coding of a matrix as DeepSeek-V3 and Qwen3-FP8 store it: E4M3 with a float32 scale a block."""
+    rows, columns = shape
+    m, n = block
+    parts = (
+        StoredPart(name, "F8_E4M3", shape),
+        StoredPart(f"{name}_scale_inv", "F32", (-(-rows // m), -(-columns // n)), m),
+    )
+    return Coding(shape, BlockCoder(E4M3, block, "F32"), (rows, columns), unit_rows(rows, columns, m), parts)
+
+
+def write_rows(name: str, shape: Shape, scale: str) -> Coding:
+    """Return the coding of a matrix as compressed-tensors' float-quantized stores it: E4M3 with a scale a row."""
+    return channels(name, shape, "F8_E4M3", scale)

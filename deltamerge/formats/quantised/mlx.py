@@ -11,63 +11,103 @@ nvfp4           W = e2m1 code · scale, a float8_e4m3fn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.fp4 import exponents, values_of
-from deltamerge.formats.quantised.packing import expect, finite, floats, unpack, whole
-from deltamerge.formats.quantised.scaled import values_of as table_of
-from deltamerge.formats.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
-from deltamerge.tensors.dtypes import PLAIN
+from deltamerge.formats.quantised.codes import (
+    WORD,
+    Integers,
+    ScaleChoice,
+    code_grid,
+    extremes,
+    float32,
+    packed,
+    scales_in,
+    shares_of,
+    unpack,
+)
+from deltamerge.formats.quantised.grid import Scaled, grid
+from deltamerge.formats.quantised.mxfp4 import Mxfp4
+from deltamerge.formats.quantised.nvfp4 import Nvfp4
+from deltamerge.formats.quantised.scheme import (
+    CodedParts,
+    CodedWeight,
+    Coding,
+    Floats,
+    Part,
+    Shape,
+    StoredWeight,
+    by_rows,
+    expect,
+    floats,
+    row_bytes,
+    weight,
+    whole,
+)
+from deltamerge.tensors.dtypes import PLAIN, narrow, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
-WORD = 32
 MODES = {"affine": (1, 2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}  # and their bits
 FLOAT_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """Codes of `width` bits with a scale, and an affine one's bias, for `group` columns."""
+class Affine(CodedWeight):
+    """Codes of `width` bits with a scale and a bias for `group` columns."""
 
-    codes: TensorInfo
-    scales: TensorInfo
-    biases: TensorInfo | None
+    codes: Part
+    scales: Part
+    biases: Part
     columns: int
     group: int
     width: int
-    mode: str
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
+    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
+        count, groups = bottom - top, self.columns // self.group
+        stored = row_bytes(read, self.codes, top, bottom)
+        values = unpack(stored, self.width).astype(np.float32).reshape(count, groups, self.group)
+        values *= floats(read, self.scales, top * groups, count * groups).reshape(count, groups, 1)
+        values += floats(read, self.biases, top * groups, count * groups).reshape(count, groups, 1)
+        out[:] = values.reshape(count, self.columns)
 
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
-        count, words, groups = bottom - top, self.codes.shape[-1], self.columns // self.group
-        stored = bits(read, self.codes, top * words, count * words).view(np.uint8).reshape(count, -1)
-        values = self._values(stored).reshape(count, groups, self.group)
-        values *= self._scales(read, top * groups, count * groups).reshape(count, groups, 1)
-        if self.biases is not None:
-            values += floats(read, self.biases, top * groups, count * groups).reshape(count, groups, 1)
-        return values.reshape(count, self.columns)
-
-    def _values(self, stored: Array) -> Floats:
-        if self.mode == "affine":
-            return unpack(stored, self.width).astype(np.float32)
-        return table_of("F8_E4M3")[stored] if self.mode == "mxfp8" else values_of(stored)
-
-    def _scales(self, read: Read, start: int, count: int) -> Floats:
-        if self.mode == "affine":
-            return floats(read, self.scales, start, count)
-        stored = bits(read, self.scales, start, count)
-        return finite(table_of("F8_E4M3")[stored] if self.mode == "nvfp4" else exponents(stored), self.scales)
+    def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
+        if self.biases.dtype != self.scales.dtype:
+            raise InputError(f"has biases of {self.biases.dtype} beside scales of {self.scales.dtype}")
+        coder = AffineCoder(self.width, self.group, self.scales.dtype)
+        return by_rows(shape, coder, self.codes, self.scales, self.biases)
 
 
-def decoded(stored: Stored) -> TensorInfo:
-    """The weight that MLX stores. InputError: settings that MLX does not have, or shapes that they do not give."""
+@dataclass(frozen=True, slots=True)
+class AffineCoder:
+    """Writes codes of `width` bits in words, with a scale and a bias for `group` columns."""
+
+    width: int
+    group: int
+    scale: str
+
+    def encode(self, values: Floats, read: Read) -> CodedParts:
+        numbers = Integers(self.width, signed=False)
+        made = code_grid(values, numbers, (1, self.group), self._choices)
+        assert made.biases is not None
+        return CodedParts((packed(made.codes, numbers, "words"), made.scales, made.biases), made.lost)
+
+    def _choices(self, blocks: Floats) -> Iterator[ScaleChoice]:
+        low, high = extremes(blocks)
+        steps = np.float32(2**self.width - 1)
+        for share in shares_of(Integers(self.width)) if self.width < 8 else (1.0,):
+            cut = np.float32((1 - share) / 2)
+            span = high - low
+            stored, scales = scales_in(float32(span * np.float32(share) / steps), self.scale)
+            bias = narrow(np.ascontiguousarray(float32(low + span * cut)), self.scale)
+            yield ScaleChoice(scales, stored, None, (float32(widen(bias, self.scale)), bias))
+
+
+def read(stored: StoredWeight) -> TensorInfo:
+    """Return the weight that MLX stores. InputError: settings that MLX does not have, or shapes they do not give."""
     codes, settings = stored.codes, layer_settings(stored.settings, stored.name)
     mode = settings.get("mode", "affine")
     width: Any = settings.get("bits")
@@ -79,15 +119,17 @@ def decoded(stored: Stored) -> TensorInfo:
     if codes.dtype != "U32" or len(codes.shape) < 2:
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of U32")
     columns = whole(codes.shape[-1] * WORD, width, f"words of {width} bits")
-    shape = (*codes.shape[:-1], whole(columns, group, "groups"))
-    biases = None
+    blocks = (*codes.shape[:-1], whole(columns, group, "groups"))
+    shape = (*codes.shape[:-1], columns)
+    scales = expect(stored.need(".scales"), blocks, PLAIN if mode == "affine" else {"U8"})
     if mode == "affine":
-        scales = expect(stored.need(".scales"), shape, PLAIN)
-        biases = expect(stored.need(".biases", ".qbiases"), shape, PLAIN)
-    else:
-        scales = expect(stored.need(".scales"), shape, {"U8"})
-    made = Packed(codes, scales, biases, columns, group, width, mode)
-    return weight(stored, (*codes.shape[:-1], columns), made)
+        biases = expect(stored.need(".biases", ".qbiases"), blocks, PLAIN)
+        return weight(stored, shape, Affine(codes, scales, biases, columns, group, width))
+    if mode == "mxfp8":
+        laid = grid(shape, blocks, (1, group))
+        return weight(stored, shape, Scaled(codes, scales, None, None, columns, laid, "F8_E4M3"))
+    made = Mxfp4(codes, scales, columns) if mode == "mxfp4" else Nvfp4(codes, scales, columns)
+    return weight(stored, shape, made)
 
 
 def _fits(mode: str, group: Any) -> bool:
@@ -95,6 +137,6 @@ def _fits(mode: str, group: Any) -> bool:
 
 
 def layer_settings(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The settings of the layer whose weight is `name`: its own, over those of the whole model."""
+    """Return the settings of the layer whose weight is `name`: its own, over those of the whole model."""
     own = settings.get(name.removesuffix(".weight"))
     return {**settings, **own} if isinstance(own, Mapping) else settings

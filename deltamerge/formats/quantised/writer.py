@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.files.descriptors import flat, output_error, reserve
-from deltamerge.formats.quantised.coding import Coding, Unit
+from deltamerge.formats.quantised.scheme import Coding, Unit
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.tensor import Read
@@ -29,7 +29,7 @@ Losses = dict[str, tuple[float, float]]
 
 
 @dataclass(eq=False)
-class _Open:
+class _OpenUnit:
     """A unit that is being collected: its values, and how many are missing."""
 
     values: NDArray[np.float32]
@@ -38,10 +38,10 @@ class _Open:
 
 @dataclass
 class CodedWriter:
-    """A sink that codes the weights in `codings` and hands everything else to `writer`; used from any thread.
+    """Codes the weights in `codings` and hands everything else to `writer`; used from any thread.
 
-    Rows wait in memory until their unit is complete; at most a few units of a tensor are open at once. What coding
-    loses is noted by unit in `found`, and kept in the writer's journal, so that a resumed run knows it.
+    Rows wait in memory until their unit is complete; at most a few units of a tensor are open at once. The loss by
+    coding is noted by unit in `found`, and in the writer's journal, so that a resumed run knows it.
     OutputError: a value to be coded is not finite.
     """
 
@@ -50,7 +50,7 @@ class CodedWriter:
     reader: Read
     folder: Path
     found: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
-    _open: dict[tuple[str, int], _Open] = field(default_factory=dict)
+    _open: dict[tuple[str, int], _OpenUnit] = field(default_factory=dict)
     _fresh: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -61,7 +61,7 @@ class CodedWriter:
                 self.found.setdefault(name, {}).update({int(start): tuple(sums) for start, sums in units.items()})
 
     def where(self, name: str, offset: int) -> tuple[str, int]:
-        """The file and offset that byte `offset` of tensor `name` is written near."""
+        """Return the file and offset that byte `offset` of tensor `name` is written near."""
         coding = self.codings.get(name)
         if coding is None:
             return self.writer.where(name, offset)
@@ -69,14 +69,14 @@ class CodedWriter:
         return self.writer.where(part.name, begin)
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
-        """Whether bytes [offset, offset + nbytes) of tensor `name` are coded and written already."""
+        """Return whether bytes [offset, offset + nbytes) of tensor `name` are coded and written already."""
         coding = self.codings.get(name)
         if coding is None:
             return self.writer.has(name, offset, nbytes)
         return all(self._has(name, coding, unit) for unit in coding.units(offset // 4, (offset + nbytes) // 4))
 
     def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for bytes of a tensor; return it with `give`."""
+        """Return memory for bytes of a tensor, to be handed back by `give`."""
         return np.empty(nbytes, np.uint8) if name in self.codings else self.writer.lend(name, offset, nbytes)
 
     def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
@@ -103,7 +103,7 @@ class CodedWriter:
                 self._collect(name, coding, unit, low - unit.start, piece)
 
     def losses(self) -> Losses:
-        """What coding lost of each weight; of one whose bytes are another model's nothing."""
+        """Return the loss of each weight by coding; it is 0 where the bytes are another model's."""
         return {name: _summed(units) for name, units in sorted(self.found.items())}
 
     def _collect(self, name: str, coding: Coding, unit: Unit, at: int, piece: NDArray[np.float32]) -> None:
@@ -122,13 +122,13 @@ class CodedWriter:
             del self._open[key]
         self._code(name, coding, unit, held.values)
 
-    def _opened(self, count: int) -> _Open:
+    def _opened(self, count: int) -> _OpenUnit:
         if 4 * count <= LARGE:
-            return _Open(np.empty(count, np.float32), count)
+            return _OpenUnit(np.empty(count, np.float32), count)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:  # its memory outlives it
                 reserve(file.fileno(), 4 * count)
-                return _Open(np.memmap(file, np.float32, "r+", shape=(count,)), count)
+                return _OpenUnit(np.memmap(file, np.float32, "r+", shape=(count,)), count)
         except OSError as error:
             raise output_error(error) from error
 
@@ -154,7 +154,7 @@ class CodedWriter:
                 self.writer.write(part.name, begin, np.ascontiguousarray(array))
 
     def _unchanged(self, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> bool:
-        """Whether the values are those of the model whose form they are to have; the first row tells most."""
+        """Return whether the values are those of the model that the form is taken from; the first row tells most."""
         assert coding.like is not None
         total = len(values)
         start = 0
@@ -178,14 +178,14 @@ class CodedWriter:
             self._fresh.setdefault(name, {})[unit.start] = sums
 
     def _noted(self) -> dict[str, Any]:
-        """What the journal says of the units coded since it was asked last; some may still be on their way."""
+        """Return the journal's note of units coded since the last call; some may still be on their way."""
         with self._lock:
             fresh, self._fresh = self._fresh, {}
         return {"coded": fresh} if fresh else {}
 
 
 def relative_error(sums: Iterable[tuple[float, float]]) -> float:
-    """‖x − stored‖ / ‖x‖ of weights; 0 where nothing is lost."""
+    """Return ‖x − stored‖ / ‖x‖ of weights; 0 where nothing is lost."""
     pairs = list(sums)
     lost, norm = fsum(a for a, _ in pairs), fsum(b for _, b in pairs)
     return float((lost / norm) ** 0.5) if lost and norm else 0.0
@@ -197,7 +197,7 @@ def _summed(units: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
 
 
 def _square(values: NDArray[np.float32]) -> float:
-    """Σ x² in float64."""
+    """Return Σ x² in float64."""
     step = 1 << 18
     parts = (values[at : at + step] for at in range(0, len(values), step))
     return fsum(float(np.einsum("i,i->", part, part, dtype=np.float64, casting="safe")) for part in parts)

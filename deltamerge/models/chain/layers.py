@@ -6,7 +6,6 @@ after the other, cost one patch each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +22,7 @@ from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_over_base import over
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.tensor import Made, Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, fill, unique, view
 
 KEPT = 16  # parts of tensors, of STEP_TILE elements or of what is read at once
 
@@ -63,11 +62,12 @@ class Layers:
         made = dict(over(replace(delta, path=version.path), version.delta, under).tensors)
         for name, info in made.items():
             old = None if below is None else below[name]
-            if info.made is not None and (old is None or info.made is not old.made):
-                beneath = old.made if old is not None and isinstance(old.made, Patched) else None
-                made[name] = replace(
-                    info, made=Patched(info.made, info.dtype, math.prod(info.shape), beneath, (key, name), self._recent)
-                )
+            below_it = None if old is None else old.tensor
+            if info.kind == "view" and info.tensor is not below_it:
+                beneath = [below_it] if below_it is not None and below_it.function == chain_link.__name__ else []
+                inputs = [info.tensor, *beneath]
+                place = Place((key, name), self._recent)
+                made[name] = replace(info, tensor=unique(chain_link, inputs, info.shape, info.dtype, place=place))
         return made
 
 
@@ -83,48 +83,50 @@ def check_complete(first: Version, base: Checkpoint) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Patched:
-    """What a version makes of a tensor of the one before, which is `below` if that is patched too (None: it is stored
-    as it is); dtype and number of elements are the result's."""
+class Place:
+    """A tensor of a version, by a key, among what was made last."""
 
-    layer: Made
-    dtype: str
-    size: int
-    below: Patched | None
     key: Any
     recent: Kept
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        """Fill `out` with bytes from element `start` on: from the highest version below that is still there, upwards,
-        without recursion, as a chain may have thousands of versions. What is made are whole tiles of steps, which
-        cannot be made in part."""
-        size, width = len(out), ITEMSIZE[self.dtype]
-        begin = start // STEP_TILE * STEP_TILE
-        end = min(-(-(start + size // width) // STEP_TILE) * STEP_TILE, self.size)
-        made = self._whole(read, begin, (end - begin) * width)
-        out[:] = flat(made)[(start - begin) * width :][:size]
 
-    def _whole(self, read: Read, start: int, nbytes: int) -> Array:
-        stack, held = [self], None
-        while True:
-            lowest = stack[-1]
-            held = self.recent.known((lowest.key, start, nbytes))
-            if held is not None or lowest.below is None:
-                break
-            stack.append(lowest.below)
-        if held is not None:
-            stack.pop()
-        while stack:
-            patched = stack.pop()
-            source = read if held is None else _Held(read, held, start)
-            held = self.recent.get((patched.key, start, nbytes), partial(_filled, patched.layer, source, start, nbytes))
-        assert held is not None
-        return held
+@view()
+def chain_link(read: Read, tensor: Tensor, start: int, out: memoryview, *, place: Place) -> None:
+    """Compute what a version makes of a tensor of the one before.
+
+    The first input is the version's delta over the tensor before. A second one is that tensor, where a version made it.
+    It is made from the highest version below that is still there, upwards, without recursion: a chain may have
+    thousands of versions. Whole tiles of steps are made, which cannot be made in part.
+    """
+    size, width = len(out), ITEMSIZE[tensor.dtype]
+    begin = start // STEP_TILE * STEP_TILE
+    end = min(-(-(start + size // width) // STEP_TILE) * STEP_TILE, tensor.size)
+    made = _whole(read, tensor, begin, (end - begin) * width)
+    out[:] = flat(made)[(start - begin) * width :][:size]
 
 
-def _filled(layer: Made, read: Read, start: int, nbytes: int) -> Array:
+def _whole(read: Read, tensor: Tensor, start: int, nbytes: int) -> Array:
+    stack, held = [tensor], None
+    while True:
+        place: Place = stack[-1].parameter("place")
+        held = place.recent.known((place.key, start, nbytes))
+        if held is not None or len(stack[-1].inputs) == 1:
+            break
+        stack.append(stack[-1].inputs[1])
+    if held is not None:
+        stack.pop()
+    while stack:
+        one = stack.pop()
+        place = one.parameter("place")
+        source = read if held is None else _Held(read, held, start)
+        held = place.recent.get((place.key, start, nbytes), partial(_filled, one.inputs[0], source, start, nbytes))
+    assert held is not None
+    return held
+
+
+def _filled(layer: Tensor, read: Read, start: int, nbytes: int) -> Array:
     made: Array = np.empty(nbytes, np.uint8)
-    layer.fill(read, start, flat(made))
+    fill(read, layer, start, flat(made))
     return made
 
 
@@ -136,11 +138,11 @@ class _Held:
     part: Array
     start: int
 
-    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
+    def read_into(self, info: Tensor | TensorInfo, start_elem: int, out: Any) -> None:
         view, begin = flat(out), (start_elem - self.start) * ITEMSIZE[info.dtype]
         view[:] = flat(self.part)[begin : begin + len(view)]
 
-    def read_runs(self, info: TensorInfo, offsets: Any, ends: Any, out: Any) -> None:
+    def read_runs(self, info: Tensor | TensorInfo, offsets: Any, ends: Any, out: Any) -> None:
         self.read.read_runs(info, offsets, ends, out)
 
     def once(self, key: Any, compute: Any) -> Any:

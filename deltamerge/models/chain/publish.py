@@ -6,7 +6,6 @@ name and its state. Each removes what one of its kind left when it was killed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -19,7 +18,7 @@ from typing import Literal
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.atomic import exchange
-from deltamerge.files.descriptors import sync_path, writing
+from deltamerge.files.descriptors import lock, sync_path, writing
 from deltamerge.files.lock_file import HIDDEN, LOCK_NAME, read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.models.chain.folder import is_version, names
@@ -42,12 +41,12 @@ def one_writer(chain: Path, work: Work, *, sweep: bool = True) -> Iterator[None]
         chain.mkdir(parents=True, exist_ok=True)
         fd = os.open(chain / _lock_of(work), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        with writing(chain):
+            free = lock(fd)
+        if not free:
             raise OutputError(
                 f"{chain}: another process is {work} versions", hint="wait until it ends: one does so at a time"
-            ) from None
+            )
         if sweep:
             with writing(chain):
                 _sweep(chain, work)

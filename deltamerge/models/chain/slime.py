@@ -21,7 +21,7 @@ import importlib
 import io
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from deltamerge.formats.delta.recent import Kept
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.weight_files import INDEX, read_index
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.tensors.tensor import Read, TensorInfo
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, unique, view
 
 NAME = re.compile(r"weight_v(\d{6,12})")
 KEYS = ("version", "base_version", "delta_encoding", "compression_format", "checksum_format")
@@ -127,9 +127,7 @@ def over(path: Path, base: Checkpoint, reference: str) -> Checkpoint:
             diffs.setdefault(name, []).append(diff)
     kept = Kept(KEPT)
     tensors = {
-        name: replace(info, path=path / INDEX, begin=0, made=Patched(info, tuple(diffs[name]), kept))
-        if name in diffs
-        else info
+        name: replace(info, tensor=_patched(info, diffs[name], kept, path / INDEX)) if name in diffs else info
         for name, info in base.tensors.items()
     }
     files = {diff.stored.path for several in diffs.values() for diff in several}
@@ -191,33 +189,36 @@ def _number(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Patched:
-    """The tensor `info` of the base with the diffs of several versions."""
+def _patched(info: TensorInfo, diffs: Sequence[Diff], kept: Kept, path: Path) -> Tensor:
+    inputs = [info, *(diff.stored for diff in diffs)]
+    return unique(diffed, inputs, info.shape, info.dtype, diffs=tuple(diffs), kept=kept, label=info.name, path=path)
 
-    info: TensorInfo
-    diffs: tuple[Diff, ...]
-    kept: Kept
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        whole = self.kept.get(self.info.name, lambda: self._made(read))
-        begin = start * (self.info.nbytes // max(1, int(np.prod(self.info.shape, dtype=np.int64))))
-        out[:] = flat(whole[begin : begin + len(out)])
+@view()
+def diffed(
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, diffs: tuple[Diff, ...], kept: Kept, label: str,
+    path: Path,
+) -> None:  # fmt: skip
+    """Apply the diffs of several versions to the base's tensor, the first input; the others are the stored diffs."""
+    whole = kept.get(label, lambda: _made(read, tensor, diffs, label))
+    begin = start * (tensor.nbytes // max(1, tensor.size))
+    out[:] = flat(whole[begin : begin + len(out)])
 
-    def _made(self, read: Read) -> Array:
-        made: Array = np.empty(self.info.nbytes, np.uint8)
-        read.read_into(self.info, 0, made)
-        for diff in self.diffs:
-            with errors.context(str(diff.stored.path)), errors.context(self.info.name):
-                stored = np.empty(diff.stored.nbytes, np.uint8)
-                read.read_into(diff.stored, 0, stored)
-                _apply(made, decompressed(stored.tobytes(), _most(diff.encoding, made.size)), diff.encoding)
-                if CHECKSUMS[diff.algorithm](flat(made)) != diff.checksum:
-                    raise InputError(
-                        f"the result is not the tensor that {diff.version} has the checksum of",
-                        hint="it is another base, or the version is damaged",
-                    )
-        return made
+
+def _made(read: Read, tensor: Tensor, diffs: Sequence[Diff], label: str) -> Array:
+    made: Array = np.empty(tensor.nbytes, np.uint8)
+    read.read_into(tensor.inputs[0], 0, made)
+    for diff, source in zip(diffs, tensor.inputs[1:], strict=True):
+        with errors.context(str(source.path)), errors.context(label):
+            stored = np.empty(source.nbytes, np.uint8)
+            read.read_into(source, 0, stored)
+            _apply(made, decompressed(stored.tobytes(), _most(diff.encoding, made.size)), diff.encoding)
+            if CHECKSUMS[diff.algorithm](flat(made)) != diff.checksum:
+                raise InputError(
+                    f"the result is not the tensor that {diff.version} has the checksum of",
+                    hint="it is another base, or the version is damaged",
+                )
+    return made
 
 
 def _most(encoding: str, size: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.maker import MADE_BY
+from deltamerge.files.ownership import MADE_BY
 from deltamerge.files.seals import hash_output
 from deltamerge.files.tree import files_of, is_inside, leads_out
 from deltamerge.models.chain.folder import is_chain, names, notes

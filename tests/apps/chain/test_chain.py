@@ -439,6 +439,20 @@ def test_follow_yields_versions_as_they_come(made: Path, tmp_path: Path) -> None
         list(dm.follow(chain, timeout=0))
 
 
+@pytest.mark.parametrize("what", ["bytes", "utf-16", "a folder"])
+def test_a_marker_that_is_no_text_is_one_line(tmp_path: Path, what: str):
+    marker = tmp_path / "at"
+    if what == "a folder":
+        marker.mkdir()
+    else:
+        marker.write_bytes(b"\xff\x00\x9d" if what == "bytes" else "000001\n".encode("utf-16"))
+    with pytest.raises(InputError, match="so it names no version") as caught:
+        next(dm.follow(tmp_path / "chain", timeout=0, marker=marker))
+    assert str(caught.value).startswith(f"{marker}: ")
+    assert str(caught.value).isprintable()
+    assert "remove it" in (caught.value.hint or "")
+
+
 def test_a_chains_base_may_name_its_tensors_otherwise(tmp_path: Path):
     base, first = tiny_bert_pair(tmp_path)
     later = {name: tensor * 1.5 for name, tensor in load_tensors(first).items()}

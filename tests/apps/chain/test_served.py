@@ -12,7 +12,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 from test_switch import bits, extract, tuned
 
-from deltamerge.apps.serve.fine_tunes import Served
+from deltamerge.apps.serve.fine_tunes import ServedModel
 from deltamerge.apps.serve.sglang import EngineSwitch
 from deltamerge.errors import InputError, OutputError
 
@@ -37,7 +37,11 @@ def test_patches_and_weights_make_the_fine_tune(made: Path, keep: int | None) ->
     wanted = {name: bits(load_tensors(made / name)) for name in ("few", "more", "many")} | {
         None: bits(load_tensors(made / "base"))
     }
-    served, state, whole = Served(made / "base", keep=keep), load_tensors(made / "base"), load_tensors(made / "base")
+    served, state, whole = (
+        ServedModel(made / "base", keep=keep),
+        load_tensors(made / "base"),
+        load_tensors(made / "base"),
+    )
     for name in [*itertools.chain(*itertools.permutations(wanted, 2)), "unknown", "few"]:
         if name == "unknown":  # a write has failed amid
             served.at = None
@@ -56,12 +60,12 @@ def test_patches_and_weights_make_the_fine_tune(made: Path, keep: int | None) ->
 
 
 def test_another_base_and_no_base_are_refused(made: Path) -> None:
-    served = Served(made / "few")
+    served = ServedModel(made / "few")
     with pytest.raises(InputError, match="the base's tensor is not the one"):
         served.changes(made / "store" / "more")
     assert served.at == {}
     with pytest.raises(InputError, match="is a delta"):
-        Served(made / "store" / "few")
+        ServedModel(made / "store" / "few")
 
 
 class Engine:

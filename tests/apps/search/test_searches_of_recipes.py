@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.candidates import candidates_of
 from deltamerge.apps.search.command import value_of
-from deltamerge.apps.search.outcome import Bench, Outcome, pareto, ranked
+from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank
 from deltamerge.apps.search.proposals import load_optuna, sampler
 from deltamerge.apps.search.search import search
 from deltamerge.apps.search.walk import Walk
@@ -29,9 +29,8 @@ from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
-from deltamerge.recipe.open_values import Range, swept, template_of
-from deltamerge.recipe.prune_keys import Prune
-from deltamerge.recipe.schema import schema
+from deltamerge.recipe.open_values import Range, settings_by_place, template_of
+from deltamerge.recipe.schema import Prune, schema
 from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.yaml_source import loads as loads_yaml
 from deltamerge.run.options import Options
@@ -240,7 +239,7 @@ def test_a_range_ends_on_a_step() -> None:
 
 def test_values_of_the_command_line_are_swept_as_they_are() -> None:
     texts = ["a, b", "{method: dare, density: 0.1}", "[0.1, 1]", "'no: 1'", "null"]
-    found = swept([(("name",), text) for text in texts] + [(("seed",), "1")])
+    found = settings_by_place([(("name",), text) for text in texts] + [(("seed",), "1")])
     source = loads_yaml(f"name: {found['name',]}\nseed: {found['seed',]}\n", "r")
     (axis,) = template_of(source).sweeps
     assert axis.values == ("a, b", {"method": "dare", "density": 0.1}, [0.1, 1], "no: 1", None)
@@ -614,8 +613,8 @@ def test_fronts_and_ranks() -> None:
     outcomes = [Outcome((1.0, 5.0)), Outcome((2.0, 2.0)), Outcome((5.0, 1.0)), Outcome((3.0, 3.0)), Outcome(error="no")]
     assert pareto(outcomes, (True, True)) == [0, 1, 2]
     assert pareto(outcomes, (False, True)) == [2]
-    assert ranked(outcomes, (True, True))[0] == 1
-    assert ranked([Outcome((1.0,)), Outcome((2.0,))], (False,)) == [1, 0]
+    assert rank(outcomes, (True, True))[0] == 1
+    assert rank([Outcome((1.0,)), Outcome((2.0,))], (False,)) == [1, 0]
 
 
 WHY = {
@@ -639,7 +638,7 @@ def test_what_cannot_be_searched_is_refused_by_name(folder: Path, said: str, cap
 @pytest.mark.parametrize("name", ["search", "sweep"])
 def test_the_recipe_that_ships_is_one(name: str) -> None:
     template = read_template(Path(__file__).parents[3] / "recipes" / f"{name}.yaml").template
-    recipes = [loads(json.dumps(template.filled(values).data)) for values in template.examples()]
+    recipes = [loads(json.dumps(template.fill(values).data)) for values in template.examples()]
     assert len(recipes) == {"search": 5, "sweep": 5}[name]
 
 

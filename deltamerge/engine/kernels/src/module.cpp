@@ -176,7 +176,7 @@ PyMethodDef methods[] = {
     {"steps_count", steps_count, METH_VARARGS, "How many elements have each exponent (formats/delta/steps.py)."},
     {"steps_rank", steps_rank, METH_VARARGS, "How many elements of its group stand before each position."},
     {"steps_place", steps_place, METH_VARARGS, "Positions of the elements that change."},
-    {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (tensors/computed.py)."},
+    {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (tensors/views.py)."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

@@ -1,0 +1,110 @@
+"""The command eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge.cli import streams
+from deltamerge.cli.layout import Column, Row, table
+from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, calibration_of
+from deltamerge.cli.output import say, say_csv, say_json
+from deltamerge.errors import app
+from deltamerge.errors.shown import lines as one_a_line
+
+if TYPE_CHECKING:
+    from deltamerge.apps.search.evaluate import Evaluation
+
+
+METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman", "exact_match", "loss")
+
+
+@click.command("eval")
+@click.argument("models", type=MODEL, nargs=-1, required=True)
+@click.option(
+    "--calibration", type=FILE, metavar="FILE", help="Labelled rows: .jsonl, .csv, pictures, or a hub data set."
+)
+@click.option("--recipe", type=RECIPE, help="Take rows and heads from a recipe: each fine-tune's, by its own head.")
+@click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs.")
+@click.option("--label", metavar="KEY", help="Its field of the label; default: label.")
+@click.option(
+    "--task", type=click.Choice(["text-classification", "text-generation", "image-classification", "causal-lm"])
+)
+@click.option("--metric", "metrics", multiple=True, type=click.Choice(METRICS), help="Default: all that fit the head.")
+@click.option("--answer", metavar="PATTERN", help="exact_match: pattern of the answer in a text.")
+@click.option("--new-tokens", type=click.IntRange(1), help="exact_match: tokens generated for an answer, at most.")
+@click.option("--sequences", type=click.IntRange(1), help="Rows to use; default: all.")
+@click.option("--length", type=click.IntRange(1), help="Tokens a row; default: 128.")
+@click.option("--head", type=MODEL, help="Whose head answers, where a merge has another task's.")
+@click.option("--base", type=MODEL, help="The base of adapters and delta artifacts.")
+@DEVICE
+@PICKLES
+@AS_JSON
+@AS_CSV
+def command(
+    models: tuple[str, ...],
+    calibration: str | None,
+    recipe: Path | None,
+    text: tuple[str, ...],
+    label: str | None,
+    task: str | None,
+    metrics: tuple[str, ...],
+    answer: str | None,
+    new_tokens: int | None,
+    sequences: int | None,
+    length: int | None,
+    head: str | None,
+    base: str | None,
+    device: str,
+    pickles: bool,
+    as_json: bool,
+    as_csv: bool,
+) -> None:
+    """Score MODELS on labelled rows, side by side.
+
+    Folders, hub ids, base+adapter, delta artifacts: what was merged, and what it was merged from.
+
+    \b
+    deltamerge eval ./merged ./models/math --calibration test.jsonl
+    deltamerge eval ./merged ./models/* --recipe recipe.yaml    # every task, by its own head
+    """
+    with app("search"):
+        from deltamerge.apps.search.evaluate import LabelledRows, evaluate, questions_of
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.recipe.schema import Calibration
+
+    more = {"label": label, "task": task, "answer": answer, "new_tokens": new_tokens, "length": length}
+    rows = calibration_of(calibration, text, **more)
+    if (rows is None) == (recipe is None):
+        raise click.UsageError("give the rows by --calibration, or by --recipe")
+    if recipe is not None and (head is not None or any(value is not None for value in more.values())):
+        raise click.UsageError("--recipe has rows and heads of its own: it stands alone")
+    if recipe is not None:
+        questions = questions_of(read_recipe(recipe))
+    else:
+        if "exact_match" in metrics:
+            rows = {**(rows or {}), "metric": "exact_match", "task": "text-generation"}
+        questions = [LabelledRows("", Calibration.model_validate(rows), Path.cwd(), head)]
+    found = evaluate(models, questions, metrics=metrics, sequences=sequences, base=base, device=device, pickles=pickles)
+    if as_csv:
+        say_csv([{"model": one.model, **_flat(one.scores)} for one in found.models])
+    else:
+        say_json(found.describe()) if as_json else say(render(found, streams.columns()))
+
+
+def _flat(scores: Any) -> dict[str, float]:
+    return {f"{task}.{name}" if task else name: value for task, own in scores.items() for name, value in own.items()}
+
+
+def render(found: Evaluation, width: int) -> str:
+    """Return a line for each model, a column for each metric of each task."""
+    flat = {one.model: _flat(one.scores) for one in found.models}
+    names = list(dict.fromkeys(name for own in flat.values() for name in own))
+    columns = [Column(name.replace(".", "\n")) for name in names]
+    rows: list[Row] = [(model, [f"{own[n]:.4f}" if n in own else "–" for n in names]) for model, own in flat.items()]
+    counts = dict.fromkeys(found.rows.values())
+    several = ", ".join(f"{count:,} of {task}" for task, count in found.rows.items())
+    foot = f"{next(iter(counts)):,} rows" if len(counts) == 1 else f"rows: {several}"
+    return one_a_line([*table(columns, [rows], width), "", foot])

@@ -1,0 +1,184 @@
+"""The command extract."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltamerge.cli.options import (
+    AS_JSON,
+    BUDGET,
+    DEVICE,
+    FOLDER,
+    FORCE,
+    MEMORY,
+    MODEL,
+    NONFINITE,
+    PICKLES,
+    QUIET,
+    RESUME,
+    WORKERS,
+    pruning_methods,
+    rows_of_text,
+)
+from deltamerge.cli.output import say_json
+from deltamerge.cli.result import Warnings, report_run, summary_of
+from deltamerge.errors import after_folders, app
+
+
+@click.command("extract")
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
+@click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.",
+)
+@click.option(
+    "--after", type=MODEL, metavar="VERSION",
+    help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
+)  # fmt: skip
+@click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
+@click.option(
+    "--method",
+    shell_complete=pruning_methods,
+    help="How entries are chosen, as prune.method; default: what keeps most of a fine-tune, dare with sampling: "
+    "magnitude, or with --calibration magnitude. Methods with settings of their own take a recipe.",
+)
+@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration.")
+@click.option(
+    "--values",
+    type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
+    help="Store values to add, in this form; default: final values. Of a LoRA, of its factors.",
+)
+@click.option(
+    "--lora", is_flag=False, flag_value="", metavar="[RANK|energy:SHARE]",
+    help="Make a LoRA for PEFT: of this rank, of as many as keep a share of each delta, or alone with --budget.",
+)  # fmt: skip
+@BUDGET
+@click.option(
+    "--whole",
+    type=click.Choice(["keep", "heads", "drop", "refuse"]),
+    help="Of a LoRA: what has no factors (embeddings, heads, norms, biases); default: keep.",
+)
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
+@click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
+@rows_of_text
+@DEVICE
+@WORKERS
+@MEMORY
+@RESUME
+@FORCE
+@NONFINITE
+@PICKLES
+@AS_JSON
+@QUIET
+def command(
+    models: tuple[str, ...],
+    base: str | None,
+    out: Path | None,
+    after: str | None,
+    density: float | None,
+    method: str | None,
+    q: float | None,
+    values: str | None,
+    lora: str | None,
+    budget: int | None,
+    whole: str | None,
+    targets: tuple[str, ...],
+    dora: bool,
+    calibration: dict[str, Any] | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
+
+    A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
+    choose what that is divided by, which decides at a density of 0.01. Several models are done one by one; their deltas
+    in --out are a store, each under its model's name, where files that several have are there once.
+
+    \b
+    deltamerge extract tuned --base base --density 0.05
+    deltamerge extract tuned --base base --density 0.01 --calibration rows.jsonl
+    deltamerge extract a b c --base base --out store
+    deltamerge extract tuned --base base --lora 32
+    deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
+    """
+    with app("chain"):
+        from deltamerge.apps.chain.extract import extract as extract_delta
+        from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
+    from deltamerge.models.chain.store import Sharing, is_store
+    from deltamerge.run.options import Options
+
+    if base is None and len(models) == 2:
+        base, models = models[1], models[:1]
+    if base is None:
+        raise click.UsageError("name the base once: as BASE, or with --base")
+    size = _lora_size(lora, budget)
+    more = {"whole": whole, "targets": list(targets) or None, "dora": dora or None}
+    more = {key: value for key, value in more.items() if value is not None}
+    if size is None and more:
+        raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
+    if size is not None and (density is not None or method is not None or q is not None):
+        raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
+    store = out if size is None and out is not None and (len(models) > 1 or is_store(out)) else None
+    names = [name_of(model, lora=size is not None) if store is None else name_in_store(model) for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.UsageError(f"two of the models would be {twice}: extract one by one, with --out")
+    if after is not None and len(models) > 1:
+        raise click.UsageError("--after is for one model: each version comes after another")
+    choice = None if density is None else pruning(density, method, q, rows=calibration is not None)
+    chosen = {} if choice is None else {"pruning": {"prune": choice.prune, "why": choice.why}}
+    line = "" if choice is None or quiet or as_json else str(choice)
+    sharing = None if store is None else Sharing.of(store)
+    summaries = []
+    done: list[Path] = []
+    for model, name in zip(models, names, strict=True):
+        begun, warnings = time.monotonic(), Warnings(line)
+        line = ""
+        target = out / name if out is not None and (store is not None or len(models) > 1) else out
+        with after_folders(done):
+            result = extract_delta(
+                model, base, target, density=density, method=method, q=q, values=values, after=after,
+                lora=None if size is None else size | more,
+                calibration=calibration,
+                options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
+            )  # fmt: skip
+        done.append(result.folder)
+        warnings.end(result)
+        if sharing is not None:
+            sharing.add(name)
+        if as_json and len(models) > 1:
+            summaries.append(summary_of(result, begun, **chosen))
+        else:
+            report_run(result, begun, as_json=as_json, quiet=quiet, **chosen)
+    if summaries:
+        say_json({"results": summaries})
+
+
+def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
+    """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
+    if text is None:
+        if budget is not None:
+            raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")
+        return None
+    size: dict[str, Any] = {} if budget is None else {"budget": budget}
+    name, _, share = text.replace("=", ":").partition(":")
+    if text and text.isdecimal():
+        size["rank"] = int(text)
+    elif name == "energy" and share:
+        try:
+            size["energy"] = float(share)
+        except ValueError:
+            raise click.BadParameter(f"--lora {text}: no number") from None
+    elif text:
+        raise click.BadParameter(f"--lora {text}: a rank such as 32, energy:0.95, or nothing with --budget")
+    if not size:
+        raise click.UsageError("--lora needs a rank, energy:0.95, or --budget 20MB")
+    return size

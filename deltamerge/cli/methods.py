@@ -1,0 +1,131 @@
+"""The command methods: the tables of merge and pruning methods, as text or as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge.cli.layout import align, cut_at_word, paragraph
+from deltamerge.cli.options import AS_JSON
+from deltamerge.cli.output import say, say_json
+from deltamerge.cli.streams import columns
+from deltamerge.errors import UsageError
+from deltamerge.errors.shown import lines as one_a_line
+
+if TYPE_CHECKING:
+    from deltamerge.methods.registry import MergeMethod, Param, PruneMethod
+
+
+METHODS = (("merge_method", "merge"), ("prune.method", "prune"))
+
+
+def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    from deltamerge.methods.registry import MERGE, PRUNE
+
+    return sorted(name for name in {*MERGE, *PRUNE} if name.startswith(incomplete))
+
+
+@click.command("methods")
+@click.argument("name", required=False, shell_complete=_names)
+@AS_JSON
+def command(name: str | None, as_json: bool) -> None:
+    """List merge and pruning methods, a line each.
+
+    With NAME those called so: their parameters, defaults, ranges, and where they come from.
+    """
+    found = catalogue(name)
+    render = render_method if name else render_methods
+    say_json(found) if as_json else say(render(found, columns()))
+
+
+def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return every method of `merge` and `prune`, or those called `name`, in the order of the tables.
+
+    A parameter's `default` is a value, or "density" for the q of random masks. A `required` one has none. UsageError:
+    no method has that name.
+    """
+    from deltamerge.methods.registry import MERGE, PRUNE
+
+    if name is not None and name not in MERGE and name not in PRUNE:
+        from deltamerge.recipe.problems import suggest
+
+        raise UsageError(f"unknown method {name!r}", hint=suggest(name, {*MERGE, *PRUNE}))
+    return {
+        "merge": [_merge(method) for method in MERGE.values() if name in (None, method.name)],
+        "prune": [_prune(method) for method in PRUNE.values() if name in (None, method.name)],
+    }
+
+
+def _merge(method: MergeMethod) -> dict[str, Any]:
+    """Describe a merge method.
+
+    `base`: "needed", "optional" or "a model" (an input like the others). `models`: from the least to the most.
+    """
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.paper,
+        "parameters": {key: _parameter(param, param.default) for key, param in method.parameters.items()},
+        "base": "needed" if method.needs_base else "optional" if method.takes_base else "a model",
+        "models": [method.minimum, method.maximum],
+        "prunes": method.implies_prune,
+    }
+
+
+def _prune(method: PruneMethod) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"q": "density" if method.random else 1.0}
+    if method.factors:
+        defaults["density"] = " · ".join(method.factors)
+    parameters = {key: _parameter(p, defaults.get(key, p.default)) for key, p in method.parameters.items()}
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.paper,
+        "parameters": parameters,
+        "options": sorted(method.options),
+        "groups": list(method.groups),
+        "random": method.random,
+    }
+
+
+def _parameter(param: Param, default: Any) -> dict[str, Any]:
+    described = asdict(param)
+    described.pop("prunes")
+    return described | {"default": default, "required": default is None, "range": param.wanted()}
+
+
+def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
+    """Return a line for each method: its name and what it does, as far as there is room."""
+    lines = []
+    name = max(len(method["name"]) for methods in found.values() for method in methods)
+    for title, key in METHODS:
+        lines += [
+            f"{title}:",
+            *(f"  {m['name']:<{name}}  {cut_at_word(m['summary'], width - name - 4)}" for m in found[key]),
+            "",
+        ]
+    return one_a_line([*lines, "deltamerge methods NAME: its parameters and its source"])
+
+
+def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
+    """Return the methods of one name: what each does, and for each parameter its name, default, range and meaning."""
+    lines: list[str] = []
+    for title, key in METHODS:
+        for method in found[key]:
+            lines += [""] * bool(lines) + [f"{title}: {method['name']}"]
+            lines += paragraph(method["summary"], width, first="  ", then="  ")
+            lines += [f"  {method['source']}"] * bool(method["source"]) + [""]
+            parameters = method["parameters"]
+            starts = align([(name, _default(p["default"]), p["range"]) for name, p in parameters.items()])
+            wide = max(map(len, starts), default=0)
+            for start, parameter in zip(starts, parameters.values(), strict=True):
+                words = f"{parameter['summary']}{'; per model' * parameter['per_model']}"
+                lines += paragraph(words, width, first=f"  {start:<{wide}}  ", then=" " * (wide + 4))
+            lines += [f"  also {', '.join(method['options'])}"] if method.get("options") else []
+    return one_a_line(lines)
+
+
+def _default(value: Any) -> str:
+    return "must be given" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"

@@ -1,0 +1,180 @@
+"""The command recommend: evidence, candidates and the recipe, as text that fits a number of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge.cli import streams
+from deltamerge.cli.layout import Column, Row, cell, paragraph, table
+from deltamerge.cli.options import AS_CSV, AS_JSON, BASE, DEVICE, MODEL, PICKLES, RECIPE, WORKERS, rows_of_each
+from deltamerge.cli.output import say, say_model, say_table, tell
+from deltamerge.errors import app
+from deltamerge.errors.shown import lines as one_a_line
+
+if TYPE_CHECKING:
+    from deltamerge.apps.recommend.conflict import Conflict
+    from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
+    from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
+
+
+CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
+ABOUT_CANDIDATES = "→: recommended. Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
+ABOUT_NOTHING = (
+    ". Without rows it does not decide: what is kept and not rescaled has a small error, and still loses the skill"
+)
+ABOUT_ROWS = (
+    "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
+)
+ABOUT_MERGES = (
+    "→: recommended. lost: of the fine-tunes' effect on held-out outputs, mean and worst; alike: rows that the merge "
+    "answers as the model does; λ: factor of the merged delta"
+)
+
+
+@click.command("recommend")
+@click.argument("models", type=MODEL, nargs=-1, required=True)
+@BASE
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
+)
+@rows_of_each
+@click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
+@click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
+@DEVICE
+@WORKERS
+@PICKLES
+@AS_JSON
+@AS_CSV
+def command(
+    models: tuple[str, ...],
+    base: str,
+    density: float | None,
+    calibration: list[dict[str, Any] | None],
+    no_fit: bool,
+    out: Path | None,
+    as_json: bool,
+    as_csv: bool,
+    **options: Any,
+) -> None:
+    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
+
+    With evidence, and the recipe that does it.
+
+    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
+    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
+
+    \b
+    deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
+    deltamerge recommend ./math ./code --base ./base --calibration math.jsonl --calibration code.jsonl
+    """
+    if len(models) > 1:
+        with app("recommend"):
+            from deltamerge.apps.recommend.merge import recommend_merge
+        from deltamerge.run.options import Options
+
+        rows = [one for one in calibration if one]
+        if density is not None or any("label" in one for one in rows):
+            raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
+        if as_csv:
+            say_table(merge.candidates)
+        else:
+            say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
+    else:
+        with app("recommend"):
+            from deltamerge.apps.recommend.prune import recommend_prune
+
+        if density is None:
+            raise click.UsageError("Missing option '--density', which one MODEL needs")
+        if no_fit or len(calibration) > 1:
+            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        answer = recommend_prune(models[0], base, density, calibration=calibration[0], out=out, **options)
+        if as_csv:
+            say_table(answer.candidates)
+        else:
+            say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
+    if out is not None:
+        tell(f"{out}: written")
+
+
+def render_recommend(answer: Recommendation, *, width: int) -> str:
+    """Return the evidence, the candidates, the recommendation and its recipe."""
+    seen = answer.evidence
+    columns = [Column(seen.metric or head if head == "metric" else head) for head in CANDIDATES]
+    judged = [one for one in answer.candidates if any(_candidate(one))]
+    rows: list[Row] = [(("→ " if one.name == answer.method else "  ") + one.name, _candidate(one)) for one in judged]
+    figures = [
+        f"mean |Δ| {seen.mean_abs_delta:.3g}",
+        *([f"mean |c| {seen.mean_abs_influence:.3g}"] if seen.mean_abs_influence is not None else []),
+        *([f"‖Δ‖/‖W‖ {seen.relative_norm:.3g}, noise of DARE {seen.noise:.3g}"] if seen.noise is not None else []),
+        *([f"coherence {seen.coherence:.3g}"] if seen.coherence is not None else []),
+        f"{seen.kept_energy:.1%} of the energy in the largest {answer.density:g}",
+    ]
+    lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", *paragraph("; ".join(figures), width), ""]
+    on_rows = any(one.layer_error is not None for one in judged)
+    about = f"{ABOUT_CANDIDATES}{ABOUT_ROWS if on_rows else ABOUT_NOTHING}."
+    lines += [*table(columns, [rows], width), "", *paragraph(about, width)]
+    if others := [one.name for one in answer.candidates if one not in judged]:
+        lines += paragraph(f"Judged with --calibration alone: {', '.join(others)}", width)
+    lines.append("")
+    if seen.metric is not None and seen.metric_fine_tune is not None and seen.metric_base is not None:
+        lines += [f"{seen.metric}: fine-tune {seen.metric_fine_tune:.3g}, base {seen.metric_base:.3g}", ""]
+    said = [("the paper", answer.paper.why), ("recommended", f"{answer.method}: {answer.why[0]}")]
+    said += [("", line) for line in answer.why[1:]] + [("warning", warning) for warning in answer.warnings]
+    for title, words in said:
+        lines += paragraph(words, width, first=f"{title:<15}", then=" " * 15)
+    return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])
+
+
+def _candidate(one: PruneCandidate) -> list[str]:
+    numbers: list[Any] = [one.delta_error, one.layer_error, one.lost, one.metric, one.q]
+    return ["" if v is None else f"{v:.1%}" if i == 2 else f"{v:.3g}" for i, v in enumerate(numbers)]
+
+
+def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
+    """Return how the deltas meet, the candidates, the recommendation and its recipe."""
+    lines = [f"{len(answer.models)} models on {answer.base}", *_meeting(answer.models, answer.evidence, width), ""]
+    if answer.candidates:
+        judged = [one for one in answer.candidates if one.error is None]
+        columns = [Column("λ"), Column("lost"), Column("worst")]
+        columns += [Column(f"alike\n{name}", 1) for name in answer.models if any(name in o.agreement for o in judged)]
+        rows: list[Row] = [(("→ " if one.name == answer.method else "  ") + one.name, _merge(one)) for one in judged]
+        lines += [*table(columns, [rows], width), "", *paragraph(ABOUT_MERGES, width)]
+        lines += [f"{one.name}: not judged: {one.error}" for one in answer.candidates if one.error is not None]
+        lines += [
+            "",
+            *paragraph(f"rows: {_rows(answer.search)} to choose λ, {_rows(answer.held_out)} to decide", width),
+        ]
+    said = [("recommended", f"{answer.method}: {answer.why[0]}"), *(("", line) for line in answer.why[1:])]
+    for title, words in [*said, *(("warning", warning) for warning in answer.warnings)]:
+        lines += paragraph(words, width, first=f"{title:<15}", then=" " * 15)
+    return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])
+
+
+def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
+    """Return how deltas meet: means over pairs, and the pair that opposes most."""
+    overlap = "" if found.overlap_mean is None else f"; overlap {found.overlap_mean:.3f} (by chance {found.chance:.3f})"
+    pairs = [(i, j) for i in range(len(models)) for j in range(i)]
+    i, j = max(pairs, key=lambda pair: found.opposed[pair[0]][pair[1]])
+    most = f" (most: {models[j]} and {models[i]}, {found.opposed[i][j]:.1%})" if len(pairs) > 1 else ""
+    norms = ", ".join(cell(norm) for norm in found.relative_norm)
+    return [
+        *paragraph(f"cosine {found.cosine_mean:.3f}; opposite signs {found.opposed_mean:.1%}{most}{overlap}", width),
+        *paragraph(f"‖Δ‖/‖W‖ {norms}", width),
+    ]
+
+
+def _merge(one: MergeCandidate) -> list[str]:
+    factor = "" if one.factor is None or one.coefficients is not None else f"{one.factor:.3g}"
+    lost = ["" if value is None else f"{value:.1%}" for value in (one.lost_mean, one.lost_worst)]
+    return [factor, *lost, *(f"{share:.1%}" for share in one.agreement.values())]
+
+
+def _rows(counts: Mapping[str, int]) -> str:
+    some_counts = sorted(set(counts.values()))
+    return f"{some_counts[0]}" if len(some_counts) == 1 else f"{some_counts[0]} to {some_counts[-1]}"

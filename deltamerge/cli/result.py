@@ -1,0 +1,138 @@
+"""The result of a run on stdout and stderr: warnings, summary, JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.cli.output import say_json, tell
+from deltamerge.errors.shown import human
+from deltamerge.tensors.names import block_name, natural
+
+if TYPE_CHECKING:
+    from deltamerge.formats.delta.writer import Summary
+    from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
+    from deltamerge.plan.planner import Plan
+    from deltamerge.run.runner import Result
+
+
+class Warnings:
+    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before.
+
+    `first` is a line to print before them, once there is a plan.
+    """
+
+    def __init__(self, first: str = "") -> None:
+        self.said: set[str] = set()
+        self.first = first
+
+    def watch(self, plan: Plan) -> Callable[[int], None]:
+        """Print those of `plan` that have not been printed yet; as `Options.watch`."""
+        if self.first:
+            tell(self.first)
+            self.first = ""
+        for warning in plan.warnings:
+            if warning not in self.said:
+                self.said.add(warning)
+                tell(f"warning: {warning}")
+        return lambda _: None
+
+    def end(self, result: Result) -> None:
+        """Print those that have not been printed yet, and of what in the result is not finite."""
+        from deltamerge.run.weights import describe_nonfinite
+
+        self.watch(result.plan)
+        if result.nonfinite:
+            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+
+
+def _size(result: Result) -> int:
+    """Return the bytes of the weights that a run left."""
+    kind = result.plan.recipe.output.kind
+    return result.delta.nbytes if result.delta else result.plan.nbytes if kind == "model" else result.nbytes
+
+
+def _of_delta(delta: Summary) -> dict[str, Any]:
+    return {"entries": delta.entries, "relative_error": delta.error, "encodings": dict(delta.stored)}
+
+
+def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
+    """Return the summary of a run for `--json`. It had `begun` then, by `time.monotonic`. `more` is added."""
+    delta, quantised = result.delta, result.lock.get("quantization")
+    return {
+        "out": str(result.folder),
+        "bytes": _size(result),
+        "tensors": len(result.plan.outputs),
+        "seconds": round(time.monotonic() - begun, 3),
+        "lock": result.lock,
+        "up_to_date": not result.made,
+        "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
+        "warnings": list(result.plan.warnings),
+        **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
+        **({} if delta is None else _of_delta(delta)),
+        **({} if result.lora is None else {"lora": result.lora.describe()}),
+        **more,
+    }
+
+
+def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
+    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
+    seconds = time.monotonic() - begun
+    tensors, delta = len(result.plan.outputs), result.delta
+    kind = result.plan.recipe.output.kind
+    adapter = kind == "peft"
+    quantised = result.lock.get("quantization")
+    size = _size(result)
+    if as_json:
+        say_json(summary_of(result, begun, **more))
+    elif not quiet:
+        lost = ""
+        for folder, made in result.intermediate.items():
+            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+        if not result.made:
+            tell(f"{result.folder}: up to date")
+            return
+        if delta is not None:
+            values = result.plan.delta_values
+            rounded = any(tune.checkpoint.quantised is not None for tune in result.plan.inputs.tunes)
+            how = f"{values} values, relative error {delta.error:.3g}"
+            if values is None:
+                how = f"final values, {'rounded once' if rounded else 'exact'}"
+            lost = f", {delta.entries:,} entries: {how}"
+        if quantised is not None:
+            lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
+        what = "an adapter" if adapter else f"{tensors} tensors"
+        tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
+        if result.lock:  # a part of a run has none
+            from deltamerge.run.usage import next_steps
+
+            for line in next_steps(result.plan, result.folder):
+                tell(line)
+        for line in of_layers(result.lora) if result.lora is not None else ():
+            tell(line)
+        for note in result.plan.notes if adapter else ():
+            tell(f"note: {note}")
+
+
+def of_layers(lora: LowRankSummary) -> Iterator[str]:
+    """Yield the energy that a LoRA keeps, layer by layer, and in all."""
+    blocks: dict[str, list[LayerRank]] = {}
+    for name, layer in lora.layers.items():
+        blocks.setdefault(block_name(name) or name, []).append(layer)
+    for name, layers in sorted(blocks.items(), key=lambda block: natural(block[0])):
+        count = f"{len(layers)} weights, " if len(layers) > 1 else ""
+        ranks = _range([layer.rank for layer in layers])
+        kept = _range([layer.energy for layer in layers])
+        outputs = [layer.output for layer in layers if layer.output is not None]
+        also = f", {_range(outputs)} of the outputs" if outputs else ""
+        yield f"{name}: {count}rank {ranks}, keeps {kept} of the delta{also}"
+    also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
+    missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
+    bound = f"; the best of these ranks would keep at most {missed:.2g} more of any" if missed else ""
+    yield f"all: keeps {lora.energy:.3g} of the deltas' squares{also}{bound}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} … {high}"

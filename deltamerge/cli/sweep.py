@@ -1,0 +1,132 @@
+"""The command sweep."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge.cli import streams
+from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.options import (
+    ALLOW_COMMAND,
+    AS_CSV,
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    PICKLES,
+    QUIET,
+    RECIPE,
+    SET_OR_SWEEP,
+    WORKERS,
+)
+from deltamerge.cli.output import say, say_json, tell
+from deltamerge.errors import app
+from deltamerge.errors.shown import lines as one_a_line
+
+if TYPE_CHECKING:
+    from deltamerge.apps.search.sweep import Keep, SweepResult
+    from deltamerge.recipe.yaml_source import Loc
+
+
+@click.command("sweep")
+@click.argument("recipe", type=RECIPE)
+@SET_OR_SWEEP
+@click.option("--out", type=FOLDER, help="Folder for what is found; default: NAME-sweep beside RECIPE.")
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "all", "none"]),
+    default="none",
+    show_default=True,
+    help="Merged folders that are written.",
+)
+@DEVICE
+@WORKERS
+@MEMORY
+@PICKLES
+@ALLOW_COMMAND
+@click.option("--force", is_flag=True, help="Forget what an earlier sweep found; replace a changed NAME.best.yaml.")
+@AS_JSON
+@AS_CSV
+@QUIET
+def command(
+    recipe: Path,
+    settings: dict[Loc, str],
+    out: Path | None,
+    keep: Keep,
+    allow_command: bool,
+    force: bool,
+    as_json: bool,
+    as_csv: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Try every combination of the values that RECIPE leaves open.
+
+    Values are lists: density: {sweep: [0.1, 0.01]}. Candidates are judged in memory on the same rows, as `study` says;
+    a table, JSON and a picture go to NAME-sweep, the best recipe to NAME.best.yaml. Run again, it goes on where it
+    stopped.
+
+    \b
+    deltamerge sweep recipe.yaml --keep best
+    deltamerge sweep recipe.yaml --set prune.density=0.1 --set prune.density=0.01 --set seed=0 --set seed=1
+    """
+    with app("search"):
+        from deltamerge.apps.search.sweep import as_csv as csv_of
+        from deltamerge.apps.search.sweep import sweep as run_sweep
+    from deltamerge.recipe.file import read_template
+    from deltamerge.run.options import Options
+
+    found = run_sweep(
+        read_template(recipe, settings), Options(**options), out, keep=keep, force=force, commands=allow_command
+    )
+    if as_csv:
+        say(csv_of(found).removesuffix("\n"))
+    elif as_json:
+        say_json(found.describe())
+    elif not quiet:
+        say(render_sweep(found, streams.columns()))
+    if not quiet:
+        for row in found.rows:
+            if row.outcome.error is not None:
+                tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
+        tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+
+
+def render_sweep(found: SweepResult, width: int) -> str:
+    """Return a line for each point, seeds averaged. The best is marked."""
+    columns = [Column(name.replace(".", "\n")) for name in found.columns]
+    best = dict(found.rows[found.best].labels) if found.best is not None else {}
+    rows: list[Row] = []
+    for labels, numbers in found.averaged():
+        mark = "→ " if all(best.get(axis) == label for axis, label in labels.items()) else "  "
+        cells = [_spread(numbers[name]) for name in found.columns]
+        rows.append((mark + (" · ".join(labels.values()) or "every seed"), cells))
+    ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())
+    counts = ", ".join(f"{count:,} of {name}" for name, count in found.test_rows.items())
+    foot = f"→: best by {ways}" + (f"; rows: {counts}" if counts else "")
+    references = [
+        (f"  {kind}", [_reference(scores, name) for name in found.columns]) for kind, scores in found.references.items()
+    ]
+    return one_a_line(
+        [*table(columns, [rows, *([references] if references else [])], width), "", *paragraph(foot, width)]
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.pstdev(values):.4f}"
+
+
+def _reference(scores: Any, column: str) -> str:
+    """Return the score of the base or the fine-tune in a column that is one of its metrics."""
+    name, _, measure = column.rpartition(".")
+    value = scores.get(name, {}).get(measure)
+    return "–" if value is None or measure == "distance" else f"{value:.4f}"

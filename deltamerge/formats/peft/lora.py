@@ -1,0 +1,223 @@
+"""A LoRA on a weight: low-rank updates (DoRA too), what PiSSA and OLoRA leave of the weight, a bias of its own.
+
+Each is computed in float32 and rounded once to the weight's dtype, tile by tile. Products are summed in the order of k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from deltamerge.errors import InputError
+from deltamerge.formats.peft.config import BY_PEFT, DERIVED, scale_of
+from deltamerge.formats.peft.parts import factors_of
+from deltamerge.tensors.dtypes import PLAIN, bits_type, narrow
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
+from deltamerge.tensors.views import CHUNK, Array, base_rows, fill_rows, flat_rows, floats, product, zeros_like
+
+Config = Mapping[str, Any]
+
+
+@view(entrywise=True)
+def low_rank(read: Read, tensor: Tensor, start: int, out: memoryview, *, scale: float, transposed: bool) -> None:
+    """Compute W + s · B A, as PEFT merges a LoRA adapter (Hu et al., arXiv 2106.09685).
+
+    Inputs: W (out, in), A (r, in), B (out, r). If `transposed`, W is (in, out) (GPT-2's Conv1D, embeddings), and (B A)ᵀ
+    is added. A convolution's W (out, in, …) is read as (out, in · …), and so are A (r, in, …) and B (out, r, 1, …).
+    A fourth input is DoRA's magnitude m (out): the part of W + s · B A that makes output i is multiplied by
+    m_i / ‖that part‖₂ (arXiv 2402.09353).
+
+    B A is Σ_k B_ik A_kj in the order of k, each product and sum rounded: a matrix product's own order would depend on
+    the tile's shape, the library and its threads.
+    """
+    a, b = tensor.inputs[1:3]
+    magnitude = tensor.inputs[3] if len(tensor.inputs) > 3 else None
+    right = flat_rows(read, b).T if transposed else flat_rows(read, a)
+    norms = None
+    if magnitude is not None and transposed:
+        norms = read.once(("norms of columns", tensor), lambda: _norms(read, tensor, right))
+
+    def rows(top: int, bottom: int) -> Array:
+        update = _sum(read, tensor, right, top, bottom)
+        return update if magnitude is None else _scaled(read, update, magnitude, norms, top, bottom)
+
+    fill_rows(tensor, start, out, rows)
+
+
+def _sum(read: Read, tensor: Tensor, right: Array, top: int, bottom: int) -> Array:
+    """Return rows [top, bottom) of W + s · B A in float32."""
+    base, a, b = tensor.inputs[:3]
+    if tensor.parameter("transposed"):
+        inner = math.prod(a.shape[1:])
+        left = np.stack([floats(read, a, k * inner + top, bottom - top) for k in range(a.shape[0])], 1)
+    else:
+        rank = b.shape[1]
+        left = floats(read, b, top * rank, (bottom - top) * rank).reshape(-1, rank)
+    with np.errstate(over="ignore", invalid="ignore"):
+        update = product(left, right)
+        update *= np.float32(tensor.parameter("scale"))
+        update += base_rows(read, base, top, bottom)
+    return update
+
+
+def _scaled(read: Read, update: Array, magnitude: Tensor, norms: Array | None, top: int, bottom: int) -> Array:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if norms is not None:
+            update *= floats(read, magnitude, 0, len(norms)) / norms
+        else:
+            norm = np.sqrt(np.square(update, dtype=np.float64).sum(axis=1)).astype(np.float32)
+            update *= (floats(read, magnitude, top, bottom - top) / norm)[:, None]
+    return np.asarray(update, np.float32)
+
+
+def _norms(read: Read, tensor: Tensor, right: Array) -> Array:
+    """Return the norm of each column of W + s · B A. The whole weight is read for them, piece by piece."""
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    step, squares = max(1, CHUNK // columns), np.zeros(columns, np.float64)
+    for top in range(0, rows, step):
+        part = _sum(read, tensor, right, top, min(rows, top + step))
+        squares += np.square(part, dtype=np.float64).sum(axis=0)
+    return np.asarray(np.sqrt(squares).astype(np.float32))
+
+
+@view(entrywise=True)
+def residual(
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, begins: str, rank: int, scale: float, transposed: bool
+) -> None:
+    """Compute what PEFT leaves of a weight W (out, in), or transposed, when A and B begin with a part of it.
+
+    pissa   W − the best approximation of rank r (Meng et al., arXiv 2404.02948)
+    olora   W − s · Q_r R_r, of W = Q R (Büyükakyüz, arXiv 2406.01775)
+
+    The decomposition is computed in float64, of the whole matrix, once.
+    """
+    (base,) = tensor.inputs
+
+    def decomposed() -> tuple[Array, Array]:
+        weight = flat_rows(read, base).astype(np.float64)
+        matrix = weight.T if transposed else weight
+        if begins == "pissa":
+            u, s, v = np.linalg.svd(matrix, full_matrices=False)
+            left, right = u[:, :rank] * s[:rank], v[:rank]
+        else:
+            q, r = np.linalg.qr(matrix)
+            left, right = scale * q[:, :rank], r[:rank]
+        return (right.T, left.T) if transposed else (left, right)
+
+    left, right = read.once(("start of A and B", tensor), decomposed)
+
+    def rows(top: int, bottom: int) -> Array:
+        part = (left[top:bottom] @ right).astype(np.float32)
+        return np.asarray(base_rows(read, base, top, bottom) - part)
+
+    fill_rows(tensor, start, out, rows)
+
+
+@view(entrywise=True)
+def added(read: Read, tensor: Tensor, start: int, out: memoryview, *, scale: float) -> None:
+    """Compute the first input + s · the second, of one shape: a LoRA's own bias."""
+    base, addend = tensor.inputs
+    target = np.frombuffer(out, bits_type(tensor.dtype))
+    total = floats(read, addend, start, len(target)) * np.float32(scale)
+    total += floats(read, base, start, len(target))
+    target[:] = narrow(total, tensor.dtype)
+
+
+def is_low_rank(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a weight with a LoRA update."""
+    return tensor.function == low_rank.__name__
+
+
+def is_residual(tensor: Tensor) -> bool:
+    """Tell whether a tensor is what PiSSA or OLoRA leave of a weight."""
+    return tensor.function == residual.__name__
+
+
+def is_dora(tensor: Tensor) -> bool:
+    """Tell whether a LoRA update has magnitudes."""
+    return len(tensor.inputs) > 3
+
+
+def update_of(info: TensorInfo, base: TensorInfo) -> TensorInfo | None:
+    """Return s · B A alone in float32, where `info` is `base` with that update; None where it is anything else."""
+    tensor = info.tensor
+    if not is_low_rank(tensor) or is_dora(tensor) or not tensor.inputs[0].is_same(base):
+        return None
+    nothing = zeros_like(tensor.inputs[0], "F32")
+    update = viewed(low_rank, [nothing, *tensor.inputs[1:]], tensor.shape, "F32", **dict(tensor.parameters))
+    return TensorInfo(info.name, update)
+
+
+def is_lora(factors: Mapping[str, TensorInfo]) -> bool:
+    """Tell whether the factors are A and B, of a matrix or an embedding."""
+    return not factors.keys().isdisjoint({"A", "B", "embedding_A", "embedding_B", "magnitude", "B.bias"})
+
+
+def pair_of(factors: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
+    """Return A and B. InputError: not one of each, or of different ranks."""
+    tail = "embedding_" if "embedding_A" in factors or "embedding_B" in factors else ""
+    a, b = factors_of(factors, (f"{tail}A", f"{tail}B"), ("magnitude", *([] if tail else ["B.bias"])))
+    if min(len(a.shape), len(b.shape)) < 2 or any(n != 1 for n in b.shape[2:]):
+        raise InputError(f"A {list(a.shape)} and B {list(b.shape)} are no matrices", hint=BY_PEFT)
+    if a.shape[0] != b.shape[1] or not a.shape[0]:
+        groups = " (a convolution in groups?)" if len(a.shape) > 2 else ""
+        raise InputError(f"the ranks of A {list(a.shape)} and B {list(b.shape)} differ{groups}", hint=BY_PEFT)
+    return a, b
+
+
+def expected(factors: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
+    """Return the shape (out, in, …) of the weight that A and B are for; None where factors do not tell it."""
+    if not is_lora(factors) or "embedding_A" in factors:
+        return None
+    a, b = pair_of(factors)
+    return (b.shape[0], *a.shape[1:])
+
+
+def with_lora(
+    info: TensorInfo, factors: Mapping[str, TensorInfo], key: str, config: Config, turned: bool
+) -> TensorInfo:
+    """Return a weight with its LoRA update. InputError: shapes that do not fit, or parts that are missing."""
+    a, b = pair_of(factors)
+    shape = (b.shape[0], *a.shape[1:])
+    embedding = "embedding_A" in factors
+    transposed = embedding or turned or (len(shape) == 2 and shape != info.shape == shape[::-1])
+    if info.shape != (shape[::-1] if transposed else shape):
+        raise InputError(f"B A gives {list(shape)}, the base's weight is {list(info.shape)}")
+    magnitude = factors.get("magnitude")
+    if magnitude is not None and math.prod(magnitude.shape) != shape[0]:
+        raise InputError(f"lora_magnitude_vector must have {shape[0]} elements, has the shape {list(magnitude.shape)}")
+    if magnitude is None and config.get("use_dora"):
+        raise InputError("has no lora_magnitude_vector, which use_dora needs", hint="download the adapter again")
+    if config.get("lora_bias") and "B.bias" not in factors and not embedding:
+        raise InputError("has no lora_B.bias, which lora_bias needs", hint="download the adapter again")
+    begins = config.get("init_lora_weights")
+    # A decomposition has no more parts than the weight has rows or columns, whatever r says.
+    most = min(shape) if begins in DERIVED and not embedding else math.inf
+    scale, base = scale_of(config, key, a.shape[0], most), info.tensor
+    if begins in DERIVED and not embedding:
+        if len(shape) != 2:
+            raise InputError(f"init_lora_weights {begins!r} of a convolution", hint=BY_PEFT)
+        flipped = transposed and begins == "pissa"  # PEFT takes OLoRA's Q and R of a Conv1D's weight as it is stored
+        rank = a.shape[0]
+        base = viewed(
+            residual, [base], info.shape, info.dtype, begins=str(begins), rank=rank, scale=scale, transposed=flipped
+        )
+    inputs: list[Tensor | TensorInfo] = [base, a, b, *([] if magnitude is None else [magnitude])]
+    update = viewed(low_rank, inputs, info.shape, info.dtype, scale=scale, transposed=transposed)
+    return replace(info, tensor=update)
+
+
+def with_bias(bias: TensorInfo | None, factors: Mapping[str, TensorInfo], key: str, config: Config) -> TensorInfo:
+    """Return the bias of a layer with that of B. InputError: the layer has none, or another shape."""
+    a, _ = pair_of(factors)
+    addend = factors["B.bias"]
+    if bias is None:
+        raise InputError("lora_bias needs a bias in the base's layer, which has none", hint=BY_PEFT)
+    if bias.shape != addend.shape or bias.dtype not in PLAIN:
+        raise InputError(f"lora_B.bias is {list(addend.shape)}, the base's bias {list(bias.shape)} {bias.dtype}")
+    scale = scale_of(config, key, a.shape[0])
+    return replace(bias, tensor=viewed(added, [bias, addend], bias.shape, bias.dtype, scale=scale))

@@ -1,0 +1,296 @@
+"""GPTQ weights: W_oi = scale_go · (code_io − zero_go), g the group of input i, in float32.
+
+Codes lie transposed, as (inputs, outputs), in int32 words of 32/bits inputs one after the other, from the lowest bit
+(3 bits: 32 codes in 3 words). `g_idx` gives each input's group (act order). Zeros are packed along outputs: version 1
+(`checkpoint_format: gptq`) stores zero − 1, by whole words as gptqmodel subtracts it, and gptq_v2 stores zero.
+(Frantar et al. 2022; gptqmodel, nn_modules/qlinear, utils/model.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from deltamerge.engine import kernels
+from deltamerge.errors import InputError
+from deltamerge.formats.quantised.codes import WORD, BlockCoder, Integers, pack_words, unpack
+from deltamerge.formats.quantised.scheme import (
+    CHUNK,
+    TURNED_ACROSS,
+    TURNED_ALONG,
+    Array,
+    CodedParts,
+    CodedRows,
+    CodedWeight,
+    CodeForm,
+    Coding,
+    Floats,
+    Part,
+    Shape,
+    StoredWeight,
+    as_one,
+    bits,
+    columns_of,
+    damaged,
+    expect,
+    fill_bands,
+    finite,
+    held_columns,
+    weight,
+    whole,
+)
+from deltamerge.tensors.dtypes import PLAIN, bits_type, widen
+from deltamerge.tensors.tensor import Read, TensorInfo
+
+WIDTHS = (2, 3, 4, 8)
+VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zeros
+INTEGERS = frozenset({"I32", "U32"})
+
+
+class TurnedWords(CodedWeight):
+    """Integer codes in words, stored transposed, with a scale and a zero for each group of inputs: GPTQ and AWQ.
+
+    align     outputs that words hold whole
+    across    outputs in a word of codes; 1: a word holds inputs
+    inputs    columns of the weight
+    group     inputs of a group, where groups are in order
+    width     bits of a code
+    plus      added to stored zeros
+    """
+
+    __slots__ = ()
+    keeps: ClassVar[bool] = True
+    align: ClassVar[int]
+    across: ClassVar[int]
+    zeros: Part
+    scales: Part
+    inputs: int
+    group: int
+    width: int
+    plus: int
+
+    def groups(self, read: Read) -> Array | None:
+        """Return the group of each input; None where groups are equal and in order."""
+        raise NotImplementedError
+
+    def codes_at(self, read: Read, top: int, bottom: int) -> Array:
+        """Return the codes of outputs [top, bottom), of shape (outputs, inputs)."""
+        raise NotImplementedError
+
+    def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
+        """Return the zeros of outputs [top, bottom), of shape (outputs, groups)."""
+        raise NotImplementedError
+
+    def pack(self, codes: Array) -> Array:
+        """Return the words of codes (outputs, inputs)."""
+        raise NotImplementedError
+
+    def pack_zeros(self, zeros: Array) -> Array:
+        """Return the words of zeros (groups, outputs)."""
+        raise NotImplementedError
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        fill_bands(self.scales.shape[1], self.inputs, self.align, start, out, partial(self._band, read))
+
+    @property
+    def is_plain(self) -> bool:
+        return True
+
+    def part(self, read: Read, start: int, stop: int) -> CodedRows:
+        return self._outputs(read, start // self.inputs, -(-stop // self.inputs))
+
+    def places(self, read: Read) -> Array:
+        """Return the group of each input."""
+        groups = self.groups(read)
+        return np.arange(self.inputs) // self.group if groups is None else groups
+
+    def _outputs(self, read: Read, top: int, bottom: int) -> CodedRows:
+        rows, width = self.codes.shape
+        words, begin = held_columns(read, self.codes, rows, width, top // self.across, -(-bottom // self.across))
+        number = TURNED_ALONG if self.across == 1 else TURNED_ACROSS
+        form = CodeForm(number, self.width, self.inputs, words.shape[1])
+        scales, zeros = self._scales(read, top, bottom), self.zeros_at(read, top, bottom)
+        groups = np.ascontiguousarray(self.places(read), np.int32)
+        blocks = (0, 0, 0, 0, self.scales.shape[0])
+        line = top - begin * self.across
+        return CodedRows(form, scales, line, blocks, zeros, stored=words, groups=groups)
+
+    def _scales(self, read: Read, top: int, bottom: int) -> Floats:
+        """Return the scales of outputs [top, bottom), of shape (outputs, groups)."""
+        groups, outputs = self.scales.shape
+        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
+        return finite(widen(stored, self.scales.dtype), self.scales)
+
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Compute outputs [top, bottom), by the kernels or by numpy."""
+        native = kernels.native()
+        if native is not None:
+            part = self._outputs(read, top, bottom)
+            form, line = part.form, part.line
+            native.turned_words(
+                part.stored, part.scales, part.zeros, part.groups, out, form.stride, form.columns, line,
+                line + len(out), self.scales.shape[0], form.width, form.number == TURNED_ACROSS,
+            )  # fmt: skip
+            return
+        out[:] = self.codes_at(read, top, bottom)
+        scales, zeros, groups = self._scales(read, top, bottom), self.zeros_at(read, top, bottom), self.groups(read)
+        if groups is None:
+            cut = out.reshape(bottom - top, -1, self.group)
+            cut -= zeros[:, :, None]
+            cut *= scales[:, :, None]
+            return
+        out -= np.take(zeros, groups, axis=1)
+        out *= np.take(scales, groups, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq(TurnedWords):
+    """Codes packed along inputs; without `order` input i is in group i // `group`."""
+
+    align: ClassVar[int] = WORD
+    across: ClassVar[int] = 1
+    codes: Part
+    zeros: Part
+    scales: Part
+    order: Part | None
+    inputs: int
+    group: int
+    width: int
+    plus: int
+
+    def groups(self, read: Read) -> Array | None:
+        in_order, equal = np.arange(self.inputs) // self.group, self.inputs == self.group * self.scales.shape[0]
+        if self.order is None:
+            return None if equal else in_order
+        groups = bits(read, self.order, 0, self.inputs).view(np.int32)
+        if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
+            message = f"names group {groups.max() if groups.max() > 0 else groups.min()} of {self.scales.shape[0]}"
+            raise damaged(self.order, message)
+        return None if equal and np.array_equal(groups, in_order) else groups
+
+    def codes_at(self, read: Read, top: int, bottom: int) -> Array:
+        words = columns_of(read, self.codes, self.codes.shape[0], self.scales.shape[1], top, bottom)
+        return unpack(word_bytes(words.T), self.width)[:, : self.inputs]
+
+    def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
+        groups, width = self.zeros.shape
+        first, last = top // WORD * self.width, min(-(-bottom // WORD) * self.width, width)
+        words = columns_of(read, self.zeros, groups, width, first, last)
+        if self.width == 3:
+            zeros = unpack(word_bytes(words), 3) + np.uint8(self.plus) & 7
+        else:
+            one = np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
+            zeros = unpack(word_bytes(words + one), self.width)
+        skip = top % WORD
+        return np.ascontiguousarray(zeros[:, skip : skip + bottom - top].T, np.float32)
+
+    def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
+        if self.order is None and self.inputs % self.group:
+            what = f"has groups of {self.group} that do not divide {self.inputs} inputs, which cannot be written"
+            raise InputError(what)
+        return as_one(shape, TurnedCoder(self, settings.get("sym") is True), self.codes, self.scales, self.zeros)
+
+    def pack(self, codes: Array) -> Array:
+        return pack_words(codes, self.width).T
+
+    def pack_zeros(self, zeros: Array) -> Array:
+        return pack_words(zeros - self.plus, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedCoder:
+    """Writes codes, zeros and scales of a whole weight, its inputs in the groups that `like` has them in.
+
+    With `sym` all zeros are the middle of the range. No zero is 0 where zero − 1 is stored.
+    """
+
+    like: TurnedWords
+    sym: bool
+
+    def encode(self, values: Floats, read: Read) -> CodedParts:
+        like, middle = self.like, 1 << self.like.width - 1
+        order = like.places(read)
+        sizes = np.bincount(order, minlength=like.scales.shape[0])
+        if len(set(sizes.tolist())) != 1:
+            raise InputError(f"{like.codes.name}: its groups differ in size, and cannot be written")
+        sorted_by = np.argsort(order, kind="stable")
+        how: Literal["words"] | None = None if self.sym else "words"
+        numbers = Integers(like.width, signed=self.sym)
+        block, scale = (1, int(sizes[0])), like.scales.dtype
+        coder = BlockCoder(numbers, block, scale, how, search=like.width < 8, least_zero=like.plus)
+        outputs, inputs = values.shape
+        step = max(like.align, CHUNK // inputs // like.align * like.align)
+        codes = np.empty(like.codes.shape, np.int32)
+        scales = np.empty((len(sizes), outputs), bits_type(scale))
+        zeros = np.full((len(sizes), outputs), middle, np.int16)
+        lost = 0.0
+        for top in range(0, outputs, step):
+            rows = np.ascontiguousarray(values[top : top + step])
+            made = coder.matrix(np.ascontiguousarray(rows[:, sorted_by]))
+            found = made.codes + np.uint8(middle) & np.uint8(2 * middle - 1) if self.sym else made.codes
+            unsorted = np.empty_like(found)
+            unsorted[:, sorted_by] = found
+            bottom = top + len(rows)
+            codes[:, top // like.across : bottom // like.across] = like.pack(unsorted)
+            scales[:, top:bottom] = made.scales.T
+            if made.zeros is not None:
+                zeros[:, top:bottom] = made.zeros.T.view(np.uint8)
+            lost += made.lost
+        return CodedParts((codes, scales, like.pack_zeros(zeros)), lost)
+
+
+def word_bytes(words: Array) -> Array:
+    """Return the bytes (…, 4 n) of words (…, n), the lowest first."""
+    return np.ascontiguousarray(words, "<u4").view(np.uint8)
+
+
+def read(stored: StoredWeight) -> TensorInfo:
+    """Return the weight (outputs, inputs) of a GPTQ layer. InputError: a format, width or shape that is not GPTQ's."""
+    settings = stored.settings
+    said = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
+    if said not in VERSIONS:
+        raise InputError(f"its format is {said[:40]!r}, must be {' or '.join(VERSIONS)}")
+    codes, scales, zeros = stored.codes, matrix(stored.need("scales"), PLAIN), matrix(stored.need("qzeros"), INTEGERS)
+    groups, outputs = scales.shape
+    matrix(codes, INTEGERS)
+    width = _width(zeros, outputs)
+    said_bits = None if settings.get("dynamic") else settings.get("bits")  # gptqmodel's `dynamic`: layers differ
+    if said_bits is not None and said_bits != width:
+        raise InputError(f"its zeros are of {width} bits, config.json says {str(said_bits)[:40]}")
+    inputs = whole(codes.shape[0] * WORD, width, "words of codes")
+    expect(codes, (whole(inputs * width, WORD, "words"), outputs), INTEGERS)
+    expect(zeros, (groups, whole(outputs * width, WORD, "words")), INTEGERS)
+    order = stored.part("g_idx")
+    if order is not None:
+        expect(order, (inputs,), INTEGERS)
+    group = _group(None if order or settings.get("dynamic") else settings.get("group_size"), inputs, groups)
+    return weight(stored, (outputs, inputs), Gptq(codes, zeros, scales, order, inputs, group, width, VERSIONS[said]))
+
+
+def matrix(info: TensorInfo, dtypes: frozenset[str]) -> TensorInfo:
+    """Return `info`. InputError: it is no matrix of one of `dtypes`."""
+    if len(info.shape) != 2 or 0 in info.shape or info.dtype not in dtypes:
+        label = info.name.rpartition(".")[2]
+        raise InputError(f"its {label} is {info.dtype} {list(info.shape)}, must be a matrix")
+    return info
+
+
+def _width(zeros: TensorInfo, outputs: int) -> int:
+    """Return the bits of a code, from the words that a row of zeros takes."""
+    width, rest = divmod(zeros.shape[1] * WORD, outputs)
+    if rest or width not in WIDTHS:
+        known = ", ".join(map(str, WIDTHS))
+        raise InputError(f"its qzeros {list(zeros.shape)} for {outputs} outputs give no width of {known} bits")
+    return width
+
+
+def _group(said: Any, inputs: int, groups: int) -> int:
+    """Return the inputs of a group; `said` is config.json's number."""
+    size = said if type(said) is int and said > 0 else -(-inputs // groups)
+    if -(-inputs // size) != groups:
+        raise InputError(f"has {groups} groups, config.json says one for {size} of {inputs} inputs")
+    return size

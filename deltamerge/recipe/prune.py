@@ -1,0 +1,380 @@
+"""The pruning of every model: its own keys, the recipe's, and what the merge method implies; and their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltamerge.errors import Problem
+from deltamerge.methods.parameters import KEPT, Q
+from deltamerge.methods.registry import COMMON_KEYS, MERGE, PRUNE, Param, PruneMethod
+from deltamerge.recipe.problems import is_given, known_method, prune_params, prunes, suggest
+from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, Prune, Recipe
+from deltamerge.recipe.values import Value, chain, show
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.tensors.names import TASK_HEAD
+
+OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget"})  # keys of a prune that no range is held to
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.value_for`).
+
+    method       name in the table of pruning methods, or "none"
+    density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given
+    q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
+    parameters   the method's others
+    include, exclude   patterns of tensor names
+    """
+
+    method: str
+    density: Value | None = None
+    q: Value | CalibratedQ | None = None
+    rescale: str | None = None
+    sampling: str = "uniform"
+    group: str | None = None
+    parameters: Mapping[str, Value | None] = field(default_factory=dict)
+    protect: Protect | None = None
+    budget: int | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = (TASK_HEAD,)
+
+
+def effective_prune(recipe: Recipe, index: int) -> Pruning:
+    """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
+
+    The method defaults to the one that merge_method implies. The density defaults to mergekit's `parameters.density`
+    (the model's, the slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a
+    density matches are kept whole. Pruning that is only implied applies to every tensor, the task head too, as in
+    mergekit.
+    """
+    model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
+    levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
+
+    def first(key: str) -> Any:
+        return next((value for prune in levels if (value := getattr(prune, key)) is not None), None)
+
+    def value(key: str, *fallbacks: Value | None) -> Value | None:
+        return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
+
+    def parameter(key: str) -> Value | None:
+        """Return a parameter that mergekit keeps among the merge's; else the pruning method's default."""
+        default = PRUNE[name].parameters[key].default
+        if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
+            return value(key, default)
+        return value(key, model.parameters.get(key), *(level.get(key) for level in part.levels), default)
+
+    implied = merge.implies_prune if merge is not None else None
+    name = first("method") or implied or "none"
+    apart = merge is not None and merge.base_apart(part.base)
+    if name == "none" or (apart and recipe.is_base(index)):
+        return Pruning("none")
+    own = model.prune
+    method = PRUNE.get(name)
+    if method is not None and method.factors:
+        # a density meant for other models does not contradict a model's own factors of it
+        alone = own is not None and any(getattr(own, key) is not None for key in method.factors)
+        density = own.density if own is not None and alone else value("density")
+    else:
+        density = value("density", *(level.get("density") for level in (model.parameters, *part.levels)))
+        if implied or density is not None:
+            density = chain(density, 1.0)
+    q, rescale = _divisor(part.levels, levels, name)
+    exclude = first("exclude")
+    heads = () if implied and first("method") is None else (TASK_HEAD,)
+    return Pruning(
+        method=name,
+        density=density,
+        q=q,
+        rescale=rescale,
+        sampling=first("sampling") or "uniform",
+        group=first("group") or next(iter(method.groups if method else ()), None),
+        parameters={key: parameter(key) for key in (method.own_parameters if method else ())},
+        protect=first("protect"),
+        budget=first("budget"),
+        include=first("include"),
+        exclude=heads if exclude is None else exclude,
+    )
+
+
+def _divisor(
+    parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
+) -> tuple[Value | CalibratedQ | None, str | None]:
+    """Return q and rescale of the first level that has either; filters of a numeric q fall through to the next.
+
+    mergekit's `parameters.rescale` comes last: false is q = 1, true is mergekit's rescaling where masks are not random.
+    """
+    numbers: list[Value] = []
+    for prune in levels:
+        if not numbers and (prune.rescale or prune.calibrated_q):
+            return prune.calibrated_q, prune.rescale
+        if prune.number_q is not None:
+            numbers.append(prune.number_q)
+    importance = name in PRUNE and not PRUNE[name].random
+    rescaled = next((level["rescale"] for level in parameters if "rescale" in level), not importance)
+    if importance and rescaled and not numbers:
+        return None, "l1"
+    if importance or (not numbers and not rescaled):
+        numbers.append(1.0)
+    return chain(*numbers), None
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield every fault of the recipe's pruning that the types of the keys cannot express."""
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data, _own_calibration)
+    return (problem for check in checks for problem in check(recipe))
+
+
+def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
+    """Yield faults of one `prune` by itself."""
+    for loc, prune in prunes(recipe):
+        if prune.method is not None and prune.method not in PRUNE:
+            message = f"unknown pruning method {show(prune.method)}"
+            yield recipe.problem((*loc, "method"), message, suggest(prune.method, PRUNE))
+        if prune.q is not None and prune.rescale is not None:
+            yield recipe.problem((*loc, "rescale"), "cannot stand beside q", "keep one of the two", key=True)
+        method = PRUNE.get(prune.method or "")
+        for name, param in _ranges(prune, method).items():
+            value = prune.number_q if name == "q" else getattr(prune, name)
+            if value is not None:
+                yield from recipe.out_of_range((*loc, name), param, value)
+
+
+def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
+    """Return the parameters whose ranges a `prune` is held to: its method's, and others' where it has other keys."""
+    own = {"density": KEPT, "q": Q} if method is None else method.parameters
+    return {**prune_params(), **own} if prune.model_fields_set - COMMON_KEYS - OPTIONS - own.keys() else own
+
+
+def _pruning(recipe: Recipe) -> Iterator[Problem]:
+    """Yield faults of each model's effective pruning: keys that are missing or superfluous."""
+    merge = known_method(recipe)
+    if merge is None:
+        return
+    used: set[str] = set(COMMON_KEYS)
+    methods: list[str] = []
+    for i, model in enumerate(recipe.models):
+        effective = effective_prune(recipe, i)
+        method = PRUNE.get(effective.method)
+        own = model.prune
+        loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
+        if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
+            return  # an unknown method, reported before; its keys are unknown
+        apart = merge.base_apart(recipe.part_of[i].base)
+        if apart and recipe.is_base(i):
+            if own is not None:
+                yield recipe.problem(("models", i, "prune"), "the base has no delta to prune", key=True)
+            continue
+        known = COMMON_KEYS | method.parameters.keys() | method.options
+        used |= known
+        methods.append(method.name)
+        if own is not None and own.method != "none":
+            yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
+        if method.name == "none":
+            continue
+        if not (merge.deltas and apart):
+            hint = "give base_model" if merge.deltas else "use task_arithmetic"
+            yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", hint)
+            continue
+        if method.groups and effective.group not in method.groups:
+            yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
+        if method.factors:
+            yield from _factors(recipe, i, loc)
+        elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
+            yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
+        for name, value in effective.parameters.items():
+            if value is None and name not in method.factors:
+                yield recipe.problem(loc, f"{method.name} needs {name}", method.parameters[name].summary)
+    if recipe.prune is not None and recipe.prune.method != "none" and methods:
+        yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
+
+
+def _calibrated(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a calibrated q and masks from activations have data, and that the search fits objective and scope."""
+    for loc, prune in prunes(recipe):
+        q = prune.calibrated_q
+        method = PRUNE.get(prune.method or "")
+        measured = method.name if method is not None and method.needs_activations else None
+        wanted = "a calibrated q" if q is not None else measured
+        if wanted is not None and not _has_rows(recipe, loc):
+            key = "q" if q is not None else "method"
+            yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
+        yield from _protect(recipe, loc, prune)
+        if q is None or isinstance(prune.q, str):
+            continue
+        if q.objective == "layer_mse" and q.search != "auto":
+            yield recipe.problem((*loc, "q", "search"), "layer_mse is solved in closed form", "leave search out")
+        elif q.search == "gradient" and q.objective != "output_change":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
+        elif q.search == "gradient" and q.scope == "global":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _rows(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a merge method that measures rows has those of every model, and one set of models."""
+    method = known_method(recipe)
+    if method is None or method.rows is None:
+        return
+    if not _has_rows(recipe, ()):
+        hint = "models: - {model: A, calibration: {data: a.jsonl}}"
+        yield recipe.problem(("merge_method",), f"{method.name} needs rows of every model", hint)
+    if len(recipe.parts) > 1:
+        yield recipe.problem(("merge_method",), f"{method.name} needs one set of models, whose layers it runs")
+
+
+def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a model's own calibration has no keys of the merge, nor keys of answers where none are compared."""
+    for i, model in enumerate(recipe.models):
+        if model.calibration is None:
+            continue
+        at, whole = ("models", i, "calibration"), recipe.calibration_of(i)
+        for key in ("per", "coefficients"):
+            if key in model.calibration.model_fields_set:
+                message = "is of the whole merge, and has no effect at a model"
+                yield recipe.problem((*at, key), message, "move it to the recipe's calibration", key=True)
+        if whole is None or whole.metric != "exact_match":
+            yield from _of_answers(recipe, at, model.calibration)
+
+
+def _of_answers(recipe: Recipe, loc: Loc, calibration: Calibration) -> Iterator[Problem]:
+    for key in ("answer", "new_tokens"):
+        if key in calibration.model_fields_set:
+            yield recipe.problem((*loc, key), "has no effect without metric: exact_match", key=True)
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    """Check that calibration has data: a model's own, or the recipe's."""
+    if is_given(recipe, "calibration") and not _has_rows(recipe, ()):
+        yield recipe.problem(("calibration",), "needs data")
+        return
+    for i in recipe.fine_tunes:
+        if is_given(recipe, "models", i, "calibration") and not _has_rows(recipe, ("models", i)):
+            yield recipe.problem(("models", i, "calibration"), "needs data")
+
+
+def _has_rows(recipe: Recipe, loc: Loc) -> bool:
+    """Return whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
+    return is_given(recipe, "calibration", "data") or (
+        bool(models) and all(is_given(recipe, "models", i, "calibration", "data") for i in models)
+    )
+
+
+def _names(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a model that two slices or modules calibrate has two names: a lock stores its q's under them."""
+    known: set[str] = set()
+    for i in recipe.fine_tunes:
+        name = recipe.names[i]
+        if isinstance(effective_prune(recipe, i).q, CalibratedQ):
+            if name in known:
+                message = f"another slice or module calibrates a model of the same name, {show(name)}"
+                yield recipe.problem(("models", i, "model"), message, "set a name of its own: the lock has its q by it")
+            known.add(name)
+
+
+def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
+    """Check that `protect` names columns, or counts massive activations and has calibration data for them."""
+    if prune.protect is None:
+        return
+    given = [key for key in ("massive_activations", "columns") if is_given(recipe, *loc, "protect", key)]
+    if len(given) != 1:
+        message = "needs massive_activations or columns" if not given else "takes one of massive_activations, columns"
+        yield recipe.problem((*loc, "protect"), message, "protect: {massive_activations: 3}")
+    elif prune.protect.massive_activations is not None and not _has_rows(recipe, loc):
+        place = (*loc, "protect", "massive_activations")
+        yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
+
+
+def _budget(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a budget is of the delta artifact of one fine-tune, and stands without a density."""
+    for loc, prune in prunes(recipe):
+        if prune.budget is None:
+            continue
+        at = (*loc, "budget")
+        if recipe.output.kind != "delta":
+            yield recipe.problem(at, "is the size of a delta artifact", "output: {kind: delta}", key=True)
+        if len(recipe.fine_tunes) > 1:
+            yield recipe.problem(at, "needs a single fine-tune", "give each model a density", key=True)
+        for i in recipe.fine_tunes:
+            effective = effective_prune(recipe, i)
+            if _density_given(recipe, i):
+                yield recipe.problem(at, "cannot stand beside a density", "keep one of the two", key=True)
+            if effective.sampling != "uniform" or effective.group in ("row", "model"):
+                yield recipe.problem(at, "needs uniform sampling, and groups that are tensors", key=True)
+
+
+def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
+    """Check that under `per: merge`, which calibrates one λ, all q's have one objective and state nothing else."""
+    calibration, method = recipe.calibration, known_method(recipe)
+    if calibration is None:
+        return
+    metrics = [calibration.metric, *(own.metric for own in map(recipe.calibration_of, recipe.fine_tunes) if own)]
+    if "exact_match" not in metrics:
+        yield from _of_answers(recipe, ("calibration",), calibration)
+    if calibration.per == "model":
+        if calibration.coefficients is not None:
+            yield recipe.problem(("calibration", "coefficients"), "are of the merged model", "per: merge", key=True)
+        return
+    loc: Loc = ("calibration", "per")
+    if len(recipe.parts) > 1:
+        yield recipe.problem(loc, "merge needs one set of models: one lambda is searched", "per: model")
+    if method is not None and not (method.deltas and method.needs_base):
+        yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
+    if calibration.coefficients is not None and MERGED in recipe.names:
+        yield recipe.problem(loc, f"a model is called {MERGED}, as is what the models make", "give it another name")
+    searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]
+    if len({q.objective for _, q in searched if q}) > 1:
+        yield recipe.problem(loc, "merge needs one objective for all models")
+    for at, q in searched:
+        if q is not None and (q.objective == "layer_mse" or q.model_fields_set - {"objective"}):
+            hint = "q: output_change or validation, without scope, search and bounds"
+            yield recipe.problem((*at, "q"), "with per: merge one lambda is searched, and no q", hint)
+
+
+def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
+    """Return whether the text has a `prune` there, or a method in it, that was invalid and left out."""
+    return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
+
+
+def _density_given(recipe: Recipe, index: int) -> bool:
+    places: tuple[Loc, ...] = (("prune",), ("parameters",))
+    part = recipe.part_of[index]
+    in_part = any("density" in level for level in part.levels)
+    return in_part or any(
+        is_given(recipe, *at, "density") or is_given(recipe, "models", index, *at, "density") for at in places
+    )
+
+
+def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:
+    names = ", ".join(dict.fromkeys(methods))
+    for key in prune.model_fields_set.difference(known):
+        if names == "none":
+            message, hint = "has no effect without a method", "set method: dare, magnitude or structured"
+        else:
+            message, hint = f"has no effect with method {names}", suggest(key, known)
+        yield recipe.problem((*loc, key), message, hint, key=True)
+
+
+def _factors(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
+    """Check that parameters that multiply to the density are all given, and that a density is their product."""
+    effective = effective_prune(recipe, index)
+    method = PRUNE[effective.method]
+    product, names = " · ".join(method.factors), " and ".join(method.factors)
+    for name in method.factors:
+        if not is_given(recipe, "prune", name) and not is_given(recipe, "models", index, "prune", name):
+            yield recipe.problem(loc, f"{method.name} needs {name}", f"density = {product}: give {names}")
+    factors, density = [effective.parameters[name] for name in method.factors], effective.density
+    if density is None or None in factors:
+        return
+    where = ("models", index, "prune") if is_given(recipe, "models", index, "prune", "density") else ("prune",)
+    either = " or ".join(method.factors)
+    numbers = [value for value in factors if isinstance(value, float | int)]
+    if len(numbers) < len(factors) or not isinstance(density, float | int):
+        hint = f"leave density out where {either} varies"
+        yield recipe.problem((*where, "density"), f"of {method.name} is {product}", hint)
+    elif abs(density - math.prod(numbers)) > 1e-6 * density:
+        message = f"must be {product} = {math.prod(numbers):.6g}, got {density:g}"
+        yield recipe.problem((*where, "density"), message, f"leave density out, or correct {either}")
