@@ -14,7 +14,7 @@ from deltamerge.errors.shown import human
 
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
-    from deltamerge.run.check import Checked
+    from deltamerge.run.check import RecipeCheck
 
 
 @click.command("check")
@@ -65,7 +65,7 @@ def command(
         raise click.exceptions.Exit(worst)
 
 
-def _say_checked(found: Checked) -> None:
+def _say_checked(found: RecipeCheck) -> None:
     if found.error is not None:
         complain(found.error, found.name)
         return
@@ -78,7 +78,7 @@ def _say_checked(found: Checked) -> None:
             tell(f"{found.name}: {kind}: {line}")
 
 
-def _annotate_checked(found: Checked) -> None:
+def _annotate_checked(found: RecipeCheck) -> None:
     error = found.error
     for problem in error.problems if isinstance(error, RecipeError) else ():
         said = ": ".join(part for part in (problem.location, problem.message, problem.hint) if part)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,8 +15,13 @@ from deltamerge.cli.output import say, say_json
 from deltamerge.cli.plan import render_plan
 from deltamerge.cli.result import Warnings, report_run
 
+if TYPE_CHECKING:
+    from deltamerge.recipe.file import RecipeFile
 
-@click.command("convert")
+NAME = "convert"
+
+
+@click.command(NAME)
 @click.argument("model", type=FILE)
 @click.argument("out", type=FOLDER)
 @click.option("--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Of all weights.")
@@ -59,7 +65,6 @@ def command(
     deltamerge convert ./model ./small --dtype bfloat16 --shard-size 2GB
     deltamerge convert model.gguf ./plain                 # --gguf q8_0: the other way
     """
-    from deltamerge.run.convert import recipe_of
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
     from deltamerge.run.runner import run
@@ -74,3 +79,26 @@ def command(
     result = run(file, out, chosen)
     warnings.end(result)
     report_run(result, begun, as_json=as_json, quiet=quiet)
+
+
+def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile:
+    """Return the recipe of `convert`: `passthrough` of one model (a folder, a lone file, a hub id).
+
+    It is as if it stood in this folder. torch's own files are read too. Keys of `output` that are None are left out.
+
+    RecipeError, of no line, as there is no file: a value that a recipe does not take.
+    """
+    import yaml
+
+    from deltamerge.errors import RecipeError
+    from deltamerge.recipe.file import read_text
+
+    written = {key: value for key, value in output.items() if value is not None}
+    recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": model}]}
+    recipe |= {"dtype": dtype} if dtype is not None else {}
+    recipe |= {"pickles": True, **({"output": written} if written else {})}
+    try:
+        file = read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / NAME)
+        return replace(file, made_for=NAME)
+    except RecipeError as error:
+        raise error.of(NAME) from None

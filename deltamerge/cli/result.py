@@ -40,17 +40,11 @@ class Warnings:
 
     def end(self, result: Result) -> None:
         """Print those that have not been printed yet, and of what in the result is not finite."""
-        from deltamerge.run.weights import describe_nonfinite
+        from deltamerge.run.runner import describe_nonfinite
 
         self.watch(result.plan)
         if result.nonfinite:
             tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-
-
-def _size(result: Result) -> int:
-    """Return the bytes of the weights that a run left."""
-    kind = result.plan.recipe.output.kind
-    return result.delta.nbytes if result.delta else result.plan.nbytes if kind == "model" else result.nbytes
 
 
 def _of_delta(delta: Summary) -> dict[str, Any]:
@@ -62,7 +56,7 @@ def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
     delta, quantised = result.delta, result.lock.get("quantization")
     return {
         "out": str(result.folder),
-        "bytes": _size(result),
+        "bytes": result.size,
         "tensors": len(result.plan.outputs),
         "seconds": round(time.monotonic() - begun, 3),
         "lock": result.lock,
@@ -79,11 +73,7 @@ def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
 def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
     """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
     seconds = time.monotonic() - begun
-    tensors, delta = len(result.plan.outputs), result.delta
-    kind = result.plan.recipe.output.kind
-    adapter = kind == "peft"
-    quantised = result.lock.get("quantization")
-    size = _size(result)
+    delta, quantised = result.delta, result.lock.get("quantization")
     if as_json:
         say_json(summary_of(result, begun, **more))
     elif not quiet:
@@ -102,16 +92,12 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             lost = f", {delta.entries:,} entries: {how}"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
-        what = "an adapter" if adapter else f"{tensors} tensors"
-        tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
-        if result.lock:  # a part of a run has none
-            from deltamerge.run.usage import next_steps
-
-            for line in next_steps(result.plan, result.folder):
-                tell(line)
+        tell(f"{result.folder}: {result.name}, {human(result.size)} in {seconds:.1f} s{lost}")
+        for line in result.next_steps:
+            tell(line)
         for line in of_layers(result.lora) if result.lora is not None else ():
             tell(line)
-        for note in result.plan.notes if adapter else ():
+        for note in result.remarks:
             tell(f"note: {note}")
 
 

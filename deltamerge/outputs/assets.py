@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
-from deltamerge.files.strict_json import read_json
+from deltamerge.files.strict_json import parse_json, read_json
 from deltamerge.files.tree import DEEPEST, is_plain_folder
 from deltamerge.formats.components import (
     CONFIG,
@@ -26,15 +27,15 @@ from deltamerge.formats.components import (
 )
 from deltamerge.formats.config_json import code_of
 from deltamerge.formats.quantised.detect import without_keys
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.gguf_tokenizer import described, is_described
+from deltamerge.models.tokenizer_files import JINJA
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
-from deltamerge.outputs.tokenizer import Files, as_json, content_of, edit_tokenizer
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
-from deltamerge.plan.output_config import BESIDE, generation_of
+from deltamerge.plan.output_config import generation_of
 from deltamerge.plan.planner import Plan
-from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.plan.vocabulary import Vocabulary
+from deltamerge.plan.vocabulary_config import ChatTemplate, edit_config
 from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
 
 TOKENIZER = (
@@ -51,13 +52,18 @@ MODEL = (
 LISTS = (PIPELINE, MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 MISTRAL = "params.json"
 CODE = "*.py"
-# Of folders of components everything with these endings but weights and their indexes.
-KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+# Of folders of components every file with these endings but weights and their indexes.
+ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+ADDED = "added_tokens.json"
 INDEXES = re.compile(r".*\.index(\.[\w-]+)?\.json")
 
 
+# Output name -> the file that is copied, or what is written.
+Files: TypeAlias = dict[str, Path | bytes]
+
+
 def asset_files(plan: Plan) -> dict[str, Path]:
-    """Output name -> source of every file copied as it is; config.json is written by `config`."""
+    """Return output name -> source of every file copied as it is; config.json is written by `config`."""
     template = plan.inputs.template.checkpoint
     own = [MISTRAL] * (template.config_file == "")
     found = {**_matching(template.path, (*MODEL, *own)), **_of_components(template.path), **tokenizer_files(plan)}
@@ -66,8 +72,10 @@ def asset_files(plan: Plan) -> dict[str, Path]:
 
 
 def tokenizer_files(plan: Plan) -> dict[str, Path]:
-    """Output name -> source of the tokenizer's files, and of the code that they name; those of an adapter that is
-    pruned itself lie beside it."""
+    """Return output name -> source of the tokenizer's files, and of the code that they name.
+
+    Those of an adapter that is pruned itself lie beside it.
+    """
     source = plan.pruned_adapter or _vocabulary(plan)
     config = source.path / TOKENIZER_CONFIG
     code = code_of(read_json(config)) if config.is_file() else []
@@ -75,24 +83,24 @@ def tokenizer_files(plan: Plan) -> dict[str, Path]:
 
 
 def _vocabulary(plan: Plan) -> Checkpoint:
-    """The model whose tokenizer the output has."""
+    """Return the model whose tokenizer the output has."""
     return (plan.inputs.vocabulary or plan.inputs.template).checkpoint
 
 
 def left_out(plan: Plan, files: Files) -> Iterator[str]:
-    """Notes on what the output should have beside its weights and does not."""
+    """Yield notes on files that the output should have and does not."""
     source = _vocabulary(plan)
     if is_described(source) and TOKENIZER_JSON not in files:
         yield f"{source.reference} describes a tokenizer that transformers cannot make: none is written"
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
-    """What goes with the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
+    """Return the files beside the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
     return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", RECIPE)) | _of_components(folder)
 
 
 def _of_components(folder: Path) -> dict[str, Path]:
-    """The files of a model's components but weights, and its own code, by their paths below it."""
+    """Return the files of a model's components but weights, and its own code, by their paths below it."""
     if not folder.is_dir():
         return {}
     found: dict[str, Path] = {}
@@ -107,14 +115,14 @@ def _of_components(folder: Path) -> dict[str, Path]:
 
 
 def _below(folder: Path, inner: str, depth: int = DEEPEST) -> Iterator[tuple[str, Path]]:
-    """The kept files in a component's folder and in the folders there. InputError: a link that leaves them."""
+    """Yield the files in a component's folder and in the folders there. InputError: a link that leaves them."""
     for path in sorted((folder / inner).iterdir()):
         name = f"{inner}/{path.name}"
         with errors.context(str(folder)):
             refuse_link(path)
         if path.is_dir() and is_plain_folder(name) and depth:
             yield from _below(folder, name, depth - 1)
-        elif path.is_file() and path.name.endswith(KEPT):
+        elif path.is_file() and path.name.endswith(ENDINGS):
             yield name, path
 
 
@@ -131,7 +139,10 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The template's config with the output's dtype and vocabulary size; a pipeline's list of components as it is."""
+    """Return the template's config with the output's dtype and vocabulary size.
+
+    A pipeline's list of components stays as it is.
+    """
     if plan.inputs.template.checkpoint.config_file == PIPELINE:
         return dict(plan.config)
     result = _with_dtype(plan, "", plan.config) if plan.running_sum is None else dict(plan.config)
@@ -145,7 +156,7 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _with_dtype(plan: Plan, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a component with the dtype of its output; diffusers' configs do not have one."""
+    """Return the config of a component with the dtype of its output; diffusers' configs do not have one."""
     result, folders = dict(config), folders_of(plan.inputs.template.checkpoint.components)
     own = [output for output in plan.outputs if split(output.name, folders)[0] == folder]
     dtypes = {output.dtype for output in own if output.dtype in PLAIN}
@@ -157,22 +168,15 @@ def _with_dtype(plan: Plan, folder: str, config: Mapping[str, Any]) -> dict[str,
 
 
 def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
-    """The config of a component that lies in a folder. Modules of sentence-transformers have no dtype either."""
+    """Return the config of a component that lies in a folder. Modules of sentence-transformers have no dtype either."""
     config = without_keys(plan.settled.parts.get(component.folder, component.config))
     described = {"architectures", "model_type", "dtype", "torch_dtype"} & config.keys()
     return _with_dtype(plan, component.folder, config) if described else config
 
 
 def assets(plan: Plan) -> Files:
-    """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it. Of an
-    adapter, whose config goes with its weights, the tokenizer's."""
-    if plan.recipe.output.kind == "peft":
-        files: Files = dict(tokenizer_files(plan))
-        edit_tokenizer(files, plan.vocabulary, plan.chat_template)
-        if plan.settled.beside:
-            files[BESIDE] = as_json(dict(plan.settled.beside), ascii=True)
-        return files
-    files = dict(asset_files(plan))
+    """Return every file of a checkpoint but weights, card, recipe and lock: copied, or written where it changes."""
+    files: Files = dict(asset_files(plan))
     template = plan.inputs.template.checkpoint
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)
@@ -192,8 +196,6 @@ def assets(plan: Plan) -> Files:
         if edited != stated:
             files[GENERATION] = as_json(edited, ascii=True)
     edit_tokenizer(files, plan.vocabulary, plan.chat_template)
-    if plan.running_sum is not None:
-        files[RUNNING_SUM] = as_json(plan.running_sum.describe(), ascii=True)
     return files
 
 
@@ -208,3 +210,55 @@ def write_files(files: Files, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
         except FileNotFoundError as error:
             raise InputError(f"{source}: vanished during the run") from error
+
+
+# -- the tokenizer's files
+
+
+def edit_tokenizer(files: Files, vocabulary: Vocabulary | None, chat: ChatTemplate | None) -> None:
+    """Put into `files`, the tokenizer files of the vocabulary's model, what the merge changes of them."""
+    if vocabulary is not None and vocabulary.entries:
+        _add_tokens(files, vocabulary)
+    if chat is not None:
+        _set_chat_template(files, chat.text)
+
+
+def content_of(files: Files, name: str) -> dict[str, Any]:
+    """Return the JSON object that the file holds; empty if there is none."""
+    found = files.get(name)
+    if found is None:
+        return {}
+    return read_json(found) if isinstance(found, Path) else parse_json(found)
+
+
+def as_json(value: dict[str, Any], indent: int | None = 2, *, ascii: bool = False) -> bytes:
+    """Return `value` as the text of a JSON file. `ascii`: with escapes, as transformers writes configs."""
+    return (json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n").encode()
+
+
+def _add_tokens(files: Files, vocabulary: Vocabulary) -> None:
+    """Put every added token with its id into tokenizer.json, and into the other files that list them."""
+    first, ids = vocabulary.first, vocabulary.ids
+    entries = {token: {"id": ids[token], **entry} for token, entry in first.added.items() if token in ids}
+    entries |= {str(entry["content"]): entry for entry in vocabulary.entries}
+    ordered = sorted(entries.values(), key=lambda entry: entry["id"])
+    # in one line: the indenting encoder takes seconds for a large vocabulary
+    files[TOKENIZER_JSON] = as_json(content_of(files, TOKENIZER_JSON) | {"added_tokens": ordered}, indent=None)
+    config = content_of(files, TOKENIZER_CONFIG)
+    if isinstance(config.get("added_tokens_decoder"), dict):
+        decoder = {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in ordered}
+        files[TOKENIZER_CONFIG] = as_json(config | {"added_tokens_decoder": decoder})
+    if ADDED in files:
+        known = {token: i for token, i in content_of(files, ADDED).items() if token in ids}
+        files[ADDED] = as_json(known | {str(entry["content"]): entry["id"] for entry in vocabulary.entries})
+
+
+def _set_chat_template(files: Files, text: str) -> None:
+    """Set it in the form that the tokenizer has: the key of tokenizer_config.json, else chat_template.jinja."""
+    config = content_of(files, TOKENIZER_CONFIG)
+    if "chat_template" in config and JINJA not in files:
+        files[TOKENIZER_CONFIG] = as_json(config | {"chat_template": text})
+        return
+    files[JINJA] = text.encode()
+    if "chat_template" in config:
+        files[TOKENIZER_CONFIG] = as_json({key: value for key, value in config.items() if key != "chat_template"})

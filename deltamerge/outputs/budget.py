@@ -67,7 +67,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class ChosenDensities:
+class Densities:
     """A density for every tensor, and the predicted ‖lost‖ / ‖Δ‖ over all of them; None: not predicted."""
 
     densities: dict[str, float]
@@ -75,28 +75,31 @@ class ChosenDensities:
 
 
 def budget_of(planned: Plan) -> int | None:
-    """Bytes that the delta artifact of a plan may take, where its densities depend on them."""
+    """Return the bytes that the delta artifact of a plan may take, where its densities depend on them."""
     prune = _prune_of(planned)
     return None if prune is None else prune.budget
 
 
 def _prune_of(planned: Plan) -> Pruning | None:
-    """The pruning of the one fine-tune whose delta is written."""
+    """Return the pruning of the one fine-tune whose delta is written."""
     recipe = planned.recipe
-    if recipe.output.kind != "delta" or not recipe.fine_tunes:
+    if not recipe.output.rules.patches or not recipe.fine_tunes:
         return None
     return effective_prune(recipe, recipe.fine_tunes[0])
 
 
 def _value_bits(planned: Plan) -> int:
-    """Bits of an entry, less its position: of a value to add, or of the dtype of the first tensor that is pruned."""
+    """Return the bits of an entry, less its position: of a value to add, or of the first pruned tensor's dtype."""
     if planned.delta_values is not None:
         return VALUE_BITS[planned.delta_values]
     return 8 * ITEMSIZE[next(o.dtype for o in planned.outputs if o.name == planned.budgeted[0].name)]
 
 
 def measure_spectra(planned: Plan) -> list[Spectrum]:
-    """The magnitudes of every delta that the budget is for; reads the tensors once, after the calibration's pass."""
+    """Measure the magnitudes of every delta that the budget is for.
+
+    Tensors are read once, after the calibration's pass.
+    """
     node = planned.weighing
     statistics = None if node is None else shared_values([node], {})[node]
     with Reader() as reader, ThreadPoolExecutor(planned.workers) as pool:
@@ -104,7 +107,7 @@ def measure_spectra(planned: Plan) -> list[Spectrum]:
 
 
 def _weights(tensor: Budgeted, statistics: Mapping[str, LayerStatistics] | None) -> Callable[[Positions], Floats]:
-    """The weights of entries by their flat position."""
+    """Return the weights of entries by their flat position."""
     columns = row_length(tensor.base.shape)
     layer = None if statistics is None else statistics.get(tensor.tune.name)
     if layer is not None and layer.parts:  # stacked experts
@@ -140,8 +143,8 @@ def _spectrum(reader: Reader, tensor: Budgeted, weights: Callable[[Positions], F
     return Spectrum(tensor.name, tensor.size, counts[filled], energies[filled])
 
 
-def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> ChosenDensities:
-    """Densities whose predicted bytes are at most `nbytes`. InputError: not even an entry of each tensor fits."""
+def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> Densities:
+    """Return densities whose predicted bytes are at most `nbytes`. InputError: not one entry a tensor fits."""
     curves = [_curve(s, value_bits, random=random) for s in spectra]
     room = nbytes - sum(float(curve.prices[0]) for curve in curves)
     if room < 0:
@@ -168,7 +171,7 @@ def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, rando
         densities[s.name] = float(f"{max(1, kept) / s.size:.6g}")
         lost += float(np.interp(place, numbers, curve.lost))
     whole = sum(float(s.energies.sum()) for s in spectra)
-    return ChosenDensities(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
+    return Densities(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,7 @@ class _Curve:
 
 
 def _curve(s: Spectrum, value_bits: int, *, random: bool) -> _Curve:
-    """From one entry to all; points that cost more than all are left out."""
+    """Return the curve from one entry to all; points that cost more than all are left out."""
     whole = float(s.energies.sum())
     if random:
         kept = np.exp(np.linspace(0, math.log(s.size), POINTS))
@@ -198,7 +201,7 @@ def _curve(s: Spectrum, value_bits: int, *, random: bool) -> _Curve:
 
 
 def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
-    """Along the lower convex hull of (price, lost): minus what a byte gains, `i`, and the points of each step."""
+    """Yield steps along the lower convex hull of (price, lost): minus what a byte gains, `i`, and the step's points."""
     hull: list[int] = []
     x, y = curve.prices.tolist(), curve.lost.tolist()
     for c in range(len(x)):
@@ -212,8 +215,8 @@ def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
         yield (y[b] - y[a]) / (x[b] - x[a]), i, a, b
 
 
-def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> ChosenDensities:
-    """Known densities, of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
+def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Densities:
+    """Return the densities of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
     budget = budget_of(planned)
     assert budget is not None
     with errors.context(f"prune.budget {budget}"):
@@ -222,13 +225,13 @@ def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Ch
         nbytes = attempt(densities, True)
         if nbytes > budget:
             raise InputError(f"the artifact takes {nbytes} bytes", hint="give a larger budget")
-    return ChosenDensities(dict(densities), None)
+    return Densities(dict(densities), None)
 
 
-def search(planned: Plan, attempt: Attempt) -> ChosenDensities:
-    """Densities of which `attempt` has made an artifact that fits.
+def search(planned: Plan, attempt: Attempt) -> Densities:
+    """Return densities of which `attempt` has made an artifact that fits.
 
-    It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.
+    It is called a few times at most, until the artifact takes nearly all of the budget, and last with the result.
     InputError: what is not pruned does not fit.
     """
     budget = budget_of(planned)
@@ -242,8 +245,8 @@ def search(planned: Plan, attempt: Attempt) -> ChosenDensities:
     rest = sum(o.delta_bytes(planned.delta_values) for o in planned.outputs if o.name not in names)
     fixed = rest + TENSOR_BYTES * len(planned.outputs)
     spectra, random = measure_spectra(planned), PRUNE[prune.method].random
-    best: tuple[int, float, ChosenDensities] | None = None
-    last: ChosenDensities | None = None
+    best: tuple[int, float, Densities] | None = None
+    last: Densities | None = None
     room: float = budget - fixed
     with errors.context(f"prune.budget {budget}"):
         if room <= 0:

@@ -20,6 +20,7 @@ from deltamerge.formats.gguf.write import FILE_TYPES, NEEDED, GgufTensor, Rows, 
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
+from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
@@ -58,6 +59,21 @@ ROPES: Mapping[str, tuple[str, ...]] = {
         "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
     ),
 }  # fmt: skip
+
+
+class GgufOutput(CheckpointOutput):
+    """A checkpoint with a GGUF file for llama.cpp beside it."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise InputError: llama.cpp knows no such architecture, tensor or tokenizer."""
+        check(plan)
+
+    def add(self, plan: Plan, folder: Path) -> tuple[str, ...]:
+        """Write the GGUF file of the finished checkpoint; a note on it."""
+        return (write_gguf(plan, folder),)
+
+
+OUTPUT = GgufOutput()
 
 
 def file_name(plan: Plan) -> str:

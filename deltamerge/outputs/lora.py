@@ -1,4 +1,4 @@
-"""The sink of a run that leaves a LoRA: deltas are collected one by one, factored at once, and only factors are kept.
+"""A LoRA as output: deltas are collected one by one, factored at once, and only factors are kept.
 
 A finished weight's factors lie in the work folder until all ranks are known; with the journal they survive a crash.
 What changed and has no factors is stored whole, as the recipe says.
@@ -21,24 +21,40 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
 from deltamerge.engine.backends import single_threaded
-from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.execute import execute
+from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
+from deltamerge.errors.markdown import plain
 from deltamerge.files.descriptors import flat, writing
+from deltamerge.files.seals import seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.spool import Spool
 from deltamerge.formats.layout import plan_layout
+from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product
+from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.outputs.adapter_modules import Modules
+from deltamerge.outputs.adapter import AdapterOutput, ModelModules
+from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
-from deltamerge.outputs.lora_file import REST, LowRankSummary, Made, Target, finish, stored_dtype
-from deltamerge.outputs.lora_ranks import affordable
-from deltamerge.plan.memory import HELD, is_matrix
+from deltamerge.outputs.lora_file import (
+    REST,
+    FactorFile,
+    FactorTarget,
+    LowRankSummary,
+    affordable,
+    finish,
+    is_matrix,
+    sides,
+    stored_dtype,
+)
+from deltamerge.outputs.output import Account, Weights, WriteJob
+from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
@@ -49,6 +65,84 @@ from deltamerge.tensors.views import flat_rows, floats
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
 MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
+HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
+TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops
+UNKNOWN = 256  # the rank that is assumed where an energy or a budget chooses it
+
+
+class LoraOutput(AdapterOutput):
+    """A folder with the factors of merged deltas, as PEFT stores a LoRA."""
+
+    def memory(
+        self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
+    ) -> Memory:
+        """Return the memory of deltas that are being collected, of factoring them, and of files."""
+        shapes = [sides(tensor.shape) for tensor in tensors if is_matrix(tensor)]
+        sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
+        rank = wanted.rank or UNKNOWN
+        scratch = max((scratch_bytes(m, n, rank, moments=weighed) for m, n in shapes), default=0)
+        files = super().memory(wanted, tensors, workers, cap, weighed=weighed)
+        return files + Memory({"factors": TORCH + sum(sizes[: workers + 1]) + workers * scratch})
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield how large it is, and by what ranks are chosen."""
+        size = f"rank {wanted.rank}"
+        if wanted.budget is not None:
+            size = f"{wanted.budget} bytes" + (f", rank {wanted.rank} at most" if wanted.rank else "")
+        elif wanted.energy is not None:
+            size = f"{wanted.energy:g} of each delta" + (f", rank {wanted.rank} at most" if wanted.rank else "")
+        how = "weighed by the inputs of calibration" if weighed else "by their entries"
+        yield f"merged deltas are written as a LoRA: {size}, {how}"
+
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
+        """Write the adapter and its config; factors that the journal has are not made again."""
+        with job.values(plan) as known, job.merging(plan) as progress:
+            values, lora = write_lora(plan, job.work, known, progress)
+        seals = {name: seal(job.work.folder / name) for name in lora.hashed}
+        return Weights(plan, values, lora.hashed, seals=seals, account=LoraAccount(lora))
+
+    def settle(self, plan: Plan, job: WriteJob) -> Weights:
+        """Write the adapter; a delta that is not finite is refused as it is factored."""
+        return self.write(plan, job)
+
+    def belongs(self, plan: Plan, weights: Weights, name: str) -> bool:
+        """Return whether a file of the work folder is of the adapter, or is its config."""
+        return name == CONFIG or super().belongs(plan, weights, name)
+
+    def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
+        """Return what there is to say; the adapter is as it should be."""
+        assert weights.account.lora is not None
+        return weights, weights.account.lora.notes
+
+
+OUTPUT = LoraOutput()
+
+
+@dataclass(frozen=True)
+class LoraAccount(Account):
+    """What a LoRA keeps of each weight's delta."""
+
+    lora: LowRankSummary
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it keeps, for the lock."""
+        return {"lora": self.lora.describe()}
+
+    def table(self) -> list[str]:
+        """Return what it keeps, weight by weight."""
+        lora, weighed = self.lora, self.lora.output is not None
+        also = "" if lora.output is None else f", {lora.output:.4g} of the change of the layers' outputs"
+        head = "| weight | rank | kept of the delta |" + (" of the outputs |" if weighed else "")
+        rows = [
+            f"| {plain(name)} | {one.rank} | {one.energy:.4g} |" + (f" {_share(one.output)} |" if weighed else "")
+            for name, one in lora.layers.items()
+        ]
+        said = f"{lora.nbytes:,} bytes keep {lora.energy:.4g} of the deltas' squares{also}."
+        return ["## LoRA", "", said, "", head, "|---|---|---|" + "---|" * weighed, *rows, ""]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def write_lora(
@@ -60,7 +154,7 @@ def write_lora(
     """
     (work.folder / REST).unlink(missing_ok=True)
     with errors.context("output.kind: peft"):
-        modules = Modules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
+        modules = ModelModules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
         targets = _targets(planned, modules)
     bases = _bases(planned)
     rest, copied = list[OutputTensor](), list[OutputTensor]()
@@ -71,7 +165,7 @@ def write_lora(
     done = False
     try:
         with Reader() as reader, single_threaded({"torch"}), _rest(work.folder, rest) as writer:
-            sink = _Sink(planned, bases, reader, spool, targets, writer, progress)
+            sink = _FactorSink(planned, bases, reader, spool, targets, writer, progress)
             left = sink.unfinished()
             sink.measure({target.output.name for target in left})
             values = _factor(planned, sink, left, rest, reader, known)
@@ -91,10 +185,10 @@ def write_lora(
         spool.close(done=done)
 
 
-def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
-    """The weights that get factors, by their names in the output. InputError: a pattern that finds none."""
+def _targets(planned: Plan, modules: ModelModules) -> dict[str, FactorTarget]:
+    """Return the weights that get factors, by their names in the output. InputError: a pattern finds none."""
     wanted, by_stored = planned.recipe.output, {stored: name for name, stored in modules.stored.items()}
-    found: dict[str, Target] = {}
+    found: dict[str, FactorTarget] = {}
     used: set[str] = set()
     adaptable = modules.linear | modules.turned | modules.convolved
     for number, out in enumerate(planned.outputs):
@@ -105,7 +199,7 @@ def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
         named = {pattern for pattern in wanted.targets or () if finds(pattern, out.name)}
         used |= named
         if named or (wanted.targets is None and module not in modules.heads):
-            found[out.name] = Target(out, module, module in modules.turned, number)
+            found[out.name] = FactorTarget(out, module, module in modules.turned, number)
     if unused := sorted(set(wanted.targets or ()) - used):
         hint = "patterns are searched in names such as model.layers.0.mlp.up_proj.weight"
         raise InputError(f"output.targets: {unused[0]!r} finds no weight that can have factors", hint=hint)
@@ -113,7 +207,7 @@ def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
 
 
 def _bases(planned: Plan) -> dict[str, TensorInfo]:
-    """The base's own tensors, by the names of those of the output."""
+    """Return the base's own tensors, by the names of the output's."""
     base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None
     names = [out.name for out in planned.outputs]
@@ -121,14 +215,14 @@ def _bases(planned: Plan) -> dict[str, TensorInfo]:
 
 
 def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
-    """Whether a tensor is copied from the base's own file, where it is `info`."""
+    """Return whether a tensor is copied from the base's own file, where it is `info`."""
     root = out.pieces[0].built.root
     return info is not None and root.is_source and root.is_same(info)
 
 
 @contextmanager
 def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
-    """What writes the tensors that have no factors, to be compared with the base's."""
+    """Open the writer of tensors that have no factors, to be compared with the base's."""
     if not rest:
         yield None
         return
@@ -139,8 +233,8 @@ def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
 
 def _factor(
     planned: Plan,
-    sink: _Sink,
-    left: list[Target],
+    sink: _FactorSink,
+    left: list[FactorTarget],
     rest: list[OutputTensor],
     reader: Reader,
     known: Mapping[Node, Any],
@@ -169,7 +263,7 @@ def _factor(
 
 
 @dataclass(slots=True)
-class _Open:
+class _Collection:
     """A delta that is being collected."""
 
     matrix: Array
@@ -177,30 +271,30 @@ class _Open:
 
 
 @dataclass(eq=False)
-class _Sink:
+class _FactorSink:
     """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
 
     planned: Plan
     bases: Mapping[str, TensorInfo]
     reader: Reader
     spool: Spool
-    targets: Mapping[str, Target]
+    targets: Mapping[str, FactorTarget]
     writer: Writer | None
     progress: Callable[[int], None]
-    made: dict[str, Made] = field(default_factory=dict)
-    open: dict[str, _Open] = field(default_factory=dict)
+    made: dict[str, FactorFile] = field(default_factory=dict)
+    open: dict[str, _Collection] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     moments: dict[str, Path] = field(default_factory=dict)
 
-    def unfinished(self) -> list[Target]:
-        """The targets that an interrupted run did not finish; the others are taken over."""
+    def unfinished(self) -> list[FactorTarget]:
+        """Return the targets that an interrupted run did not finish; take over the others."""
         left = []
         for name, target in self.targets.items():
             path, state = self._path(target.number), self.spool.kept(name)
             rows, columns = target.sides
             extra = rows if self.planned.recipe.output.dora else 0
             if state is not None:
-                made = Made(target, path, state)
+                made = FactorFile(target, path, state)
                 if path.is_file() and path.stat().st_size == 4 * (made.rank * (rows + columns) + extra):
                     self.made[name] = made
                     self.progress(target.output.nbytes)
@@ -250,7 +344,7 @@ class _Sink:
             del collected
             self._path(COLLECTED + target.number).unlink(missing_ok=True)
 
-    def factor_sum(self, target: Target) -> None:
+    def factor_sum(self, target: FactorTarget) -> None:
         """Factor a sum of adapters' updates, whose factors are concatenated."""
         left, right = [], []
         for coefficient, update in target.output.pieces[0].built.updates:
@@ -260,13 +354,15 @@ class _Sink:
         b, a = np.concatenate(left, axis=1), np.concatenate(right)
         self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)
 
-    def _factor(self, target: Target, matrix: Array) -> None:
+    def _factor(self, target: FactorTarget, matrix: Array) -> None:
         delta = np.ascontiguousarray(matrix.T) if target.turned else matrix
         key = mask_key(self.planned.recipe.seed, "lora", target.output.name)
         lengths = self._lengths(target, delta) if self.planned.recipe.output.dora else None
         self._keep(target, lambda wanted, c: factor(delta, wanted, key, c), lengths)
 
-    def _keep(self, target: Target, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None) -> None:
+    def _keep(
+        self, target: FactorTarget, made: Callable[[Wanted, Array | None], Factors], lengths: Array | None
+    ) -> None:
         name, columns = target.output.name, target.sides[1]
         c = np.fromfile(self.moments[name], np.float64).reshape(columns, columns) if name in self.moments else None
         try:
@@ -286,12 +382,12 @@ class _Sink:
             "gain": found.gain, "missed": found.missed, "weighed": c is not None,
         }  # fmt: skip
         with self.lock:
-            self.made[name] = Made(target, path, state)
+            self.made[name] = FactorFile(target, path, state)
         self.spool.finished(name, path, state)
         self.progress(target.output.nbytes)
 
-    def _lengths(self, target: Target, delta: Array) -> Array:
-        """‖W + Δ‖ of every output, which DoRA stores beside the factors."""
+    def _lengths(self, target: FactorTarget, delta: Array) -> Array:
+        """Return ‖W + Δ‖ of every output, which DoRA stores beside the factors."""
         info = self.bases[target.output.name]
         weight = floats(self.reader, info, 0, math.prod(info.shape)).reshape(target.shape)
         total = (weight.T if target.turned else weight) + delta
@@ -307,13 +403,13 @@ class _Sink:
         most = max(LEAST, WIDER * affordable(prices, output.budget))
         return Wanted(min(most, output.rank or most))
 
-    def _collected(self, target: Target) -> _Open:
+    def _collected(self, target: FactorTarget) -> _Collection:
         shape, size = target.shape, 4 * math.prod(target.shape)
         if size <= HELD:
-            return _Open(np.empty(shape, np.float32), math.prod(shape))
+            return _Collection(np.empty(shape, np.float32), math.prod(shape))
         with writing():
             held = np.memmap(self._path(COLLECTED + target.number), np.float32, "w+", shape=shape)
-        return _Open(held, math.prod(shape))
+        return _Collection(held, math.prod(shape))
 
     def _path(self, number: int) -> Path:
         return self.spool.folder / f"{number:07d}"

@@ -1,4 +1,4 @@
-"""A LoRA's file and config, from the factors of its weights: ranks are chosen, factors cut and stored as PEFT does.
+"""A LoRA's file and config: ranks are chosen, factors are cut and stored as PEFT does.
 
 Every update has the scale 1: lora_alpha and alpha_pattern say for each weight what r and rank_pattern say, and readers
 that know no patterns compute the same.
@@ -6,7 +6,9 @@ that know no patterns compute the same.
 
 from __future__ import annotations
 
+import heapq
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,12 +26,11 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import count_changed
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
-from deltamerge.outputs.adapter_modules import ChangedTensor, Modules
-from deltamerge.outputs.lora_ranks import Spectrum, greedy
-from deltamerge.plan.memory import sides
+from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.plan.planner import ADAPTER, Plan
+from deltamerge.plan.planner import Plan
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, narrow
+from deltamerge.tensors.names import EMBEDDING
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 
@@ -38,8 +39,19 @@ CODES = {"float32": "F32", "bfloat16": "BF16"}
 TRIES = 8
 
 
+def sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (rows, columns) of a weight's matrix: a convolution's (out, in, …) is (out, in · …)."""
+    return shape[0], math.prod(shape[1:])
+
+
+def is_matrix(output: OutputTensor) -> bool:
+    """Return whether a tensor may have factors, as its name and shape tell."""
+    known = output.pieces[0].built.delta is not None and len(output.pieces) == 1
+    return known and len(output.shape) > 1 and EMBEDDING.search(output.name) is None
+
+
 @dataclass(frozen=True, slots=True)
-class Target:
+class FactorTarget:
     """A weight that gets factors: its module, whether it is stored (in, out), and where its factors lie."""
 
     output: OutputTensor
@@ -59,11 +71,11 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class FactorFile:
     """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32;
     `state` is what the journal has of it."""
 
-    target: Target
+    target: FactorTarget
     path: Path
     state: Mapping[str, Any]
 
@@ -85,7 +97,7 @@ class Made:
         return len(self.state["gains"])
 
     def shapes(self, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
-        """The tensors that store it, by the ends of their names."""
+        """Return the tensors that store it, by the ends of their names."""
         (out, columns), shape = self.target.sides, self.target.output.shape
         kernel = shape[2:]
         a = (rank, *shape[1:]) if kernel else (rank, columns)
@@ -94,7 +106,7 @@ class Made:
         return {"lora_A.weight": a, "lora_B.weight": b} | ({"lora_magnitude_vector": length} if dora else {})
 
     def read(self, rank: int) -> dict[str, Array]:
-        """The first `rank` ranks, and the lengths."""
+        """Read the first `rank` ranks, and the lengths."""
         out, columns = self.target.sides
         held = np.fromfile(self.path, np.float32)
         b, a = held[: self.rank * out], held[self.rank * out : self.rank * (out + columns)]
@@ -121,7 +133,7 @@ class LayerRank:
     missed: float
 
     def describe(self) -> dict[str, Any]:
-        """As locks and `--json` have it; four digits, which do not depend on the machine."""
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
         found = {"rank": self.rank, "energy": _digits(self.energy), "missed": _digits(self.missed)}
         return found if self.output is None else found | {"output": _digits(self.output)}
 
@@ -138,7 +150,7 @@ class LowRankSummary:
     output: float | None = None
 
     def describe(self) -> dict[str, Any]:
-        """As locks and `--json` have it."""
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
         whole = {"energy": _digits(self.energy)} | ({} if self.output is None else {"output": _digits(self.output)})
         return whole | {"tensors": {name: layer.describe() for name, layer in self.layers.items()}}
 
@@ -148,7 +160,7 @@ def _digits(value: float) -> float:
 
 
 def stored_dtype(planned: Plan) -> str:
-    """The dtype in which factors are stored: `values`, or that of most of the output."""
+    """Return the dtype in which factors are stored: `values`, or the dtype of most of the output."""
     if planned.recipe.output.values is not None:
         return CODES[planned.recipe.output.values]
     sizes: dict[str, int] = {}
@@ -159,7 +171,11 @@ def stored_dtype(planned: Plan) -> str:
 
 
 def finish(
-    planned: Plan, folder: Path, modules: Modules, made: Mapping[str, Made], results: Mapping[str, TensorInfo]
+    planned: Plan,
+    folder: Path,
+    modules: ModelModules,
+    made: Mapping[str, FactorFile],
+    results: Mapping[str, TensorInfo],
 ) -> LowRankSummary:
     """Write the adapter of the factors in `made` and of `results`, the merged tensors that have none."""
     made = {out.name: made[out.name] for out in planned.outputs if out.name in made}
@@ -198,7 +214,7 @@ def finish(
     )
 
 
-def _layer(made: Made, rank: int) -> LayerRank:
+def _layer(made: FactorFile, rank: int) -> LayerRank:
     state = made.state
     energy = float(made.energies[:rank].sum()) / state["energy"] if state["energy"] else 1.0
     output = None
@@ -210,13 +226,13 @@ def _layer(made: Made, rank: int) -> LayerRank:
 def _whole(
     planned: Plan,
     reader: Reader,
-    modules: Modules,
-    made: Mapping[str, Made],
+    modules: ModelModules,
+    made: Mapping[str, FactorFile],
     results: Mapping[str, TensorInfo],
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[str]]:
-    """What changed and has no factors: of whole modules, loaded into the base, and what there is to say of it.
+    """Return the changed tensors that have no factors: of whole modules, loaded into the base; and notes on them.
 
-    InputError: it is to be refused, or the model's modules do not have it as it is.
+    InputError: they are to be refused, or the model's modules do not have one as it is.
     """
     wanted = planned.recipe.output.whole or "keep"
     base, canonical = planned.inputs.base, planned.inputs.canonical
@@ -262,15 +278,15 @@ def _whole(
 
 
 def _ranks(
-    planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorInfo], dtype: str
+    planned: Plan, made: Mapping[str, FactorFile], whole: Mapping[str, TensorInfo], dtype: str
 ) -> tuple[dict[str, int], Layout]:
-    """The rank of every weight, and the file. InputError: not one rank fits the budget."""
+    """Return the rank of every weight, and the file. InputError: not one rank fits the budget."""
     output = planned.recipe.output
     if output.budget is None:
         wanted = Wanted(output.rank, output.energy)
         ranks = {name: wanted.count(one.gains, one.state["gain"]) for name, one in made.items()}
         return ranks, _layout(made, ranks, whole, dtype, dora=output.dora)
-    spectra = {name: Spectrum(one.gains, ITEMSIZE[dtype] * sum(one.target.sides)) for name, one in made.items()}
+    spectra = {name: RankSpectrum(one.gains, ITEMSIZE[dtype] * sum(one.target.sides)) for name, one in made.items()}
     taken = sum(info.nbytes for info in whole.values())
     room = output.budget - taken
     for _ in range(TRIES):
@@ -288,7 +304,7 @@ def _ranks(
 
 
 def _layout(
-    made: Mapping[str, Made], ranks: Mapping[str, int], whole: Mapping[str, TensorInfo], dtype: str, *, dora: bool
+    made: Mapping[str, FactorFile], ranks: Mapping[str, int], whole: Mapping[str, TensorInfo], dtype: str, *, dora: bool
 ) -> Layout:
     metas = [(key, info.dtype, info.shape) for key, info in whole.items()]
     for name, rank in ranks.items():
@@ -298,7 +314,7 @@ def _layout(
     return plan_layout(metas, None, (ADAPTER,))
 
 
-def _write(writer: Writer, made: Made, rank: int, dtype: str, *, dora: bool) -> None:
+def _write(writer: Writer, made: FactorFile, rank: int, dtype: str, *, dora: bool) -> None:
     values = made.read(rank)
     for end in made.shapes(rank, dora=dora):
         rounded = narrow(values[end], dtype)
@@ -307,12 +323,12 @@ def _write(writer: Writer, made: Made, rank: int, dtype: str, *, dora: bool) -> 
 
 def _config(
     planned: Plan,
-    modules: Modules,
+    modules: ModelModules,
     targets: Mapping[str, int],
-    made: Mapping[str, Made],
+    made: Mapping[str, FactorFile],
     saved: Iterable[str],
 ) -> dict[str, Any]:
-    """PEFT's adapter_config.json."""
+    """Return PEFT's adapter_config.json."""
     base = planned.inputs.base
     r = max(targets.values(), default=1)
     patterns = {_pattern(module, modules): rank for module, rank in targets.items() if rank != r}
@@ -339,8 +355,8 @@ def _config(
     }
 
 
-def _shortest(targets: Mapping[str, int], modules: Modules) -> list[str] | str:
-    """How target_modules names the targets: by the ends of their names where these name nothing else, else in full."""
+def _shortest(targets: Mapping[str, int], modules: ModelModules) -> list[str] | str:
+    """Return `target_modules`: the ends of the targets' names where these name nothing else, else full names."""
     ends = sorted({module.rpartition(".")[2] for module in targets})
     if {name for name in modules.names if name.rpartition(".")[2] in ends} == set(targets):
         return ends
@@ -350,7 +366,44 @@ def _shortest(targets: Mapping[str, int], modules: Modules) -> list[str] | str:
     return full
 
 
-def _pattern(module: str, modules: Modules) -> str:
-    """A key of rank_pattern, which is matched at the end of names, as a pattern."""
+def _pattern(module: str, modules: ModelModules) -> str:
+    """Return a key of rank_pattern, which is matched at the end of names, as a pattern."""
     ambiguous = any(name != module and name.endswith(f".{module}") for name in modules.names)
     return f"^{re.escape(module)}" if ambiguous else module
+
+
+# -- ranks
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpectrum:
+    """What each rank of a weight keeps, in descending order, and the bytes of one rank."""
+
+    gains: Floats
+    price: int
+
+
+def greedy(spectra: Mapping[str, RankSpectrum], room: int) -> dict[str, int]:
+    """Return the ranks that keep most in `room` bytes: the next rank goes where it keeps most a byte.
+
+    Gains fall with the rank and a weight's ranks all cost the same: no other choice of as many bytes keeps more,
+    but for what the last rank that does not fit leaves over.
+    """
+    ranks = dict.fromkeys(spectra, 0)
+    queue = [(-float(s.gains[0]) / s.price, i, name) for i, (name, s) in enumerate(spectra.items()) if s.gains.size]
+    heapq.heapify(queue)
+    while queue:
+        _, i, name = heapq.heappop(queue)
+        spectrum = spectra[name]
+        if spectrum.price > room:
+            continue
+        room -= spectrum.price
+        ranks[name] += 1
+        if ranks[name] < spectrum.gains.size:
+            heapq.heappush(queue, (-float(spectrum.gains[ranks[name]]) / spectrum.price, i, name))
+    return ranks
+
+
+def affordable(prices: Mapping[str, int], budget: int) -> int:
+    """Return the one rank for all weights that about fits."""
+    return budget // max(1, sum(prices.values()))

@@ -271,7 +271,7 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
     """
     model = pruned[0].model
-    if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
+    if not recipe.output.rules.adapts or model.checkpoint.adapter is None:
         return []
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []

@@ -64,7 +64,7 @@ def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
 def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
     """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
     only what is needed is there before a run."""
-    if recipe.output.kind != "model" or template.config_file != PIPELINE or template.hub_id is not None:
+    if not recipe.output.rules.standalone or template.config_file != PIPELINE or template.hub_id is not None:
         return
     lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
     if lost:
@@ -304,7 +304,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     lends = recipe.tokenizer_of in own or recipe.tokenizer_of == "union"
     bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
     read = set(bases)
-    if recipe.base_model is not None and (recipe.template in own or recipe.output.kind == "delta"):
+    if recipe.base_model is not None and (recipe.template in own or recipe.output.rules.patches):
         read.add(recipe.base_model)
     if recipe.base_model is not None and (lends or recipe.base_model in read):
         bases.setdefault(recipe.base_model)
@@ -320,7 +320,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
     named_template = "base" if recipe.is_moe else recipe.template
     template = input_named(named_template, recipe, base, tunes) or _template(groups, tunes)
-    like = base if base is not None and recipe.output.kind != "model" else template
+    like = base if base is not None and not recipe.output.rules.standalone else template
     form = form_of(like.tensors, like.checkpoint.tensors)
     matched = [_regrouped(model, form) for model in matched]
     notes += tuple(f"{model.name}: {note}" for model in matched if (note := _regrouping(model)))
@@ -330,7 +330,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     if recipe.transplant is not None:
         donor = donor_of(recipe.transplant, input_named(recipe.transplant, recipe, base, tunes), merged)
     vocabulary = donor or _vocabulary(recipe, base, tunes, checkpoint)
-    origin = base if recipe.output.kind == "delta" else None
+    origin = base if recipe.output.rules.patches else None
     refuse_vocabulary(recipe, template.name, template.checkpoint)
     refuse_partial(recipe, template.name, template.checkpoint)
     notes = tuple(dict.fromkeys(notes))
@@ -504,7 +504,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     RecipeError: a weight or λ other than 1, a q or a mask from calibration.
     """
     base, tune = inputs.base, inputs.tunes[0]
-    if recipe.output.kind != "peft" or base is None:
+    if not recipe.output.rules.adapts or base is None:
         return None
     group = inputs.groups[0]
     if len(inputs.groups) > 1 or group.part.ranges is not None:

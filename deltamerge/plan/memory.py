@@ -6,22 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from deltamerge.engine.execute import own_tile
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.files.outbox import ROOM, SLAB, room_for
 from deltamerge.formats.quantised.writer import LARGE
-from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, schedule
-from deltamerge.tensors.names import EMBEDDING, layer_index
+from deltamerge.tensors.names import layer_index
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
 
@@ -139,22 +136,6 @@ def _is_usual(steps: Sequence[Node]) -> bool:
     return any(step.kind in REDUCTIONS and not traits_of(step.function).rare for step in steps)
 
 
-def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
-    """Return the bytes of positions, and of values to be coded, of the tensors that are open in a delta's sink."""
-    largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
-    return math.ceil(sum(largest[: workers + 1]))
-
-
-def room(workers: int, memory: int | None) -> int:
-    """Return the most bytes on their way to the files of a checkpoint: the least where memory is capped."""
-    return room_for(workers) if memory is None else ROOM
-
-
-def held_by_files(outputs: tuple[OutputTensor, ...], workers: int, memory: int | None) -> int:
-    """Return the bytes on their way to the files of a checkpoint, and of the pieces that are computed."""
-    return min(sum(o.nbytes for o in outputs), room(workers, memory) + (workers + 1) * 2 * SLAB)
-
-
 def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     """Return the bytes of coded weights whose rows are collected, and of their codes."""
     units = [output.coding.unit_bytes for output in outputs if output.coding is not None]
@@ -218,39 +199,3 @@ def check_size(inputs: Inputs) -> None:
     if count > SOURCES:
         message = f"the output would have about {count:,} tensors, counted for each model they come from"
         raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")
-
-
-HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
-TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops
-UNKNOWN = 256  # the rank that is assumed where an energy or a budget chooses it
-
-
-def sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of the matrix that a weight is for its factors: a convolution's (out, in, …) is (out, in · …)."""
-    return shape[0], math.prod(shape[1:])
-
-
-def is_matrix(output: OutputTensor) -> bool:
-    """Tell whether a tensor may have factors, as its name and shape tell."""
-    known = output.pieces[0].built.delta is not None and len(output.pieces) == 1
-    return known and len(output.shape) > 1 and EMBEDDING.search(output.name) is None
-
-
-def held_by_factors(wanted: Output, outputs: Iterable[OutputTensor], workers: int, *, moments: bool) -> int:
-    """Return the bytes of deltas that are being collected, and of factoring them."""
-    shapes = [sides(output.shape) for output in outputs if is_matrix(output)]
-    sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
-    rank = wanted.rank or UNKNOWN
-    scratch = max((scratch_bytes(m, n, rank, moments=moments) for m, n in shapes), default=0)
-    return TORCH + sum(sizes[: workers + 1]) + workers * scratch
-
-
-def factoring_note(wanted: Output, *, calibrated: bool) -> str:
-    """Return the note of a plan about the factors."""
-    size = f"rank {wanted.rank}"
-    if wanted.budget is not None:
-        size = f"{wanted.budget} bytes" + (f", rank {wanted.rank} at most" if wanted.rank else "")
-    elif wanted.energy is not None:
-        size = f"{wanted.energy:g} of each delta" + (f", rank {wanted.rank} at most" if wanted.rank else "")
-    how = "weighed by the inputs of calibration" if calibrated else "by their entries"
-    return f"merged deltas are written as a LoRA: {size}, {how}"

@@ -368,7 +368,7 @@ def _types(
 def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, ConfigDifference]) -> dict[str, Any]:
     """Return the keys in which an adapter's model differs from the base on which it is loaded."""
     base = inputs.base
-    if recipe.output.kind != "peft" or base is None:
+    if not recipe.output.rules.adapts or base is None:
         return {}
     values = {key: (one.value, one.difference.values.get(base.name, ABSENT)) for key, one in keys.items()}
     return {key: _plain(value) for key, (value, of_base) in values.items() if not same(value, of_base)}

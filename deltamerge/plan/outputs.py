@@ -214,9 +214,9 @@ class Outputs:
     def _check_vocabulary(self) -> None:
         """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
         base's."""
-        kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
-        if kind != "model" and (changes or self.resized):
-            self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
+        wanted, changes = self.recipe.output, self.vocabulary is not None and self.vocabulary.changes
+        if not wanted.rules.standalone and (changes or self.resized):
+            self.problems.append(f"output.kind {wanted.kind} cannot change the vocabulary of its base")
             self.hint = "write kind: model"
         elif changes and not self.remapped:
             self.problems.append(f"no tensor of {self.inputs.template.name} has a row per token of its vocabulary")
@@ -236,7 +236,7 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         coding = self.quantising.coding(target, tensor.shape, dtype)
         dtype = "F32" if coding is not None else dtype
-        if self.recipe.output.kind == "sum" and not is_buffer(tensor):
+        if self.recipe.output.rules.accumulates and not is_buffer(tensor):
             if lacking:
                 self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
                 self.hint = "checkpoints of a running sum have the same tensors"
@@ -244,7 +244,7 @@ class Outputs:
             self.averaged[stored], dtype = dtype, "F32"
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
-        packed = tensor.dtype in PACKED and self.recipe.output.kind != "model"
+        packed = tensor.dtype in PACKED and not self.recipe.output.rules.standalone
         if lacking or same or target.group is None or is_buffer(tensor):
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
@@ -263,7 +263,8 @@ class Outputs:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
-        if rest is not None and (self.recipe.output.kind == "sum" or any(m.checkpoint.running_sum for m, _ in shared)):
+        summed = self.recipe.output.rules.accumulates or any(model.checkpoint.running_sum for model, _ in shared)
+        if rest is not None and summed:
             self.problems.append(f"{stored}: a running sum cannot get rows of another vocabulary")
             self.hint = "checkpoints of a running sum have the same tensors"
             return None
@@ -297,7 +298,7 @@ class Outputs:
         built = self.builder.merge(merge)
         infos = [info for info in (merge.base, *(t.tensor for t in merge.tunes)) if info is not None]
         uncomputed = next((info.dtype for info in infos if info.dtype in COPIED), None)
-        if uncomputed and (built.method != "copy" or rest is not None or self.recipe.output.kind != "model"):
+        if uncomputed and (built.method != "copy" or rest is not None or not self.recipe.output.rules.standalone):
             self._refuse_dtype(merge.name, uncomputed)
         if rest is None:
             return replace(self._whole(merge.name, built), coding=part.coding)
@@ -336,7 +337,7 @@ class Outputs:
             self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
             self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
             return None, None
-        if self.recipe.output.kind == "peft":
+        if self.recipe.output.rules.adapts:
             self.problems.append(f"{stored}: an adapter cannot resize its base: {text}")
             self.hint = "write kind: model"
             return None, None

@@ -13,29 +13,25 @@ from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.components import Component
-from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.layout import Layout
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, refuse_adapter, remarks
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.memory import (
     Cost,
     Memory,
     check_size,
     cost,
-    factoring_note,
-    held_by_delta,
-    held_by_factors,
-    held_by_files,
     held_coded,
     largest,
     tiles,
 )
 from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
+from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
@@ -55,12 +51,11 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.spec import CalibrationInput, Spec
 
 SHOWN_PROBLEMS = 8
-ADAPTER = Component(stem="adapter_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """The options of a run.
+    """How a plan is to be run.
 
     device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for what it does faster
     workers  threads
@@ -125,7 +120,7 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Tell where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
+        """Where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
         return self.options.device
 
     @property
@@ -140,22 +135,22 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Return all messages about the plan; first `warnings`, which say that a model may be the wrong one."""
+        """All messages about the plan; first `warnings`, which say that a model may be the wrong one."""
         return (*self.warnings, *self.notes)
 
     @property
     def specs(self) -> dict[Node, Spec]:
-        """Return the specification of each calibration stage."""
+        """The specification of each calibration stage."""
         return {node: node.parameter("spec") for node in self.stages}
 
     @property
     def chosen(self) -> tuple[Node, ...]:
-        """Return the nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
+        """The nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
         return self.stages if self.mixture is None else (*self.stages, self.mixture.routers)
 
     @property
     def tasks(self) -> list[Task]:
-        """Return the engine's tasks: every piece of every output tensor."""
+        """The engine's tasks: every piece of every output tensor."""
         return [
             Task(output.name, piece.built.root, piece.backend, piece.offset)
             for output in self.outputs
@@ -164,28 +159,27 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the output's tensors."""
+        """Bytes of the output's tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def made_bytes(self) -> int:
-        """Return the bytes that the engine makes, which it counts as it goes: those, but of coded weights what is
-        coded."""
+        """Bytes that the engine makes, which it counts as it goes: those, but of coded weights what is coded."""
         return sum(4 * output.elements if output.coding is not None else output.nbytes for output in self.outputs)
 
     @property
     def codings(self) -> dict[str, Coding]:
-        """Return the codings of the output's quantised weights."""
+        """How the output's coded weights are stored."""
         return {output.name: output.coding for output in self.outputs if output.coding is not None}
 
     @property
     def delta_values(self) -> str | None:
-        """Return the coding of the values that a delta artifact adds; None: it holds final values."""
+        """The coding of the values that a delta artifact adds; None: it holds final values."""
         return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
 
     @property
     def read_bytes(self) -> int:
-        """Return the bytes read from the inputs in all passes, without what calibration reads."""
+        """Bytes read from the inputs in all passes, without what calibration reads."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
@@ -197,7 +191,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """Return the plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
+        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -214,7 +208,7 @@ class Plan:
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
-            **self._describe_delta(),
+            **output_kind(self.recipe.output, own_weights=self.pruned_adapter is not None).describe(self),
             **({"config": self.settled.describe()} if self.settled.keys else {}),
             **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
@@ -235,13 +229,6 @@ class Plan:
                 for output in self.outputs
             ],
         }
-
-    def _describe_delta(self) -> dict[str, Any]:
-        if self.recipe.output.kind != "delta":
-            return {}
-        sizes = {output.name: output.delta_bytes(self.delta_values) for output in self.outputs}
-        how = {"semantics": "add" if self.delta_values else "replace", "values": self.delta_values}
-        return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
 
 def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
@@ -269,18 +256,19 @@ def _plan(
 
     `densities` are those of the tensors that a budget is for; without them each is planned with the same.
     """
-    if recipe.output.kind == "peft":
-        refuse_adapter(inputs.template.name, inputs.template.checkpoint)
+    output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
+    kind = output_kind(recipe.output, own_weights=own is not None)
     inputs = own or inputs
     vocabulary = _vocabulary(recipe, inputs)
     decided = _decided(recipe, inputs, folder, options, densities, vocabulary)
     rows = _rows(decided, inputs)
-    layout = _layout(recipe, inputs, rows, adapter=own is not None)
+    weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
+    layout = kind.layout([part for row in rows for part in row.stored], recipe.output, inputs, weights)
     outputs = tuple(row.output(layout) for row in rows)
     costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
     builder, stages = decided.builder, decided.builder.deltas.stages
-    held = _held(recipe, inputs, outputs, options, stages, vocabulary)
+    held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
     mixture = decided.mixture(rows)
@@ -294,11 +282,7 @@ def _plan(
         options=options,
         outputs=outputs,
         layout=layout,
-        notes=tuple(
-            _notes(
-                recipe, inputs, options, decided, outputs, tokenizers, adapter=own is not None, calibrates=bool(sources)
-            )
-        ),
+        notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers, calibrates=bool(sources))),
         tile_elements=tile,
         memory=largest(merging, *_before(stages, sources, mixture)) + read,
         costs=costs,
@@ -325,7 +309,7 @@ def _plan(
         stacks=tuple(decided.stacks),
         mixture=mixture,
         running_sum=made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
-        if recipe.output.kind == "sum" and mixture is None
+        if recipe.output.rules.accumulates and mixture is None
         else None,
     )
 
@@ -360,16 +344,8 @@ def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     return rows
 
 
-def _layout(recipe: Recipe, inputs: Inputs, rows: Sequence[Row], *, adapter: bool) -> Layout:
-    """Return the place of every stored tensor in the output's files."""
-    stored = [part for row in rows for part in row.stored]
-    if adapter:
-        return plan_layout(stored, None, (ADAPTER,))
-    weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
-    return plan_layout(stored, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
-
-
 def _held(
+    kind: OutputKind,
     recipe: Recipe,
     inputs: Inputs,
     outputs: tuple[OutputTensor, ...],
@@ -378,13 +354,9 @@ def _held(
     vocabulary: Vocabulary | None,
 ) -> Memory:
     """Return the memory that is held beside the tiles while tensors are merged."""
-    workers, delta, lora = options.workers, recipe.output.kind == "delta", recipe.output.lora
-    sink = held_by_delta(outputs, workers) if delta else held_by_files(outputs, workers, options.memory)
-    factors = held_by_factors(recipe.output, outputs, workers, moments=bool(stages.inputs)) if lora else 0
-    return Memory(
+    workers = options.workers
+    return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
         {
-            "output": sink,
-            "factors": factors,
             "quantised_inputs": kept_bytes(info for model in inputs.all for info in model.tensors.values()),
             "quantised_outputs": held_coded(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
@@ -428,6 +400,7 @@ def _read_before(stages: Stages) -> int:
 
 
 def _notes(
+    kind: OutputKind,
     recipe: Recipe,
     inputs: Inputs,
     options: PlanOptions,
@@ -435,7 +408,6 @@ def _notes(
     outputs: Sequence[OutputTensor],
     tokenizers: Differences,
     *,
-    adapter: bool,
     calibrates: bool,
 ) -> Iterator[str]:
     """Yield a line for each thing that is copied, left out, or not as one may expect."""
@@ -457,12 +429,7 @@ def _notes(
         spec = node.parameter("spec")
         if words := in_words(spec.not_calibrated):
             yield f"calibration of {spec.name}: {words}"
-    if adapter:
-        yield "written as a LoRA adapter: the deltas are the adapter's own A and B"
-    elif recipe.output.lora:
-        yield factoring_note(recipe.output, calibrated=bool(stages.inputs))
-    elif recipe.output.kind == "peft":
-        yield "merged, then what differs from the base is written as a SHiRA adapter"
+    yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
@@ -484,7 +451,7 @@ def _tokenizers(
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
-    """Return a line on the work that "auto" leaves to the GPU, and why."""
+    """What "auto" leaves to the GPU, and why, in a line."""
     pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
@@ -496,5 +463,5 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
 
 
 def _blocks(source: CalibrationInput) -> int:
-    """Return the number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
+    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

@@ -306,7 +306,7 @@ class Builder:
                 values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
             values["counts"] = counts([t.model.checkpoint for t in merge.tunes], values["weights"])
-        if self.recipe.output.kind == "sum":
+        if self.recipe.output.rules.accumulates:
             values["normalize"] = False
         return values, texts
 

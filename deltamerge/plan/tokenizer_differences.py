@@ -198,7 +198,7 @@ def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
 
 def _way(recipe: Recipe, name: str, *, several: bool) -> str:
     """Return the line of the recipe that puts rows in order."""
-    if recipe.output.kind != "model":
+    if not recipe.output.rules.standalone:
         line = f"passthrough and tokenizer_source: {recipe.base_model or 'the other'}"
         return f"a {recipe.output.kind} has one vocabulary: put {name} on it by a recipe of {line}"
     if not several:

@@ -227,7 +227,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
             message = "is for transplant" if key in alone else "cannot stand beside transplant"
             hint = "transplant: MODEL" if key in alone else "its tokens are those of that model's tokenizer"
             yield recipe.problem(("tokenizer", key), message, hint, key=True)
-    if recipe.transplant is not None and recipe.output.kind != "model":
+    if recipe.transplant is not None and not recipe.output.rules.standalone:
         message = f"a {recipe.output.kind} has the vocabulary of its base"
         yield recipe.problem(("tokenizer", "transplant"), message, "output: {kind: model}", key=True)
 
@@ -250,7 +250,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
     yield from _low_rank(recipe)
-    if output.kind != "delta":
+    if not output.rules.patches:
         for key in ("semantics", "values", "steps"):
             if getattr(output, key) is not None and not (output.lora and key == "values"):
                 yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
@@ -269,7 +269,7 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
     """Check that a LoRA's keys stand at an adapter, and say its size in one way."""
     output = recipe.output
     sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
-    if output.kind != "peft":
+    if not output.rules.adapts:
         for key in (*sizes, *(key for key in ("whole", "targets", "dora") if is_given(recipe, "output", key))):
             yield recipe.problem(("output", key), "is of a LoRA", "output: {kind: peft, rank: 32}", key=True)
         return
@@ -288,11 +288,11 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
     """Check that only models are quantised, and that a scheme has no keys of another."""
-    wanted, kind = recipe.output.scheme, recipe.output.kind
-    if wanted != "none" and kind != "model":
-        message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
+    wanted, kind, rules = recipe.output.scheme, recipe.output.kind, recipe.output.rules
+    if wanted != "none" and not rules.standalone:
+        message = f"a {kind} is not quantised" + (": its values have codings of their own" if rules.patches else "")
         yield recipe.problem(("output", "quantization"), message, "output: {kind: model}", key=True)
-    if recipe.output.gguf is not None and kind != "model":
+    if recipe.output.gguf is not None and not rules.standalone:
         yield recipe.problem(("output", "gguf"), f"a {kind} is no GGUF file", "output: {kind: model}", key=True)
     if not isinstance(wanted, Quantization):
         return
@@ -309,7 +309,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
     """Check that the deltas of an adapter have a base."""
     method = known_method(recipe)
-    if recipe.output.kind == "peft" and method is not None and not method.deltas:
+    if recipe.output.rules.adapts and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
         yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
 
@@ -338,7 +338,7 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
 
 def _running_sum(recipe: Recipe) -> Iterator[Problem]:
     """Check that a running sum is of whole models, in float32, with weights that no later model changes."""
-    if recipe.output.kind != "sum":
+    if not recipe.output.rules.accumulates:
         return
     kind = ("output", "kind")
     method = known_method(recipe)
@@ -403,9 +403,9 @@ def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
             yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
         named.add(recipe.name)
     for recipe in recipes:
-        result = recipe.output.kind
-        if result not in ("model", "sum") and any(recipe.name in references(other) for other in recipes):
-            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
+        output = recipe.output
+        if not output.rules.reusable and any(recipe.name in references(other) for other in recipes):
+            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {output.kind} is none")
 
 
 def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:

@@ -86,7 +86,7 @@ def flatten(
     models: list[Model] = []
     parts: list[Section] = []
     series: list[Series] = []
-    is_sum = recipe.output.kind == "sum"
+    is_sum = recipe.output.rules.accumulates
     folder = Path(read.path).resolve().parent
 
     def add(

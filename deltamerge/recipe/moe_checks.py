@@ -31,7 +31,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     for key in OF_MERGES:
         if is_given(recipe, key):
             yield recipe.problem((key,), "is not for moe", "remove it", key=True)
-    if recipe.output.kind != "model":
+    if not recipe.output.rules.standalone:
         yield recipe.problem(("output", "kind"), "moe makes a model", "kind: model")
     if recipe.output.quantization != "none":
         yield recipe.problem(("output", "quantization"), "moe writes plain weights", "quantize what it wrote", key=True)

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from deltamerge.recipe.values import Items, Keys, Natural, Pattern, Positive, Reference, Share, Size, Text
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What a recipe may ask of a kind of output, and how its tensors are planned.
+
+    form         the file of `outputs` that makes it
+    standalone   it loads without its base: it may have another vocabulary and quantised weights, and be made in parts
+    reusable     other documents may use it as a model
+    patches      it stores changes of `base_model`
+    adapts       PEFT loads it over `base_model`
+    accumulates  it stores the sum of an average, in float32, that a later run adds to
+    """
+
+    form: str
+    standalone: bool = False
+    reusable: bool = False
+    patches: bool = False
+    adapts: bool = False
+    accumulates: bool = False
+
+
+KINDS: Mapping[str, OutputRules] = MappingProxyType(
+    {
+        "model": OutputRules("checkpoint", standalone=True, reusable=True),
+        "delta": OutputRules("delta", patches=True),
+        "peft": OutputRules("shira", adapts=True),
+        "sum": OutputRules("running_sum", reusable=True, accumulates=True),
+    }
+)
 
 
 def _block(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,14 +135,24 @@ class Output(Keys):
         return Quantization.model_validate({"scheme": wanted})
 
     @property
+    def rules(self) -> OutputRules:
+        """What a recipe may ask of this kind of output."""
+        return KINDS[self.kind]
+
+    @property
+    def form(self) -> str:
+        """The file of `outputs` that makes it: of its kind, or of what the keys ask for."""
+        return "lora" if self.lora else "gguf" if self.gguf is not None else self.rules.form
+
+    @property
     def lora(self) -> bool:
         """Whether a LoRA is asked for, whose factors are made from the deltas."""
-        return self.kind == "peft" and not (self.rank is self.energy is self.budget is None)
+        return self.rules.adapts and not (self.rank is self.energy is self.budget is None)
 
     @property
     def adds(self) -> bool:
         """Whether a delta artifact is asked for that holds values to add."""
-        return self.kind == "delta" and (self.semantics == "add" or self.values is not None)
+        return self.rules.patches and (self.semantics == "add" or self.values is not None)
 
 
 def _token_shape(value: Any) -> str:

@@ -294,7 +294,7 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
         if prune.budget is None:
             continue
         at = (*loc, "budget")
-        if recipe.output.kind != "delta":
+        if not recipe.output.rules.patches:
             yield recipe.problem(at, "is the size of a delta artifact", "output: {kind: delta}", key=True)
         if len(recipe.fine_tunes) > 1:
             yield recipe.problem(at, "needs a single fine-tune", "give each model a density", key=True)

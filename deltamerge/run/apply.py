@@ -49,7 +49,7 @@ ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values,
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class ApplyResult:
     """The finished folder, its tensors and their bytes, and its lock."""
 
     folder: Path
@@ -67,7 +67,7 @@ def apply(
     memory: int | None = None,
     force: bool = False,
     pickles: bool = False,
-) -> Applied:
+) -> ApplyResult:
     """Write the checkpoint that `delta` makes of `base` (folders, or hub ids) to `out`, tile by tile.
 
     Every tensor of the base is checked before the first file is there under its name, and every result too.
@@ -119,12 +119,14 @@ def apply(
         lock["outputs"] = outputs
         replace_file(folder / locks.LOCK_NAME, yaml.safe_dump(lock, sort_keys=True))
         work.publish(outputs, seals, workers)
-    return Applied(out, len(planned), layout.total_size, lock)
+    return ApplyResult(out, len(planned), layout.total_size, lock)
 
 
 def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False) -> str:
-    """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
-    folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
+    """Check that the delta in `folder` makes of `base` what it says, tensor by tensor; return what was checked.
+
+    Of a folder without a delta, check that the lock has the files of `base` among its inputs. InputError, VerifyError:
+    it is not so.
     """
     origin = _base(base, Path.cwd(), pickles=pickles)
     if not is_delta([file.name for file in folder.iterdir()]):
@@ -147,7 +149,7 @@ def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False)
 
 
 def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
-    """The base of a delta; a quantised one decoded, as the delta was made from it."""
+    """Return the base of a delta. A quantised base is decoded, as the delta was made from it."""
     origin = open_model(reference, folder, weights=True, pickles=pickles)
     with errors.context(reference):
         return decoded(origin)
@@ -176,7 +178,7 @@ def _write(
     tile: int,
     told: Callable[[int], None],
 ) -> None:
-    """All tensors, `workers` at a time, each checked. After a failure no further tile."""
+    """Write all tensors, `workers` at a time, each checked. After a failure no further tile is written."""
     stopped = threading.Event()
 
     def write(source: ResultTensor) -> None:

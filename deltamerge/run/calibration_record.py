@@ -69,15 +69,15 @@ class ChosenQ(_Figures):
 
     @staticmethod
     def axis(variable: str) -> str:
-        """A searched variable in words."""
+        """Return a searched variable in words."""
         return NAMES.get(variable, variable)
 
     def measure(self, variable: str) -> str:
-        """What stands over a searched variable."""
+        """Return the text above the curve of a searched variable."""
         return "loss on the rows that stop" if variable == "step" else self.objective
 
     def reference(self, variable: str) -> tuple[float, str] | None:
-        """Where the method without calibration stands on the axis of a searched variable, and its name."""
+        """Return where the method without calibration stands on the axis of a searched variable, and its name."""
         if variable == "q" and self.mask == "random":
             density = self.density if isinstance(self.density, float) else self.density[0]
             return density, f"vanilla DARE: q = density, 1/q = {1 / density:.4g}"
@@ -86,7 +86,7 @@ class ChosenQ(_Figures):
         return (1.0, "the recipe's λ") if variable == "factor of lambda" else None
 
     def best(self, variable: str) -> tuple[float, float, str] | None:
-        """The best point of a searched variable, its objective, and whether it was taken."""
+        """Return the best point of a searched variable, its objective, and whether it was taken."""
         x = self.searched.get(variable)
         if not _drawable(x):
             return None
@@ -107,7 +107,7 @@ class Run(_Figures):
 
 
 def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[ChosenQ]:
-    """A lock's `calibration`, with the q's of rows by "model:tensor", in the order of names.
+    """Return a lock's `calibration` in the order of names; `rows` are the q's of rows by "model:tensor".
 
     InputError: it is not what a run writes.
     """

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.calibrate.reach import in_words
-from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors.markdown import code, fenced, plain
-from deltamerge.formats.components import PIPELINE
-from deltamerge.formats.delta.writer import Summary
-from deltamerge.formats.quantised.writer import Losses
 from deltamerge.models.front_matter import card
 from deltamerge.models.front_matter import front_matter as read_front_matter
-from deltamerge.outputs.budget import ChosenDensities, budget_of
-from deltamerge.outputs.lora_file import LowRankSummary
+from deltamerge.outputs.checkpoint import head_of
+from deltamerge.outputs.output import Account, output_of
 from deltamerge.plan.planner import Plan
-from deltamerge.run.heads import head_of
-from deltamerge.run.lock import errors_of
-from deltamerge.run.moe_card import mixture_lines
 from deltamerge.tensors.graph import Node
 from deltamerge.version import __version__
 
+if TYPE_CHECKING:
+    from deltamerge.calibrate.values import Calibrated
+
+SHOWN = 3  # prompts of an expert
+LONG = 80  # characters of a prompt
+ALIKE = 0.95  # cosine of two routers that hardly tell their experts apart
+
 
 def _license(plan: Plan) -> str | None:
-    """The licence that all inputs state in their cards, if they agree."""
+    """Return the licence that all inputs state in their cards, if they agree."""
     found = set()
     for file in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
         stated = read_front_matter(file).get("license")
@@ -35,17 +34,12 @@ def _license(plan: Plan) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _library(plan: Plan) -> str:
-    """The library that loads the output, as the hub calls it."""
-    template = plan.inputs.template.checkpoint
-    if template.config_file == PIPELINE or "_class_name" in template.config:
-        return "diffusers"
-    return "transformers" if template.is_simple else "sentence-transformers"
-
-
 def front_matter(plan: Plan) -> dict[str, object]:
-    """`base_model` lists the hub's models that the output was made of; one fine-tune is a `finetune`, several are a
-    `merge`. Folders of this machine, which nobody else finds, are not listed."""
+    """Return the card's fields for the hub.
+
+    `base_model` lists the hub's models that the output was made of; folders of this machine are not listed. One
+    fine-tune is a `finetune`, several are a `merge`.
+    """
     sources: list[str | None] = []
     models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
     for model in models:
@@ -58,12 +52,9 @@ def front_matter(plan: Plan) -> dict[str, object]:
     matter: dict[str, object] = {
         "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
-        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else _library(plan),
+        **output_of(plan).front_matter(plan),
         "tags": ["deltamerge", *["merge"] * merged, *["moe"] * (plan.mixture is not None)],
     }
-    if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
-        matter["base_model"] = [name for name in [plan.inputs.base.checkpoint.hub_id] if name]
-        matter |= {"base_model_relation": "adapter", "library_name": "peft"}
     if not matter["base_model"]:
         del matter["base_model"]
     if head := head_of(plan.config):
@@ -75,7 +66,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
-    """What every calibrated q was searched for, what it is, and why; (model, record, its q's) of each."""
+    """Return a table of calibrated q's: objective, value and reason. `found`: (model, record, its q's) of each."""
     rows = []
     for model, record, values in found:
         q = sorted(values) or [1.0]
@@ -93,6 +84,8 @@ def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[flo
 def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]:
     if not plan.stages:
         return []
+    from deltamerge.calibrate.reach import in_words
+
     found = [
         (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])
         for node, spec in plan.specs.items()
@@ -108,46 +101,33 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 
-def _delta(plan: Plan, written: Summary | None, choice: ChosenDensities | None) -> list[str]:
-    """What a delta artifact holds, what its coding loses, and how it is used."""
-    if written is None:
-        return []
-    origin = plan.inputs.origin
-    assert origin is not None
-    holds = "Final values of what differs from the base: applying it is exact."
-    if plan.delta_values:
-        lost = f"; relative error ‖v − stored‖ / ‖v‖ = {written.error:.3g}" if written.error else ", exact"
-        holds = f"Values to add to the base, stored as {plan.delta_values}{lost}."
-    fitted: list[str] = []
-    if choice is not None:
-        p = sorted(choice.densities.values()) or [1.0]
-        lost = "" if choice.error is None else f"; predicted ‖lost‖ / ‖Δ‖ = {choice.error:.3g}"
-        fitted = [f"Densities from {p[0]:.3g} to {p[-1]:.3g}, for a budget of {budget_of(plan):,} bytes{lost}.", ""]
-    name = origin.checkpoint.hub_id or origin.name
-    return [
-        "## Delta artifact",
-        "",
-        f"{holds} {written.entries:,} entries, {written.nbytes:,} bytes.",
-        "",
-        *fitted,
-        f"{code(f'deltamerge apply . --base {name} --out DIR')} writes the whole checkpoint; a recipe may name this "
-        f"folder as a model beside {code(f'base_model: {name}')}.",
-        "",
-    ]
+def _mixture(plan: Plan, values: Mapping[Node, Any]) -> Iterator[str]:
+    """Yield the experts of a mixture: models, prompts, and how far their routers are apart."""
+    mixture, recipe = plan.mixture, plan.recipe
+    if mixture is None:
+        return
+    yield from ("## Experts", "", "| expert | model | positive prompts | negative prompts |", "|---|---|---|---|")
+    names = [str(i) for i in range(len(mixture.experts))] + ["shared"] * len(mixture.shared)
+    models, experts = (*mixture.experts, *mixture.shared), (*recipe.experts, *recipe.shared_experts)
+    for name, model, expert in zip(names, models, experts, strict=True):
+        yield f"| {name} | {plain(model)} | {_texts(expert.positive_prompts)} | {_texts(expert.negative_prompts)} |"
+    sizes = f"{mixture.parameters:,} parameters, {mixture.active:,} of them active for a token"
+    yield from ("", f"{mixture.layout.architecture}: {mixture.sizes.active} experts a token; {sizes}.", "")
+    alike = values[mixture.routers].record["most_alike"]
+    first, second = alike["experts"]
+    said = f"Routers: {recipe.gate_mode}. The two that are most alike are those of experts {first} and {second} in "
+    said += f"layer {alike['layer']}: cosine {alike['cosine']:.3g}"
+    hardly = ", so that these two share their tokens about evenly" if alike["cosine"] > ALIKE else ""
+    yield from (f"{said}{hardly}.", "")
 
 
-def _quantised(losses: Losses | None) -> list[str]:
-    """How far quantised weights are from the merge."""
-    if not losses:
-        return []
-    found = errors_of(losses)
-    worst = max(found["tensors"], key=lambda name: found["tensors"][name])
-    said = f"{len(losses)} weights are quantised: relative error {found['relative_error']:.3g} of the merge in float32"
-    return ["## Quantisation", "", f"{said}, at most {found['tensors'][worst]:.3g} ({code(worst)}).", ""]
+def _texts(prompts: tuple[str, ...]) -> str:
+    shown = [plain(text if len(text) <= LONG else f"{text[: LONG - 1]}…") for text in prompts[:SHOWN]]
+    return "<br>".join([*shown, *([f"… {len(prompts) - SHOWN} more"] if len(prompts) > SHOWN else [])])
 
 
 def _study(study: Mapping[str, Any]) -> list[str]:
-    """How a search found the recipe."""
+    """Return how a search found the recipe."""
     if not study:
         return []
     goals = study.get("objectives") or {}
@@ -155,25 +135,6 @@ def _study(study: Mapping[str, Any]) -> list[str]:
     values = ", ".join(f"{plain(str(name))} {value}" for name, value in goals.items())
     said = f"The best {plain(str(study.get('why', '')))}, by {plain(str(study.get('sampler')))}: {values}."
     return ["## Search", "", f"{study.get('trials')} trials. {said}", "", f"Found: {searched}.", ""]
-
-
-def _lora(written: LowRankSummary | None) -> list[str]:
-    """What a LoRA keeps of each weight's delta."""
-    if written is None:
-        return []
-    weighed = written.output is not None
-    also = "" if written.output is None else f", {written.output:.4g} of the change of the layers' outputs"
-    head = "| weight | rank | kept of the delta |" + (" of the outputs |" if weighed else "")
-    rows = [
-        f"| {plain(name)} | {one.rank} | {one.energy:.4g} |" + (f" {_share(one.output)} |" if weighed else "")
-        for name, one in written.layers.items()
-    ]
-    said = f"{written.nbytes:,} bytes keep {written.energy:.4g} of the deltas' squares{also}."
-    return ["## LoRA", "", said, "", head, "|---|---|---|" + "---|" * weighed, *rows, ""]
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def _pictures(named: Mapping[str, str]) -> list[str]:
@@ -188,16 +149,16 @@ def render(
     recipe_text: str,
     title: str,
     calibrated: Mapping[Node, Any],
-    written: Summary | None = None,
-    choice: ChosenDensities | None = None,
+    account: Account,
     pictures: Mapping[str, str] | None = None,
-    losses: Losses | None = None,
-    lora: LowRankSummary | None = None,
     study: Mapping[str, Any] | None = None,
 ) -> str:
-    """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
-    budget allowed, `pictures` files and their captions, `losses` what quantisation lost, `lora` what a LoRA keeps,
-    `study` how a search found the recipe."""
+    """Return the whole card; the same plan gives the same text.
+
+    account   what the output says of its weights
+    pictures  files and their captions
+    study     how a search found the recipe
+    """
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {plain(method)} | {'<br>'.join(map(plain, details))} |"
@@ -217,11 +178,10 @@ def render(
         *[f"- {plain(note)}" for note in plan.remarks],
         *([""] if plan.remarks else []),
         *_calibration(plan, calibrated),
-        *mixture_lines(plan, calibrated),
-        *_delta(plan, written, choice),
-        *_quantised(losses),
+        *_mixture(plan, calibrated),
+        *account.card(plan),
         *_study(study or {}),
-        *_lora(lora),
+        *account.table(),
         *_pictures(pictures or {}),
         "## Recipe",
         "",

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.outputs.output import output_of
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
@@ -21,7 +22,7 @@ KEYS = frozenset({"base_model", "merge_method", "models", "slices", "modules"})
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class RecipeCheck:
     """What was found of one recipe; `nbytes` of its output (None offline), and `error` where it cannot be run."""
 
     name: str
@@ -34,7 +35,7 @@ class Checked:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return it as plain data, for JSON."""
         return {
             "recipe": self.name,
             "ok": self.error is None,
@@ -53,7 +54,7 @@ def check_recipe(
     offline: bool = False,
     mergekit_exact: bool = False,
     settings: Mapping[Loc, str] | None = None,
-) -> Checked:
+) -> RecipeCheck:
     """Read the recipe at `path` and, unless `offline`, the headers of its models."""
     try:
         file = read_either(path, mergekit_exact=mergekit_exact, settings=settings)
@@ -63,26 +64,24 @@ def check_recipe(
             file = _tried(file)
         plan = None if offline else make_plans(file, options=options)[-1]
     except DeltamergeError as error:
-        return Checked(str(path), error)
+        return RecipeCheck(str(path), error)
     said = (left_open,) if left_open else ()
     if plan is None:
-        return Checked(str(path), documents=len(file.documents), notes=said)
-    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
-    nbytes = plan.nbytes if delta is None else delta["estimated_bytes"]
-    return Checked(
+        return RecipeCheck(str(path), documents=len(file.documents), notes=said)
+    return RecipeCheck(
         str(path),
         None,
         len(file.documents),
         len(plan.outputs),
-        nbytes,
-        delta is not None,
+        output_of(plan).expected_bytes(plan),
+        plan.recipe.output.rules.patches,
         plan.warnings,
         (*said, *plan.notes),
     )
 
 
 def _tried(file: TemplateFile) -> RecipeFile:
-    """The first recipe of a template. RecipeError: one of its examples is none."""
+    """Return the first recipe of a template. RecipeError: one of its examples is none."""
     first, *others = file.template.examples()
     for values in others:
         file.recipe(values)
@@ -90,7 +89,7 @@ def _tried(file: TemplateFile) -> RecipeFile:
 
 
 def in_words(template: Template) -> str:
-    """What a template leaves open."""
+    """Return what a template leaves open."""
     if template.sweeps:
         names = " × ".join(f"{axis.name} ({len(axis.values)})" for axis in template.sweeps)
         return f"`deltamerge sweep` tries {template.count} recipes: {names}; checked and planned with the first values"
@@ -100,8 +99,10 @@ def in_words(template: Template) -> str:
 
 
 def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The given recipes, and of each folder the recipes in it, by name, without those that runs left in their outputs,
-    whose paths lead elsewhere. InputError: a folder has none."""
+    """Yield the given recipes, and the recipes in each folder by name.
+
+    Copies that runs left in their outputs are skipped: their paths lead elsewhere. InputError: a folder has none.
+    """
     for path in paths:
         if not path.is_dir():
             yield path
@@ -118,7 +119,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def _is_copy(path: Path) -> bool:
-    """Whether a file is the recipe in a folder that a run made: a lock of outputs lies beside it."""
+    """Return whether a file is the recipe in a folder that a run made: a lock of outputs lies beside it."""
     lock = path.parent / LOCK_NAME
     try:
         return path.name == "recipe.yaml" and lock.is_file() and bool(read_lock(lock).get("outputs"))
@@ -127,7 +128,7 @@ def _is_copy(path: Path) -> bool:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Whether a file looks like a recipe; one that is not YAML at all does, so that its fault is said."""
+    """Return whether a file looks like a recipe. A file that is not YAML does, so that its fault is said."""
     try:
         return any(KEYS & one.data.keys() for one in yaml_source.loads_all(yaml_source.read(path), str(path)))
     except DeltamergeError:

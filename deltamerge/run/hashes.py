@@ -27,6 +27,7 @@ from deltamerge.formats.quantised.scheme import streamed
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
+from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import Tensor
@@ -74,8 +75,10 @@ def describe_files(
     root: Path | None = None,
     name: Callable[[Path], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """File name, or path below `root`, or what `name` makes of it, -> {hash, size}, hashed side by side, the largest
-    first."""
+    """Return {hash, size} by file name, or by path below `root`, or by `name`.
+
+    Files are hashed side by side, the largest first.
+    """
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
 
     def hashed(path: Path) -> str:
@@ -95,7 +98,7 @@ def describe_files(
 
 
 def input_files(model: Checkpoint) -> list[Path]:
-    """The files of an input that a run depends on: its weights and config."""
+    """Return the files of an input that a run depends on: its weights and config."""
     named = [CONFIG_FILE if model.config_file == "" else model.config_file]
     named += [component.at(CONFIG_FILE) for component in model.components if component.folder]
     configs = [path for name in dict.fromkeys(named) if (path := model.path / name).is_file()]
@@ -103,7 +106,7 @@ def input_files(model: Checkpoint) -> list[Path]:
 
 
 def input_name(model: Checkpoint, path: Path) -> str:
-    """What a lock calls a file of an input: its path below the model's folder where it lies in a component's."""
+    """Return a file's name in a lock. In a component's folder it is the path below the model's folder."""
     inside = not model.is_simple and path.is_relative_to(model.path)
     return path.relative_to(model.path).as_posix() if inside else path.name
 
@@ -111,7 +114,7 @@ def input_name(model: Checkpoint, path: Path) -> str:
 def describe_input(
     model: Checkpoint, workers: int, files: Iterable[Path] | None = None, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """An input's commit (if from the hub) and its files, or some of them."""
+    """Return an input's commit (if from the hub) and its files, or some of them."""
     chosen = input_files(model) if files is None else files
     hash_file = partial(hash_input, pieces=pieces)
     entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_file, name=partial(input_name, model))}
@@ -126,7 +129,7 @@ def describe_input(
 
 
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
-    """The files of a model that the output's vocabulary and chat template depend on; of a mixture its routers."""
+    """Return the files of a model that vocabulary and chat template depend on; of a mixture those of its routers."""
     tokenizes = plan.mixture is not None and model.reference == plan.inputs.template.checkpoint.reference
     wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None or tokenizes)
     wanted += [MAP, GENERATION] * (plan.recipe.transplant is not None)
@@ -135,7 +138,7 @@ def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
 
 
 def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
-    """Every checkpoint, once, with the files of it that the output depends on; one may lend its tokenizer alone."""
+    """Return every checkpoint once, with its files that the output depends on. One may lend its tokenizer alone."""
     read = [(model, [*input_files(model), *tokenizer_files(plan, model)]) for model in plan.inputs.checkpoints]
     lender = plan.inputs.vocabulary
     if lender is not None and all(model.reference != lender.checkpoint.reference for model, _ in read):
@@ -146,9 +149,9 @@ def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
 def describe_inputs(
     plan: Plan, workers: int, mine: Mine = lambda position, total: True, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total.
+    """Return commit and files of every input; only the files that are `mine` by position and total.
 
-    `pieces` are what is known of the files already.
+    `pieces` are the hashes that are known already.
     """
     inputs: dict[str, Any] = {}
     for model, chosen in _chosen(plan, mine):
@@ -180,7 +183,7 @@ def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
-    for task in plan.tasks if plan.recipe.output.kind == "model" else ():
+    for task in plan.tasks if output_of(plan).hashes_as_read else ():
         if not task.root.is_source:
             sources = (node for node in depth_first(task.root) if node.is_source)
             for one in (one for source in sources if (one := hashed_as_read(source, task.backend)) is not None):
@@ -221,25 +224,22 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    """Return the files of a calibration's rows, by hash, and the commit of a data set on the hub."""
-    files, commits = _rows_of(source)
-    root = source.folder / source.calibration.data
-    return {"files": describe_files(files, workers, hash_input, root=root if root.is_dir() else root.parent), **commits}
-
-
-def _rows_of(source: CalibrationInput) -> tuple[list[Path], dict[str, str | None]]:
-    """Return the local files of a calibration's rows, and the commit of a data set on the hub, if it is one."""
     from deltamerge.calibrate.rows.hub import commit
     from deltamerge.calibrate.rows.rows import is_of_hub, local_files
 
-    data, folder = source.calibration.data, source.folder
-    return list(local_files(data, folder)), {"commit": commit(data)} if is_of_hub(data, folder) else {}
+    data = source.calibration.data
+    root = source.folder / data
+    found = describe_files(
+        local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
+    )
+    commits = {"commit": commit(data)} if is_of_hub(data, source.folder) else {}
+    return {"files": found, **commits}
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
-    """What the bytes of the output follow from, by names for people; files by their seals, hub files by hash.
+    """Return the facts that decide the bytes of the output, by names for people: files by seals, hub files by hash.
 
-    Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
+    No file is read. An unfinished run goes on only if all of it is as it was.
     """
     layout = xxh3_128()
     for file in plan.layout.files:
@@ -253,10 +253,17 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
         for path in files:
             found[f"{model.reference}: {input_name(model, path)}"] = _identity(path)
     for source in plan.sources:
-        files, commits = _rows_of(source)
-        found |= {f"{DATA}: {path.name}": _identity(path) for path in files}
-        found |= {f"{DATA}: {source.calibration.data}": commit for commit in commits.values()}
+        found |= _data_facts(source)
     return found
+
+
+def _data_facts(source: CalibrationInput) -> dict[str, Any]:
+    from deltamerge.calibrate.rows.hub import commit
+    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+
+    data = source.calibration.data
+    found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
+    return found | ({f"{DATA}: {data}": commit(data)} if is_of_hub(data, source.folder) else {})
 
 
 def _identity(path: Path) -> list[int | str] | str:

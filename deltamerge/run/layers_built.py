@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class ModelShapes:
     """The tensors of a model as transformers builds it, by name, and the first component of names that a file may
     lack."""
 
@@ -30,7 +30,7 @@ class Built:
     prefix: str
 
     def container(self, stored: str, count: int) -> str | None:
-        """The container of `count` numbered layers that a file calls `stored`; None: none, or several."""
+        """Return the container of `count` numbered layers that a file calls `stored`; None: none, or several."""
         numbers: dict[str, set[int]] = {}
         for name in self.shapes:
             parts = name.split(".")
@@ -45,20 +45,20 @@ class Built:
         return inside[0] if len(inside) == 1 else None
 
     def layer(self, container: str, number: int) -> Shapes:
-        """The tensors of a layer, by their names inside it."""
+        """Return the tensors of a layer, by their names inside it."""
         start = f"{container}.{number}."
         return {n.removeprefix(start): shape for n, shape in self.shapes.items() if n.startswith(start)}
 
 
 def check_layers_built(planned: Plan) -> None:
-    """InputError: transformers would build other layers than those that are stacked, or cannot read the config."""
+    """Raise InputError: transformers would build other layers than are stacked, or cannot read the config."""
     template = planned.inputs.template
     home = _at_home(template) if planned.stacks else None
     if home is None:
         return
     made = _built(planned.config)
     assert made is not None
-    models: dict[int, Built | None] = {id(template): home}
+    models: dict[int, ModelShapes | None] = {id(template): home}
     containers = []
     for stack in planned.stacks:
         container = home.container(stack.prefix, stack.old)
@@ -71,9 +71,9 @@ def check_layers_built(planned: Plan) -> None:
 
 
 def _faults(
-    stack: Stack, container: str, made: Built, template: Input, models: dict[int, Built | None]
+    stack: Stack, container: str, made: ModelShapes, template: Input, models: dict[int, ModelShapes | None]
 ) -> Iterator[str]:
-    """What is wrong with the layers of a stack, in words."""
+    """Yield the faults of a stack's layers, in words."""
     for number, layer in enumerate(stack.layers):
         owner = stack.owner(layer, template)
         own = models.setdefault(id(owner), None) or _at_home(owner)
@@ -87,8 +87,8 @@ def _faults(
         yield f"{stack.prefix} has {len(stack.layers)} layers, and transformers builds more of them from config.json"
 
 
-def _check_outside(planned: Plan, home: Built, made: Built, containers: list[str]) -> None:
-    """InputError: a tensor outside the stacked layers is built otherwise than it is stored."""
+def _check_outside(planned: Plan, home: ModelShapes, made: ModelShapes, containers: list[str]) -> None:
+    """Raise InputError: a tensor outside the stacked layers is built otherwise than it is stored."""
     template, shapes = planned.inputs.template, {output.name: output.shape for output in planned.outputs}
     within = tuple(f"{container}." for container in containers)
     old, new = ({n: s for n, s in b.shapes.items() if not n.startswith(within)} for b in (home, made))
@@ -101,16 +101,16 @@ def _check_outside(planned: Plan, home: Built, made: Built, containers: list[str
             raise InputError(message, hint="merge whole models with `models`")
 
 
-def _at_home(model: Input) -> Built | None:
-    """A model as it is; None: transformers has no class for it, or cannot build it from its config alone."""
+def _at_home(model: Input) -> ModelShapes | None:
+    """Return a model as it is; None: transformers has no class for it, or cannot build it from its config alone."""
     try:
         return _built(model.checkpoint.config)
     except InputError:
         return None
 
 
-def _built(config: Mapping[str, Any]) -> Built | None:
-    """The model that transformers builds from a config. None: it has no class for it. InputError: it cannot."""
+def _built(config: Mapping[str, Any]) -> ModelShapes | None:
+    """Return the model that transformers builds from a config; None: it has no class. InputError: it cannot."""
     kind = config.get("model_type")
     if not config.get("architectures") or not isinstance(kind, str):
         return None
@@ -123,4 +123,4 @@ def _built(config: Mapping[str, Any]) -> Built | None:
         return None
     with running("transformers does not read the config.json of the stack"):
         model = skeleton(CONFIG_MAPPING[kind].from_dict(without_keys(config)), None)
-    return Built({n: tuple(t.shape) for n, t in model.state_dict().items()}, model.base_model_prefix)
+    return ModelShapes({n: tuple(t.shape) for n, t in model.state_dict().items()}, model.base_model_prefix)

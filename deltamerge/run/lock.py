@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.values import locked
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.lock_file import FORMAT as FORMAT
@@ -23,18 +22,15 @@ from deltamerge.files.lock_file import unlisted
 from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own
 from deltamerge.files.seals import hash_bytes, hash_output
 from deltamerge.files.tree import is_inside, leads_out
-from deltamerge.formats.quantised.writer import Losses, relative_error
 from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
-from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
 from deltamerge.tensors.graph import Node
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:
-    from deltamerge.outputs.budget import ChosenDensities
-    from deltamerge.outputs.lora_file import LowRankSummary
+    from deltamerge.run.calibration_record import Run
 
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
@@ -63,15 +59,15 @@ class Lock:
         plan: Plan,
         inputs: Mapping[str, Any],
         found: Mapping[Node, Any],
-        choice: ChosenDensities | None = None,
-        losses: Losses | None = None,
-        lora: LowRankSummary | None = None,
+        written: Mapping[str, Any] | None = None,
         study: Mapping[str, Any] | None = None,
         maker: Maker | None = None,
     ) -> Lock:
-        """The lock, not yet written, of what a run read, chose and lost: the q's of stages, a mixture's routers, the
-        densities of a budget, the errors of quantised weights, what a LoRA keeps; `study` is the search that found the
-        recipe, `maker` the command whose output it is of."""
+        """Return the lock, not yet written, of what a run read and chose: the q's of stages, a mixture's routers.
+
+        `written` is what the output says of its weights, `study` the search that found the recipe, `maker` the command
+        whose output it is of.
+        """
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -96,17 +92,17 @@ class Lock:
             **({"config": plan.settled.describe()} if plan.settled.keys else {}),
             **({"calibration": calibration} if calibration else {}),
             **({ROUTERS: {**routers.record, **beside}} if routers is not None else {}),
-            **({"densities": choice.densities} if choice is not None else {}),
-            **({"quantization": errors_of(losses)} if losses else {}),
+            **(written or {}),
             **({"study": study} if study else {}),
-            **({"lora": lora.describe()} if lora is not None else {}),
         }
         return cls(path, content, rows or None)
 
     @classmethod
     def read(cls, path: Path) -> Lock:
-        """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
-        VerifyError: rows of another lock."""
+        """Return the lock at `path`, with the rows beside it if it names them.
+
+        InputError: no lock, or rows that are none. VerifyError: rows of another lock.
+        """
         content, file = read_lock(path), path.with_suffix(ROWS)
         entries = [*(content.get("calibration") or {}).values(), content.get(ROUTERS) or {}]
         named = [entry for entry in entries if entry.get("rows")]
@@ -144,11 +140,13 @@ class Lock:
         replace_own(self.path, yaml.safe_dump({**self.content, "outputs": {}}, sort_keys=True), of)
 
     def calibrated(self, plan: Plan) -> dict[Node, Any]:
-        """The q's that it has for a plan's stages, and a mixture's routers; VerifyError where it has none that fit."""
+        """Return the q's for a plan's stages, and a mixture's routers. VerifyError: it has none that fit."""
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
             found[plan.mixture.routers] = plan.mixture.locked(self.content, values, str(self.path))
+        if plan.stages:
+            from deltamerge.calibrate.values import locked
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):
@@ -171,6 +169,8 @@ class Lock:
     @property
     def figures(self) -> Run:
         """How q was chosen, for reports and pictures. InputError: it does not say it as a run does."""
+        from deltamerge.run.calibration_record import Run, choices
+
         seed = self.content.get("seed")
         return Run(
             deltamerge=str(self.content.get("deltamerge", "unknown")),
@@ -188,8 +188,10 @@ class Lock:
             )
 
     def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The files whose bytes are not those of its outputs; the card, which names its folder, pictures and the
-        recipe's text aside."""
+        """Return the files whose bytes are not those of its outputs.
+
+        The card, which names its folder, pictures and the recipe's text do not count.
+        """
         then = self.content["outputs"]
         compared = {*then, *outputs} - {CARD, *PICTURES, "recipe.yaml"}
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
@@ -222,8 +224,11 @@ class Lock:
 
 
 def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False) -> None:
-    """OutputError: at `path`, or with `rows` where those go, is a file that is no lock of the recipe file named `of`,
-    or that somebody has changed; but by `force`. Never may it be that of an output, which is in a folder with it."""
+    """Raise OutputError: the file at `path` is no lock of the recipe file named `of`, or somebody has changed it.
+
+    `rows`: the same for the file of rows beside it. `force` allows both. The lock of an output is always refused: it
+    lies in a folder with weights.
+    """
     if path.name == LOCK_NAME and has_weights(path):
         raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
     refuse_others(path, of, force=force, unmarked=lambda path: _is_lock(path, of))
@@ -232,7 +237,7 @@ def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False)
 
 
 def _is_lock(path: Path, of: str) -> bool:
-    """Whether an unmarked file is a lock: of an earlier version, or copied from an output."""
+    """Return whether an unmarked file is a lock: of an earlier version, or copied from an output."""
     try:
         return bool((read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of)
     except InputError:
@@ -240,7 +245,7 @@ def _is_lock(path: Path, of: str) -> bool:
 
 
 def _is_rows(path: Path) -> bool:
-    """Whether a file holds q's of rows, or routers, and nothing else."""
+    """Return whether a file holds q's of rows, or routers, and nothing else."""
     try:
         return all(info.dtype == "F32" and (":" in name or name == ROUTERS)
                    for name, info in read_header(path).tensors.items())  # fmt: skip
@@ -248,20 +253,11 @@ def _is_rows(path: Path) -> bool:
         return False
 
 
-def errors_of(losses: Losses) -> dict[str, Any]:
-    """‖x − stored‖ / ‖x‖ of all quantised weights together and of each, where x is the merge in float32; four digits,
-    which do not depend on the machine."""
-    tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
-    return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of what a recipe says, whatever its comments and the order of its keys, wherever its base, its data, its
-    output and the models that have a name lie."""
+    """Return a hash of a recipe's content.
+
+    Comments, the order of keys, and the places of base, data, output and named models do not count.
+    """
     names = {model.model: model.name for model in recipe.models if model.name is not None}
     names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
     data = _renamed(recipe.source.data, names)
@@ -288,7 +284,7 @@ def _safetensors(rows: Rows) -> bytes:
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """How a file differs from what the lock says of it; nothing if it does not."""
+    """Return how a file differs from its entry in the lock; nothing if it does not."""
     if then == now:
         return ""
     if then and now and then["size"] == now["size"]:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
 from deltamerge.plan.planner import Plan, PlanOptions
-from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
+
+if TYPE_CHECKING:
+    from deltamerge.run.calibration_record import Run
 
 MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
@@ -22,10 +25,10 @@ DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
 Watch = Callable[[Plan], Callable[[int], None]]
 """Is given the plan before the first byte; what it returns is told the bytes done."""
 
-Draw = Callable[[Plan, Path, Run], dict[str, str]]
+Draw: TypeAlias = "Callable[[Plan, Path, Run], dict[str, str]]"
 """Writes pictures of the finished weights in a folder, whose q's were chosen so; their names and captions."""
 
-Drawing = Callable[[Plan, bool], Draw]
+Drawing: TypeAlias = Callable[[Plan, bool], Draw]
 """What draws the pictures of a plan; with True calibration rows may be read. InputError: it cannot draw them."""
 
 
@@ -86,7 +89,7 @@ class Options:
 
     @contextmanager
     def merging(self, plan: Plan) -> Iterator[Callable[[int], None]]:
-        """A phase in which the result of a plan is written; yields what is to be told the bytes done."""
+        """Open the phase in which the result of a plan is written; give what is to be told the bytes done."""
         told = self.watch(plan)
         with progress.phase("merging", plan.made_bytes) as one:
 
@@ -98,13 +101,16 @@ class Options:
 
 
 def choose_device(device: str) -> str:
-    """The device of a plan, for which torch is not imported: "auto" where the machine shows an NVIDIA device, whose GPU
-    then does what it does faster (`backends.choose`); else the CPU. UsageError: no such device."""
+    """Return the device of a plan, without an import of torch. UsageError: no such device.
+
+    "auto" stays where the machine shows an NVIDIA device: its GPU then does what it does faster (`backends.choose`).
+    Elsewhere it is the CPU.
+    """
     if not DEVICES.fullmatch(device):
         raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda, cuda:N, cuda:N,M or cuda:all")
     return "cpu" if device == AUTO and not shows_gpu() else device
 
 
 def shows_gpu() -> bool:
-    """Whether the machine shows an NVIDIA device; what torch sees of it is found out when it is used."""
+    """Return whether the machine shows an NVIDIA device. Whether torch sees it is found out when it is used."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -28,7 +28,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """ "2/8" is the second of eight. UsageError: anything else."""
+        """Return the part that a text names: "2/8" is the second of eight. UsageError: it names none."""
         found = FORM.fullmatch(text)
         if found is None or int(found[1]) > int(found[2]):
             raise UsageError(f"--part {text}: no such part", hint="--part 2/8 is the second of eight")
@@ -39,11 +39,11 @@ class Part:
         return f"{self.index}-of-{self.count}"
 
     def takes(self, position: int, total: int) -> bool:
-        """Whether thing `position` (from 0) of `total` in a row is this part's; every part gets neighbours."""
+        """Return whether thing `position` (from 0) of `total` in a row is this part's; every part gets neighbours."""
         return position * self.count // total == self.index - 1
 
     def files(self, layout: Layout) -> frozenset[str]:
-        """The shards this part writes. UsageError: there are fewer shards than parts."""
+        """Return the shards that this part writes. UsageError: there are fewer shards than parts."""
         total = len(layout.files)
         if self.count > total:
             raise UsageError(
@@ -53,25 +53,25 @@ class Part:
         return frozenset(file.name for position, file in enumerate(layout.files) if self.takes(position, total))
 
     def of(self, plan: Plan) -> Plan:
-        """The plan of this part alone."""
+        """Return the plan of this part alone."""
         files = self.files(plan.layout)
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in files))
 
 
 def check_recipe(file: RecipeFile, option: str) -> None:
-    """InputError: the file has several documents, or makes no model, which `option` cannot do in parts."""
+    """Raise InputError: the file has several documents, or makes no model, which `option` cannot do in parts."""
     if len(file.documents) > 1:
         raise InputError(
             f"{file.path}: has several documents, {option} takes one", hint="give each document its own file"
         )
-    kind = file.output.recipe.output.kind
-    if kind != "model":
+    output = file.output.recipe.output
+    if not output.rules.standalone:
         hint = f"run without {option}; or with output.kind model, then deltamerge extract of what that makes"
-        raise InputError(f"{file.path}: output.kind is {kind}, {option} writes models only", hint=hint)
+        raise InputError(f"{file.path}: output.kind is {output.kind}, {option} writes models only", hint=hint)
 
 
 def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
-    """Whether part 0 has calibrated for this run. OutputError: it did for another one."""
+    """Return whether part 0 has calibrated for this run. OutputError: it did for another run."""
     for name, records in part_journals(work.state).items():
         if name.startswith("0-of-") and any("calibrated" in record for record in records):
             check_facts(work.target, records[0]["run"], facts)
@@ -80,9 +80,9 @@ def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
 
 
 def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What every part left in its journal when it was complete.
+    """Return the record that every part left in its journal when it was complete.
 
-    OutputError: parts of two different counts, a part that is missing or unfinished, one made of other inputs.
+    OutputError: parts of two different counts, a part that is missing or unfinished, or made of other inputs.
     """
     journals = part_journals(work.state)
     counts = {int(name.rpartition("-")[2]) for name, records in journals.items() if records}
@@ -105,7 +105,7 @@ def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, An
 def check_shards(
     work: Workspace, layout: Layout, parts: Sequence[Mapping[str, Any]], workers: int
 ) -> tuple[dict[str, Any], dict[str, Seal]]:
-    """What the parts wrote, hash and size by name, and the seals of the files, once each is read and found so.
+    """Return hash and size of the parts' shards by name, and the seals of the files, once each is read.
 
     OutputError: a shard is missing, or not as its part left it.
     """
@@ -134,7 +134,7 @@ def check_shards(
 
 
 def drop_damaged(work: Workspace, workers: int) -> None:
-    """Remove the shards that a part which had ended finds not as it left them, so that it makes them again."""
+    """Delete the shards of a finished part that have changed since, so that they are written again."""
     ended = [record["part"]["outputs"] for record in work.journal.records if "part" in record]
     for outputs in ended[-1:]:
         for name in damages(work.folder, outputs, {}, workers):

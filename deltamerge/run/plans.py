@@ -1,18 +1,35 @@
-"""The plans of a recipe file: of each of its documents, from the headers of the models that they name."""
+"""The documents of a recipe file: their plans, where their results lie, and whether a result is still current."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.errors import DeltamergeError, RecipeError
+from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.ownership import Guard, Maker, place_named, place_of
+from deltamerge.files.work_folder import is_begun
+from deltamerge.formats.components import CONFIG
+from deltamerge.formats.safetensors import PREFIX, parse_header
 from deltamerge.models.chain.models import Models
-from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.chain.publish import replacing
+from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.outputs.assets import config
+from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan, plan
-from deltamerge.recipe.file import Document, RecipeFile
-from deltamerge.run.intermediate import folder_of, result
+from deltamerge.recipe.checks import references
+from deltamerge.recipe.file import Document, RecipeFile, read_recipe
+from deltamerge.run import hashes
+from deltamerge.run.lock import verify
 from deltamerge.run.options import Options
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.version import __version__
+
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +42,14 @@ class Planner:
     models: Models = field(default_factory=Models)
 
     def folder(self, document: Document) -> Path:
-        """Where the result of a document that others need lies."""
+        """Return where the result of a document that others need lies."""
         return folder_of(document, self.target, self.file.folder, published=self.options.pins is not None)
 
     def plans(self) -> tuple[Plan, ...]:
-        """The plan of every document, in the order of their run, from headers alone; those that need the result of
-        another are promised it."""
+        """Return the plan of every document, in the order of their run, from headers alone.
+
+        A document that needs the result of another is promised it.
+        """
         promised: dict[str, Checkpoint] = {}
         plans: list[Plan] = []
         for document in self.file.documents:
@@ -41,21 +60,21 @@ class Planner:
         return tuple(plans)
 
     def result(self, document: Document, planned: Plan) -> Checkpoint:
-        """What a document makes: what is in its folder, if that is as planned, else what it promises."""
-        return result(planned, self.folder(document), document.name)
+        """Return what a document makes: what is in its folder, if that is as planned, else what it promises."""
+        return result_of(planned, self.folder(document), document.name)
 
     # A document is planned a second time where headers do not tell all: where another's result was only promised, and
     # where a hub model's files, which are hashed and copied, had not been fetched.
 
     def settled(self, document: Document, planned: Plan, made: Mapping[str, Checkpoint]) -> Plan:
-        """The plan now that the results `made` of others are there."""
+        """Return the plan now that the results `made` of others are there."""
         lender = planned.inputs.vocabulary
         models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
         needs = any(checkpoint.reference in made for checkpoint in models)
         return self._plan(document, made, whole=False) if needs else planned
 
     def fetched(self, document: Document, planned: Plan, made: Mapping[str, Checkpoint]) -> Plan:
-        """The plan with its hub models downloaded whole; one that was already stays as it is."""
+        """Return the plan with its hub models downloaded whole. A plan that has them stays as it is."""
         remote = any(source.hub_id for checkpoint in planned.inputs.checkpoints for source in checkpoint.sources)
         return self._plan(document, made, whole=True) if remote and not planned.options.whole else planned
 
@@ -73,29 +92,133 @@ class Planner:
             return self.models.open(reference, folder, weights=whole, pickles=pickles, sums=True)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
-        if document.recipe.output.gguf is not None:
-            from deltamerge.outputs.gguf import check
-
-            check(planned)
+        output_of(planned).check(planned)
         return planned
 
 
 def make_plans(file: RecipeFile, out: Path | None = None, options: Options | None = None) -> tuple[Plan, ...]:
-    """The plan of every document of a recipe file, in the order of their run, the output's last; reads headers."""
+    """Return the plan of every document of a recipe file, in the order of their run. Read headers."""
     return Planner(file, target_of(file, out), options or Options()).plans()
 
 
 def target_of(file: RecipeFile, out: Path | None) -> Path:
-    """`--out`; else `output.path` beside the recipe; else `<recipe name>-merged` beside it."""
+    """Return the target: `--out`, else `output.path` beside the recipe, else `<recipe name>-merged` beside it."""
     if out is not None:
         return out
     return file.folder / (file.output.recipe.output.path or f"{file.path.stem}-merged")
 
 
 def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Path:
-    """The lock that a run goes by: the one `given`, or of the folder given; else the one beside the recipe; else, where
-    there is none, the one in the target."""
+    """Return the lock that a run goes by: `given`, or the lock of the folder `given`.
+
+    Else it is the lock beside the recipe; where there is none, the lock in the target.
+    """
     if given is not None:
         return Path(given) / LOCK_NAME if Path(given).is_dir() else Path(given)
     there = target_of(file, out) / LOCK_NAME
     return there if there.is_file() and not file.lock_path.exists() else file.lock_path
+
+
+# -- where results lie, and whether they are current
+
+
+def folder_of(document: Document, target: Path, beside: Path, *, published: bool = False) -> Path:
+    """Return the folder of an intermediate result: its own `output.path`, else TARGET-intermediate/NAME.
+
+    The path of a recipe that a stranger `published` is not followed.
+    """
+    if document.recipe.output.path is not None and not published:
+        return beside / document.recipe.output.path
+    resolved = target.resolve()
+    return resolved.parent / f"{resolved.name}-intermediate" / document.name
+
+
+def check_places(file: RecipeFile) -> None:
+    """Raise RecipeError: the `output.path` of a document that others need is not below the recipe's folder."""
+    home = file.folder.resolve()
+    problems = [
+        document.recipe.problem(
+            ("output", "path"),
+            f"leaves the recipe's folder, to {folder}",
+            "a path below it; or --force, which replaces there only what a run made",
+        )
+        for document in file.documents[:-1]
+        if (given := document.recipe.output.path) is not None
+        and home not in (folder := Path(os.path.realpath(home / given))).parents
+    ]
+    if problems:
+        raise RecipeError(str(file.path), problems)
+
+
+def guard_of(
+    file: RecipeFile, document: Document, target: Path, *, unasked: bool = False, adding: bool = False
+) -> Guard:
+    """Return what a run of a document, which begins now, may replace at `target`.
+
+    It may replace what the same document of the same recipe made; where the recipe is no file, what the same command of
+    the same models made. `unasked`: no --out said where. `adding`: it is a version that comes after one of its chain.
+    """
+    recipe = document.recipe
+    is_begun(target)  # a killed run that only had to tidy up is no change of the target
+    models = references(recipe)
+    if not file.made_for:
+        named = file.path.name.encode("utf-8", "replace").decode()
+        maker = Maker("run", named, "" if document is file.output else document.name, models,
+                      place_of(file.path, target), unasked)  # fmt: skip
+    elif file.made_for.startswith("hf://"):
+        maker = Maker("run", file.made_for, "" if document is file.output else document.name, models, own=True)
+    else:
+        places = [place_of(file.folder / os.path.expanduser(part), target)
+                  if (file.folder / os.path.expanduser(part)).exists() else part
+                  for model in sorted(models) for part in model.split("+")]  # fmt: skip
+        maker = Maker(file.made_for, models=models, place=place_named(json.dumps(places).encode("utf-8", "replace")))
+    return Guard.of(target, maker, partial(replacing, target, delta=recipe.output.rules.patches, adding=adding))
+
+
+def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
+    """Return the checkpoint that a run of `plan` to `folder` leaves, known before it is there.
+
+    Until it is made, its files but weights and config are those that it copies. Tokens and chat template are planned.
+    """
+    headers = {
+        file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files
+    }
+    template = plan.inputs.template.checkpoint
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        start = f"{file.rpartition('/')[0]}/" if "/" in file else ""
+        tensors |= {start + n: replace(info, name=start + n) for n, info in header.tensors.items()}
+    files = tuple(folder / file for file in headers)
+    try:
+        made = open_checkpoint(folder, reference=name, sums=True)
+    except DeltamergeError:
+        made = None
+    summed = plan.running_sum
+    tensors = tensors if summed is None else summed.marked(tensors)
+    if made is not None and made.tensors == tensors and made.running_sum == summed:
+        return made
+    copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
+    tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
+    chat = plan.chat_template.text if plan.chat_template is not None else None
+    file = template.config_file or (CONFIG if template.config else "")
+    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
+                      components=template.components, config_file=file, running_sum=summed)  # fmt: skip
+
+
+def is_current(document: Document, planned: Plan, folder: Path) -> bool:
+    """Return whether `folder` holds the result of the document: recipe, version, inputs and outputs agree."""
+    try:
+        lock = read_lock(folder / LOCK_NAME)
+        before = read_recipe(folder / RECIPE).output.recipe.source.data
+        if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
+            return False
+        if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
+            return False
+        verify(folder, planned.workers)
+        for name, content in output_of(planned).files(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
+    except DeltamergeError:
+        return False

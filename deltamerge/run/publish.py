@@ -57,7 +57,7 @@ def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
 
 
 def _private_paths(folder: Path) -> Iterator[str]:
-    """Absolute paths, and paths in a home folder, among the values of the recipe that a folder was made of."""
+    """Yield absolute paths, and paths in a home folder, among the values of a folder's recipe."""
     file = folder / RECIPE_NAME
     pending = [one.data for one in yaml_source.loads_all(yaml_source.read(file), str(file))] if file.exists() else []
     while pending:
@@ -69,7 +69,7 @@ def _private_paths(folder: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class HubMerge:
     """A merge on the hub: its recipe and lock in a folder here, the commit they are of, and what the lock says."""
 
     recipe: Path
@@ -82,7 +82,7 @@ class Published:
         return {name: entry["commit"] for name, entry in self.lock.content["inputs"].items() if "commit" in entry}
 
 
-def fetch(reference: str, folder: Path) -> Published:
+def fetch(reference: str, folder: Path) -> HubMerge:
     """Recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision"), copied to `folder`.
 
     InputError: what `hub.open_model` refuses, no recipe or lock there, or inputs that only the publisher has.
@@ -100,4 +100,4 @@ def fetch(reference: str, folder: Path) -> Published:
                 f"was made from folders of its publisher: {', '.join(local)}",
                 hint=f"download {RECIPE_NAME}, write your own paths, and run that",
             )
-    return Published(folder / RECIPE_NAME, snapshot.name, lock)
+    return HubMerge(folder / RECIPE_NAME, snapshot.name, lock)

@@ -20,10 +20,9 @@ from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.files.work_folder import parts_workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.recipe.file import RecipeFile
-from deltamerge.run.intermediate import guard_of
 from deltamerge.run.options import Options, unwatched
 from deltamerge.run.partition import Part, check_recipe
-from deltamerge.run.plans import make_plans, target_of
+from deltamerge.run.plans import guard_of, make_plans, target_of
 from deltamerge.run.runner import Result, finish, run
 
 RETRIES = 3
@@ -76,7 +75,7 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
 
 
 def gpus_of(device: str) -> tuple[int, str]:
-    """The GPUs that a task takes, and its device: of those of its machine ray shows it as many, from cuda:0 on."""
+    """Return the GPUs that a task takes, and its device. Ray shows it as many of its machine's, from cuda:0 on."""
     if not device.startswith("cuda"):
         return 0, device
     count = device.count(",") + 1
@@ -84,7 +83,7 @@ def gpus_of(device: str) -> tuple[int, str]:
 
 
 def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> Any:
-    """On a worker: the bytes of the part and what of them is not finite, or the error that the user is to see."""
+    """Run a part on a worker; return its bytes and what is not finite, or the error for the user."""
     try:
         done = run(file, target, options, part=part)
     except DeltamergeError as error:
@@ -93,7 +92,7 @@ def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> A
 
 
 def _result(ray: Any, reference: Any, part: Part) -> Any:
-    """What a task returned; its error, if that is one."""
+    """Return the result of a task. Raise its error, if that is one."""
     try:
         found = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -129,7 +128,7 @@ def interrupts() -> Iterator[threading.Event]:
 
 
 def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list[Any]:
-    """The first of the tasks to end, or several. KeyboardInterrupt: it is set."""
+    """Return the first of the tasks to end, or several. KeyboardInterrupt: it is set."""
     while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
         pass
     if interrupted.is_set():
@@ -139,7 +138,7 @@ def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
+    """Connect to Ray; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         # for this run's cluster alone; ray would make one in the user's home

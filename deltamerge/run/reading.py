@@ -11,12 +11,9 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.files.pieces import Pieces
-from deltamerge.models.chain.fold import covers
-from deltamerge.models.delta_over_base import check
 from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
-from deltamerge.run.layers_built import check_layers_built
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
 from deltamerge.tensors.graph import depth_first
@@ -26,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class InputFiles:
     """The files that a run of `plan`, or of one part of it, reads. `pieces` are the hashes of what has been read;
     `checked` ends when files of the hub's cache are found to be what the hub says and transformers builds the layers
     that are stacked, `hashed` when the rest is hashed."""
@@ -38,7 +35,7 @@ class Reading:
     hashed: Future[None]
 
     @classmethod
-    def begin(cls, planned: Plan, part: Part | None, copied: Iterable[Path], lock: Lock | None) -> Reading:
+    def begin(cls, planned: Plan, part: Part | None, copied: Iterable[Path], lock: Lock | None) -> InputFiles:
         """Check and hash them, and the files that are `copied`, from now on. VerifyError: the lock has others, of which
         a part, that reads some, cannot tell."""
         paths, takes, pieces = _files_read(planned, part, copied), (part or Part(1, 1)).takes, Pieces()
@@ -49,22 +46,30 @@ class Reading:
         return cls(planned, takes, pieces, checked, hashed)
 
     def describe(self) -> dict[str, Any]:
-        """What a lock says of them, once all are hashed."""
+        """Return the entries of a lock for them, once all are hashed."""
         self.hashed.result()
         return hashes.describe_inputs(self.plan, self.plan.workers, self.takes, self.pieces)
 
 
 def _check(paths: list[Path], planned: Plan) -> None:
     check_blobs(paths, planned.workers)
-    check_layers_built(planned)
+    if planned.stacks:
+        from deltamerge.run.layers_built import check_layers_built
+
+        check_layers_built(planned)
 
 
 def check_deltas(planned: Plan) -> None:
-    """InputError unless every delta among the models was made from the base that it is put over, and makes of it what
-    it was made for, by hash."""
+    """Raise InputError unless every delta among the models was made from the base that it is put over.
+
+    Its result must be what it was made for, by hash.
+    """
     deltas = planned.inputs.deltas
     if not deltas:
         return
+    from deltamerge.models.chain.fold import covers
+    from deltamerge.models.delta_over_base import check
+
     made = [(c.base, c.reference) for c in planned.inputs.checkpoints if c.base is not None]
     with Reader() as reader:
         for base, reference in made:
@@ -76,14 +81,14 @@ def check_deltas(planned: Plan) -> None:
 
 
 def places(planned: Plan) -> list[tuple[str, Path]]:
-    """Every folder that is read, and whose it is."""
+    """Return every folder that is read, and whose it is."""
     lender = planned.inputs.vocabulary
     models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
     return [(c.reference, source.path) for c in models for source in c.sources]
 
 
 def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> list[Path]:
-    """The files that the output depends on; of plain checkpoints' shards those that the part reads."""
+    """Return the files that the output depends on; of plain checkpoints only the shards that the part reads."""
     wanted = {path for _, paths in hashes.files_read(planned) for path in paths} | set(copied)
     if part is not None and not planned.stages:
         nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.is_source]

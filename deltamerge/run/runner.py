@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, OutputError
+from deltamerge.errors.shown import some
+from deltamerge.files.descriptors import writing
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
 from deltamerge.files.ownership import Guard
+from deltamerge.files.pieces import Pieces
 from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
-from deltamerge.files.work_folder import Workspace, is_begun, refuse_inputs, workspace
+from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.delta.writer import Summary
-from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.safetensors_writer import write_index
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.outputs.assets import asset_files, assets, left_out, write_files
-from deltamerge.outputs.budget import budget_of
-from deltamerge.outputs.lora_file import LowRankSummary
-from deltamerge.outputs.peft import write_adapter
+from deltamerge.outputs.assets import asset_files, write_files
+from deltamerge.outputs.output import Weights, WriteJob, output_of
 from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run import hashes
 from deltamerge.run.card import render
-from deltamerge.run.intermediate import check_places, guard_of, is_current
 from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock
 from deltamerge.run.options import Draw, Options
-from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
-from deltamerge.run.plans import Planner, target_of
-from deltamerge.run.reading import Reading, check_deltas, places
-from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
+from deltamerge.run.partition import (
+    Part,
+    check_recipe,
+    check_shards,
+    drop_damaged,
+    gather_parts,
+    shared_calibration,
+)
+from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
+from deltamerge.run.reading import InputFiles, check_deltas, places
+from deltamerge.tensors.graph import Node, function_of
+
+if TYPE_CHECKING:
+    from deltamerge.formats.delta.writer import Summary
+    from deltamerge.outputs.lora_file import LowRankSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,26 @@ class Result:
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
     lora: LowRankSummary | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights, as the kind of output counts them."""
+        return self.delta.nbytes if self.delta else output_of(self.plan).nbytes(self.plan, self.lock.get("outputs", {}))
+
+    @property
+    def name(self) -> str:
+        """What was made, in a few words."""
+        return output_of(self.plan).name(self.plan)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        """The lines that load it and check it; a part of a run, which has no lock, has none."""
+        return output_of(self.plan).next_steps(self.plan, self.folder) if self.lock else ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes that are shown when it is finished."""
+        return output_of(self.plan).remarks(self.plan)
 
     @property
     def nbytes(self) -> int:
@@ -104,14 +134,14 @@ def run(
 
 
 def guards_of(planner: Planner, *, unasked: bool) -> tuple[Guard, ...]:
-    """What a run that begins now may replace: at its target, and where the results of its other documents lie."""
+    """Return what a run that begins now may replace: at its target, and where results of other documents lie."""
     file, adding = planner.file, planner.options.ending is not None
     others = [guard_of(file, one, planner.folder(one), unasked=True) for one in file.documents[:-1]]
     return (guard_of(file, file.output, planner.target, unasked=unasked, adding=adding), *others)
 
 
 def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
-    """The lock of a target that is just what would be made; None where it is not, or is to be made again."""
+    """Return the lock of a target that is just what would be made; None: it is not, or is to be made again."""
     if not os.path.isdir(target) or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
         return None
     lock = read_lock(target / LOCK_NAME)
@@ -157,23 +187,22 @@ def _make(
         work.begin(facts)
         if part:
             drop_damaged(work, planned.workers)
-        reading = Reading.begin(planned, part, copied.values(), options.lock)
+        reading = InputFiles.begin(planned, part, copied.values(), options.lock)
         check_deltas(planned)
         made = make_weights(planned, work, options, part, facts, reading.pieces)
         made = _checked(made, work, document.text, facts, reading, options)
         inputs = reading.describe()
         if part:
-            losses = {"losses": made.losses} if made.losses else {}
-            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
+            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **made.account.record()}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
         planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.lock, options.ending)
-    return Result(target, planned, lock, made.delta, made.nonfinite, lora=made.lora)
+    return Result(target, planned, lock, made.account.delta, made.nonfinite, lora=made.account.lora)
 
 
 def _checked(
-    made: Weights, work: Workspace, text: str, facts: Mapping[str, Any], reading: Reading, options: Options
+    made: Weights, work: Workspace, text: str, facts: Mapping[str, Any], reading: InputFiles, options: Options
 ) -> Weights:
-    """Weights that may be kept, with what in them is not finite beyond what all models hold alike.
+    """Return weights that may be kept; what is not finite in all models alike does not count.
 
     InputError: inputs have changed during the run, or are not what the hub says. OutputError: values that are not
     finite, unless they are allowed.
@@ -213,8 +242,8 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
             options.lock.check_inputs(inputs)
         found = calibrated(planned, work, options.lock, facts, alone=False, known={})
         write_index(work.folder, planned.layout)
-        losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
-        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)
+        account = output_of(planned).join(parts)
+        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, account=account)
         planned, lock = _complete(made, work, text, target.name, inputs, draw, options.lock)
     return Result(target, planned, lock)
 
@@ -229,47 +258,38 @@ def _complete(
     given: Lock | None,
     ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
-    folder, planned, outputs = work.folder, made.plan, made.hashed
-    if planned.recipe.output.kind != "delta":
-        for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
-            if name not in outputs and name not in planned.layout.indexes and not (made.lora and name == CONFIG):
-                path.unlink()
+    """Write all that is no weight and give the folder its name; return the plan, with its notes, and the lock."""
+    folder, planned, output = work.folder, made.plan, output_of(made.plan)
+    for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
+        if not output.belongs(planned, made, name):
+            path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
-    files = assets(planned)
-    if made.lora is not None:
-        notes = made.lora.notes
-    elif planned.recipe.output.kind == "peft":
-        notes, outputs = write_adapter(planned, folder), {}
-    else:
-        notes = tuple(left_out(planned, files))
+    files = output.files(planned)
+    made, notes = output.finish(planned, folder, made, files)
     planned = replace(planned, notes=planned.notes + notes)
     write_files(files, folder)
     if ending is not None:
         ending(folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    if planned.recipe.output.gguf is not None:
-        from deltamerge.outputs.gguf import write_gguf
-
-        planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
+    planned = replace(planned, notes=planned.notes + output.add(planned, folder))
     found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")
     maker = work.guard.maker
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study, maker)
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.account.describe(), study, maker)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
+    card = render(planned, text, title, found, made.account, pictures, study)
     (folder / CARD).write_text(card, encoding="utf-8")
-    others = {name: path for name, path in files_of(folder).items() if name not in outputs}
+    others = {name: path for name, path in files_of(folder).items() if name not in made.hashed}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}
-    outputs = outputs | hashes.describe_files(others.values(), planned.workers, root=folder)
+    outputs = made.hashed | hashes.describe_files(others.values(), planned.workers, root=folder)
     said = lock.write(outputs)
     work.publish(outputs, seals, planned.workers)
     return planned, said
 
 
 def _warned(planned: Plan) -> Plan:
-    """The plan with a warning for each model that a sample of its weights tells to be no kin of its base."""
+    """Return the plan with a warning for each model whose sampled weights tell that it is no kin of its base."""
     return replace(planned, warnings=tuple(dict.fromkeys([*planned.warnings, *unrelated(planned.inputs)])))
 
 
@@ -305,12 +325,12 @@ def check_lock(file: RecipeFile, options: Options | None = None) -> None:
 
 
 def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
-    """The plan of a recipe whose lock can be known before it is run."""
+    """Return the plan of a recipe whose lock can be known before it is run."""
     if len(file.documents) > 1:
         raise InputError(f"{file.path}: has several documents", hint="`deltamerge run` locks each as it makes it")
     planner = Planner(file, target_of(file, None), options or Options())
     (planned,) = planner.plans()
-    if budget_of(planned) is not None:
+    if output_of(planned).budget(planned) is not None:
         raise InputError(
             f"{file.path}: a budget's densities are chosen as the artifact is written, and q for them",
             hint=f"deltamerge run {file.path}",
@@ -328,3 +348,97 @@ def _lock(planner: Planner, planned: Plan) -> Lock:
     refuse_foreign_lock(path, planner.file.path.name, rows=bool(lock.rows), force=force)  # a search takes its time
     lock.write_beside(planner.file.path.name)
     return lock
+
+
+# -- the weights: the values of stages before the first tile, then the kind of output that the recipe asks for
+
+
+def make_weights(
+    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
+) -> Weights:
+    """Write the weights of `planned`, or the shards of one `part`, to the work folder.
+
+    `pieces` are told the hashes of what is read. What an interrupted run finished is kept, but for a budget, which
+    tries sizes. Calibrated q's and the densities of a budget are those of the lock in `options`, if there is one.
+    """
+    alone = part is None or part.index == 0
+
+    @contextmanager
+    def values(plan: Plan) -> Iterator[dict[Node, Any]]:
+        with _rows(plan, work) as rows:
+            yield {**rows, **calibrated(plan, work, options.lock, facts, alone=alone, known=rows)}
+
+    files = part.files(planned.layout) if part else None
+    return output_of(planned).settle(planned, WriteJob(work, pieces, values, options.merging, options.lock, files))
+
+
+@contextmanager
+def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
+    """Give what the merge method needs of every model's rows, by its node.
+
+    Its files lie in the work folder meanwhile.
+    """
+    if (node := planned.rows) is None:
+        yield {}
+        return
+    folder = work.state / SPOOL
+    with writing():
+        folder.mkdir(exist_ok=True)
+    known = shared_values(node.inputs, {})
+    given = [known[source] for source in node.inputs]
+    found = function_of(node.function)(*given, folder=folder, **dict(node.parameters))
+    try:
+        yield {**known, node: found}
+    finally:
+        found.remove()
+
+
+def calibrated(
+    planned: Plan,
+    work: Workspace,
+    lock: Lock | None,
+    facts: Mapping[str, Any],
+    *,
+    alone: bool,
+    known: Mapping[Node, Any],
+) -> dict[Node, Any]:
+    """Return the calibrated q's, and a mixture's routers.
+
+    They are an interrupted run's own, or part 0's, or the lock's; if `alone`, they are calculated now and kept.
+    """
+    if not planned.chosen:
+        return {}
+    own = work.state / CALIBRATION
+    if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
+        lock = Lock.read(own)
+    if lock is not None:
+        return dict(lock.calibrated(planned))
+    if not alone:
+        made, command = ("calibrates q", "calibrate") if planned.stages else ("makes routers", "lock")
+        raise InputError(
+            f"--part: the recipe {made}, which all parts must share",
+            hint=f"run `deltamerge {command} RECIPE` once, then every part and --finish with --locked",
+        )
+    found = shared_values(planned.chosen, known)
+    own_lock = Lock.of(own, planned, {}, found)
+    own_lock.write_rows()
+    own_lock.write()
+    work.journal.append({"calibrated": True})
+    return found
+
+
+def check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bool) -> None:
+    """Raise OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
+    if not nonfinite or allow:
+        return
+    dtypes = {output.name: output.dtype for output in planned.outputs}
+    half = any(dtypes[name] == "F16" and count.inf for name, count in nonfinite.items())
+    advice = "float16 ends at 65504, give `dtype: bfloat16`; or keep them" if half else "keep them"
+    raise OutputError(describe_nonfinite(nonfinite), hint=f"{advice} with --allow-nonfinite")
+
+
+def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
+    """Return which tensors hold how much that is not finite, in a line."""
+    named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
+             for n, c in sorted(nonfinite.items())]  # fmt: skip
+    return f"values that are not finite in {some(named, 8)}"

@@ -6,28 +6,26 @@ A view computes any range of its values from ranges of its inputs. The engine co
 
 from __future__ import annotations
 
-import importlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.tensors.dtypes import DTYPES, nbytes_of
+from deltamerge.tensors.traits import Function as Function
+from deltamerge.tensors.traits import function_of as function_of
+from deltamerge.tensors.traits import name_of as name_of
 
 Kind = Literal["stored", "view", "map", "sum", "concat", "whole", "small"]
 SOURCES = frozenset({"stored", "view"})  # a `Reader` computes any range of them
 STORED = "stored"
 PART = "part"
-
-# A function at the top of its module, or its name "module:name".
-Function: TypeAlias = str | Callable[..., Any]
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -389,27 +387,3 @@ class Graph:
     def read(self, info: Tensor | TensorInfo) -> Tensor:
         """Return the tensor as an operand of others."""
         return info.tensor
-
-
-@cache
-def name_of(function: Function) -> str:
-    """ "module:name" of a function, by which a node knows it; names stay as they are.
-
-    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
-    """
-    if isinstance(function, str):
-        return function
-    if not function.__qualname__.isidentifier():
-        raise ValueError(f"{function.__module__}: {function.__qualname__} is no function at the top of its module")
-    return f"{function.__module__}:{function.__qualname__}"
-
-
-def function_of(function: Function) -> Callable[..., Any]:
-    """The function that a name "module:name" stands for; functions are themselves."""
-    return _imported(function) if isinstance(function, str) else function
-
-
-@cache
-def _imported(function: str) -> Callable[..., Any]:
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name

@@ -15,12 +15,36 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from deltamerge.tensors.tensor import Tensor as Node
-from deltamerge.tensors.tensor import function_of
-
+# A function at the top of its module, or its name "module:name".
+Function: TypeAlias = str | Callable[..., Any]
+Node: TypeAlias = Any  # a `Tensor`, which knows functions by these names
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+@cache
+def name_of(function: Function) -> str:
+    """Return "module:name" of a function, by which a tensor knows it; names stay as they are.
+
+    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
+    """
+    if isinstance(function, str):
+        return function
+    if not function.__qualname__.isidentifier():
+        raise ValueError(f"{function.__module__}: {function.__qualname__} is no function at the top of its module")
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def function_of(function: Function) -> Callable[..., Any]:
+    """Return the function that a name "module:name" stands for; functions are themselves."""
+    return _imported(function) if isinstance(function, str) else function
+
+
+@cache
+def _imported(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def test_a_delta_that_is_no_number_is_not_taken_for_one_that_hardly_matters(tmp_
 
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
     from deltamerge.errors import InputError
-    from deltamerge.run import weights as module
+    from deltamerge.outputs import checkpoint as module
 
     recipe = pair(tmp_path, rows=512)
     weights = tmp_path / "a" / "model.safetensors"

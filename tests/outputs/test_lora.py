@@ -21,8 +21,7 @@ from tiny_models import batches, make
 from deltamerge.cli import main, result
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.low_rank import Wanted, factor, factor_product
-from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
-from deltamerge.outputs.lora_ranks import Spectrum, greedy
+from deltamerge.outputs.lora_file import LayerRank, LowRankSummary, RankSpectrum, greedy
 from deltamerge.run.lock import verify
 
 BASE = "base_model: base\nmodels: [{model: tuned}]\n"
@@ -259,7 +258,7 @@ def test_factors_are_those_of_float64(m: int, n: int, weighed: bool) -> None:
 
 
 def test_a_budget_goes_where_it_keeps_most() -> None:
-    spectra = {"a": Spectrum(np.array([9.0, 4.0, 1.0]), 10), "b": Spectrum(np.array([8.0, 0.5]), 20)}
+    spectra = {"a": RankSpectrum(np.array([9.0, 4.0, 1.0]), 10), "b": RankSpectrum(np.array([8.0, 0.5]), 20)}
     assert greedy(spectra, 40) == {"a": 2, "b": 1}
     assert greedy(spectra, 9) == {"a": 0, "b": 0}
     assert greedy(spectra, 1000) == {"a": 3, "b": 2}

@@ -238,6 +238,13 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
         assert any((folder / path).exists() for folder in (ROOT, ROOT / "deltamerge")), path
 
 
+def test_every_address_of_the_book_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("### The address book")[2].partition("`tests/` has")[0]
+    addresses = re.findall(r"^\| [^|]+ \| `([\w/.]+)` \|$", page, re.MULTILINE)
+    assert len(addresses) > 55
+    assert [address for address in addresses if not (ROOT / "deltamerge" / address).exists()] == []
+
+
 def test_the_recipe_reference_is_current() -> None:
     spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "scripts" / "recipe_reference.py")
     module = importlib.util.module_from_spec(spec)

@@ -20,10 +20,11 @@ from deltamerge.apps.chain.extract import extract
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError
 from deltamerge.formats import safetensors_writer as writer
+from deltamerge.outputs.output import output_of
+from deltamerge.plan.planner import Plan
 from deltamerge.run.apply import apply
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
-from deltamerge.run.usage import next_steps
 
 WEIGHTS = {"a": 0.3, "b": 0.5}
 MERGE = "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n" + "".join(
@@ -80,6 +81,10 @@ def pipeline(folder: Path, seed: int, lacking: str = "") -> Path:
             index = folder / part / "diffusion_pytorch_model.safetensors.index.json"
             write(index, json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def first_step(planned: Plan, out: Path) -> str:
+    return output_of(planned).next_steps(planned, out)[0]
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
@@ -188,7 +193,7 @@ def test_a_components_folder_is_a_model(three: Path) -> None:
         out = run(three / "r.yaml", three / f"out-{part}").folder
         assert {*files(out)} == {file, "config.json"}
         kind = json.loads(OTHERS[f"{part}/config.json"])["_class_name"]
-        assert next_steps(make_plan(three / "r.yaml"), out)[0] == f'load    {kind}.from_pretrained("{out}")'
+        assert first_step(make_plan(three / "r.yaml"), out) == f'load    {kind}.from_pretrained("{out}")'
         assert (out / "config.json").read_text() == OTHERS[f"{part}/config.json"]  # diffusers' configs have no dtype
         wanted = {n.removeprefix(f"{part}/"): t for n, t in expected(three).items() if n.startswith(part)}
         same(tensors_of(out), wanted)
@@ -405,7 +410,7 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
         assert any("no config.json" in note for note in make_plan(tmp_path / "r.yaml").notes)
         out = run(tmp_path / "r.yaml", tmp_path / "out", force=True).folder
         assert {*files(out)} == names
-        assert next_steps(make_plan(tmp_path / "r.yaml"), out)[0] == f'load    load_file("{out / min(names)}")'
+        assert first_step(make_plan(tmp_path / "r.yaml"), out) == f'load    load_file("{out / min(names)}")'
         same(tensors_of(out), wanted)
         assert verify(out, 1)
         calibrated = "prune: {method: wanda, density: 0.5}\ncalibration: {data: rows.txt}\n"
@@ -435,4 +440,4 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
 def test_what_loads_a_model_is_a_class_that_has_its_head(tmp_path: Path, config: dict[str, Any], loader: str) -> None:
     write_checkpoint(tmp_path / "a", {"layers.0.w": stored(np.ones((2, 2)), "F16")}, config)
     write(tmp_path / "r.yaml", "merge_method: passthrough\nmodels: [{model: ./a}]\n")
-    assert next_steps(make_plan(tmp_path / "r.yaml"), Path("out"))[0] == f'load    {loader}.from_pretrained("out")'
+    assert first_step(make_plan(tmp_path / "r.yaml"), Path("out")) == f'load    {loader}.from_pretrained("out")'

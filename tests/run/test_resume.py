@@ -377,7 +377,7 @@ def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     def again(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("deltamerge.run.weights.shared_values", again)
+    monkeypatch.setattr("deltamerge.run.runner.shared_values", again)
     run(path, out)
     assert files(out) == truth
 

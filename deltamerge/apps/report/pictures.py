@@ -42,7 +42,7 @@ def drawing(planned: Plan, data: bool) -> Draw:
     With `data`, if q is calibrated, the calibration rows run through the fine-tune once more. InputError: the recipe
     makes nothing that has a delta.
     """
-    if planned.recipe.output.kind != "model" or planned.inputs.base is None:
+    if not planned.recipe.output.rules.standalone or planned.inputs.base is None:
         raise InputError("--pictures draws models made on a base", hint="run without it")
     return partial(illustrate, data=data)
 

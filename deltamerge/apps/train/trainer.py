@@ -38,7 +38,7 @@ from deltamerge.models.chain.version import (
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
-from deltamerge.run.delta_output import base_of
+from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader, elements

@@ -1,15 +1,13 @@
-"""The folder of `output.kind: peft`: an adapter that plain `PeftModel.from_pretrained` loads.
+"""A SHiRA adapter as output: exact for linear layers; other tensors that changed are stored whole.
 
-Where the recipe's single model is a LoRA adapter, the run has pruned the adapter's own weights and only files are
-missing. Else the run has written the merged model, and what differs from the base becomes a SHiRA adapter: exact for
-linear layers; other tensors that changed are stored whole.
+The run writes the merged model. What differs from the base then becomes the adapter.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from deltamerge import errors
@@ -21,25 +19,35 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.outputs.adapter_modules import ChangedTensor, Modules
+from deltamerge.outputs.adapter import ADAPTER, AdapterOutput, ChangedTensor, ModelModules
+from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
-from deltamerge.plan.planner import ADAPTER, Plan
+from deltamerge.outputs.output import Weights
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 
 
-def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
-    """Turn what the run has written into `folder` into an adapter's; returns what there is to say of it."""
-    if planned.pruned_adapter is None:
-        return _write_shira(planned, folder)
-    shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
-    return ()
+class ShiraOutput(AdapterOutput):
+    """A folder with the entries of linear layers that differ from the base."""
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield how it is made."""
+        yield "merged, then what differs from the base is written as a SHiRA adapter"
+
+    def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
+        """Turn the merged model in `folder` into an adapter."""
+        return replace(weights, hashed={}), _write_shira(plan, folder)
+
+
+OUTPUT = ShiraOutput()
 
 
 def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
     with errors.context("output.kind: peft"), Reader() as reader:
         results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
-        modules = Modules.of(output_config(planned), results)
+        modules = ModelModules.of(output_config(planned), results)
         changed = list(_changed(planned, reader, modules, results))
         candidates = {
             e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
@@ -95,7 +103,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
 
 
 def _changed(
-    planned: Plan, reader: Reader, modules: Modules, results: dict[str, TensorInfo]
+    planned: Plan, reader: Reader, modules: ModelModules, results: dict[str, TensorInfo]
 ) -> Iterable[ChangedTensor]:
     base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None
@@ -116,15 +124,15 @@ def _write(
     rank: int,
     whole: dict[str, TensorInfo],
 ) -> None:
-    kept = {e.name: e for e in changed}
-    sizes = {name: rank * sum(kept[name].result.shape) for name in sparse}
+    by_name = {e.name: e for e in changed}
+    sizes = {name: rank * sum(by_name[name].result.shape) for name in sparse}
     metas = [(key, info.dtype, info.shape) for key, info in whole.items()]
     for name, size in sizes.items():
-        stem = PREFIX + kept[name].module
+        stem = PREFIX + by_name[name].module
         metas += [(f"{stem}.shira_weight", "F32", (size,)), (f"{stem}.shira_indices", "I32", (2, size))]
     with Writer(folder, plan_layout(metas, None, (ADAPTER,))) as writer:
         for name, size in sizes.items():
-            entry = kept[name]
+            entry = by_name[name]
             assert entry.base is not None
             indices, values = entries(reader, entry.base, entry.result, size)
             writer.write(f"{PREFIX}{entry.module}.shira_weight", 0, values)

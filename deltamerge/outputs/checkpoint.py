@@ -1,0 +1,196 @@
+"""An ordinary checkpoint as output: shards of safetensors, plain or quantised, and what loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.engine.devices import pinned
+from deltamerge.engine.execute import execute
+from deltamerge.engine.tasks import on_gpu
+from deltamerge.errors.markdown import code
+from deltamerge.files.outbox import ROOM, SLAB, room_for
+from deltamerge.files.seals import seal
+from deltamerge.formats.components import PIPELINE
+from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
+from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
+from deltamerge.plan.memory import Memory
+from deltamerge.plan.outputs import OutputTensor
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe.output_keys import Output
+from deltamerge.tensors.reader import Reader
+
+WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
+
+
+class CheckpointOutput(RunOutput):
+    """A folder that loads as a model by itself."""
+
+    hashes_as_read = True
+
+    def memory(
+        self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
+    ) -> Memory:
+        """Return the memory of bytes on their way to the files, and of what is being computed."""
+        most = room(workers, cap) + (workers + 1) * 2 * SLAB
+        return Memory({"output": min(sum(tensor.nbytes for tensor in tensors), most)})
+
+    def write(self, plan: Plan, job: WriteJob) -> Weights:
+        """Write the shards, or some of them; see `RunOutput.write`."""
+        mine = job.of(plan)
+        with (
+            job.values(plan) as known,
+            job.merging(mine) as progress,
+            Reader(job.pieces) as reader,
+            Writer(
+                job.work.folder, plan.layout, files=job.files, journal=job.work.journal,
+                room=room(plan.workers, plan.options.memory), hashers=1 + plan.workers // WORKERS_AN_OUTPUT_HASHER,
+                allocate=pinned_memory(mine),
+            ) as writer,
+        ):  # fmt: skip
+            sink = CodedWriter(writer, mine.codings, reader, job.work.folder)
+            execute(
+                sorted(mine.tasks, key=lambda task: sink.where(task.name, task.offset)),
+                reader,
+                sink,
+                device=plan.device,
+                workers=plan.workers,
+                tile_elements=plan.tile_elements,
+                progress=progress,
+                known=known,
+                done=sink.has,
+            )
+            audit = writer.finish(keep=job.files is not None)
+            losses = sink.losses()
+        parts = {part.name for coding in mine.codings.values() for part in coding.parts}
+        nonfinite = {name: count for name, count in audit.nonfinite.items() if name not in parts}
+        sizes = {file.name: file.size for file in plan.layout.files}
+        hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in audit.hashes.items()}
+        seals = {name: seal(job.work.folder / name) for name in hashed}
+        return Weights(plan, known, hashed, nonfinite, seals, QuantisedAccount(losses))
+
+    def join(self, parts: Sequence[Mapping[str, Any]]) -> Account:
+        """Return what quantisation lost in all parts."""
+        losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
+        return QuantisedAccount(losses)
+
+    def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
+        """Return the bytes of the tensors."""
+        return plan.nbytes
+
+    def load_line(self, plan: Plan, folder: Path) -> str:
+        """Return the line that loads the result in `folder`: of diffusers, sentence-transformers or transformers."""
+        if (folder / "model_index.json").exists():
+            return f'DiffusionPipeline.from_pretrained("{folder}")'
+        if (folder / "modules.json").exists():
+            return f'SentenceTransformer("{folder}")'
+        if not plan.inputs.template.checkpoint.config:
+            return f'load_file("{folder / plan.layout.files[0].name}")'
+        kind = plan.config.get("_class_name")  # of diffusers
+        if isinstance(kind, str) and kind.isidentifier():
+            return f'{kind}.from_pretrained("{folder}")'
+        architecture, head = architecture_of(plan.config), head_of(plan.config)
+        known = architecture if architecture.isidentifier() and "auto_map" not in plan.config else "AutoModel"
+        loader = head.loader if head is not None else None
+        return f'{loader or known}.from_pretrained("{folder}")'
+
+    def front_matter(self, plan: Plan) -> dict[str, object]:
+        """Return the library that loads it, as the hub calls it."""
+        template = plan.inputs.template.checkpoint
+        if template.config_file == PIPELINE or "_class_name" in template.config:
+            return {"library_name": "diffusers"}
+        return {"library_name": "transformers" if template.is_simple else "sentence-transformers"}
+
+
+OUTPUT = CheckpointOutput()
+
+
+def room(workers: int, memory: int | None) -> int:
+    """Return the bytes that may be on their way to the files: where memory is capped, the least."""
+    return room_for(workers) if memory is None else ROOM
+
+
+def pinned_memory(plan: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
+    """Return what makes memory that a GPU writes to by itself; None: no tensor is computed on a GPU."""
+    return pinned if any(on_gpu(task, plan.device) for task in plan.tasks) else None
+
+
+# -- quantised weights
+
+
+@dataclass(frozen=True)
+class QuantisedAccount(Account):
+    """What quantisation lost, by weight; nothing where no weight is quantised."""
+
+    losses: Losses
+
+    def record(self) -> dict[str, Any]:
+        """Return what the record of a part keeps of it."""
+        return {"losses": self.losses} if self.losses else {}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the errors, for the lock."""
+        return {"quantization": errors_of(self.losses)} if self.losses else {}
+
+    def card(self, plan: Plan) -> list[str]:
+        """Return how far quantised weights are from the merge."""
+        if not self.losses:
+            return []
+        said = errors_of(self.losses)
+        worst = max(said["tensors"], key=lambda name: said["tensors"][name])
+        text = f"{len(self.losses)} weights are quantised: relative error {said['relative_error']:.3g} of the merge in"
+        return ["## Quantisation", "", f"{text} float32, at most {said['tensors'][worst]:.3g} ({code(worst)}).", ""]
+
+
+def errors_of(losses: Losses) -> dict[str, Any]:
+    """Return ‖x − stored‖ / ‖x‖ of all quantised weights together and of each, where x is the merge in float32.
+
+    Four digits do not depend on the machine.
+    """
+    tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
+    return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# -- heads
+
+
+class ModelHead(NamedTuple):
+    """A head: the task as the hub calls it, and the class of transformers that loads it; None: the model's own."""
+
+    task: str
+    loader: str | None
+
+
+# By the end of an architecture's name.
+HEADS = {
+    "ForCausalLM": ModelHead("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ModelHead("text-generation", "AutoModelForCausalLM"),
+    "ForSequenceClassification": ModelHead("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ModelHead("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ModelHead("question-answering", "AutoModelForQuestionAnswering"),
+    "ForMaskedLM": ModelHead("fill-mask", "AutoModelForMaskedLM"),
+    "ForImageClassification": ModelHead("image-classification", "AutoModelForImageClassification"),
+    "ForImageTextToText": ModelHead("image-text-to-text", None),
+    "ForSpeechSeq2Seq": ModelHead("automatic-speech-recognition", None),
+}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the class that config.json names; "" if it names none."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def head_of(config: Mapping[str, Any]) -> ModelHead | None:
+    """Return the head of a model, told by its class; None where the class does not say."""
+    architecture = architecture_of(config)
+    return next((head for ending, head in HEADS.items() if architecture.endswith(ending)), None)

@@ -1,0 +1,35 @@
+"""A running sum as output: Σ wᵢ xᵢ in float32 and what it holds, so that a later run goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltamerge.formats.running_sum import FILE
+from deltamerge.outputs.assets import Files, as_json
+from deltamerge.outputs.checkpoint import CheckpointOutput
+from deltamerge.outputs.output import RunOutput
+from deltamerge.plan.planner import Plan
+
+
+class RunningSumOutput(CheckpointOutput):
+    """The sink of a checkpoint, with the file that says which models are in the sum."""
+
+    hashes_as_read = False
+
+    def files(self, plan: Plan) -> Files:
+        """Return the files of a checkpoint, and what the sum holds."""
+        assert plan.running_sum is not None
+        return {**super().files(plan), FILE: as_json(plan.running_sum.describe(), ascii=True)}
+
+    def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
+        """Return the bytes of the weight files."""
+        return RunOutput.nbytes(self, plan, written)
+
+    def load_line(self, plan: Plan, folder: Path) -> str:
+        """Return the recipe's line that goes on from it."""
+        return f"models: [{folder}, CHECKPOINT] of merge_method: linear"
+
+
+OUTPUT = RunningSumOutput()
