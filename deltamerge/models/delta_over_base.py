@@ -29,7 +29,7 @@ HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte p
 
 
 def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
-    """The checkpoint that `delta`, whose folder is `opened`, makes of `base`; its tensors are computed when read.
+    """Return the checkpoint that `delta` makes of `base`. Its tensors are computed when read; `opened` is its folder.
 
     InputError: the base lacks tensors that the delta was made from (their content is not checked).
     """
@@ -56,7 +56,7 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
-    """The float32 values that a delta artifact adds to the base's tensor to make `info`; None if it stores none."""
+    """Return the float32 values that a delta adds to the base's tensor to make `info`; None if it stores none."""
     whole, first = info.tensor.whole, 0
     if whole.function != over_base.__name__ or whole.parameter("layer").entry.record.values is None:
         return None
@@ -67,7 +67,7 @@ def added(info: TensorInfo) -> TensorInfo | None:
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
-    """InputError: a base tensor, or a resulting tensor, does not have the hash that the delta records.
+    """Raise InputError for a base tensor, or a result, that does not have the hash that the delta records.
 
     delta     the artifact
     base      the base's tensors by name
@@ -103,7 +103,7 @@ class _Index:
     before: list[int]
 
     def between(self, start: int, stop: int) -> Iterator[tuple[Array, int]]:
-        """Positions in [start, stop), and the number of the first of them."""
+        """Yield positions in [start, stop), and the number of the first of them."""
         for i in range(max(0, bisect_right(self.firsts, start) - 1), len(self.firsts)):
             if self.firsts[i] >= stop:
                 return

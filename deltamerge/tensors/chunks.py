@@ -73,7 +73,7 @@ def _runs(
 
 
 def covers(shape: Sequence[int], chunks: Sequence[Place]) -> bool:
-    """Whether chunks make up a tensor of that shape, without holes and overlaps."""
+    """Tell whether chunks make up a tensor of that shape, without holes and overlaps."""
     if sum(math.prod(sizes) for _, sizes in chunks) != math.prod(shape):
         return False
     inside = all(o + s <= n for offsets, sizes in chunks for o, s, n in zip(offsets, sizes, shape, strict=True))
@@ -81,7 +81,7 @@ def covers(shape: Sequence[int], chunks: Sequence[Place]) -> bool:
 
 
 def _overlapping(chunks: Sequence[Place]) -> Iterator[bool]:
-    """Whether chunks overlap: next to each other where they are rows, else each with all that begin before it ends."""
+    """Tell of each chunk whether it overlaps: its neighbour if chunks are rows, else any that begins before it ends."""
     ordered = sorted(chunks)
     if all(offsets[1:] == (0,) * len(offsets[1:]) for offsets, _ in ordered):
         yield from (a[0] + sizes[0] > b[0] if a else True for (a, sizes), (b, _) in pairwise(ordered))

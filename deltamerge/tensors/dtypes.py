@@ -61,32 +61,32 @@ CODES = {name: code for code, name in TORCH_NAMES.items()}
 
 
 def bits_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bits that a tensor takes in a file."""
+    """Return the bits that a tensor takes in a file."""
     return math.prod(shape) * DTYPES[dtype].bits
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor takes in a file."""
+    """Return the bytes that a tensor takes in a file."""
     return math.prod(shape) * ITEMSIZE[dtype] if dtype not in PACKED else -(-bits_of(dtype, shape) // 8)
 
 
 def bits_type(dtype: str) -> str:
-    """The unsigned numpy dtype as wide as an element of a safetensors dtype."""
+    """Return the unsigned numpy dtype as wide as an element of a safetensors dtype."""
     return f"<u{ITEMSIZE[dtype]}"
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code such as "BF16"."""
+    """Return the torch dtype of a safetensors code such as "BF16"."""
     return getattr(torch, TORCH_NAMES[code])  # type: ignore[no-any-return]  # every name in the table is a dtype
 
 
 def code_of(dtype: torch.dtype) -> str | None:
-    """The safetensors code of a torch dtype; None where the table has none."""
+    """Return the safetensors code of a torch dtype; None where the table has none."""
     return CODES.get(str(dtype).removeprefix("torch."))
 
 
 def widen(bits: Array, dtype: str) -> Array:
-    """Bit patterns (unsigned) of a floating `dtype` as float32 of the same shape; float64 is rounded."""
+    """Return bit patterns (unsigned) of a floating `dtype` as float32 of the same shape; float64 is rounded."""
     if dtype == "BF16":
         words = bits.astype(np.uint32)
         words <<= 16
@@ -100,7 +100,7 @@ def widen(bits: Array, dtype: str) -> Array:
 
 
 def narrow(values: Array, dtype: str) -> Array:
-    """Float32 as bit patterns of a floating `dtype`: to the nearest, ties to even; NaN is 0x7FC0 in bfloat16."""
+    """Return float32 as bit patterns of a floating `dtype`: to the nearest, ties to even; NaN is 0x7FC0 in bfloat16."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
@@ -115,12 +115,12 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def cast(bits: Array, source: str, target: str) -> Array:
-    """Bit patterns of one floating dtype as bit patterns of another, through float32."""
+    """Return bit patterns of one floating dtype as bit patterns of another, through float32."""
     return bits if source == target else narrow(widen(bits, source), target)
 
 
 def _torch_cast(bits: Array, source: str, target: str) -> Array:
-    """Bit patterns of float8 to or from those of float32, by torch."""
+    """Return bit patterns of float8 to or from those of float32, by torch."""
     signed = np.array(bits).view(f"<i{ITEMSIZE[source]}")
     result = torch.from_numpy(signed).view(torch_dtype(source)).to(torch_dtype(target))
     stored: Array = result.view(getattr(torch, f"int{DTYPES[target].bits}")).numpy()

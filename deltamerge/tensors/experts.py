@@ -119,7 +119,7 @@ def is_turned_stack(tensor: Tensor) -> bool:
 
 
 def containers(names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The containers of experts stored one by one, and of fused ones."""
+    """Return the containers of experts stored one by one, and of fused ones."""
     apart, fused = set(), set()
     for name in names:
         if found := _APART.fullmatch(name):
@@ -130,13 +130,13 @@ def containers(names: Iterable[str]) -> tuple[set[str], set[str]]:
 
 
 def differ(models: Iterable[Iterable[str]]) -> bool:
-    """Whether some models store experts one by one and others fused."""
+    """Tell whether some models store experts one by one and others fused."""
     found = [containers(names) for names in models]
     return any(apart for apart, _ in found) and any(fused for _, fused in found)
 
 
 def fold(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors with experts that are stored one by one as fused ones; what does not fit a layout stays."""
+    """Return the tensors with experts that are stored one by one as fused ones. Others than a layout's stay."""
     apart: dict[str, dict[str, dict[int, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     for name, info in tensors.items():
         if found := _APART.fullmatch(name):
@@ -160,7 +160,7 @@ def fold(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _fused(name: str, parts: Mapping[str, Mapping[int, TensorInfo]], own: tuple[str, ...]) -> TensorInfo | None:
-    """The fused tensor of an expert's parts; None if experts are missing or differ."""
+    """Return the fused tensor of an expert's parts; None if experts are missing or differ."""
     experts = parts[own[0]].keys()
     if set(experts) != set(range(len(experts))) or any(parts[part].keys() != experts for part in own):
         return None
@@ -173,13 +173,13 @@ def _fused(name: str, parts: Mapping[str, Mapping[int, TensorInfo]], own: tuple[
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
-    """How a model that stores experts one by one calls their parts; None if it does not."""
+    """Return the layout of a model that stores experts one by one; None if it does not."""
     parts = {found[3] for name in names if (found := _APART.fullmatch(name))}
     return next((one for one in LAYOUTS if {p for own in one.values() for p in own} == parts), None)
 
 
 def unfold(info: TensorInfo, own: tuple[str, ...]) -> dict[str, TensorInfo]:
-    """The parts `own` of a fused tensor (E, rows, columns), by what follows the container's name: "7.up_proj.weight".
+    """Return the parts `own` of a fused tensor (E, rows, columns) by their inner names, such as "7.up_proj.weight".
 
     They keep the fused tensor's name.
     """
@@ -195,8 +195,10 @@ def unfold(info: TensorInfo, own: tuple[str, ...]) -> dict[str, TensorInfo]:
 
 
 def is_turned(shapes: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Whether the fused tensors of one container are stored transposed to those of another, by name without it; None
-    if the shapes agree either way (all square)."""
+    """Tell whether the fused tensors of one container are stored transposed to those of another, both by inner name.
+
+    None: the shapes agree either way, as all are square.
+    """
     told = None
     for key, shape in shapes.items():
         other = like.get(key)
@@ -210,7 +212,7 @@ def is_turned(shapes: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[in
 
 
 def by_container(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The fused tensors of every container, by the name inside it."""
+    """Return the fused tensors of every container, by the name inside it."""
     result: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         if (found := _FUSED.fullmatch(name)) and len(info.shape) == 3:

@@ -10,8 +10,6 @@ from deltamerge.tensors.schedule import schedule as schedule
 from deltamerge.tensors.tensor import Function as Function
 from deltamerge.tensors.tensor import Graph as Graph
 from deltamerge.tensors.tensor import Kind as Kind
-from deltamerge.tensors.tensor import Tensor as Node
+from deltamerge.tensors.tensor import Node as Node
 from deltamerge.tensors.tensor import function_of as function_of
 from deltamerge.tensors.tensor import name_of as name_of
-
-__all__ = ["Node"]

@@ -53,7 +53,7 @@ class Reader:
             read_at(file.fd, tensor.begin + offset, view)
 
     def read_hashed(self, info: Tensor | TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
-        """`read_into`, and tell `pieces` the hashes of what of a file has been read."""
+        """Read as `read_into` does, and tell `pieces` the hashes of the pieces of a file that were read."""
         self.read_into(info, start_elem, out)
         tensor = info.tensor
         if self.pieces is not None and tensor.kind == "stored":
@@ -90,7 +90,7 @@ class Reader:
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """The value of `compute` for `key`, computed by the first thread that asks."""
+        """Return the value of `compute` for `key`, computed by the first thread that asks."""
         with self._knowing:
             if key not in self._known:
                 self._known[key] = compute()

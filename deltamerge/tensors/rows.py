@@ -83,8 +83,9 @@ def moves_rows(info: Tensor | TensorInfo) -> bool:
 
 
 def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int32], padding: int) -> TensorInfo:
-    """`own` with the rows that `picks` takes from `sources`, and `padding` more rows; a plain cut if it only gets
-    shorter.
+    """Return `own` with the rows that `picks` takes from `sources`, and `padding` more rows.
+
+    It is a plain cut if it only gets shorter.
 
     InputError: a dtype whose rows cannot be averaged (float8, integers).
     """
@@ -110,7 +111,7 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 
 def mean_row(rows: Callable[[int, int], NDArray[Any]], count: int, width: int) -> NDArray[np.float32]:
-    """(width) the mean of `count` rows, of which rows(first, last) has some, summed in float64 in their order."""
+    """Return the mean (width) of `count` rows, summed in float64 in their order. `rows(first, last)` reads some."""
     total, step = np.zeros(width, np.float64), max(1, CHUNK_ELEMENTS // width)
     for first in range(0, count, step):
         total += rows(first, min(first + step, count)).astype(np.float64).sum(0)
@@ -118,7 +119,7 @@ def mean_row(rows: Callable[[int, int], NDArray[Any]], count: int, width: int) -
 
 
 def stored_rows(read: Read, source: Tensor | TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
-    """Rows of a stored tensor, in the given order."""
+    """Return rows of a stored tensor, in the given order."""
     out: NDArray[Any] = np.empty((len(rows), width), NUMPY[source.dtype])
     ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows))
     firsts = np.concatenate([rows[:1], rows[ends[:-1]]]).astype(np.int64)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 from weakref import ref
 
 import numpy as np
@@ -151,6 +151,9 @@ class Tensor:
         if own is its or own.kind != "stored" or its.kind != "stored":
             return own is its
         return (own.shape, own.dtype, own.begin, own.path) == (its.shape, its.dtype, its.begin, its.path)
+
+
+Node: TypeAlias = Tensor  # a tensor among the steps of a pass
 
 
 class Read(Protocol):

@@ -29,14 +29,14 @@ class Whole(Protocol):
 
     @property
     def device(self) -> Any:
-        """torch's device of its values."""
+        """Return torch's device of its values."""
 
     def fill(self, start: int, out: Any) -> None:
         """Write the elements from `start` on into `out`, a flat float32 tensor on the device."""
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """Elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
+    """Return the elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
     convolutions."""
     if len(shape) < 2:
         return 1
@@ -44,7 +44,7 @@ def row_length(shape: tuple[int, ...]) -> int:
 
 
 def block_elements(shape: tuple[int, ...]) -> int:
-    """Elements of one block: whole rows, about 2**16; a function of the shape alone.
+    """Return the elements of one block: whole rows, about 2**16; a function of the shape alone.
 
     Tiles are whole blocks, and a floating reduction yields one partial per block, so neither tile size nor
     threads can change a sum. Rows of more than 2**20 elements are cut through.
@@ -63,12 +63,12 @@ class Tile:
 
     @property
     def size(self) -> int:
-        """Elements of the tile."""
+        """Return the elements of the tile."""
         return self.stop - self.start
 
     @property
     def columns(self) -> int:
-        """Elements of a row of the tensor."""
+        """Return the elements of a row of the tensor."""
         return max(1, row_length(self.shape))
 
 
@@ -90,7 +90,7 @@ class Patched:
 
 
 def densify(delta: Any, size: int) -> Tensor:
-    """A delta as a flat float32 tensor, zero where `Kept` has no entry."""
+    """Return a delta as a flat float32 tensor, zero where `Kept` has no entry."""
     if not isinstance(delta, Kept):
         return delta  # type: ignore[no-any-return]  # a dense tile already
     dense = torch.zeros(size, dtype=torch.float32, device=delta.values.device)
@@ -99,7 +99,7 @@ def densify(delta: Any, size: int) -> Tensor:
 
 
 def block_rows(values: Tensor, tile: Tile) -> Tensor:
-    """(blocks, width) the blocks of a flat tile, each padded with zeros to a power of two."""
+    """Return the blocks (blocks, width) of a flat tile, each padded with zeros to a power of two."""
     step = block_elements(tile.shape)
     blocks = -(-tile.size // step)
     rows = torch.nn.functional.pad(values, (0, blocks * step - tile.size)).view(blocks, step)
@@ -107,7 +107,7 @@ def block_rows(values: Tensor, tile: Tile) -> Tensor:
 
 
 def halved(rows: Tensor) -> Tensor:
-    """The sum of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
+    """Return the sum of each row by halving, padded with zeros to a power of two: every device adds in one order.
 
     Rows of more than `RUN` entries are cut into runs; the sums of the runs, each padded to full length, are added
     likewise.
@@ -126,7 +126,7 @@ def halved(rows: Tensor) -> Tensor:
 
 
 def alike(values: Tensor, tile: Tile) -> Iterator[Tensor]:
-    """The blocks of a flat tile as rows (blocks, size): all whole ones at once, then one that is shorter, if any."""
+    """Yield the blocks of a flat tile as rows (blocks, size): all whole blocks at once, then a shorter one, if any."""
     step = block_elements(tile.shape)
     whole = tile.size // step * step
     if whole:
@@ -136,7 +136,7 @@ def alike(values: Tensor, tile: Tile) -> Iterator[Tensor]:
 
 
 def row_length_of(tile: Tile, size: int) -> int:
-    """The length of the rows inside a block of `size` entries: that of the last dimension.
+    """Return the length of the rows inside a block of `size` entries: that of the last dimension.
 
     A vector, or a part of one with more than 2**16 elements, is one row, as is a part of a row of more than 2**20.
     """

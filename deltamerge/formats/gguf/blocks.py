@@ -8,8 +8,9 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.header import GgufBlock, block_of, package
-from deltamerge.formats.quantised.scheme import Array, Floats, fill_rows, kept
+from deltamerge.formats.quantised.scheme import Array, Floats, kept
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, stored, view, viewed
+from deltamerge.tensors.views import fill_lines
 
 
 @view()
@@ -26,7 +27,7 @@ def ggml_blocks(read: Read, tensor: Tensor, start: int, out: memoryview, *, kind
             values = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
         return np.asarray(values, np.float32)
 
-    fill_rows(columns, start, out, rows)
+    fill_lines(columns, "F32", start, out, rows)
 
 
 @view()
@@ -50,7 +51,7 @@ def head_order(read: Read, tensor: Tensor, start: int, out: memoryview, *, head:
             values = np.ascontiguousarray(pairs.swapaxes(1, 2))
         return values.reshape(-1, columns)[top - first * head : bottom - first * head]
 
-    fill_rows(columns, start, out, rows)
+    fill_lines(columns, "F32", start, out, rows)
 
 
 @view()
@@ -83,7 +84,7 @@ def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -
         return values
 
     values = kept(read, source, numbers)
-    fill_rows(rows, start, out, lambda top, bottom: np.ascontiguousarray(values[:, top:bottom].T))
+    fill_lines(rows, "F32", start, out, lambda top, bottom: np.ascontiguousarray(values[:, top:bottom].T))
 
 
 @view()

@@ -12,12 +12,11 @@ from functools import cache
 from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from deltamerge.engine import kernels
 from deltamerge.formats.quantised.scheme import CHUNK, EXPONENTS, Array, CodedParts, Coder, Floats
-from deltamerge.tensors.dtypes import narrow, widen
+from deltamerge.tensors.dtypes import NUMPY, PLAIN, narrow, widen
 from deltamerge.tensors.tensor import Read
 
 WORD = 32
@@ -28,10 +27,6 @@ WIDE = 4 * CHUNK  # elements; a larger block is coded a few rows at a time
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 MORE_SHARES = (*SHARES, 0.7, 0.65, 0.6, 0.55, 0.5)  # of integers of up to 3 bits
 Packing = Literal["bytes", "nibbles", "words"]
-SMALL = {
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "F4": ml_dtypes.float4_e2m1fn, "I8": np.int8, "U8": np.uint8,
-}  # fmt: skip
 
 
 # Numbers.
@@ -56,36 +51,53 @@ class Numbers(Protocol):
 
 
 @cache
+def small(dtype: str) -> np.dtype[Any]:
+    """Return numpy's dtype of codes of at most 8 bits, by safetensors' name."""
+    if dtype in ("I8", "U8"):
+        return np.dtype(NUMPY[dtype])
+    import ml_dtypes  # not where the compiled loop reads the codes
+
+    names = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn"}
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, names[dtype]))
+    return found
+
+
+@cache
 def values_of(dtype: str) -> Floats:
     """Return the float32 values of all codes of a dtype of at most 8 bits, in the order of the codes."""
     codes = np.arange(16 if dtype == "F4" else 256, dtype=np.uint8)
-    values: Floats = codes.view(SMALL[dtype]).astype(np.float32)
+    values: Floats = codes.view(small(dtype)).astype(np.float32)
     values.flags.writeable = False
     return values
 
 
+@cache
+def _limits(dtype: str) -> tuple[float, tuple[int, ...]]:
+    """Return the largest number of a dtype of small floats, and the kernels' description of it."""
+    from ml_dtypes import finfo
+
+    limits: Any = finfo(small(dtype))  # type: ignore[no-untyped-call]
+    last = int(np.array(limits.max, small(dtype)).view(np.uint8))
+    return float(limits.max), (int(limits.nexp), int(limits.nmant), 1 - int(limits.minexp), last, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class SmallFloats:
-    """Floats of a dtype of `SMALL`: E4M3, E5M2, E2M1."""
+    """Floats of a dtype of 4 or 8 bits: E4M3, E5M2, E2M1."""
 
     dtype: str
 
     @property
-    def _limits(self) -> Any:
-        return ml_dtypes.finfo(SMALL[self.dtype])  # type: ignore[no-untyped-call]
-
-    @property
     def largest(self) -> float:
-        return float(self._limits.max)
+        return _limits(self.dtype)[0]
 
     @property
     def form(self) -> tuple[int, ...]:
-        limits, last = self._limits, int(self.codes(np.array([self.largest], np.float32))[0])
-        return int(limits.nexp), int(limits.nmant), 1 - int(limits.minexp), last, 0, 0
+        return _limits(self.dtype)[1]
 
     def codes(self, values: Floats) -> Array:
         largest = np.float32(self.largest)
-        return np.clip(values, -largest, largest).astype(SMALL[self.dtype]).view(np.uint8)
+        return np.clip(values, -largest, largest).astype(small(self.dtype)).view(np.uint8)
 
     def values(self, codes: Array) -> Floats:
         found: Floats = np.take(values_of(self.dtype), codes)
@@ -155,7 +167,7 @@ E4M3, E5M2, E2M1 = SmallFloats("F8_E4M3"), SmallFloats("F8_E5M2"), SmallFloats("
 def scales_of(stored: Array, dtype: str) -> Floats:
     """Return stored scales in float32: floats, small floats, or exponents (U8 is E8M0 too)."""
     dtype = "F8_E8M0" if dtype in EXPONENTS else dtype
-    if dtype not in SMALL:
+    if dtype in PLAIN:
         return widen(stored, dtype)
     scales: Floats = np.take(values_of(dtype), stored)
     return scales

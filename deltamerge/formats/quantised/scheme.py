@@ -407,20 +407,11 @@ def floats(read: Read, info: Part, start: int, count: int) -> Floats:
 # Values, a few rows at a time.
 
 
-def fill_rows(columns: int, start: int, out: memoryview, rows: Callable[[int, int], Floats]) -> None:
+def put_rows(columns: int, start: int, out: memoryview, rows: Rows) -> None:
     """Fill `out` with float32 elements from `start` on of a matrix of `columns`.
 
-    `rows(top, bottom)` returns rows [top, bottom), of shape (bottom − top, columns).
+    `rows(top, bottom, values)` writes rows [top, bottom) into `values`.
     """
-
-    def into(top: int, bottom: int, values: Floats) -> None:
-        values[:] = rows(top, bottom)
-
-    put_rows(columns, start, out, into)
-
-
-def put_rows(columns: int, start: int, out: memoryview, rows: Rows) -> None:
-    """Fill `out` likewise by `rows(top, bottom, values)`, which writes rows [top, bottom) into `values`."""
     target = np.frombuffer(out, np.float32)
     step = max(1, CHUNK // columns)
     last = -(-(start + len(target)) // columns)

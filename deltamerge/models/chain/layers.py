@@ -35,7 +35,7 @@ class Layers:
     _recent: Kept = field(default_factory=partial(Kept, KEPT))
 
     def over(self, delta: Checkpoint, versions: Sequence[Version], base: Checkpoint) -> Checkpoint:
-        """The checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
+        """Return the checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
 
         InputError: as `over_base.over`; or the base has tensors of which the first version says nothing.
         """
@@ -72,7 +72,7 @@ class Layers:
 
 
 def check_complete(first: Version, base: Checkpoint) -> None:
-    """InputError: the base has tensors that the first version of a chain neither lists nor removes."""
+    """Raise InputError for a base with tensors that the first version of a chain neither lists nor removes."""
     manifest = first.delta.manifest
     known = {record.base_name or name for name, record in manifest.tensors.items()} | {*manifest.removed}
     if unknown := base.tensors.keys() - known:
