@@ -30,8 +30,8 @@ def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor keeps q = 1 beside calibrated weights, which measures better: vectors, and rows that are looked
-    up.
+    """Tell whether a tensor keeps q = 1 beside calibrated weights, which measures better: vectors, and rows that are
+    looked up.
 
     Sides of 1 do not count in tensors of three and more dimensions: a class token (1, 1, n) is a vector.
     """
@@ -40,12 +40,12 @@ def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether name and shape are those of a linear layer's weight."""
+    """Tell whether name and shape are those of a linear layer's weight."""
     return len(shape) == 2 and name.endswith("weight") and not is_unscaled(name, shape)
 
 
 def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether name and shape are those of experts' weights, stacked in one tensor."""
+    """Tell whether name and shape are those of experts' weights, stacked in one tensor."""
     return len(shape) == 3 and 1 not in shape and EXPERTS.search(name) is not None
 
 
@@ -57,7 +57,7 @@ class Shaped(Protocol):
 
 
 def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | None) -> bool:
-    """Whether stacked experts are stored (in, out), told by which side is the hidden size.
+    """Tell whether stacked experts are stored (in, out), told by which side is the hidden size.
 
     A square one is stored as another of `tensors`, the checkpoint's, of the same module.
     """
@@ -72,8 +72,8 @@ def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | N
 
 
 def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> bool:
-    """Whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and GPT-2 are
-    made of, and the experts of some models."""
+    """Tell whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and
+    GPT-2 are made of, and the experts of some models."""
     if is_stacked(name, tensors[name].shape):
         parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
         widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
@@ -82,12 +82,13 @@ def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, Sh
 
 
 def has_norm(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked experts."""
+    """Tell whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked
+    experts."""
     return (len(shape) == 2 and EMBEDDING.search(name) is None) or is_stacked(name, shape)
 
 
 def has_columns(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether columns of a tensor can be protected: it is a matrix that is no embedding."""
+    """Tell whether columns of a tensor can be protected: it is a matrix that is no embedding."""
     return len(shape) == 2 and has_norm(name, shape)
 
 
@@ -101,7 +102,7 @@ def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
 
 
 def in_words(groups: Iterable[dict[str, Any]]) -> str:
-    """A message about the tensors that are divided as without calibration; "" where there are none."""
+    """Return a message about the tensors that are divided as without calibration; "" where there are none."""
     some = [group for group in groups if group["why"] != UNSCALED]
     shown = [f"{g['count']} × {g['tensors']} (q = {g['q']:.4g}: {g['why']})" for g in some[:SHOWN]]
     more = f", and {len(some) - SHOWN} more patterns" if len(some) > SHOWN else ""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deltamerge.calibrate.model.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
@@ -20,6 +18,63 @@ from deltamerge.recipe.schema import CalibratedQ, Calibration
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16"]
+CPU_INFO = Path("/proc/cpuinfo")
+FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
+LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
+
+
+class Sized(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def precision_of(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
+    """Return the precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at
+    it."""
+    if asked != "auto":
+        return "bfloat16" if asked == "bfloat16" else "float32"
+    large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
+    return "bfloat16" if large and fast_bfloat16(device) else "float32"
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Tell whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
+    return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
+
+
+def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in that precision, of bfloat16 with sums in float32."""
+    if precision == "float32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
+    """Attention whose backward adds in one order: the fused ones of a GPU do not."""
+    if device.type == "cpu":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@cache
+def _flags(path: Path) -> frozenset[str]:
+    """Return the flags of the first processor."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").split())
+
 
 EVALUATIONS = 20
 STEPS = 40
@@ -70,8 +125,8 @@ class CalibrationInput:
 
     @property
     def precision(self) -> Precision:
-        """Of the products of its forward passes."""
-        return chosen(self.calibration.precision, self.device, self.tensors)
+        """Return the precision of the products of its forward passes."""
+        return precision_of(self.calibration.precision, self.device, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +181,12 @@ class Spec:
 
     @property
     def seeds(self) -> int:
-        """The number of masks that the search averages over."""
+        """Return the number of masks that the search averages over."""
         return 1 if self.coefficients else len(self.pruned[0].masked)
 
     @property
     def passes(self) -> int:
-        """The most forward passes over the calibration rows; a backward pass counts as two."""
+        """Return the most forward passes over the calibration rows; a backward pass counts as two."""
         if self.coefficients:
             return FITTED_PASSES * len(self.parts)
         rows = self.source.calibration.sequences
@@ -141,13 +196,13 @@ class Spec:
 
     @property
     def _is_modelled(self) -> bool:
-        """Whether one q is searched by a model of the output change, or by predictions."""
+        """Tell whether one q is searched by a model of the output change, or by predictions."""
         how = self.objective, self.scope, self.search, self.source.labelled, self.parts
         return how == ("output_change", "global", "auto", False, ())
 
     def _modelled(self, rows: int) -> tuple[tuple[float, float], ...]:
-        """The most passes of such a search, and of its comparison on held-out rows, in either case. The plain choice
-        takes passes of the search where no point of the first round is the same."""
+        """Return the most passes of such a search, and of its comparison on held-out rows, in either case. The plain
+        choice takes passes of the search where no point of the first round is the same."""
         two, one, more = min(self.seeds, 2), ROUND / rows, LAST_ROUND - 1
         first = 1 + (SCANNED + 1) * max(1, rows // 4) / rows + (two if self.random or self.bounds else 0)
         closer, further = (1, MORE_ROUNDS) if self.random else (CLOSER, 0)
@@ -176,7 +231,7 @@ class Spec:
 
     @property
     def _whole_passes(self) -> int:
-        """The most passes that need all logits: an output change is of a few of them."""
+        """Return the most passes that need all logits: an output change is of a few of them."""
         if self.coefficients or self.search == "gradient" or self.objective == "validation":
             return self.passes
         rows = self.source.calibration.sequences
@@ -194,19 +249,19 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """The stage's key in a lock."""
+        """Return the stage's key in a lock."""
         return "merge" if self.parts else self.source.model
 
     @property
     def memory(self) -> int:
-        """About the anonymous bytes that the stage takes beside BASELINE_BYTES."""
+        """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
         return shared + memory(*parts, dense=self._dense)
 
     @property
     def shares_weights(self) -> bool:
-        """Whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
+        """Tell whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
         coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
         number."""
         if not self.coefficients or self.source.device != "cpu":
@@ -215,27 +270,27 @@ class Spec:
 
     @property
     def _shared_bytes(self) -> int:
-        """Of merged weights and their gradients, in float32."""
+        """Return the bytes of merged weights and their gradients, in float32."""
         return 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
 
     @property
     def halved(self) -> bool:
-        """Whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
+        """Tell whether deltas with coefficients are kept in bfloat16, to which their sum is rounded for products."""
         return bool(self.coefficients) and self.source.precision == "bfloat16"
 
     @property
     def _dense(self) -> int:
-        """Bytes of an entry of a dense masked delta."""
+        """Return the bytes of an entry of a dense masked delta."""
         return 2 if self.halved else 4
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
-        """The fine-tunes that run."""
+        """Return the fine-tunes that run."""
         return tuple(part.source for part in self.parts) or (self.source,)
 
     @property
     def not_calibrated(self) -> list[dict[str, Any]]:
-        """The tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
+        """Return the tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
         if self.parts or self.search == "gradient":
             return []
         shapes = ((p, p.masked[0].shape) for p in self.pruned)
@@ -243,7 +298,7 @@ class Spec:
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
     def describe(self) -> dict[str, Any]:
-        """The stage as `deltamerge plan --json` prints it."""
+        """Return the stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
         tokens = calibration.sequences * calibration.length
         apart, head = products({tensor.name: tensor.shape for tensor in self.source.tensors})
@@ -267,7 +322,8 @@ class Spec:
 
 
 def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
-    """The number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, + 2, …"""
+    """Return the number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, +
+    2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 
@@ -282,20 +338,20 @@ def rounded(value: float) -> float:
 
 
 def grid_step(low: float) -> float:
-    """The step of the authors' coarse grid, which starts at `low`."""
+    """Return the step of the authors' coarse grid, which starts at `low`."""
     return min(low, 0.05)
 
 
 def memory(*parts: Share, dense: int = 4) -> int:
-    """About the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry where
-    they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
+    """Return about the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry
+    where they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
     masks = sum(min(math.ceil(mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
     return masks + passing + min(passing // 2, WAITING_BYTES)
 
 
 def _passing(source: CalibrationInput) -> int:
-    """The bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
+    """Return the bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
     candidates; of pruned deltas of the largest while it is drawn."""
     found = 2 * resident(source.tensors) + ahead(source.tensors) + WALKED * hidden(source)
     if source.pairs:
@@ -304,7 +360,7 @@ def _passing(source: CalibrationInput) -> int:
 
 
 def hidden(source: CalibrationInput) -> int:
-    """The bytes of one candidate's hidden states, in float32."""
+    """Return the bytes of one candidate's hidden states, in float32."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
@@ -312,14 +368,14 @@ def hidden(source: CalibrationInput) -> int:
 
 
 def ahead(tensors: Sequence[TensorInfo]) -> int:
-    """The bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
+    """Return the bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stored = {tensor.name: tensor.nbytes for tensor in tensors}
     return max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
 
 
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
-    """Of masked deltas, of `dense` bytes an entry where they are dense."""
+    """Return the bytes of masked deltas, of `dense` bytes an entry where they are dense."""
     return sum(
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
         for one in pruned
@@ -328,13 +384,13 @@ def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
-    """The bytes in float32 of a model's largest block and of what is outside its blocks."""
+    """Return the bytes in float32 of a model's largest block and of what is outside its blocks."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:
-    """The source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
+    """Return the source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share, share=share)
     least = memory(Share(replace(source, cache=0)))
@@ -345,32 +401,3 @@ def within(source: CalibrationInput, limit: int | None, share: int = 1) -> Calib
             hint=f"give at least {BASELINE_BYTES + share * least}, or lower calibration.sequences or length",
         )
     return replace(source, cache=min(room, CACHE_BYTES // share), share=share)
-
-
-def norm(
-    statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
-) -> NDArray[np.float32]:
-    """(n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for a
-    weight that saw no input.
-
-    InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
-    """
-    if name not in statistics:
-        return np.ones((stacked, count) if stacked else count, np.float32)
-    if statistics[name].transposed != transposed:
-        stored, taken = ("(in, out)", "(out, in)")[:: 1 if statistics[name].transposed else -1]
-        raise InputError(f"{name} is stored {stored}, but was taken for {taken}", hint="use method magnitude")
-    return np.asarray(statistics[name].norm, dtype=np.float32)
-
-
-def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
-    """The k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no input."""
-    if name in statistics and statistics[name].transposed:
-        raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
-    found = statistics[name].massive(k) if name in statistics else []
-    return np.array(found, dtype=np.int64)
-
-
-def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
-    """The columns that a recipe lists, ascending."""
-    return np.array(numbers, dtype=np.int64)

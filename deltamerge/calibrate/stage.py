@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.calibrated import Calibrated, QValue
-from deltamerge.calibrate.model.foreign import quiet
+from deltamerge.calibrate.model.transformers_code import quiet
 from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, rounded
+from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
@@ -24,9 +24,9 @@ from deltamerge.files import progress
 from deltamerge.tensors.reader import Reader
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.q.choices import Found, Qs
     from deltamerge.calibrate.q.closed_forms import LayerStatistics
-    from deltamerge.calibrate.q.subject import Judge
+    from deltamerge.calibrate.q.comparison import QPoint, Qs
+    from deltamerge.calibrate.q.subject import HeldOutMeasure
 
 ACTIVATIONS = "measuring activations of"
 LONG = 40  # characters of a model's name beside its progress
@@ -44,7 +44,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The q's with the smallest objective, or the plain choice if that is as good on held-out rows.
+    """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows.
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
@@ -91,9 +91,14 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
 
 def decide(
-    spec: Spec, judge: Judge, found: Sequence[Found], some: Sequence[Found], held: Sequence[float], plain: float
-) -> tuple[Found | None, dict[str, Any]]:
-    """The best candidate if it betters the plain choice, else None; and the record for the lock.
+    spec: Spec,
+    judge: HeldOutMeasure,
+    found: Sequence[QPoint],
+    some: Sequence[QPoint],
+    held: Sequence[float],
+    plain: float,
+) -> tuple[QPoint | None, dict[str, Any]]:
+    """Return the best candidate if it betters the plain choice, else None; and the record for the lock.
 
     spec    the stage
     judge   compares on held-out rows

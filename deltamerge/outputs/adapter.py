@@ -19,18 +19,17 @@ from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.outputs.assets import Files, as_json, edit_tokenizer, tokenizer_files
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.outputs.output import RunOutput, Weights
-from deltamerge.plan.folders import refuse_adapter
-from deltamerge.plan.inputs import Inputs
+from deltamerge.plan.inputs import Inputs, refuse_adapter
+from deltamerge.plan.output_config import BESIDE
 from deltamerge.plan.output_kind import Stored
 from deltamerge.plan.planner import Plan
-from deltamerge.plan.written_config import BESIDE
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from deltamerge.calibrate.model.loading import Shaped
+    from deltamerge.calibrate.model.loading import ShapedTensor
 
 ADAPTER = Component(stem="adapter_model")
 
@@ -143,7 +142,7 @@ class ModelModules:
         self.tied = set(aliases(model))
 
     @classmethod
-    def of(cls, config: dict[str, Any], tensors: Mapping[str, Shaped], *, parts: bool = False) -> ModelModules:
+    def of(cls, config: dict[str, Any], tensors: Mapping[str, ShapedTensor], *, parts: bool = False) -> ModelModules:
         """Return the modules of a config that is stored as these tensors.
 
         `parts`: some may be parts of a tensor of the model. InputError: transformers knows no such model, or has other

@@ -31,12 +31,11 @@ from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.gguf_tokenizer import described, is_described
 from deltamerge.models.tokenizer_files import JINJA
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
-from deltamerge.plan.chat_template import ChatTemplate
-from deltamerge.plan.folders import TOKENIZER_CONFIG
+from deltamerge.plan.inputs import TOKENIZER_CONFIG
+from deltamerge.plan.output_config import generation_of
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary import Vocabulary
-from deltamerge.plan.vocabulary_config import edit_config
-from deltamerge.plan.written_config import generation_of
+from deltamerge.plan.vocabulary_config import ChatTemplate, edit_config
 from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
 
 TOKENIZER = (

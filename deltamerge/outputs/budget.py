@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from deltamerge import errors
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.entry import TILE
@@ -40,6 +40,9 @@ from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.tensors.dtypes import ITEMSIZE, widen
 from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tiles import row_length
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.q.closed_forms import LayerStatistics
 
 Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]

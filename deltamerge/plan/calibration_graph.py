@@ -8,30 +8,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import stage
-from deltamerge.calibrate.merge import coefficients, joint_factor
-from deltamerge.calibrate.merge import inputs as merge_inputs
+from deltamerge.calibrate import reductions, stage
+from deltamerge.calibrate.merge import coefficients, joint_factor, second_moments
 from deltamerge.calibrate.merge.gradients import squares
-from deltamerge.calibrate.merge.second_moments import Measured
-from deltamerge.calibrate.q.threshold import model_cut
+from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.reach import has_columns, is_linear
-from deltamerge.calibrate.rows.split import split
+from deltamerge.calibrate.reductions import model_cut
+from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
-from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.peft.lora import is_dora, is_low_rank
+from deltamerge.methods.merge.passthrough import passthrough
+from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
-from deltamerge.plan.folders import refuse_unrunnable
-from deltamerge.plan.inputs import Inputs
-from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
-from deltamerge.plan.matrix_form import matrix_form
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
+from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.recipe.prune import Pruning
-from deltamerge.recipe.schema import CalibratedQ
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.rows import moves_rows
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,8 @@ class StageMaker:
     memory: int | None
 
     def make(self, deltas: Deltas, merges: Sequence[Merge]) -> Stages:
-        """The stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
+        """Return the stages of the models whose q is calibrated or whose masks need activations or all their
+        tensors."""
         stages = Stages()
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
@@ -59,14 +59,14 @@ class StageMaker:
             by_model.setdefault(tuned.index, []).append(tuned)
         return replace(stages, inputs={index: self._measured(deltas, some) for index, some in by_model.items()})
 
-    def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> Measured:
-        """What measures the inputs of a model's layers."""
+    def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> InputMeasurement:
+        """Return the measurement of the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
         source = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
-        return Measured(source, {t.name: t.tensor.name for t in tunes})
+        return InputMeasurement(source, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
-        """The stages that there are, and those of the model `index`, whose tensors are `tunes`."""
+        """Return the stages that there are, and those of the model `index`, whose tensors are `tunes`."""
         prune, stages = deltas.prunes[index], deltas.stages
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
@@ -104,7 +104,8 @@ class StageMaker:
         return stages
 
     def together(self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
-        """The stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask seed."""
+        """Return the stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask
+        seed."""
         recipe, stages = deltas.recipe, deltas.stages
         refuse_gathered([t for merge in merges for t in merge.tunes], "calibrate per: model")
         searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
@@ -126,7 +127,8 @@ class StageMaker:
         return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
 
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
-        """The stage that measures the inputs of every fine-tune's layers, or the gradients of all its tensors."""
+        """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its
+        tensors."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
         wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
@@ -134,21 +136,21 @@ class StageMaker:
             parts.append(
                 Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted))
             )
-        function = squares if gradients else merge_inputs.inputs
+        function = squares if gradients else second_moments.inputs
         return deltas.graph.node(function, kind="small", parts=tuple(parts))
 
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
     ) -> Node:
-        """The same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the node
-        `so_far` of the moments that there are."""
+        """Return the same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the
+        node `so_far` of the moments that there are."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
         masked = {m.name: (merged_delta(m, deltas.recipe.seed),) for m in merges}
         known = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
         known += tuple(deltas.stages.calibrated.values())
         parts = self._shares(deltas, merges, masked)
         return deltas.graph.node(
-            merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
+            second_moments.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
         )
 
     def fitted(
@@ -158,7 +160,7 @@ class StageMaker:
         parts_of: Callable[[Merge], dict[str, Node]],
         starts: Sequence[float],
     ) -> Node:
-        """The stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        """Return the stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
@@ -182,7 +184,7 @@ class StageMaker:
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]
     ) -> tuple[Share, ...]:
-        """Every fine-tune with what `masked` has for its tensors."""
+        """Return every fine-tune with what `masked` has for its tensors."""
         parts = []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
@@ -190,13 +192,13 @@ class StageMaker:
         return tuple(parts)
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
-        """The one threshold of a model: as many entries as the tensors' densities add up to."""
+        """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
         whole = tuple((t.name, deltas.whole(t)) for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
         return deltas.graph.node(model_cut, kind="small", deltas=whole, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
-        """The stages that there are, and the calibration of an adapter's own A and B."""
+        """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
         source = self._source(deltas, first, pairs)
@@ -209,7 +211,7 @@ class StageMaker:
     def _source(
         self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
     ) -> CalibrationInput:
-        """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
+        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
@@ -239,7 +241,7 @@ def _spec(
     tensors: Sequence[Tuned],
     shared: tuple[Node, ...],
 ) -> Spec:
-    """The calibration of a model's q's, of its pruned `tensors`."""
+    """Return the calibration of a model's q's, of its pruned `tensors`."""
     random = PRUNE[prune.method].random
     seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
     pruned = []
@@ -254,13 +256,78 @@ def _spec(
     )
 
 
-def on_one_gpu(stages: Stages, device: str) -> str | None:
-    """What of the stages the first of several GPUs does alone, in a line."""
-    numbers = device.partition(":")[2]
-    if numbers != ALL and "," not in numbers:
-        return None
-    measured = stages.activations or stages.weighing or stages.inputs or stages.rows is not None
-    return f"device {device}: the first GPU alone measures what layers are given, or gradients" if measured else None
+@dataclass(frozen=True, slots=True)
+class Product:
+    """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
+
+    weight: TensorInfo
+    update: Tensor
+    factors: dict[str, Tuned]
+
+
+def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
+    """Return the adapted weights whose factors are `pruned`; none where whole weights are.
+
+    InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
+    """
+    model = pruned[0].model
+    if not recipe.output.rules.adapts or model.checkpoint.adapter is None:
+        return []
+    by_name = {tuned.name: tuned for tuned in pruned}
+    products = []
+    for weight in model.checkpoint.tensors.values():
+        if is_low_rank(update := weight.tensor) and len(weight.shape) == 2:
+            if is_dora(update):
+                raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
+            sides = (("a", update.inputs[1]), ("b", update.inputs[2]))
+            factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
+            if factors:
+                products.append(Product(weight, update, factors))
+    paired = {tuned.name for product in products for tuned in product.factors.values()}
+    if alone := next((name for name in by_name if name not in paired), None):
+        message = f"{model.name}: q can be calibrated on A and B of linear layers alone, not {alone}"
+        raise InputError(message, hint="give q a number, or exclude it")
+    return products
+
+
+def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
+    """Return a pruned factor's name -> the weight whose q it has a root of, and which root."""
+    return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
+
+
+def factor_spec(
+    products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
+) -> Spec:
+    """Return the calibration of an adapter's own A and B: masks and q are those of their product, the update of the
+    weight."""
+    random, node = PRUNE[prune.method].random, deltas.graph.node
+
+    def product_node(product: Product, seed: int) -> Node:
+        update, factors = product.update, []
+        for side, info in (("a", update.inputs[1]), ("b", update.inputs[2])):
+            if side in product.factors:
+                stored = deltas.masked(product.factors[side], seed)
+                factor = node(dense, [stored], shape=info.shape)
+            else:
+                factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
+            factors.append(node(reductions.whole, kind="small", node=factor))
+        return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
+
+    pruned = []
+    for product in products:
+        nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
+        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
+        pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
+    scope = q.scope_or_default
+    return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)
+
+
+def refuse_changed_config(tune: Input) -> None:
+    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    checkpoint = tune.checkpoint
+    if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
+        message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
+        raise InputError(message, hint="merge it first: a recipe of its own with merge_method: passthrough")
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
@@ -275,7 +342,7 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
 
 
 def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
-    """The names of single matrices, whose inputs are measured."""
+    """Return the names of single matrices, whose inputs are measured."""
     forms = ((merge.name, matrix_form(merge.name, merge.shape, len(merge.sources))) for merge in merges)
     return tuple(name for name, form in forms if form is not None and form[0] == 1)
 
@@ -292,7 +359,7 @@ def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
 
 
 def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
-    """The data that stages run on, by the fine-tune's index in the recipe."""
+    """Return the data that stages run on, by the fine-tune's index in the recipe."""
     measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
@@ -311,7 +378,7 @@ def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list
     found = [node.parameter("spec").memory for node in stages.calibrations]
     found += [one.memory + memory(Share(one.source)) for one in stages.inputs.values()]
     if stages.rows is not None:
-        found.append(merge_inputs.memory(stages.rows.parameter("parts")))
+        found.append(second_moments.memory(stages.rows.parameter("parts")))
     return found + [memory(Share(source)) for source in sources.values()]
 
 

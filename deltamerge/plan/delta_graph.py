@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate import spec
-from deltamerge.calibrate.calibrated import pick
-from deltamerge.calibrate.merge.second_moments import Measured
-from deltamerge.calibrate.q.threshold import cut_of
 from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
+from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
+from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
 from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
@@ -20,17 +18,20 @@ from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.merge import Merge, Tuned
 from deltamerge.recipe import values
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds
 
+if TYPE_CHECKING:
+    from deltamerge.calibrate.merge.second_moments import InputMeasurement
+
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What runs before the first tile, since it is of all tensors of a model: nodes by the model's place in the recipe.
+    """The stages before the first tile, of all tensors of a model: nodes by the model's place in the recipe.
 
     activations  measure what `Masking.norms` and `protect` take
     weighing     measure what a budget weighs its errors by
@@ -51,11 +52,23 @@ class Stages:
     together: Node | None = None
     totals: Node | None = None
     rows: Node | None = None
-    inputs: Mapping[int, Measured] = field(default_factory=dict)
+    inputs: Mapping[int, InputMeasurement] = field(default_factory=dict)
+
+    @property
+    def any(self) -> bool:
+        """Tell whether there is one."""
+        return self != Stages()
+
+    def on_one_gpu(self, device: str) -> bool:
+        """Tell whether the first of several GPUs does some of them alone."""
+        numbers = device.partition(":")[2]
+        return (numbers == ALL or "," in numbers) and bool(
+            self.activations or self.weighing or self.inputs or self.rows is not None
+        )
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
-        """Those that choose something: each model's q's, or the merge's λ."""
+        """Return the stages that choose something: each model's q's, or the merge's λ."""
         together = () if self.together is None else (self.together,)
         return (*self.calibrated.values(), *together)
 
@@ -73,16 +86,33 @@ class Deltas:
     densities: Mapping[str, float] | None = None
     stages: Stages = field(default_factory=Stages)
 
+    @classmethod
+    def of(cls, recipe: Recipe, graph: Graph, densities: Mapping[str, float] | None) -> Deltas:
+        """Return the maker for a recipe, with its models' prunings."""
+        return cls(recipe, graph, tuple(effective_prune(recipe, i) for i in range(len(recipe.models))), densities)
+
     @property
     def whole_merge(self) -> bool:
-        """Whether the merge is calibrated as a whole, and no q of a model is."""
+        """Tell whether the merge is calibrated as a whole, and no q of a model is."""
         return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
     @property
     def coefficients(self) -> str | None:
-        """What has a factor of its own in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
+        """Return the scope of a factor in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
         calibration = self.recipe.calibration
         return calibration.coefficients if calibration is not None and self.whole_merge else None
+
+    @property
+    def have_stages(self) -> bool:
+        """Tell whether something may run before the first tile: a measurement, a search, a threshold of a model."""
+        return any(
+            prune.protect is not None
+            or prune.group == "model"
+            or isinstance(prune.q, CalibratedQ)
+            or PRUNE[prune.method].needs_activations
+            or self.recipe.calibration_of(index) is not None
+            for index, prune in enumerate(self.prunes)
+        )
 
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
@@ -91,13 +121,13 @@ class Deltas:
         return PRUNE[self.prune_of(tuned).method]
 
     def prunes_by_name(self, tuned: Tuned) -> bool:
-        """Whether the include and exclude lists of its model prune a tensor."""
+        """Tell whether the include and exclude lists of its model prune a tensor."""
         prune, name = self.prune_of(tuned), tuned.name
         included = prune.include is None or any(finds(pattern, name) for pattern in prune.include)
         return included and not any(finds(pattern, name) for pattern in prune.exclude)
 
     def density(self, tuned: Tuned) -> float | None:
-        """The density of a tensor's mask, None if it is not pruned."""
+        """Return the density of a tensor's mask, None if it is not pruned."""
         prune, merge = self.prune_of(tuned), tuned.merge
         if prune.method == "none" or not self.prunes_by_name(tuned):
             return None
@@ -110,7 +140,7 @@ class Deltas:
         return number(prune.density, merge)
 
     def is_masked(self, tuned: Tuned) -> bool:
-        """Whether entries of a tensor's delta are dropped or divided, so that it is not simply whole."""
+        """Tell whether entries of a tensor's delta are dropped or divided, so that it is not simply whole."""
         density, prune = self.density(tuned), self.prune_of(tuned)
         if density is None or density != 1:
             return density is not None
@@ -118,7 +148,7 @@ class Deltas:
         return not (calibrated or prune.rescale) and self.plain_q(tuned, density) != 1
 
     def plain_q(self, tuned: Tuned, density: float) -> float:
-        """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
+        """Return the q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
         if isinstance(prune.q, CalibratedQ):
             return density if self.method_of(tuned).random else 1.0
@@ -138,7 +168,7 @@ class Deltas:
         return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
-        """The pruned, rescaled delta, and its description ("" if it is whole)."""
+        """Return the pruned, rescaled delta, and its description ("" if it is whole)."""
         prune, density, whole = self.prune_of(tuned), self.density(tuned), self.whole(tuned)
         if density is None:
             return whole, ""
@@ -160,7 +190,7 @@ class Deltas:
         return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
-        """The masked delta over what the model's stage chose for this tensor."""
+        """Return the masked delta over what the model's stage chose for this tensor."""
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
@@ -201,7 +231,7 @@ class Deltas:
             return self._cleared(function_of(method.nodes)(masking), columns)
 
     def _parameters(self, tuned: Tuned) -> dict[str, float | bool]:
-        """What the parameters of a tensor's pruning method are for it."""
+        """Return the parameters of a tensor's pruning method."""
         method, given = self.method_of(tuned), dict[str, float | bool]()
         for name, value in self.prune_of(tuned).parameters.items():
             found = number(value, tuned.merge)
@@ -219,7 +249,7 @@ class Deltas:
             return None
         stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
-            spec.norm,
+            norm,
             [self.stages.activations[tuned.index]],
             kind="small",
             name=tuned.tensor.name,
@@ -229,19 +259,20 @@ class Deltas:
         )
 
     def transposed(self, tuned: Tuned) -> bool:
-        """Whether a weight is stored (in, out)."""
+        """Tell whether a weight is stored (in, out)."""
         name, checkpoint = tuned.tensor.name, tuned.model.checkpoint
         tensors = checkpoint.tensors if name in checkpoint.tensors else {name: tuned.tensor}
         return is_transposed(name, checkpoint.config, tensors)
 
     def _cut(self, tuned: Tuned) -> Node | None:
-        """The tensor's part of the threshold of its model, where that is what entries compete for."""
+        """Return the tensor's part of the threshold of its model, where that is what entries compete for."""
         if self.prune_of(tuned).group != "model":
             return None
         return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
-        """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
+        """Return the node of a linear weight's protected columns, and how many they are at most; None where there are
+        none."""
         guarded = self.prune_of(tuned).protect
         if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
@@ -249,7 +280,7 @@ class Deltas:
         if guarded.massive_activations is not None:
             k = min(guarded.massive_activations, width)
             measured = [self.stages.activations[tuned.index]]
-            return self.graph.node(spec.massive, measured, kind="small", name=tuned.tensor.name, k=k), k
+            return self.graph.node(massive, measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
         for pattern, some in (guarded.columns or {}).items():
             if finds(pattern, tuned.name):
@@ -258,13 +289,13 @@ class Deltas:
             return None, 0
         if max(numbers) >= width:
             raise InputError(f"prune.protect.columns: {tuned.name} has {width} columns, {max(numbers)} is none of them")
-        return self.graph.node(spec.columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+        return self.graph.node(columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
         return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
-        """The kept delta with its protected columns, and its description."""
+        """Return the kept delta with its protected columns, and its description."""
         columns, count = self.protected(tuned)
         if columns is None:
             return kept, text
@@ -287,6 +318,6 @@ class Deltas:
 
 
 def number(value: Any, merge: Merge) -> float | None:
-    """What a value of the recipe is for a tensor; None where no filter matches it."""
+    """Return a value of the recipe for a tensor; None where no filter matches it."""
     found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)

@@ -10,10 +10,10 @@ from deltamerge.errors.shown import some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.alike import count_alike, finite, places
-from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
+from deltamerge.plan.stack import is_buffer
 from deltamerge.tensors.dtypes import FLOATING
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first

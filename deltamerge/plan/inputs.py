@@ -1,30 +1,127 @@
-"""The models that a recipe names, opened by their headers and matched tensor by tensor."""
+"""The models that a recipe names, opened by their headers and matched tensor by tensor.
+
+Folders that cannot be merged are refused here. An adapter that is pruned itself gives its own A and B as the deltas.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.errors import InputError
-from deltamerge.formats.components import PIPELINE
+from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors.shown import some
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
+from deltamerge.formats.config_json import code_of as code_of
 from deltamerge.formats.dcp import is_distributed
+from deltamerge.formats.peft.config import DERIVED
+from deltamerge.formats.peft.parts import factor_names
+from deltamerge.formats.weight_files import PICKLES
+from deltamerge.methods.registry import PRUNE
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.schema import Recipe, Section, model_name
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe, Section, model_name
 from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import zeros_like
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
+    """InputError: two models have no component in common, so that one is a part of the other, or of another kind."""
+    read = [(name, {c.folder for c in checkpoint.components}) for name, _, checkpoint in named if checkpoint.tensors]
+    for name, theirs in read[1:]:
+        first, ours = read[0]
+        if ours.isdisjoint(theirs):
+            whole, part = (first, name) if any(ours) else (name, first)
+            raise InputError(
+                f"{whole} has components ({', '.join(sorted((ours | theirs) - {''}))}), {part} is one model",
+                hint=f"name the folder of the component that it is: {whole}/…",
+            )
+
+
+def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
+    """InputError: a tokenizer or chat template is asked for, and those of the output lie in folders of components."""
+    key = next((k for k in ("tokenizer_source", "tokenizer", "chat_template") if getattr(recipe, k) is not None), None)
+    if key is not None and template.config_file != CONFIG:
+        what = "is a pipeline" if template.config_file == PIPELINE else "has no config.json"
+        raise InputError(f"{key}: {name} {what}, whose tokenizers are copied as they are", hint=f"remove {key}")
+
+
+def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
+    """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
+    only what is needed is there before a run."""
+    if not recipe.output.rules.standalone or template.config_file != PIPELINE or template.hub_id is not None:
+        return
+    lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
+    if lost:
+        hint = "download it whole, or name a complete pipeline as the template"
+        raise InputError(f"{name}: {PIPELINE} lists {', '.join(lost[:4])}, which is not there", hint=hint)
+
+
+def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
+    """InputError: a model that calibration would run is none that transformers makes from a config.json."""
+    hint = "give q a number, or a method without calibration (magnitude, dare)"
+    if checkpoint.config_file == PIPELINE or "_class_name" in checkpoint.config:
+        kind = checkpoint.config.get("_class_name", "a pipeline")
+        raise InputError(f"{name}: is of diffusers ({kind}), which calibration does not run", hint=hint)
+    if checkpoint.config_file != CONFIG:
+        raise InputError(f"{name}: has no config.json, without which calibration cannot run it", hint=hint)
+
+
+def refuse_adapter(name: str, checkpoint: Checkpoint) -> None:
+    """InputError: a PEFT adapter is asked for of what PEFT does not load it on."""
+    if checkpoint.config_file != CONFIG or not checkpoint.is_simple or "_class_name" in checkpoint.config:
+        raise InputError(f"output.kind peft: {name} is no model of transformers alone", hint="write kind: delta")
+
+
+def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpoint]]) -> Iterator[str]:
+    """Notes on the folders of a merge, from names and configs alone; `name` is the template's."""
+    if not template.is_simple:
+        kind = "diffusers pipeline" if template.config_file == PIPELINE else "sentence-transformers model"
+        parts = ", ".join(component.folder or "its own folder" for component in template.components)
+        yield f"{name} is a {kind}, merged component by component: {parts}"
+    elif not template.config_file and template.config:
+        yield f"{name} is a GGUF file: config.json is made of what it says, and so is the tokenizer, by transformers"
+    elif not template.config_file:
+        yield f"{name} has no config.json, so the output has none: its weights alone are written"
+    for other, checkpoint in models:
+        if any(file.suffix in PICKLES for file in checkpoint.files):
+            yield f"{other} is read from torch's own files: tables of tensors alone, nothing in them is run"
+    code = sorted(dict.fromkeys(_code(template)))
+    if code:
+        yield f"{name} brings its own code ({some(code)}): copied, never run; whoever loads the output must trust it"
+
+
+def _code(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the modules that a model's configs name as its own code, and the .py files of its components."""
+    folder = checkpoint.path
+    for config in (checkpoint.config, _tokenizer(checkpoint)):
+        yield from code_of(config)
+    if checkpoint.config_file == PIPELINE or (folder / MODULES).is_file():
+        with errors.context(checkpoint.reference):
+            for inner in listed_folders(folder):
+                if not inner or check_folder(folder, inner):
+                    yield from (f"{inner}/{p.name}".lstrip("/") for p in sorted((folder / inner).glob("*.py")))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.path / TOKENIZER_CONFIG
+    return read_json(file) if file.is_file() else {}
+
 
 Opener = Callable[[str, Path], Checkpoint]
 SOURCES = 600_000  # tensors of all models, and of an output, each counted for every model that it comes from
@@ -43,24 +140,25 @@ class Input:
     _containers: dict[str, str] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def get(self, canonical_name: str) -> TensorInfo | None:
-        """The tensor of a canonical name, or None."""
+        """Return the tensor of a canonical name, or None."""
         return self.tensors.get(canonical_name)
 
     def container(self, prefix: str) -> str:
-        """The name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
+        """Return the name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
         if not self._containers:
             self._containers.update(_containers(self.stored))
         return self._containers.get(prefix, prefix)
 
     def regroups(self, tensor: TensorInfo) -> bool:
-        """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
+        """Tell whether a tensor of this model is of experts that its files store otherwise: fused, apart or
+        transposed."""
         adapter, own = self.checkpoint.adapter, tensor.tensor.whole
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
         return is_joined(own) or is_turned_stack(own) or (".experts." in tensor.name and not known)
 
 
 def _containers(stored: Mapping[str, str]) -> dict[str, str]:
-    """The name in a model's files of every numbered container, as the first of its tensors has it."""
+    """Return the name in a model's files of every numbered container, as the first of its tensors has it."""
     found: dict[str, str] = {}
     for name, own in stored.items():
         parts = name.split(".")
@@ -76,7 +174,7 @@ def _containers(stored: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class InputGroup:
     """The inputs of one part of the output: its base (None: no base, or no use for one) and the models that are merged.
 
     `base_member` is the base's index among the part's members; 0 if it is not listed, as all ranges are then equal.
@@ -89,11 +187,11 @@ class Group:
 
     @property
     def all(self) -> tuple[Input, ...]:
-        """The base, if there is one, and the models."""
+        """Return the base, if there is one, and the models."""
         return self.tunes if self.base is None else (self.base, *self.tunes)
 
     def range_of(self, model: Input) -> tuple[int, int]:
-        """The layers [first, end) that a model contributes to a slice."""
+        """Return the layers [first, end) that a model contributes to a slice."""
         assert self.part.ranges is not None
         return self.part.ranges[self.base_member if model.index is None else self.part.members.index(model.index)]
 
@@ -113,7 +211,7 @@ class Inputs:
     donor        the model whose tokenizer the output is put on, with its embeddings alone; it is `vocabulary`, too
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[InputGroup, ...]
     template: Input
     vocabulary: Input | None
     stand_ins: tuple[str, ...] = ()
@@ -125,33 +223,33 @@ class Inputs:
 
     @property
     def base(self) -> Input | None:
-        """The base of the first part."""
+        """Return the base of the first part."""
         return self.groups[0].base
 
     @property
     def tunes(self) -> tuple[Input, ...]:
-        """The merged models, one for each place in the recipe."""
+        """Return the merged models, one for each place in the recipe."""
         return tuple(tune for group in self.groups for tune in group.tunes)
 
     @property
     def all(self) -> tuple[Input, ...]:
-        """Every model once, the base first."""
+        """Return every model once, the base first."""
         everyone = (model for group in self.groups for model in group.all)
         return tuple({(model.name, model.checkpoint.reference): model for model in everyone}.values())
 
     @property
     def canonical(self) -> dict[str, str]:
-        """The names of the output's tensors -> those that models are compared by."""
+        """Return the names of the output's tensors -> those that models are compared by."""
         return {stored: name for name, stored in self.template.stored.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the merged models, without repetition."""
+        """Return the names of the merged models, without repetition."""
         return tuple(dict.fromkeys(tune.name for tune in self.tunes))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint that is read, once: the models, and the bases of delta artifacts."""
+        """Return every checkpoint that is read, once: the models, and the bases of delta artifacts."""
         models = self.all if self.origin is None else (self.origin, *self.all)
         models = models if self.donor is None else (*models, self.donor)
         found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
@@ -241,15 +339,15 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
 def _grouped(
     recipe: Recipe, bases: Collection[str], matched: Sequence[Input], apart: Callable[[Section], bool]
-) -> tuple[Input | None, tuple[Input, ...], list[Group]]:
-    """The base, the merged models, and the inputs of each part of the output."""
+) -> tuple[Input | None, tuple[Input, ...], list[InputGroup]]:
+    """Return the base, the merged models, and the inputs of each part of the output."""
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))
     groups = []
     for part in recipe.parts:
         base = by_base[part.base] if apart(part) and part.base is not None else None
         listed = next((n for n, i in enumerate(part.members) if recipe.is_base(i)), 0)
-        groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
+        groups.append(InputGroup(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
     base = None if recipe.base_model is None else by_base.get(recipe.base_model)
     return base, tuple(by_index.values()), groups
 
@@ -277,14 +375,14 @@ def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
 
 
 def ties(config: Mapping[str, Any], *, default: bool) -> bool:
-    """Whether a config ties the head to the embedding; `default` if it does not say."""
+    """Tell whether a config ties the head to the embedding; `default` if it does not say."""
     inner = config.get("text_config")
     said = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
     return default if said is None else said is True
 
 
 def has_tied_head(model: Input) -> bool:
-    """Whether a language model's file omits the head because its config ties it to the embedding."""
+    """Tell whether a language model's file omits the head because its config ties it to the embedding."""
     config = model.checkpoint.config
     return LM_HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
 
@@ -294,7 +392,8 @@ def _is_language_model(config: Mapping[str, Any]) -> bool:
 
 
 def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
-    """The embedding to which a model without a head of its own ties its head; None if it is no language model."""
+    """Return the embedding to which a model without a head of its own ties its head; None if it is no language
+    model."""
     config = model.checkpoint.config
     if not ties(config, default=True) or not _is_language_model(config):
         return None
@@ -303,7 +402,7 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
-    """The inputs of models, whose names are matched component by component, and a note for each that differs."""
+    """Return the inputs of models, whose names are matched component by component, and a note for each that differs."""
     if all(checkpoint.is_simple for _, _, checkpoint in named):
         return _match_part(named)
     inputs = [Input(name, index, checkpoint, {}, {}) for name, index, checkpoint in named]
@@ -330,20 +429,20 @@ def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[li
 
 
 def _regrouped(model: Input, form: Form) -> Input:
-    """A model with its experts in another form, in the order of its own files."""
+    """Return a model with its experts in another form, in the order of its own files."""
     tensors, stored = regrouped(model.tensors, model.stored, form)
     stored = in_order(stored, model.checkpoint.tensors)
     return replace(model, tensors={name: tensors[name] for name in stored}, stored=stored)
 
 
 def _regrouping(model: Input) -> str:
-    """What was done to a model's experts, in words; "" if nothing."""
+    """Describe the change of a model's experts; "" if there is none."""
     changed = next((tensor.name for tensor in model.tensors.values() if model.regroups(tensor)), None)
     return f"experts are read as the output stores them: {changed}, …" if changed else ""
 
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or a token's source names: by name, by reference, or as "base"; None if
+    """Return the input that `template` or a token's source names: by name, by reference, or as "base"; None if
     there is none."""
     if name is None:
         return None
@@ -355,7 +454,7 @@ def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tup
 def _vocabulary(
     recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
 ) -> Input | None:
-    """The model that `tokenizer_source` names; for a union the base, or the first model without one."""
+    """Return the model that `tokenizer_source` names; for a union the base, or the first model without one."""
     wanted = recipe.tokenizer_of
     if wanted is None:
         return None
@@ -366,7 +465,7 @@ def _vocabulary(
 
 
 def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], Checkpoint]) -> Input:
-    """The model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
+    """Return the model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
     found = merged(reference, "tokenizer.transplant") if among is None else among.checkpoint
     if found.config_file == PIPELINE:
         raise InputError(
@@ -384,12 +483,71 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
     return Input(reference, None, replace(found, tensors=tensors, files=files), tensors, {n: n for n in tensors})
 
 
-def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:
-    """The template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that
-    the base lacks; without a base the first model. In stacks only tensors outside layers count."""
+def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
+    """Return the template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head)
+    that the base lacks; without a base the first model. In stacks only tensors outside layers count."""
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]
     stacked = any(group.part.ranges is not None for group in groups)
     more = {name for tune in tunes for name in tune.tensors.keys() - base.tensors.keys()}
     return tunes[0] if any(not stacked or layer_index(name) is None for name in more) else base
+
+
+def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
+    """Return the inputs of a run on the own weights of a LoRA adapter that is the only fine-tune; None where there is
+    none.
+
+    A and B are the deltas, on a base of zeros; the adapter's other tensors stand in both and are copied.
+
+    InputError: the adapter is on another base than the recipe's, or the base is itself one with an adapter.
+    RecipeError: a weight or λ other than 1, a q or a mask from calibration.
+    """
+    base, tune = inputs.base, inputs.tunes[0]
+    if not recipe.output.rules.adapts or base is None:
+        return None
+    group = inputs.groups[0]
+    if len(inputs.groups) > 1 or group.part.ranges is not None:
+        raise InputError("an adapter cannot be made of slices or modules", hint="write kind: model")
+    if base.checkpoint.adapter is not None:
+        raise InputError(f"{base.name}: an adapter needs a base that can be loaded", hint="merge it: passthrough")
+    adapter = tune.checkpoint.adapter
+    if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
+        return None
+    if base.checkpoint.path != tune.checkpoint.path:
+        message = f"{tune.name}: not an adapter on base_model, {base.name}"
+        raise InputError(message, hint=f"base_model: {tune.checkpoint.base_reference}")
+    assert tune.index is not None
+    if (kind := adapter.config.get("peft_type")) != "LORA":
+        raise InputError(f"{tune.name}: only LoRA's own A and B can be pruned, not {kind}", hint="write kind: model")
+    if (start := adapter.config.get("init_lora_weights")) in DERIVED:
+        message = f"{tune.name}: init_lora_weights {start!r} begins with a part of the base, which pruning would cut"
+        raise InputError(message, hint="write kind: model, or save it as plain LoRA with peft")
+    _check(recipe, tune.index)
+    names = {name: name for name in adapter.tensors}
+    factors = factor_names(adapter)
+    nothing = {n: replace(i, tensor=zeros_like(i)) if n in factors else i for n, i in adapter.tensors.items()}
+    own = replace(tune, tensors=dict(adapter.tensors), stored=names)
+    group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
+    return Inputs((group,), own, inputs.vocabulary)
+
+
+def _check(recipe: Recipe, index: int) -> None:
+    problems = []
+    for loc, parameters in (((), recipe.parameters), (("models", index), recipe.models[index].parameters)):
+        for key in {"weight", "lambda"} & parameters.keys():
+            if parameters[key] != 1:
+                hint = "scale the adapter where it is loaded: set_scale, or the weight of a merge"
+                message = "must be 1: it would scale both A and B"
+                problems.append(recipe.problem((*loc, "parameters", key), message, hint))
+    prune = effective_prune(recipe, index)
+    q = prune.q if isinstance(prune.q, CalibratedQ) else None
+    measured = PRUNE[prune.method].needs_activations
+    if measured or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
+        what = prune.method if measured else "layer_mse or a q per row"
+        hint = "objective: output_change or validation, scope: global or layer; or kind: model, on the expanded delta"
+        problems.append(recipe.problem(("output", "kind"), f"peft cannot use {what} on an adapter's own A and B", hint))
+    if prune.protect is not None:
+        problems.append(recipe.problem(("output", "kind"), "peft cannot use protect on an adapter's own A and B"))
+    if problems:
+        raise RecipeError(recipe.source.path, problems)

@@ -41,7 +41,7 @@ HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadMode
 
 @dataclass(frozen=True, slots=True)
 class Kin:
-    """How two models' weights relate: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
+    """The relation of two models' weights: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
 
     relative: float
     cosine: float
@@ -49,7 +49,8 @@ class Kin:
 
 
 def unrelated(inputs: Inputs) -> Iterator[str]:
-    """A message for every model whose weights have little in common with the base's (without a base: with the first's).
+    """Yield a message for every model whose weights have little in common with the base's (without a base: with the
+    first's).
 
     Reads some thousand elements of a few tensors; always the same ones.
     """
@@ -68,7 +69,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
 
 
 def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
-    """How two models' weights relate; None if too little can be compared, or if one is an adapter or delta."""
+    """Return the relation of two models' weights; None if too little can be compared, or for an adapter or delta."""
     made = any(model.checkpoint.base is not None for model in (first, other))
     if made or any((twin := first.get(n)) is not None and twin.is_same(t) for n, t in other.tensors.items()):
         return None
@@ -79,7 +80,7 @@ def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
 
 
 def swapped(inputs: Inputs) -> Iterator[str]:
-    """A message for every merged model that its files call the base of its base. No weight is read."""
+    """Yield a message for every merged model that its files call the base of its base. No weight is read."""
     pairs = [(group.base, tune) for group in inputs.groups if group.base is not None for tune in group.tunes]
     by_name = {(base.checkpoint.reference, tune.checkpoint.reference): (base, tune) for base, tune in pairs}
     for base, tune in by_name.values():
@@ -93,7 +94,8 @@ def swapped(inputs: Inputs) -> Iterator[str]:
 
 
 def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors of a model have the same values, told by a few runs of each; what cannot be read yet may."""
+    """Tell whether two tensors of a model have the same values, told by a few runs of each; what cannot be read yet
+    may."""
     if one.is_same(other) or one.kind != "stored" or other.kind != "stored":
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -110,7 +112,8 @@ def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def strangers(models: Sequence[Input]) -> str | None:
-    """A message that models have different architectures, as their configs say; None if they agree or do not say."""
+    """Return a message that models have different architectures, as their configs say; None if they agree or do not
+    say."""
     kinds: dict[str, str] = {}
     for model in models:
         config = model.checkpoint.config
@@ -163,13 +166,13 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
 
 
 def _has_files(model: Input) -> bool:
-    """Whether a model's card and config are its own, not those of the base of an adapter or a delta."""
+    """Tell whether a model's card and config are its own, not those of the base of an adapter or a delta."""
     checkpoint = model.checkpoint
     return bool(checkpoint.files) and checkpoint.adapter is None and checkpoint.base is None
 
 
 def _comes_from(tune: Input, base: Input) -> bool:
-    """Whether a model's card or config says that it was trained from the other."""
+    """Tell whether a model's card or config says that it was trained from the other."""
     names = _names(base) - _names(tune)
     return bool(names & _origins(tune))
 
@@ -190,7 +193,7 @@ def _why_swapped(base: Input, tune: Input) -> str | None:
 
 
 def _names(model: Input) -> set[str]:
-    """The names by which others may refer to a model, in small letters, and their last parts."""
+    """Return the names by which others may refer to a model, in small letters, and their last parts."""
     checkpoint = model.checkpoint
     known = {checkpoint.hub_id or "", checkpoint.reference.partition("@")[0], model.name, checkpoint.path.name}
     known = {name.rstrip("/").lower() for name in known}
@@ -198,7 +201,7 @@ def _names(model: Input) -> set[str]:
 
 
 def _origins(model: Input) -> set[str]:
-    """The models that a model's card and config name as its origin: whole ids and their last parts."""
+    """Return the models that a model's card and config name as its origin: whole ids and their last parts."""
     said = front_matter(model.checkpoint.path / "README.md").get("base_model")
     listed = said if isinstance(said, list) else [said]
     stated = [*listed, model.checkpoint.config.get("_name_or_path")]

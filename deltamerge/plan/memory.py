@@ -17,7 +17,7 @@ from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, peak_tiles, schedule
+from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, schedule
 from deltamerge.tensors.names import layer_index
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
@@ -116,7 +116,7 @@ def _form(nodes: tuple[tuple[str, Kind, str, tuple[int, ...]], ...]) -> _Form:
     ]
     return _Form(
         len(plan.passes),
-        stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[order[-1].dtype],
+        stored + 4 * (plan.peak + 3) + ITEMSIZE[order[-1].dtype],
         tuple(place[node] for some in usual for node in some),
         tuple(place[node] for steps in plan.passes for node in steps if node.kind == "whole"),
     )

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.plan.inputs import Inputs
-from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.merge import Merge
+from deltamerge.plan.output_config import OutputConfig
 from deltamerge.plan.outputs import Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder
-from deltamerge.plan.written_config import WrittenConfig
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.graph import Node, function_of
 
@@ -58,7 +58,7 @@ class AppOutputs(Protocol):
     notes: list[str]
     stacks: list[Stack]
     config: dict[str, Any]
-    settled: WrittenConfig
+    settled: OutputConfig
     merges: list[Merge]
     averaged: dict[str, str]
 

@@ -17,15 +17,23 @@ from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.lacking import Spares, is_buffer, named
-from deltamerge.plan.merged_tensor import Merge
-from deltamerge.plan.modules import Modules
+from deltamerge.plan.merge import Merge
+from deltamerge.plan.output_config import settle
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks
-from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
+from deltamerge.plan.stack import (
+    ModuleFinder,
+    Spares,
+    Target,
+    behind,
+    is_buffer,
+    like_template,
+    named,
+    repaired_config,
+    targets,
+)
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
-from deltamerge.plan.written_config import settle
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.graph import Graph
@@ -131,7 +139,7 @@ class Outputs:
         self.settled = settle(recipe, inputs, repaired, stacked=bool(self.stacks))
         self.config = self.settled.config
         scopes = {group.part.module for group in inputs.groups}
-        self.notes += [*inputs.notes, *Modules(scopes, inputs.template.stored.values()).describe()]
+        self.notes += [*inputs.notes, *ModuleFinder(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
         self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
         self.coded = copies(inputs)

@@ -6,12 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.merge.second_moments import Measured
 from deltamerge.calibrate.reach import in_words
-from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
@@ -20,13 +17,9 @@ from deltamerge.formats.layout import Layout
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
-from deltamerge.plan.calibration_graph import check_data, on_one_gpu, sources_of, stage_bytes
-from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
-from deltamerge.plan.folders import remarks
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped
-from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import (
     Cost,
     Memory,
@@ -37,6 +30,7 @@ from deltamerge.plan.memory import (
     tiles,
 )
 from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
+from deltamerge.plan.output_config import OutputConfig, adapter_warnings
 from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.running_sum import made_of
@@ -44,14 +38,17 @@ from deltamerge.plan.stack import Stack
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
-from deltamerge.plan.vocabulary_config import edit_config
-from deltamerge.plan.written_config import WrittenConfig, adapter_warnings
+from deltamerge.plan.vocabulary_config import ChatTemplate, choose_chat_template, edit_config
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.merge.second_moments import InputMeasurement
+    from deltamerge.calibrate.spec import CalibrationInput, Spec
 
 SHOWN_PROBLEMS = 8
 
@@ -107,7 +104,7 @@ class Plan:
     sources: tuple[CalibrationInput, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
     weighing: Node | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[InputMeasurement, ...] = ()
     rows: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +116,7 @@ class Plan:
     stacks: tuple[Stack, ...] = ()
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
-    settled: WrittenConfig = field(default_factory=lambda: WrittenConfig({}))
+    settled: OutputConfig = field(default_factory=lambda: OutputConfig({}))
 
     @property
     def device(self) -> str:
@@ -273,9 +270,7 @@ def _plan(
     builder, stages = decided.builder, decided.builder.deltas.stages
     held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
-    sources = sources_of(stages, inputs)
-    if options.data and densities is None:  # once: `fit` has the same sources
-        check_data(sources, inputs)
+    sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
     mixture = decided.mixture(rows)
     read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
     tokenizers = Differences() if own is not None else _tokenizers(recipe, inputs, decided, rows, vocabulary)
@@ -287,7 +282,7 @@ def _plan(
         options=options,
         outputs=outputs,
         layout=layout,
-        notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers)),
+        notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers, calibrates=bool(sources))),
         tile_elements=tile,
         memory=largest(merging, *_before(stages, sources, mixture)) + read,
         costs=costs,
@@ -313,7 +308,7 @@ def _plan(
         settled=decided.settled,
         stacks=tuple(decided.stacks),
         mixture=mixture,
-        running_sum=made_of(recipe, inputs, decided.averaged)
+        running_sum=made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
         if recipe.output.rules.accumulates and mixture is None
         else None,
     )
@@ -369,9 +364,26 @@ def _held(
     )
 
 
+def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:
+    """Return the data that stages run on, by the fine-tune's place. InputError: rows are not as a head needs them."""
+    if not stages.any:
+        return {}
+    from deltamerge.plan.calibration_graph import check_data, sources_of
+
+    sources = sources_of(stages, inputs)
+    if check:
+        check_data(sources, inputs)
+    return sources
+
+
 def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None) -> Iterator[Memory]:
     """Yield the memory of each stage before the first tile; they run one after another."""
-    process = Memory({"process": CALIBRATING_BYTES})
+    if not sources and mixture is None:
+        return
+    from deltamerge.calibrate.spec import BASELINE_BYTES
+    from deltamerge.plan.calibration_graph import stage_bytes
+
+    process = Memory({"process": BASELINE_BYTES})
     for size in stage_bytes(stages, sources):
         yield process + Memory({"calibration": size})
     if mixture is not None:
@@ -395,6 +407,8 @@ def _notes(
     decided: Outputs | AppOutputs,
     outputs: Sequence[OutputTensor],
     tokenizers: Differences,
+    *,
+    calibrates: bool,
 ) -> Iterator[str]:
     """Yield a line for each thing that is copied, left out, or not as one may expect."""
     stages, template = decided.builder.deltas.stages, inputs.template
@@ -408,9 +422,9 @@ def _notes(
         tensors = f"{len(node.parameter('deltas'))} tensors of {recipe.names[index]}"
         yield f"group: model: one threshold over {tensors}, found in two or three passes before"
     if options.device == AUTO:
-        yield _where(outputs, calibrates=bool(sources_of(stages, inputs)))
-    if line := on_one_gpu(stages, options.device):
-        yield line
+        yield _where(outputs, calibrates=calibrates)
+    if stages.on_one_gpu(options.device):
+        yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
     for node in stages.calibrations:
         spec = node.parameter("spec")
         if words := in_words(spec.not_calibrated):

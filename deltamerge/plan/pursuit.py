@@ -55,7 +55,7 @@ def block_of(width: int, k: int) -> int:
 
 
 def held(width: int, k: int, atoms: int) -> int:
-    """Bytes that one thread holds while it computes a block: bases, their candidates, scores."""
+    """Return the bytes that one thread holds while it computes a block: bases, their candidates, scores."""
     targets = block_of(width, k)
     return 4 * targets * (k * width + 2 * (CANDIDATES + 4) * width + 2 * atoms) + 16 * 8 * k * width
 
@@ -95,7 +95,7 @@ def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
 
 
 def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> NDArray[np.int64]:
-    """Of each target the atom with the greatest |a · r| that is not chosen yet."""
+    """Return each target's atom with the greatest |a · r| that is not chosen yet."""
     scores = (residual.to(atoms.screened.dtype) @ atoms.screened.T).abs_()
     if chosen.shape[1]:
         at, places = np.nonzero(used)
@@ -110,7 +110,7 @@ def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[
 
 
 def _least_squares(targets: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> Floats:
-    """The coefficients of the chosen atoms, of normal equations in float64; those that are not used are zero."""
+    """Return the coefficients of the chosen atoms, of normal equations in float64; those that are not used are zero."""
     result = np.zeros(chosen.shape, np.float32)
     for first in range(0, len(chosen), 16):
         part = slice(first, first + 16)
@@ -145,7 +145,7 @@ def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     return chosen, weights
 
 
-class Blocks:
+class SharedBlocks:
     """Blocks of a table that threads compute as they come: one that finds its block in another's hands takes the next
     that is free, and waits only where none is."""
 
@@ -157,7 +157,7 @@ class Blocks:
         self.failed: BaseException | None = None
 
     def get(self, block: int) -> Any:
-        """The block's value. Raises what computing any of them raised."""
+        """Return the block's value. Raises what computing any of them raised."""
         while True:
             with self.changed:
                 if self.failed is not None:

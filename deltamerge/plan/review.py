@@ -21,7 +21,7 @@ NUMBER = re.compile(r"\d+")
 
 
 def difference(old: Described, new: Described) -> dict[str, Any]:
-    """How the plan `new` differs from `old`, both as described.
+    """Return the differences of the plan `new` from `old`, both as described.
 
     plan      the plan's own values that differ: key -> [old, new]
     stages    calibration stages that differ: model -> [old, new]
@@ -49,7 +49,7 @@ def _values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str])
 
 
 def markdown(found: Mapping[str, Any], old: str, new: str) -> str:
-    """A `difference` as Markdown for a pull request."""
+    """Return a `difference` as Markdown for a pull request."""
     lines = [f"### {plain(old)} → {plain(new)}", ""]
     if not any(found.values()):
         return "\n".join([*lines, "Nothing changes."])
@@ -112,7 +112,7 @@ def _family(members: list[str]) -> str:
 
 
 def mermaid(described: Described) -> str:
-    """The stages of a plan as a Mermaid flowchart, which GitHub and GitLab draw."""
+    """Return the stages of a plan as a Mermaid flowchart, which GitHub and GitLab draw."""
     lines = ["flowchart LR"]
     base = described["base_model"]
     names = dict.fromkeys([*([base] if base else []), *described["models"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +11,7 @@ from deltamerge.formats.running_sum import RunningSum
 from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.recipe import series
-
-if TYPE_CHECKING:
-    from deltamerge.plan.inputs import Inputs
-    from deltamerge.plan.merged_tensor import Tuned
-    from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.schema import Recipe
 
 
 def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
@@ -39,9 +34,9 @@ def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint
             raise InputError(f"{name}: what follows a running sum has the weights of its schedule", hint=hint)
 
 
-def counts(tunes: Iterable[Tuned], weights: Sequence[float]) -> tuple[float, ...]:
-    """What each model counts in the divisor of an average: its weight, of a running sum its total."""
-    return tuple(_count(tuned.model.checkpoint, weight) for tuned, weight in zip(tunes, weights, strict=True))
+def counts(checkpoints: Iterable[Checkpoint], weights: Sequence[float]) -> tuple[float, ...]:
+    """Return the share of each model in the divisor of an average: its weight, of a running sum its total."""
+    return tuple(_count(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True))
 
 
 def _count(checkpoint: Checkpoint, weight: float) -> float:
@@ -49,17 +44,17 @@ def _count(checkpoint: Checkpoint, weight: float) -> float:
     return float(np.float32(weight)) if summed is None else summed.total
 
 
-def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> RunningSum:
-    """What the running sum of a recipe's models holds; `dtypes` are of the average's tensors."""
+def made_of(recipe: Recipe, tunes: Sequence[tuple[str, Checkpoint]], dtypes: Mapping[str, str]) -> RunningSum:
+    """Return the running sum of a recipe's models, given by name; `dtypes` are of the average's tensors."""
     names: list[str] = []
     weights: list[float] = []
     schedule, decay = "constant", None
-    for model, tune in zip(recipe.models, inputs.tunes, strict=True):
-        summed = tune.checkpoint.running_sum
-        names += [tune.name] if summed is None else summed.models
+    for model, (name, checkpoint) in zip(recipe.models, tunes, strict=True):
+        summed = checkpoint.running_sum
+        names += [name] if summed is None else summed.models
         weight = model.parameters.get("weight", 1.0)
-        assert isinstance(weight, bool | int | float)  # `recipe.checks` has seen to it
-        weights.append(_count(tune.checkpoint, weight))
+        assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
+        weights.append(_count(checkpoint, weight))
         schedule = model.schedule or schedule if summed is None else summed.schedule
         decay = decay or model.decay if summed is None else summed.decay
     return RunningSum(tuple(names), divisor_of(tuple(weights)), schedule, decay, dict(dtypes))

@@ -4,20 +4,194 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.formats.quantised.detect import without_keys
-from deltamerge.plan.inputs import Group, Input, Inputs, ties
-from deltamerge.plan.lacking import Spares, is_buffer
-from deltamerge.plan.layer_config import Followed, Place, count_keys, layer_count, repair
-from deltamerge.plan.layer_kinds import Kind, Stacked, settle
-from deltamerge.plan.modules import Modules
+from deltamerge.plan.inputs import Input, InputGroup, Inputs, ties
+from deltamerge.plan.layer_config import Followed, Kind, Place, Stacked, count_keys, layer_count, repair, settle
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.dtypes import COPIED, FLOATING
+from deltamerge.tensors.names import (
+    BEFORE_LAYERS,
+    LM_HEAD,
+    TOKEN_EMBEDDING,
+    block_of,
+    blocks_of,
+    layer_index,
+    layer_position,
+)
+from deltamerge.tensors.tensor import Tensor, TensorInfo
+
+# Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb(eddings)?\.(inv_freq|cos_cached|sin_cached)|(attn|attention|self_attn)\.masked_bias"
+    r"|1\.EncDecAttention\.relative_attention_bias\.weight)$"
+)
+CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
+
+
+@dataclass(frozen=True)
+class Spares:
+    """The tensors of numbered blocks that some of `models` may lack.
+
+    - a whole block beyond the count of layers in its model's config (layers for multi-token prediction:
+    `model.layers.61` of 61 layers); where no config counts them, a whole last block with a tensor that no layer of all
+    models has
+
+    - every block of a container that a model lacks altogether (`mtp.layers`, a decoder, a vision tower), unless it has
+    a container that the others lack, which may be the same under another name
+
+    - buffers
+    """
+
+    models: Sequence[Input]
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a tensor that some models lack may be copied or left out."""
+        found = [tensor for model in self.models if (tensor := model.get(name)) is not None]
+        if any(map(is_buffer, found)):
+            return True
+        if not found or len(found) == len(self.models):
+            return False
+        place = block_of(name)
+        return place is not None and place in self._spare
+
+    @cached_property
+    def _spare(self) -> frozenset[tuple[str, int]]:
+        blocks = [blocks_of(model.tensors) for model in self.models]
+        counts = [
+            {p: layer_count(model.checkpoint.config, model.container(p), numbers) for p, numbers in own.items()}
+            for model, own in zip(self.models, blocks, strict=True)
+        ]
+        spare = set()
+        theirs: dict[tuple[int, ...], list[bool]] = {}  # by the models that have a block: whether each has no more
+        for prefix, number in {(prefix, n) for own in blocks for prefix, numbers in own.items() for n in numbers}:
+            owners = tuple(i for i, own in enumerate(blocks) if number in own.get(prefix, ()))
+            lackers = [i for i, own in enumerate(blocks) if number not in own.get(prefix, ())]
+            known = [counts[i][prefix] for i in owners]
+            beyond = all(count is not None and number >= count for count in known)
+            beyond |= all(count is None for count in known) and self._is_odd(prefix, number)
+            if owners not in theirs:
+                every = {other for i in owners for other in blocks[i]}
+                theirs[owners] = [bool(own) and own.keys() <= every for own in blocks]
+            if lackers and all(beyond or (prefix not in blocks[i] and theirs[owners][i]) for i in lackers):
+                spare.add((prefix, number))
+        return frozenset(spare)
+
+    @cached_property
+    def _kinds(self) -> list[dict[str, dict[int, set[str]]]]:
+        """Return each model's blocks by container and number: the ends of their tensors' names, after the number."""
+        found: list[dict[str, dict[int, set[str]]]] = []
+        for model in self.models:
+            own: dict[str, dict[int, set[str]]] = {}
+            for name in model.tensors:
+                if (place := block_of(name)) is not None:
+                    rest = name[len(place[0]) :].split(".", 2)[-1]
+                    own.setdefault(place[0], {}).setdefault(place[1], set()).add(rest)
+            found.append(own)
+        return found
+
+    @cached_property
+    def _usual(self) -> dict[str, tuple[int, set[str]]]:
+        """Return each container's last number that every model has (-1: none), and the content of such blocks."""
+        found = {}
+        for prefix in {prefix for own in self._kinds for prefix in own}:
+            kinds = [own.get(prefix, {}) for own in self._kinds]
+            shared = set.intersection(*map(set, kinds))
+            found[prefix] = max(shared, default=-1), {rest for own in kinds for n in shared for rest in own[n]}
+        return found
+
+    def _is_odd(self, prefix: str, number: int) -> bool:
+        """Tell whether a block behind all blocks that every model has holds a tensor that none of these has."""
+        last, usual = self._usual[prefix]
+        own = [blocks[number] for kinds in self._kinds if number in (blocks := kinds.get(prefix, {}))]
+        return 0 <= last < number and all(block - usual for block in own)
+
+
+def is_buffer(tensor: Tensor | TensorInfo) -> bool:
+    """Tell whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
+    name, shape = tensor.name, tensor.shape
+    if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
+        return True
+    return CAUSAL_MASK.search(name) is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+
+
+def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
+    """Tensors in a message; those of numbered blocks by their block."""
+    blocks: dict[str, int] = {}
+    for name in names:
+        place = block_of(name)
+        key = name if place is None else f"{place[0]}.{place[1]}"
+        blocks[key] = blocks.get(key, 0) + 1
+    return show(f"{key} ({count} tensors)" if count > 1 else key for key, count in blocks.items())
+
+
+# Names that mergekit gives parts of a model, where they are not components of tensor names.
+SPELLINGS = {"text_decoder": "language_model", "default": ""}
+LAST_MODULES = ("decoder", "text_decoder", "language_model", "text_model", "default")
+
+# Names of one part in different families; the first that the file has stands for another of its row.
+LANGUAGE = ("language_model", "text_model", "llm", "language_backbone")
+VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vision_backbone", "vit")
+PROJECTOR = ("multi_modal_projector", "connector", "mm_projector", "aligner", "projector", "merger")
+COMPONENT = re.compile(r"[./]")  # what stands between a name's components
+ROWS = (LANGUAGE, VISION, PROJECTOR)
+_OTHER = re.compile(r"vision|visual|image|audio|video|speech|projector|connector")
+
+
+class ModuleFinder:
+    """The module of every tensor of a model, by its name in the files.
+
+    A tensor belongs to the module whose name is the first component of its own that is one, or another name of the same
+    part, if the file has no such component. A language model without a module of its own (Qwen2-VL: `model.layers`
+    beside `visual`) is what stands beside its token embedding. The head belongs to the decoder.
+    """
+
+    def __init__(self, wanted: Iterable[str | None], names: Iterable[str]) -> None:
+        names = list(names)
+        self.wanted = dict.fromkeys(wanted)
+        self.components = {SPELLINGS.get(m, m): m for m in self.wanted if m is not None}
+        self.stem: tuple[str, str] | None = None
+        self.found: dict[str, str] = {}
+        present = {part for name in names for part in COMPONENT.split(name)}
+        for module in [m for m in self.components if m and m not in present]:
+            row = next((row for row in ROWS if module in row), ())
+            other = next((one for one in row if one in present and one not in self.components), None)
+            if other is not None:
+                self.components[other] = self.components.pop(module)
+                self.found[module] = f"{other}.*"
+            elif module in LANGUAGE and (stem := _beside_embedding(names)) is not None:
+                self.stem = (stem, self.components.pop(module) or module)
+                self.found[module] = f"{stem}*"
+
+    def describe(self) -> list[str]:
+        """Return the names in the file of modules that have other names there."""
+        return [f"module {module}: {names} in the file" for module, names in self.found.items()]
+
+    def of(self, name: str) -> str | None:
+        """Return the module of a tensor, by its name in the files."""
+        if None in self.wanted or "default" in self.wanted:
+            return None if None in self.wanted else "default"
+        parts = COMPONENT.split(name)
+        known = next((self.components[part] for part in parts if part in self.components), None)
+        if known is not None:
+            return known
+        if name == LM_HEAD or name.endswith(f".{LM_HEAD}"):
+            return next((module for module in LAST_MODULES if module in self.wanted), None)
+        if self.stem is not None and name.startswith(self.stem[0]) and not any(map(_OTHER.search, parts)):
+            return self.stem[1]
+        return None
+
+
+def _beside_embedding(names: Iterable[str]) -> str | None:
+    """Return the prefix of the only token embedding, with its dot; None if there are several, or none."""
+    stems = {name[: found.start(1)] + found[1] for name in names if (found := TOKEN_EMBEDDING.search(name))}
+    return stems.pop() if len(stems) == 1 else None
+
 
 # Tensors outside layers that hold a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
@@ -37,7 +211,7 @@ class Target:
 
     name: str
     stored: str
-    group: Group | None
+    group: InputGroup | None
     position: float
     owner: Input
     tensor: TensorInfo
@@ -48,12 +222,12 @@ class Target:
 class Layer:
     """A layer of the output: its inputs, and its number relative to their ranges."""
 
-    group: Group
+    group: InputGroup
     offset: int
     position: float
 
     def source(self, model: Input) -> int:
-        """The layer's number in a model."""
+        """Return the layer's number in a model."""
         return self.group.range_of(model)[0] + self.offset
 
 
@@ -66,7 +240,8 @@ class Stack:
     layers: tuple[Layer, ...]
 
     def owner(self, layer: Layer, template: Input) -> Input:
-        """The model that determines the tensors of a merged layer: the template if it contributes, else the first."""
+        """Return the model that determines the tensors of a merged layer: the template if it contributes, else the
+        first."""
         known = (m for m in layer.group.all if m.checkpoint.reference == template.checkpoint.reference)
         return next(known, layer.group.tunes[0])
 
@@ -84,11 +259,11 @@ class Stack:
         return found
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor belongs to a layer of the container."""
+        """Tell whether a tensor belongs to a layer of the container."""
         return _inside(name, self.prefix)
 
     def describe(self) -> str:
-        """The stack in words: "6 layers: ./a 0-3, ./b 2-3"."""
+        """Return the stack in words: "6 layers: ./a 0-3, ./b 2-3"."""
         groups = dict.fromkeys(layer.group for layer in self.layers)
         texts = []
         for group in groups:
@@ -98,7 +273,8 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, with plain weights, and messages about the changes."""
+    """Return the template's config for the output's layers and head, with plain weights, and messages about the
+    changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -129,7 +305,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
 
 
 def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
-    """The kinds of the template's layers, and of the new ones."""
+    """Return the kinds of the template's layers, and of the new ones."""
     old = _kinds_of(template, stack.prefix)
     owners = [(stack.owner(layer, template), layer) for layer in stack.layers]
     of_owners = {id(owner): _kinds_of(owner, stack.prefix) for owner, _ in owners}
@@ -138,7 +314,7 @@ def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
 
 
 def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
-    """The kind of every numbered layer, without buffers."""
+    """Return the kind of every numbered layer, without buffers."""
     found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in model.tensors.items():
         if _inside(name, prefix) and not is_buffer(tensor):
@@ -148,14 +324,14 @@ def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
 
 
 def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target], list[Stack]]:
-    """The tensors of the output in order, and its stacks. `spares` are no layers and do not count.
+    """Return the tensors of the output in order, and its stacks. `spares` are no layers and do not count.
 
     RecipeError: a range beyond a model's layers, or a module without tensors. InputError: layers that cannot be stacked
     because they are not numbered plainly.
     """
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
-    finder = Modules(scopes, inputs.template.stored.values())
+    finder = ModuleFinder(scopes, inputs.template.stored.values())
     modules = {name: finder.of(stored) for name, stored in inputs.template.stored.items()}
     counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
     for name, module in modules.items():
@@ -179,7 +355,7 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
 
 
 def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[Input, list[str]]]:
-    """The tensors of blocks that follow each model's layers, which a stack has no place for."""
+    """Yield the tensors of blocks that follow each model's layers, which a stack has no place for."""
     for stack in stacks:
         for model in models:
             count = _count(model, stack.prefix, _numbers(model.tensors, stack.prefix))
@@ -190,8 +366,8 @@ def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[I
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
-    """The template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one of its
-    kind.
+    """Return the template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one
+    of its kind.
 
     Layers of one model may differ in shape (in some MoE models they do), so the shape of any layer is accepted.
     """
@@ -210,13 +386,13 @@ def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> T
     return first
 
 
-def _plain(name: str, template: Input, group: Group | None, position: float) -> Target:
+def _plain(name: str, template: Input, group: InputGroup | None, position: float) -> Target:
     sources = tuple((model, name) for model in group.all) if group is not None else ()
     return Target(name, template.stored[name], group, position, template, template.tensors[name], sources)
 
 
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
-    """The tensors of every layer: its owner's, with the new number and the template's names."""
+    """Yield the tensors of every layer: its owner's, with the new number and the template's names."""
     container = template.container(stack.prefix)
     spelled = {  # what follows the number, in canonical names and in the template's own
         _behind(name, stack.prefix): _behind(stored, container)
@@ -236,13 +412,13 @@ def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
             yield Target(new, stored, layer.group, layer.position, owner, tensor, sources)
 
 
-def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
-    """The groups of each module, in order; without modules all belong to None."""
-    scopes: dict[str | None, list[Group]] = {}
+def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[InputGroup]]:
+    """Return the groups of each module, in order; without modules all belong to None."""
+    scopes: dict[str | None, list[InputGroup]] = {}
     for group in inputs.groups:
         scopes.setdefault(group.part.module, []).append(group)
     stored = list(inputs.template.stored.values())
-    finder = Modules(scopes, stored)
+    finder = ModuleFinder(scopes, stored)
     found = set(map(finder.of, stored))
     for module in scopes:
         if module is not None and module not in found:
@@ -253,7 +429,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     return scopes
 
 
-def _sliced(groups: Sequence[Group]) -> bool:
+def _sliced(groups: Sequence[InputGroup]) -> bool:
     return groups[0].part.ranges is not None
 
 
@@ -263,11 +439,11 @@ def _inside(name: str, prefix: str) -> bool:
 
 
 def _behind(name: str, prefix: str) -> str:
-    """What follows the number of a layer in the name of one of its tensors."""
+    """Return the end of the name of a layer's tensor, after the layer's number."""
     return name.removeprefix(prefix + ".").partition(".")[2]
 
 
-def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str | None) -> Stack:
+def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[InputGroup], module: str | None) -> Stack:
     scopes = dict.fromkeys(group.part.module for group in inputs.groups)
     prefix, old = _container(inputs.template, module, scopes)
     layers = []
@@ -290,13 +466,13 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str 
 
 
 def _container(template: Input, module: str | None, scopes: Mapping[str | None, object]) -> tuple[str, int]:
-    """The prefix of the numbered layers that slices stack, and their number.
+    """Return the prefix of the numbered layers that slices stack, and their number.
 
     The first number in a tensor's name counts: experts and blocks inside a layer belong to it. InputError: no such
     numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
     """
     found: dict[str, set[int]] = {}
-    modules = Modules(scopes, template.stored.values())
+    modules = ModuleFinder(scopes, template.stored.values())
     inside: dict[str, bool] = {}
     for name, stored in template.stored.items():
         block = block_of(name.rpartition(".")[0])
@@ -351,7 +527,7 @@ def _check_outside(template: Input, stack: Stack) -> None:
 
 
 def _alone(template: Input, prefix: str) -> bool:
-    """Whether a decoder's layers are the model's only layers."""
+    """Tell whether a decoder's layers are the model's only layers."""
     return not any("encoder" in name.split(".") for name in template.tensors) or "encoder" in prefix.split(".")
 
 
@@ -376,7 +552,7 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
-    """The number of layers among numbered blocks, without blocks that follow them, by the config."""
+    """Return the number of layers among numbered blocks, without blocks that follow them, by the config."""
     config, alone = model.checkpoint.config, _alone(model, prefix)
     count = layer_count(config, model.container(prefix), numbers, alone=alone)
     return len(numbers) if count is None else count

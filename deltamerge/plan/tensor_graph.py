@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.calibrated import pick, pick_coefficient
-from deltamerge.calibrate.merge.gradients import of_tensor
-from deltamerge.calibrate.merge.inputs import of_layer
-from deltamerge.calibrate.merge.totals import totals
+from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient
 from deltamerge.errors import RecipeError
 from deltamerge.formats.delta.positions import uniform_density
 from deltamerge.formats.delta.values import VALUE_BITS
@@ -23,12 +20,9 @@ from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
 from deltamerge.methods.prune.select import largest
-from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
-from deltamerge.plan.matrix_form import matrix_form
-from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.plan.running_sum import counts
-from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -36,6 +30,9 @@ from deltamerge.tensors.graph import Function, Graph, Node, name_of
 from deltamerge.tensors.graph import function_of as call
 from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Tensor, TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.plan.calibration_graph import StageMaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,9 @@ class Builder:
     recipe: Recipe
     graph: Graph
     deltas: Deltas
-    maker: StageMaker
+    folder: Path
+    device: str
+    memory: int | None = None
     budgeted: tuple[Tuned, ...] = ()
 
     @classmethod
@@ -78,9 +77,15 @@ class Builder:
         memory: int | None = None,
         densities: Mapping[str, float] | None = None,
     ) -> Builder:
-        """The builder of a recipe; data of its calibration lies in `folder`."""
-        prunes = tuple(effective_prune(recipe, i) for i in range(len(recipe.models)))
-        return cls(recipe, graph, Deltas(recipe, graph, prunes, densities), StageMaker(folder, device, memory))
+        """Return the builder of a recipe; data of its calibration lies in `folder`."""
+        return cls(recipe, graph, Deltas.of(recipe, graph, densities), folder, device, memory)
+
+    @property
+    def maker(self) -> StageMaker:
+        """Return the maker of the stages that calibration takes; only recipes that have some import it."""
+        from deltamerge.plan.calibration_graph import StageMaker
+
+        return StageMaker(self.folder, self.device, self.memory)
 
     def prepared(self, merges: Sequence[Merge]) -> Builder:
         """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
@@ -90,7 +95,8 @@ class Builder:
         budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
         if budgeted and deltas.densities is None:
             deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
-        deltas = replace(deltas, stages=self.maker.make(deltas, merges))
+        if deltas.have_stages:
+            deltas = replace(deltas, stages=self.maker.make(deltas, merges))
         builder = replace(self, deltas=deltas, budgeted=budgeted)
         if self.recipe.method.totals is not None:
             deltas = replace(deltas, stages=replace(deltas.stages, totals=builder._totals(merges)))
@@ -111,7 +117,7 @@ class Builder:
         return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
-        """The density at which all tensors of a budget together about fit."""
+        """Return the density at which all tensors of a budget together about fit."""
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
@@ -119,11 +125,11 @@ class Builder:
         return uniform_density(8 * budget / size, bits) if size else 1.0
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
-        """The stored tensor, cast only if its dtype differs."""
+        """Return the stored tensor, cast only if its dtype differs."""
         return self.cast(self.graph.read(tensor), dtype)
 
     def merge(self, merge: Merge) -> Built:
-        """The merged tensor."""
+        """Return the merged tensor."""
         base, tunes, dtype = merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
         apart = base is not None and method.deltas
@@ -167,12 +173,12 @@ class Builder:
 
     @property
     def _is_sum(self) -> bool:
-        """Whether the method adds up deltas, so that factors of theirs are all there is to fit."""
+        """Tell whether the method adds up deltas, so that factors of theirs are all there is to fit."""
         return name_of(self.recipe.method.function) == name_of(task_arithmetic)
 
     def _parts(self, merge: Merge) -> dict[str, Node]:
-        """The deltas that have a factor each: every model's as it is in the sum, or what the method makes of them, and
-        every model's."""
+        """Return the deltas that have a factor each: every model's as it is in the sum, or what the method makes of
+        them, and every model's."""
         own = [self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes]
         names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
         if self._is_sum:
@@ -188,7 +194,7 @@ class Builder:
         return self._node(multiply, [node, number], node.shape)
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
-        """The base and the sum of the deltas, each times the factor that was fitted."""
+        """Return the base and the sum of the deltas, each times the factor that was fitted."""
         scaled, stage = [], self.deltas.stages.together
         assert merge.base is not None
         assert stage is not None
@@ -212,7 +218,9 @@ class Builder:
         return Built(merged, self.recipe.method.name, details, delta, changed)
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
-        """The node of the sums that the merge method needs over all tensors."""
+        """Return the node of the sums that the merge method needs over all tensors."""
+        from deltamerge.calibrate.reductions import totals
+
         function, parts = self.recipe.method.totals, []
         assert function is not None
         for merge in merges:
@@ -223,10 +231,10 @@ class Builder:
             parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
         stages = self.deltas.stages
         known = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrated.values())
-        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.maker.device)
+        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
-        """The node that measures what the merge method needs of every model's rows."""
+        """Return the node that measures what the merge method needs of every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
@@ -236,7 +244,8 @@ class Builder:
         return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, so_far)
 
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
-        """The method's result in float32, of the base where it stands apart and of the models or their deltas."""
+        """Return the method's result in float32, of the base where it stands apart and of the models or their
+        deltas."""
         method, shape = self.recipe.method, merge.shape
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
@@ -254,35 +263,36 @@ class Builder:
             return node
 
     def _difference(self, merged: Node, base: Node) -> Node:
-        """What a merged tensor adds to the base, in float32."""
+        """Return the difference of a merged tensor and the base, in float32."""
         pair = [self.cast(merged, "F32"), base]
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
-        """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
+        """Tell whether pruning leaves this tensor whole in every model, though it was asked for: it is stored
+        exactly."""
         return all(self.deltas.density(t) is None and self.deltas.prune_of(t).method != "none" for t in merge.tunes)
 
     def kept(self, merges: Sequence[Merge]) -> dict[int, Counter[float]]:
-        """The entries of every model's delta, counted by the fraction of them that pruning or the merge method keeps.
-        Models are named by their place in the recipe."""
+        """Return the entries of every model's delta, counted by the fraction of them that pruning or the merge method
+        keeps. Models are named by their place in the recipe."""
         counted: dict[int, Counter[float]] = {}
         for tuned in (tuned for merge in merges if merge.base is not None for tuned in merge.tunes):
             counted.setdefault(tuned.index, Counter())[self._kept(tuned)] += math.prod(tuned.base.shape)
         return counted
 
     def _kept(self, tuned: Tuned) -> float:
-        """The fraction of a delta's entries that pruning or the merge method keeps."""
+        """Return the fraction of a delta's entries that pruning or the merge method keeps."""
         density = self.deltas.density(tuned)
         if density is None and "density" in (method := self.recipe.method).parameters and not method.implies_prune:
             density = float(self._value("density", tuned.merge, tuned))
         return 1.0 if density is None else min(1.0, density)
 
     def parameters(self, merge: Merge) -> dict[str, Any]:
-        """What the method's function is given for a tensor."""
+        """Return the parameters of the method's function for a tensor."""
         return self._parameters(merge)[0]
 
     def _parameters(self, merge: Merge) -> tuple[dict[str, Any], list[str]]:
-        """What the method's function is given for a tensor, and for people what of it is a model's own, by model."""
+        """Return the parameters of the method's function for a tensor, and each model's own in words."""
         values: dict[str, Any] = {}
         texts = [""] * len(merge.tunes)
         for name, param in self.recipe.method.parameters.items():
@@ -295,19 +305,20 @@ class Builder:
             else:
                 values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
-            values["counts"] = counts(merge.tunes, values["weights"])
+            values["counts"] = counts([t.model.checkpoint for t in merge.tunes], values["weights"])
         if self.recipe.output.rules.accumulates:
             values["normalize"] = False
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
-        """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
+        """Return the pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         if self.deltas.prune_of(tuned).method == "none":
             return self._trimmed(tuned)
         return self.deltas.pruned(tuned, seed)
 
     def _trimmed(self, tuned: Tuned) -> tuple[Node, str]:
-        """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""
+        """Return the int(density · n) largest entries, at least 1, where the merge method has a density of its own
+        (ties)."""
         method, whole = self.recipe.method, self.deltas.whole(tuned)
         if "density" not in method.parameters or method.implies_prune:
             return whole, ""
@@ -322,7 +333,7 @@ class Builder:
         return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:
-        """What the merge adds to the base, in float32."""
+        """Return the merge less the base, in float32."""
         assert merge.base is not None
         base = self.graph.read(merge.base)
         inputs = [base, *(self._delta(tuned, seed)[0] for tuned in merge.tunes)]
@@ -330,7 +341,7 @@ class Builder:
         return self._difference(merged, base)
 
     def _value(self, key: str, merge: Merge, tuned: Tuned | None) -> Any:
-        """A parameter of the merge method for a tensor, of one model where it is `tuned`'s own."""
+        """Return a parameter of the merge method for a tensor, of one model where it is `tuned`'s own."""
         levels = list(merge.part.levels)
         if tuned is not None:
             levels.insert(0, self.recipe.models[tuned.index].parameters)
@@ -347,14 +358,14 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def cast(self, node: Node, dtype: str) -> Node:
-        """A node's values in the output dtype."""
+        """Return a node's values in the output dtype."""
         if node.is_source and node.dtype == dtype and not moves_rows(node):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
 def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, Tensor], ...]:
-    """The coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
+    """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
     factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)

@@ -53,7 +53,7 @@ UNION = "tokenizer_source: union"
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """What is said of tokenizers: `warnings`, and `notes` on what a recipe chose or only the base has otherwise."""
+    """Messages about tokenizers: `warnings`, and `notes` on a recipe's choice and on differences of the base alone."""
 
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class _Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Apart:
-    """How the rows of one vocabulary differ from those of another.
+    """The differences of the rows of two vocabularies.
 
     shared   rows that have a token in both
     other    row -> its token, of shared rows that have another token
@@ -103,13 +103,13 @@ class _Apart:
 
     @property
     def many(self) -> bool:
-        """Whether these are two vocabularies, not one with a few tokens exchanged."""
+        """Tell whether these are two vocabularies, not one with a few tokens exchanged."""
         return len(self.other) * SHARE > self.shared
 
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What differs, in words, and the tokenizers that are not as the one they are compared with."""
+    """The differences in words, and the tokenizers that are not as the one they are compared with."""
 
     kind: Literal["many", "rows", "more", "special", "steps", "role", "template", "unread"]
     text: str
@@ -118,7 +118,7 @@ class _Finding:
 
 
 def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
-    """The names of the models of whose tables of tokens (embedding, head) something is in the output.
+    """Return the names of the models of whose tables of tokens (embedding, head) something is in the output.
 
     A model whose weight is zero there, or which the arc of slerp does not leave, lends nothing.
     """
@@ -177,8 +177,8 @@ def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str],
 
 
 def other_words(inputs: Inputs) -> Iterator[str]:
-    """A message for every model whose vocabulary is not that of the first, the base; of several fine-tunes one on the
-    rows that mean other words, too."""
+    """Yield a message for every model whose vocabulary is not that of the first, the base; of several fine-tunes one on
+    the rows that mean other words, too."""
     first, *others = (_tokenizers(model, (), based=True) for model in inputs.all)
     kinds = ("many", "rows") if len(inputs.tunes) > 1 else ("many",)
     for place, base in first.items():
@@ -187,7 +187,7 @@ def other_words(inputs: Inputs) -> Iterator[str]:
 
 
 def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """How the tokenizer of B differs from A's, in words."""
+    """Return the differences of B's tokenizer from A's, in words."""
     one, other = (_places(checkpoint, checkpoint.reference) for checkpoint in (a, b))
     lines, reading = [], Reading()
     for place in one.keys() & other.keys():
@@ -197,7 +197,7 @@ def tokenizers_apart(a: Checkpoint, b: Checkpoint) -> list[str]:
 
 
 def _way(recipe: Recipe, name: str, *, several: bool) -> str:
-    """The line of the recipe that puts rows in order."""
+    """Return the line of the recipe that puts rows in order."""
     if not recipe.output.rules.standalone:
         line = f"passthrough and tokenizer_source: {recipe.base_model or 'the other'}"
         return f"a {recipe.output.kind} has one vocabulary: put {name} on it by a recipe of {line}"
@@ -225,8 +225,8 @@ def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
 
 
 def _tokenizers(model: Input, meeting: Collection[str], *, based: bool, written: bool = False) -> dict[str, _Tokenizer]:
-    """A model's tokenizers by the folder of a pipeline that they lie in, "" for the model's own. An adapter's folder
-    may have its own, which is never `written`. `based`: the models are merged as fine-tunes of a base."""
+    """Return a model's tokenizers by the folder of a pipeline that they lie in, "" for the model's own. An adapter's
+    folder may have its own, which is never `written`. `based`: the models are merged as fine-tunes of a base."""
     checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
     meets = model.name in meeting
     found = _places(checkpoint, model.name if adapter is None else checkpoint.base_reference if written else model.name)
@@ -264,7 +264,7 @@ def _places(checkpoint: Checkpoint, name: str) -> dict[str, _Tokenizer]:
 
 
 def _has_tokenizer(model: Checkpoint | Adapter) -> bool:
-    """Whether a model's folder has a tokenizer; of a hub model it is fetched, but not of a pipeline's folders."""
+    """Tell whether a model's folder has a tokenizer; of a hub model it is fetched, but not of a pipeline's folders."""
     if model.hub_id is not None and (isinstance(model, Adapter) or model.is_simple):
         with suppress(DeltamergeError):  # offline, what is not in the cache is not compared
             fetched(model)
@@ -281,7 +281,7 @@ def _is_tokenizer(folder: Path) -> bool:
 def _findings(
     written: _Tokenizer | None, others: Sequence[_Tokenizer], reading: Reading, *, by_token: bool
 ) -> Iterator[_Finding]:
-    """How tokenizers differ from the one that is written, or where there is none from the first."""
+    """Return the differences of tokenizers from the one that is written, or from the first if there is none."""
     try:
         yield from _of_rows(written, others, reading, by_token=by_token)
     except InputError as error:
@@ -364,8 +364,8 @@ def _compared(base: Words, words: Words, limit: int) -> _Apart:
 
 
 def _as_rows_of(base: Words, words: Words) -> tuple[Mapping[int, str], bool]:
-    """The rows of a vocabulary; those of SentencePiece's own file beside a tokenizer.json moved on by as much as a
-    family's ids are apart from its pieces."""
+    """Return the rows of a vocabulary; those of SentencePiece's own file beside a tokenizer.json moved on by as much as
+    a family's ids are apart from its pieces."""
     if base.file == words.file or not {base.file, words.file} & {*SENTENCEPIECE}:
         return words.rows, False
     ids = {token: i for i, token in base.rows.items()}
@@ -377,7 +377,7 @@ def _as_rows_of(base: Words, words: Words) -> tuple[Mapping[int, str], bool]:
 
 
 def _distinct(few: Sequence[tuple[_Tokenizer, _Apart]]) -> list[tuple[_Tokenizer, _Apart]]:
-    """One tokenizer of each kind that has other tokens."""
+    """Return one tokenizer of each kind that has other tokens."""
     return list({id(found): (one, found) for one, found in few if found.other}.values())
 
 
@@ -392,7 +392,8 @@ def _many(
 def _few(
     apart: Sequence[tuple[_Tokenizer, _Apart]], first: _Tokenizer, tokens: Mapping[int, str]
 ) -> Iterator[_Finding]:
-    """The rows that mean other tokens, those of fine-tunes first, and tokens beyond those of the first tokenizer."""
+    """Yield the rows that mean other tokens, those of fine-tunes first, and tokens beyond those of the first
+    tokenizer."""
     for is_base in (False, True):
         those = [(one, found) for one, found in apart if one.is_base is is_base and found.other]
         rows = sorted({i for _, found in those for i in found.other})

@@ -69,11 +69,11 @@ class Transplant(Vocabulary):
 
     @property
     def memory(self) -> int:
-        """About the bytes of memory that reading the tokenizers takes."""
+        """Return about the bytes of memory that reading the tokenizers takes."""
         return self.union.memory + BYTES_PER_TOKEN * len(self.ids)
 
     def held(self, workers: int) -> int:
-        """Bytes of the donor's rows, of the sums, and of what each worker computes of them."""
+        """Return the bytes of the donor's rows, of the sums, and of what each worker computes of them."""
         if self.method == "mean" or not len(self.others):
             return 0
         common, others, total = len(self.common), len(self.others), TORCH_BYTES
@@ -93,11 +93,11 @@ class Transplant(Vocabulary):
 
     @property
     def _searched(self) -> list[TensorInfo]:
-        """The donor's tensors that sums are found among, once."""
+        """Return the donor's tensors that sums are found among, once."""
         return list({id(one): one for one in self.donors.values()}.values())
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
-        """The model's tensor under the donor's vocabulary: under the union's first, then row by row."""
+        """Return the model's tensor under the donor's vocabulary: under the union's first, then row by row."""
         source = self.union.remap(model, present)
         if source.dtype not in PLAIN:
             raise InputError(f"rows of {source.dtype} cannot be put on another tokenizer")
@@ -114,7 +114,7 @@ class Transplant(Vocabulary):
         return "head" if TOKEN_HEAD.search(name) else "embedding"
 
     def _sums_of(self, name: str) -> Sums | None:
-        """The sums of the output's embedding, or of its head."""
+        """Return the sums of the output's embedding, or of its head."""
         which = self._which(name)
         if which not in self._sums:
             common, others = self.common, self.others
@@ -125,7 +125,7 @@ class Transplant(Vocabulary):
         return self._sums[which]
 
     def describe(self) -> dict[str, Any]:
-        """The vocabulary as `deltamerge plan --json` prints it."""
+        """Return the vocabulary as `deltamerge plan --json` prints it."""
         made = {
             "method": self.method,
             "k": self.k,
@@ -138,7 +138,7 @@ class Transplant(Vocabulary):
 
 
 def make_transplant(recipe: Recipe, inputs: Inputs) -> Transplant:
-    """The vocabulary of a recipe with `tokenizer.transplant`.
+    """Return the vocabulary of a recipe with `tokenizer.transplant`.
 
     InputError: no tokenizer or embedding where one is needed, two vocabularies in one config, no token in common, fewer
     than k, or a config that names a token that the donor lacks.
@@ -210,8 +210,8 @@ def match(
 
 
 def _keys(tokens: Tokens) -> list[tuple[str, Key, int]]:
-    """Every token with what it stands for, and 1 if it is SentencePiece's way out for a byte, else 0; the last id
-    first, so that the first of equals is what a mapping keeps."""
+    """Return every token with what it stands for, and 1 if it is SentencePiece's way out for a byte, else 0; the last
+    id first, so that the first of equals is what a mapping keeps."""
     result: list[tuple[str, Key, int]] = []
     for token in reversed(tokens.ids):
         entry = tokens.added.get(token)
@@ -225,7 +225,8 @@ def _keys(tokens: Tokens) -> list[tuple[str, Key, int]]:
 
 
 def _embeddings(donor: Input) -> dict[str, TensorInfo]:
-    """The donor's tensors with a row per token: its embedding, and its head, or the embedding where it has none."""
+    """Return the donor's tensors with a row per token: its embedding, and its head, or the embedding where it has
+    none."""
     heads = [info for name, info in donor.tensors.items() if TOKEN_HEAD.search(name)]
     inputs = [info for name, info in donor.tensors.items() if TOKEN_EMBEDDING.search(name)]
     inputs = inputs or [info for info in donor.tensors.values() if info not in heads]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.plan.pursuit import Atoms, Blocks, block_of, nearest, pursuit
+from deltamerge.plan.pursuit import Atoms, SharedBlocks, block_of, nearest, pursuit
 from deltamerge.tensors.dtypes import bits_type, torch_dtype, widen
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.rows import mean_row, stored_rows
@@ -42,7 +42,7 @@ class Sums:
 
         `donor` is the embedding (rows, width) of the model whose tokenizer it is.
         """
-        blocks: Blocks = read.once(("sums", donor, self), lambda: self._blocks(read, donor))
+        blocks: SharedBlocks = read.once(("sums", donor, self), lambda: self._blocks(read, donor))
         size = self._block(donor)
         found = [blocks.get(i) for i in range(first // size, -(-last // size))]
         low = first // size * size
@@ -53,7 +53,7 @@ class Sums:
         """Return the rows that are computed at once."""
         return block_of(math.prod(donor.shape[1:]), self.k)
 
-    def _blocks(self, read: Read, donor: Tensor) -> Blocks:
+    def _blocks(self, read: Read, donor: Tensor) -> SharedBlocks:
         # distances are differences, which bfloat16 would not tell apart
         atoms = Atoms.of(_values(read, donor, self.common), screen=False if self.method == "common" else None)
 
@@ -62,7 +62,7 @@ class Sums:
             return METHODS[self.method](_values(read, donor, rows), atoms, self.k)
 
         size = self._block(donor)
-        return Blocks(-(-len(self.others) // size), compute)
+        return SharedBlocks(-(-len(self.others) // size), compute)
 
 
 def _values(read: Read, donor: Tensor, rows: NDArray[np.int32]) -> Any:

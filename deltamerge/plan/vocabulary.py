@@ -73,13 +73,13 @@ class Vocabulary:
 
     @property
     def changes(self) -> bool:
-        """Whether rows of a model move, are added or are assigned; if so, an embedding must be found."""
+        """Tell whether rows of a model move, are added or are assigned; if so, an embedding must be found."""
         moved = any(not np.array_equal(column, np.arange(self.size)) for column in self.columns.values())
         return moved or bool(self.padding or self.given)
 
     @property
     def tokens(self) -> Tokens:
-        """The content of the output's tokenizer."""
+        """Return the content of the output's tokenizer."""
         added = {token: entry for token, entry in self.first.added.items() if token in self.ids}
         for entry in self.entries:
             added[str(entry["content"])] = {key: value for key, value in entry.items() if key != "id"}
@@ -89,16 +89,16 @@ class Vocabulary:
 
     @property
     def memory(self) -> int:
-        """About the bytes of memory that reading the tokenizers takes."""
+        """Return about the bytes of memory that reading the tokenizers takes."""
         return BYTES_PER_TOKEN * sum(self.rows.values())
 
     @property
     def total(self) -> int:
-        """Rows of the output's embedding."""
+        """Return rows of the output's embedding."""
         return self.size + self.padding
 
     def held(self, workers: int) -> int:
-        """Bytes that making the rows holds, beyond what reading them does."""
+        """Return the bytes that making the rows holds, beyond what reading them does."""
         return 0
 
     @property
@@ -107,7 +107,7 @@ class Vocabulary:
         return 0.0
 
     def holds(self, name: str, present: Sequence[tuple[Input, TensorInfo]]) -> bool:
-        """Whether a tensor has a row per token in every model that has it."""
+        """Tell whether a tensor has a row per token in every model that has it."""
         configs = [model.checkpoint.config for model, _ in present]
         return all(
             has_vocabulary_rows(name, info.shape, self.rows[_reference(model)], config)
@@ -115,7 +115,7 @@ class Vocabulary:
         )
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
-        """The model's tensor under the output's vocabulary; `present` maps all models that have it to theirs.
+        """Return the model's tensor under the output's vocabulary; `present` maps all models that have it to theirs.
 
         The row of a token that the model lacks, or that the recipe forces, is the one that the recipe assigns; else the
         base's; else the mean over the models that have the token; else zeros.
@@ -157,7 +157,7 @@ class Vocabulary:
         return picks
 
     def describe(self) -> dict[str, Any]:
-        """The vocabulary as `deltamerge plan --json` prints it."""
+        """Return the vocabulary as `deltamerge plan --json` prints it."""
         where = np.stack(list(self.columns.values()) or [np.zeros(0, np.int32)], axis=1)
         lacking = np.flatnonzero((where < 0).any(1))
         plain = np.setdiff1d(lacking, np.fromiter(self.given, np.int64, len(self.given)))
@@ -183,7 +183,7 @@ class Vocabulary:
 
 
 def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
-    """The output's vocabulary. None: rows are matched by number, because the recipe leaves the vocabulary to the
+    """Return the output's vocabulary. None: rows are matched by number, because the recipe leaves the vocabulary to the
     template, or because its source has no tokenizer.json and needs none.
 
     Ids are those of the model whose tokenizer the output extends. A union appends what it lacks: the tokens of the
@@ -260,7 +260,8 @@ def _end(ids: Mapping[str, int]) -> int:
 def _missing(
     first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """The entries that the output's tokenizer adds to the first one's, and those of them that are new tokens, by id.
+    """Return the entries that the output's tokenizer adds to the first one's, and those of them that are new tokens, by
+    id.
 
     A plain token of the first that is an added token of another becomes an added one under its id.
     """
@@ -281,7 +282,7 @@ def _missing(
 
 
 def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Rows:
-    """A model's id of every output id; an id without a token on either side keeps its number."""
+    """Return a model's id of every output id; an id without a token on either side keeps its number."""
     column = np.full(size, -1, np.int32)
     there = np.fromiter(ids.values(), np.int64, len(ids))
     own = np.fromiter(map(tokens.ids.get, ids, repeat(-1)), np.int32, len(ids))
@@ -295,7 +296,7 @@ def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Row
 
 
 def _resized(own: Mapping[str, int], ids: Mapping[str, int], column: Rows, rows: int, total: int) -> str:
-    """A message about a model's moved rows; "" if all stay and none is added."""
+    """Return a message about a model's moved rows; "" if all stay and none is added."""
     lost = sum(i < rows and token not in ids for token, i in own.items())
     padding = rows - len(np.unique(column[column >= 0])) - lost
     left_out = [f"{padding} that no token names (padding)"] if padding > 0 else []
@@ -313,7 +314,7 @@ def _given(
     tokens: Mapping[str, Tokens],
     rows: Mapping[str, int],
 ) -> dict[int, Given]:
-    """The rows that the recipe's `tokenizer.tokens` assigns."""
+    """Return the rows that the recipe's `tokenizer.tokens` assigns."""
     given: dict[int, Given] = {}
     problems: list[Problem] = []
     for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer else {}).items():

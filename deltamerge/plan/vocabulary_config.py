@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.models.tokenizer_files import ROLES
-from deltamerge.plan.inputs import Input
+from deltamerge.models.tokenizer_files import ROLES, read_chat_template
+from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.transplant import Transplant
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.plan.vocabulary_rows import sizes
+from deltamerge.recipe.output_keys import BUILT_IN, is_literal
+from deltamerge.recipe.schema import Recipe
 
 ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 
@@ -19,7 +23,7 @@ ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 def edit_config(
     config: Mapping[str, Any], vocabulary: Vocabulary, template: Input, *, generation: bool = False
 ) -> dict[str, Any]:
-    """A config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
+    """Return a config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
 
     An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
     """
@@ -35,8 +39,8 @@ def edit_config(
 
 
 def _transplanted(config: dict[str, Any], vocabulary: Transplant, *, generation: bool) -> dict[str, Any]:
-    """A config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them; other
-    ids follow their tokens.
+    """Return a config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them;
+    other ids follow their tokens.
 
     InputError: one of a token that the donor lacks.
     """
@@ -91,3 +95,43 @@ def _move(config: dict[str, Any], names: Mapping[int, str], vocabulary: Vocabula
             elif isinstance(value, list) and all(isinstance(item, int) for item in value):
                 found = [moved(item, key) for item in value]
                 config[key] = [item for item in found if isinstance(item, int)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A Jinja text, and a description of its origin."""
+
+    text: str
+    origin: str
+
+
+def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
+    """Return the template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer
+    keeps its own.
+
+    InputError: the model that the recipe names has none.
+    """
+    wanted = recipe.chat_template
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        return _most_common(inputs.all)
+    model = input_named(wanted, recipe, inputs.base, inputs.tunes)
+    if model is not None:
+        text = read_chat_template(model.checkpoint)
+        if text is None:
+            raise InputError("has no chat template", where=model.name)
+        return ChatTemplate(text, model.name)
+    if is_literal(wanted):
+        return ChatTemplate(wanted, "the recipe")
+    return ChatTemplate(BUILT_IN[wanted], f"built-in {wanted}")
+
+
+def _most_common(models: Sequence[Input]) -> ChatTemplate | None:
+    """Return the template that most models have, the first of equals; surrounding white space is ignored."""
+    read = ((model.name, (read_chat_template(model.checkpoint) or "").strip()) for model in models)
+    found = [(text, name) for name, text in read if text]
+    if not found:
+        return None
+    best = Counter(text for text, _ in found).most_common(1)[0][0]
+    return ChatTemplate(best, "auto: " + ", ".join(name for text, name in found if text == best))

@@ -13,7 +13,7 @@ OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_ou
 
 
 def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every place of a config that states the vocabulary's size, as (mapping, key); the outermost first."""
+    """Yield every place of a config that states the vocabulary's size, as (mapping, key); the outermost first."""
     if isinstance(config, dict) and isinstance(config.get("vocab_size"), int):
         yield config, "vocab_size"
     for value in config.values():
@@ -22,12 +22,12 @@ def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def config_rows(config: Mapping[str, Any]) -> int | None:
-    """The vocabulary's size in config.json; for a multimodal model its text part's."""
+    """Return the vocabulary's size in config.json; for a multimodal model its text part's."""
     return next((holder[key] for holder, key in sizes(config)), None)
 
 
 def vocabularies(config: Mapping[str, Any], inside: str = "") -> dict[str, int]:
-    """Every size of a vocabulary that a config states, by its key: vocab_size, vocab_size_per_layer_input, …"""
+    """Return every size of a vocabulary that a config states, by its key: vocab_size, vocab_size_per_layer_input, …"""
     found: dict[str, int] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -38,7 +38,7 @@ def vocabularies(config: Mapping[str, Any], inside: str = "") -> dict[str, int]:
 
 
 def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor has a row per token.
+    """Tell whether a tensor has a row per token.
 
     It is outside numbered blocks and has `rows` rows. It has the name of an embedding or a head; or any name, if no
     other size in the config is that number.

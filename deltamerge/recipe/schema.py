@@ -401,7 +401,7 @@ class Recipe(Keys):
             return self.merge_method or MOE.name
         return self.merge_method or ("task_arithmetic" if len(self.fine_tunes) == 1 else None)
 
-    @property
+    @cached_property
     def method(self) -> MergeMethod:
         """The registered merge method of a recipe that `load` has accepted."""
         return MOE if self.is_moe else MERGE[self.method_name or ""]

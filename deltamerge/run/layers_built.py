@@ -14,7 +14,7 @@ from typing import Any
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.plan.inputs import Input
-from deltamerge.plan.layer_kinds import which_layers
+from deltamerge.plan.layer_config import which_layers
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import Stack
 
@@ -116,8 +116,8 @@ def _built(config: Mapping[str, Any]) -> ModelShapes | None:
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from deltamerge.calibrate.model.foreign import running
     from deltamerge.calibrate.model.skeleton import skeleton
+    from deltamerge.calibrate.model.transformers_code import running
 
     if kind not in CONFIG_MAPPING:
         return None

@@ -146,7 +146,7 @@ class Lock:
             values = (self.rows or {}).get(ROUTERS)
             found[plan.mixture.routers] = plan.mixture.locked(self.content, values, str(self.path))
         if plan.stages:
-            from deltamerge.calibrate.calibrated import locked
+            from deltamerge.calibrate.values import locked
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):

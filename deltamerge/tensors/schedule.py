@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,21 +18,20 @@ def depth_first(root: Tensor) -> list[Tensor]:
     Sources are ends: a reader computes their inputs.
     """
     order: list[Tensor] = []
-    seen: set[int] = set()
-    stack: list[tuple[Tensor, Iterator[Tensor]]] = [(root, iter(root.operands))]
-    seen.add(id(root))
+    seen: set[Tensor] = set()
+    stack: list[Tensor | None] = [root]
     while stack:
-        node, inputs = stack[-1]
-        for source in inputs:
-            if id(source) not in seen:
-                seen.add(id(source))
-                if source.inputs and source.kind != "view":
-                    stack.append((source, iter(source.inputs)))
-                    break
-                order.append(source)
-        else:
-            order.append(node)
-            stack.pop()
+        node = stack.pop()
+        if node is None:  # all inputs of the node below it are in order
+            done = stack.pop()
+            assert done is not None
+            order.append(done)
+        elif node not in seen:
+            seen.add(node)
+            if node.inputs and node.kind != "view":
+                stack += (node, None, *node.inputs[::-1])
+            else:
+                order.append(node)
     return order
 
 

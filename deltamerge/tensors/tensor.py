@@ -59,7 +59,10 @@ class Tensor:
 
     def parameter(self, name: str) -> Any:
         """Return the parameter of that name."""
-        return dict(self.parameters)[name]
+        for key, value in self.parameters:
+            if key == name:
+                return value
+        raise KeyError(name)
 
     @property
     def tensor(self) -> Tensor:
@@ -378,7 +381,7 @@ class Graph:
         """
         inputs, function = tuple(inputs), name_of(function)
         plain = tuple(sorted(parameters.items())) if len(parameters) > 1 else tuple(parameters.items())
-        key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
+        key = (function, inputs, plain, shape, dtype, kind)  # inputs count by identity
         found = self.nodes.get(key)
         if found is None:
             found = self.nodes[key] = Tensor(function, inputs, plain, shape, dtype, kind)

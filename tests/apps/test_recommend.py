@@ -18,7 +18,7 @@ from running import make_plan, run
 from deltamerge.apps.inspect.study import inspect
 from deltamerge.apps.recommend.prune import CALIBRATED, PruneCandidate, Question, Recommendation, decide
 from deltamerge.apps.recommend.prune import recommend_prune as recommend
-from deltamerge.calibrate.q.agreement import divergence as fitted
+from deltamerge.calibrate.q.objectives import divergence as fitted
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError

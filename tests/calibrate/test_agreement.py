@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltamerge.apps.report.pictures import draw
-from deltamerge.calibrate.q.agreement import discord, divergence
+from deltamerge.calibrate.q.objectives import discord, divergence
 from deltamerge.errors import InputError, OutputError
 
 

@@ -16,7 +16,7 @@ from test_stage import RUNS, recipe
 from deltamerge.calibrate.model.ahead import Ahead
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.passes import stored
-from deltamerge.calibrate.q import tensors
+from deltamerge.calibrate.q import subject
 
 LAYERS = 4
 
@@ -47,7 +47,7 @@ def test_the_next_block_is_read_while_a_block_computes(tmp_path: Path, monkeypat
         if i + 1 < LAYERS:
             ended.append(begun[i + 1].wait(10))
 
-    monkeypatch.setattr(tensors, "stored", read)
+    monkeypatch.setattr(subject, "stored", read)
     monkeypatch.setattr(BlockModel, "block", computed)
     assert calibrate(path) == plain
     assert threads == {"MainThread", "read-ahead_0"}

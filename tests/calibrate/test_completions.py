@@ -19,7 +19,7 @@ from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAnswers
 from deltamerge.calibrate.rows import rows
 from deltamerge.calibrate.rows.batches import RowReader, config_of, said
-from deltamerge.calibrate.rows.rows import Row
+from deltamerge.calibrate.rows.rows import DataRow
 from deltamerge.errors import InputError
 
 ROWS = [
@@ -40,19 +40,19 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def read(path: Path, *records: Any, **options: Any) -> list[Row]:
+def read(path: Path, *records: Any, **options: Any) -> list[DataRow]:
     (path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return rows.read("rows.jsonl", folder=path, **options)
 
 
 def test_rows_are_read_as_trl_names_them(tmp_path: Path) -> None:
     found = read(tmp_path, *ROWS)
-    assert found[0] == Row("w5 w6 w7", None, 1, " w8 w9 w10")
-    assert found[3] == Row("w30 w31 w32", None, 4)
+    assert found[0] == DataRow("w5 w6 w7", None, 1, " w8 w9 w10")
+    assert found[3] == DataRow("w30 w31 w32", None, 4)
     assert [row.label for row in read(tmp_path, ROWS[1], {**ROWS[0], "label": 3}, label="label")] == [" w12", 3]
     both = {"text": "w1", "prompt": "w2", "completion": "w3"}
-    assert read(tmp_path, both)[0] == Row("w1", None, 1)
-    assert read(tmp_path, ROWS[0], text="prompt")[0] == Row("w5 w6 w7", None, 1)
+    assert read(tmp_path, both)[0] == DataRow("w1", None, 1)
+    assert read(tmp_path, ROWS[0], text="prompt")[0] == DataRow("w5 w6 w7", None, 1)
 
 
 @pytest.mark.parametrize(

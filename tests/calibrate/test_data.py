@@ -12,8 +12,7 @@ import torch
 from tiny_models import image_processor
 
 from deltamerge.calibrate.rows import rows
-from deltamerge.calibrate.rows.rows import Row
-from deltamerge.calibrate.rows.split import split
+from deltamerge.calibrate.rows.rows import DataRow, split
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
@@ -33,7 +32,7 @@ def table(path: Path, *records: dict[str, Any]) -> str:
 
 def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     records = [{"text": "a b", "label": "1"}, {"text": "ü, c", "label": "0"}]
-    want = [Row("a b", "1", 1), Row("ü, c", "0", 2)]
+    want = [DataRow("a b", "1", 1), DataRow("ü, c", "0", 2)]
     assert rows.read(jsonl(tmp_path / "a.jsonl", *records), folder=tmp_path, label="label") == want
     assert rows.read(table(tmp_path / "a.csv", *records), folder=tmp_path, label="label") == want
     (tmp_path / "a.txt").write_text("a b\n\nü, c\n", encoding="utf-8")
@@ -42,7 +41,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
 
 def test_pairs_and_pictures(tmp_path: Path) -> None:
     name = jsonl(tmp_path / "a.jsonl", {"p": "x", "h": "y"})
-    assert rows.read(name, folder=tmp_path, text=["p", "h"]) == [Row(("x", "y"), None, 1)]
+    assert rows.read(name, folder=tmp_path, text=["p", "h"]) == [DataRow(("x", "y"), None, 1)]
     name = jsonl(tmp_path / "b.jsonl", {"image": "cat/1.png"})
     assert rows.read(name, folder=tmp_path, text="image")[0].content == tmp_path / "cat/1.png"
     for file in ("dog/2.png", "cat/1.png", "cat/note.md"):
@@ -53,7 +52,7 @@ def test_pairs_and_pictures(tmp_path: Path) -> None:
 
 
 def test_rows_are_chosen_by_the_seed_and_keep_their_order() -> None:
-    every = [Row(str(i), None, i + 1) for i in range(100)]
+    every = [DataRow(str(i), None, i + 1) for i in range(100)]
     chosen = [row.number for row in rows.select(every, 20, 3)]
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 20
@@ -129,7 +128,7 @@ TWO = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
     ],
 )
 def test_labels(labels: list[Any], config: dict[str, Any], want: Any) -> None:
-    given = [Row("", label, number) for number, label in enumerate(labels, 1)]
+    given = [DataRow("", label, number) for number, label in enumerate(labels, 1)]
     if isinstance(want, str):
         with pytest.raises(InputError, match=want.replace(".", r"\.")):
             rows.class_labels(given, config)
@@ -212,7 +211,7 @@ def reader(folder: Path, architecture: str, task: str, length: int = 8, **settin
 def test_batches_of_texts(tmp_path: Path) -> None:
     tokenizer(tmp_path, pad_token="[PAD]")
     read = reader(tmp_path, "BertForSequenceClassification", "text-classification", length=4, num_labels=3)
-    given = [Row("a b c", 2, 1), Row("d", 0, 2), Row("a b c d a b", 1, 3)]
+    given = [DataRow("a b c", 2, 1), DataRow("d", 0, 2), DataRow("a b c d a b", 1, 3)]
     made = read.batches(given, size=2, labelled=True)
     ids = [b["input_ids"].tolist() for b in made.inputs]
     assert ids == [[[7, 0, 0], [4, 5, 6]], [[4, 5, 6, 7]]]  # by length, cut at 4
@@ -224,13 +223,13 @@ def test_rows_that_make_no_token(tmp_path: Path) -> None:
     tokenizer(tmp_path, pad_token="[PAD]")
     read = reader(tmp_path, "BertForSequenceClassification", "text-classification")
     with pytest.raises(InputError, match="2 rows make no token"):
-        read.batches([Row("", None, 1), Row(" ", None, 2), Row("a", None, 3)], size=2)
+        read.batches([DataRow("", None, 1), DataRow(" ", None, 2), DataRow("a", None, 3)], size=2)
 
 
 def test_batches_of_pairs_and_steps(tmp_path: Path) -> None:
     tokenizer(tmp_path, pad_token="[PAD]")
     read = reader(tmp_path, "BertForSequenceClassification", "text-classification")
-    some = [Row(("a", "b c"), None, i) for i in range(5)]
+    some = [DataRow(("a", "b c"), None, i) for i in range(5)]
     made, steps = read.steps(some, step=3, size=2)
     assert [b["input_ids"].shape[0] for b in made.inputs] == [2, 1, 2]
     assert made.inputs[0]["input_ids"].tolist() == [[4, 5, 6]] * 2
@@ -242,7 +241,7 @@ def test_language_models_pad_with_the_end_token_and_do_not_score_padding(tmp_pat
     tokenizer(tmp_path, eos_token="</s>")
     read = reader(tmp_path, "LlamaForCausalLM", "text-generation")
     assert read.pad_token_id == 2
-    given = [Row("a", "b", 1), Row("a b c", "d", 2)]
+    given = [DataRow("a", "b", 1), DataRow("a b c", "d", 2)]
     made = read.batches(given, labelled=True)
     assert made.inputs[0]["input_ids"].tolist() == [[4, 5, 2, 2], [4, 5, 6, 7]]
     assert made.labels[0].tolist() == [[4, 5, -100, -100], [4, 5, 6, 7]]

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tiny_models import image_processor
 
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
-from deltamerge.calibrate.model.families import check_family
+from deltamerge.calibrate.model.transformers_code import check_family
 from deltamerge.calibrate.rows.batches import RowReader
-from deltamerge.calibrate.rows.rows import Row
+from deltamerge.calibrate.rows.rows import DataRow
 from deltamerge.errors import DeltamergeError, InputError
 
 REFUSED = {
@@ -88,7 +88,7 @@ def test_pictures_run_picture_models(architecture: str) -> None:
 
 def test_neither_torch_nor_transformers_is_imported_for_it() -> None:
     code = (
-        "import sys\nfrom deltamerge.calibrate.model.families import check_family\n"
+        "import sys\nfrom deltamerge.calibrate.model.transformers_code import check_family\n"
         "check_family({'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}, 'text')\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
@@ -179,8 +179,8 @@ def test_a_decoder_is_given_what_it_is_to_say(tmp_path: Path, architecture: str)
     model = getattr(transformers, architecture).from_pretrained(tmp_path / "tuned").eval()
     config = transformers.AutoConfig.from_pretrained(tmp_path / "tuned")
     reads = RowReader(tmp_path / "tuned", config, task="causal-lm", length=12)
-    pairs = [Row(("w5 w6 w7", "w9 w8 w7 w6 w5"), None, 1), Row(("w8 w9", "w7"), None, 2)]
-    for some in ([Row("w5 w6 w7 w8", None, 1), Row("w9 w8", None, 2)], pairs):
+    pairs = [DataRow(("w5 w6 w7", "w9 w8 w7 w6 w5"), None, 1), DataRow(("w8 w9", "w7"), None, 2)]
+    for some in ([DataRow("w5 w6 w7 w8", None, 1), DataRow("w9 w8", None, 2)], pairs):
         batches = reads.batches(some, labelled=True)
         (batch,), (said,) = batches.inputs, batches.labels or []
         labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, -100)

@@ -19,9 +19,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from deltamerge.calibrate.merge.coefficients import calibrate
-from deltamerge.calibrate.merge.gradients import of_tensor
-from deltamerge.calibrate.merge.inputs import Spooled
 from deltamerge.calibrate.merge.sums import combined
+from deltamerge.calibrate.values import Spooled, of_tensor
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.tensors.tiles import Kept
 
@@ -87,7 +86,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     """The merged tensors, from transformers' own forward of whole models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamerge.calibrate.rows.split import split
+    from deltamerge.calibrate.rows.rows import split
 
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
@@ -294,7 +293,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
 def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.rows.split import split
+    from deltamerge.calibrate.rows.rows import split
 
     folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
     path = recipe(folder, "fisher", "fisher")

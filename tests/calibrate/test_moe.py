@@ -25,7 +25,7 @@ from test_families import small
 
 from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
-from deltamerge.calibrate.model.layers import Cut
+from deltamerge.calibrate.model.layers import MatrixCut
 from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
 from deltamerge.calibrate.reach import stacked_transposed
 from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
@@ -137,13 +137,13 @@ class Caught:
 
     def __init__(self) -> None:
         self.inputs: dict[tuple[str, int], list[torch.Tensor]] = {}
-        self.cuts: dict[tuple[str, int], Cut] = {}
+        self.cuts: dict[tuple[str, int], MatrixCut] = {}
         self.whole: set[str] = set()
 
     def enter(self, layers: Any) -> None: ...
 
     def see(self, layer: Any, x: torch.Tensor, batch: int) -> None:
-        if isinstance(layer, Cut):
+        if isinstance(layer, MatrixCut):
             key = layer.layer.name, layer.lead
             self.cuts[key] = layer
             self.inputs.setdefault(key, []).append(x[:, layer.features].double())

@@ -14,7 +14,7 @@ from tiny_models import batches, make
 from tolerance import gamma
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.model import head
+from deltamerge.calibrate.model import passes
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.candidates import Cache, apply, pruned
 from deltamerge.calibrate.q.objectives import (
@@ -286,7 +286,7 @@ def test_logits_come_in_pieces_whose_size_changes_nothing(
     labels = [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in pair.data]
     found = []
     for tokens in (1, 4, 1000):
-        monkeypatch.setattr(head, "PIECE_BYTES", tokens * 211 * 4)
+        monkeypatch.setattr(passes, "PIECE_BYTES", tokens * 211 * 4)
         with _Largest(211) as largest:
             some = [made.of(pair.model, pair.tuned, pair.data) for made in (OutputChange, Distribution)]
             some.append(Validation(pair.data, labels, "loss"))

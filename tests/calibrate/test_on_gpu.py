@@ -22,11 +22,8 @@ from test_stage import RUNS, recipe
 
 from deltamerge.apps.inspect import study
 from deltamerge.apps.recommend.prune import recommend_prune
-from deltamerge.calibrate.model.ahead import Ahead
-from deltamerge.calibrate.model.arrivals import Arrivals
-from deltamerge.calibrate.model.resident import Resident
+from deltamerge.calibrate.model.ahead import Ahead, Arrivals, Resident
 from deltamerge.calibrate.q import subject as subjects
-from deltamerge.calibrate.q import tensors
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
 from deltamerge.engine import kernels
@@ -336,13 +333,13 @@ def test_a_mask_is_drawn_once_or_once_a_walk(
     text = plenty[0].read_text().replace("density: 0.3", "density: 0.4, sampling: magnitude")
     path.write_text(text.replace(", include: [q_proj]", include))
     drawn: list[Any] = []
-    computed = tensors.computed
+    computed = subjects.computed
 
     def seen(roots: dict[str, Any], *given: Any, **more: Any) -> Any:
         drawn.extend(roots.values())
         return computed(roots, *given, **more)
 
-    monkeypatch.setattr(tensors, "computed", seen)
+    monkeypatch.setattr(subjects, "computed", seen)
     (spec,) = make_plan(path, device="cuda").specs.values()
     source = replace(spec.source, cache=cache)
     with simulated(), Reader() as reader:

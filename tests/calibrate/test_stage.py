@@ -20,7 +20,7 @@ from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
 from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
-from deltamerge.calibrate.model import precision
+from deltamerge.calibrate import spec as specs
 from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memory
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
@@ -599,15 +599,15 @@ def test_auto_is_bfloat16_for_large_models_on_processors_that_have_it(tmp_path, 
     file = tmp_path / "cpuinfo"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr(precision, "CPU_INFO", file)
+    monkeypatch.setattr(specs, "CPU_INFO", file)
     large, small = [np.empty((0, 0))] * 3, [np.zeros(7)]
-    monkeypatch.setattr(precision, "LARGE", 0)
-    assert precision.chosen("auto", "cpu", large) == wanted
-    assert precision.chosen("auto", "cuda", large) == "bfloat16"
-    monkeypatch.setattr(precision, "LARGE", 8)
-    assert precision.chosen("auto", "cpu", small) == "float32"
-    assert precision.chosen("bfloat16", "cpu", small) == "bfloat16"
-    assert precision.chosen("float32", "cuda", small) == "float32"
+    monkeypatch.setattr(specs, "LARGE", 0)
+    assert specs.precision_of("auto", "cpu", large) == wanted
+    assert specs.precision_of("auto", "cuda", large) == "bfloat16"
+    monkeypatch.setattr(specs, "LARGE", 8)
+    assert specs.precision_of("auto", "cpu", small) == "float32"
+    assert specs.precision_of("bfloat16", "cpu", small) == "bfloat16"
+    assert specs.precision_of("float32", "cuda", small) == "float32"
 
 
 def test_a_plot_and_a_lock_leave_what_is_not_theirs(models, tmp_path, capsys):

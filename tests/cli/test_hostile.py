@@ -15,7 +15,7 @@ from running import make_plan, run
 from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
-from deltamerge.calibrate.rows.rows import Row, class_labels
+from deltamerge.calibrate.rows.rows import DataRow, class_labels
 from deltamerge.calibrate.rows.rows import read as read_rows
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
 from deltamerge.files.journal import read_journal
@@ -139,7 +139,7 @@ def test_labels_that_are_none(label: object, outputs: int) -> None:
     if (label, outputs) == (float("inf"), 1):
         return  # a number, if a bad one
     with pytest.raises(InputError, match="row 1: label") as caught:
-        class_labels([Row("a", label, 1)], {"num_labels": outputs})
+        class_labels([DataRow("a", label, 1)], {"num_labels": outputs})
     assert len(str(caught.value)) < 1000
 
 

@@ -74,6 +74,30 @@ def test_work_grows_with_the_tensors_and_no_faster(tmp_path: Path, case: str) ->
     assert counts[2] < 800 * 2 * 1500
 
 
+def small_matrices(folder: Path, count: int) -> Path:
+    """A model of matrices of 2 × 2."""
+    folder.mkdir(parents=True)
+    table = {f"w{i}": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * i, 16 * i + 16]} for i in range(count)}
+    header = json.dumps(table).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16 * count))
+    (folder / "config.json").write_text('{"model_type": "made"}')
+    return folder
+
+
+@pytest.mark.parametrize(("method", "most"), [("task_arithmetic", 800), ("ties", 1040)])
+def test_planning_a_tensor_takes_few_calls(tmp_path: Path, method: str, most: int) -> None:
+    """About 760 and 990, of two models and their base; 920 and 2,180 when each tensor had a cost of its own."""
+    counts = []
+    for count in (2, 200, 400):
+        base, *tuned = (small_matrices(tmp_path / f"{count}-{name}", count) for name in ("base", "a", "b"))
+        path = tmp_path / f"{count}.yaml"
+        listed = "".join(f"  - {{model: {one}, parameters: {{weight: 1, density: 0.5}}}}\n" for one in tuned)
+        listed = listed if method == "ties" else listed.replace(", density: 0.5", "")
+        path.write_text(f"merge_method: {method}\nbase_model: {base}\nmodels:\n{listed}")
+        counts.append(calls(path))
+    assert (counts[2] - counts[1]) / 200 < most
+
+
 def test_models_are_not_opened_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "SOURCES", 1000)
     opened: list[str] = []

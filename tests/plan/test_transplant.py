@@ -23,7 +23,7 @@ from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.token_text import Spelling, spelling_of
-from deltamerge.plan.pursuit import Atoms, Blocks, nearest, pursuit
+from deltamerge.plan.pursuit import Atoms, SharedBlocks, nearest, pursuit
 from deltamerge.plan.transplant import match
 from deltamerge.run.partition import Part
 
@@ -191,7 +191,7 @@ def test_a_block_that_fails_fails_every_thread():
     def compute(block: int) -> Any:
         raise MemoryError(block)
 
-    blocks = Blocks(2, compute)
+    blocks = SharedBlocks(2, compute)
     for _ in range(2):
         with pytest.raises(MemoryError):
             blocks.get(1)

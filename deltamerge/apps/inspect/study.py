@@ -21,9 +21,9 @@ from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.graph import Graph

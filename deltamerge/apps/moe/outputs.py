@@ -23,11 +23,11 @@ from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.merge import Merge
+from deltamerge.plan.output_config import settle
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
-from deltamerge.plan.written_config import settle
 from deltamerge.recipe.schema import DRAWN, Expert, Recipe
 from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
 from deltamerge.tensors.graph import Graph, Node

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.calibrate.model.foreign import quiet, running
+from deltamerge.calibrate.model.transformers_code import quiet, running
 from deltamerge.calibrate.spec import BASELINE_BYTES, resident, rounded
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors import InputError, VerifyError

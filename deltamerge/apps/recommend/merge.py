@@ -28,15 +28,14 @@ from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.apps.search.tasks import AGREEMENT, DISTANCE, SAME
-from deltamerge.calibrate.rows.rows import has_head
-from deltamerge.calibrate.rows.split import task_of
+from deltamerge.calibrate.rows.rows import has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.run.options import Options

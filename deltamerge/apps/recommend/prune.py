@@ -22,14 +22,13 @@ from deltamerge.apps.inspect.activations import Figures, activations
 from deltamerge.apps.inspect.moments import DeltaMoments, together
 from deltamerge.apps.inspect.statistics import Pair, pair_recipe, pairs_of
 from deltamerge.apps.inspect.study import measure, open_pair, specs_of
-from deltamerge.calibrate.rows.rows import has_head
-from deltamerge.calibrate.rows.split import metric_of
+from deltamerge.calibrate.rows.rows import has_head, metric_of
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.written_config import remarks_on_configs
 from deltamerge.recipe.advice import choose, q_decides
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import Calibration

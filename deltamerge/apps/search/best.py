@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.calibrated import Calibrated
+from deltamerge.calibrate.values import Calibrated
 from deltamerge.engine.execute import shared_values
 from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.recipe.file import RecipeFile

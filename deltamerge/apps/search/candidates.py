@@ -16,9 +16,8 @@ from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput
 from deltamerge.errors import InputError
 from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs
-from deltamerge.plan.lora import own_weights
-from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
+from deltamerge.plan.merge import Merge
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary

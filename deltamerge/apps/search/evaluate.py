@@ -12,8 +12,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.apps.search.tasks import ScoredTask, Sheet, measured, refuse_unknown
 from deltamerge.calibrate.model.blocks import Weights
-from deltamerge.calibrate.rows.rows import select
-from deltamerge.calibrate.rows.split import rows_of
+from deltamerge.calibrate.rows.rows import rows_of, select
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError, UsageError
 from deltamerge.models.chain.models import Models

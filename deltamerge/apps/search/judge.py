@@ -23,10 +23,9 @@ from deltamerge.apps.search.tasks import (
     refuse_unknown,
 )
 from deltamerge.apps.search.walk import Walk
-from deltamerge.calibrate.merge.inputs import Spooled
 from deltamerge.calibrate.model.blocks import Weights
-from deltamerge.calibrate.rows.rows import Row, select
-from deltamerge.calibrate.rows.split import rows_of, split
+from deltamerge.calibrate.rows.rows import DataRow, rows_of, select, split
+from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
@@ -76,7 +75,7 @@ class StudyJudge:
             )
         self.seed = recipe.seed
         self.wanted = {index: self._measures(task, goals) for index, task in self.tasks.items()}
-        self._rows: dict[int, dict[Part, list[Row]]] = {}
+        self._rows: dict[int, dict[Part, list[DataRow]]] = {}
         self._sheets: dict[Part, dict[int, Sheet]] = {}
         self.references: dict[Part, dict[str, Scores]] = {}
         self.budget = self._resident()
@@ -156,7 +155,7 @@ class StudyJudge:
 
         return of
 
-    def _of(self, index: int) -> dict[Part, list[Row]]:
+    def _of(self, index: int) -> dict[Part, list[DataRow]]:
         """Return the rows of a fine-tune."""
         if index not in self._rows:
             task, test = self.tasks[index], self.study.test

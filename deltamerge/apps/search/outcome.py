@@ -13,7 +13,7 @@ from deltamerge.apps.search.best import make_folder
 from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.command import value_of, words_of
 from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, worth
-from deltamerge.calibrate.calibrated import Calibrated
+from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe

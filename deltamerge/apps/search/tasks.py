@@ -10,18 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from deltamerge import errors
-from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader
+from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import stored
-from deltamerge.calibrate.model.precision import chosen
-from deltamerge.calibrate.model.trace import together
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
-from deltamerge.calibrate.rows.rows import Row, has_head
-from deltamerge.calibrate.rows.split import LANGUAGE, metric_of, task_of
+from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, task_of
+from deltamerge.calibrate.spec import precision_of
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.plan.folders import refuse_unrunnable
+from deltamerge.plan.inputs import refuse_unrunnable
 from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
@@ -87,7 +85,7 @@ class ScoredTask:
                 checkpoint.tensors,
                 device=self.device,
                 pad_token_id=self.reads.pad_token_id,
-                precision=chosen(calibration.precision, device, checkpoint.tensors.values()),
+                precision=precision_of(calibration.precision, device, checkpoint.tensors.values()),
             )
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 
@@ -118,7 +116,7 @@ class ScoredTask:
         own = [] if self.metric in CLASSES else [self.metric]
         return ("pearson_spearman", LOSS) if regression else (*own, *CLASSES)
 
-    def sheet(self, rows: Sequence[Row], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
+    def sheet(self, rows: Sequence[DataRow], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
         """Return rows on which `metrics` are measured. `compared` are measures against the model's own outputs."""
         with errors.context(self.name):
             of_forward = [name for name in metrics if name != EXACT]
@@ -134,7 +132,7 @@ class ScoredTask:
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
-    def _generation(self, rows: Sequence[Row]) -> O.Generation:
+    def _generation(self, rows: Sequence[DataRow]) -> O.Generation:
         made, settings = self.reads.prompts(rows, size=BATCH), self.calibration
         check_new_tokens(settings.length, settings.new_tokens, self.config)
         assert made.texts is not None

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.calibrated import Calibrated, QValue
 from deltamerge.calibrate.merge.joint_factor import mean_judge
 from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine.devices import torch_devices
 from deltamerge.tensors.reader import Reader
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.sums import Shared
     from deltamerge.calibrate.model.blocks import Weights
     from deltamerge.calibrate.q.objectives import Distribution
-    from deltamerge.calibrate.q.subject import Judge, Subject
+    from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
     from deltamerge.tensors.graph import Node
 
 Coefficients = Mapping[str, "Tensor"]
@@ -40,8 +40,8 @@ SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import Found
+    """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
+    from deltamerge.calibrate.q.comparison import QPoint
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
@@ -61,7 +61,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         fitted, path = _fit(merge, start)
         judge, held, plain = _judged(merge, [fitted, start])
         step, value = min(path, key=lambda point: (point[1], point[0]))
-        found = [Found({}, value, {"step": float(step)})]
+        found = [QPoint({}, value, {"step": float(step)})]
         some = judge.eligible(found)
         chosen, record = decide(spec, judge, found, some, [*held[: len(some)], plain], path[0][1])
         record |= {
@@ -78,7 +78,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
 
 def _deltas(spec: Spec, part: int) -> list[dict[str, Node]]:
-    """Of each coefficient the nodes of its deltas, by the names of a fine-tune's tensors."""
+    """Return the nodes of each coefficient's deltas, by the names of a fine-tune's tensors."""
     masked = {one.name: one.masked for one in spec.pruned}
     return [{one.stored: masked[one.name][k] for one in spec.parts[part].pruned} for k in range(len(spec.coefficients))]
 
@@ -105,7 +105,8 @@ class _Merge:
         self.stored = [{one.name: one.stored for one in part.pruned} for part in self.spec.parts[: len(self.places)]]
 
     def start(self) -> dict[str, Tensor]:
-        """The recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of theirs."""
+        """Return the recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of
+        theirs."""
         import torch
 
         from deltamerge.calibrate.q.learned import row_shape
@@ -121,12 +122,12 @@ class _Merge:
         return found
 
     def nothing(self) -> dict[str, Tensor]:
-        """Of the base."""
+        """Return coefficients of 0, which give the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
 
     def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
-        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients, where
-        weights are `shared` when they descend."""
+        """Return the merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients,
+        where weights are `shared` when they descend."""
         from deltamerge.calibrate.merge.sums import combined
 
         subject, own = self.subjects[task], self.own[task]
@@ -166,7 +167,8 @@ def _rows(subject: Subject, step: int) -> _Rows:
 
 
 def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
-    """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
+    """Return the coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every
+    look.
 
     A look comes before the first step and after every turn through the rows.
     PATIENCE of them in a row that are no better end it.
@@ -227,7 +229,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
 
 
 def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
-    """What is fitted, and what gives the coefficients of every tensor that it stands for."""
+    """Return the fitted numbers, and the function that makes every tensor's coefficients of them."""
     if scope == "model":
         one = next(iter(start.values())).clone().requires_grad_(True)
         return [one], lambda some: dict.fromkeys(start, some[0])
@@ -236,7 +238,7 @@ def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Se
 
 
 def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
-    """How often all fine-tunes' rows can be gone through, within the passes that are left for it."""
+    """Return the number of times that the passes left allow to go through all fine-tunes' rows."""
     from deltamerge.calibrate.model.passes import sequences
 
     turn, left = max(len(task.groups) for task in tasks), []
@@ -249,7 +251,7 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
 
 
 def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
-    """Of each fine-tune that of its objective."""
+    """Return the value of each fine-tune's objective."""
     from deltamerge.calibrate.model.spread import in_turns
 
     every = range(len(objectives))
@@ -265,8 +267,8 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
     return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
 
 
-def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
-    """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
+def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
+    """Return the judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
     from deltamerge.calibrate.model.spread import in_turns
 
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deltamerge.calibrate.merge.inputs import Spooled
 from deltamerge.calibrate.spec import Share
 from deltamerge.calibrate.stage import calibrating
+from deltamerge.calibrate.values import Spooled
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import writing
 from deltamerge.tensors.reader import Reader
@@ -31,29 +29,6 @@ if TYPE_CHECKING:
 
 FORWARDS = 4  # passes of a row: forward, again from the checkpoints, backward
 CLASSES = 8  # up to so many the expectation over the model's answers is exact; of more, one is drawn
-
-
-@dataclass(frozen=True, slots=True)
-class OfTensor:
-    """The squares of one tensor, read a tile at a time."""
-
-    squares: Spooled
-    name: str
-
-    def part(self, model: int, start: int, stop: int) -> NDArray[np.float32] | None:
-        """Flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the tensor, or
-        its answers are so sure that their squares are no float32."""
-        path = self.squares.files.get((self.name, model))
-        scale = np.float32(self.squares.scales.get(model, 0.0))
-        if path is None or scale <= 0.0:
-            return None
-        values = np.fromfile(path, np.float32, stop - start, offset=4 * start)
-        return np.asarray(values / scale, np.float32)
-
-
-def of_tensor(squares: Spooled, *, name: str) -> OfTensor:
-    """Those of one tensor, by its name in the output."""
-    return OfTensor(squares, name)
 
 
 def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
@@ -72,14 +47,14 @@ def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
             if subject.model.headless:
                 raise InputError("it has no head, whose answers are differentiated", hint="merge_method: regmean")
             names = {one.stored: one.name for one in part.pruned}
-            sums = _Sums(found, model, names, subject.counts[0])
+            sums = _SquareSums(found, model, names, subject.counts[0])
             _differentiate(subject, sums)
             sums.close()
             subject.forget()
     return found
 
 
-class _Sums:
+class _SquareSums:
     """Adds squared gradients to a tensor's file."""
 
     def __init__(self, found: Spooled, model: int, names: Mapping[str, str], rows: int) -> None:
@@ -111,10 +86,10 @@ class _Sums:
         self.maps.clear()
 
 
-def _differentiate(subject: Subject, sums: _Sums) -> None:
+def _differentiate(subject: Subject, sums: _SquareSums) -> None:
     import torch
 
-    from deltamerge.calibrate.model.tap import tapped
+    from deltamerge.calibrate.merge.sums import tapped
     from deltamerge.calibrate.q.objectives import per_token
 
     spark = torch.zeros((), device=subject.device, requires_grad=True)

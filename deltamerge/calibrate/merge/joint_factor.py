@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.calibrated import Calibrated
 from deltamerge.calibrate.spec import Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.calibrate.values import Calibrated
 from deltamerge.tensors.reader import Reader
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.q.choices import Qs
+    from deltamerge.calibrate.q.comparison import Qs
     from deltamerge.calibrate.q.search import Minima
-    from deltamerge.calibrate.q.subject import Judge, Subject
+    from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import SCAN, Found
+    from deltamerge.calibrate.q.choices import SCAN
+    from deltamerge.calibrate.q.comparison import QPoint
     from deltamerge.calibrate.q.search import shortlist
     from deltamerge.calibrate.q.subject import Subject
 
@@ -36,7 +37,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         low, high = spec.bounds
         result, evaluate = _search(subjects, spec.objective, low, high)
         found = [
-            Found({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
+            QPoint({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
         ]
         judges = [subject.judge() for subject in subjects]
         judge = mean_judge(judges)
@@ -68,7 +69,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 def _search(
     subjects: Sequence[Subject], objective: str, low: float, high: float
 ) -> tuple[Minima, Callable[[Sequence[float]], list[float]]]:
-    """The minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
+    """Return the minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
     from deltamerge.calibrate.q import objectives as O
     from deltamerge.calibrate.q import search
 
@@ -97,11 +98,11 @@ def _q(subject: Subject, factor: float) -> Qs:
     return dict.fromkeys(subject.pairs, rounded(1.0 / factor))
 
 
-def mean_judge(judges: Sequence[Judge]) -> Judge:
-    """The name of the mean of the fine-tunes' measures."""
-    from deltamerge.calibrate.q.subject import Judge
+def mean_judge(judges: Sequence[HeldOutMeasure]) -> HeldOutMeasure:
+    """Return the name of the mean of the fine-tunes' measures."""
+    from deltamerge.calibrate.q.subject import HeldOutMeasure
 
     measures = list(dict.fromkeys(judge.measure for judge in judges))
     one, trusted = judges[0], all(judge.trusted for judge in judges)
     measure = f"mean {' and '.join(measures)} of {len(judges)} fine-tunes"
-    return Judge(one.objective, measure, one.rows, trusted, higher=all(judge.higher for judge in judges))
+    return HeldOutMeasure(one.objective, measure, one.rows, trusted, higher=all(judge.higher for judge in judges))

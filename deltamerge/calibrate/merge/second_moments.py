@@ -1,27 +1,36 @@
 """C = E[x xᵀ] of the inputs of linear layers, from one walk over the calibration rows, block by block.
 
-The module is named in plans, so torch is imported when it runs.
+Those of every layer in every fine-tune, which RegMean takes, are as large as the models. They lie in files, and are
+read layer by layer. The module is named in plans, so torch is imported when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.spec import CalibrationInput
+from deltamerge import errors
+from deltamerge.calibrate import spec
+from deltamerge.calibrate.spec import CalibrationInput, Share
 from deltamerge.calibrate.stage import calibrating
+from deltamerge.calibrate.values import Spooled
+from deltamerge.files import progress
+from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.reader import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.calibrate.model.blocks import Inputs
-    from deltamerge.calibrate.model.layers import Cut, Linear
+    from deltamerge.calibrate.model.blocks import Inputs, Weights
+    from deltamerge.calibrate.model.layers import Linear, MatrixCut
+    from deltamerge.calibrate.q.subject import Subject
 
 Keep = Callable[[str, NDArray[np.float64]], None]
 """Is given each layer's name and its C (in, in), block after block."""
@@ -29,7 +38,7 @@ MEASURING = "measuring inputs of"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class InputMeasurement:
     """A fine-tune whose layers' inputs are measured; `names` are its tensors' by the names in the output."""
 
     source: CalibrationInput
@@ -37,7 +46,7 @@ class Measured:
 
     @property
     def memory(self) -> int:
-        """About the bytes of the C's of one block, each with the sum of a batch."""
+        """Return about the bytes of the C's of one block, each with the sum of a batch."""
         widths = {t.name: t.shape[-1] for t in self.source.tensors if len(t.shape) == 2 and t.name in self._wanted}
         shapes = {tensor.name: tensor.shape for tensor in self.source.tensors if tensor.name in widths}
         blocks = numbered_blocks(shapes) or {0: list(shapes)}
@@ -48,7 +57,7 @@ class Measured:
         return set(self.names.values())
 
 
-def measure(measured: Measured, wanted: Collection[str], keep: Keep) -> None:
+def measure(measured: InputMeasurement, wanted: Collection[str], keep: Keep) -> None:
     """Hand C of each layer in `wanted`, by the fine-tune's names, to `keep`; a layer that no row reaches has none."""
     from deltamerge.calibrate.q.subject import Subject
 
@@ -56,13 +65,13 @@ def measure(measured: Measured, wanted: Collection[str], keep: Keep) -> None:
     with calibrating(source.model, 1, MEASURING, device=source.device), Reader() as reader:
         subject = Subject(source, reader)
         batches = subject.batches["search"].inputs
-        watch = Moments(batches, wanted, keep)
+        watch = MomentSums(batches, wanted, keep)
         subject.model.run(batches, [subject.tune], lambda batch, output: None, watch=watch)
         subject.count(batches)
         subject.forget()
 
 
-class Moments:
+class MomentSums:
     """A watch that sums x xᵀ over real tokens of the layers in `wanted`, block by block, and hands each C to `keep` as
     the block is left: products in float32, their sum in float64.
 
@@ -80,7 +89,7 @@ class Moments:
     def enter(self, layers: Sequence[Linear]) -> None:
         self.sums, self.last = {}, None
 
-    def see(self, seen: Linear | Cut, x: Tensor, batch: int) -> None:
+    def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
         from deltamerge.calibrate.model.activations import tokens_of
         from deltamerge.calibrate.model.layers import Linear
 
@@ -102,3 +111,88 @@ class Moments:
             self.keep(name, (total / max(1, count)).numpy())
         self.enter(layers)
         return False
+
+
+def memory(parts: Sequence[Share]) -> int:
+    """Return about the bytes that measuring takes: fine-tunes run one after another, or side by side where they have
+    deltas to make."""
+    block = max((_measured(part).memory for part in parts), default=0)
+    each = [Share(part.source) for part in parts]
+    if any(one.masked for part in parts for one in part.pruned):
+        return 4 * block + spec.memory(*each)
+    return block + max(map(spec.memory, each), default=0)
+
+
+def _measured(part: Share) -> InputMeasurement:
+    return InputMeasurement(part.source, {one.name: one.stored for one in part.pruned})
+
+
+def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
+    """Return the moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
+    found = Spooled.beginning(folder)
+    for model, part in enumerate(parts):
+        measured = _measured(part)
+        measure(measured, set(measured.names.values()), _kept(found, measured.names, model))
+    return found
+
+
+def merged(
+    *shared: Any, parts: tuple[Share, ...], wanted: tuple[str, ...], known: tuple[Node, ...], so_far: Node,
+    folder: Path | None = None,
+) -> Spooled:  # fmt: skip
+    """Return the same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
+    "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
+
+    parts    the fine-tunes; `masked` of their tensors is what the merge adds, made with the moments that there are
+    wanted   the layers' names in the output
+    known    the nodes whose values are `shared`
+    so_far   the node in `masked` whose value these moments are
+
+    All fine-tunes walk side by side, a block at a time. InputError: a model whose blocks cannot be told apart.
+    """
+    from deltamerge.calibrate.q.subject import Subject
+
+    found = Spooled.beginning(folder)
+    values = {**dict(zip(known, shared, strict=True)), so_far: found}
+    with ExitStack() as stack:
+        stack.enter_context(calibrating("the merge", len(parts), MEASURING, device=parts[0].source.device))
+        reader = stack.enter_context(Reader())
+        subjects = []
+        for part in parts:
+            with errors.context(part.source.model):
+                masks = [{one.stored: one.masked[0] for one in part.pruned}]
+                subjects.append(Subject(part.source, reader, masks, values))
+        walks = []
+        for model, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
+            names = {one.name: one.stored for one in part.pruned if one.name in wanted}
+            walks.append(
+                _walk(subject, _onward(subject, part, subjects[0], parts[0]), names, _kept(found, names, model))
+            )
+        for _ in zip(*walks, strict=True):
+            progress.here(progress.PASSES).step(len(parts) / len(subjects[0].model.parts))
+        for subject in subjects:
+            subject.forget()
+    return found
+
+
+def _walk(subject: Subject, passed: Weights, names: Mapping[str, str], keep: Keep) -> Iterator[int]:
+    from deltamerge.calibrate.model.blocks import relay
+
+    batches = subject.batches["search"].inputs
+    return relay(subject.model, batches, subject.tune, passed, MomentSums(batches, set(names.values()), keep))
+
+
+def _onward(subject: Subject, part: Share, first: Subject, of_first: Share) -> Weights:
+    """Return the merged weights under a fine-tune's names and with its own head; `first` makes the merged deltas for
+    all."""
+    from deltamerge.calibrate.model.candidates import pruned
+
+    by_name = {one.name: one.stored for one in of_first.pruned}
+    own = {one.stored: by_name[one.name] for one in part.pruned}
+    made = first.masks[0]
+    return pruned(subject.start, lambda name: made(own[name]) if name in own else None, {})
+
+
+def _kept(found: Spooled, names: Mapping[str, str], model: int) -> Keep:
+    by_stored = {stored: name for name, stored in names.items()}
+    return lambda stored, moments: found.keep(by_stored[stored], model, moments)

@@ -10,12 +10,30 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.model.candidates import Masked, dense
-from deltamerge.calibrate.model.tap import tapped
 from deltamerge.tensors.tiles import Kept
 
 
+def tapped(tensor: Tensor, spark: Tensor, name: str, told: Callable[[str, Tensor], None]) -> Tensor:
+    """Return the tensor in float32; `told` is given its name and the whole gradient of each backward pass. `spark` is
+    any tensor that has gradients."""
+    apply: Callable[..., Tensor] = _Tap.apply
+    return apply(tensor, spark, name, told)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, spark: Tensor, name: str, told: Callable[[str, Tensor], None]) -> Tensor:
+        ctx.name, ctx.told = name, told
+        return tensor.to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        ctx.told(ctx.name, grads[0])
+        return None, None, None, None
+
+
 def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
-    """The sum in float32.
+    """Return the sum in float32.
 
     base          of any dtype
     coefficients  (K), or (K, …) whose entries broadcast to the tensor
@@ -70,7 +88,7 @@ class Shared:
         self._gradients: dict[str, Tensor] = {}
 
     def sum(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """The sum of that name, which `make` computes; its gradients stay here."""
+        """Return the sum of that name, which `make` computes; its gradients stay here."""
         if name not in self._made:
             with torch.enable_grad():
                 self._made[name] = make()

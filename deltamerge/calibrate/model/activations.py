@@ -12,9 +12,9 @@ from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, Inputs, Weights
 from deltamerge.calibrate.model.candidates import Masked, dense
-from deltamerge.calibrate.model.layers import Cut, Linear
+from deltamerge.calibrate.model.layers import Linear, MatrixCut
 from deltamerge.calibrate.model.loading import Index
-from deltamerge.calibrate.q.closed_forms import LayerStatistics, Part, Place, Vector, joined, pooled
+from deltamerge.calibrate.q.closed_forms import LayerStatistics, MatrixStatistics, Place, Vector, joined, pooled
 
 Draw = Callable[[str, LayerStatistics], Masked | None]
 """(checkpoint name, the layer's statistics so far) -> its masked delta, unscaled; None: no mask for this tensor."""
@@ -48,7 +48,7 @@ def collect(
 
 
 @dataclass
-class _Sums:
+class _TokenSums:
     """Running sums over tokens of one layer or cut, float64 on the CPU; delta_OI is (m, n) whatever the stored
     layout."""
 
@@ -85,21 +85,21 @@ class _Collector:
         self.delta, self.draw, self.device = delta, draw, device
         self.masks = masks_of(batches)
         self.found: dict[str, LayerStatistics] = {}
-        self.sums: dict[str, dict[Cut | None, _Sums]] = {}
+        self.sums: dict[str, dict[MatrixCut | None, _TokenSums]] = {}
         self.deltas: dict[str, Tensor | None] = {}
         self.second = False
 
     def enter(self, layers: Sequence[Linear]) -> None:
         self.sums, self.deltas, self.second = {}, {}, False
 
-    def see(self, seen: Linear | Cut, x: Tensor, batch: int) -> None:
-        layer, cut = (seen.layer, seen) if isinstance(seen, Cut) else (seen, None)
+    def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
+        layer, cut = (seen.layer, seen) if isinstance(seen, MatrixCut) else (seen, None)
         delta = self._delta(layer.name)
         if delta is None:
             return
         some = self.sums.setdefault(layer.name, {})
         if cut not in some:
-            some[cut] = _Sums(_rows(delta, layer, cut), self._bias(layer, cut, delta))
+            some[cut] = _TokenSums(_rows(delta, layer, cut), self._bias(layer, cut, delta))
         # a cut's inputs are those of the tokens that a router chose
         x_NI = tokens_of(x, self.masks[batch]) if cut is None else x[:, cut.features]
         if self.second:
@@ -140,13 +140,13 @@ class _Collector:
                 self.found[layer.name] = pooled(stacks[layer.stack])
 
     def _delta(self, name: str) -> Tensor | None:
-        """A tensor's delta, as stored; read when it is first needed."""
+        """Return a tensor's delta, as stored; read when it is first needed."""
         if name not in self.deltas:
             found = self.delta(name)
             self.deltas[name] = None if found is None else found.to(self.device, torch.float32)
         return self.deltas[name]
 
-    def _bias(self, layer: Linear, cut: Cut | None, delta: Tensor) -> Vector:
+    def _bias(self, layer: Linear, cut: MatrixCut | None, delta: Tensor) -> Vector:
         bias = self.delta(layer.bias) if layer.bias else None
         if bias is None:
             return np.zeros(len(_rows(delta, layer, cut)))
@@ -154,13 +154,13 @@ class _Collector:
         return (whole if cut is None else whole.reshape(-1, whole.shape[-1])[cut.lead][cut.outputs]).numpy()
 
 
-def _rows(stored: Tensor, layer: Linear, cut: Cut | None) -> Tensor:
+def _rows(stored: Tensor, layer: Linear, cut: MatrixCut | None) -> Tensor:
     """(m, n) a tensor of the file's whole, or a cut of it."""
     return cut.of(stored) if cut is not None else stored.T if layer.transposed else stored
 
 
 def masks_of(batches: Sequence[Inputs]) -> list[list[Tensor]]:
-    """The masks of real tokens that each batch has, for `tokens_of`."""
+    """Return the masks of real tokens that each batch has, for `tokens_of`."""
     return [[mask for key in MASKS if (mask := batch.get(key)) is not None] for batch in batches]
 
 
@@ -175,7 +175,7 @@ def _total(values: Tensor) -> Tensor:
     return values.sum(0, dtype=torch.float64).cpu()
 
 
-def _finish(sums: _Sums, transposed: bool) -> LayerStatistics:
+def _finish(sums: _TokenSums, transposed: bool) -> LayerStatistics:
     total = torch.stack(sums.x).sum(0) / sums.tokens
     mean, mean_abs, square = (row.to(sums.delta_OI.device, torch.float32) for row in total)
     drawn = (torch.stack(sums.cross).sum(0) / sums.tokens).numpy() if sums.cross else None
@@ -201,8 +201,8 @@ def _finish(sums: _Sums, transposed: bool) -> LayerStatistics:
     )
 
 
-def _part(sums: _Sums, cut: Cut) -> Part:
-    return Part(_finish(sums, cut.transposed), cut.lead, _numpy(cut.outputs), _numpy(cut.inputs))
+def _part(sums: _TokenSums, cut: MatrixCut) -> MatrixStatistics:
+    return MatrixStatistics(_finish(sums, cut.transposed), cut.lead, _numpy(cut.outputs), _numpy(cut.inputs))
 
 
 def _numpy(index: Index) -> Place:

@@ -1,11 +1,23 @@
-"""Reads tensors on a thread before they are asked for, while what comes before them is computed."""
+"""Stored tensors read on a thread before they are asked for; on a GPU they are sent there, and stay if there is room.
+
+Weights that do not fit in a third of the free memory of a GPU stream by. The next block's tensors are read and sent
+while a block is computed, and freed when the walk has left it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
+from deltamerge.engine.devices import KEPT_SHARE, Room, free_bytes, new_stream, pinned_tensor
+from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 
 T = TypeVar("T")
@@ -29,7 +41,7 @@ class Ahead(Generic[T]):
         self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
     def __call__(self, info: TensorInfo) -> T:
-        """The tensor; the caller reads what the thread has not come to."""
+        """Return the tensor; the caller reads what the thread has not come to."""
         begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
 
@@ -50,3 +62,105 @@ def _cancel(futures: dict[TensorInfo, Future[T]]) -> None:
     for future in futures.values():
         future.cancel()
     futures.clear()
+
+
+SLAB = 1 << 26
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arriving:
+    """A flat tensor on a GPU, whose values are there after `event`."""
+
+    tensor: Tensor
+    event: Any
+
+    def here(self) -> Tensor:
+        """Return the tensor, for use on this thread's stream."""
+        stream = torch.cuda.current_stream(self.tensor.device)
+        stream.wait_event(self.event)
+        self.tensor.record_stream(stream)  # its memory is not used anew before that stream has come so far
+        return self.tensor
+
+
+class Arrivals:
+    """Sends tensors to a device. Thread-safe; a slab is filled while the other one is on its way."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self.reader, self.device = reader, device
+        self.stream = new_stream(device)
+        self._slabs = [_Slab(), _Slab()]
+        self._lock = threading.Lock()
+
+    def send(self, info: TensorInfo) -> Arriving:
+        """Read a tensor and send it, as it is stored."""
+        with self._lock, torch.no_grad(), torch.cuda.stream(self.stream):
+            made = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
+            for start in range(0, info.nbytes, SLAB):
+                self._slabs.reverse()
+                part = self._slabs[0].room(min(SLAB, info.nbytes - start))
+                self.reader.read_into(info, start // ITEMSIZE[info.dtype], part.numpy())
+                made[start : start + len(part)].copy_(part, non_blocking=True)
+                self._slabs[0].sent = self.stream.record_event()
+            return Arriving(made.view(torch_dtype(info.dtype)), self.stream.record_event())
+
+
+class _Slab:
+    """Pinned memory, and the event after which it may be filled again."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.sent: Any = None
+
+    def room(self, nbytes: int) -> Tensor:
+        if self.sent is not None:
+            self.sent.synchronize()
+        if len(self.memory) < nbytes:
+            self.memory = pinned_tensor(nbytes)
+        return self.memory[:nbytes]
+
+
+class Resident:
+    """Stored tensors on a GPU. `share` models share the room."""
+
+    def __init__(self, reader: Reader, device: torch.device, share: int = 1) -> None:
+        self.device = device
+        self.room = Room(free_bytes(device) // (KEPT_SHARE * share))
+        self.there: dict[TensorInfo, Tensor] = {}
+        self.passing: dict[TensorInfo, Tensor] = {}
+        self.ahead = Ahead(Arrivals(reader, device).send)
+        self._next: set[TensorInfo] = set()
+        self._entered: Any = None
+
+    def begin(self, infos: Iterable[TensorInfo]) -> None:
+        """Send what the next block needs, while the one that is entered is computed; free what was left before."""
+        self.passing = {info: tensor for info, tensor in self.passing.items() if info in self._next}
+        self._next = {info for info in infos if info not in self.there}
+        if self._next and self._entered is not None:
+            self._entered.synchronize()  # the host is one block ahead of the device at most, and so is its memory
+        self._entered = torch.cuda.current_stream(self.device).record_event()
+        self.ahead.begin(info for info in self._next if info not in self.passing)
+
+    def stored(self, info: TensorInfo) -> Tensor:
+        """Return a flat stored tensor on the GPU, which stays if there is room."""
+        for kept in (self.there, self.passing):
+            if info in kept:
+                return kept[info]
+        made = self.ahead(info).here()
+        kept = self.there if self.room.take(info.nbytes) else self.passing
+        kept[info] = made
+        return made
+
+    def shed(self) -> bool:
+        """Free what stays there, from now on; whether there was any."""
+        found = bool(self.there)
+        self.clear()
+        self.room = Room(0)
+        return found
+
+    def clear(self) -> None:
+        """Free them."""
+        self.ahead.close()
+        for info in self.there:
+            self.room.give(info.nbytes)
+        self.there.clear()
+        self.passing.clear()

@@ -16,8 +16,9 @@ the residual stream, norms, embeddings and the head stay float32, and so does al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,13 +28,19 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from deltamerge.calibrate.model.foreign import running
-from deltamerge.calibrate.model.head import LastLayer
-from deltamerge.calibrate.model.layers import Cut, Linear, cuts, input_of, modules, stacks
-from deltamerge.calibrate.model.loading import Group, Loading, Shaped
-from deltamerge.calibrate.model.passes import COMPARED, BlockOutput, Inputs, Watch, Weights, from_reader
-from deltamerge.calibrate.model.precision import Precision, multiplying, same_every_time
-from deltamerge.calibrate.model.products import Box, Products
+from deltamerge.calibrate.model.layers import Box, Linear, MatrixCut, Products, cuts, input_of, modules, stacks
+from deltamerge.calibrate.model.loading import Loading, ShapedTensor, StateGroup
+from deltamerge.calibrate.model.passes import (
+    COMPARED,
+    BlockOutput,
+    Inputs,
+    LastLayer,
+    Stop,
+    Watch,
+    Weights,
+    from_reader,
+    patched,
+)
 from deltamerge.calibrate.model.skeleton import (
     bodies,
     find_blocks,
@@ -43,8 +50,111 @@ from deltamerge.calibrate.model.skeleton import (
     shifted,
     skeleton,
 )
-from deltamerge.calibrate.model.trace import Generating, NotAChain, Shell, Stop, Trace, patched, together
+from deltamerge.calibrate.model.transformers_code import running
+from deltamerge.calibrate.spec import Precision, multiplying, same_every_time
 from deltamerge.errors import InputError
+
+
+class NotAChain(Exception):
+    """A block's input is not the output of the one before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Previous:
+    """A placeholder for element `index` of the previous block's output."""
+
+    index: int
+
+
+class Trace:
+    """The calls of the blocks in one forward: their arguments, with placeholders for the previous block's output."""
+
+    def __init__(self, first: Callable[..., Any], stop_after: int | None) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: Any = None
+        self.first, self.stop_after = first, stop_after
+
+    def stub(self, i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(self.calls) != i:
+                raise NotAChain
+            if i == 0:
+                self.calls.append((args, kwargs))
+                self.outputs = self.first(*args, **kwargs)
+            else:
+                previous = _elements(self.outputs)
+
+                def note(value: Any) -> Any:
+                    same = (k for k, element in enumerate(previous) if value is element)
+                    return next((_Previous(k) for k in same), value) if isinstance(value, Tensor) else value
+
+                call = tuple(map(note, args)), {key: note(value) for key, value in kwargs.items()}
+                if _Previous(0) not in [v for v in (*call[0], *call[1].values()) if isinstance(v, _Previous)]:
+                    raise NotAChain
+                self.calls.append(call)
+            if len(self.calls) == self.stop_after:
+                raise Stop
+            return self.outputs
+
+        return forward
+
+    def left(self, *, again: bool) -> Any:
+        """Block 0's output; it is forgotten here, as is its input unless the block runs `again`."""
+        outputs, self.outputs = self.outputs, None
+        if not again:
+            self.calls[0] = ((), {})
+        return outputs
+
+    def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of block i, given the previous block's `outputs`."""
+        args, kwargs = self.calls[i]
+        previous = _elements(outputs)
+
+        def fill(value: Any) -> Any:
+            return previous[value.index] if isinstance(value, _Previous) else value
+
+        return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
+
+
+def _elements(outputs: Any) -> Sequence[Any]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+class Shell(nn.Module):
+    """Calls a block's own forward, even while `block.forward` is patched."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class Generating(nn.Module):
+    """A model whose forward generates."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model.generate(**inputs)
+
+
+def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
+    """Return the results of walks that take their steps in turn: models of as many blocks are at the same one, so that
+    what they read of it can be shared."""
+    found: dict[int, T] = {}
+    while len(found) < len(walks):
+        for i, walk in enumerate(walks):
+            if i not in found:
+                try:
+                    next(walk)
+                except StopIteration as end:
+                    found[i] = end.value
+    return [found[i] for i in range(len(walks))]
+
 
 __all__ = ["BlockModel", "BlockOutput", "Inputs", "Linear", "Watch", "Weights", "from_reader"]
 T = TypeVar("T")
@@ -73,7 +183,7 @@ class BlockModel:
     def __init__(
         self,
         config: Any,
-        tensors: Mapping[str, Shaped],
+        tensors: Mapping[str, ShapedTensor],
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -95,20 +205,20 @@ class BlockModel:
         self._last_layer = LastLayer(self.module)
         self.reached: set[str] = set()
         self.turned: dict[str, bool] = {}
-        self._cuts: dict[Box, list[Cut]] = {}
-        self._seen: Callable[[Cut, Tensor], None] | None = None
+        self._cuts: dict[Box, list[MatrixCut]] = {}
+        self._seen: Callable[[MatrixCut, Tensor], None] | None = None
         self._noting: list[RemovableHandle] = []
         self._chained = False  # True once a forward has shown that each block is called once, after the block before it
         self._lay_out()
 
     @property
     def whole(self) -> bool:
-        """Whether blocks cannot be identified, so that the model is one part."""
+        """Tell whether blocks cannot be identified, so that the model is one part."""
         return not self.blocks
 
     @property
     def headless(self) -> bool:
-        """Whether the model has no head: its output is its last hidden state."""
+        """Tell whether the model has no head: its output is its last hidden state."""
         return bool(self.module.base_model is self.module)
 
     @property
@@ -118,7 +228,7 @@ class BlockModel:
     def _lay_out(self) -> None:
         path = {module: name for name, module in self.module.named_modules()}
         prefixes = [path[block] + "." for block in self.blocks]
-        groups: list[list[Group]] = [[] for _ in range(1 + len(prefixes))]
+        groups: list[list[StateGroup]] = [[] for _ in range(1 + len(prefixes))]
         owner: dict[str, int] = {}
         for group in self.loading.groups:
             part = next((1 + i for i, p in enumerate(prefixes) if group.states[0].startswith(p)), 0)
@@ -320,8 +430,8 @@ class BlockModel:
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights, precision: Precision = "float32") -> BlockOutput:
-        """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
-        (activation checkpointing, block by block): a block's tensors exist only while it runs."""
+        """Return the forward with gradients to whatever `weights` computes from, which is called again in the backward
+        pass (activation checkpointing, block by block): a block's tensors exist only while it runs."""
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -352,7 +462,7 @@ class BlockModel:
         return made
 
     def _tensors(self, weights: Weights, part: int, *, quick: bool = False) -> dict[str, Tensor]:
-        """The states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
+        """Return the states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
         half = self._halved[part] if quick and self.precision == "bfloat16" else set[str]()
         found, made = dict(weights(self.parts[part])), dict[str, Tensor]()
         for group in self._groups[part]:
@@ -405,3 +515,35 @@ class BlockModel:
             self._seen = None
             for hook in hooks:
                 hook.remove()
+
+
+@torch.no_grad()
+def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: Weights, watch: Watch) -> Iterator[int]:
+    """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
+
+    Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
+    blocks (part 0) comes last, but its `passed` weights are asked for first. What is watched follows from what was
+    passed, so both are float32. InputError: blocks cannot be told apart.
+    """
+
+    def start(names: Sequence[str]) -> Mapping[str, Tensor]:
+        return passed(names) if names is model.parts[0] else seen(names)
+
+    refused = InputError(
+        f"{type(model.module).__name__}: its blocks cannot be told apart", hint="merge_method: regmean"
+    )
+    if model.whole:
+        raise refused
+    model.precision = "float32"
+    try:
+        traces = model.prologue(start, batches)
+    except NotAChain:
+        raise refused from None
+    outputs = [trace.left(again=True) for trace in traces]
+    for i in range(len(model.blocks)):
+        model.entering(2 + i, seen)
+        model.block(i, seen, traces, list(outputs), watch)
+        yield 1 + i
+        model.block(i, passed, traces, outputs, None)
+    model.epilogue(seen, batches, lambda batch, output: None, outputs, watch)
+    yield 0

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.model.blocks import Weights
+from deltamerge.calibrate.model.passes import Weights
 from deltamerge.tensors.tiles import Kept
 
 Masked = Tensor | Kept
@@ -37,11 +37,11 @@ class Cache(Generic[T]):
         return self.several([name])[name]
 
     def __contains__(self, name: str) -> bool:
-        """Whether a value is there."""
+        """Tell whether a value is there."""
         return name in self._pinned or name in self._recent
 
     def several(self, names: Sequence[str]) -> dict[str, T]:
-        """The values of names, of which the missing are read together."""
+        """Return the values of names, of which the missing are read together."""
         found = {name: self._pinned[name] for name in names if name in self._pinned}
         for name in names:
             if name in self._recent:
@@ -73,7 +73,7 @@ class Cache(Generic[T]):
 
 
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
-    """Weights of base + masked/q; a tensor without a q has q = 1.
+    """Return the weights of base + masked/q; a tensor without a q has q = 1.
 
         base     reads the tensor that the delta is added to; of one that is not pruned (the head) the fine-tune's own
         masked   reads its masked delta, None where there is none
@@ -107,7 +107,7 @@ def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
 
 
 def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
-    """The masked delta as a float32 tensor of `shape`."""
+    """Return the masked delta as a float32 tensor of `shape`."""
     if not isinstance(masked, Kept):
         return masked.to(torch.float32).view(*shape)
     flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=masked.values.device)

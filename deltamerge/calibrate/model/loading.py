@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deltamerge.calibrate.model.foreign import running
+from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.errors import InputError
 
 Index = slice | Tensor
@@ -25,7 +25,7 @@ Index = slice | Tensor
 HINT = "calibration needs a checkpoint whose tensors this version of transformers loads"
 
 
-class Shaped(Protocol):
+class ShapedTensor(Protocol):
     """A tensor, or the header's entry of one."""
 
     @property
@@ -33,7 +33,7 @@ class Shaped(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StatePiece:
     """Where rows of a state's matrix lie in the file (its columns, where `turned`).
 
     file      the checkpoint's tensor
@@ -53,7 +53,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class StateGroup:
     """States of the module that are made together, of tensors of the file.
 
     states, files   their names
@@ -73,22 +73,22 @@ class Loading:
     InputError: the model has a parameter that nothing of the checkpoint makes.
     """
 
-    def __init__(self, model: Any, tensors: Mapping[str, Shaped]) -> None:
+    def __init__(self, model: Any, tensors: Mapping[str, ShapedTensor]) -> None:
         self.model, self.tensors = model, tensors
         self._sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._known: dict[Any, dict[str, list[list[tuple[int, Piece]]]]] = {}
+        self._known: dict[Any, dict[str, list[list[tuple[int, StatePiece]]]]] = {}
         single, converted = _matched(model, tensors)
         made = {state for group in converted for state in group.states}
         _untie(model, lambda name: name in single or name in made)
         tied = aliases(model)
         parameters = [name for name, _ in model.named_parameters()]
         buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
-        self.groups: list[Group] = []
+        self.groups: list[StateGroup] = []
         missing = []
         for name in [*parameters, *buffers]:
             file = next((single[n] for n in (name, *tied.get(name, ())) if n in single), None)
             if file is not None:
-                self.groups.append(Group((name,), (file,)))
+                self.groups.append(StateGroup((name,), (file,)))
             elif made.isdisjoint((name, *tied.get(name, ()))) and name in parameters and not _computed(model, name):
                 missing.append(name)
         if missing:
@@ -106,27 +106,27 @@ class Loading:
 
     @cached_property
     def states(self) -> frozenset[str]:
-        """Every state that is made of the checkpoint."""
+        """Return every state that is made of the checkpoint."""
         return frozenset(state for group in self.groups for state in group.states)
 
     def shape(self, state: str) -> tuple[int, ...]:
-        """A state's."""
+        """Return a state's."""
         return self._sizes[state]
 
-    def made(self, group: Group, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The states of a group, from the tensors of the file; gradients flow through."""
+    def made(self, group: StateGroup, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the states of a group, from the tensors of the file; gradients flow through."""
         if group.converter is None:
             return {group.states[0]: found[group.files[0]]}
         return _convert(group, [found[file] for file in group.files], self.model)
 
-    def pieces(self, group: Group) -> dict[str, list[list[Piece]]]:
+    def pieces(self, group: StateGroup) -> dict[str, list[list[StatePiece]]]:
         """state -> of each of its matrices, where they lie in the file; without states that are no matrices of it."""
         if group.converter is None:
             shape = tuple(self.tensors[group.files[0]].shape)
             if len(shape) < 2:
                 return {}
             whole = slice(0, shape[-2]), slice(0, shape[-2]), slice(0, shape[-1])
-            return {group.states[0]: [[Piece(group.files[0], e, *whole)] for e in range(math.prod(shape[:-2]))]}
+            return {group.states[0]: [[StatePiece(group.files[0], e, *whole)] for e in range(math.prod(shape[:-2]))]}
         shapes = tuple(tuple(self.tensors[file].shape) for file in group.files)
         sizes = tuple(self._sizes[state] for state in group.states)
         key = id(group.converter), group.patterns, shapes, sizes
@@ -176,7 +176,8 @@ def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
 
 
 def _computed(model: Any, name: str) -> bool:
-    """Whether a parameter that no file has is always the same (sinusoidal positions); it is then given its values."""
+    """Tell whether a parameter that no file has is always the same (sinusoidal positions); it is then given its
+    values."""
     path, _, leaf = name.rpartition(".")
     module, values = model.get_submodule(path), []
     if list(module._parameters) != [leaf]:
@@ -194,7 +195,7 @@ def _computed(model: Any, name: str) -> bool:
     return False
 
 
-def _matched(model: Any, tensors: Mapping[str, Shaped]) -> tuple[dict[str, str], list[Group]]:
+def _matched(model: Any, tensors: Mapping[str, ShapedTensor]) -> tuple[dict[str, str], list[StateGroup]]:
     """(state -> the file's tensor that it is, the groups that a converter makes)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
@@ -227,20 +228,20 @@ def _matched(model: Any, tensors: Mapping[str, Shaped]) -> tuple[dict[str, str],
         files.append(name)
         patterns.append(pattern)
     groups = [
-        _checked(Group((state,), tuple(files), tuple(patterns), converter), tensors, model)
+        _checked(StateGroup((state,), tuple(files), tuple(patterns), converter), tensors, model)
         for state, (converter, files, patterns) in found.items()
     ]
     return single, groups
 
 
 def _spelled(name: str, there: Collection[str], prefix: str) -> str | None:
-    """A name as the model has it: the same, or after `prefix.` is taken off or put before it."""
+    """Return a name as the model has it: the same, or after `prefix.` is taken off or put before it."""
     spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
     return next((spelling for spelling in spellings if spelling in there), None)
 
 
-def _checked(group: Group, tensors: Mapping[str, Shaped], model: Any) -> Group:
-    """The group with all states that its converter makes. InputError: they do not have the model's shapes."""
+def _checked(group: StateGroup, tensors: Mapping[str, ShapedTensor], model: Any) -> StateGroup:
+    """Return the group with all states that its converter makes. InputError: they do not have the model's shapes."""
     shapes = [tuple(tensors[file].shape) for file in group.files]
     if any(isinstance(tensors[file], _Nothing) for file in group.files):
         message = f"{group.files[0]} is only a part of {type(model).__name__}'s {group.states[0]}"
@@ -258,8 +259,9 @@ def _checked(group: Group, tensors: Mapping[str, Shaped], model: Any) -> Group:
     return replace(group, states=tuple(made))
 
 
-def _convert(group: Group, tensors: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
-    """A group's states by its converter's operations, as `WeightConverter.convert` does it, but with gradients."""
+def _convert(group: StateGroup, tensors: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """Return a group's states by its converter's operations, as `WeightConverter.convert` does it, but with
+    gradients."""
     collected: dict[str, Any] = {}
     for pattern, tensor in zip(group.patterns, tensors, strict=True):
         collected.setdefault(pattern, []).append(tensor)
@@ -285,8 +287,10 @@ def _convert(group: Group, tensors: Sequence[Tensor], model: Any) -> dict[str, T
     return {prefix + t + suffix: v[0] if isinstance(v, list) else v for t, v in collected.items()}
 
 
-def _placed(group: Group, shapes: Sequence[tuple[int, ...]], model: Any) -> dict[str, list[list[tuple[int, Piece]]]]:
-    """Of each state and its matrices the pieces, with the numbers of their files: the converter run on int32 places."""
+def _placed(
+    group: StateGroup, shapes: Sequence[tuple[int, ...]], model: Any
+) -> dict[str, list[list[tuple[int, StatePiece]]]]:
+    """Return the pieces of each state's matrices, with the numbers of their files: the converter, run on places."""
     if any(len(shape) < 2 for shape in shapes):
         return {}
     starts = [0]
@@ -297,7 +301,7 @@ def _placed(group: Group, shapes: Sequence[tuple[int, ...]], model: Any) -> dict
         number = torch.arange(start, start + math.prod(shape[:-1]), dtype=torch.int32)
         rows.append(number.view(*shape[:-1], 1).expand(shape))
         columns.append(torch.arange(shape[-1], dtype=torch.int32).expand(shape))
-    found: dict[str, list[list[tuple[int, Piece]]]] = {}
+    found: dict[str, list[list[tuple[int, StatePiece]]]] = {}
     of_rows, of_columns = _convert(group, rows, model), _convert(group, columns, model)
     for state, places in of_rows.items():
         if places.dim() < 2:
@@ -313,14 +317,14 @@ def _placed(group: Group, shapes: Sequence[tuple[int, ...]], model: Any) -> dict
 
 
 def _same(numbers: Tensor, axis: int) -> bool:
-    """Whether numbers (E, rows, columns) are the same along an axis."""
+    """Tell whether numbers (E, rows, columns) are the same along an axis."""
     return bool((numbers == numbers.narrow(axis, 0, 1)).all())
 
 
 def _cut(
     rows: Tensor, columns: Tensor, shapes: Sequence[tuple[int, ...]], starts: Sequence[int], *, turned: bool
-) -> Iterator[tuple[int, Piece]]:
-    """The pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
+) -> Iterator[tuple[int, StatePiece]]:
+    """Yield the pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
     bounds = torch.tensor(starts)
     of_file = torch.bucketize(rows, bounds, right=True) - 1
     for k in torch.unique(of_file).tolist():
@@ -329,11 +333,11 @@ def _cut(
         own = rows[at] - starts[k]
         for lead in torch.unique(own // high).tolist():
             chosen = own // high == lead
-            yield k, Piece("", lead, simple(at[chosen]), simple(own[chosen] % high), simple(columns), turned)
+            yield k, StatePiece("", lead, simple(at[chosen]), simple(own[chosen] % high), simple(columns), turned)
 
 
 def simple(numbers: Tensor) -> Index:
-    """A slice for ascending neighbours, else the numbers."""
+    """Return a slice for ascending neighbours, else the numbers."""
     first = int(numbers[0])
     neighbours = torch.arange(first, first + len(numbers), device=numbers.device)
     return slice(first, first + len(numbers)) if torch.equal(numbers, neighbours) else numbers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.model.foreign import running
+from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.errors import InputError
 
 UNASKED = frozenset({"token_type_ids", "decoder_attention_mask"})
@@ -29,7 +29,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 def skeleton(config: Any, pad_token_id: int | None) -> Any:
-    """The model of a config, built without weights. InputError: its architecture is unknown to transformers."""
+    """Return the model of a config, built without weights. InputError: its architecture is unknown to transformers."""
     import transformers
 
     name = (config.architectures or ["?"])[0]
@@ -62,7 +62,7 @@ def place_buffers(model: nn.Module, device: torch.device, stored: Collection[str
 
 
 def find_blocks(model: Any) -> tuple[nn.Module, ...]:
-    """The children of the numbered container that holds most parameters, if they are all of one class."""
+    """Return the children of the numbered container that holds most parameters, if they are all of one class."""
     if getattr(model.config, "is_encoder_decoder", False):
         return ()
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -74,7 +74,7 @@ def find_blocks(model: Any) -> tuple[nn.Module, ...]:
 
 
 def bodies(model: Any) -> list[nn.Module]:
-    """The base models inside a model with a head; the model itself if it has none."""
+    """Return the base models inside a model with a head; the model itself if it has none."""
     from transformers import PreTrainedModel
 
     inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
@@ -83,7 +83,7 @@ def bodies(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def hidden_states(some: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The last hidden state of each body that returns while this lasts, in that order."""
+    """Return the last hidden state of each body that returns while this lasts, in that order."""
     hidden: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -108,8 +108,8 @@ def ignored(model: nn.Module) -> frozenset[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer (a router of experts included): its own parameters are a matrix, and maybe a
-    bias."""
+    """Tell whether a module is a linear layer (a router of experts included): its own parameters are a matrix, and
+    maybe a bias."""
     if isinstance(module, nn.Linear) or is_transposed(module):
         return True
     own = dict(module.named_parameters())
@@ -120,7 +120,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is stored (in, out)."""
+    """Tell whether a module is a linear layer whose weight is stored (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

@@ -19,7 +19,7 @@ Place = TypeVar("Place")
 
 
 class OnDevice(Protocol):
-    """What computes on a device."""
+    """A place that computes on a device."""
 
     @property
     def device(self) -> torch.device: ...
@@ -28,7 +28,7 @@ class OnDevice(Protocol):
 There = TypeVar("There", bound=OnDevice)
 
 
-class Stopped(Exception):
+class ShareStop(Exception):
     """Another device's share has failed."""
 
 
@@ -43,16 +43,16 @@ def spread(
     jobs: Sequence[Job],
     work: Callable[[Place, Sequence[Job], Callable[[], None]], Sequence[T]],
 ) -> list[T]:
-    """What `work(place, share, check)` finds of all jobs, in their order; the first share is this thread's.
+    """Return the results of `work(place, share, check)` for all jobs, in their order; the first share is this thread's.
 
-    `check` raises `Stopped` once another share has failed.
+    `check` raises `ShareStop` once another share has failed.
     """
     some = shares(jobs, len(places))
     stop, phase = threading.Event(), progress.here(progress.PASSES)
 
     def check() -> None:
         if stop.is_set():
-            raise Stopped
+            raise ShareStop
 
     def one(place: Place, share: Sequence[Job]) -> Sequence[T]:
         try:
@@ -68,14 +68,14 @@ def spread(
         begun = [pool.submit(one, place, share) for place, share in zip(places[1:], some[1:], strict=False)]
         try:
             found = [one(places[0], some[0])]
-        except Stopped:  # what has stopped it is raised
+        except ShareStop:  # what has stopped it is raised
             found = []
-        found += [future.result() for future in begun if not isinstance(future.exception(), Stopped)]
+        found += [future.result() for future in begun if not isinstance(future.exception(), ShareStop)]
     return [value for share in found for value in share]
 
 
 def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There, Job], T]) -> Iterator[T]:
-    """What `work(place, job)` finds of all jobs, in their order; job j is that of place j % len(places).
+    """Yield the results of `work(place, job)` for all jobs, in their order; job j is that of place j % len(places).
 
     As many go at a time as there are places, and what they found is taken before others go.
     """

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +24,12 @@ from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q import search
 from deltamerge.calibrate.q.closed_forms import LayerStatistics, Vector
-from deltamerge.calibrate.q.comparison import Rounds, same
+from deltamerge.calibrate.q.comparison import QPoint, Qs, Rounds, same
 from deltamerge.calibrate.q.learned import learn, row_shape
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.spec import SHORTLIST, STEPS, Spec, grid_step, rounded
 from deltamerge.errors import InputError
 
-Qs = dict[str, Q]
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
 HARDLY_LESS = 0.8  # share of the base's distance from the fine-tune: where no q leaves less, predictions are compared
@@ -40,25 +38,6 @@ SCAN = "few rows"  # the name of a search's first round in a lock's path
 # learned scales pass 100 on tensors that hardly matter.
 HIGHEST = 10.0
 LOWEST = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """q's by the fine-tune's names, their objective, the searched numbers by name; `edge`: on a bound of the search.
-
-    `own`: the tensors whose q was searched for them; the others have it from `Searches.rest`.
-    """
-
-    q: Qs
-    value: float
-    numbers: dict[str, float | str]
-    edge: bool = False
-    own: frozenset[str] = frozenset()
-
-    @property
-    def label(self) -> str:
-        """The searched numbers in words."""
-        return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
 
 
 class Searches:
@@ -79,29 +58,29 @@ class Searches:
         self.masks = 0
         self.few: O.OutputChange | None = None
         self.rounds = None if spec.search == "gradient" or subject.metric is not None else rounds
-        self.passed: list[Found] = []
+        self.passed: list[QPoint] = []
         self._valued: list[tuple[Qs, float]] = []
 
     @cached_property
     def layers(self) -> dict[str, Linear]:
-        """The pruned linear layers, stacked experts that the rows reach among them."""
+        """Return the pruned linear layers, stacked experts that the rows reach among them."""
         _ = self.objective  # a pass shows which they are
         _ = self.subject.reached
         return self.subject.layers
 
     @cached_property
     def plain(self) -> dict[str, float]:
-        """The q's without calibration."""
+        """Return the q's without calibration."""
         return {p.stored: p.plain for p in self.spec.pruned}
 
     @cached_property
     def density(self) -> dict[str, float]:
-        """Of the layers."""
+        """Return the densities of the layers."""
         return {p.stored: p.density for p in self.spec.pruned if p.stored in self.layers}
 
     @cached_property
     def reached(self) -> list[str]:
-        """The layers that the rows reach."""
+        """Return the layers that the rows reach."""
         found = self.subject.reached & self.layers.keys()
         if not found:
             raise InputError("no pruned linear layer was reached by the calibration data")
@@ -122,27 +101,28 @@ class Searches:
                 found[name] = pruned.plain, reach.OTHER
         return found
 
-    def closer(self, candidates: Sequence[Found], values: Sequence[float]) -> Found | None:
-        """One more candidate of one q: the minimum of the parabola in log q through the best and its neighbours."""
+    def closer(self, candidates: Sequence[QPoint], values: Sequence[float]) -> QPoint | None:
+        """Return one more candidate of one q: the minimum of the parabola in log q through the best and its
+        neighbours."""
         if self.few is None:
             return None
         some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
         q = search.closer(some)
         return None if q is None else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
 
-    def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
-        """The entry of the lock about tensors without a searched q."""
+    def not_calibrated(self, found: QPoint) -> list[dict[str, Any]]:
+        """Return the entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
         return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
 
     def _whole(self, own: Qs) -> Qs:
         return {name: q for name, (q, _) in self.rest(own).items()} | own
 
-    def _found(self, own: Qs, value: float, numbers: dict[str, float | str], edge: bool = False) -> Found:
-        return Found(self._whole(own), value, numbers, edge, frozenset(own))
+    def _found(self, own: Qs, value: float, numbers: dict[str, float | str], edge: bool = False) -> QPoint:
+        return QPoint(self._whole(own), value, numbers, edge, frozenset(own))
 
-    def run(self) -> list[Found]:
-        """The candidates, the smallest objective first; learned scales come before their start."""
+    def run(self) -> list[QPoint]:
+        """Return the candidates, the smallest objective first; learned scales come before their start."""
         if self.objective is None:
             return self._closed_form()
         if self.spec.search == "gradient":
@@ -153,7 +133,7 @@ class Searches:
 
     @cached_property
     def objective(self) -> O.Objective | O.Generation | None:
-        """The spec's objective; None for layer_mse, which has a closed form."""
+        """Return the spec's objective; None for layer_mse, which has a closed form."""
         if self.spec.objective == "layer_mse":
             return None
         if self.spec.objective == "validation":
@@ -162,26 +142,26 @@ class Searches:
 
     @property
     def compared(self) -> int:
-        """The masks that the plain choice's objective is a mean over."""
+        """Return the masks that the plain choice's objective is a mean over."""
         return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
 
     def value(self, q: Qs) -> float:
-        """The objective on the rows that are searched on, over `compared` masks; of a choice of the first round, if one
-        mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
+        """Return the objective on the rows that are searched on, over `compared` masks; of a choice of the first round,
+        if one mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
         if self.compared == 1 and (known := [value for some, value in self._valued if same(some, q)]):
             return known[0]
         if self.objective is None:
             return _layer_error(self._drawn, q)
         return self.subject.values(self.few or self.objective, [q], seeds=self.compared)[0]
 
-    def _global(self) -> list[Found]:
+    def _global(self) -> list[QPoint]:
         low, high = self._bounds(min(self.density.values()), 1.0)
         return self._minimise("q", lambda q: dict.fromkeys(self.reached, q), low, high)
 
     def _minimise(
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
-    ) -> list[Found]:
-        """The local minima over one number that all q's follow from."""
+    ) -> list[QPoint]:
+        """Return the local minima over one number that all q's follow from."""
         found = self._search(name, lambda points: [self._whole(qs(point)) for point in points], low, high)
         named: dict[str, float | str] = {} if family is None else {"family": family}
         few = f"{family}, {SCAN}" if family else SCAN
@@ -198,7 +178,7 @@ class Searches:
         return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
 
     def _search(self, name: str, qs: Callable[[Sequence[float]], list[Qs]], low: float, high: float) -> search.Minima:
-        """The minimum over one number: of the output change by a model of it, of a metric by trying."""
+        """Return the minimum over one number: of the output change by a model of it, of a metric by trying."""
         objective, subject = self.objective, self.subject
         assert objective is not None
 
@@ -223,7 +203,8 @@ class Searches:
         return found
 
     def _says_little(self, few: O.OutputChange, least: float) -> bool:
-        """Whether the least output change is hardly less than the base's, and predictions can be compared instead."""
+        """Tell whether the least output change is hardly less than the base's, and predictions can be compared
+        instead."""
         if self.rounds is None or not self.rounds.judge.trusted:
             return False
         return few.distance(least) > HARDLY_LESS * few.distance(self.subject.nothing(few))
@@ -231,7 +212,7 @@ class Searches:
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)
 
-    def _families(self) -> list[Found]:
+    def _families(self) -> list[QPoint]:
         """Random masks: q per layer from the paper's bound or from least squares, one η searched in each."""
         layers = self._seen(self.subject.statistics(drawn=False))
         low, high = self._bounds(0.0, 1.0)
@@ -240,7 +221,7 @@ class Searches:
             "bound": statistics.bound_rows,
             "least_squares": statistics.least_squares_rows,
         }
-        found: list[Found] = []
+        found: list[QPoint] = []
         for family, of_rows in rows.items():
             of_layer = statistics.FAMILIES[family]
 
@@ -262,7 +243,7 @@ class Searches:
             )
         return sorted(found, key=lambda one: one.value)[:SHORTLIST]
 
-    def _scaled(self) -> list[Found]:
+    def _scaled(self) -> list[QPoint]:
         """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         exact = {name: self._exact(name, layer) for name, layer in layers.items()}
@@ -272,7 +253,7 @@ class Searches:
 
         return self._minimise("kappa", qs, *KAPPA)
 
-    def _closed_form(self) -> list[Found]:
+    def _closed_form(self) -> list[QPoint]:
         """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         if self.spec.scope == "global":
@@ -289,7 +270,7 @@ class Searches:
         return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
 
     def _exact(self, name: str, layer: LayerStatistics) -> Q:
-        """The closed-form q; of a mask without one the plain q of its layer."""
+        """Return the closed-form q; of a mask without one the plain q of its layer."""
         none = self.plain[name]
         return self._own(
             name,
@@ -302,7 +283,7 @@ class Searches:
     def _lowest(self) -> float:
         return min(LOWEST, *self.density.values())
 
-    def _learned(self) -> list[Found]:
+    def _learned(self) -> list[QPoint]:
         """Scales of all pruned tensors, fitted by gradient from the best global q; rows of their own decide when to
         stop.
 
@@ -340,8 +321,8 @@ class Searches:
         numbers: dict[str, float | str] = {"family": "learned", "step": float(learned.step), "from q": q}
         return [self._found(qs, self.value(self._whole(qs)), numbers), *starts]
 
-    def _agreeing(self, found: Sequence[Found], inputs: Sequence[Mapping[str, torch.Tensor]]) -> Found:
-        """Of several minima the one whose predictions are nearest to the fine-tune's."""
+    def _agreeing(self, found: Sequence[QPoint], inputs: Sequence[Mapping[str, torch.Tensor]]) -> QPoint:
+        """Return the minimum whose predictions are nearest to the fine-tune's."""
         some = [one for one in found if not one.edge] or list(found)
         if len(some) == 1:
             return some[0]
@@ -366,7 +347,7 @@ class Searches:
         of_rows: Callable[[LayerStatistics], Vector],
         bounds: tuple[float, float],
     ) -> Q:
-        """A layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
+        """Return a layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
         shape, parts = self.subject.infos[name].shape, layer.parts or (layer,)
         if self.spec.scope == "row" and not (layer.parts and layer.transposed):
             values = np.concatenate([of_rows(part) for part in parts])

@@ -19,7 +19,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What one pass over the calibration tokens leaves of a layer y = x Wᵀ + b; E is the mean over tokens.
+    """Averages of one pass over the calibration tokens, of a layer y = x Wᵀ + b; E is the mean over tokens.
 
     tokens           N, padding excluded
     mean, mean_abs   (n) E[x_j], E|x_j|
@@ -70,7 +70,7 @@ class LayerStatistics:
         return float(_ratio(self.diagonal.sum(), self.energy.sum()))
 
     def massive(self, k: int) -> list[int]:
-        """The k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
+        """Return the k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
         return sorted(np.argsort(-self.mean_abs, kind="stable")[:k].tolist())
 
 
@@ -78,7 +78,7 @@ Place = slice | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MatrixStatistics:
     """Statistics of a part of a tensor: of which of its matrices, and at which outputs and inputs of it."""
 
     layer: LayerStatistics
@@ -87,14 +87,14 @@ class Part:
     inputs: Place
 
 
-def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
-    """Those of a whole tensor of `shape`: averages over the tokens of each part."""
+def joined(parts: Sequence[MatrixStatistics], shape: tuple[int, ...]) -> LayerStatistics:
+    """Return the statistics of a whole tensor of `shape`: averages over the tokens of each part."""
     transposed = parts[0].layer.transposed
     sides = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     if len(shape) == 2:
         return _averaged(parts, sides)
     whole = _averaged(parts, sides)
-    own: dict[int, list[Part]] = {}
+    own: dict[int, list[MatrixStatistics]] = {}
     for part in parts:
         own.setdefault(part.matrix, []).append(part)
     count = math.prod(shape[:-2])
@@ -105,11 +105,11 @@ def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
 def pooled(layers: Sequence[LayerStatistics]) -> LayerStatistics:
     """Over all tokens of several layers of one shape."""
     sides = len(layers[0].energy), len(layers[0].mean)
-    return _averaged([Part(layer, 0, slice(None), slice(None)) for layer in layers], sides)
+    return _averaged([MatrixStatistics(layer, 0, slice(None), slice(None)) for layer in layers], sides)
 
 
-def _averaged(parts: Sequence[Part], sides: tuple[int, int]) -> LayerStatistics:
-    """Of a matrix (m, n): each output's and input's averages over the tokens of the parts that have it."""
+def _averaged(parts: Sequence[MatrixStatistics], sides: tuple[int, int]) -> LayerStatistics:
+    """Return each output's and input's averages of a matrix (m, n), over the tokens of the parts that have it."""
     drawn = all(part.layer.power is not None for part in parts)
     weights = [part.layer.tokens for part in parts]
     counts = np.zeros(sides[0]), np.zeros(sides[1])
@@ -224,7 +224,7 @@ def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
 
 
 def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
-    """A layer's q by the paper's rule: the mean of its rows' q_i(η)."""
+    """Return a layer's q by the paper's rule: the mean of its rows' q_i(η)."""
     return float(bound_rows(layer, density, eta).mean())
 
 
@@ -234,8 +234,8 @@ FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squa
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
-    """The bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to
-    a mean of ½."""
+    """Return the bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of
+    d, to a mean of ½."""
     some = list(layers)
 
     def mean(eta: float) -> float:

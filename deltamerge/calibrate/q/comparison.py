@@ -10,23 +10,44 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamerge.calibrate.model.candidates import Q
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q.subject import Judge, Subject
+from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 from deltamerge.calibrate.spec import CLOSER, ROUND
 
-if TYPE_CHECKING:
-    from deltamerge.calibrate.q.choices import Found
-
+Qs = dict[str, Q]
 LEAST_KEPT = 2  # candidates at most that go on to a further round; 3 of them to the second
 LITTLE = 0.9  # share of the base's metric, 1 − score or loss; a candidate beyond it is hardly better than the base
 
 
 @dataclass(frozen=True, slots=True)
+class QPoint:
+    """A point of a search.
+
+    q         q's by the fine-tune's names
+    value     their objective
+    numbers   the searched numbers by name
+    edge      whether it lies on a bound of the search
+    own       the tensors whose q was searched for them; the others have it from `Searches.rest`
+    """
+
+    q: Qs
+    value: float
+    numbers: dict[str, float | str]
+    edge: bool = False
+    own: frozenset[str] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """Return the searched numbers in words."""
+        return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What held-out rows say.
+    """The result of a comparison on held-out rows.
 
     judge    with the number of rows that were looked at
     some     the candidates that were compared to the end
@@ -34,18 +55,18 @@ class Verdict:
     dropped  candidates that were worse after an earlier round, their values, and the number of rows that these are of
     """
 
-    judge: Judge
-    some: list[Found]
+    judge: HeldOutMeasure
+    some: list[QPoint]
     held: list[float]
-    dropped: list[tuple[Found, float, int]] = field(default_factory=list)
+    dropped: list[tuple[QPoint, float, int]] = field(default_factory=list)
 
 
 def compare(
     rounds: Rounds,
-    found: Sequence[Found],
+    found: Sequence[QPoint],
     *,
     most: int | None,
-    closer: Callable[[Sequence[Found], Sequence[float]], Found | None] = lambda found, values: None,
+    closer: Callable[[Sequence[QPoint], Sequence[float]], QPoint | None] = lambda found, values: None,
     times: int = CLOSER,
 ) -> Verdict:
     """Compare candidates with the plain choice, for the mask that is written.
@@ -65,7 +86,7 @@ def compare(
             break
         some.append(rounds.entry(more.q, more))
         rounds.look(some)
-    dropped: list[Entry] = []
+    dropped: list[Contender] = []
     while some:
         factor = math.exp(2.0 / math.sqrt(rounds.rows))
         ranked = sorted(some, key=lambda one: one.value)
@@ -85,7 +106,7 @@ def compare(
     )
 
 
-def by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found], plain: Mapping[str, Q]) -> Verdict:
+def by_metric(subject: Subject, found: Sequence[QPoint], passed: Sequence[QPoint], plain: Mapping[str, Q]) -> Verdict:
     """Compare candidates with the plain choice by the metric, on all held-out rows.
 
     passed   more of them, which are looked at where all others are hardly better than the base
@@ -100,11 +121,11 @@ def by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found],
 
 
 @dataclass(eq=False)
-class Entry:
+class Contender:
     """A candidate or the plain choice: its parts so far, and its value on so many rows."""
 
     q: Mapping[str, Q]
-    found: Found | None = None
+    found: QPoint | None = None
     parts: list[Any] = field(default_factory=list)
     value: float = math.inf
     rows: int = 0
@@ -116,12 +137,12 @@ class Rounds:
     def __init__(self, subject: Subject, plain: Mapping[str, Q]) -> None:
         self.subject, self.plain = subject, plain
         self._left = subject.rounds(ROUND)
-        self._seen: list[Entry] = []
+        self._seen: list[Contender] = []
         self._objectives: list[Any] = []
 
     @cached_property
-    def judge(self) -> Judge:
-        """The judge of the first round, in which the fine-tune runs."""
+    def judge(self) -> HeldOutMeasure:
+        """Return the judge of the first round, in which the fine-tune runs."""
         judge = self.subject.agreement(self._left.pop(0))
         self._objectives.append(judge.objective)
         self.rows = judge.rows
@@ -129,14 +150,14 @@ class Rounds:
 
     @property
     def number(self) -> int:
-        """The rounds that there have been."""
+        """Return the rounds that there have been."""
         return len(self._objectives)
 
-    def entry(self, q: Mapping[str, Q], found: Found | None = None) -> Entry:
-        """The entry of a choice of q's; the same numbers have the same one."""
+    def entry(self, q: Mapping[str, Q], found: QPoint | None = None) -> Contender:
+        """Return the entry of a choice of q's; the same numbers have the same one."""
         known = next((one for one in self._seen if one.q is q or same(one.q, q)), None)
         if known is None:
-            known = Entry(q, found)
+            known = Contender(q, found)
             self._seen.append(known)
         known.found = found or known.found
         return known
@@ -150,7 +171,7 @@ class Rounds:
         self.rows += judge.rows
         return True
 
-    def look(self, entries: Sequence[Entry]) -> None:
+    def look(self, entries: Sequence[Contender]) -> None:
         """Value the entries that the latest round has not valued, together with the rounds that they have been
         through."""
         new = [one for i, one in enumerate(entries) if one.rows < self.rows and one not in entries[:i]]
@@ -164,7 +185,7 @@ class Rounds:
 
 
 def same(a: Mapping[str, Q], b: Mapping[str, Q]) -> bool:
-    """Whether two choices of numbers are the same."""
+    """Tell whether two choices of numbers are the same."""
     if any(not isinstance(q, float) for q in (*a.values(), *b.values())):
         return False
     return a == b

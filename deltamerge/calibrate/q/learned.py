@@ -17,9 +17,9 @@ from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, Weights
 from deltamerge.calibrate.model.candidates import Masked, Q, pruned
-from deltamerge.calibrate.model.precision import Precision
 from deltamerge.calibrate.model.spread import add_gradients
 from deltamerge.calibrate.q.objectives import Distribution
+from deltamerge.calibrate.spec import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Tell where it computes."""
         return self.model.device
 
 

@@ -14,15 +14,68 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights
-from deltamerge.calibrate.model.head import Head, at, pieces, taken
-from deltamerge.calibrate.model.passes import COMPARED
-from deltamerge.calibrate.q import agreement
+from deltamerge.calibrate.model.passes import COMPARED, LazyLogits, at, pieces, taken
 from deltamerge.calibrate.rows.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
+
+Matrix = NDArray[np.float64]
+ROUNDS = 50
+
+
+def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
+    """min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
+
+        z     logits, t the fine-tune's, each less its mean over classes
+
+    No accuracy sees the scale a, whatever it is: at density 0.001 pruned logits are 100 times smaller and rank the rows
+    as well. So z first gets the mean square of t, and about that a ridge with the weight of one row, (a − 1)²/2N, keeps
+    the fit stable where rows are few. A shift between classes is not fitted, since accuracy sees it.
+    """
+    z, t = (logits - logits.mean(1, keepdims=True) for logits in (logits_NC, target_NC))
+    own = float(np.mean(z * z))
+    z = z * np.sqrt(np.mean(t * t) / own) if own > 0.0 else z
+    logs = _log_softmax(t)
+    scale = max(0.0, _scale(z, np.exp(logs)))
+    return float(np.mean(np.sum(np.exp(logs) * (logs - _log_softmax(scale * z)), 1)))
+
+
+def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
+    """1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
+    x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
+    size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
+    return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
+
+
+def _scale(z: Matrix, t: Matrix) -> float:
+    """Return the scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they
+    overshoot."""
+
+    def loss(a: float) -> float:
+        return float((a - 1.0) ** 2 / (2.0 * len(z)) - np.mean(np.sum(t * _log_softmax(a * z), 1)))
+
+    a, now = 1.0, loss(1.0)
+    for _ in range(ROUNDS):
+        p = np.exp(_log_softmax(a * z))
+        mean = (p * z).sum(1)
+        slope = float(np.mean(np.sum((p - t) * z, 1))) + (a - 1.0) / len(z)
+        step = slope / (float(np.mean(np.sum(p * z * z, 1) - mean**2)) + 1.0 / len(z))
+        while (after := loss(a - step)) > now and abs(step) > 1e-9:
+            step /= 2.0
+        if now - after <= 1e-12 * abs(now):
+            break
+        a, now = a - step, after
+    return a
+
+
+def _log_softmax(values: Matrix) -> Matrix:
+    shifted = values - values.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
+
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
@@ -47,8 +100,8 @@ def evaluate(
     group: int = WALKED,
     counted: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """The objective of every variant; `group` of them share one walk through the blocks, after which their number is
-    `counted`."""
+    """Return the objective of every variant; `group` of them share one walk through the blocks, after which their
+    number is `counted`."""
     if not isinstance(objective, Generation):
         return [objective.value(parts) for parts in reduced(model, objective, variants, group, counted)]
     values: list[float] = []
@@ -65,7 +118,7 @@ def reduced(
     group: int = WALKED,
     counted: Callable[[int], None] = lambda _: None,
 ) -> list[list[Any]]:
-    """Of every variant what `objective.value` takes, a part a batch; see `evaluate`."""
+    """Return the argument of `objective.value` for every variant, a part a batch; see `evaluate`."""
     found: list[list[Any]] = []
     for start in range(0, len(variants), group):
         some = variants[start : start + group]
@@ -75,7 +128,7 @@ def reduced(
 
 
 def placed(objective: Placed, device: torch.device) -> Placed:
-    """The objective with the fine-tune's outputs on a device."""
+    """Return the objective with the fine-tune's outputs on a device."""
     if not isinstance(objective, OutputChange | Distribution):
         return objective
     targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
@@ -83,29 +136,32 @@ def placed(objective: Placed, device: torch.device) -> Placed:
 
 
 def first(objective: Compared, count: int) -> Compared:
-    """The objective on the first `count` of its batches."""
+    """Return the objective on the first `count` of its batches."""
     return replace(objective, batches=objective.batches[:count], targets=objective.targets[:count])
 
 
 def joined(objectives: Sequence[Compared]) -> Compared:
-    """The objective on the batches of all."""
+    """Return the objective on the batches of all."""
     batches = [batch for one in objectives for batch in one.batches]
     return replace(objectives[0], batches=batches, targets=[target for one in objectives for target in one.targets])
 
 
 def over_seeds(values: Sequence[float]) -> float:
-    """The mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
+    """Return the mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
     some = np.asarray(values, dtype=np.float64)
     if len(some) > 2:
         some = np.delete(some, np.argmax(np.abs(some - some.mean())))
     return float(some.mean())
 
 
-def per_token(scores: Tensor | Head | None) -> bool:
-    """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
+def per_token(scores: Tensor | LazyLogits | None) -> bool:
+    """Tell whether logits (B, T, V) score every token, as those of a language model do.
+
+    InputError: they are several.
+    """
     if isinstance(scores, tuple | list):
         raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
-    return scores is not None and (scores.x if isinstance(scores, Head) else scores).dim() == 3
+    return scores is not None and (scores.x if isinstance(scores, LazyLogits) else scores).dim() == 3
 
 
 @dataclass
@@ -144,7 +200,7 @@ class OutputChange:
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
     def distance(self, value: float) -> float:
-        """A value in the units of outputs: the root of a squared change."""
+        """Return a value in the units of outputs: the root of a squared change."""
         squared = any(index is not None for _, index in self.targets)
         return math.sqrt(value) if squared else value
 
@@ -193,7 +249,7 @@ class Generation:
     new_tokens: int = 64
 
     def measure(self, model: BlockModel, weights: Weights) -> float:
-        """One variant's 1 − exact match."""
+        """Return one variant's 1 − exact match."""
         made = model.generate(self.batches, weights, new_tokens=self.new_tokens)
         texts = [text for tokens in made for text in self.decode(tokens)]
         return 1.0 - exact_match(texts, [answer for some in self.answers for answer in some], self.pattern)
@@ -274,14 +330,14 @@ class Agreement:
         return _logits(output)
 
     def value(self, parts: Sequence[Any]) -> float:
-        measure = agreement.discord if self.regression else agreement.divergence
+        measure = discord if self.regression else divergence
         return measure(np.concatenate(parts), np.concatenate(self.targets))
 
 
 @dataclass
 class SameAnswers:
     """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
-    the distance of `agreement.discord`, one minus their correlation."""
+    the distance of `discord`, one minus their correlation."""
 
     batches: Sequence[Inputs]
     targets: Sequence[Any]
@@ -305,11 +361,12 @@ class SameAnswers:
 
     def value(self, parts: Sequence[Any]) -> float:
         ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
-        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
+        return discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
 
 
 def is_regression(config: Any) -> bool:
-    """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
+    """Tell whether a head's logits are numbers rather than the classes of one distribution (regression, several
+    labels)."""
     kind = getattr(config, "problem_type", None)
     return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
 
@@ -323,8 +380,8 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
-def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | Head:
-    """Logits (sequences, C), or (real tokens, V) of a language model."""
+def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | LazyLogits:
+    """Return the logits (sequences, C), or (real tokens, V) of a language model."""
     scores = output.scores
     if scores is None:
         raise InputError("the model gives no logits", hint="give a number as q")

@@ -43,12 +43,12 @@ class Minima:
 
     @property
     def evaluations(self) -> int:
-        """The number of points evaluated."""
+        """Return the number of points evaluated."""
         return len(self.path)
 
     @property
     def minima(self) -> tuple[float, ...]:
-        """Every evaluated point that no neighbour on the axis betters, best first.
+        """Return every evaluated point that no neighbour on the axis betters, best first.
 
         An unlabelled objective can have a second minimum where the delta is drowned or dropped (magnitude at density
         0.001 has): compare these, and the plain choice, by another measure on held-out rows.
@@ -69,7 +69,7 @@ def minimise(
     budget: int = BUDGET,
     tolerance: float = 0.01,
 ) -> Minima:
-    """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
+    """Return the minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
 
         evaluate    returns the objective at several points
         low, high   the bounds
@@ -108,7 +108,7 @@ class Scan:
 
     @property
     def best(self) -> float:
-        """The point of the smallest value."""
+        """Return the point of the smallest value."""
         return self.points[self.minima[0]]
 
     @property
@@ -118,7 +118,8 @@ class Scan:
 
 
 def scan(evaluate: Evaluate, low: float, high: float, *, coarse: int = COARSE, tolerance: float = 0.01) -> Scan:
-    """The objective on a grid in log x over [low, high], 0 < low ≤ high; one point if they are within the tolerance.
+    """Return the objective on a grid in log x over [low, high], 0 < low ≤ high; one point if they are within the
+    tolerance.
 
     A local minimum counts if a hump of `HUMP` of the values' range parts it from each better one.
     """
@@ -131,7 +132,7 @@ def scan(evaluate: Evaluate, low: float, high: float, *, coarse: int = COARSE, t
 
 
 def model(scanned: Scan, of_masks: OfMasks, masks: int) -> Minima:
-    """The minimum, near the best point of a scan, of an objective that is smooth in 1/x.
+    """Return the minimum, near the best point of a scan, of an objective that is smooth in 1/x.
 
         scanned     of the first mask, on a part of the rows
         of_masks    returns the objective at several points for each of a range of masks, on all rows
@@ -182,7 +183,8 @@ def _followed(
     step: float,
     value: Callable[[float], Sequence[float]],
 ) -> tuple[list[float], list[list[float]]]:
-    """The three points and their values by mask, moved by one where the best is an outer one inside the bounds."""
+    """Return the three points and their values by mask, moved by one where the best is an outer one inside the
+    bounds."""
     means = _means(columns)
     best = min(range(3), key=lambda i: (means[i], i))
     if best == 1 or three[best] in (low, high):
@@ -195,8 +197,8 @@ def _followed(
 
 
 def _means(columns: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of each row over columns, a column a mask; of three or more, without the one whose own mean is farthest
-    from theirs."""
+    """Return the mean of each row over columns, a column a mask; of three or more, without the one whose own mean is
+    farthest from theirs."""
     some = list(columns)
     if len(some) > 2:
         own = [sum(column) / len(column) for column in some]
@@ -219,7 +221,8 @@ def _columns(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _parabola(three: Sequence[float], values: Sequence[float]) -> Point:
-    """The minimum of the parabola in 1/x through three ascending points, if it lies between them; else the best."""
+    """Return the minimum of the parabola in 1/x through three ascending points, if it lies between them; else the
+    best."""
     best = min(range(3), key=lambda i: (values[i], i))
     u = [three[1] / x - 1.0 for x in three]
     if not all(map(math.isfinite, values)) or u[0] == 0.0 or u[2] == 0.0:
@@ -233,7 +236,8 @@ def _parabola(three: Sequence[float], values: Sequence[float]) -> Point:
 
 
 def vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
-    """The minimum of the parabola in log x through a point and its two neighbours; the point itself at an end."""
+    """Return the minimum of the parabola in log x through a point and its two neighbours; the point itself at an
+    end."""
     if not 0 < i < len(points) - 1 or not all(map(math.isfinite, values[i - 1 : i + 2])):
         return points[i]
     left, right = math.log(points[i] / points[i - 1]), math.log(points[i + 1] / points[i])
@@ -243,7 +247,7 @@ def vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
 
 
 def closer(some: Sequence[Point]) -> float | None:
-    """The vertex at the best of ascending points; None where it is hardly another point."""
+    """Return the vertex at the best of ascending points; None where it is hardly another point."""
     points, values = [x for x, _ in some], [value for _, value in some]
     at = rounded(vertex(points, values, values.index(min(values))))
     return None if any(abs(math.log(at / x)) < NEAR for x in points) else at
@@ -284,7 +288,7 @@ def passed(found: Minima, low: float, high: float) -> list[tuple[float, float]]:
 
 
 def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Minima:
-    """The DAREx authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by
+    """Return the DAREx authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by
     step/10.
 
         evaluate    returns the objective at several points; it is called with one

@@ -9,27 +9,177 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate.model.activations import Draw, collect
-from deltamerge.calibrate.model.blocks import BlockModel, Inputs, Weights
-from deltamerge.calibrate.model.candidates import Q, pruned
+from deltamerge.calibrate.model.ahead import Ahead, Resident
+from deltamerge.calibrate.model.blocks import BlockModel, Inputs
+from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.model.layers import Linear
-from deltamerge.calibrate.model.passes import sequences
+from deltamerge.calibrate.model.passes import Weights, from_reader, sequences, stored
 from deltamerge.calibrate.model.spread import spread
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.calibrate.q.learned import Learner
-from deltamerge.calibrate.q.tensors import Tensors
 from deltamerge.calibrate.rows.batches import Batches, check_new_tokens, config_of
 from deltamerge.calibrate.rows.batches import RowReader as Rows
-from deltamerge.calibrate.rows.rows import Row, has_head, select
-from deltamerge.calibrate.rows.split import LANGUAGE, metric_of, split, task_of
-from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
-from deltamerge.engine.devices import current, torch_device, torch_devices
+from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
+from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
+from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
+from deltamerge.engine.execute import shared_values
+from deltamerge.engine.whole import computed
 from deltamerge.files import progress
-from deltamerge.tensors.graph import Node
+from deltamerge.methods.ops import dense
+from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tiles import Kept
+
+
+class Tensors:
+    """Of one fine-tune, whose stored tensors are `infos`, for a model of it, which says what part comes next. Dense
+    masked deltas are kept in bfloat16 where `halved`.
+
+    start      reads what masked deltas are added to
+    masks      of each mask seed what reads its masked deltas
+    tune       reads the fine-tune's own weights
+    resident   on a GPU what has been sent there
+    """
+
+    def __init__(
+        self,
+        source: CalibrationInput,
+        reader: Reader,
+        infos: Mapping[str, TensorInfo],
+        model: BlockModel,
+        masks: Sequence[Mapping[str, Node]],
+        known: Mapping[Node, Any],
+        protected: Mapping[str, Node],
+        *,
+        halved: bool = False,
+    ) -> None:
+        self.source, self.reader, self.known, self.model, self.device = source, reader, known, model, model.device
+        self.infos, self.halved = infos, halved
+        self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
+        columns = shared_values(list(protected.values()), known)
+        self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
+        self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, source.share)
+        self.ahead = Ahead(partial(stored, reader))
+        self.tune = from_reader(lambda name: self._stored(self.infos[name]))
+        # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
+        part, room = self._part_bytes(), source.cache
+        if self.resident is not None:
+            room = min(room, free_bytes(self.device) // (KEPT_SHARE * source.share))
+        kept = part if self.resident is None else 0  # there it is by another name
+        self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
+        self.masks = [Cache(partial(self._masked, n), part, max(0, room - part) // len(masks)) for n in masks]
+        model.entering = self._read_ahead
+        model.relieved = self._relieve
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self.ahead.close()
+        caches: list[Cache[Any]] = [self.start, *self.masks]
+        for cache in caches:
+            cache.clear()
+        if self.resident is not None:
+            self.resident.clear()
+
+    def _relieve(self) -> bool:
+        """Free what stays on a GPU, so that all of it streams by; whether there was any."""
+        for mask in self.masks:
+            mask.clear()
+        return self.resident is not None and self.resident.shed()
+
+    def delta(self, name: str) -> Tensor | None:
+        """Return the part of a tensor's delta that is pruned: 0 in protected columns."""
+        if name not in self.pairs:
+            return None
+        tune, base = self.pairs[name]
+        if tune.shape != self.infos[name].shape:
+            return None
+        delta = self._read(tune) - self._read(base)
+        if name in self.protected:
+            delta[:, self.protected[name]] = 0.0
+        return delta
+
+    def _part_bytes(self) -> int:
+        """Return the bytes of the tensors outside the blocks and of the largest block."""
+        outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
+        return outside + max(blocks, default=0)
+
+    def _read_ahead(self, part: int, weights: Weights) -> None:
+        """Read a part's weights while the one before it is computed: after the last block what is outside of them. A
+        fine-tune's whose masks are kept are read only as its own weights."""
+        names = self.model.parts[part % len(self.model.parts)]
+        wanted = [self.infos[name] for name in names]
+        if weights is not self.tune:
+            wanted = [self.pairs.get(name, (info, info))[1] for name, info in zip(names, wanted, strict=True)]
+            if self.resident is None:
+                wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
+            self._advise([self.pairs[name][0] for name in names if name in self.pairs and not self._has_masks(name)])
+        (self.ahead if self.resident is None else self.resident).begin(wanted)
+
+    def _has_masks(self, name: str) -> bool:
+        """Tell whether all masked deltas of a tensor are kept."""
+        return all(name in mask for mask in self.masks)
+
+    def _advise(self, tunes: Sequence[TensorInfo]) -> None:
+        """Have the system read fine-tunes' tensors from which masks will be made."""
+        for tune in tunes:
+            self.reader.advise(tune, 0, tune.nbytes)
+
+    def _stored(self, info: TensorInfo) -> Tensor:
+        """Return a tensor as it is stored, on the device, to be read only."""
+        flat = self.ahead(info) if self.resident is None else self.resident.stored(info)
+        return flat.view(info.shape)
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        """Return a stored tensor in float32; integers unchanged."""
+        tensor = self._stored(info)
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+    def _start(self, name: str) -> Tensor:
+        """Return the tensor that the masked delta is added to: the base with protected columns' deltas, else the
+        fine-tune's own."""
+        if name not in self.pairs:
+            return self._stored(self.infos[name])
+        tune, base = self.pairs[name]
+        if name in self.protected:
+            start, columns = self._read(base).clone(), self.protected[name]
+            start[:, columns] += self._read(tune)[:, columns] - start[:, columns]
+            return start
+        if tune.shape == self.infos[name].shape:
+            return self._stored(base)
+        start = self._read(self.infos[name]).clone()
+        start[: base.shape[0]] = self._read(base)
+        return start
+
+    def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
+        """Return the masked deltas of tensors, None where a tensor is not pruned."""
+        found: dict[str, Masked | None] = dict.fromkeys(names)
+        pruned = {name: nodes[name] for name in names if name in nodes}
+        roots = {name: Graph().node(dense, [node], shape=node.shape) for name, node in pruned.items()}
+        made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
+        return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
+
+    def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
+        """Return a masked delta as positions and values, or dense, whichever is smaller."""
+        positions = np.flatnonzero(values)
+        if len(positions) < SPARSE_BELOW * len(values):
+            small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
+            return Kept(self._placed(small), self._placed(values[positions]))
+        whole = self.infos[name].shape
+        lacking = math.prod(whole) - len(values)
+        made = self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
+        return made.to(torch.bfloat16) if self.halved else made
+
+    def _placed(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
@@ -41,7 +191,7 @@ FEW = 4  # one of so many rows is in the first round of a search
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class HeldOutMeasure:
     """Compares candidates on held-out rows; smaller is better.
 
     measure   its name
@@ -56,11 +206,11 @@ class Judge:
     higher: bool = False
 
     def eligible(self, found: Sequence[T]) -> list[T]:
-        """The candidates that this judge can compare."""
+        """Return the candidates that this judge can compare."""
         return [one for one in found if self.trusted or not getattr(one, "edge", False)]
 
     def shown(self, value: float) -> float:
-        """A value as it is shown."""
+        """Return a value as it is shown."""
         return 1.0 - value if self.higher else value
 
 
@@ -94,7 +244,7 @@ class Subject:
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
         search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
         self.reads = Rows(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
-        self.rows: dict[Part, list[Row]] = {"search": search, "held": held}
+        self.rows: dict[Part, list[DataRow]] = {"search": search, "held": held}
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
         self.size = self._batch_rows()
@@ -122,11 +272,11 @@ class Subject:
         self.sequences = 0
         self._counting = threading.Lock()
 
-    def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
+    def _batched(self, rows: Sequence[DataRow], *, labelled: bool = False) -> Batches:
         return self.reads.batches(rows, size=self.size, labelled=labelled)
 
     def _batch_rows(self) -> int:
-        """Rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
+        """Return rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
         if self.task == "image-classification":
             return BATCH
         length = self.source.calibration.length
@@ -150,8 +300,8 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Linear]:
-        """The linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a pass
-        has reached."""
+        """Return the linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a
+        pass has reached."""
         model = self.model
         found = [layer for part in model.layers for layer in part]
         stacked = [layer for part in model.stacked for layer in part if layer.name in model.turned]
@@ -160,13 +310,13 @@ class Subject:
 
     @property
     def may_have_layers(self) -> bool:
-        """Whether a pruned tensor may be a linear layer's."""
+        """Tell whether a pruned tensor may be a linear layer's."""
         some = (layer for part in (*self.model.layers, *self.model.stacked) for layer in part)
         return any(layer.name in self.pairs for layer in some)
 
     @property
     def reached(self) -> set[str]:
-        """The linear layers of the fine-tune that have had an input."""
+        """Return the linear layers of the fine-tune that have had an input."""
         if not self.model.reached:
             inputs = self.batches["search"].inputs
             self.model.run(inputs, [self.tune], lambda batch, output: None)
@@ -192,7 +342,7 @@ class Subject:
             progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
-        """The objective of that name, on "search" or "held" rows."""
+        """Return the objective of that name, on "search" or "held" rows."""
         return self._change(self.batches[part].inputs)
 
     def _change(self, inputs: Sequence[Inputs]) -> O.OutputChange:
@@ -201,7 +351,7 @@ class Subject:
         return change
 
     def validation(self, part: Part) -> O.Validation | O.Generation:
-        """The objective of that name, on "search" or "held" rows."""
+        """Return the objective of that name, on "search" or "held" rows."""
         assert self.metric is not None
         if self.metric == "exact_match":
             made, settings = self.reads.prompts(self.rows[part], size=self.size), self.source.calibration
@@ -213,33 +363,33 @@ class Subject:
         return O.Validation(self.batches[part].inputs, labels, self.metric)
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
-        """The objective of learned scales on batches of the given rows."""
+        """Return the objective of learned scales on batches of the given rows."""
         found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
         self.count(inputs)
         return found
 
-    def judge(self) -> Judge:
-        """The judge: the metric where there are labels, else predictions; without a head the output change."""
+    def judge(self) -> HeldOutMeasure:
+        """Return the judge: the metric where there are labels, else predictions; without a head the output change."""
         if self.metric is None:
             return self.agreement(self.batches["held"].inputs)
         objective = self.validation("held")
-        return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
+        return HeldOutMeasure(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
 
-    def agreement(self, inputs: Sequence[Inputs]) -> Judge:
-        """The distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
+    def agreement(self, inputs: Sequence[Inputs]) -> HeldOutMeasure:
+        """Return the distance of predictions from the fine-tune's, whatever the scale of a classifier's logits."""
         rows = sum(map(sequences, inputs))
         if self.task in LANGUAGE and self._has_head:
-            return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
+            return HeldOutMeasure(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
         if self._has_head:
             objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
             self.count(inputs)
             measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
-            return Judge(objective, measure, rows, trusted=True)
-        return Judge(self._change(inputs), "output change", rows, trusted=False)
+            return HeldOutMeasure(objective, measure, rows, trusted=True)
+        return HeldOutMeasure(self._change(inputs), "output change", rows, trusted=False)
 
     @property
     def is_regression(self) -> bool:
-        """Whether the head's outputs are numbers."""
+        """Tell whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
     @property
@@ -257,7 +407,7 @@ class Subject:
     def values(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
-        """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
+        """Return the objective of every choice of q's, over the first `seeds` masks (default: all)."""
         return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
 
     def of_masks(
@@ -270,7 +420,7 @@ class Subject:
         return [found[i :: len(qs)] for i in range(len(qs))]
 
     def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]]) -> list[list[Any]]:
-        """Of every choice of q's what `objective.value` takes, for the first mask."""
+        """Return the argument of `objective.value` for every choice of q's, for the first mask."""
         return self._spread(O.reduced, objective, qs, lambda at, q: pruned(at.start, at.masks[0], q))
 
     def _spread(
@@ -293,16 +443,16 @@ class Subject:
 
     @cached_property
     def others(self) -> list[Subject]:
-        """The same on the other GPUs that calibration may use."""
+        """Return the same on the other GPUs that calibration may use."""
         devices = torch_devices(self.source.device)[1:]
         return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
     def learners(self, objective: O.Distribution) -> list[Learner]:
-        """What learns scales of the first mask on the other GPUs."""
+        """Return the learners of the first mask's scales on the other GPUs."""
         return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
-        """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
+        """Return the objective of the base with the fine-tune's head, where nothing of the delta is kept."""
         nothing = [pruned(self.start, lambda name: None, {})]
         return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
 

@@ -11,11 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.model.families import has_decoder_inputs
-from deltamerge.calibrate.model.foreign import reason, running
 from deltamerge.calibrate.model.passes import COMPARED
-from deltamerge.calibrate.rows.rows import Row, class_labels
-from deltamerge.calibrate.rows.split import POSITIONS, check_length
+from deltamerge.calibrate.model.transformers_code import has_decoder_inputs, reason, running
+from deltamerge.calibrate.rows.rows import POSITIONS, DataRow, check_length, class_labels
 from deltamerge.errors import InputError
 
 
@@ -68,10 +66,10 @@ class RowReader:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id that pads sequences; None for pictures."""
+        """Return the id that pads sequences; None for pictures."""
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
-    def batches(self, rows: Sequence[Row], *, size: int = 32, labelled: bool = False) -> Batches:
+    def batches(self, rows: Sequence[DataRow], *, size: int = 32, labelled: bool = False) -> Batches:
         """Batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit it.
 
         Texts are batched by length, so that there is little padding. text-generation: a row's label is the answer that
@@ -85,7 +83,7 @@ class RowReader:
             inputs = [self._inputs(group) for group in groups]
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
-    def steps(self, rows: Sequence[Row], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
+    def steps(self, rows: Sequence[DataRow], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
         """Batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as many."""
         even = math.ceil(len(rows) / max(1, math.ceil(len(rows) / step))) or step
         parts = [self.batches(group, size=size).inputs for group in _groups(rows, even)]
@@ -93,7 +91,7 @@ class RowReader:
         indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
         return Batches([batch for part in parts for batch in part], None), indices
 
-    def prompts(self, rows: Sequence[Row], *, size: int = 32) -> Batches:
+    def prompts(self, rows: Sequence[DataRow], *, size: int = 32) -> Batches:
         """Left-padded prompts for generation, with the labels as reference answers."""
         groups = _groups(self._by_length(rows), size)
         inputs = [self._encode([row.content for row in group], side="left") for group in groups]
@@ -103,7 +101,7 @@ class RowReader:
         """Texts of generated tokens (B, T)."""
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
-    def _content(self, row: Row) -> Any:
+    def _content(self, row: DataRow) -> Any:
         if not isinstance(row.content, str | tuple):
             kind = "a picture" if isinstance(row.content, Path) else type(row.content).__name__
             hint = "see calibration.text and task"
@@ -121,13 +119,13 @@ class RowReader:
         with running("its image processor cannot take the pictures"):
             return dict(self.processor(images=images, return_tensors="pt"))
 
-    def _by_length(self, rows: Sequence[Row]) -> list[Row]:
+    def _by_length(self, rows: Sequence[DataRow]) -> list[DataRow]:
         contents = [self._content(row) for row in rows]
         first = [content[0] for content in contents] if self.decoder else contents
         tokens = self._tokenise(first)["input_ids"]
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
 
-    def _inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _inputs(self, rows: Sequence[DataRow]) -> dict[str, Tensor]:
         """Inputs of a forward, and which logits are compared where a row is a prompt and its completion."""
         encoded = self._encode([self._content(row) for row in rows])
         if self.decoder or all(row.completion is None for row in rows):
@@ -140,8 +138,8 @@ class RowReader:
                 compared[i, : start - 1] = compared[i, end - 1] = False
         return encoded | {COMPARED: compared}
 
-    def _said_from(self, row: Row, ids: list[int]) -> int:
-        """Where the completion begins among a row's ids: the first that are not those of the prompt alone."""
+    def _said_from(self, row: DataRow, ids: list[int]) -> int:
+        """Tell where the completion begins among a row's ids: the first that are not those of the prompt alone."""
         alone = self._tokenise([row.content])["input_ids"][0] if row.content else []
         start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
         if max(1, start) >= len(ids):
@@ -169,7 +167,7 @@ class RowReader:
         with running("its tokenizer cannot take the texts"):
             return self.tokenizer(*columns, truncation=True, max_length=self.length, **options)
 
-    def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    def _labels(self, groups: Sequence[Sequence[DataRow]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         if self.task in ("causal-lm", "text-generation"):
             return [said(b) for b in inputs]
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
@@ -187,12 +185,12 @@ def said(batch: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(said[:, :-1], (1, 0), value=-100)  # the decoder's inputs are shifted
 
 
-def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def _groups(rows: Sequence[DataRow], size: int) -> list[Sequence[DataRow]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def config_of(folder: Path) -> Any:
-    """A model's configuration. InputError: transformers cannot read it."""
+    """Return a model's configuration. InputError: transformers cannot read it."""
     from transformers import AutoConfig
 
     with running("transformers cannot read its config.json"):
@@ -200,7 +198,7 @@ def config_of(folder: Path) -> Any:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
+    """Return the tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
     from transformers import AutoTokenizer
 
     with running(f"{folder}: no usable tokenizer"):
@@ -227,7 +225,7 @@ def _processor(folder: Path) -> Any:
             raise InputError(f"{folder}: no usable image processor: {reason(error)}", hint=hint) from None
 
 
-def _picture(row: Row) -> Any:
+def _picture(row: DataRow) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found,unused-ignore]  # optional
     except ImportError:

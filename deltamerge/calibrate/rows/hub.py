@@ -16,13 +16,13 @@ SHOWN = 200  # characters of a foreign error that are shown
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form org/name or org/name@revision."""
+    """Tell whether `source` has the form org/name or org/name@revision."""
     return HUB_ID.fullmatch(source) is not None
 
 
 @cache
 def commit(source: str) -> str | None:
-    """The commit of `org/name[@revision]`; offline the revision that the source states, or None."""
+    """Return the commit of `org/name[@revision]`; offline the revision that the source states, or None."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -53,7 +53,7 @@ def commit(source: str) -> str | None:
 
 @cache
 def read(source: str, *, config: str | None, split: str, limit: int) -> tuple[Mapping[str, Any], ...]:
-    """The first `limit` rows; streamed, or offline from the cache of `datasets`.
+    """Return the first `limit` rows; streamed, or offline from the cache of `datasets`.
 
     InputError: `datasets` is missing, or cannot read the data set.
     """

@@ -57,7 +57,8 @@ def exact_match(predicted: Sequence[str], labels: Sequence[str], pattern: str | 
 
 
 def answer(text: str, pattern: str | None = None) -> str | None:
-    """The last match of `pattern` in the text (its first group, if it has one), stripped; the whole text without one.
+    """Return the last match of `pattern` in the text (its first group, if it has one), stripped; the whole text without
+    one.
 
     None where nothing matches, which equals no answer.
     """

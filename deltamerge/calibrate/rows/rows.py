@@ -1,4 +1,7 @@
-"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set. No torch: `check` reads them."""
+"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set; those to search on, and held-out.
+
+No torch: `check` reads them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deltamerge.calibrate.model.transformers_code import check_family
 from deltamerge.calibrate.rows import hub as hub_rows
+from deltamerge.calibrate.rows import rows as data
+from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import input_error
+from deltamerge.recipe.schema import Calibration
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
 LANGUAGE_HEADS = "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"
@@ -31,7 +38,7 @@ ANSWERED = ("prompt", "completion")  # fields, as TRL names them
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1.
 
     `completion` is what a language model says after `content`, and all of the row that is compared; None: the whole.
@@ -52,8 +59,8 @@ def read(
     config: str | None = None,
     split: str | None = None,
     limit: int = 1000,
-) -> list[Row]:
-    """The rows of `source`, in order.
+) -> list[DataRow]:
+    """Return the rows of `source`, in order.
 
         source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
                  or a hub data set id, org/name or org/name@revision
@@ -89,12 +96,12 @@ def read(
 
 
 def is_of_hub(source: str, folder: Path) -> bool:
-    """Whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
+    """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
     return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
-    """The local files of `source`: one file, or a folder's pictures; none for a hub data set."""
+    """Return the local files of `source`: one file, or a folder's pictures; none for a hub data set."""
     path = folder / source
     if path.is_dir():
         return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
@@ -102,7 +109,7 @@ def local_files(source: str, folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """All files below a folder; links to folders are not followed. InputError: too many."""
+    """Yield all files below a folder; links to folders are not followed. InputError: too many."""
     listed = 0
     pending = [str(folder)]
     while pending:
@@ -121,7 +128,7 @@ def _below(folder: Path) -> Iterator[str]:
             raise input_error(error) from error
 
 
-def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def select(rows: Sequence[DataRow], count: int, seed: int) -> list[DataRow]:
     """`count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
 
     def rank(index: int) -> bytes:
@@ -131,7 +138,7 @@ def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 def has_head(config: Mapping[str, Any], task: str) -> bool:
-    """Whether the model of a config.json has the head that the task needs."""
+    """Tell whether the model of a config.json has the head that the task needs."""
     return _architecture(config).endswith(HEADS[task])
 
 
@@ -148,7 +155,7 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
         )
 
 
-def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] | list[int]:
+def class_labels(rows: Iterable[DataRow], config: Mapping[str, Any]) -> list[float] | list[int]:
     """Labels in the form of the head: floats for one output, else class indices; names are looked up in `label2id`."""
     names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
     outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
@@ -157,7 +164,7 @@ def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] 
     return [_index(row, names, outputs) for row in rows]
 
 
-def _number(row: Row) -> float:
+def _number(row: DataRow) -> float:
     try:
         return float(row.label)
     except (TypeError, ValueError, OverflowError):
@@ -165,7 +172,7 @@ def _number(row: Row) -> float:
         raise InputError(f"row {row.number}: label {said} is no number, but the head is a regression") from None
 
 
-def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
+def _index(row: DataRow, names: Mapping[str, int], outputs: int) -> int:
     if str(row.label) in names:
         return names[str(row.label)]
     try:
@@ -184,7 +191,9 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
     return index
 
 
-def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None) -> Row:
+def _row(
+    number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None
+) -> DataRow:
     if fields == ["text"] and record.get("text") is None and all(record.get(name) is not None for name in ANSWERED):
         return _answered(number, label, record)
     for name in [*fields, *([label] if label else [])]:
@@ -199,17 +208,17 @@ def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[
         values = [folder / values[0]]
     if len(values) > 1 and not all(isinstance(v, str) for v in values):
         raise InputError(f"row {number}: sentence pairs need two texts")
-    return Row(values[0] if len(values) == 1 else tuple(values), record[label] if label else None, number)
+    return DataRow(values[0] if len(values) == 1 else tuple(values), record[label] if label else None, number)
 
 
-def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Row:
-    """A row of a prompt and its completion, which is its label where it has no other."""
+def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> DataRow:
+    """Return a row of a prompt and its completion, which is its label where it has no other."""
     prompt, completion = (record[name] for name in ANSWERED)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
     told = record[label] if label and record.get(label) is not None else completion
     _check_text(number, prompt, completion, told)
-    return Row(prompt, told if label else None, number, completion)
+    return DataRow(prompt, told if label else None, number, completion)
 
 
 def _check_text(number: int, *values: Any) -> None:
@@ -251,11 +260,133 @@ def _object(number: int, line: str) -> Mapping[str, Any]:
     return value
 
 
-def _pictures(folder: Path, *, labelled: bool) -> Iterator[Row]:
+def _pictures(folder: Path, *, labelled: bool) -> Iterator[DataRow]:
     found = local_files("", folder)
     if not found:
         raise InputError("the folder holds no pictures", hint=f"names must end in {', '.join(sorted(PICTURES))}")
     for number, file in enumerate(found, 1):
         if labelled and file.parent == folder:
             raise InputError(f"{file.name} lies in no folder named after its label")
-        yield Row(file, file.parent.name if labelled else None, number)
+        yield DataRow(file, file.parent.name if labelled else None, number)
+
+
+POSITIONS = ("max_position_embeddings", "n_positions")  # keys of config.json
+LANGUAGE = frozenset({"causal-lm", "text-generation"})
+
+
+def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
+    """calibration.task, else the head's task; without a head, pictures if the config has an image size, else text."""
+    if calibration.task is not None:
+        return calibration.task
+    if calibration.metric == "exact_match":
+        return "text-generation"
+    for task in ("text-classification", "image-classification", "causal-lm"):
+        if has_head(config, task):
+            return task
+    return "image-classification" if "image_size" in config else "text-classification"
+
+
+def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
+    """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
+
+    InputError: a metric of classes for a regression head, a metric of texts for a model that generates none, or the
+    reverse.
+    """
+    task, outputs = (
+        task_of(calibration, config),
+        int(config.get("num_labels") or len(config.get("id2label") or {}) or 2),
+    )
+    regression = outputs == 1 or config.get("problem_type") == "regression"
+    natural = "loss" if task in LANGUAGE else "pearson_spearman" if regression else "accuracy"
+    metric = calibration.metric or natural
+    if task in LANGUAGE:
+        fits = metric == "loss" or (metric == "exact_match" and task == "text-generation")
+    else:
+        fits = metric == "loss" or (metric != "exact_match" and regression == (metric == "pearson_spearman"))
+    if not fits:
+        raise InputError(
+            f"calibration.metric {metric} does not fit the head of {(config.get('architectures') or ['?'])[0]}",
+            hint=f"set it to {natural} or loss",
+        )
+    return metric
+
+
+def split(
+    calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
+) -> tuple[list[DataRow], list[DataRow]]:
+    """(search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
+
+        calibration   the recipe's section
+        folder        the recipe's
+        seed          with it, the split depends on the number of rows alone
+        config        the fine-tune's config.json
+        labelled      whether labels are needed
+
+    Where the data has hardly any other rows, a third is held out. InputError: too few rows, missing fields, a head that
+    does not fit the task, labels that do not fit the head.
+    """
+    wanted = calibration.sequences
+    found = rows_of(calibration, folder, config, labelled=labelled, limit=wanted + max(HELD_OUT, wanted))
+    if len(found) < max(wanted, 3):
+        raise InputError(
+            f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
+            hint="give more data, or lower calibration.sequences",
+        )
+    search = data.select(found, wanted, seed)
+    chosen = {row.number for row in search}
+    others = [row for row in found if row.number not in chosen]
+    if len(others) >= max(1, wanted // 3):
+        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
+    held = data.select(found, len(found) // 3, seed)
+    chosen = {row.number for row in held}
+    return [row for row in found if row.number not in chosen], held
+
+
+def rows_of(
+    calibration: Calibration, folder: Path, config: Mapping[str, Any], *, labelled: bool, limit: int
+) -> list[DataRow]:
+    """Return all rows of the data, of a hub data set the first `limit`. InputError: missing fields, a head that does
+    not fit the task, labels that do not fit the head."""
+    _check_model(calibration, config)
+    label = None
+    if labelled:
+        check_head(config, task_of(calibration, config))
+        metric_of(calibration, config)
+        label = None if task_of(calibration, config) == "causal-lm" else calibration.label
+    found = data.read(
+        calibration.data,
+        folder=folder,
+        text=calibration.text,
+        label=label,
+        config=calibration.config,
+        split=calibration.split,
+        limit=limit,
+    )
+    if task_of(calibration, config) not in LANGUAGE:
+        if answered := next((row for row in found if row.completion is not None), None):
+            message = f"calibration data {calibration.data}: row {answered.number}: a prompt and its completion"
+            raise InputError(f"{message}, which are for language models", hint="set calibration.text")
+        if label is not None:
+            class_labels(found, config)
+    return found
+
+
+def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
+    """InputError: a task other than the head's, or texts longer than the model's positions."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    heads = [head for some in HEADS.values() for head in some]
+    if calibration.task is not None and any(map(architecture.endswith, heads)):
+        check_head(config, calibration.task)
+    check_family(config, "picture" if task_of(calibration, config) == "image-classification" else "text")
+    if task_of(calibration, config) != "image-classification":
+        positions = [config.get(key) for key in POSITIONS]
+        check_length(calibration.length, min((n for n in positions if n and n > 0), default=calibration.length))
+
+
+def check_length(length: int, positions: int) -> None:
+    """InputError: calibration.length exceeds the model's positions."""
+    if length > positions:
+        raise InputError(
+            f"calibration.length is {length}, but the model has {positions} positions",
+            hint=f"set it to {positions} or less",
+        )

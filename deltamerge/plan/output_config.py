@@ -56,7 +56,7 @@ SIZES = frozenset({*COUNTS, "vocab_size", "hidden_size", "intermediate_size", "n
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ConfigDifference:
     """A key in which models differ, and what the output's config says.
 
     value   that, as it is meant
@@ -72,14 +72,14 @@ class Written:
     agreed: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """What a lock says of it."""
+        """Return its entry in a lock."""
         values = {name: _plain(value) for name, value in self.difference.values.items()}
         whose = {} if self.whose is None else {"of": self.whose}
         return {"written": _plain(self.value), **whose, "values": values}
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenConfig:
+class OutputConfig:
     """The configs of the output, and what there is to say of them.
 
     config    the output's own
@@ -91,7 +91,7 @@ class WrittenConfig:
 
     config: dict[str, Any]
     parts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    keys: Mapping[str, Written] = field(default_factory=dict)
+    keys: Mapping[str, ConfigDifference] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -107,24 +107,25 @@ class WrittenConfig:
             raise InputError(first, also=also, hint=hint)
 
     def describe(self) -> dict[str, Any]:
-        """What a lock says of the keys in which models differ."""
+        """Return the entry in a lock of the keys in which models differ."""
         return {key: written.describe() for key, written in self.keys.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What the recipe says of a key: a model's value, or its own."""
+    """The recipe's choice for a key: a model's value, or its own."""
 
     owner: Input | None
     value: Any
 
 
-def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked: bool = False) -> WrittenConfig:
-    """The output's configs. `config` is the template's, adapted to the output's layers; `stacked`: to a stack of them.
+def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked: bool = False) -> OutputConfig:
+    """Return the output's configs. `config` is the template's, adapted to the output's layers; `stacked`: to a stack of
+    them.
 
     RecipeError: `config` of the recipe names an unknown key, or no model and no value for it.
     """
-    template, done = inputs.template, WrittenConfig(dict(config))
+    template, done = inputs.template, OutputConfig(dict(config))
     models = _models(inputs)
     folders = [component.folder for component in template.checkpoint.components if component.folder]
     of_whole = template.checkpoint.config_file != PIPELINE
@@ -136,7 +137,7 @@ def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked
         if folder and template.name in found:
             everywhere[folder] = found
     choices = _choices(recipe, inputs, everywhere)
-    keys: dict[str, Written] = {}
+    keys: dict[str, ConfigDifference] = {}
     parts: dict[str, dict[str, Any]] = {}
     for folder, configs in everywhere.items():
         start = f"{folder}/" if folder else ""
@@ -150,11 +151,11 @@ def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked
             problem = recipe.problem(("config", lost[0]), message, f"{TYPE}: a model that has it", key=True)
             raise RecipeError(recipe.source.path, [problem])
         else:
-            done = WrittenConfig(made)
+            done = OutputConfig(made)
         keys |= {f"{start}{key}": written for key, written in settled.keys.items()}
     told = [key for key, written in keys.items() if not written.chosen]
     refused = [key for key in told if _is_refused(keys[key].difference, recipe)]
-    return WrittenConfig(
+    return OutputConfig(
         done.config,
         parts,
         keys,
@@ -165,8 +166,8 @@ def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked
     )
 
 
-def adapter_warnings(settled: WrittenConfig, inputs: Inputs) -> Iterator[str]:
-    """That an adapter lacks what the model that it makes says otherwise than its base."""
+def adapter_warnings(settled: OutputConfig, inputs: Inputs) -> Iterator[str]:
+    """Warn that an adapter lacks the keys in which its model differs from its base."""
     if settled.beside and inputs.base is not None:
         told = ", ".join(f"{key}: {in_words(value)}" for key, value in settled.beside.items())
         yield (
@@ -176,8 +177,8 @@ def adapter_warnings(settled: WrittenConfig, inputs: Inputs) -> Iterator[str]:
 
 
 def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]:
-    """A message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`: the same
-    places of their weights mean different things."""
+    """Yield a message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`:
+    the same places of their weights mean different things."""
     found = differences([(model.name, without_keys(model.checkpoint.config)) for model in _models(inputs)])
     refused = [_refusal(one.key, one) for one in found if one.kind == "positions"]
     if refused and refuse:
@@ -189,8 +190,8 @@ def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]
 
 
 def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
-    """The model whose generation_config.json the output has: the template, or the first fine-tune where the template is
-    the base and all fine-tunes agree against it; another where the recipe takes its end of text."""
+    """Return the model whose generation_config.json the output has: the template, or the first fine-tune where the
+    template is the base and all fine-tunes agree against it; another where the recipe takes its end of text."""
     template, base = inputs.template, inputs.base
     if recipe.tokenizer_of is not None or recipe.transplant is not None or recipe.is_moe:
         return template
@@ -229,14 +230,14 @@ class _Settled:
         stacked: bool,
     ) -> None:
         self.recipe, self.inputs, self.configs, self.choices = recipe, inputs, configs, choices
-        self.keys: dict[str, Written] = {}
+        self.keys: dict[str, ConfigDifference] = {}
         self.tunes = [tune.name for tune in _tunes(inputs) if configs.get(tune.name)]
         for one in differences(list(configs.items())):
             if self._is_told(one, stacked):
                 self.keys[one.key] = self._written(one)
 
     def config(self, template: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's config with the values of others where theirs are written."""
+        """Return the template's config with the values of others where theirs are written."""
         made, name = deepcopy(dict(template)), self.inputs.template.name
         owners = {key: one.whose for key, one in self.keys.items() if not one.chosen and self._moves(one, name)}
         for key in sorted(owners, key=lambda one: one != TYPE):
@@ -258,28 +259,30 @@ class _Settled:
             return False  # the output's head is its own, whatever configs say
         return not (stacked and ("layer" in name or any(isinstance(value, list) for value in one.values.values())))
 
-    def _written(self, one: Difference) -> Written:
+    def _written(self, one: Difference) -> ConfigDifference:
         choice = self.choices.get(one.key)
         if choice is not None:
             name = None if choice.owner is None else choice.owner.name
-            return Written(one, choice.value if name is None else one.values.get(name, ABSENT), name, chosen=True)
+            return ConfigDifference(
+                one, choice.value if name is None else one.values.get(name, ABSENT), name, chosen=True
+            )
         base, template = self.inputs.base, self.inputs.template.name
         whose = template if template in one.values else next(iter(one.values))
         tunes = [name for name in self.tunes if name in one.values]
         agreed = base is not None and bool(tunes) and one.agrees(tunes) and not self._is_kept(one)
         if agreed and base is not None and template == base.name:
             whose = tunes[0]
-        return Written(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
+        return ConfigDifference(one, one.values.get(whose, ABSENT), whose, chosen=False, agreed=agreed)
 
     def _is_kept(self, one: Difference) -> bool:
-        """Whether the template's value stays, whatever the fine-tunes say."""
+        """Tell whether the template's value stays, whatever the fine-tunes say."""
         name = self.inputs.template.name
         is_known = class_of_type(str(self.configs[name].get(TYPE))) is not None
         has_none = is_known and one.values.get(name, ABSENT) is ABSENT  # its class has no such key
         is_set = self.recipe.template is not None or self.recipe.is_moe
         return is_set or has_none or one.key.rpartition(".")[2] in SIZES
 
-    def _moves(self, written: Written, template: str) -> bool:
+    def _moves(self, written: ConfigDifference, template: str) -> bool:
         values = written.difference.values
         return written.whose is not None and not same(values.get(template, ABSENT), values[written.whose])
 
@@ -289,7 +292,7 @@ class _Settled:
 
 
 def _models(inputs: Inputs) -> list[Input]:
-    """Every model with a config, once; the base that a delta artifact is a change of, too."""
+    """Return every model with a config, once; the base that a delta artifact is a change of, too."""
     named: dict[str, Input] = {}
     for model in inputs.all:
         if model.checkpoint.config:
@@ -298,7 +301,7 @@ def _models(inputs: Inputs) -> list[Input]:
 
 
 def _tunes(inputs: Inputs) -> list[Input]:
-    """The merged models but the base, each once."""
+    """Return the merged models but the base, each once."""
     base = inputs.base
     found: dict[str, Input] = {}
     for tune in inputs.tunes:
@@ -308,13 +311,14 @@ def _tunes(inputs: Inputs) -> list[Input]:
 
 
 def _is_untied(inputs: Inputs) -> bool:
-    """Whether the output's head is its own because some model's is, and no model stores one that its config ties."""
+    """Tell whether the output's head is its own because some model's is, and no model stores one that its config
+    ties."""
     stale = any(LM_HEAD in m.checkpoint.tensors and ties(m.checkpoint.config, default=False) for m in inputs.all)
     return inputs.untied and LM_HEAD in inputs.template.tensors and not stale
 
 
 def _is_refused(one: Difference, recipe: Recipe) -> bool:
-    """Whether weights mean different things. Of a mixture's experts only their MLPs are taken."""
+    """Tell whether weights mean different things. Of a mixture's experts only their MLPs are taken."""
     if one.kind != "positions":
         return False
     return not recipe.is_moe or ACTIVATION.fullmatch(one.key.rpartition(".")[2]) is not None
@@ -324,7 +328,7 @@ def _refusal(key: str, one: Difference) -> str:
     return f"{key} is {one.said()}: the same places of their weights mean different things"
 
 
-def _warnings(inputs: Inputs, keys: Mapping[str, Written]) -> Iterator[str]:
+def _warnings(inputs: Inputs, keys: Mapping[str, ConfigDifference]) -> Iterator[str]:
     explained = False
     for key, written in keys.items():
         one = written.difference
@@ -341,7 +345,7 @@ def _warnings(inputs: Inputs, keys: Mapping[str, Written]) -> Iterator[str]:
         yield f"config.json: {told}; to choose, write in the recipe {line}"
 
 
-def _notes(keys: Mapping[str, Written], choices: Mapping[str, _Choice]) -> Iterator[str]:
+def _notes(keys: Mapping[str, ConfigDifference], choices: Mapping[str, _Choice]) -> Iterator[str]:
     for key, choice in choices.items():
         whose = "as the recipe says" if choice.owner is None else f"that of {choice.owner.name}, as the recipe says"
         value = choice.value if key not in keys else keys[key].value
@@ -352,15 +356,17 @@ def _notes(keys: Mapping[str, Written], choices: Mapping[str, _Choice]) -> Itera
             yield f"{said}; the output has {in_words(written.value)}, that of {written.whose}"
 
 
-def _types(configs: Mapping[str, Mapping[str, Any]], template: str, keys: Mapping[str, Written]) -> Iterator[str]:
+def _types(
+    configs: Mapping[str, Mapping[str, Any]], template: str, keys: Mapping[str, ConfigDifference]
+) -> Iterator[str]:
     kinds = dict.fromkeys(str(config[TYPE]) for config in configs.values() if config.get(TYPE))
     if len(kinds) > 1 and TYPE not in keys:
         written = configs.get(template, {}).get(TYPE)
         yield f"config.json: {TYPE} is {some(list(kinds))}, which compute the same; {written} is written"
 
 
-def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, Written]) -> dict[str, Any]:
-    """What an adapter's model would say otherwise than its base, on which it is loaded."""
+def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, ConfigDifference]) -> dict[str, Any]:
+    """Return the keys in which an adapter's model differs from the base on which it is loaded."""
     base = inputs.base
     if not recipe.output.rules.adapts or base is None:
         return {}
@@ -378,7 +384,7 @@ def _plain(value: Any) -> Any:
 def _choices(
     recipe: Recipe, inputs: Inputs, everywhere: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, _Choice]:
-    """What `config` of the recipe says, by dotted key. RecipeError: as `settle`."""
+    """Return the choices of the recipe's `config`, by dotted key. RecipeError: as `settle`."""
     if not recipe.config:
         return {}
     known: dict[str, list[Any]] = {}
@@ -524,7 +530,8 @@ def _take(section: MutableMapping[str, Any], theirs: Mapping[str, Any], names: I
 
 
 def _section(config: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """The section of a config that dotted keys lead to; the config itself where an older form has it at the top."""
+    """Return the section of a config that dotted keys lead to; the config itself where an older form has it at the
+    top."""
     for key in path:
         inner = config.get(key)
         if not isinstance(inner, dict):

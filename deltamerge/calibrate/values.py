@@ -1,0 +1,230 @@
+"""Values of calibration stages, as a stage or a lock gives them, and the part that a node of one tensor takes of them.
+
+They are q's or coefficients of tensors, norms and columns of inputs, a model's threshold, and spooled moments. Plans
+name the functions here, so that planning imports no stage.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.calibrate.reach import is_linear, is_unscaled
+from deltamerge.errors import InputError, VerifyError
+from deltamerge.files.descriptors import writing
+from deltamerge.methods.prune import select
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.spec import Spec
+
+QValue = float | NDArray[np.float32]
+FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
+
+    Tensors that calibration does not reach have the q of their method without it.
+    """
+
+    q: Mapping[str, QValue]
+    record: dict[str, Any]
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Return the q's that are single numbers."""
+        return {name: value for name, value in self.q.items() if isinstance(value, float)}
+
+    @property
+    def rows(self) -> dict[str, NDArray[np.float32]]:
+        """Return the q's of output rows, as arrays that broadcast to the stored tensor."""
+        return {name: value for name, value in self.q.items() if not isinstance(value, float)}
+
+
+def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
+    """Return the q of one tensor, 1 if the stage gave it none.
+
+    Of a product's `root` factors each has the root of its q.
+    """
+    value = calibrated.q.get(name, 1.0)
+    return value if root == 1 else math.pow(float(value), 1 / root)
+
+
+def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: float) -> QValue:
+    """Return the coefficient of a tensor's delta; `start`, the recipe's own, where the stage has none."""
+    return calibrated.q.get(f"{delta}:{name}", start)
+
+
+def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
+    """Return the q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
+    or search."""
+    record = (lock.get("calibration") or {}).get(spec.name)
+    if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
+        raise VerifyError(f"{where}: has no calibrated q for {spec.name}", hint="run without --locked")
+    for key in ("objective", "scope", "search"):
+        if record.get(key) != getattr(spec, key):
+            raise VerifyError(
+                f"{where}: q of {spec.name} was calibrated with {key} {record.get(key)}, "
+                f"the recipe says {getattr(spec, key)}"
+            )
+    shapes = {pruned.name: pruned.masked[0].shape for pruned in spec.pruned}
+    if spec.coefficients:
+        shapes = {f"{delta}:{name}": shape for name, shape in shapes.items() for delta in spec.coefficients}
+    q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
+    if unknown := sorted(q.keys() - shapes.keys()):
+        raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
+    if record.get("chosen") == "calibrated":
+        _refuse_unscaled(spec, q, where)
+    for name, shape in shapes.items():
+        found = np.shape(q.get(name, 1.0))
+        if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
+            raise VerifyError(f"{where}: q of {name} has shape {list(found)}, the tensor {list(shape)}")
+    return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})
+
+
+def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
+    """VerifyError: an old lock, without the q's of random masks that calibration does not reach."""
+    if spec.parts or spec.search == "gradient" or not spec.random:
+        return
+    for pruned in spec.pruned:
+        shape = pruned.masked[0].shape
+        if pruned.name not in q and not (is_linear(pruned.stored, shape) or is_unscaled(pruned.stored, shape)):
+            message = f"{where}: has no q for {pruned.name}, whose delta would be lost but for {pruned.density:g} of it"
+            raise VerifyError(message, hint="an earlier deltamerge made it: run without --locked")
+
+
+def norm(
+    statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
+) -> NDArray[np.float32]:
+    """(n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for a
+    weight that saw no input.
+
+    InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
+    """
+    if name not in statistics:
+        return np.ones((stacked, count) if stacked else count, np.float32)
+    if statistics[name].transposed != transposed:
+        stored, taken = ("(in, out)", "(out, in)")[:: 1 if statistics[name].transposed else -1]
+        raise InputError(f"{name} is stored {stored}, but was taken for {taken}", hint="use method magnitude")
+    return np.asarray(statistics[name].norm, dtype=np.float32)
+
+
+def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
+    """Return the k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no
+    input."""
+    if name in statistics and statistics[name].transposed:
+        raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
+    found = statistics[name].massive(k) if name in statistics else []
+    return np.array(found, dtype=np.int64)
+
+
+def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the columns that a recipe lists, ascending."""
+    return np.array(numbers, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCut:
+    """The threshold of a model; `equal` has (kept, all) of the entries equal to it, by tensor."""
+
+    threshold: int
+    equal: Mapping[str, tuple[int, int]]
+
+
+def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
+    """Return one tensor's cut, from a model's."""
+    kept, count = cut.equal[name]
+    return select.Cut(cut.threshold, kept, count)
+
+
+@dataclass(eq=False)
+class Spooled:
+    """Files by the tensor's name in the output and the model's number, in `folder`.
+
+    They hold moments, (in, in) float64, or squares of gradients, float32, of which `scales` has each model's mean.
+    """
+
+    folder: Path
+    files: dict[tuple[str, int], Path] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
+    owner: tempfile.TemporaryDirectory[str] | None = None  # of a folder of their own
+
+    @classmethod
+    def beginning(cls, folder: Path | None) -> Spooled:
+        """No files yet, in a folder that there is, or in one of their own."""
+        if folder is not None:
+            return cls(folder)
+        own = tempfile.TemporaryDirectory(prefix="deltamerge-")
+        return cls(Path(own.name), owner=own)
+
+    def begun(self, name: str, model: int) -> Path:
+        """Return the path of a new file, of a tensor in a model."""
+        path = self.folder / f"{FIRST + len(self.files):07d}"
+        self.files[name, model] = path
+        return path
+
+    def keep(self, name: str, model: int, moments: NDArray[np.float64]) -> None:
+        """Write those of a layer in a model."""
+        with writing():
+            moments.tofile(self.begun(name, model))
+
+    def remove(self) -> None:
+        """Remove the files, and the folder if it is their own."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+        self.files.clear()
+        if self.owner is not None:
+            self.owner.cleanup()
+
+
+@dataclass(frozen=True, slots=True)
+class OfLayer:
+    """The moments of one layer, read when they are asked for."""
+
+    moments: Spooled
+    name: str
+
+    def read(self, model: int) -> NDArray[np.float64] | None:
+        """(in, in), or None: no row of that model reached the layer."""
+        path = self.moments.files.get((self.name, model))
+        if path is None:
+            return None
+        values = np.fromfile(path, np.float64)
+        side = round(len(values) ** 0.5)
+        return values.reshape(side, side)
+
+
+def of_layer(moments: Spooled, *, name: str) -> OfLayer:
+    """Return the moments of one layer, by its weight's name in the output."""
+    return OfLayer(moments, name)
+
+
+@dataclass(frozen=True, slots=True)
+class OfTensor:
+    """The squares of one tensor, read a tile at a time."""
+
+    squares: Spooled
+    name: str
+
+    def part(self, model: int, start: int, stop: int) -> NDArray[np.float32] | None:
+        """Flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the tensor, or
+        its answers are so sure that their squares are no float32."""
+        path = self.squares.files.get((self.name, model))
+        scale = np.float32(self.squares.scales.get(model, 0.0))
+        if path is None or scale <= 0.0:
+            return None
+        values = np.fromfile(path, np.float32, stop - start, offset=4 * start)
+        return np.asarray(values / scale, np.float32)
+
+
+def of_tensor(squares: Spooled, *, name: str) -> OfTensor:
+    """Return the squares of one tensor, by its name in the output."""
+    return OfTensor(squares, name)
