@@ -96,9 +96,10 @@ gpu:  ## ceilings, tests, merges and calibration on a GPU, into benchmarks/resul
 pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
 	$(BIN)/python scripts/pictures.py
 
-docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
+docs: .venv/.installed-docs  ## the documentation, in docs/_build/html; its rendered pages are read and checked
 	$(BIN)/python scripts/recipe_reference.py
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/project/test_site.py
 
 clean:  ## remove what the targets made, the environment too
 	rm -rf .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
@@ -107,7 +108,7 @@ clean:  ## remove what the targets made, the environment too
 KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \
   deltamerge/engine/fused/codes.py
 .venv/.installed-dev: EXTRAS := dev
-.venv/.installed-docs: EXTRAS := docs
+.venv/.installed-docs: EXTRAS := dev,docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz
 .venv/.installed-ray: EXTRAS := dev,ray
 .venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
