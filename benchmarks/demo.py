@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import encoder
-import tasks
 import torch
 import yaml
 from safetensors import safe_open
-from tasks import TASKS, WORK
 from transformers.utils import logging
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "demo"
+from benchmarks import ROOT, encoder, tasks
+from benchmarks.tasks import TASKS, WORK
+
+FOLDER = ROOT / "recipes" / "demo"
 RECIPES = {
     "dare-0.1.yaml": "DARE",
     "magnitude-0.1.yaml": "magnitude",

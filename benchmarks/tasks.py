@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-WORK = Path(__file__).resolve().parents[1] / ".demo"  # everything downloaded, trained or merged; safe to delete
+from benchmarks import ROOT
+
+WORK = ROOT / ".demo"  # everything downloaded, trained or merged; safe to delete
 ROWS = WORK / "tasks"  # TASK.PART.jsonl
 
 Part = Literal["train", "validation", "test"]

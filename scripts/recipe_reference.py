@@ -17,7 +17,7 @@ HEAD = """\
 Written by `python scripts/recipe_reference.py` from the schema; `deltamerge schema` prints that for editors.
 Unknown keys are errors. Any number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over
 the layers) or a list of `{filter, value}`. Values may be left open for `deltamerge sweep` and `deltamerge search`
-([search.md](search.md)).
+([sweep-and-search.md](sweep-and-search.md)).
 """
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",

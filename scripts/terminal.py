@@ -38,7 +38,7 @@ COMMANDS = (
 def main() -> None:
     """Run the commands for real and draw what they print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, help="folder with base, tune-a, tune-b (benchmarks/merge_speed.py)")
+    parser.add_argument("--models", type=Path, help="folder with base, tune-a, tune-b (speed/merge_speed.py)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -64,8 +64,8 @@ def main() -> None:
 
 def made(folder: Path) -> Path:
     """The models of the benchmark's size M, 3 GB."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import SIZES, make_checkpoints
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.synthetic import SIZES, make_checkpoints
 
     make_checkpoints(folder, SIZES["M"])
     return folder

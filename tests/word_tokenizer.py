@@ -1,4 +1,4 @@
-"""A tokenizer of words, which needs nothing that is only there for tests: `benchmarks/gpu.py` writes it too."""
+"""A tokenizer of words, which needs nothing that is only there for tests: `benchmarks/speed/gpu.py` writes it too."""
 
 from __future__ import annotations
 

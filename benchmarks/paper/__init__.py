@@ -1,4 +1,4 @@
-"""The experiments of the DAREx paper (arXiv 2410.09344), scaled down: `python benchmarks/paper --list`."""
+"""The experiments of the DAREx paper (arXiv 2410.09344), scaled down: `python -m benchmarks.paper --list`."""
 
 # Every module with experiments: each has `EXPERIMENTS`, a tuple of `frame.Experiment`.
 MODULES: tuple[str, ...] = (

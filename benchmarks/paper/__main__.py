@@ -1,12 +1,12 @@
 """The experiments of the DAREx paper, scaled down to two cores: one command for each table and figure.
 
-    python benchmarks/paper --list               what there is, and about how long it takes
-    python benchmarks/paper table-1 fig-2        measure these; what is finished is kept unless --force
-    python benchmarks/paper all                  everything, an hour of one processor
-    python benchmarks/paper all --toy            everything in seconds, to see that it works; to .paper/toy
-    python benchmarks/paper --report             only write docs/results.md and its plots again
+    python -m benchmarks.paper --list               what there is, and about how long it takes
+    python -m benchmarks.paper table-1 fig-2        measure these; what is finished is kept unless --force
+    python -m benchmarks.paper all                  everything, an hour of one processor
+    python -m benchmarks.paper all --toy            everything in seconds, to see that it works; to .paper/toy
+    python -m benchmarks.paper --report             only write docs/results.md and its plots again
 
-Results go to benchmarks/results/paper/NAME.json, fine-tunes and single measurements to .paper. The page is written
+Results go to results/paper/NAME.json, fine-tunes and single measurements to .paper. The page is written
 after every experiment.
 """
 
@@ -16,14 +16,10 @@ import argparse
 import importlib
 import re
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks: it is `paper.frame` here as in the tests
-
-import process
-import quality
-
-from paper import MODULES, frame
+from benchmarks import process
+from benchmarks.paper import MODULES, frame
+from benchmarks.pruning import quality
 
 
 def experiments() -> list[frame.Experiment]:
@@ -35,13 +31,13 @@ def experiments() -> list[frame.Experiment]:
         kind = experiment.name.partition("-")[0]
         return kinds.index(kind) if kind in kinds else 2, int(number[0]) if number else 0, experiment.name
 
-    found = [each for module in MODULES for each in importlib.import_module(f"paper.{module}").EXPERIMENTS]
+    found = [each for module in MODULES for each in importlib.import_module(f"benchmarks.paper.{module}").EXPERIMENTS]
     return sorted(found, key=order)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="from --list, or all")
     parser.add_argument("--toy", action="store_true", help="tiny models, few rows, seconds; to .paper/toy")
@@ -62,7 +58,7 @@ def main() -> None:
         return
     setting, results, page = (
         frame.Setting(asked.toy, asked.seed, again=asked.force, kept_only=asked.kept),
-        frame.RESULTS,
+        frame.RECORDS,
         frame.PAGE,
     )
     if asked.toy:

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import smollm2
-
-from paper import plot, pruned
-from paper.frame import Experiment, NotKept, Record, Setting, table
-from paper.pruned import Subject
+from benchmarks import smollm2
+from benchmarks.paper import plot, pruned
+from benchmarks.paper.frame import Experiment, NotKept, Record, Setting, table
+from benchmarks.paper.pruned import Subject
 
 DENSITIES = (0.1, 0.05, 0.01, 0.003)
 Q_E = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paper.pictures import Pictures
+from benchmarks.paper.pictures import Pictures
 
 SIZE, VALIDATION, TEST = 8, 300, 500
 

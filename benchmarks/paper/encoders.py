@@ -10,17 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import encoder
-import quality
-import tasks
 import torch
 import yaml
-from quality import Method
-from tasks import TASKS, Part, Row
-from training import adamr, adamw
 from transformers import BertConfig, BertModel
 
-from paper.frame import NotKept, Setting
+from benchmarks import encoder, tasks
+from benchmarks.paper.frame import NotKept, Setting
+from benchmarks.pruning import quality
+from benchmarks.pruning.quality import Method
+from benchmarks.tasks import TASKS, Part, Row
+from benchmarks.training import adamr, adamw
 
 # AdamW, and AdamR with the λ that docs/adamr.md found on one of the tasks.
 TRAINERS: dict[str, dict[str, Any] | None] = {

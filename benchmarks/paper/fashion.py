@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paper.pictures import Pictures
+from benchmarks.paper.pictures import Pictures
 
 PACKAGE, PLACE = "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"
 SIDE, VALIDATION, TEST = 28, 300, 2000

@@ -7,17 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import encoder
 import torch
 from safetensors.torch import load_file
-from tasks import TASKS
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import deltamerge
-from paper import encoders, plot
-from paper.encoders import METHODS, scores_of
-from paper.frame import Experiment, Record, Setting, spread, table
+from benchmarks import encoder
+from benchmarks.paper import encoders, plot
+from benchmarks.paper.encoders import METHODS, scores_of
+from benchmarks.paper.frame import Experiment, Record, Setting, spread, table
+from benchmarks.tasks import TASKS
 
 DENSITY = 0.01
 FACTORS = (1.0, 3.0, 6.0, 10.0, 17.0, 30.0, 55.0, 100.0)  # 1/q; DARE's is the last

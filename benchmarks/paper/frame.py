@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_speed import surroundings
-from quality import spread
+from benchmarks import RESULTS, ROOT
+from benchmarks.process import surroundings
+from benchmarks.pruning.quality import spread
 
 __all__ = ["Experiment", "Record", "Setting", "spread", "table"]
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".paper"  # fine-tunes and single measurements; safe to delete
-RESULTS = ROOT / "benchmarks" / "results" / "paper"
+RECORDS = RESULTS / "paper"
 PAGE = ROOT / "docs" / "results.md"
 PLOTS = ROOT / "docs" / "results"
 LOG = Path(__file__).with_name("log.md")
@@ -127,7 +127,7 @@ def measure(experiment: Experiment, setting: Setting) -> Record:
     about = surroundings({"python": sys.executable})
     return about | {
         "name": experiment.name,
-        "command": f"python benchmarks/paper {experiment.name}" + " --toy" * setting.toy + f" --seed {setting.seed}",
+        "command": _command(experiment.name, setting.seed, toy=setting.toy),
         "scale": "toy" if setting.toy else "full",
         "seed": setting.seed,
         "lacking": setting.lacking,
@@ -155,7 +155,7 @@ def save(experiment: Experiment, result: Record, results: Path) -> None:
     _write(result_file(experiment, results), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def report(experiments: Iterable[Experiment], results: Path = RESULTS, page: Path = PAGE) -> None:
+def report(experiments: Iterable[Experiment], results: Path = RECORDS, page: Path = PAGE) -> None:
     """Write the page and its plots from the result files; experiments without one are named as missing."""
     experiments = list(experiments)
     plots = page.with_suffix("")
@@ -169,8 +169,8 @@ def report(experiments: Iterable[Experiment], results: Path = RESULTS, page: Pat
 HEAD = """\
 # The paper's experiments, scaled down
 
-Written by `python benchmarks/paper --report` from `benchmarks/results/paper/*.json`, which have the command, commit,
-seed, machine and versions of each. `python benchmarks/paper all` measures everything again, `table-1 fig-2` a part,
+Written by `python -m benchmarks.paper --report` from `benchmarks/results/paper/*.json`, which have the command, commit,
+seed, machine and versions of each. `python -m benchmarks.paper all` measures everything again, `table-1 fig-2` a part,
 `--list` tells what there is. The paper is Deng et al., *DARE the Extreme*, ICLR 2025, arXiv 2410.09344.
 
 **Read this first.** The paper fine-tunes BERT-base, RoBERTa-base and decoders of 0.5 to 13 B parameters on GLUE and
@@ -186,7 +186,7 @@ reasoning-gym (`make decoder`); the ViT has learned half of Fashion-MNIST before
 """
 
 
-def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
+def markdown(experiments: Sequence[Experiment], results: Path = RECORDS) -> str:
     """The page, without its plots."""
     parts, missing, found = [HEAD], [], []
     for experiment in experiments:
@@ -201,7 +201,8 @@ def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
         cost = result["seconds"]["cpu"] / 60
         if result.get("lacking"):
             parts.append("**Not finished**: what is empty above, or left out, was not measured.\n")
-        note = f"`{result['command']}` at {result['commit'][:9]}: {cost:.1f} CPU minutes with all that it shares."
+        command = _command(result["name"], result["seed"], toy=result["scale"] == "toy")
+        note = f"`{command}` at {result['commit'][:9]}: {cost:.1f} CPU minutes with all that it shares."
         parts.append(f"{note}\n")
     if found:
         machines = {f"{r['machine']['cpu']} ({r['machine']['cores']} cores, one thread)" for r in found}
@@ -212,6 +213,10 @@ def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
     if LOG.exists():
         parts.append(LOG.read_text(encoding="utf-8"))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _command(name: str, seed: int, *, toy: bool) -> str:
+    return f"python -m benchmarks.paper {name}" + " --toy" * toy + f" --seed {seed}"
 
 
 def _minutes(results: Iterable[Record]) -> float:

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import encoder
 import torch
-from tasks import TASKS
-from training import OptimizerFactory, adamw, trained
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from benchmarks import encoder
+from benchmarks.paper import encoders, pruned
+from benchmarks.paper.frame import Experiment, Record, Setting
+from benchmarks.paper.pruned import Subject
+from benchmarks.tasks import TASKS
+from benchmarks.training import OptimizerFactory, adamw, trained
 from deltamerge import AdamR
-from paper import encoders, pruned
-from paper.frame import Experiment, Record, Setting
-from paper.pruned import Subject
 
 TASK = "sentiment"
 RANK, ALPHA, LR = 8, 16, 2e-3

@@ -11,15 +11,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import encoder
 import yaml
 from safetensors.torch import load_file
-from tasks import TASKS, Part
 from transformers import AutoTokenizer, BertModel
 
-from paper import encoders
-from paper.encoders import METHODS
-from paper.frame import Experiment, Record, Setting, table
+from benchmarks import encoder
+from benchmarks.paper import encoders
+from benchmarks.paper.encoders import METHODS
+from benchmarks.paper.frame import Experiment, Record, Setting, table
+from benchmarks.tasks import TASKS, Part
 
 LAMBDAS = (0.3, 0.6, 1.0)
 PRUNED = ("DARE", "DAREx-q, q_e", "magnitude, q_e")

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from training import Batch, OptimizerFactory, adamw, trained
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from benchmarks.training import Batch, OptimizerFactory, adamw, trained
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import quality
 import yaml
-from quality import Method
 
-from paper.frame import NotKept, Record, Setting, spread, table
+from benchmarks.paper.frame import NotKept, Record, Setting, spread, table
+from benchmarks.pruning import quality
+from benchmarks.pruning.quality import Method
 
 METHODS = {method.name: method for method in quality.METHODS}
 # As a calibrated q does: only linear weights are divided. `spared` are filters of tensors that keep their values.

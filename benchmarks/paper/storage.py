@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import delta
 from safetensors.torch import load_file, save_file
 
-from paper import published
-from paper.frame import Experiment, Record, Setting, table
+from benchmarks.paper import published
+from benchmarks.paper.frame import Experiment, Record, Setting, table
+from benchmarks.serving import delta
 
 MODEL = "BERT-base"
 DROPS = (0.9, 0.99, 0.999)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from tasks import TASKS
-
-from paper import encoders, published
-from paper.encoders import METHODS, scores_of
-from paper.frame import Experiment, Record, Setting, spread, table
+from benchmarks.paper import encoders, published
+from benchmarks.paper.encoders import METHODS, scores_of
+from benchmarks.paper.frame import Experiment, Record, Setting, spread, table
+from benchmarks.tasks import TASKS
 
 # (trainer, method): the paper's, then ours. The first of each trainer is the fine-tune itself.
 PAPER = (

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import deltamerge
+from benchmarks.paper import digits, plot
+from benchmarks.paper.frame import Experiment, Record, Setting, spread, table
 from deltamerge import AdamR
 from deltamerge.calibrate.q import closed_forms as S
-from paper import digits, plot
-from paper.frame import Experiment, Record, Setting, spread, table
 
 Vector = NDArray[np.float64]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from training import adamr, adamw
-
-from paper import fashion, pictures, pruned
-from paper.frame import Experiment, Record, Setting
-from paper.pruned import Subject
+from benchmarks.paper import fashion, pictures, pruned
+from benchmarks.paper.frame import Experiment, Record, Setting
+from benchmarks.paper.pruned import Subject
+from benchmarks.training import adamr, adamw
 
 DENSITIES = (0.3, 0.1, 0.05, 0.01)
 # Trainer -> by what its fine-tune is pruned.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
-# inputs read: from whole processes of benchmarks/merge_speed.py on two machines. torch computes more slowly.
+# inputs read: from whole processes of benchmarks/speed/merge_speed.py on two machines. torch computes more slowly.
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
 PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
 BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16

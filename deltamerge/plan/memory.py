@@ -22,7 +22,7 @@ from deltamerge.tensors.names import layer_index
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
 
-# bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
+# bytes of anonymous memory of the process before the first tile, measured (benchmarks/speed/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
 

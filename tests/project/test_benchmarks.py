@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +20,11 @@ from calibration_rows import rows
 from conftest import load_tensors, tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "benchmarks"))
-synthetic = importlib.import_module("synthetic")
-process = importlib.import_module("process")
-merge_speed = importlib.import_module("merge_speed")
-quality = importlib.import_module("quality")
+sys.path.insert(0, str(REPOSITORY))
+synthetic = importlib.import_module("benchmarks.synthetic")
+process = importlib.import_module("benchmarks.process")
+merge_speed = importlib.import_module("benchmarks.speed.merge_speed")
+quality = importlib.import_module("benchmarks.pruning.quality")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_quality_tables_of_the_docs_are_those_of_the_results(page: Path) -> None
     found = json.loads((REPOSITORY / "benchmarks" / "results" / "quality.json").read_text())
     text = page.read_text()
     assert "<!-- quality: " in text
-    assert quality.documented(found, text) == text, "run python benchmarks/quality.py --docs"
+    assert quality.documented(found, text) == text, "run python -m benchmarks.pruning.quality --docs"
 
 
 def test_results_of_several_runs_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,8 @@ def script(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     result = folder / "result.json"
     line = [
         sys.executable,
-        "benchmarks/merge_speed.py",
+        "-m",
+        "benchmarks.speed.merge_speed",
         "--dir",
         str(folder),
         "--json",
@@ -243,8 +245,8 @@ def test_the_gpu_benchmark_runs_dry_without_packages_of_the_tests(tmp_path: Path
     lines = [
         "import sys",
         "sys.modules |= dict.fromkeys(['pytest', 'hypothesis'])",
-        f"sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'benchmarks')!r}]",
-        "import gpu",
+        f"sys.path[:0] = [{str(REPOSITORY)!r}]",
+        "from benchmarks.speed import gpu",
         "gpu.RECIPES = {'ties': gpu.RECIPES['ties']}",
         "gpu.CALIBRATIONS = {'layer_mse': gpu.CALIBRATIONS['layer_mse']}",
         f"gpu.main(['--device', 'cpu', '--tiny', '--out', {str(out)!r}, '--folder', {str(tmp_path)!r}])",
@@ -253,9 +255,9 @@ def test_the_gpu_benchmark_runs_dry_without_packages_of_the_tests(tmp_path: Path
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert set(found) == {"versions", "ceilings", "merges", "profile", "calibration", "tests", "seconds"}
+    assert not {name: value for name, value in found.items() if "error" in value}
     assert found["merges"]["ties"]["same bytes"]
     assert found["calibration"]["layer_mse"]["cpu"]["forward_passes"]
-    assert not [name for name, value in found.items() if "error" in value]
 
 
 @pytest.mark.slow
@@ -267,10 +269,61 @@ def test_passes_are_measured_beside_the_plan(tmp_path: Path) -> None:
         "base_model: ./base\nmodels: [{model: ./tuned, prune: {method: dare, density: 0.05, q: output_change}}]\n"
         "calibration: {data: calib.jsonl, sequences: 8, length: 12, seeds: 1}\n"
     )
-    found = importlib.import_module("passes").measured(tmp_path / "r.yaml", "bfloat16")
+    found = importlib.import_module("benchmarks.speed.passes").measured(tmp_path / "r.yaml", "bfloat16")
     assert (found["precision"], found["sequences"]) == ("bfloat16", 8)
     assert 0.05 <= found["q"] <= 1
     for name in ("search", "comparison"):
         assert min(found[name]["cpu"], found[name]["planned"]) > 0
     assert found["comparison"]["planned"] > found["search"]["planned"]
     assert found["peak_mb"] > 100
+
+
+RUNNABLE = sorted(
+    str(path.relative_to(REPOSITORY).with_suffix("")).replace("/", ".").removesuffix(".__main__")
+    for path in (REPOSITORY / "benchmarks").rglob("*.py")
+    if 'if __name__ == "__main__":' in path.read_text()
+)
+TEXTS = sorted(
+    path
+    for where in ("*.md", "Makefile", "docs/*.md", "benchmarks/**/*.md", "**/*.py", "scripts/*", "recipes/*")
+    for path in REPOSITORY.glob(where)
+    if path.is_file() and not path.relative_to(REPOSITORY).parts[0].startswith(".")
+)
+PARTS = ("benchmarks.pruning.authors", "benchmarks.smollm2_rows")  # processes of quality and of smollm2
+
+
+def test_what_the_pages_name_of_the_benchmarks_is_there() -> None:
+    count = 0
+    for page in TEXTS:
+        text = page.read_text()
+        for name in re.findall(r"-m (benchmarks(?:\.\w+)*)", text):
+            assert name in RUNNABLE, f"{page}: {name}"
+            count += 1
+        for path in re.findall(r"(?<![\w./])benchmarks/[\w/]+(?:\.(?:py|json|md|png))?", text):
+            assert (REPOSITORY / path).exists() or path.rstrip("/") == "benchmarks/results/gpu", f"{page}: {path}"
+            count += 1
+    assert count > 100
+
+
+def test_every_benchmark_answers_a_question_and_is_cited() -> None:
+    """By a page of docs/, or a target of make."""
+    table = (REPOSITORY / "benchmarks" / "README.md").read_text().split("\n## ")[0]
+    cited = "".join(page.read_text() for page in [*REPOSITORY.glob("docs/*.md"), REPOSITORY / "Makefile"])
+    for name in RUNNABLE:
+        short = name.removeprefix("benchmarks.")
+        if short != "demo":
+            assert re.search(rf"\b{short.rpartition('.')[2] if name in PARTS else re.escape(short)}\b", table), name
+        if name not in PARTS:
+            assert name in cited or f"{name.replace('.', '/')}.py" in cited, f"{name}: no page cites it"
+
+
+def test_every_benchmark_starts(tmp_path: Path) -> None:
+    """Imported at least: some need servers, data or hours."""
+    names = [name for name in RUNNABLE if name != "benchmarks.smollm2_rows"]  # in reasoning-gym's environment
+    lines = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    names = [f"{name}.__main__" if name == "benchmarks.paper" else name for name in names]
+    done = subprocess.run(
+        [sys.executable, "-c", lines, *names], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "benchmarks"))
-demo = importlib.import_module("demo")
-encoder = importlib.import_module("encoder")
-tasks = importlib.import_module("tasks")
+sys.path.insert(0, str(REPOSITORY))
+demo = importlib.import_module("benchmarks.demo")
+encoder = importlib.import_module("benchmarks.encoder")
+tasks = importlib.import_module("benchmarks.tasks")
 
 
 def test_pearson_spearman_with_ties() -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/merging.py at toy scale: rows apart, λ in memory as in a recipe, cells kept, tasks kept back."""
+"""benchmarks/merging/experts.py at toy scale: rows apart, λ in memory as in a recipe, cells kept, tasks kept back."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from deltamerge.calibrate.merge import coefficients
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.append(str(REPOSITORY / "benchmarks"))
+sys.path.insert(0, str(REPOSITORY))
 
-import merging  # noqa: E402  # benchmarks are no package: their folder is on the path first
-import merging_pages  # noqa: E402  # benchmarks are no package: their folder is on the path first
-import merging_tasks  # noqa: E402  # benchmarks are no package: their folder is on the path first
+from benchmarks.merging import experts as merging  # noqa: E402  # the repository is on the path first
+from benchmarks.merging import nine_tasks, pages  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -36,16 +35,16 @@ def published() -> dict[str, list[tuple[str, float]]]:
     draw = np.random.default_rng(0)
     return {
         file: [(" ".join(draw.choice(WORDS, 5)), float(draw.normal())) for _ in range(80)]
-        for file in merging_tasks.SOURCES.values()
+        for file in nine_tasks.SOURCES.values()
     }
 
 
 @pytest.fixture
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
-    monkeypatch.setattr(merging_tasks, "VALIDATION", 40)
-    monkeypatch.setattr(merging_tasks, "TEST", 20)
+    monkeypatch.setattr(nine_tasks, "VALIDATION", 40)
+    monkeypatch.setattr(nine_tasks, "TEST", 20)
     monkeypatch.setitem(merging.CALIBRATION, "sequences", 4)
-    monkeypatch.setattr(merging_tasks.tasks, "rated_sentences", published)
+    monkeypatch.setattr(nine_tasks.tasks, "rated_sentences", published)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     splitter = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,7 +62,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
     tokenizer.save_pretrained(tmp_path / "base")
     experts = {}
     for name in ("sentiment-movies", "intensity-tweets", "intensity-products", "domain"):
-        task = merging_tasks.TASKS[name]
+        task = nine_tasks.TASKS[name]
         kind = "regression" if task.labels == 1 else "single_label_classification"
         expert = BertForSequenceClassification.from_pretrained(
             tmp_path / "base", num_labels=task.labels, problem_type=kind
@@ -75,23 +74,23 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
         expert.save_pretrained(experts[name])
         tokenizer.save_pretrained(experts[name])
 
-    base = merging_tasks.headless(tmp_path / "base", tmp_path / "home" / "base")
+    base = nine_tasks.headless(tmp_path / "base", tmp_path / "home" / "base")
     return merging.Setting(base, experts, tmp_path / "home", 10, 20)
 
 
 def test_a_sentence_is_in_one_part_of_all_tasks() -> None:
-    by_source = {s: [(f"{s} {i}", float(i % 5 - 2)) for i in range(1200)] for s in merging_tasks.SOURCES}
+    by_source = {s: [(f"{s} {i}", float(i % 5 - 2)) for i in range(1200)] for s in nine_tasks.SOURCES}
     by_source["tweets"] += [(text.upper(), rating) for text, rating in by_source["movies"]]
-    made = merging_tasks.split(by_source)
+    made = nine_tasks.split(by_source)
     parts: dict[str, set[str]] = {}
     for by_part in made.values():
         for part, rows in by_part.items():
             parts.setdefault(part, set()).update(row.text.lower() for row in rows)
     for one, other in (("train", "test"), ("train", "validation"), ("test", "validation")):
         assert not parts[one] & parts[other]
-    assert len(made["domain"]["test"]) == 4 * merging_tasks.TEST
+    assert len(made["domain"]["test"]) == 4 * nine_tasks.TEST
     assert {row.label for row in made["sentiment-tweets"]["train"]} == {0, 1}
-    assert set(merging_tasks.KEPT_BACK) < set(made)
+    assert set(nine_tasks.KEPT_BACK) < set(made)
 
 
 def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
     unpruned, named = merging.DELTAS[0], {merge.name: merge for merge in merging.MERGES}
     arithmetic = named["task_arithmetic"]
     cells = [merging.measure(setting, judge, named[name], unpruned) for name in ("task_arithmetic", "emr")]
-    assert not set(cells[0]["outputs"]) & set(merging_tasks.KEPT_BACK)
+    assert not set(cells[0]["outputs"]) & set(nine_tasks.KEPT_BACK)
     assert cells[0]["tried"][cells[0]["factor"]] == max(cells[0]["tried"].values())
     assert {f"{cell['key']}.json" for cell in cells} < {path.name for path in (setting.home / "cells").iterdir()}
     again = merging.measure(setting, judge, arithmetic, unpruned)
@@ -125,10 +124,10 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
         assert cell["mean"] == pytest.approx(np.mean(list(cell["shares"].values())), abs=0.2)
     assert merging.in_order(found["cells"][::-1], [{**found["cells"][0], "mean": 0.0}]) == found["cells"]
     page = "a\n<!-- merging: methods -->\nold\n<!-- end -->\n<!-- merging: tasks -->\n<!-- end -->\n"
-    text = merging_pages.documented(found, page)
+    text = pages.documented(found, page)
     assert "\nold\n" not in text
     assert "| task_arithmetic |" in text
-    assert text == merging_pages.documented(found, text)
+    assert text == pages.documented(found, text)
 
 
 def test_coefficients_are_fitted_with_each_experts_own_pooler(
@@ -156,14 +155,14 @@ def calibrated(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def test_an_expert_learns(setting: merging.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    def separable(task: str, part: str, folder: Path) -> list[merging_tasks.Row]:
-        return [merging_tasks.Row(f"w{i % 2} w{i % 9 + 5}", i % 2) for i in range(32)]
+    def separable(task: str, part: str, folder: Path) -> list[nine_tasks.Row]:
+        return [nine_tasks.Row(f"w{i % 2} w{i % 9 + 5}", i % 2) for i in range(32)]
 
-    monkeypatch.setattr(merging_tasks.tasks, "rows", separable)
-    merging_tasks.rows("sentiment-movies", "train", setting.home)
-    made = merging_tasks.expert("sentiment-movies", setting.home, base=setting.base, rate=3e-2, steps=25)
-    task = merging_tasks.TASKS["sentiment-movies"]
-    assert merging_tasks.encoder.score(made, task, separable("", "test", made)) == 100
+    monkeypatch.setattr(nine_tasks.tasks, "rows", separable)
+    nine_tasks.rows("sentiment-movies", "train", setting.home)
+    made = nine_tasks.expert("sentiment-movies", setting.home, base=setting.base, rate=3e-2, steps=25)
+    task = nine_tasks.TASKS["sentiment-movies"]
+    assert nine_tasks.encoder.score(made, task, separable("", "test", made)) == 100
 
 
 def test_rows_that_calibrate_choose_nothing(setting: merging.Setting) -> None:
@@ -186,10 +185,10 @@ def test_every_recipe_is_planned(setting: merging.Setting, tmp_path: Path) -> No
 
 def test_cells_of_the_same_experts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether or not the tasks kept back have been looked at; not of experts that score otherwise."""
-    monkeypatch.setattr(merging, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(merging, "FILE", tmp_path / "results.json")
     rows, own = {"choice": 1, "test": 2}, {"intensity-movies": 70.0}
     assert merging.earlier(own, rows) == []
-    merging.write(merging.RESULTS, {"rows of a source": rows, "own": own, "cells": [{"merge": "ties"}]})
+    merging.write(merging.FILE, {"rows of a source": rows, "own": own, "cells": [{"merge": "ties"}]})
     assert merging.earlier({**own, "domain": 90.0}, rows) == [{"merge": "ties"}]
     assert merging.earlier({"intensity-movies": 70.1}, rows) == []
     assert merging.earlier(own, {**rows, "test": 3}) == []
@@ -203,6 +202,6 @@ def test_factors_climb_to_the_best() -> None:
 
 
 def test_the_table_of_the_docs_is_that_of_the_results() -> None:
-    text = merging_pages.PAGE.read_text(encoding="utf-8")
-    found = json.loads(merging.RESULTS.read_text(encoding="utf-8"))
-    assert merging_pages.documented(found, text) == text, "run python benchmarks/merging.py --docs"
+    text = pages.PAGE.read_text(encoding="utf-8")
+    found = json.loads(merging.FILE.read_text(encoding="utf-8"))
+    assert pages.documented(found, text) == text, "run python -m benchmarks.merging.experts --docs"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "benchmarks"))
-frame = importlib.import_module("paper.frame")
+sys.path.insert(0, str(REPOSITORY))
+frame = importlib.import_module("benchmarks.paper.frame")
 
 
 def experiments() -> list[frame.Experiment]:
-    return importlib.import_module("paper.__main__").experiments()
+    return importlib.import_module("benchmarks.paper.__main__").experiments()
 
 
 def counting(calls: list[int]) -> frame.Experiment:
@@ -92,13 +92,15 @@ def test_a_page_has_what_was_measured_and_names_what_was_not(tmp_path: Path) -> 
     frame.save(experiment, result, results)
     frame.report([experiment], results, page)
     assert "## Counting\n\n| value |\n| --- |\n| 10 |\n" in page.read_text()
-    assert "python benchmarks/paper table-1 --seed 3" in page.read_text()
+    assert "python -m benchmarks.paper table-1 --seed 3" in page.read_text()
     kept = json.loads((results / "table-1.json").read_text())
     assert {"command", "commit", "seed", "machine", "versions", "seconds", "scale"} <= kept.keys()
 
 
 def test_the_page_is_current() -> None:
-    assert frame.PAGE.read_text(encoding="utf-8") == frame.markdown(experiments()), "python benchmarks/paper --report"
+    assert frame.PAGE.read_text(encoding="utf-8") == frame.markdown(experiments()), (
+        "python -m benchmarks.paper --report"
+    )
 
 
 def test_every_experiment_has_its_own_name() -> None:
@@ -109,7 +111,7 @@ def test_every_experiment_has_its_own_name() -> None:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> frame.Setting:
     """Shared, as in a run of all: what one experiment has trained the next one uses."""
-    importlib.import_module("quality").quiet()
+    importlib.import_module("benchmarks.pruning.quality").quiet()
     return frame.Setting(toy=True, work=tmp_path_factory.mktemp("paper"))
 
 

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "benchmarks"))
+sys.path.insert(0, str(REPOSITORY))
 digits, fashion, frame, pictures, pruned, theory = (
-    importlib.import_module(f"paper.{name}") for name in ("digits", "fashion", "frame", "pictures", "pruned", "theory")
+    importlib.import_module(f"benchmarks.paper.{name}")
+    for name in ("digits", "fashion", "frame", "pictures", "pruned", "theory")
 )
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tolerance import gamma
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-smollm2 = importlib.import_module("smollm2")
-smollm2_rows = importlib.import_module("smollm2_rows")
-merging = importlib.import_module("merging_decoder")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+smollm2 = importlib.import_module("benchmarks.smollm2")
+smollm2_rows = importlib.import_module("benchmarks.smollm2_rows")
+merging = importlib.import_module("benchmarks.merging.decoder")
 
 
 @pytest.fixture(scope="module")

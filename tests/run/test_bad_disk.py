@@ -21,7 +21,7 @@ from deltamerge.plan.planner import Plan
 
 pytestmark = needs_kernels
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TESTS = Path(__file__).parents[1]
 # Python's own calls are replaced too: in a process of its own.
 CHILD = """\
 import shutil, sys
@@ -72,7 +72,7 @@ def test_faults_below_compiled_loops(tmp_path: Path, method: str) -> None:
     (tmp_path / "work").mkdir()
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent, Path(__file__).parents[1]))),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))),
     }
     command = [sys.executable, "-c", CHILD, str(recipe), str(tmp_path / "work" / "out"), str(truth)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "torture.py"
+SCRIPT = Path(__file__).parents[1] / "torture.py"
 
 
 @pytest.mark.slow

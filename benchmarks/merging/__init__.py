@@ -1,0 +1,1 @@
+"""What merges of many fine-tunes keep, by every method."""

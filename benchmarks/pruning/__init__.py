@@ -1,0 +1,1 @@
+"""What pruned fine-tunes keep, by method, density, default and budget."""

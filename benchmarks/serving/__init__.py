@@ -1,0 +1,1 @@
+"""What deltas take, and what servers do with them."""

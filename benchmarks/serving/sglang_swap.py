@@ -1,0 +1,89 @@
+"""Fine-tunes of one base swapped in a SGLang engine, by deltas: greedy tokens, and seconds, beside reloading.
+
+    python -m benchmarks.serving.sglang_swap BASE TUNED TUNED… [--folder .bench/vllm]
+
+BASE is a small causal model's folder, TUNED fine-tunes of it. The engine computes on the CPU with torch's kernels, in a
+process of its own. What a full reload (`update_weights_from_disk`) answers to every prompt is the reference. Then
+`EngineSwitch` goes twice through all fine-tunes and the base, and every answer must be the reference's, token by token.
+A delta of another base must be refused, and change nothing. No requests are in flight meanwhile.
+
+An environment, since SGLang 0.5.23 asks for CUDA's packages, and its kernels for the CPU are not on the package index:
+that of `make vllm`, `pip install --no-deps sglang==0.5.23 orjson ipython traitlets gguf`, and a module `sgl_kernel`
+whose every name raises when it is called. Nothing of it is called where the processor has no AMX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+from benchmarks.serving.vllm_swap import PROMPTS, TOKENS, extracted, of_another_base
+from deltamerge.errors import InputError
+
+HOW = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+
+
+def measure(base: Path, models: list[Path], folder: Path) -> int:
+    """How many models answer otherwise than they should."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    from deltamerge import EngineSwitch
+
+    names = [*(model.name for model in models), "base"]
+    deltas: list[Path | None] = [*extracted(base, models, folder / "store"), None]
+    foreign = of_another_base(base, models, folder / "foreign")
+    engine = Engine(
+        model_path=str(base), device="cpu", attention_backend="torch_native", dtype="bfloat16", log_level="error",
+        mem_fraction_static=0.2, max_total_tokens=2048, max_running_requests=3, context_length=256,
+        disable_overlap_schedule=True, disable_radix_cache=True, skip_server_warmup=True, disable_cuda_graph=True,
+    )  # fmt: skip
+
+    def answers() -> list[list[int]]:
+        return [engine.generate(prompt, HOW)["output_ids"] for prompt in PROMPTS]
+
+    wanted, wrong = {}, 0
+    for name, model in zip(names, [*models, base], strict=True):  # the base last: the engine holds it then
+        time.sleep(0.5)  # SGLang reloads only when what it has answered is cleared away
+        begun = time.perf_counter()
+        done, said, *_ = engine.update_weights_from_disk(str(model))
+        seconds = time.perf_counter() - begun
+        assert done, said
+        wanted[name] = answers()
+        print(f"reload of {name}: {seconds:.2f} s", flush=True)
+    apart = len({json.dumps(found) for found in wanted.values()})
+    assert apart == len(names), "two of the models answer alike: nothing would be proved"
+    switch = EngineSwitch(engine, base)
+    for name, delta in 2 * [*zip(names, deltas, strict=True)]:
+        begun = time.perf_counter()
+        switch.to(delta)
+        seconds = time.perf_counter() - begun
+        differs = answers() != wanted[name]
+        wrong += differs
+        print(f"to {name}: {seconds:.2f} s, {'other tokens' if differs else 'the same tokens'}", flush=True)
+    try:
+        switch.to(foreign)
+        wrong += 1
+    except InputError as error:
+        print(f"refused: {error}")
+    wrong += answers() != wanted["base"]
+    engine.shutdown()
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("models", type=Path, nargs="+", metavar="TUNED")
+    parser.add_argument("--folder", type=Path, default=Path(".bench/vllm"))
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    sys.exit(1 if measure(given.base, given.models, given.folder) else 0)
+
+
+if __name__ == "__main__":
+    main()
