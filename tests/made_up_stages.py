@@ -11,8 +11,9 @@ from running import make_plan
 from deltamerge.engine.execute import execute
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.tensors.graph import Node, depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Node
 
 STAGES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.stage:calibrate")
 

@@ -19,9 +19,10 @@ from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
 from deltamerge.engine.whole import computed
 from deltamerge.methods.prune import select
-from deltamerge.tensors.graph import Function, Graph, Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.tiles import Tile
+from deltamerge.tensors.traits import Function
 from deltamerge.tensors.views import Array, ordered_product
 
 if TYPE_CHECKING:

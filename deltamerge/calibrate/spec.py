@@ -15,9 +15,8 @@ from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_s
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.schema import CalibratedQ, Calibration
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Node, TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,11 @@ from deltamerge.engine import kernels
 from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.fused.stream import assemble, covers
-from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first, function_of
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.traits import traits_of
+from deltamerge.tensors.schedule import REDUCTIONS, depth_first
+from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.traits import function_of, traits_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import Tile
 
 # Bytes of a GPU for each element of a tile: stored and float32 values, and scratch inside a step.

@@ -21,9 +21,11 @@ from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
 from deltamerge.engine.worker import Worker
 from deltamerge.tensors.dtypes import ITEMSIZE, nbytes_of
-from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first, function_of, schedule
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import REDUCTIONS, depth_first, schedule
+from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import block_elements
+from deltamerge.tensors.traits import function_of
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22

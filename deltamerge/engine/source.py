@@ -9,8 +9,10 @@ from typing import Any
 
 from deltamerge.engine.backends import Step, TorchBackend, steps
 from deltamerge.engine.devices import Lane
-from deltamerge.tensors.graph import TILED, Node, function_of, last_uses
+from deltamerge.tensors.schedule import TILED, last_uses
+from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import Tile, block_elements, densify
+from deltamerge.tensors.traits import function_of
 
 
 class Stopped(Exception):

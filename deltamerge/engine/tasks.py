@@ -11,7 +11,8 @@ import numpy as np
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
 from deltamerge.engine.fused.program import Program
-from deltamerge.tensors.graph import REDUCTIONS, Node, Schedule
+from deltamerge.tensors.schedule import REDUCTIONS, Schedule
+from deltamerge.tensors.tensor import Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
 from deltamerge.tensors.dtypes import nbytes_of
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 
 def computed(

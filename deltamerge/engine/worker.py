@@ -17,8 +17,9 @@ from deltamerge.engine.sink import Lender, Sink
 from deltamerge.engine.source import Making
 from deltamerge.engine.tasks import Job, Running, Task
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import REDUCTIONS, Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import REDUCTIONS
+from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import Tile, block_elements
 
 

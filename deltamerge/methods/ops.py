@@ -18,7 +18,7 @@ from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 
     Tensor = torch.Tensor

@@ -106,7 +106,7 @@ class Masking:
     """A tensor's delta that a pruning method is to mask: what its `nodes` is given.
 
     method      the method
-    make        makes a node: (function, inputs, *, kind, shape, **parameters), as `tensors.graph.Graph.node`
+    make        makes a node: (function, inputs, *, kind, shape, **parameters), as `tensors.tensor.Graph.node`
     delta       the node of Δ = fine-tune − base: flat float32 tiles, 0 in protected columns
     pair        the nodes of the fine-tune and the base in their stored dtypes, to compute only what is kept
     density     fraction kept of the entries that are not protected, in (0, 1)

@@ -29,9 +29,8 @@ from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader, elements
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Node, TensorInfo
 
 
 class DeltaOutput(RunOutput):

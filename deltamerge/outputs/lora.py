@@ -56,10 +56,9 @@ from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Node, TensorInfo
 from deltamerge.tensors.views import flat_rows, floats
 
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for

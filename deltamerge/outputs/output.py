@@ -26,7 +26,7 @@ from deltamerge.plan.output_kind import Stored, output_kind
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
-from deltamerge.tensors.graph import Node
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary

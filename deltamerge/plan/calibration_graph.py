@@ -27,10 +27,9 @@ from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
 from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ, Recipe
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.rows import moves_rows
-from deltamerge.tensors.tensor import Tensor, TensorInfo
+from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from deltamerge.plan.merge import Merge, Tuned
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe
-from deltamerge.tensors.graph import Function, Graph, Node, function_of
 from deltamerge.tensors.patterns import finds
+from deltamerge.tensors.tensor import Graph, Node
+from deltamerge.tensors.traits import Function, function_of
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement

@@ -17,8 +17,9 @@ from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import REDUCTIONS, Kind, Node, depth_first, schedule
 from deltamerge.tensors.names import layer_index
+from deltamerge.tensors.schedule import REDUCTIONS, depth_first, schedule
+from deltamerge.tensors.tensor import Kind, Node
 from deltamerge.tensors.tiles import block_elements
 from deltamerge.tensors.traits import traits_of
 

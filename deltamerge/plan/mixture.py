@@ -17,7 +17,8 @@ from deltamerge.plan.outputs import Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.graph import Node, function_of
+from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.traits import function_of
 
 PLANNERS = {"moe": "deltamerge.apps.moe.outputs:MixtureOutputs"}  # an app, and the class that plans its outputs
 

@@ -36,10 +36,9 @@ from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
-from deltamerge.tensors.graph import Graph
 from deltamerge.tensors.names import LM_HEAD, layer_index
 from deltamerge.tensors.rows import cut
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Graph, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,8 @@ from deltamerge.plan.vocabulary_config import ChatTemplate, choose_chat_template
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Node, TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement

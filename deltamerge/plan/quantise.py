@@ -18,9 +18,8 @@ from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
-from deltamerge.tensors.tensor import Tensor, TensorInfo
+from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"

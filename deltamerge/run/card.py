@@ -14,7 +14,7 @@ from deltamerge.models.front_matter import front_matter as read_front_matter
 from deltamerge.outputs.checkpoint import head_of
 from deltamerge.outputs.output import Account, output_of
 from deltamerge.plan.planner import Plan
-from deltamerge.tensors.graph import Node
+from deltamerge.tensors.tensor import Node
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:

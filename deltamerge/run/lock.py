@@ -26,7 +26,7 @@ from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.hashes import DATA, describe_files
-from deltamerge.tensors.graph import Node
+from deltamerge.tensors.tensor import Node
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:

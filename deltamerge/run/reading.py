@@ -16,8 +16,8 @@ from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
-from deltamerge.tensors.graph import depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import depth_first
 
 T = TypeVar("T")
 

@@ -43,7 +43,8 @@ from deltamerge.run.partition import (
 )
 from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
 from deltamerge.run.reading import InputFiles, check_deltas, places
-from deltamerge.tensors.graph import Node, function_of
+from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.traits import function_of
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary

@@ -25,8 +25,9 @@ from deltamerge.formats.safetensors import read_header
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.select import Bin, Bracket, Cut
 from deltamerge.tensors.dtypes import torch_dtype
-from deltamerge.tensors.graph import REDUCTIONS, Graph, Node
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import REDUCTIONS
+from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.tiles import row_length
 
 pytestmark = needs_kernels

@@ -28,8 +28,8 @@ from deltamerge.methods.ops import dense, subtract
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.dare import dare
 from deltamerge.methods.prune.della import della
-from deltamerge.tensors.graph import Graph
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Graph
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}

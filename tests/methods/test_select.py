@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamerge.methods.prune import select
-from deltamerge.tensors.graph import REDUCTIONS, Graph, depth_first, function_of
+from deltamerge.tensors.schedule import REDUCTIONS, depth_first
+from deltamerge.tensors.tensor import Graph
 from deltamerge.tensors.tiles import Tile, block_elements
-from deltamerge.tensors.traits import traits_of
+from deltamerge.tensors.traits import function_of, traits_of
 
 
 def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, set[str]]:

@@ -21,8 +21,8 @@ from deltamerge.recipe import schema as recipes
 from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import parse_size, value_for
-from deltamerge.tensors.graph import name_of
 from deltamerge.tensors.names import TASK_HEAD
+from deltamerge.tensors.traits import name_of
 
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from deltamerge.tensors.graph import Graph, Node, depth_first, peak_tiles, schedule
+from deltamerge.tensors.schedule import depth_first, peak_tiles, schedule
+from deltamerge.tensors.tensor import Graph, Node
 
 
 def chain(graph: Graph, models: int, shape: tuple[int, ...] = (8, 8)) -> Node:

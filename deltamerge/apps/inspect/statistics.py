@@ -25,10 +25,9 @@ from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run
 from deltamerge.tensors.dtypes import FLOATING
-from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.names import EMBEDDING, TASK_HEAD, block_name
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DENSITIES = (0.1, 0.01, 0.001)

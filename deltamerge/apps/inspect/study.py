@@ -26,7 +26,7 @@ from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
-from deltamerge.tensors.graph import Graph
+from deltamerge.tensors.tensor import Graph
 
 
 def inspect(

@@ -30,9 +30,8 @@ from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.recipe.schema import DRAWN, Expert, Recipe
 from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
-from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.names import TOKEN_EMBEDDING
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 
 LAYER = re.compile(r"(?P<prefix>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
 WEIGHT = re.compile(rf"mlp\.({'|'.join(MLP)})\.weight")

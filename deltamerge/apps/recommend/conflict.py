@@ -24,9 +24,10 @@ from deltamerge.methods.merge.matrices import Form
 from deltamerge.methods.merge.spans import add_up, gram
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.tensors.dtypes import nbytes_of
-from deltamerge.tensors.graph import Graph, Node, depth_first
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.tiles import Tile, Whole, densify
 from deltamerge.tensors.traits import traits
 

@@ -33,7 +33,7 @@ from deltamerge.recipe.advice import choose, q_decides
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
-from deltamerge.tensors.graph import Graph
+from deltamerge.tensors.tensor import Graph
 
 if TYPE_CHECKING:
     from deltamerge.apps.inspect.evidence import MaskEvidence, MaskLoss

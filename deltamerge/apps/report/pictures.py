@@ -22,7 +22,7 @@ from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import ChosenQ, Run, choices
 from deltamerge.run.lock import PICTURES
 from deltamerge.run.options import Draw
-from deltamerge.tensors.graph import Graph
+from deltamerge.tensors.tensor import Graph
 
 if TYPE_CHECKING:
     from deltamerge.apps.inspect.activations import Activations

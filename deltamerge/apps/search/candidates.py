@@ -26,8 +26,8 @@ from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Study
 from deltamerge.run.options import Options
-from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.names import resident_size
+from deltamerge.tensors.tensor import Graph, Node
 
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})

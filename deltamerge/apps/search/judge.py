@@ -31,9 +31,9 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 Part = Literal["first", "search", "held"]
 """Rows: a quarter of those that are searched on, all of them, those that decide."""

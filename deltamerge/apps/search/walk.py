@@ -20,8 +20,9 @@ from deltamerge.engine.execute import default_workers, execute
 from deltamerge.engine.whole import computed
 from deltamerge.methods.ops import dense
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
-from deltamerge.tensors.graph import Graph, Node, depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.views import in_memory
 
 K = TypeVar("K", bound=Hashable)

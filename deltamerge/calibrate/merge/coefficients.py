@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.model.blocks import Weights
     from deltamerge.calibrate.q.objectives import Distribution
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
 
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""

@@ -21,9 +21,9 @@ from deltamerge.calibrate.spec import CalibrationInput, Share
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.values import Spooled
 from deltamerge.files import progress
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from torch import Tensor

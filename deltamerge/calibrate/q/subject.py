@@ -33,9 +33,8 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.engine.whole import computed
 from deltamerge.files import progress
 from deltamerge.methods.ops import dense
-from deltamerge.tensors.graph import Graph, Node
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.tiles import Kept
 
 

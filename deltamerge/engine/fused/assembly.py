@@ -16,9 +16,8 @@ from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
 from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.graph import Node
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Tensor
+from deltamerge.tensors.tensor import Node, Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 

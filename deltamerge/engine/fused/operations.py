@@ -9,7 +9,7 @@ from deltamerge.engine.fused import codes
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly, KeptRegisters
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
 
 
 def store(assembly: Assembly, node: Node) -> None:

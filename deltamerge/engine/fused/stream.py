@@ -9,8 +9,9 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
 from deltamerge.engine.fused.operations import store
 from deltamerge.engine.fused.program import Program
-from deltamerge.tensors.graph import REDUCTIONS, Node, depth_first
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import REDUCTIONS, depth_first
+from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import RUN, SPARSE_BLOCK
 from deltamerge.tensors.traits import Traits, is_sparse, traits_of
 

@@ -20,7 +20,7 @@ from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Make, Tile
 
 TopShare = Annotated[float, Param("fraction of the entries that vary, kept", low=0, high=1)]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Patched, Tile
 
 

@@ -14,7 +14,7 @@ from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Patched, Tile
 
 

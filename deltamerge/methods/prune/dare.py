@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 
 

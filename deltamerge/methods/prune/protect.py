@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 
     Columns = NDArray[np.int64]

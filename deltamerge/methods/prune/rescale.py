@@ -16,7 +16,7 @@ from deltamerge.tensors.traits import first_is_sparse, traits
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.tensors.graph import Node
+    from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Make, Tile
 
 
