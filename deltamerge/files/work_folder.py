@@ -528,7 +528,9 @@ def mark(state: Path) -> None:
     """Mark the folder `state`, which `look` found empty or ours, as ours. OSError: it cannot be written."""
     with opened(state / MARK, os.O_RDWR | os.O_CREAT | NO_LINK) as fd:
         if os.pread(fd, len(MARK_TEXT) + 1, 0) != MARK_TEXT:
-            os.pwrite(fd, MARK_TEXT, 0)
+            done = 0
+            while done < len(MARK_TEXT):  # a nearly full disk takes a part
+                done += os.pwrite(fd, MARK_TEXT[done:], done)
             os.fsync(fd)
 
 
