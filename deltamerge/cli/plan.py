@@ -144,7 +144,7 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
     yield from _line("memory", f"{human(found['peak_bytes'])} at the peak; --memory SIZE is a cap", width)
     reads = f"reads {human(found['read_bytes'])}"
     passes = max((tensor["passes"] for tensor in found["tensors"]), default=1)
-    selects = f"select in up to {passes - 1} passes → " if passes > 1 else ""
+    selects = f"select in up to {passes - 1} passes → " if passes > 2 else "select → " if passes == 2 else ""
     ahead = "calibrate → " if found["stages"] else "routers → " if "mixture" in found else ""
     stages = f"{ahead}read → {selects}merge → write"
     workers = f"{found['device']}, {found['workers']} workers, {', '.join(backends) or 'copies only'}"

@@ -27,8 +27,7 @@ merge      ties of ./math, ./code on ./base
 output     21 tensors, 43.3 kB in 3 files; files of ./base
 disk       43.3 kB needed, 5.0 GB free
 memory     108.9 MB at the peak; --memory SIZE is a cap
-work       read → select in up to 5 passes → merge → write; reads 260.0 kB; cpu,
-           2 workers, fused
+work       read → select → merge → write; reads 260.0 kB; cpu, 2 workers, fused
 time       about 1 s with the inputs in memory
 """,
     120: """\
@@ -38,7 +37,7 @@ merge      ties of ./math, ./code on ./base
 output     21 tensors, 43.3 kB in 3 files; files of ./base
 disk       43.3 kB needed, 5.0 GB free
 memory     108.9 MB at the peak; --memory SIZE is a cap
-work       read → select in up to 5 passes → merge → write; reads 260.0 kB; cpu, 2 workers, fused
+work       read → select → merge → write; reads 260.0 kB; cpu, 2 workers, fused
 time       about 1 s with the inputs in memory
 """,
 }

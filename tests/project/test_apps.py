@@ -42,8 +42,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+# An editable install would find the modules that the copy lacks.
+ALONE = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+)
+MAIN = f"{ALONE}from deltamerge.cli import main; main(sys.argv[1:])"
+
+
 def core(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "deltamerge", *arguments], cwd=place, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", MAIN, *arguments], cwd=place, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("command", ["--help", "check r.yaml", "plan r.yaml", "methods", "schema", "recommend --help"])
@@ -115,7 +122,7 @@ def test_a_plain_merge_imports_no_app(place: Path, tmp_path: Path) -> None:
 
 def test_python_has_the_core_without_apps(place: Path) -> None:
     script = (
-        "import deltamerge as dm\n"
+        f"{ALONE}import deltamerge as dm\n"
         "planned = dm.load_recipe('r.yaml')\n"
         "planned.run('python')\n"
         "for ask in (lambda: planned.run('drawn', pictures=True), lambda: dm.load_recipe('moe.yaml')):\n"

@@ -15,6 +15,7 @@ READ = "deltamerge.recipe.yaml_source.read"
 PARSED = "deltamerge.recipe.load.parse"
 OPENED = "deltamerge.plan.planner.open_inputs"
 LOCK = "deltamerge.run.lock.read_lock"
+EARLIER_LOCK = "deltamerge.run.plans.read_lock"
 ROWS = "deltamerge.run.lock.read_header"
 
 Count = Callable[[], dict[str, int]]
@@ -23,7 +24,7 @@ Count = Callable[[], dict[str, int]]
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Count:
     """How often each of them was called."""
-    counts = dict.fromkeys((READ, PARSED, OPENED, LOCK, ROWS), 0)
+    counts = dict.fromkeys((READ, PARSED, OPENED, LOCK, EARLIER_LOCK, ROWS), 0)
 
     def watch(name: str) -> None:
         module, _, function = name.rpartition(".")
@@ -88,4 +89,4 @@ def test_documents_are_planned_again_when_what_they_need_is_there(
     last = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: first}, {model: ./b}]\n"
     recipe.write_text(f"{first}---\n{last}")
     assert call(capsys, "run", recipe)[0] == 0
-    assert count() == {READ: 1, PARSED: 2, OPENED: 3, LOCK: 1}  # a lock of an earlier run is looked for
+    assert count() == {READ: 1, PARSED: 2, OPENED: 3, EARLIER_LOCK: 1}  # a lock of an earlier run is looked for
