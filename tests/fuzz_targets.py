@@ -48,7 +48,7 @@ from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.steps import decode_tile, encode_tile
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.formats.running_sum import FILE as RUNNING_SUM
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import read_header
@@ -136,7 +136,7 @@ def make_valid_files(folder: Path) -> None:
     (folder / "r.yaml").write_text("base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.5}}]\n")
     run(folder / "r.yaml", folder / "out")
     (folder / "delta").mkdir()
-    with DeltaWriter(folder / "delta", Base(id="base")) as writer:
+    with ArtifactWriter(folder / "delta", Base(id="base")) as writer:
         for name, tensor in base.items():
             bits = tensor.reshape(-1).view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int64).numpy()
             code = "BF16" if tensor.dtype == torch.bfloat16 else "I64"

@@ -22,7 +22,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import refuse_link
-from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, Named, run
+from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, PickledName, run
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
 from deltamerge.formats.torch_bin import BY_TORCH, read_torch_tensor
 from deltamerge.tensors.chunks import covers, from_chunks
@@ -53,7 +53,7 @@ CALLS = frozenset({
 Opener = Callable[[str], tuple[Path, BinaryIO]]
 
 
-class Record:
+class PickledRecord:
     """An object of one of torch's classes: its attributes, or the tuple that it is pickled as."""
 
     def __init__(self, name: str) -> None:
@@ -94,9 +94,9 @@ class _Metadata(Machine):
 
     def new_object(self) -> None:
         arguments, named = self.pop(), self.pop()
-        if not isinstance(named, Named) or (named.module, named.name) not in CLASSES or arguments != ():
+        if not isinstance(named, PickledName) or (named.module, named.name) not in CLASSES or arguments != ():
             raise InputError("its pickle makes an object that no checkpoint's metadata needs", hint=HINT)
-        self.push(Record(named.name))
+        self.push(PickledRecord(named.name))
 
     def reduce(self) -> None:
         function, arguments = self.call()
@@ -112,18 +112,18 @@ class _Metadata(Machine):
         if isinstance(state, tuple) and len(state) == 2 and state[0] is None and isinstance(state[1], dict):
             state = state[1]  # of a class with slots
         record = self.stack[-1]
-        if isinstance(state, dict) and len(state) > MAX_FIELDS and isinstance(record, Record):
+        if isinstance(state, dict) and len(state) > MAX_FIELDS and isinstance(record, PickledRecord):
             raise InputError(f"its pickle has an object with {len(state):,} attributes", hint=HINT)
-        if isinstance(record, Record) and isinstance(state, dict):
+        if isinstance(record, PickledRecord) and isinstance(state, dict):
             record.state.update(state)
-        elif isinstance(record, Record) and isinstance(state, tuple):
+        elif isinstance(record, PickledRecord) and isinstance(state, tuple):
             record.values = state
         elif not isinstance(record, dict):
             raise IndexError
 
     def set_items(self, found: list[Any]) -> None:
         table = self.top(dict)
-        if len(found) % 2 or not all(isinstance(key, str | int | Record) for key in found[::2]):
+        if len(found) % 2 or not all(isinstance(key, str | int | PickledRecord) for key in found[::2]):
             raise InputError("its pickle has a table with keys that no checkpoint's metadata needs", hint=HINT)
         table.update(zip(found[::2], found[1::2], strict=True))
 
@@ -157,7 +157,7 @@ def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, Te
                     raise InputError("has bytes behind its pickle")
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror}") from error
-        if not isinstance(root, Record) or root.name != "Metadata":
+        if not isinstance(root, PickledRecord) or root.name != "Metadata":
             raise InputError("is no metadata of a distributed checkpoint")
         described, stored = (_table(root, key) for key in ("state_dict_metadata", "storage_data"))
         chosen = _model(described, root.state.get("planner_data"))
@@ -174,7 +174,7 @@ def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, Te
     return tensors, (path, *sorted(place for place, _ in opened.values()))
 
 
-def _table(root: Record, key: str) -> dict[Any, Any]:
+def _table(root: PickledRecord, key: str) -> dict[Any, Any]:
     found = root.state.get(key)
     if not isinstance(found, dict):
         raise InputError(f"has no {key}")
@@ -190,7 +190,7 @@ def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
     """
     groups: dict[tuple[str, ...], dict[str, str]] = {}
     for key, entry in described.items():
-        if not isinstance(key, str) or not isinstance(entry, Record):
+        if not isinstance(key, str) or not isinstance(entry, PickledRecord):
             raise InputError("describes what is no tensor")
         if entry.name != "TensorStorageMetadata":
             continue
@@ -216,9 +216,9 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tupl
     """Of each chunk, by its tensor's key and its offsets: file, offset and bytes."""
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     for index, info in stored.items():
-        if not (isinstance(index, Record) and index.name == "MetadataIndex"):
+        if not (isinstance(index, PickledRecord) and index.name == "MetadataIndex"):
             raise InputError("has no places of chunks")
-        if not (isinstance(info, Record) and info.name == "_StorageInfo"):
+        if not (isinstance(info, PickledRecord) and info.name == "_StorageInfo"):
             raise InputError("stores its chunks in a way that is not known", hint=HINT)
         key, offsets = index.state.get("fqn"), index.state.get("offset") or ()
         place: list[Any] = [info.state.get(field) for field in ("relative_path", "offset", "length")]
@@ -260,10 +260,10 @@ def _opener(
     return get
 
 
-def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opened: Opener) -> TensorInfo:
+def _tensor(name: str, key: str, entry: PickledRecord, places: Mapping[Any, Any], opened: Opener) -> TensorInfo:
     properties, shape, chunks = (entry.state.get(field) for field in ("properties", "size", "chunks"))
-    values = properties.values or tuple(properties.state.values()) if isinstance(properties, Record) else ()
-    dtype = next((value.name for value in values if isinstance(value, Named)), None)
+    values = properties.values or tuple(properties.state.values()) if isinstance(properties, PickledRecord) else ()
+    dtype = next((value.name for value in values if isinstance(value, PickledName)), None)
     code = BY_TORCH.get(dtype or "")
     if code is None or ITEMSIZE.get(code) is None:
         raise InputError(f"dtype {str(dtype)[:40]} is not one of safetensors")
@@ -287,7 +287,9 @@ def _chunk(
     key: str, chunk: Any, shape: Sequence[int], code: str, places: Mapping[Any, Any], opened: Opener
 ) -> tuple[tuple[int, ...], TensorInfo]:
     """A chunk's offsets, and its tensor in its file."""
-    offsets, sizes = (chunk.state.get(field) if isinstance(chunk, Record) else None for field in ("offsets", "sizes"))
+    offsets, sizes = (
+        chunk.state.get(field) if isinstance(chunk, PickledRecord) else None for field in ("offsets", "sizes")
+    )
     if not (_are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
         raise InputError("has a chunk without offsets and sizes")
     if (place := places.get((key, tuple(offsets)))) is None:

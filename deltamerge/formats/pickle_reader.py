@@ -60,7 +60,7 @@ FUNCTIONS = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class PickledName:
     """A function, class or dtype that a pickle names."""
 
     module: str
@@ -78,7 +78,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class PickledTensor:
     """A tensor of a storage, from element `offset` on; strides count elements. `dtype` is torch's name."""
 
     storage: Storage
@@ -230,7 +230,7 @@ class Machine:
         if not (dtype or (module, name) in self.functions or self.is_class(module, name)):
             shown = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:120])
             raise InputError(f"its pickle asks for {shown}, which no {self.what} needs", hint=self.hint)
-        self.push(Named(module, name))
+        self.push(PickledName(module, name))
 
     def is_class(self, module: str, name: str) -> bool:
         return module in ("torch", "torch.storage") and name in STORAGES
@@ -247,7 +247,7 @@ class Machine:
             raise InputError("its pickle names data that is no storage of a tensor")
         kind, key, count = found[1], found[2], found[4]
         if (
-            not isinstance(kind, Named)
+            not isinstance(kind, PickledName)
             or kind.name not in STORAGES
             or not isinstance(key, str)
             or type(count) is not int
@@ -260,10 +260,10 @@ class Machine:
             raise InputError(f"its pickle describes storage {key[:40]!r} in two ways")
         self.push(storage)
 
-    def call(self) -> tuple[Named, tuple[Any, ...]]:
+    def call(self) -> tuple[PickledName, tuple[Any, ...]]:
         """A function that is known, and what it would be called with."""
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Named) or not isinstance(arguments, tuple):
+        if not isinstance(function, PickledName) or not isinstance(arguments, tuple):
             raise IndexError
         if (function.module, function.name) not in self.functions:
             raise InputError(f"its pickle calls {function.module}.{function.name}", hint=self.hint)
@@ -277,7 +277,7 @@ class Machine:
                 raise InputError("its pickle makes a table of a list", hint=HINT)
             self.push({})
         elif function.name == "_rebuild_parameter":
-            if not (arguments and isinstance(arguments[0], Tensor)):
+            if not (arguments and isinstance(arguments[0], PickledTensor)):
                 raise InputError("its pickle makes a parameter of what is no tensor")
             self.push(arguments[0])
         else:
@@ -290,7 +290,7 @@ class Machine:
             raise InputError("its pickle sets attributes of what is no table", hint=HINT)
 
 
-def _tensor(function: str, arguments: tuple[Any, ...]) -> Tensor:
+def _tensor(function: str, arguments: tuple[Any, ...]) -> PickledTensor:
     """(storage, offset, shape, strides, requires_grad, hooks), of v3 also the dtype; a last entry may say more."""
     least = 7 if function == "_rebuild_tensor_v3" else 6
     storage, offset, shape, strides = (*arguments, None, None, None, None)[:4]
@@ -303,12 +303,12 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> Tensor:
     dtype = storage.dtype
     if least == 7:
         named = arguments[6]
-        if not isinstance(named, Named) or named.name not in TORCH_DTYPES:
+        if not isinstance(named, PickledName) or named.name not in TORCH_DTYPES:
             raise InputError("its pickle makes a tensor without a dtype")
         dtype = named.name
     elif not dtype:
         raise InputError("its pickle makes a tensor without a dtype")
-    return Tensor(storage, dtype, offset, shape, strides)
+    return PickledTensor(storage, dtype, offset, shape, strides)
 
 
 def _kind(value: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
-from deltamerge.formats.pickle_reader import Storage, Tensor, read_pickle
+from deltamerge.formats.pickle_reader import PickledTensor, Storage, read_pickle
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, Header
 from deltamerge.tensors.dtypes import DTYPES, ITEMSIZE
 from deltamerge.tensors.names import TOKEN_EMBEDDING
@@ -79,7 +79,7 @@ def read_torch_tensor(file: BinaryIO, path: Path, begin: int, nbytes: int) -> Te
     """
     window = _Window(file, begin, nbytes)
     table, places = _zipped(window, nbytes)
-    if not isinstance(table, Tensor):
+    if not isinstance(table, PickledTensor):
         raise InputError("is no single tensor")
     info = _tensor("tensor", table, places, path)
     return replace(info, tensor=stored(info.path, begin + info.begin, info.shape, info.dtype, info.name))
@@ -126,7 +126,7 @@ def _tensors(table: Any, places: Places, path: Path) -> dict[str, TensorInfo]:
     for name, tensor in table.items():
         if not isinstance(name, str) or not (0 < len(name) <= 1000 and name.isprintable()):
             raise InputError(f"{str(name)[:80]!r}: a name must have 1 to 1000 printable characters")
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, PickledTensor):
             raise InputError(f"{name[:80]} is no tensor", hint="save the model's state_dict() alone")
         with errors.context(name[:80]):
             info = _tensor(name, tensor, places, path)
@@ -140,7 +140,7 @@ def _tensors(table: Any, places: Places, path: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _tensor(name: str, tensor: Tensor, places: Places, path: Path) -> TensorInfo:
+def _tensor(name: str, tensor: PickledTensor, places: Places, path: Path) -> TensorInfo:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     code = BY_TORCH.get(tensor.dtype)
     if code is None:

@@ -17,7 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.formats.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.formats.delta.positions import Array, Positions
-from deltamerge.formats.delta.recent import Kept
+from deltamerge.formats.delta.recent import RecentParts
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.models.checkpoint import Checkpoint, with_configs
 from deltamerge.models.delta_file import DeltaFile
@@ -35,7 +35,7 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
     """
     if base.is_delta:
         raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
-    held = Kept(HELD)
+    held = RecentParts(HELD)
     tensors: dict[str, TensorInfo] = {}
     planned = opened.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
     for source in planned:
@@ -127,7 +127,7 @@ class Layer:
     """An entry of a delta. `held` has the positions that were decoded last."""
 
     entry: Entry
-    held: Kept
+    held: RecentParts
 
 
 @view()

@@ -19,7 +19,7 @@ from deltamerge.files.journal import Journal
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
-from deltamerge.formats.delta.writer import DeltaWriter, Summary
+from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
@@ -152,7 +152,7 @@ def write_delta(
         options |= {"semantics": "add", "values": output.values or "bfloat16"}
     with (
         Reader() as reader,
-        DeltaWriter(
+        ArtifactWriter(
             folder,
             base_of(origin.checkpoint),
             shard_size=output.shard_size,

@@ -26,7 +26,7 @@ from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
+from deltamerge.plan.regroup import ExpertForm, form_of, in_order, regrouped, shared_names
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
@@ -428,7 +428,7 @@ def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[li
     return inputs, tuple(f"{name}: names are matched: {rules}" for name, rules in told if rules)
 
 
-def _regrouped(model: Input, form: Form) -> Input:
+def _regrouped(model: Input, form: ExpertForm) -> Input:
     """Return a model with its experts in another form, in the order of its own files."""
     tensors, stored = regrouped(model.tensors, model.stored, form)
     stored = in_order(stored, model.checkpoint.tensors)

@@ -14,7 +14,7 @@ Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ExpertForm:
     """How a model stores its experts: the shapes of the fused tensors of a container, which of them are stored one by
     one, and their layout. Containers are canonical names with a star for every number: all layers are alike."""
 
@@ -30,7 +30,7 @@ def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list
     return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)
 
 
-def form_of(tensors: Tensors, stored: Tensors) -> Form:
+def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
     """The form of a model: its tensors by canonical names, and as its files have them."""
     apart: set[str] = set()
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -39,10 +39,12 @@ def form_of(tensors: Tensors, stored: Tensors) -> Form:
         shapes.setdefault(place, {key: info.shape for key, info in own.items()})
         if any(experts.is_joined(info.tensor) for info in own.values()):
             apart.add(place)
-    return Form(shapes, frozenset(apart), experts.layout_of(stored))
+    return ExpertForm(shapes, frozenset(apart), experts.layout_of(stored))
 
 
-def regrouped(tensors: Tensors, stored: Mapping[str, str], form: Form) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def regrouped(
+    tensors: Tensors, stored: Mapping[str, str], form: ExpertForm
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """A model's tensors and their names in its files, by canonical names, in another model's form."""
     result: dict[str, TensorInfo] = {}
     names: dict[str, str] = {}

@@ -219,7 +219,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class StackedLayer:
     """A layer of the output: its inputs, and its number relative to their ranges."""
 
     group: InputGroup
@@ -237,9 +237,9 @@ class Stack:
 
     prefix: str
     old: int
-    layers: tuple[Layer, ...]
+    layers: tuple[StackedLayer, ...]
 
-    def owner(self, layer: Layer, template: Input) -> Input:
+    def owner(self, layer: StackedLayer, template: Input) -> Input:
         """Return the model that determines the tensors of a merged layer: the template if it contributes, else the
         first."""
         known = (m for m in layer.group.all if m.checkpoint.reference == template.checkpoint.reference)
@@ -457,7 +457,7 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[InputGroup], module:
                 at = (*group.part.places[member], "layer_range")
                 problems.append(recipe.problem(at, f"is [{first}, {end}), {model.name} has {count} layers"))
         n = group.part.layers
-        layers += [Layer(group, i, i / (n - 1) if n > 1 else 1.0) for i in range(n)]
+        layers += [StackedLayer(group, i, i / (n - 1) if n > 1 else 1.0) for i in range(n)]
     if problems:
         raise RecipeError(recipe.source.path, problems)
     stack = Stack(prefix, old, tuple(layers))

@@ -21,21 +21,21 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PickTable:
     """An array that is a parameter of a view; its digest compares it."""
 
     digest: str
     values: NDArray[Any] = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> Table:
+    def of(cls, values: NDArray[Any]) -> PickTable:
         """Return the parameter of an array, which must not change any more."""
         return cls(blake2b(values.tobytes(), digest_size=16).hexdigest(), values)
 
 
 @view(moves=True)
 def gather_rows(
-    read: Read, tensor: Tensor, start: int, out: memoryview, *, picks: Table, padding: int, path: Path
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, picks: PickTable, padding: int, path: Path
 ) -> None:
     """Gather rows (rows, width) from the inputs.
 
@@ -101,7 +101,7 @@ def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int
     plain = len(dtypes) == 1 and not padding and int((picks >= 0).sum(1).max(initial=0)) <= 1
     dtype = dtypes.pop() if plain else "F32"
     shape = (len(picks) + padding, *own.shape[1:])
-    table = Table.of(picks)
+    table = PickTable.of(picks)
     return TensorInfo(own.name, viewed(gather_rows, taken, shape, dtype, picks=table, padding=padding, path=own.path))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 
-from deltamerge.formats.delta.recent import Kept
+from deltamerge.formats.delta.recent import RecentParts
 
 
 def test_the_keys_last_asked_for_stay() -> None:
-    kept, made = Kept(2), list[str]()
+    kept, made = RecentParts(2), list[str]()
 
     def make(key: str) -> str:
         return kept.get(key, lambda: made.append(key) or key.upper())  # type: ignore[func-returns-value]
@@ -23,7 +23,7 @@ def test_the_keys_last_asked_for_stay() -> None:
 
 
 def test_what_is_being_made_is_not_known_yet_and_is_made_once() -> None:
-    kept, begun, go, made = Kept(2), threading.Event(), threading.Event(), list[int]()
+    kept, begun, go, made = RecentParts(2), threading.Event(), threading.Event(), list[int]()
 
     def slow() -> int:
         begun.set()

@@ -25,7 +25,7 @@ from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.steps import STEP_TILE, decode_tile, encode_tile, ordered, unordered
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.delta_file import DeltaFile, to_torch
 
 Array = np.ndarray[Any, Any]
@@ -84,7 +84,7 @@ def vectors() -> dict[str, tuple[str, tuple[int, ...], Array, Array]]:
 
 def write(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...], Array, Array]], pieces: int = 1) -> Any:
     folder.mkdir(exist_ok=True, parents=True)
-    with DeltaWriter(folder, Base(id="formulas")) as writer:
+    with ArtifactWriter(folder, Base(id="formulas")) as writer:
         for name, (dtype, shape, base, new) in tensors.items():
             old_shape = (10, 64) if name == "grown" else shape
             old = BaseTensor(name, dtype, old_shape, lambda start, stop, base=base: base[start:stop])
@@ -227,7 +227,7 @@ def test_a_step_of_training_takes_few_bits(tmp_path: Path) -> None:
     for name, codings in (("all", None), ("others", CODINGS)):
         (tmp_path / name).mkdir()
         options = {} if codings is None else {"codings": codings}
-        with DeltaWriter(tmp_path / name, Base(id="b"), **options) as writer:
+        with ArtifactWriter(tmp_path / name, Base(id="b"), **options) as writer:
             old = BaseTensor("w", "BF16", (base.size,), lambda start, stop: base[start:stop])
             writer.tensor("w", "BF16", (base.size,), old).write(0, new)
             summaries[name] = writer.finish()

@@ -30,7 +30,7 @@ from deltamerge.formats.delta.entry import Entry
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter, Summary
+from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.delta_file import DeltaFile, to_torch
 from deltamerge.tensors.dtypes import TORCH_NAMES
 
@@ -92,7 +92,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     names = names or {}
     removed = [name for name in base if name not in {names.get(n, n) for n in result}]
-    with DeltaWriter(folder, BASE, removed=removed, **options) as writer:
+    with ArtifactWriter(folder, BASE, removed=removed, **options) as writer:
         jobs = []
         for name, tensor in result.items():
             base_name = names.get(name, name)
@@ -113,7 +113,7 @@ def write_sum(
 ) -> Summary:
     """An artifact that adds (positions, values) to the tensors of `base`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with DeltaWriter(folder, BASE, semantics="add", **options) as writer:
+    with ArtifactWriter(folder, BASE, semantics="add", **options) as writer:
         for name, tensor in base.items():
             out = writer.tensor(name, dtype or code_of(tensor), tuple(tensor.shape), source(name, tensor))
             positions, values = deltas.get(name, (np.empty(0, np.int64), np.empty(0, np.float32)))
@@ -430,7 +430,7 @@ def _artifact(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     folder = tmp_path / "artifact"
     folder.mkdir()
-    with DeltaWriter(folder, BASE, semantics="add", values="int8") as writer:
+    with ArtifactWriter(folder, BASE, semantics="add", values="int8") as writer:
         for name, tensor in base.items():
             coding = {"i": "indices", "b": "bitmask", "g": "gaps", "r": "rice"}.get(name)
             codings = frozenset([coding] if coding else CODINGS)
@@ -660,7 +660,7 @@ def test_a_writer_that_fails_leaves_no_artifact(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a: values are not all finite"):
         write_sum(tmp_path, base, {"a": (np.arange(999), np.full(999, np.nan, np.float32))}, values="sign")
     assert not list(tmp_path.iterdir())
-    with DeltaWriter(tmp_path, BASE) as writer:
+    with ArtifactWriter(tmp_path, BASE) as writer:
         writer.tensor("a", "F32", (10, 100), source("a", base["a"])).write(5, np.zeros(10, np.float32))
         with pytest.raises(RuntimeError, match="0 of 1000 elements of a were written"):
             writer.finish()
@@ -676,7 +676,7 @@ def test_memory_does_not_grow_with_a_dense_tensor(tmp_path: Path) -> None:
     old = np.zeros(1 << 18, np.uint32)
     read = lambda start, stop: old[: stop - start]  # noqa: E731  # shorter than a def
     tracemalloc.start()
-    with DeltaWriter(tmp_path, BASE) as writer:
+    with ArtifactWriter(tmp_path, BASE) as writer:
         out = writer.tensor("a", "F32", (n,), BaseTensor("a", "F32", (n,), read))
         for start in range(0, n, 1 << 18):
             out.write(start, piece)

@@ -14,7 +14,7 @@ from deltamerge.files import progress
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.formats.delta.entry import TILE, Entry
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter
-from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import head, is_chain, line, names
 from deltamerge.models.chain.layers import check_complete
@@ -139,7 +139,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
     manifest = delta.manifest
     with (
         Reader() as reader,
-        DeltaWriter(
+        ArtifactWriter(
             folder,
             manifest.base,
             shard_size=manifest.shard_size,

@@ -18,7 +18,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.formats.delta.entry import TILE, Read
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter as ArtifactWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import head, line, names
 from deltamerge.models.chain.layers import check_complete

@@ -87,7 +87,7 @@ class Record(Strict):
         return self.base_dtype or self.dtype, tuple(self.shape if self.base_shape is None else self.base_shape)
 
 
-class Part(Strict):
+class ComponentRecord(Strict):
     """A folder of the result's weights, and how its weight files are called: `formats.components.Component`."""
 
     folder: Annotated[str, StringConstraints(max_length=400)]
@@ -107,7 +107,7 @@ class Manifest(Strict):
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
     removed: list[Name] = []
-    components: Annotated[list[Part], Field(max_length=MAX_COMPONENTS)] = []
+    components: Annotated[list[ComponentRecord], Field(max_length=MAX_COMPONENTS)] = []
     tensors: dict[Name, Record]
 
     def as_components(self) -> tuple[Component, ...]:
@@ -118,11 +118,11 @@ class Manifest(Strict):
         return tuple(Component(p.folder, p.stem, p.variant) for p in self.components) or (Component(),)
 
 
-def parts_of(components: Sequence[Component]) -> list[Part]:
+def parts_of(components: Sequence[Component]) -> list[ComponentRecord]:
     """How a manifest names components; a plain model's are none."""
     if tuple(components) == (Component(),):
         return []
-    return [Part(folder=c.folder, stem=c.stem, variant=c.variant) for c in components]
+    return [ComponentRecord(folder=c.folder, stem=c.stem, variant=c.variant) for c in components]
 
 
 def groups(record: Record) -> int:

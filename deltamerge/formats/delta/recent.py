@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Kept:
+class RecentParts:
     """The values of the `most` keys last asked for; each is made by one thread, for which the others wait."""
 
     def __init__(self, most: int) -> None:

@@ -50,7 +50,7 @@ class BaseTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """An array in the spool: from byte `offset` of the file at `path`."""
 
     name: str
@@ -77,7 +77,7 @@ class TensorWriter:
         self, storing: Storing, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
     ) -> None:
         self.path = path
-        self.stored: list[Stored] = []
+        self.stored: list[StoredTensor] = []
         self.squares = (0.0, 0.0)
         self.nonfinite = NonFinite(0, 0)
         self._storing, self._name, self._dtype, self._shape = storing, name, dtype, shape
@@ -240,7 +240,7 @@ class TensorWriter:
         record = self._new_record("steps")
         self._steps.finish(self.path, self._fd)
         self._spooled = self._steps.nbytes
-        self.stored.append(Stored(f"{self._name}.steps", "U8", self._spooled, self.path, 0))
+        self.stored.append(StoredTensor(f"{self._name}.steps", "U8", self._spooled, self.path, 0))
         self._finished(record)
 
     def _finish_add(self) -> None:
@@ -306,7 +306,7 @@ class TensorWriter:
             if (array := behind.get(suffix)) is not None:
                 length = array.size
             assert length is not None
-            self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
+            self.stored.append(StoredTensor(self._name + suffix, dtype, length, self.path, offset))
             offset += length * ITEMSIZE[dtype]
         self._finished(record)
 
@@ -328,7 +328,7 @@ class TensorWriter:
         """Take over what an earlier run has finished, if its file still exists."""
         if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
             return False
-        self.stored = [Stored(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
+        self.stored = [StoredTensor(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
         self.squares = tuple(state["squares"])
         self.nonfinite = NonFinite(*state["nonfinite"])
         self._record = Record.model_validate(state["record"])

@@ -21,7 +21,7 @@ from deltamerge.formats.components import Component
 from deltamerge.formats.delta.folder import INDEX, MANIFEST
 from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, parts_of
 from deltamerge.formats.delta.spool import Spool
-from deltamerge.formats.delta.tensor_writer import BaseTensor, Stored, Storing, TensorWriter
+from deltamerge.formats.delta.tensor_writer import BaseTensor, StoredTensor, Storing, TensorWriter
 from deltamerge.formats.delta.values import Values, relative_error
 from deltamerge.formats.layout import FileLayout, Layout, plan_layout
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -39,7 +39,7 @@ class Summary:
     stored: Mapping[str, int] = field(default_factory=dict)
 
 
-class DeltaWriter:
+class ArtifactWriter:
     """Writes `delta.json` and `delta.safetensors` (or shards) into `folder`.
 
         semantics    "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
@@ -81,7 +81,7 @@ class DeltaWriter:
             spool = Spool(folder, journal)
         self.storing = Storing(values, frozenset({*codings, "dense", "indices"}), spool)
 
-    def __enter__(self) -> DeltaWriter:
+    def __enter__(self) -> ArtifactWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,7 +129,7 @@ class DeltaWriter:
             _stored_bytes(tensors),
         )
 
-    def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[Stored]) -> Path:
+    def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[StoredTensor]) -> Path:
         path = self._folder / _renamed(file.name)
         with path.open("xb", buffering=0) as target:
             write_at(target.fileno(), 0, memoryview(file.header))

@@ -16,7 +16,7 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat
 from deltamerge.formats.delta.positions import Array
-from deltamerge.formats.delta.recent import Kept
+from deltamerge.formats.delta.recent import RecentParts
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ class Layers:
     """Puts versions over bases; those of one chain and one base share their layers."""
 
     _made: dict[Any, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    _recent: Kept = field(default_factory=partial(Kept, KEPT))
+    _recent: RecentParts = field(default_factory=partial(RecentParts, KEPT))
 
     def over(self, delta: Checkpoint, versions: Sequence[Version], base: Checkpoint) -> Checkpoint:
         """Return the checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
@@ -66,7 +66,7 @@ class Layers:
             if info.kind == "view" and info.tensor is not below_it:
                 beneath = [below_it] if below_it is not None and below_it.function == chain_link.__name__ else []
                 inputs = [info.tensor, *beneath]
-                place = Place((key, name), self._recent)
+                place = LayerPlace((key, name), self._recent)
                 made[name] = replace(info, tensor=unique(chain_link, inputs, info.shape, info.dtype, place=place))
         return made
 
@@ -83,15 +83,15 @@ def check_complete(first: Version, base: Checkpoint) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class LayerPlace:
     """A tensor of a version, by a key, among what was made last."""
 
     key: Any
-    recent: Kept
+    recent: RecentParts
 
 
 @view()
-def chain_link(read: Read, tensor: Tensor, start: int, out: memoryview, *, place: Place) -> None:
+def chain_link(read: Read, tensor: Tensor, start: int, out: memoryview, *, place: LayerPlace) -> None:
     """Compute what a version makes of a tensor of the one before.
 
     The first input is the version's delta over the tensor before. A second one is that tensor, where a version made it.
@@ -108,7 +108,7 @@ def chain_link(read: Read, tensor: Tensor, start: int, out: memoryview, *, place
 def _whole(read: Read, tensor: Tensor, start: int, nbytes: int) -> Array:
     stack, held = [tensor], None
     while True:
-        place: Place = stack[-1].parameter("place")
+        place: LayerPlace = stack[-1].parameter("place")
         held = place.recent.known((place.key, start, nbytes))
         if held is not None or len(stack[-1].inputs) == 1:
             break

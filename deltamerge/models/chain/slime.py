@@ -35,7 +35,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.delta.positions import Array
-from deltamerge.formats.delta.recent import Kept
+from deltamerge.formats.delta.recent import RecentParts
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.weight_files import INDEX, read_index
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
@@ -125,7 +125,7 @@ def over(path: Path, base: Checkpoint, reference: str) -> Checkpoint:
             if name not in base.tensors:
                 raise InputError(f"{version.path}: has {name}, which the base lacks", hint="is it the base?")
             diffs.setdefault(name, []).append(diff)
-    kept = Kept(KEPT)
+    kept = RecentParts(KEPT)
     tensors = {
         name: replace(info, tensor=_patched(info, diffs[name], kept, path / INDEX)) if name in diffs else info
         for name, info in base.tensors.items()
@@ -189,14 +189,14 @@ def _number(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-def _patched(info: TensorInfo, diffs: Sequence[Diff], kept: Kept, path: Path) -> Tensor:
+def _patched(info: TensorInfo, diffs: Sequence[Diff], kept: RecentParts, path: Path) -> Tensor:
     inputs = [info, *(diff.stored for diff in diffs)]
     return unique(diffed, inputs, info.shape, info.dtype, diffs=tuple(diffs), kept=kept, label=info.name, path=path)
 
 
 @view()
 def diffed(
-    read: Read, tensor: Tensor, start: int, out: memoryview, *, diffs: tuple[Diff, ...], kept: Kept, label: str,
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, diffs: tuple[Diff, ...], kept: RecentParts, label: str,
     path: Path,
 ) -> None:  # fmt: skip
     """Apply the diffs of several versions to the base's tensor, the first input; the others are the stored diffs."""
