@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from deltamerge.engine import kernels
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.delta_file import DeltaFile
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
@@ -100,7 +100,7 @@ def write_delta(folder: Path, kind: str, deltas: Deltas, base: State) -> dict[st
     folder.mkdir()
     values: Any = "bfloat16" if kind == "replace" else kind
     semantics: Any = "replace" if kind == "replace" else "add"
-    with DeltaWriter(folder, Base(id="base"), semantics=semantics, values=values) as writer:
+    with ArtifactWriter(folder, Base(id="base"), semantics=semantics, values=values) as writer:
         for name, tensor in base.items():
             host = tensor.reshape(-1).view(torch.int32).numpy()
             shape = tuple(tensor.shape)

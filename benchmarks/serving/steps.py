@@ -33,7 +33,7 @@ from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.steps import decode_tile, encode_tile, tiles_of
 from deltamerge.formats.delta.tensor_writer import BaseTensor
-from deltamerge.formats.delta.writer import DeltaWriter
+from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.delta_file import DeltaFile
 
 RATES = (1e-6, 3e-6, 1e-5)
@@ -124,7 +124,7 @@ def bits_of(tensor: torch.Tensor) -> Array:
 def write(folder: Path, old: State, new: State, **options: Any) -> Any:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with DeltaWriter(folder, Base(id="base"), **options) as writer:
+    with ArtifactWriter(folder, Base(id="base"), **options) as writer:
         for name, tensor in old.items():
             bits, shape = bits_of(tensor), tuple(tensor.shape)
             base = BaseTensor(name, "BF16", shape, lambda start, stop, bits=bits: bits[start:stop])
