@@ -53,7 +53,7 @@ def made_of(recipe: Recipe, tunes: Sequence[tuple[str, Checkpoint]], dtypes: Map
         summed = checkpoint.running_sum
         names += [name] if summed is None else summed.models
         weight = model.parameters.get("weight", 1.0)
-        assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
+        assert isinstance(weight, bool | int | float)  # `recipe.checks` refuses all else
         weights.append(_count(checkpoint, weight))
         schedule = model.schedule or schedule if summed is None else summed.schedule
         decay = decay or model.decay if summed is None else summed.decay
