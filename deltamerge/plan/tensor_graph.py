@@ -26,10 +26,10 @@ from deltamerge.plan.running_sum import counts
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Graph, Node, Tensor, TensorInfo
 from deltamerge.tensors.traits import Function, name_of
 from deltamerge.tensors.traits import function_of as call
+from deltamerge.tensors.views import moves_rows
 
 if TYPE_CHECKING:
     from deltamerge.plan.calibration_graph import StageMaker

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from deltamerge.plan.pursuit import Atoms, SharedBlocks, block_of, nearest, pursuit
 from deltamerge.tensors.dtypes import bits_type, torch_dtype, widen
 from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.rows import mean_row, stored_rows
 from deltamerge.tensors.tensor import Read, Tensor, view
-from deltamerge.tensors.views import fill_lines
+from deltamerge.tensors.views import fill_lines, mean_row, stored_rows
 
 METHODS: dict[str, Callable[..., Any]] = {"omp": pursuit, "common": nearest}
 

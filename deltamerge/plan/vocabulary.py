@@ -17,8 +17,8 @@ from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe.output_keys import ModelToken, Token, ZeroToken
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.rows import gather
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import gather
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.ownership import LOCK_NAME, read_lock
 from deltamerge.outputs.output import output_of
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either

@@ -12,9 +12,8 @@ import yaml
 from deltamerge.apps.chain.link import Link
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.chain.folder import is_chain
+from deltamerge.models.chain.folder import NAME, is_chain
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.chain.version import NAME
 from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options

@@ -10,8 +10,7 @@ from deltamerge.apps.chain.live import Delta
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import some
 from deltamerge.files.atomic import replace_file
-from deltamerge.models.chain.folder import Opened, end_of, folders, is_version, line, without_folded
-from deltamerge.models.chain.version import Note, read_note
+from deltamerge.models.chain.folder import Note, Opened, end_of, folders, is_version, line, read_note, without_folded
 
 OPEN = 4096  # versions that stay open
 

@@ -9,16 +9,20 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.formats.delta.entry import hash_of
-from deltamerge.models.chain.folder import Opened, is_version, line, notes, resolve
-from deltamerge.models.chain.version import (
+from deltamerge.models.chain.folder import (
     NAME,
     Named,
     Note,
+    Opened,
     Version,
     base_contents,
     check_successor,
     contents,
+    is_version,
+    line,
+    notes,
     open_version,
+    resolve,
     state_of,
     stored_files,
     write_note,

@@ -10,9 +10,8 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.apps.chain.change import Change, Write, change_of, whole_of, write_of
 from deltamerge.errors import InputError
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import line, resolve
-from deltamerge.models.chain.version import Content, Version, state_of
+from deltamerge.models.chain.folder import Content, Version, line, resolve, state_of
+from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import Patch, digest_of
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch

@@ -15,7 +15,7 @@ from deltamerge.apps.report import page as pages
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import default_workers, shared_values
 from deltamerge.errors import InputError
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.references import open_model

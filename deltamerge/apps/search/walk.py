@@ -16,8 +16,7 @@ from deltamerge.apps.search.tasks import ScoredTask
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
-from deltamerge.engine.execute import default_workers, execute
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import computed, default_workers, execute
 from deltamerge.methods.ops import dense
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
 from deltamerge.tensors.reader import Reader
