@@ -18,7 +18,8 @@ from deltamerge.run.reading import _files_read
 from deltamerge.tensors.tensor import Tensor
 
 ROWS = "calibration: {data: ../rows.jsonl, sequences: 6, length: 12}\n"
-TWO = "base_model: ../base\nmodels: [{model: ../a, parameters: {weight: 1.0}}, {model: ../b, parameters: {weight: 1.0}}]\n"
+WEIGHT = "parameters: {weight: 1.0}"
+TWO = f"base_model: ../base\nmodels: [{{model: ../a, {WEIGHT}}}, {{model: ../b, {WEIGHT}}}]\n"
 MERGED = TWO + "merge_method: task_arithmetic\n"
 RECIPES = {
     "q of a mask": MERGED + ROWS + "prune: {method: dare, density: 0.5, q: output_change}\n",
@@ -31,7 +32,7 @@ RECIPES = {
     "moments": TWO + ROWS + "merge_method: regmean\n",
     "moments of the merge": TWO + ROWS + "merge_method: regmean_plus\n",
     "gradients": TWO + ROWS + "merge_method: fisher\n",
-    "totals": TWO.replace(", parameters: {weight: 1.0}", "") + "merge_method: emr\nparameters: {task: 1}\n",
+    "totals": TWO.replace(f", {WEIGHT}", "") + "merge_method: emr\nparameters: {task: 1}\n",
 }
 
 
