@@ -14,7 +14,7 @@ from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.methods.registry import MERGE
 from deltamerge.models.chain.folder import expand
-from deltamerge.recipe import checks, moe_checks, open_values, yaml_source
+from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.edits import in_full
 from deltamerge.recipe.problems import place_of, problem_of, without
 from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
@@ -120,7 +120,7 @@ def flatten(
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
     """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
-    names = moe_checks.names(experts)
+    names = checks.expert_names(experts)
     models = tuple(
         Model.model_validate({"model": one.reference, "name": None if name == one.reference else name})
         for one, name in zip(experts, names, strict=True)

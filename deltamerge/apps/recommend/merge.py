@@ -36,8 +36,7 @@ from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Goal, Study
+from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
 
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
