@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from deltamerge.errors import Problem
 from deltamerge.methods.parameters import KEPT
 from deltamerge.methods.registry import MERGE, NO_EFFECT, MergeMethod
-from deltamerge.models.config_differences import BOOKKEEPING
 from deltamerge.recipe import prune
 from deltamerge.recipe.output_keys import BUILT_IN, Quantization, is_literal
 from deltamerge.recipe.problems import is_given, known_method, levels, prune_params, raw, suggest
@@ -202,6 +201,10 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
 
 def _config(recipe: Recipe) -> Iterator[Problem]:
     """Check that `config` has keys that say what a model computes, with values of JSON."""
+    if not recipe.config:
+        return
+    from deltamerge.models.config_differences import BOOKKEEPING
+
     for key, value in recipe.config.items():
         if BOOKKEEPING.fullmatch(key.rpartition(".")[2]):
             message = f"{show(key)} says nothing of what a model computes"
