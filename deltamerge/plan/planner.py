@@ -224,7 +224,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
+        """The plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,

@@ -1,6 +1,6 @@
 """Which pruning keeps a fine-tune at a density, with and without calibration rows.
 
-`extract`, `recommend`, `init` and the warnings of a recipe all ask here. docs/choosing.md has the measurements.
+`extract`, `recommend`, `init` and the warnings of a recipe all ask here. docs/measurements/pruning.md has the measurements.
 """
 
 from __future__ import annotations
