@@ -17,15 +17,14 @@ from deltamerge.errors.shown import some
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
 from deltamerge.formats.config_json import code_of as code_of
-from deltamerge.formats.dcp import is_distributed
 from deltamerge.formats.peft.config import DERIVED
 from deltamerge.formats.peft.parts import factor_names
-from deltamerge.formats.weight_files import PICKLES
+from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.references import Models
 from deltamerge.plan.regroup import ExpertForm, form_of, in_order, regrouped, shared_names
 from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows

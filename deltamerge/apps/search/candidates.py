@@ -14,8 +14,8 @@ from typing import Any
 
 from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
 from deltamerge.errors import InputError
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.references import Models
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
 from deltamerge.plan.merge import Merge
 from deltamerge.plan.outputs import Outputs

@@ -1,4 +1,4 @@
-"""Opens models by reference, as `models.hub.open_model` does, and deltas and versions of chains over their bases.
+"""Opens models by reference: local ones, the hub's, and deltas and versions of chains over their bases.
 
 chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
@@ -10,28 +10,39 @@ base+dir/weight_v000003   what a version that slime wrote makes of its base
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.formats.components import CONFIG
 from deltamerge.formats.running_sum import FILE as RUNNING_SUM
-from deltamerge.models import hub
-from deltamerge.models.chain import slime
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import Opened, line, resolve
-from deltamerge.models.chain.layers import Layers
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_file import DeltaFile
+
+if TYPE_CHECKING:
+    from deltamerge.models.chain.folder import Opened
+    from deltamerge.models.chain.layers import Layers
+    from deltamerge.models.delta_file import DeltaFile
 
 
-@dataclass(slots=True)
+@dataclass
 class Models:
     """Opens models; the versions of one chain are opened once, and share what they make of one base."""
 
-    _versions: Opened = field(default_factory=Opened)
-    _layers: Layers = field(default_factory=Layers)
+    @cached_property
+    def _versions(self) -> Opened:
+        from deltamerge.models.chain.folder import Opened
+
+        return Opened()
+
+    @cached_property
+    def _layers(self) -> Layers:
+        from deltamerge.models.chain.layers import Layers
+
+        return Layers()
 
     def open(
         self, reference: str, folder: Path, *, weights: bool, pickles: bool = False, sums: bool = False
@@ -45,22 +56,29 @@ class Models:
         whole = Path(folder, os.path.expanduser(reference))
         if sums and os.path.isfile(whole / RUNNING_SUM):
             return open_checkpoint(whole, reference=reference, sums=True)
-        with errors.context(reference):
-            path = resolve(whole) if whole.exists() or "+" not in reference else None
-        if path is not None:
-            return open_checkpoint(path, reference=reference)
-        for name, place in () if whole.exists() else _splits(reference):
+        if whole.exists():
+            with errors.context(reference):
+                path = _newest(whole)
+            return open_checkpoint(path, reference=reference, pickles=pickles)
+        from deltamerge.models import hub
+        from deltamerge.models.chain import slime
+        from deltamerge.models.chain.folder import resolve
+
+        if "+" not in reference:
+            with errors.context(reference):
+                resolve(whole)  # says that a chain lacks it
+        for name, place in _splits(reference):
             with errors.context(reference):
                 there = Path(folder, os.path.expanduser(place))
-                path, theirs = resolve(there), slime.resolve(there)
+                version, theirs = resolve(there), slime.resolve(there)
             if theirs is not None:
                 base = decoded(self.open(name, folder, weights=weights, pickles=pickles))
                 with errors.context(reference):
                     return slime.over(theirs, base, reference)
-            if path is not None:
+            if version is not None:
                 base = self.open(name, folder, weights=weights, pickles=pickles)
                 with errors.context(reference):
-                    return self.over(open_checkpoint(path, reference=reference), decoded(base))[0]
+                    return self.over(open_checkpoint(version, reference=reference), decoded(base))[0]
         return hub.open_model(reference, folder, weights=weights, pickles=pickles)
 
     def over(self, delta: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, DeltaFile]:
@@ -68,11 +86,17 @@ class Models:
         by which both are checked. InputError: as `open`."""
         if base.is_delta and base.base is None:
             raise InputError(f"its base {base.reference} is a delta too", hint=f"name it as BASE+{base.reference}")
+        from deltamerge.models.chain.fold import folded
+        from deltamerge.models.chain.folder import line
+
         versions = line(delta.path, self._versions)
         return self._layers.over(delta, versions, replace(base, is_delta=False)), folded(versions, every=True)
 
     def artifact(self, path: Path) -> DeltaFile:
         """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
+        from deltamerge.models.chain.fold import folded
+        from deltamerge.models.chain.folder import line
+
         return folded(line(path, self._versions), every=True)
 
 
@@ -85,6 +109,15 @@ def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
     """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
     with errors.context(reference):
         return decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
+
+
+def _newest(folder: Path) -> Path:
+    """The folder of the newest version where `folder` is a chain; else itself."""
+    if not folder.is_dir() or os.path.exists(folder / CONFIG):
+        return folder
+    from deltamerge.models.chain.folder import resolve
+
+    return resolve(folder) or folder
 
 
 def _splits(reference: str) -> list[tuple[str, str]]:
