@@ -350,7 +350,7 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
         ISO_C,
         factor,
         [
-            f"{said}: iso_c keeps most of fine-tunes that go different ways, without data (docs/measurements/merging.md)",
+            f"{said}: without data iso_c keeps most of unlike fine-tunes (docs/measurements/merging.md)",
             f"λ = {SPREAD} sqrt(n), between what was best of three and of nine fine-tunes",
             more,
         ],
