@@ -15,7 +15,6 @@ from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.formats.delta.entry import hash_of
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.chain.folder import Opened, is_chain, is_version, line, notes, resolve
-from deltamerge.models.chain.models import Models
 from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.chain.version import (
     NAME,
@@ -32,6 +31,7 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.references import Models
 from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options

@@ -21,11 +21,10 @@ from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, UsageError
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
-from deltamerge.plan.inputs import refuse_unrunnable
-from deltamerge.plan.regroup import shared_names
+from deltamerge.models.references import Models
+from deltamerge.plan.inputs import refuse_unrunnable, shared_names
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device

@@ -38,8 +38,7 @@ from deltamerge.engine.execute import default_workers, execute, shared_values
 from deltamerge.engine.whole import computed
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import dense
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Goal, Study
+from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.reader import Reader

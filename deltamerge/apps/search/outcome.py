@@ -23,8 +23,7 @@ from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
 from deltamerge.recipe.file import TemplateFile
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Command, Study
+from deltamerge.recipe.schema import Command, Recipe, Study
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
 
