@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.apps.inspect.activations import activations
-from deltamerge.apps.inspect.moments import DeltaMoments
-from deltamerge.apps.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
+from deltamerge.apps.inspect.statistics import (
+    DeltaMoments,
+    Pair,
+    Report,
+    activations,
+    measure_deltas,
+    pair_recipe,
+    pairs_of,
+    parse,
+    report,
+)
 from deltamerge.apps.report import page as pages
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
+from deltamerge.models.references import open_model
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs

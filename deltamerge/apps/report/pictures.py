@@ -7,15 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, place_figures
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
-from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
+from deltamerge.apps.report.page import (
+    CHANGED,
+    FIGURES,
+    Place,
+    heat_maps,
+    legend,
+    matrices,
+    measured_errors,
+    place_figures,
+    search_curve,
+)
 from deltamerge.apps.report.svg import STYLE, Panel, picture, short
 from deltamerge.calibrate.spec import Spec
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.ownership import refuse_others, replace_own
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.references import open_model
 from deltamerge.plan.inputs import open_inputs
 from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import ChosenQ, Run, choices
@@ -24,7 +33,7 @@ from deltamerge.run.options import Draw
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.activations import Activations
+    from deltamerge.apps.inspect.statistics import Activations
 
 BASE = "base"
 DELTA, SEARCH, ACTIVATIONS = PICTURES
@@ -125,8 +134,8 @@ def _activations(stage: Node) -> Activations:
 
     For a random mask with its measured error.
     """
-    from deltamerge.apps.inspect.activations import activations
     from deltamerge.apps.inspect.evidence import influence
+    from deltamerge.apps.inspect.statistics import activations
 
     spec: Spec = stage.parameter("spec")
     found = influence(spec.source, stage if spec.random and not spec.shared else None)
