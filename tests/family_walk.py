@@ -2,7 +2,7 @@
 
 Each is judged from the files alone, in float64. A family has a process of its own, with a limit of time and memory.
 
-    python tests/family_walk.py                     walks all; writes family_results.json and docs/measurements/families.md
+    python tests/family_walk.py                         walks all; writes family_results.json and families.md
     python tests/family_walk.py --only llama t5         walks these again
     python tests/family_walk.py --only                  writes docs/measurements/families.md anew
 """

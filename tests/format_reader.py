@@ -1,5 +1,5 @@
-"""A reader of the encoding `steps`, and of chains of final values, written from docs/reference/delta-format.md alone: numpy,
-bit by bit, without deltamerge."""
+"""A reader of the encoding `steps`, and of chains of final values, written from docs/reference/delta-format.md alone:
+numpy, bit by bit, without deltamerge."""
 
 from __future__ import annotations
 

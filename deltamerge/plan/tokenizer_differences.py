@@ -34,8 +34,7 @@ from deltamerge.models.tokenizer_files import (
     tokenizer_config,
 )
 from deltamerge.models.vocabulary_files import FILES, SENTENCEPIECE, Reading, Words, same_step
-from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
+from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
