@@ -10,7 +10,7 @@ from typing import Any
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
 from deltamerge.outputs.output import output_of
-from deltamerge.recipe import yaml_source
+from deltamerge.recipe import checks, yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
 from deltamerge.recipe.yaml_source import Loc
@@ -67,7 +67,8 @@ def check_recipe(
         return RecipeCheck(str(path), error)
     said = (left_open,) if left_open else ()
     if plan is None:
-        return RecipeCheck(str(path), documents=len(file.documents), notes=said)
+        warnings = tuple(line for one in file.documents for line in checks.warnings(one.recipe))
+        return RecipeCheck(str(path), documents=len(file.documents), warnings=warnings, notes=said)
     return RecipeCheck(
         str(path),
         None,
