@@ -1,4 +1,4 @@
-"""docs/inspect.md and json.md have the schema of what inspect, recommend, plan and diff print as JSON."""
+"""docs/reference/json.md has the schema of what inspect, recommend, plan and diff print as JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from calls import call
 from conftest import tiny_llama
 from pydantic import BaseModel
 
-from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
-from deltamerge.apps.recommend.conflict import Conflict
-from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, MergeTrial
+from deltamerge.apps.inspect.statistics import (
+    Activations,
+    Influence,
+    LayerInfluence,
+    Massive,
+    Report,
+    Statistics,
+    TensorStatistics,
+)
+from deltamerge.apps.recommend.merge import Conflict, MergeAdvice, MergeCandidate, MergeTrial
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
 
-PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 MODELS: tuple[type[BaseModel], ...] = (
     Report,
     Statistics,
@@ -70,7 +76,6 @@ def _type(annotation: object) -> str:
     text = re.sub(r"^typing.Union\[(\w+), (.*)\]$", r"\1 | \2", text)
     for module in (
         "deltamerge.apps.inspect.statistics.",
-        "deltamerge.apps.inspect.activations.",
         "deltamerge.apps.recommend.merge.",
         "deltamerge.run.calibration_record.",
         "typing.",
@@ -91,7 +96,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 def described(title: str) -> dict[str, tuple[set[type], bool]]:
     """The keys of a section's first table: their types, and whether they are always there."""
-    text = (PAGE.parent / "json.md").read_text()
+    text = PAGE.read_text()
     found = {}
     for row in re.findall(
         r"^\| (`.*?) \| (.*?) \|", text.partition(f"{title}\n")[2].partition("\n| key")[2].partition("\n\n")[0], re.M
