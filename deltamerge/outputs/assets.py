@@ -28,8 +28,7 @@ from deltamerge.formats.components import (
 )
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.gguf_tokenizer import described, is_described
-from deltamerge.models.tokenizer_files import JINJA
+from deltamerge.models.tokenizer_files import JINJA, is_described
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.output_config import generation_of
@@ -184,6 +183,8 @@ def assets(plan: Plan) -> Files:
         files[CONFIG] = as_json(config(plan), ascii=True)
     source_of_words = _vocabulary(plan)
     if is_described(source_of_words):
+        from deltamerge.models.gguf_tokenizer import described
+
         files |= described(source_of_words)
     for component in template.components:
         own = _component_config(plan, component) if component.folder else {}

@@ -12,12 +12,10 @@ from deltamerge.calibrate.reach import has_columns, has_norm, is_stacked, is_tra
 from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
-from deltamerge.models.delta_over_base import added
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
@@ -317,13 +315,21 @@ class Deltas:
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
         a LoRA is made, also an adapter's own update and zeros."""
-        values = added(tuned.tensor)
-        if values is None and self.recipe.output.lora and tuned.base is not None:
-            values = update_of(tuned.tensor, tuned.base)
+        values = None if tuned.tensor.kind == "stored" else self._update(tuned)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)
         node = self.graph.read(values)
         return node, self._node(zeros, [node], tuned.base.shape)
+
+    def _update(self, tuned: Tuned) -> TensorInfo | None:
+        """The values that a delta artifact adds, or of which a LoRA is made; None where there are none."""
+        from deltamerge.formats.peft.lora import update_of
+        from deltamerge.models.delta_over_base import added
+
+        values = added(tuned.tensor)
+        if values is None and self.recipe.output.lora and tuned.base is not None:
+            values = update_of(tuned.tensor, tuned.base)
+        return values
 
     def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)

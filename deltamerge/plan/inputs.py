@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError
@@ -17,13 +17,10 @@ from deltamerge.errors.shown import some
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
 from deltamerge.formats.components import code_of as code_of
-from deltamerge.formats.peft.config import DERIVED
-from deltamerge.formats.peft.parts import factor_names
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.matching import Names, match
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
@@ -34,6 +31,9 @@ from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import zeros_like
+
+if TYPE_CHECKING:
+    from deltamerge.models.delta_file import DeltaFile
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -515,6 +515,9 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     adapter = tune.checkpoint.adapter
     if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
         return None
+    from deltamerge.formats.peft.config import DERIVED
+    from deltamerge.formats.peft.parts import factor_names
+
     if base.checkpoint.path != tune.checkpoint.path:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"
         raise InputError(message, hint=f"base_model: {tune.checkpoint.base_reference}")

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.formats.components import folders_of, split
-from deltamerge.formats.delta.positions import expected_bits
-from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
@@ -39,6 +37,9 @@ from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED,
 from deltamerge.tensors.names import LM_HEAD, layer_index
 from deltamerge.tensors.tensor import Graph, TensorInfo
 from deltamerge.tensors.views import cut
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,9 @@ class OutputTensor:
 
         `values` is the coding of added values; None: final values.
         """
+        from deltamerge.formats.delta.positions import expected_bits
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
-from deltamerge.formats.quantised.scheme import Coding, coding_like
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
@@ -20,6 +19,9 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
 from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import Coding
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -278,6 +280,8 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
+    from deltamerge.formats.quantised.scheme import coding_like
+
     return coding_like(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 
 
