@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.descriptors import refuse_link
+from deltamerge.files.descriptors import DEEPEST, is_plain_folder, refuse_link
 from deltamerge.files.strict_json import parse_json, read_json
-from deltamerge.files.tree import DEEPEST, is_plain_folder
 from deltamerge.formats.components import (
     CONFIG,
     MODULES,

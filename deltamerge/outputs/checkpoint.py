@@ -17,7 +17,7 @@ from deltamerge.errors.shown import code
 from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB, room_for
 from deltamerge.formats.components import PIPELINE
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor

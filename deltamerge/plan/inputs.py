@@ -19,8 +19,7 @@ from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folde
 from deltamerge.formats.components import code_of as code_of
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.checkpoint import Checkpoint, by_component
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, by_component, decoded
 from deltamerge.models.matching import Names, match
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source

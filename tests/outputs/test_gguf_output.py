@@ -18,8 +18,7 @@ from running import run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.models.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, vocabulary
 from deltamerge.models.vocabulary_files import sentences
 from deltamerge.tensors.reader import Reader

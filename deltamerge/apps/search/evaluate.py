@@ -21,8 +21,7 @@ from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, UsageError
-from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.references import Models
 from deltamerge.plan.inputs import refuse_unrunnable, shared_names
 from deltamerge.recipe.file import RecipeFile
