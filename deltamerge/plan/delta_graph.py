@@ -12,12 +12,9 @@ from deltamerge.calibrate.reach import has_columns, has_norm, is_stacked, is_tra
 from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
-from deltamerge.methods.prune import protect, rescale
-from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune import rescale
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
-from deltamerge.models.delta_over_base import added
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
@@ -205,6 +202,8 @@ class Deltas:
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        from deltamerge.methods.prune.bits import mask_key
+
         density = self.density(tuned)
         assert density is not None
         columns, count = self.protected(tuned)
@@ -294,21 +293,33 @@ class Deltas:
         return self.graph.node(columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
-        return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
+        if columns is None:
+            return delta
+        from deltamerge.methods.prune import protect
+
+        return self._node(protect.clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
         """Return the kept delta with its protected columns, and its description."""
         columns, count = self.protected(tuned)
         if columns is None:
             return kept, text
+        from deltamerge.methods.prune import protect
+
         inputs = [kept, *self._pair(tuned), columns]
         return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
         a LoRA is made, also an adapter's own update and zeros."""
-        values = added(tuned.tensor)
+        values = None
+        if tuned.model.checkpoint.base is not None:
+            from deltamerge.models.delta_over_base import added
+
+            values = added(tuned.tensor)
         if values is None and self.recipe.output.lora and tuned.base is not None:
+            from deltamerge.formats.peft.lora import update_of
+
             values = update_of(tuned.tensor, tuned.base)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)

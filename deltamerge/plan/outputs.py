@@ -11,8 +11,6 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.formats.components import folders_of, split
-from deltamerge.formats.delta.positions import expected_bits
-from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.delta_graph import Merge
@@ -72,6 +70,9 @@ class OutputTensor:
 
         `values` is the coding of added values; None: final values.
         """
+        from deltamerge.formats.delta.positions import expected_bits
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from deltamerge.calibrate.reach import in_words
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
@@ -45,6 +43,7 @@ from deltamerge.tensors.tensor import Node, TensorInfo
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
+    from deltamerge.formats.peft.config import Adapter
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
@@ -458,6 +457,8 @@ def _notes(
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
+    if stages.calibrations:
+        from deltamerge.calibrate.reach import in_words
     for node in stages.calibrations:
         spec = node.parameter("spec")
         if words := in_words(spec.not_calibrated):

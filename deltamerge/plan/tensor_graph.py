@@ -12,11 +12,6 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient
 from deltamerge.errors import RecipeError
-from deltamerge.formats.delta.positions import uniform_density
-from deltamerge.formats.delta.values import VALUE_BITS
-from deltamerge.formats.peft.lora import update_of
-from deltamerge.methods.merge.sums import divisor_of
-from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
 from deltamerge.methods.prune.select import largest
@@ -116,6 +111,9 @@ class Builder:
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
         """Return the density at which all tensors of a budget together about fit."""
+        from deltamerge.formats.delta.positions import uniform_density
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
@@ -172,6 +170,8 @@ class Builder:
     @property
     def _is_sum(self) -> bool:
         """Tell whether the method adds up deltas, so that factors of theirs are all there is to fit."""
+        from deltamerge.methods.merge.task_arithmetic import task_arithmetic
+
         return name_of(self.recipe.method.function) == name_of(task_arithmetic)
 
     def _parts(self, merge: Merge) -> dict[str, Node]:
@@ -181,8 +181,7 @@ class Builder:
         names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
         if self._is_sum:
             values = self._parameters(merge)[0]
-            factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
-            factors = [factor * weight for weight in values["weights"]]
+            factors = _factors(values)
             scaled = [self._times(node, factor) for node, factor in zip(own, factors, strict=True)]
             return dict(zip(names, scaled, strict=True))
         return {MERGED: self._merged_delta(merge, self.recipe.seed), **dict(zip(names, own, strict=True))}
@@ -193,6 +192,8 @@ class Builder:
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
         """Return the base and the sum of the deltas, each times the factor that was fitted."""
+        from deltamerge.methods.merge.task_arithmetic import task_arithmetic
+
         scaled, stage = [], self.deltas.stages.together
         assert merge.base is not None
         assert stage is not None
@@ -364,16 +365,25 @@ class Builder:
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
+def _factors(values: Mapping[str, Any]) -> list[float]:
+    """Return what each delta of a sum is multiplied by."""
+    from deltamerge.methods.merge.sums import divisor_of
+
+    factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+    return [factor * weight for weight in values["weights"]]
+
+
 def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, Tensor], ...]:
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
-    factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+    from deltamerge.formats.peft.lora import update_of
+
     found = []
-    for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
+    for tuned, factor in zip(merge.tunes, _factors(values), strict=True):
         if tuned.tensor.is_same(merge.base):
             continue
         if update_of(tuned.tensor, merge.base) is None:
             return ()
-        found.append((factor * weight, tuned.tensor.tensor))
+        found.append((factor, tuned.tensor.tensor))
     return tuple(found)
