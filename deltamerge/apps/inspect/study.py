@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.apps.inspect.activations import activations
-from deltamerge.apps.inspect.moments import DeltaMoments
-from deltamerge.apps.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
+from deltamerge.apps.inspect.statistics import (
+    DeltaMoments,
+    Pair,
+    Report,
+    activations,
+    measure_deltas,
+    pair_recipe,
+    pairs_of,
+    parse,
+    report,
+)
 from deltamerge.apps.report import page as pages
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import default_workers, shared_values

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from deltamerge.apps.inspect.activations import Figures, activations
-from deltamerge.apps.inspect.moments import DeltaMoments, together
-from deltamerge.apps.inspect.statistics import Pair, pair_recipe, pairs_of
+from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, activations, pair_recipe, pairs_of, together
 from deltamerge.apps.inspect.study import measure, open_pair, specs_of
 from deltamerge.calibrate.rows.rows import has_head, metric_of
 from deltamerge.engine.execute import shared_values

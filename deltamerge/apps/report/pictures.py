@@ -7,9 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, place_figures
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
-from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
+from deltamerge.apps.report.page import (
+    CHANGED,
+    FIGURES,
+    Place,
+    heat_maps,
+    legend,
+    matrices,
+    measured_errors,
+    place_figures,
+    search_curve,
+)
 from deltamerge.apps.report.svg import STYLE, Panel, picture, short
 from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import shared_values
@@ -25,7 +34,7 @@ from deltamerge.run.options import Draw
 from deltamerge.tensors.tensor import Graph
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.activations import Activations
+    from deltamerge.apps.inspect.statistics import Activations
 
 BASE = "base"
 DELTA, SEARCH, ACTIVATIONS = PICTURES
@@ -126,8 +135,8 @@ def _activations(spec: Spec) -> Activations:
 
     For a random mask with its measured error.
     """
-    from deltamerge.apps.inspect.activations import activations
     from deltamerge.apps.inspect.evidence import influence
+    from deltamerge.apps.inspect.statistics import activations
 
     drawn = spec if spec.random and not spec.shared else None
     node = Graph().node(influence, kind="small", source=spec.source, spec=drawn)
