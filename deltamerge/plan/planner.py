@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
@@ -149,6 +150,29 @@ class Plan:
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
     settled: OutputConfig = field(default_factory=lambda: OutputConfig({}))
+
+    def __repr__(self) -> str:
+        models = some([f"{name}" for name in self.inputs.names])
+        base = f" on {self.inputs.base.name}" if self.inputs.base is not None else ""
+        size = f"{len(self.outputs)} tensors, {human(self.nbytes)}, peak memory {human(self.peak_bytes)}"
+        return shown(f"<Plan: {self.recipe.method.name} of {models}{base}; {size}>")
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Plan: {self.recipe.method.name}", self.summary())
+
+    def summary(self) -> dict[str, str]:
+        """Return the plan in a few labelled lines."""
+        files = len(self.layout.files)
+        return {
+            **({"base": self.inputs.base.name} if self.inputs.base is not None else {}),
+            "models": some(self.inputs.names),
+            "output": f"{len(self.outputs)} tensors, {human(self.nbytes)} in {files} file{'s' * (files != 1)}",
+            "reads": human(self.read_bytes),
+            "peak memory": human(self.peak_bytes),
+            "device": f"{self.device}, {self.workers} threads",
+            **({"warnings": "; ".join(self.warnings)} if self.warnings else {}),
+            **({"notes": str(len(self.notes))} if self.notes else {}),
+        }
 
     @property
     def device(self) -> str:
