@@ -215,8 +215,8 @@ def _over(root: Node, cut: Mapping[Node, Node]) -> Node:
     for node in depth_first(root):
         if node in made:
             continue
-        inputs = tuple(made[source] for source in node.inputs)
-        same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
+        inputs = tuple(made[source] for source in node.operands)
+        same = all(a is b for a, b in zip(inputs, node.operands, strict=True))
         made[node] = node if same else Node(node.function, inputs, node.parameters, node.shape, node.dtype, node.kind)
     return made[root]
 
