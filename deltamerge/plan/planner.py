@@ -119,6 +119,7 @@ class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
     Relative references of the recipe start at `folder`.
+    `left_plain` says which weights are not quantised though asked for: also one of the `notes`.
     `settled` has the keys of config.json in which the models differ, and whose values are written.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
@@ -141,6 +142,7 @@ class Plan:
     rows: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+    left_plain: tuple[str, ...] = ()
     pruned_adapter: Adapter | None = None
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
@@ -350,6 +352,7 @@ def _plan(
         rows=stages.rows,
         cut_bytes=_read_before(stages),
         config=decided.config,
+        left_plain=tuple(decided.left_plain) if isinstance(decided, Outputs) else (),
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),

@@ -124,7 +124,7 @@ def test_merging_from_python_gives_the_bytes_of_the_recipe(folder: Path, tmp_pat
 
 
 def test_a_fault_of_a_merge_from_python_is_named_without_a_line(folder: Path) -> None:
-    with pytest.raises(DeltamergeError, match="^merge: densty: unknown key") as caught:
+    with pytest.raises(DeltamergeError, match=r"^merge: densty: unknown key") as caught:
         api.merge([folder / "tuned"], folder / "none", method="ties", base=folder / "base", densty=1)
     assert caught.value.hint
 
