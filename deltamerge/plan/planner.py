@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from deltamerge.calibrate.reach import in_words
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
@@ -460,9 +459,8 @@ def _notes(
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
     for node in stages.calibrations:
-        spec = node.parameter("spec")
-        if words := in_words(spec.not_calibrated):
-            yield f"calibration of {spec.name}: {words}"
+        if remark := node.parameter("spec").remark:
+            yield remark
     yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 
