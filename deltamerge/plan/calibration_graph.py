@@ -28,8 +28,8 @@ from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.names import has_columns, is_linear
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
+from deltamerge.tensors.views import moves_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,7 +330,7 @@ def _plan(
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(
-            *(checks.warnings(recipe) if recipe.mergekit else ()),
+            *checks.warnings(recipe),
             *swapped(inputs),
             *tokenizers.warnings,
             *decided.settled.warnings,

@@ -19,10 +19,10 @@ from deltamerge.plan.delta_graph import Deltas, Merge, Tuned, matrix_form
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Graph, Node, Tensor, TensorInfo
 from deltamerge.tensors.traits import Function, name_of
 from deltamerge.tensors.traits import function_of as call
+from deltamerge.tensors.views import moves_rows
 
 SUM = "deltamerge.methods.merge.task_arithmetic:task_arithmetic"  # imported where a recipe names it
 

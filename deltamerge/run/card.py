@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.errors.markdown import code, fenced, plain
-from deltamerge.models.front_matter import card
-from deltamerge.models.front_matter import front_matter as read_front_matter
+from deltamerge.errors.shown import code, fenced, plain
+from deltamerge.formats.components import card
+from deltamerge.formats.components import front_matter as read_front_matter
 from deltamerge.outputs.checkpoint import head_of
 from deltamerge.outputs.output import Account, output_of
 from deltamerge.plan.planner import Plan
