@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
 from deltamerge.engine.tasks import on_gpu
-from deltamerge.errors.markdown import code
+from deltamerge.errors.shown import code
+from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB, room_for
-from deltamerge.files.seals import seal
 from deltamerge.formats.components import PIPELINE
 from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
 from deltamerge.formats.safetensors_writer import Writer

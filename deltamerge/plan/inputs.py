@@ -16,7 +16,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
-from deltamerge.formats.config_json import code_of as code_of
+from deltamerge.formats.components import code_of as code_of
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.checkpoint import Checkpoint, by_component

@@ -35,8 +35,8 @@ from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.names import LM_HEAD, layer_index
-from deltamerge.tensors.rows import cut
 from deltamerge.tensors.tensor import Graph, TensorInfo
+from deltamerge.tensors.views import cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -486,11 +486,10 @@ def _notes(
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
     if stages.calibrations:
-        from deltamerge.calibrate.reach import in_words
+        pass
     for node in stages.calibrations:
-        spec = node.parameter("spec")
-        if words := in_words(spec.not_calibrated):
-            yield f"calibration of {spec.name}: {words}"
+        if remark := node.parameter("spec").remark:
+            yield remark
     yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
@@ -18,7 +17,15 @@ from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
-from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
+from deltamerge.tensors.names import (
+    EMBEDDING,
+    LM_HEAD,
+    TASK_HEAD,
+    TOKEN_HEAD,
+    is_transposed,
+    layer_index,
+    numbers_as_stars,
+)
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 
 KEY = "quantization_config"

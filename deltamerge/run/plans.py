@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.ownership import Guard, Maker, place_named, place_of
+from deltamerge.files.ownership import LOCK_NAME, Guard, Maker, place_named, place_of, read_lock
 from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header

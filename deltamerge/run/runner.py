@@ -14,10 +14,8 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import writing
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.ownership import Guard
-from deltamerge.files.pieces import Pieces
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import Pieces, seal
+from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
