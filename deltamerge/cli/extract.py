@@ -115,7 +115,7 @@ def command(
     with app("chain"):
         from deltamerge.apps.chain.extract import extract as extract_delta
         from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
-    from deltamerge.models.chain.store import Sharing, is_store
+    from deltamerge.models.chain.publish import Sharing, is_store
     from deltamerge.run.options import Options
 
     theirs = given_flags(click.get_current_context())

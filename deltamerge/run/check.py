@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.ownership import LOCK_NAME, read_lock
 from deltamerge.recipe import checks, yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
