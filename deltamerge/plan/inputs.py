@@ -34,6 +34,7 @@ from deltamerge.tensors.views import zeros_like
 if TYPE_CHECKING:
     from deltamerge.models.delta_file import DeltaFile
 
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -523,6 +524,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     assert tune.index is not None
     if (kind := adapter.config.get("peft_type")) != "LORA":
         raise InputError(f"{tune.name}: only LoRA's own A and B can be pruned, not {kind}", hint="write kind: model")
+
     if (start := adapter.config.get("init_lora_weights")) in DERIVED:
         message = f"{tune.name}: init_lora_weights {start!r} begins with a part of the base, which pruning would cut"
         raise InputError(message, hint="write kind: model, or save it as plain LoRA with peft")

@@ -144,6 +144,7 @@ class Outputs:
         scopes = {group.part.module for group in inputs.groups}
         self.notes += [*inputs.notes, *ModuleFinder(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
+        self.left_plain: list[str] = []
         self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
         self.coded = copies(inputs)
 
@@ -160,6 +161,7 @@ class Outputs:
         plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
         self.config = self.quantising.config(self.config, plain)
         self.notes += self.quantising.notes()
+        self.left_plain = self.quantising.left()
         if self.recipe.output.scheme == "none":
             self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows

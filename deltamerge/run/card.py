@@ -84,7 +84,7 @@ def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[flo
 def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]:
     if not plan.stages:
         return []
-    from deltamerge.calibrate.reach import in_words
+    from deltamerge.calibrate.spec import in_words
 
     found = [
         (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])

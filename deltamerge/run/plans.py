@@ -175,7 +175,7 @@ def guard_of(
 
 
 def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextManager[None]:
-    """`publish.replacing`, where it may matter: what is no delta and replaces nothing is no matter of chains."""
+    """Return `replacing` of a target; where nothing is there and no delta comes there, nothing is in its way."""
     if not delta and not os.path.exists(target):
         return nullcontext()
     from deltamerge.models.chain.publish import replacing
