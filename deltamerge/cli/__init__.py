@@ -10,7 +10,6 @@ import errno
 import gc
 import importlib
 import io
-import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from deltamerge.version import __version__
 
 AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 # The table of commands, by purpose: a command's name, and the first sentence of its help.
@@ -66,7 +64,8 @@ SECTIONS = {
         "squash": "Fold the older versions of CHAIN into one.",
         "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
     },
-    "Shell": {
+    "This installation": {
+        "doctor": "Show what deltamerge finds on this machine.",
         "completion": "Print what makes SHELL complete commands and their values.",
     },
 }
@@ -154,30 +153,13 @@ def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
     what = f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}"
     where = f"at {Path(last.filename).name}:{last.lineno} in {last.name}"
-    hint = "please report these lines together with the recipe and `deltamerge --version`"
+    hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
     for line in (what, where, f"hint: {hint}"):
         tell(line)
     if machine:
         with suppress(OSError):
             say_json({"error": {"message": f"{what} {where}", "hint": hint, "exit_code": 3, "problems": []}})
     return 3
-
-
-def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    if not asked:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    from deltamerge.engine import kernels
-
-    click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
-    for package in VERSIONS:
-        try:
-            click.echo(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            click.echo(f"{package} not installed")
-    click.echo(f"kernels {kernels.described()}")
-    context.exit()
 
 
 class _CommandFailure(Exception):
@@ -223,12 +205,17 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments name. A command of mergekit's is refused with the name of ours."""
-        if args[0] not in HELP:
-            from deltamerge.cli.mergekit_flags import COMMANDS
+        """Return the command that the arguments name. One of mergekit's is refused with what to type here."""
+        if args[0] not in HELP and not args[0].startswith("-"):
+            from difflib import get_close_matches
 
-            if ours := COMMANDS.get(args[0].removeprefix("mergekit-")):
-                ctx.fail(f"{args[0]} is a command of mergekit's. Here: {ours}")
+            from deltamerge.cli.mergekit_flags import SYNONYMS, ours
+
+            if line := ours(args[0], args[1:]):
+                ctx.fail(f"{args[0]} is a command of mergekit's. Here: {line}")
+            close = [SYNONYMS[args[0]]] if args[0] in SYNONYMS else get_close_matches(args[0], HELP, n=1)
+            if close:
+                ctx.fail(f"No such command {args[0]!r}. Did you mean deltamerge {close[0]}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -238,9 +225,6 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
-    help="Version of deltamerge, and of all that matters in a bug report.",
-)  # fmt: skip
+@click.version_option(__version__, message="deltamerge %(version)s", help="Print the version; `doctor` says more.")
 def commands() -> None:
     """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""

@@ -9,6 +9,7 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, figure, paragraph, table
+from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
 from deltamerge.cli.options import (
     ALLOW_COMMAND,
     AS_JSON,
@@ -60,6 +61,7 @@ SHOWN_ERRORS = 5
 @click.option("--force", is_flag=True, help="Forget an earlier study; replace a changed NAME.best.yaml.")
 @AS_JSON
 @QUIET
+@evolve_flags
 def command(
     recipe: Path,
     settings: dict[Loc, str],
@@ -89,7 +91,11 @@ def command(
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
-    file = read_template(recipe, settings)
+    theirs = given_flags(click.get_current_context())
+    out, trials = out or theirs.out_path, trials or theirs.trials
+    if theirs.warning and not quiet:
+        tell(f"warning: {theirs.warning}")
+    file = read_template(recipe, {**(theirs.settings or {}), **settings})
     with tracked(track, f"search {recipe.stem}", file.template.source.data) as log:
         found = run_search(
             file,

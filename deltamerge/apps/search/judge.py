@@ -34,8 +34,7 @@ from deltamerge.calibrate.rows.rows import DataRow, rows_of, select, split
 from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
-from deltamerge.engine.execute import default_workers, execute, shared_values
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import computed, default_workers, execute, shared_values
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import dense
 from deltamerge.recipe.schema import Goal, Recipe, Study
@@ -215,8 +214,8 @@ def _over(root: Node, cut: Mapping[Node, Node]) -> Node:
     for node in depth_first(root):
         if node in made:
             continue
-        inputs = tuple(made[source] for source in node.inputs)
-        same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
+        inputs = tuple(made[source] for source in node.operands)
+        same = all(a is b for a, b in zip(inputs, node.operands, strict=True))
         made[node] = node if same else Node(node.function, inputs, node.parameters, node.shape, node.dtype, node.kind)
     return made[root]
 
