@@ -37,7 +37,7 @@ from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.files.descriptors import writing
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import seal
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.references import Models
