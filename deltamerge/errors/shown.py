@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LONGEST = 800  # characters of a message that quotes foreign text
 LINE = 4000  # characters of a line of a table or a report
@@ -64,6 +64,14 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def as_html(title: str, rows: Mapping[str, str]) -> str:
+    """Return a title and labelled lines as a table, for notebooks."""
+    from html import escape
+
+    cells = (f"<tr><th>{escape(shown(k))}</th><td>{escape(shown(v))}</td></tr>" for k, v in rows.items())
+    return f"<table><caption>{escape(shown(title))}</caption>{''.join(cells)}</table>"
 
 
 # Markdown.

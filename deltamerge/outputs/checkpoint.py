@@ -84,6 +84,10 @@ class CheckpointOutput(RunOutput):
         """Return the bytes of the tensors."""
         return plan.nbytes
 
+    def remarks(self, plan: Plan) -> tuple[str, ...]:
+        """Return which weights are not quantised though asked for."""
+        return plan.left_plain
+
     def load_line(self, plan: Plan, folder: Path) -> str:
         """Return the line that loads the result in `folder`: of diffusers, sentence-transformers or transformers."""
         if (folder / "model_index.json").exists():

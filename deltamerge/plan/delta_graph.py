@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
-from deltamerge.models.delta_over_base import added
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
@@ -216,13 +214,14 @@ class Deltas:
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        from deltamerge.methods.prune.bits import mask_key
+
         density = self.density(tuned)
         assert density is not None
         columns, count = self.protected(tuned)
         whole = self._cleared(self.whole(tuned), columns)
         if density == 1:
             return whole
-        from deltamerge.methods.prune.bits import mask_key
 
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
         transposed = method.needs_activations and self.transposed(tuned)
@@ -332,8 +331,14 @@ class Deltas:
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
         a LoRA is made, also an adapter's own update and zeros."""
-        values = added(tuned.tensor)
+        values = None
+        if tuned.model.checkpoint.base is not None:
+            from deltamerge.models.delta_over_base import added
+
+            values = added(tuned.tensor)
         if values is None and self.recipe.output.lora and tuned.base is not None:
+            from deltamerge.formats.peft.lora import update_of
+
             values = update_of(tuned.tensor, tuned.base)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)

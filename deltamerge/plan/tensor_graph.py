@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import RecipeError
-from deltamerge.formats.delta.positions import uniform_density
-from deltamerge.formats.delta.values import VALUE_BITS
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.plan.delta_graph import Deltas, Merge, Tuned, matrix_form
 from deltamerge.recipe.schema import MERGED, Recipe
@@ -113,6 +110,9 @@ class Builder:
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
         """Return the density at which all tensors of a budget together about fit."""
+        from deltamerge.formats.delta.positions import uniform_density
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
@@ -388,6 +388,8 @@ def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tupl
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
+    from deltamerge.formats.peft.lora import update_of
+
     factor, found = _factor(values), []
     for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
         if tuned.tensor.is_same(merge.base):

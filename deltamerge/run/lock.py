@@ -51,6 +51,9 @@ class Lock:
     content: Mapping[str, Any]
     rows: Rows | None = None
 
+    def __repr__(self) -> str:
+        return f"<Lock {self.path}>"
+
     @classmethod
     def of(
         cls,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
-from deltamerge.errors.shown import some
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import writing
 from deltamerge.files.hashes import Pieces, seal
 from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
@@ -65,6 +65,15 @@ class Result:
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
     lora: LowRankSummary | None = None
+
+    def __repr__(self) -> str:
+        return shown(f"<Result {self.folder}: {self.name}, {human(self.size)}>")
+
+    def _repr_html_(self) -> str:
+        rows = {"made": f"{self.name}, {human(self.size)}"} | dict(line.split(maxsplit=1) for line in self.next_steps)
+        if self.plan.warnings:
+            rows["warnings"] = "; ".join(self.plan.warnings)
+        return as_html(str(self.folder), rows)
 
     @property
     def size(self) -> int:
