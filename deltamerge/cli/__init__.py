@@ -11,7 +11,6 @@ import errno
 import gc
 import importlib
 import io
-import platform
 import sys
 import traceback
 import warnings
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 # The table of commands, by purpose: a command's name, and the first sentence of its help.
@@ -71,7 +69,8 @@ SECTIONS = {
         "squash": "Fold the older versions of CHAIN into one.",
         "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
     },
-    "Shell": {
+    "This installation": {
+        "doctor": "Show what deltamerge finds on this machine.",
         "completion": "Print what makes SHELL complete commands and their values.",
     },
 }
@@ -169,7 +168,7 @@ def _of_system(error: Exception) -> DeltamergeError | None:
 def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
     whose, file, at, function = f"deltamerge {__version__}", last.filename, last.lineno, last.name
-    hint = "please report these lines together with the recipe and `deltamerge --version`"
+    hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
     if (other := plugins.culprit(bug)) is not None:
         whose, file, at, function = other.package, other.file, other.line, other.function
         hint = f"report these lines to the authors of {whose}, or remove it"
@@ -181,23 +180,6 @@ def _report_bug(bug: Exception, *, machine: bool) -> int:
         with suppress(OSError):
             say_json({"error": {"message": f"{what} {where}", "hint": hint, "exit_code": 3, "problems": []}})
     return 3
-
-
-def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    if not asked:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    from deltamerge.engine import kernels
-
-    click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
-    for package in VERSIONS:
-        try:
-            click.echo(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            click.echo(f"{package} not installed")
-    click.echo(f"kernels {kernels.described()}")
-    context.exit()
 
 
 class _CommandFailure(Exception):
@@ -295,9 +277,6 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
-    help="Version of deltamerge, and of all that matters in a bug report.",
-)  # fmt: skip
+@click.version_option(__version__, message="deltamerge %(version)s", help="Print the version; `doctor` says more.")
 def commands() -> None:
     """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""
