@@ -46,7 +46,11 @@ ERRORS = {
     ),
     "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
     "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in [0, 1], got 1.5", ""),
-    "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
+    "missing model": (
+        RECIPE.format(method="ties").replace("./b,", "./nowhere,"),
+        "./nowhere: no such folder",
+        "hint: ",
+    ),
     "no recipe": (None, "bad.yaml", ""),
 }
 
