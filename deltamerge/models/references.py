@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.components import CONFIG
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
+from deltamerge.formats.weight_files import RUNNING_SUM
 from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 
 if TYPE_CHECKING:
@@ -102,6 +102,15 @@ class Models:
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
     """One model, as `Models.open`."""
     return Models().open(reference, folder, weights=weights, pickles=pickles)
+
+
+def absent(reference: str, folder: Path) -> InputError | None:
+    """The error of a reference that is neither there nor a hub id; None: it may be a model. Asks no hub."""
+    if os.path.exists(os.path.join(folder, os.path.expanduser(reference))):
+        return None
+    from deltamerge.models import hub
+
+    return hub.absent(reference, folder)
 
 
 def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:

@@ -104,7 +104,7 @@ def _with_absent(error: RecipeError, path: Path, settings: Mapping[Loc, str] | N
 
 def _absent(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
     """Yield a problem for each model of recipes in `folder` that is neither there nor on the hub, by its name."""
-    from deltamerge.models.hub import absent
+    from deltamerge.models.references import absent
 
     sources = list(sources)
     made = {source.data.get("name") for source in sources if isinstance(source.data, dict)}
