@@ -217,7 +217,7 @@ def _built(config: Mapping[str, Any]) -> ModelShapes | None:
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from deltamerge.calibrate.model.skeleton import skeleton
+    from deltamerge.calibrate.model.loading import skeleton
     from deltamerge.calibrate.model.transformers_code import running
 
     if kind not in CONFIG_MAPPING:
