@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.hashes import Pieces
+from deltamerge.files.hashes import Pieces, check_blobs
 from deltamerge.formats.quantised.detect import without_keys
-from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import Stack
@@ -218,7 +217,7 @@ def _built(config: Mapping[str, Any]) -> ModelShapes | None:
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from deltamerge.calibrate.model.skeleton import skeleton
+    from deltamerge.calibrate.model.loading import skeleton
     from deltamerge.calibrate.model.transformers_code import running
 
     if kind not in CONFIG_MAPPING:
