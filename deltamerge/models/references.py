@@ -104,15 +104,6 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
     return Models().open(reference, folder, weights=weights, pickles=pickles)
 
 
-def absent(reference: str, folder: Path) -> InputError | None:
-    """The error of a reference that is neither there nor a hub id; None: it may be a model. Asks no hub."""
-    if os.path.exists(os.path.join(folder, os.path.expanduser(reference))):
-        return None
-    from deltamerge.models import hub
-
-    return hub.absent(reference, folder)
-
-
 def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
     """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
     with errors.context(reference):
