@@ -483,10 +483,9 @@ def lines(
     names = list(series)
     for name, level in levels.items():
         colour = f"stroke:{COLOURS[names.index(name) % len(COLOURS)]}" if name in series else ""
-        y = f"{frame.down(level):.6g}"
-        shapes.append(
-            element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y, class_="reference", style=colour)
-        )
+        across_it: Attributes = {"x1": _percent(LEFT), "x2": _percent(RIGHT)}
+        across_it |= dict.fromkeys(("y1", "y2"), f"{frame.down(level):.6g}")
+        shapes.append(element("line", **across_it, class_="reference", style=colour))
         if name not in series:
             shapes.append(_words(RIGHT, frame.down(level) - 5, name, anchor="end"))
     foot = ABOVE + TALL + 44
