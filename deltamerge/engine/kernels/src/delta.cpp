@@ -1,4 +1,4 @@
-// Entry points of the delta codec and of low-rank products (models/delta_in_place.py, tensors/views.py).
+// Entry points of the delta codec and of low-rank products (models/delta_file.py, tensors/views.py).
 #define PY_SSIZE_T_CLEAN
 #include "check.h"
 #include "entries.h"
