@@ -7,7 +7,7 @@ namespace deltamerge {
 
 namespace {
 
-constexpr i64 kPadding = 16;  // zeros after the stored bytes (formats/delta/stored.py)
+constexpr i64 kPadding = 16;  // zeros after the stored bytes (formats/delta/folder.py)
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const u8* stored, i64 size, const i64* n, Coded& coded) {

@@ -156,7 +156,7 @@ PyObject* replace_read(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"run", run_stream, METH_VARARGS, "Run a pass of a tensor (fused/program.py); whether everything could be read."},
-    {"digests", digests_of, METH_VARARGS, "Digests of pieces (files/pieces.py)."},
+    {"digests", digests_of, METH_VARARGS, "Digests of pieces (files/hashes.py)."},
     {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
