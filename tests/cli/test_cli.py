@@ -218,9 +218,9 @@ FLAGS = {
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --whole --target --dora "
+    "extract": "--base --out --after --density --method --q --values --lora --budget --for --whole --target --dora "
     "--calibration --text --sequences --length --device --workers --memory --resume --force "
-    "--allow-nonfinite --allow-pickles --json --quiet --help",
+    "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",
     "list": "--json --help",
