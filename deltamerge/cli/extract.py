@@ -25,7 +25,7 @@ from deltamerge.cli.options import (
     pruning_methods,
     rows_of_text,
 )
-from deltamerge.cli.output import say_json, tell
+from deltamerge.cli.output import of_command_line, say_json, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import after_folders, app
 
@@ -173,7 +173,7 @@ def command(
         begun, warnings = time.monotonic(), Warnings(line)
         line = ""
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
-        with after_folders(done):
+        with after_folders(done), of_command_line():
             result = extract_delta(
                 model, base, target, density=density, method=method, q=q, values=values, after=after,
                 lora=None if size is None else size | more,

@@ -218,7 +218,7 @@ FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
     "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
     "--verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
+    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --verbose --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",

@@ -241,3 +241,10 @@ def test_every_command_reads_torch_s_files_where_it_may(capsys, tmp_path, monkey
         assert (code, "--allow-pickles" in err) == (0 if words[0] == "lock" else 1, words[0] != "lock"), words
         assert call(capsys, *words, "--allow-pickles")[0] == 0, words
     assert call(capsys, "check", "small.yaml")[0] == 0
+
+
+def test_notes_of_a_check_are_for_those_who_ask(capsys, folder):
+    (folder / "noted.yaml").write_text(f"{RECIPE}template: base\nname: noted\ndtype: float16\n")
+    assert json.loads(call(capsys, "check", "noted.yaml", "--json")[1])["recipes"][0]["notes"]
+    assert ": note: " not in call(capsys, "check", "noted.yaml")[2]
+    assert ": note: " in call(capsys, "check", "noted.yaml", "-v")[2]
