@@ -56,8 +56,7 @@ from deltamerge.formats.torch_bin import read_torch_header
 from deltamerge.formats.weight_files import shards_of, weight_source
 from deltamerge.models.chain import slime
 from deltamerge.models.chain.folder import head
-from deltamerge.models.checkpoint import INDEX, open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import INDEX, decoded, open_checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.hub import open_model
 from deltamerge.models.hub_client import (
