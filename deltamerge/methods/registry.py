@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -49,7 +49,7 @@ MERGE_ORDER = (
 PRUNE_ORDER = (
     "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers",
 )  # fmt: skip
-DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = (Merge|Prune)Method)\(", re.MULTILINE)
+DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = ((Merge|Prune)Method|like))\(", re.MULTILINE)
 
 # A function at the top of its module, or its name "module:name", which is imported when it runs.
 Function: TypeAlias = str | Callable[..., Any]
@@ -254,6 +254,11 @@ def prune_method(
         return function
 
     return enter
+
+
+def like(other: Any, **changes: Any) -> Any:
+    """Return the method that a function declares with other fields: a name, a summary, a formula of its parameters."""
+    return replace(other.method, **changes)
 
 
 def _with_parameters(function: Callable[..., Any], names: tuple[str, ...], masking: Masking) -> Any:
