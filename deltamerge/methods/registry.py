@@ -97,7 +97,7 @@ class MergeMethod:
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:
-        """Whether a recipe with that `base_model` hands the base to the method apart from the models."""
+        """Tell whether a recipe with that `base_model` hands the base to the method apart from the models."""
         return self.needs_base or (self.takes_base and base_model is not None)
 
 
@@ -139,17 +139,18 @@ class Masking:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the tensor."""
+        """Return the tensor's shape."""
         shape: tuple[int, ...] = self.delta.shape
         return shape
 
     def masked(self, *inputs: Any, **parameters: Any) -> Any:
-        """The node of the method's function of a tile of `inputs`."""
+        """Return the node of the method's function of a tile of `inputs`."""
         return self.make(self.method.function, inputs, shape=self.shape, **parameters)
 
 
 def in_one_pass(masking: Masking) -> Any:
-    """The node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if random."""
+    """Return the node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if
+    random."""
     key = {"key": masking.key} if masking.method.random else {}
     return masking.masked(masking.delta, density=masking.share, **key, **masking.parameters)
 
@@ -186,7 +187,7 @@ class PruneMethod:
 
     @property
     def own_parameters(self) -> tuple[str, ...]:
-        """The parameters that it declares besides density and q."""
+        """Return the parameters that it declares besides density and q."""
         return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
@@ -320,7 +321,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
 
 @cache
 def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the files that declare a method: those of `order` first."""
+    """Return names of the files that declare a method: those of `order` first."""
     files = {path.stem for path in folder.glob("*.py") if DECLARES.search(path.read_text(encoding="utf-8"))}
     return (*(name for name in order if name in files), *sorted(files - set(order)))
 
