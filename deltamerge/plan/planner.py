@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltamerge.engine.devices import AUTO
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped
@@ -33,7 +32,7 @@ from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
-from deltamerge.recipe import advice, checks
+from deltamerge.recipe import checks, prune
 from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import numbered_blocks
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
     from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.running_sum import RunningSum
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
@@ -362,7 +362,7 @@ def _plan(
             *tokenizers.warnings,
             *decided.settled.warnings,
             *adapter_warnings(decided.settled, inputs),
-            *advice.warnings(recipe, kept, factors=own is not None),
+            *prune.warnings(recipe, kept, factors=own is not None),
         ),
         settled=decided.settled,
         stacks=tuple(decided.stacks),
