@@ -142,6 +142,21 @@ def test_what_people_read_is_as_it_was(width):
         assert text.rstrip("\n") == (GOLDEN / name).read_text().rstrip("\n"), f"python {__file__} writes {name} anew"
 
 
+def test_reports_are_a_line_in_python_and_a_table_in_a_notebook():
+    found, advice = report(), recommendation(measured=False)
+    assert (
+        repr(found)
+        == str(found)
+        == f"<Report {found.model} on {found.base}: {len(found.tensors)} tensors, ‖Δ‖/‖W‖ {found.total.relative_norm:.3g}>"
+    )
+    assert repr(advice) == str(advice) == "<Recommendation math on ./base, density 0.1: dare>"
+    assert f"<caption>{found.model} on {found.base}</caption>" in found._repr_html_()
+    assert f"<td>{found.total.count:,}</td>" in found._repr_html_()
+    hostile = advice.model_copy(update={"why": ["<script>"]})
+    assert "&lt;script&gt;" in hostile._repr_html_()
+    assert "<script" not in hostile._repr_html_()
+
+
 def test_tables_fit_any_width():
     for width in range(64, 200, 17):
         listed = render_methods(catalogue(), width).splitlines()
