@@ -90,7 +90,10 @@ class LayerRank:
 
 @dataclass(frozen=True, slots=True)
 class LowRankSummary:
-    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes."""
+    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes.
+
+    `whole` is how many of the bytes are of tensors without factors.
+    """
 
     nbytes: int
     hashed: dict[str, Any]
@@ -98,6 +101,7 @@ class LowRankSummary:
     energy: float
     notes: tuple[str, ...] = ()
     output: float | None = None
+    whole: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return it as locks and `--json` have it; four digits do not depend on the machine."""
