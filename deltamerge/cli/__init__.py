@@ -66,6 +66,7 @@ SECTIONS = {
         "extract": "Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.",
         "apply": "Put DELTA on its base again.",
         "list": "List the versions of the chain FOLDER, or the deltas of the store.",
+        "pin": "Let the servers of a chain go to VERSION, an earlier or a later one, and stay there.",
         "squash": "Fold the older versions of CHAIN into one.",
         "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
     },
