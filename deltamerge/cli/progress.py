@@ -84,7 +84,7 @@ def amount(phase: Phase) -> str:
     done = phase.reached
     if phase.total <= 0 and not done:
         return ""
-    of = "of ≤" if phase.bound else "of"
+    of = "of at most" if phase.bound else "of"
     if phase.unit == BYTES:
         return f"{human(done)} {of} {human(max(phase.total, done))}"
     return f"{int(done + 1e-6):,} {of} {int(max(phase.total, done)):,} {phase.unit}"
