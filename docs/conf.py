@@ -7,7 +7,7 @@ import click
 
 project = "deltamerge"
 release = importlib.metadata.version("deltamerge")
-extensions = ["myst_parser", "sphinx_click", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton"]
 html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
