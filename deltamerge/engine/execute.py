@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
 from deltamerge.engine.devices import fitting, torch_device, torch_devices
-from deltamerge.engine.sink import Sink
-from deltamerge.engine.tasks import Job, Running, on_gpu
+from deltamerge.engine.tasks import Job, Running, Sink, on_gpu
 from deltamerge.engine.tasks import Task as Task
 from deltamerge.engine.worker import Worker
 from deltamerge.tensors.dtypes import ITEMSIZE, nbytes_of
@@ -271,17 +271,34 @@ class _Engine:
 
 
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
-    """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
+    """Values of the small nodes that need no tile (numbers of the recipe) and of stages, each computed once."""
     values: dict[Node, Any] = dict(known)
     for root in roots:
-        tiled: set[Node] = set()
-        for node in depth_first(root):
-            if node.kind != "small" or not tiled.isdisjoint(node.inputs):
-                tiled.add(node)
-            elif node not in values:
-                inputs = [values[source] for source in node.inputs]
-                values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
+        _share(root, values)
     return values
+
+
+def _share(root: Node, values: dict[Node, Any]) -> None:
+    """Add to `values` those of one root."""
+    tiled: set[Node] = set()
+    for node in depth_first(root):
+        if node.kind == "stage":
+            if node not in values:
+                values[node] = _staged(node, values)
+        elif node.kind != "small" or not tiled.isdisjoint(node.inputs):
+            tiled.add(node)
+        elif node not in values:
+            inputs = [values[source] for source in node.inputs]
+            values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
+
+
+def _staged(stage: Node, values: dict[Node, Any]) -> Any:
+    """The value of a stage; adds to `values` those of its inputs that need no tile."""
+    small = [source for source in stage.inputs if source.kind in ("small", "stage")]
+    for source in small:
+        _share(source, values)
+    known = {source: values[source] for source in small if source in values}
+    return function_of(stage.function)(*stage.inputs, known=known, **dict(stage.parameters))
 
 
 def own_tile(device: str) -> int:
@@ -292,3 +309,37 @@ def own_tile(device: str) -> int:
 def default_workers() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Whole tensors in memory.
+
+
+def computed(
+    roots: Mapping[str, Node],
+    reader: Reader,
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+    known: Mapping[Node, Any] | None = None,
+) -> dict[str, NDArray[np.uint8]]:
+    """The bytes of tensors, by the names of their nodes; see `execute`. By default all cores work."""
+    sink = _Buffers(roots)
+    tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
+    execute(tasks, reader, sink, device=device, workers=workers or default_workers(), known=known)
+    return sink.buffers
+
+
+class _Buffers:
+    """A sink that lends the tensors themselves to be filled."""
+
+    def __init__(self, roots: Mapping[str, Node]) -> None:
+        self.buffers = {name: np.empty(nbytes_of(node.dtype, node.shape), np.uint8) for name, node in roots.items()}
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        self.buffers[name][offset : offset + data.nbytes] = data.view(np.uint8)
+
+    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        return self.buffers[name][offset : offset + nbytes]
+
+    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Nothing: what was lent is the tensor itself."""

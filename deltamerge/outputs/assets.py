@@ -21,11 +21,11 @@ from deltamerge.formats.components import (
     PIPELINE,
     Component,
     check_folder,
+    code_of,
     folders_of,
     listed_folders,
     split,
 )
-from deltamerge.formats.config_json import code_of
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.gguf_tokenizer import described, is_described
@@ -34,8 +34,7 @@ from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.output_config import generation_of
 from deltamerge.plan.planner import Plan
-from deltamerge.plan.vocabulary import Vocabulary
-from deltamerge.plan.vocabulary_config import ChatTemplate, edit_config
+from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, edit_config
 from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
 
 TOKENIZER = (

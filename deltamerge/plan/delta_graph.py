@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
-from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
-from deltamerge.methods.prune import protect, rescale
-from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
-from deltamerge.models.delta_over_base import added
-from deltamerge.plan.merge import Merge, Tuned
+from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
-from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.schema import CalibratedQ, Recipe, Section
+from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD, has_columns, has_norm, is_stacked, is_transposed
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.tensor import Graph, Node
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.traits import Function, function_of
 
 if TYPE_CHECKING:
@@ -66,6 +61,16 @@ class Stages:
         return (numbers == ALL or "," in numbers) and bool(
             self.activations or self.weighing or self.inputs or self.rows is not None
         )
+
+    @property
+    def of_masks(self) -> tuple[Node, ...]:
+        """Return the stages that masks need."""
+        return (*self.activations.values(), *self.cuts.values())
+
+    @property
+    def of_deltas(self) -> tuple[Node, ...]:
+        """Return the stages that pruned, rescaled deltas need."""
+        return (*self.of_masks, *self.calibrated.values())
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
@@ -179,6 +184,8 @@ class Deltas:
             return self._calibrated(tuned, prune.q, density)
         if not self.is_masked(tuned):
             return whole, ""
+        from deltamerge.methods.prune import rescale
+
         q = self.plain_q(tuned, density)
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
@@ -194,6 +201,9 @@ class Deltas:
         """Return the masked delta over what the model's stage chose for this tensor."""
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
+        from deltamerge.calibrate.values import pick
+        from deltamerge.methods.prune import rescale
+
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
         value = self.graph.node(pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
@@ -204,12 +214,15 @@ class Deltas:
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        from deltamerge.methods.prune.bits import mask_key
+
         density = self.density(tuned)
         assert density is not None
         columns, count = self.protected(tuned)
         whole = self._cleared(self.whole(tuned), columns)
         if density == 1:
             return whole
+
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
         transposed = method.needs_activations and self.transposed(tuned)
         masking = Masking(
@@ -248,6 +261,8 @@ class Deltas:
         shape = tuned.base.shape
         if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
             return None
+        from deltamerge.calibrate.values import norm
+
         stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
             norm,
@@ -269,6 +284,8 @@ class Deltas:
         """Return the tensor's part of the threshold of its model, where that is what entries compete for."""
         if self.prune_of(tuned).group != "model":
             return None
+        from deltamerge.calibrate.values import cut_of
+
         return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
@@ -277,6 +294,8 @@ class Deltas:
         guarded = self.prune_of(tuned).protect
         if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
+        from deltamerge.calibrate.values import columns, massive
+
         width = tuned.tensor.shape[-1]
         if guarded.massive_activations is not None:
             k = min(guarded.massive_activations, width)
@@ -293,21 +312,33 @@ class Deltas:
         return self.graph.node(columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
-        return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
+        if columns is None:
+            return delta
+        from deltamerge.methods.prune.protect import clear
+
+        return self._node(clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
         """Return the kept delta with its protected columns, and its description."""
         columns, count = self.protected(tuned)
         if columns is None:
             return kept, text
+        from deltamerge.methods.prune.protect import restore
+
         inputs = [kept, *self._pair(tuned), columns]
-        return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
+        return self._node(restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
         a LoRA is made, also an adapter's own update and zeros."""
-        values = added(tuned.tensor)
+        values = None
+        if tuned.model.checkpoint.base is not None:
+            from deltamerge.models.delta_over_base import added
+
+            values = added(tuned.tensor)
         if values is None and self.recipe.output.lora and tuned.base is not None:
+            from deltamerge.formats.peft.lora import update_of
+
             values = update_of(tuned.tensor, tuned.base)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)
@@ -322,3 +353,75 @@ def number(value: Any, merge: Merge) -> float | None:
     """Return a value of the recipe for a tensor; None where no filter matches it."""
     found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A tensor to merge.
+
+    name       in the output
+    part       of the recipe that it belongs to
+    position   of its layer, from 0 to 1
+    base       the base's tensor, if the merge has a base
+    sources    the models and their tensors
+    dtype      of the result
+    """
+
+    name: str
+    part: Section
+    position: float
+    base: TensorInfo | None
+    sources: Sequence[tuple[Input, TensorInfo]]
+    dtype: str
+
+    @property
+    def tunes(self) -> tuple[Tuned, ...]:
+        """Return the fine-tunes' tensors, in the recipe's order."""
+        return tuple([Tuned(self, model, tensor) for model, tensor in self.sources])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0][1].shape
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """One fine-tune's tensor in a merge."""
+
+    merge: Merge
+    model: Input
+    tensor: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.merge.name
+
+    @property
+    def base(self) -> TensorInfo:
+        """Return the base's tensor, from which the delta is taken; a merge of deltas has one."""
+        assert self.merge.base is not None
+        return self.merge.base
+
+    @property
+    def index(self) -> int:
+        """Return the fine-tune's index in the recipe."""
+        assert self.model.index is not None
+        return self.model.index
+
+
+def matrix_form(name: str, shape: tuple[int, ...], models: int) -> tuple[int, int, int] | None:
+    """(matrices, rows, columns): a weight of a linear layer is one, stacked experts are as many as there are, a
+    convolution has the rows of its outputs.
+
+    None: a vector, a table whose rows are looked up, a head with a row a token, which may be the same table, or a
+    matrix of fewer rows or columns than `models`, in which they have no directions of their own.
+    """
+    if len(shape) < 2 or EMBEDDING.search(name) or TOKEN_HEAD.search(name):
+        return None
+    if is_stacked(name, shape):
+        form = shape
+    elif name.endswith("weight"):
+        form = (1, shape[0], math.prod(shape[1:]))
+    else:
+        return None
+    return (form[0], form[1], form[2]) if min(form[1:]) >= models and form[0] else None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from deltamerge.calibrate.reach import in_words
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
@@ -29,27 +29,29 @@ from deltamerge.plan.memory import (
     largest,
     tiles,
 )
-from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
-from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
-from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
-from deltamerge.plan.transplant import make_transplant
-from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
-from deltamerge.plan.vocabulary_config import ChatTemplate, choose_chat_template, edit_config
+from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
 from deltamerge.recipe import advice, checks
+from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import Node, TensorInfo
+from deltamerge.tensors.traits import traits_of
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
+    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
+PRUNED_ADAPTER = "adapter"
+
+Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor in a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +82,44 @@ class Budgeted:
     base: TensorInfo
 
 
+class OutputKind(Protocol):
+    """A kind of output: how a plan lays it out, what memory its sink takes, and what there is to say of it.
+
+    It is the object `OUTPUT` of a file of `outputs`, which is imported when a recipe names the kind.
+    """
+
+    def refuse(self, inputs: Inputs) -> None:
+        """Raise InputError: these models cannot have such an output."""
+
+    def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
+        """Return the files of the output. `weights` maps the parts of a coded weight to its name."""
+
+    def memory(
+        self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
+    ) -> Memory:
+        """Return the memory that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield what a plan says of how the output is made."""
+
+    def describe(self, plan: Plan) -> dict[str, Any]:
+        """Return what only this kind adds to `deltamerge plan --json`."""
+
+
+def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
+    """Return the kind of output that a recipe asks for. `own_weights`: an adapter's own A and B are pruned."""
+    found: OutputKind = importlib.import_module(
+        f"deltamerge.outputs.{PRUNED_ADAPTER if own_weights else wanted.form}"
+    ).OUTPUT
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
     Relative references of the recipe start at `folder`.
+    `left_plain` says which weights are not quantised though asked for: also one of the `notes`.
     `settled` has the keys of config.json in which the models differ, and whose values are written.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
@@ -107,6 +142,7 @@ class Plan:
     rows: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+    left_plain: tuple[str, ...] = ()
     pruned_adapter: Adapter | None = None
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
@@ -116,6 +152,29 @@ class Plan:
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
     settled: OutputConfig = field(default_factory=lambda: OutputConfig({}))
+
+    def __repr__(self) -> str:
+        models = some([f"{name}" for name in self.inputs.names])
+        base = f" on {self.inputs.base.name}" if self.inputs.base is not None else ""
+        size = f"{len(self.outputs)} tensors, {human(self.nbytes)}, peak memory {human(self.peak_bytes)}"
+        return shown(f"<Plan: {self.recipe.method.name} of {models}{base}; {size}>")
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Plan: {self.recipe.method.name}", self.summary())
+
+    def summary(self) -> dict[str, str]:
+        """Return the plan in a few labelled lines."""
+        files = len(self.layout.files)
+        return {
+            **({"base": self.inputs.base.name} if self.inputs.base is not None else {}),
+            "models": some(self.inputs.names),
+            "output": f"{len(self.outputs)} tensors, {human(self.nbytes)} in {files} file{'s' * (files != 1)}",
+            "reads": human(self.read_bytes),
+            "peak memory": human(self.peak_bytes),
+            "device": f"{self.device}, {self.workers} threads",
+            **({"warnings": "; ".join(self.warnings)} if self.warnings else {}),
+            **({"notes": str(len(self.notes))} if self.notes else {}),
+        }
 
     @property
     def device(self) -> str:
@@ -293,11 +352,12 @@ def _plan(
         rows=stages.rows,
         cut_bytes=_read_before(stages),
         config=decided.config,
+        left_plain=tuple(decided.left_plain) if isinstance(decided, Outputs) else (),
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(
-            *(checks.warnings(recipe) if recipe.mergekit else ()),
+            *checks.warnings(recipe),
             *swapped(inputs),
             *tokenizers.warnings,
             *decided.settled.warnings,
@@ -307,9 +367,7 @@ def _plan(
         settled=decided.settled,
         stacks=tuple(decided.stacks),
         mixture=mixture,
-        running_sum=made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
-        if recipe.output.rules.accumulates and mixture is None
-        else None,
+        running_sum=_sum(recipe, inputs, decided) if mixture is None else None,
     )
 
 
@@ -325,6 +383,8 @@ def _decided(
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
+        from deltamerge.plan.mixture import mixture_outputs
+
         return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
@@ -391,11 +451,12 @@ def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mi
 
 def _read_before(stages: Stages) -> int:
     """Return the bytes that are read for thresholds and totals of whole models, before the first tile."""
-    deltas = (delta for node in stages.cuts.values() for _, delta in node.parameter("deltas"))
-    read: int = 2 * sum(math.prod(one.shape) * ITEMSIZE[one.dtype] for delta in deltas for one in delta.inputs)
-    if stages.totals is not None:
-        read += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
-    return read
+    return sum(
+        traits_of(stage.function).reads * cost(one).read_bytes
+        for stage in (*stages.cuts.values(), *(() if stages.totals is None else (stages.totals,)))
+        for one in stage.inputs
+        if one.kind not in ("small", "stage")
+    )
 
 
 def _notes(
@@ -418,23 +479,35 @@ def _notes(
     yield from tokenizers.notes
     yield from decided.settled.notes
     for index, node in stages.cuts.items():
-        tensors = f"{len(node.parameter('deltas'))} tensors of {recipe.names[index]}"
+        tensors = f"{len(node.inputs)} tensors of {recipe.names[index]}"
         yield f"group: model: one threshold over {tensors}, found in two or three passes before"
     if options.device == AUTO:
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
+    if stages.calibrations:
+        pass
     for node in stages.calibrations:
-        spec = node.parameter("spec")
-        if words := in_words(spec.not_calibrated):
-            yield f"calibration of {spec.name}: {words}"
+        if remark := node.parameter("spec").remark:
+            yield remark
     yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     if recipe.transplant is None:
         return make_vocabulary(recipe, inputs)
+    from deltamerge.plan.transplant import make_transplant
+
     return make_transplant(recipe, inputs)
+
+
+def _sum(recipe: Recipe, inputs: Inputs, decided: Outputs | AppOutputs) -> RunningSum | None:
+    """Return the running sum that the output is; None: it is none."""
+    if not recipe.output.rules.accumulates:
+        return None
+    from deltamerge.plan.running_sum import made_of
+
+    return made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
 
 
 def _tokenizers(

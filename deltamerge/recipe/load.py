@@ -13,13 +13,12 @@ from pydantic import ValidationError
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.methods.registry import MERGE
-from deltamerge.models.chain.folder import expand
-from deltamerge.recipe import checks, moe_checks, open_values, yaml_source
+from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.edits import in_full
 from deltamerge.recipe.problems import place_of, problem_of, without
 from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
 from deltamerge.recipe.series import Matches, Series, find, running, shares
-from deltamerge.recipe.values import Value
+from deltamerge.recipe.values import NO_LAYERS, Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 from deltamerge.tensors import patterns
 
@@ -111,16 +110,16 @@ def flatten(
             add(loc, name, "models", whole, recipe.base_model, levels, None)
         for i, one in enumerate(slices):
             base = one.base_model or recipe.base_model
-            add(
-                (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
-            )
+            at = (*loc, "slices", i)
+            ranges = _ranges(one.sources, at, read, problems, whole=name is not None and len(slices) == 1)
+            add(at, name, "sources", one.sources, base, (one.parameters, *levels), ranges)
     return tuple(models), tuple(parts), tuple(series)
 
 
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
     """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
-    names = moe_checks.names(experts)
+    names = checks.expert_names(experts)
     models = tuple(
         Model.model_validate({"model": one.reference, "name": None if name == one.reference else name})
         for one, name in zip(experts, names, strict=True)
@@ -141,8 +140,19 @@ def _holders(
         yield ("modules", name), name, module.models, () if module.models else module.slices, (module.parameters,)
 
 
-def _ranges(sources: Sequence[SliceSource]) -> tuple[tuple[int, int], ...]:
-    return tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
+def _ranges(
+    sources: Sequence[SliceSource], at: Loc, read: YamlSource, problems: list[Problem], *, whole: bool
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the layers of each source. None: every range is [0, 0], which in the only slice of a module (`whole`)
+    means all of it."""
+    ranges = tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
+    if whole and set(ranges) == {NO_LAYERS}:
+        return None
+    for i, layers in enumerate(ranges):
+        if layers == NO_LAYERS:
+            hint = "only in the single slice of a module, where all sources have it, [0, 0] means the whole module"
+            problems.append(read.problem((*at, "sources", i, "layer_range"), "[0, 0] has no layers", hint))
+    return ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +173,7 @@ def members(
 ) -> list[Member]:
     """Return the models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
     try:
-        versions = expand(model.model, folder)
+        versions = _versions(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
         summed = read_running_sum(folder / model.model) if found is None else None
     except InputError as error:
@@ -176,6 +186,15 @@ def members(
     named = {} if model.name is None else {one: f"{model.name}:{one.rpartition('/')[2]}" for one in last}
     models = [model.model_copy(update={"model": one, "name": named.get(one)}) for one in last]
     return [Member(one, item, place, found, len(found.references)) for one in models]
+
+
+def _versions(reference: str, folder: Path) -> list[str] | None:
+    """Return the versions of a chain that a reference with a range stands for; None: it has no range."""
+    if ".." not in reference.rpartition("/")[2]:
+        return None
+    from deltamerge.models.chain.folder import expand
+
+    return expand(reference, folder)
 
 
 def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -> Iterator[Problem]:

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
-from deltamerge.errors.shown import some
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import writing
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.ownership import Guard
-from deltamerge.files.pieces import Pieces
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import Pieces, seal
+from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
@@ -44,11 +42,10 @@ from deltamerge.run.partition import (
 from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
 from deltamerge.run.reading import InputFiles, check_deltas, places
 from deltamerge.tensors.tensor import Node
-from deltamerge.tensors.traits import function_of
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
-    from deltamerge.outputs.lora_file import LowRankSummary
+    from deltamerge.outputs.output import LowRankSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +65,15 @@ class Result:
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
     lora: LowRankSummary | None = None
+
+    def __repr__(self) -> str:
+        return shown(f"<Result {self.folder}: {self.name}, {human(self.size)}>")
+
+    def _repr_html_(self) -> str:
+        rows = {"made": f"{self.name}, {human(self.size)}"} | dict(line.split(maxsplit=1) for line in self.next_steps)
+        if self.plan.warnings:
+            rows["warnings"] = "; ".join(self.plan.warnings)
+        return as_html(str(self.folder), rows)
 
     @property
     def size(self) -> int:
@@ -382,14 +388,14 @@ def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
     if (node := planned.rows) is None:
         yield {}
         return
+    from deltamerge.calibrate.values import Spooled
+
     folder = work.state / SPOOL
     with writing():
         folder.mkdir(exist_ok=True)
-    known = shared_values(node.inputs, {})
-    given = [known[source] for source in node.inputs]
-    found = function_of(node.function)(*given, folder=folder, **dict(node.parameters))
+    found = Spooled(folder)
     try:
-        yield {**known, node: found}
+        yield shared_values([node], {node.inputs[0]: found})
     finally:
         found.remove()
 

@@ -21,7 +21,7 @@ from deltamerge.models.config_differences import Difference, differences, in_wor
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_over_base import check
 from deltamerge.models.references import Models
-from deltamerge.plan.regroup import form_of, regrouped, shared_names
+from deltamerge.plan.inputs import form_of, regrouped, shared_names
 from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 from deltamerge.tensors.dtypes import FLOATING, PACKED, widen

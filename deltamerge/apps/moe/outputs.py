@@ -22,8 +22,8 @@ from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.merge import Merge
 from deltamerge.plan.output_config import settle
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack

@@ -20,18 +20,16 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.candidates import candidates_of
-from deltamerge.apps.search.command import value_of
-from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank
+from deltamerge.apps.search.judge import Walk
+from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank, value_of
 from deltamerge.apps.search.proposals import load_optuna, sampler
 from deltamerge.apps.search.search import search
-from deltamerge.apps.search.walk import Walk
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.open_values import Range, settings_by_place, template_of
-from deltamerge.recipe.schema import Prune, schema
-from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.schema import Prune, Study, schema
 from deltamerge.recipe.yaml_source import loads as loads_yaml
 from deltamerge.run.options import Options
 
