@@ -64,7 +64,7 @@ def main() -> None:
         run(folder, "run", "pruned.yaml", "--locked", "--out", "pruned")
         rows = ("--calibration", "lines.txt", "--length", "40", "--density", "0.01")
         run(folder, "inspect", "pruned", "--base", "base", *rows, "--report", "report.html")
-        shot = [f"--window-size={1100},{1000}", f"--screenshot={OUT / 'report.png'}", (folder / "report.html").as_uri()]
+        shot = ["--window-size=1100,866", f"--screenshot={OUT / 'report.png'}", (folder / "report.html").as_uri()]
         options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={folder}/chromium"]
         light = "--blink-settings=preferredColorScheme=1"
         subprocess.run([browser, *options, light, *shot], check=True, capture_output=True, timeout=120)
