@@ -1,4 +1,4 @@
-"""Writes docs/reference/recipe.md and methods.md: every key of a recipe from the schema, every method from the registry."""
+"""Writes docs/reference/recipe.md from the schema, and methods.md from the registry."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 HEAD = """\
 # The recipe
 
-`python scripts/recipe_reference.py` writes this page from the schema. `deltamerge schema` prints the schema for editors.
+`python scripts/recipe_reference.py` writes this page from the schema, which `deltamerge schema` prints for editors.
 
 - Unknown keys are errors.
-- A number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over the layers) or a list of `{filter, value}`.
+- A number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over the layers) or a list of
+  `{filter, value}`.
 - The most specific level wins: source of a slice, slice, model, module, recipe.
-- Any value may be left open for `deltamerge sweep` and `deltamerge search` ([sweep and search](../howto/sweep-and-search.md)).
+- Any value may be left open for `deltamerge sweep` and `search` ([sweep and search](../howto/sweep-and-search.md)).
 - Methods and their parameters have [a page of their own](methods.md).
 """
 METHODS = """\
 # Methods
 
-`python scripts/recipe_reference.py` writes this page from the registry. `deltamerge methods NAME` prints the same for one method.
-[Choose a method](../howto/choose.md) says when to use which. Δ_i is fine-tune i minus the base, w_i its weight, λ the `lambda` of the sum.
+`python scripts/recipe_reference.py` writes this page from the registry; `deltamerge methods NAME` prints one method.
+[Choose a method](../howto/choose.md) says when to use which. Δ_i is fine-tune i minus the base, w_i its weight, and
+λ the `lambda` of the sum.
 """
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",

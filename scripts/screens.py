@@ -1,6 +1,6 @@
-"""Writes docs/screens/: plan and search in a terminal, a search of q, and the report, of real fine-tunes in ../shared/data.
+"""Writes docs/screens/: plan and search in a terminal, a search of q, and the report.
 
-The report is photographed by Debian's chromium.
+Of real fine-tunes in ../shared/data; the report is photographed by Debian's chromium.
 """
 
 from __future__ import annotations

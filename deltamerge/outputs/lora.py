@@ -32,8 +32,7 @@ from deltamerge.formats.components import Component
 from deltamerge.formats.delta.tensor_writer import Spool
 from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.peft.config import CONFIG
-from deltamerge.formats.safetensors import read_header
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer, read_header
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.outputs.adapter import AdapterOutput, ModelModules

@@ -15,7 +15,6 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.quantised.scheme import Coding
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
@@ -403,6 +403,16 @@ def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     return rows
 
 
+def _kept(inputs: Inputs) -> int:
+    """Return the memory that slabs of quantised tensors take while they are read."""
+    infos = (info for model in inputs.all for info in model.tensors.values())
+    if not any(tensor.keeps for info in infos for tensor in info.tensor.graph()):
+        return 0
+    from deltamerge.formats.quantised.scheme import KEPT
+
+    return KEPT
+
+
 def _held(
     kind: OutputKind,
     recipe: Recipe,
@@ -416,7 +426,7 @@ def _held(
     workers = options.workers
     return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
         {
-            "quantised_inputs": kept_bytes(info for model in inputs.all for info in model.tensors.values()),
+            "quantised_inputs": _kept(inputs),
             "quantised_outputs": held_coded(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
         }

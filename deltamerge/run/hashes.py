@@ -17,13 +17,12 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
-from deltamerge.files.hashes import Digests, Pieces, hash_whole, inside, learn, seal, size_of
+from deltamerge.files.hashes import Digests, Pieces, hash_whole, inside, learn, seal, sha256_of, size_of
 from deltamerge.files.hashes import hash_bytes as hash_bytes
 from deltamerge.files.hashes import hash_output as hash_output
 from deltamerge.files.ownership import DATA as DATA
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan

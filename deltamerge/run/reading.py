@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.hashes import Pieces
+from deltamerge.files.hashes import Pieces, check_blobs
 from deltamerge.formats.quantised.detect import without_keys
-from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import which_layers
 from deltamerge.plan.planner import Plan

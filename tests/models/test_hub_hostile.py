@@ -17,8 +17,8 @@ from running import make_plan
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
+from deltamerge.files.hashes import check_blobs
 from deltamerge.models import hub, hub_client
-from deltamerge.models.hub_cache import check_blobs
 
 Handler = BaseHTTPRequestHandler
 WEIGHTS = "model.safetensors"

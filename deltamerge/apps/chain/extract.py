@@ -34,7 +34,7 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
 from deltamerge.recipe.advice import Advice, choose
