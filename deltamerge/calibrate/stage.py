@@ -25,8 +25,8 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
+    from deltamerge.calibrate.q.choices import QPoint, Qs
     from deltamerge.calibrate.q.closed_forms import LayerStatistics
-    from deltamerge.calibrate.q.comparison import QPoint, Qs
     from deltamerge.calibrate.q.subject import HeldOutMeasure
 
 ACTIVATIONS = "measuring activations of"
@@ -46,8 +46,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
 
 def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import Searches
-    from deltamerge.calibrate.q.comparison import Rounds, by_metric, compare
+    from deltamerge.calibrate.q.choices import Rounds, Searches, by_metric, compare
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:

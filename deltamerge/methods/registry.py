@@ -163,7 +163,7 @@ class PruneMethod:
     choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
     parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
     through the fine-tune first, for `Masking.norms`. Below the density `q_decides_below` the default q loses much of a
-    fine-tune that a calibrated q keeps (`recipe.advice` warns of it).
+    fine-tune that a calibrated q keeps (`recipe.prune` warns of it).
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
     the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.

@@ -33,7 +33,7 @@ from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
-from deltamerge.recipe import advice, checks
+from deltamerge.recipe import checks, prune
 from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import numbered_blocks
@@ -362,7 +362,7 @@ def _plan(
             *tokenizers.warnings,
             *decided.settled.warnings,
             *adapter_warnings(decided.settled, inputs),
-            *advice.warnings(recipe, kept, factors=own is not None),
+            *prune.warnings(recipe, kept, factors=own is not None),
         ),
         settled=decided.settled,
         stacks=tuple(decided.stacks),

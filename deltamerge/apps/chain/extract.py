@@ -37,8 +37,8 @@ from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.checkpoint import decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
-from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import read_text
+from deltamerge.recipe.prune import Advice, choose
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
 from deltamerge.tensors.reader import Reader, elements

@@ -19,11 +19,11 @@ from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, W
 from deltamerge.calibrate.model.passes import stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
-from deltamerge.calibrate.rows.hub import commit
 from deltamerge.calibrate.rows.rows import (
     HEADS,
     LANGUAGE,
     DataRow,
+    commit,
     has_head,
     is_of_hub,
     local_files,

@@ -29,7 +29,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.model.layers import Box, Linear, MatrixCut, Products, cuts, input_of, modules, stacks
-from deltamerge.calibrate.model.loading import Loading, ShapedTensor, StateGroup
+from deltamerge.calibrate.model.loading import (
+    Loading,
+    ShapedTensor,
+    StateGroup,
+    bodies,
+    find_blocks,
+    hidden_states,
+    ignored,
+    place_buffers,
+    shifted,
+    skeleton,
+)
 from deltamerge.calibrate.model.passes import (
     COMPARED,
     BlockOutput,
@@ -40,15 +51,6 @@ from deltamerge.calibrate.model.passes import (
     Weights,
     from_reader,
     patched,
-)
-from deltamerge.calibrate.model.skeleton import (
-    bodies,
-    find_blocks,
-    hidden_states,
-    ignored,
-    place_buffers,
-    shifted,
-    skeleton,
 )
 from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.calibrate.spec import Precision, multiplying, same_every_time

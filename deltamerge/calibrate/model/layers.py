@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.model.loading import Index, Loading, StatePiece, simple
-from deltamerge.calibrate.model.skeleton import is_linear, is_transposed
+from deltamerge.calibrate.model.loading import Index, Loading, StatePiece, is_linear, is_transposed, simple
 
 
 @dataclass(frozen=True, slots=True)

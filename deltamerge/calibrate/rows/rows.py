@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge.calibrate.model.transformers_code import check_family
-from deltamerge.calibrate.rows import hub as hub_rows
-from deltamerge.calibrate.rows import rows as data
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import input_error
+from deltamerge.models.hub_client import commit_of
 from deltamerge.recipe.schema import Calibration
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
@@ -88,7 +90,7 @@ def read(
             wrong = "is no .jsonl, .csv or .txt file" if path.exists() else "no such file"
             raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
         else:
-            found = hub_rows.read(source, config=config, split=split or "train", limit=limit)
+            found = read_hub(source, config=config, split=split or "train", limit=limit)
             rows = [_row(n, fields, label, record, None) for n, record in enumerate(found, 1)]
         if not rows:
             raise InputError("holds no rows")
@@ -97,7 +99,7 @@ def read(
 
 def is_of_hub(source: str, folder: Path) -> bool:
     """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
-    return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
+    return not (folder / source).exists() and Path(source).suffix not in FILES and is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
@@ -332,12 +334,12 @@ def split(
             f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
             hint="give more data, or lower calibration.sequences",
         )
-    search = data.select(found, wanted, seed)
+    search = select(found, wanted, seed)
     chosen = {row.number for row in search}
     others = [row for row in found if row.number not in chosen]
     if len(others) >= max(1, wanted // 3):
-        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
-    held = data.select(found, len(found) // 3, seed)
+        return search, select(others, min(len(others), max(HELD_OUT, wanted)), seed)
+    held = select(found, len(found) // 3, seed)
     chosen = {row.number for row in held}
     return [row for row in found if row.number not in chosen], held
 
@@ -353,7 +355,7 @@ def rows_of(
         check_head(config, task_of(calibration, config))
         metric_of(calibration, config)
         label = None if task_of(calibration, config) == "causal-lm" else calibration.label
-    found = data.read(
+    found = read(
         calibration.data,
         folder=folder,
         text=calibration.text,
@@ -390,3 +392,79 @@ def check_length(length: int, positions: int) -> None:
             f"calibration.length is {length}, but the model has {positions} positions",
             hint=f"set it to {positions} or less",
         )
+
+
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
+SHOWN_OF_ERROR = 200  # characters of a foreign error that are shown
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether `source` has the form org/name or org/name@revision."""
+    return HUB_ID.fullmatch(source) is not None
+
+
+@cache
+def commit(source: str) -> str | None:
+    """Return the commit of `org/name[@revision]`; offline the revision that the source states, or None."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    found = HUB_ID.fullmatch(source)
+    assert found is not None
+    name, revision = found["id"], found["revision"]
+    if constants.HF_HUB_OFFLINE or (revision and re.fullmatch("[0-9a-f]{40}", revision)):
+        return revision
+    page = f"{constants.ENDPOINT}/datasets/{name}"
+    try:
+        return commit_of(f"datasets/{name}", revision)
+    except InputError:
+        raise
+    except hub.GatedRepoError:
+        raise InputError("is gated on the hub", hint=f"accept its terms at {page}, then `hf auth login`") from None
+    except hub.RepositoryNotFoundError:
+        raise InputError(
+            "no such file, and no such data set on the hub",
+            hint="give a .jsonl, .csv or .txt file beside the recipe; for a private data set `hf auth login`",
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise InputError(f"has no revision {revision}", hint=f"see {page}/tree/main") from None
+    except Exception as error:
+        raise InputError(
+            f"{constants.ENDPOINT} cannot be asked for it: {_line(error)}", hint="HF_HUB_OFFLINE=1 uses the cache"
+        ) from None
+
+
+@cache
+def read_hub(source: str, *, config: str | None, split: str, limit: int) -> tuple[Mapping[str, Any], ...]:
+    """Return the first `limit` rows; streamed, or offline from the cache of `datasets`.
+
+    InputError: `datasets` is missing, or cannot read the data set.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            "reading a hub data set needs the datasets package",
+            hint="pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file",
+        ) from None
+    from huggingface_hub import constants
+
+    found = HUB_ID.fullmatch(source)
+    assert found is not None
+    offline = bool(constants.HF_HUB_OFFLINE)
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(found["id"], config, split=split, revision=commit(source), streaming=not offline)
+        return tuple(itertools.islice(rows, limit))
+    except InputError:
+        raise
+    except Exception as error:
+        hint = "see calibration.config and calibration.split"
+        if offline:
+            hint = "HF_HUB_OFFLINE is set: unset it, or load the data set once with datasets.load_dataset"
+        raise InputError(f"datasets cannot read it: {_line(error)}", hint=hint) from None
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= SHOWN_OF_ERROR else f"{text[:SHOWN_OF_ERROR]}…"
