@@ -25,14 +25,13 @@ from deltamerge.formats.components import (
     split,
 )
 from deltamerge.formats.quantised.detect import HINT, SCHEMES, Scheme, keys_of, moved, orphans, reader_of, scheme_of
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
-from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import (
     ALLOW,
     GGUF,
     MISTRAL,
     PICKLES,
+    RUNNING_SUM,
     is_distributed,
     is_weights,
     join,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from deltamerge.formats.gguf.header import GgufHeader
     from deltamerge.formats.peft.config import Adapter
     from deltamerge.formats.quantised.scheme import StoredWeight
+    from deltamerge.formats.running_sum import RunningSum
 
 DELTA = "delta.json"
 
@@ -144,7 +144,11 @@ def open_checkpoint(
         if is_distributed(names := LocalFolder(path).names()):
             return _distributed(path, names, reference)
         found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
-        summed = read_running_sum(path) if sums else None
+        if not sums or not os.path.isfile(path / RUNNING_SUM):
+            return found
+        from deltamerge.formats.running_sum import read_running_sum
+
+        summed = read_running_sum(path)
         return found if summed is None else summed_up(found, summed)
 
 

@@ -102,9 +102,7 @@ def _local(reference: str, folder: Path) -> Path | None:
 
 
 def absent(reference: str, folder: Path) -> InputError | None:
-    """Return the error of a reference that is neither there nor a hub id; None: it may be a model. Asks no hub."""
-    if _local(reference, folder) is not None:
-        return None
+    """Return the error of a reference that is not there as a whole, if it is no hub id either. Asks no hub."""
     for part in reference.split("+"):
         if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
             try:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
-from deltamerge.engine.tasks import on_gpu
+from deltamerge.engine.worker import on_gpu
 from deltamerge.errors.shown import code
 from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB, room_for

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltamerge.engine.devices import AUTO
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.layout import Layout
-from deltamerge.formats.running_sum import RunningSum
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
     from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.running_sum import RunningSum
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.weight_files import RUNNING_SUM
 from deltamerge.methods.registry import MERGE
 from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.problems import place_of, problem_of, without
@@ -20,6 +21,9 @@ from deltamerge.recipe.series import Matches, Series, find, running, shares
 from deltamerge.recipe.values import NO_LAYERS, Value
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 from deltamerge.tensors import patterns
+
+if TYPE_CHECKING:
+    from deltamerge.formats.running_sum import RunningSum
 
 MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 MAX_PROBLEMS = 200  # shown for one recipe
@@ -205,6 +209,15 @@ class Member:
     summed: RunningSum | None = None
 
 
+def _summed(folder: Path) -> RunningSum | None:
+    """Return the running sum that a folder holds, if it does."""
+    if not os.path.isfile(folder / RUNNING_SUM):
+        return None
+    from deltamerge.formats.running_sum import read_running_sum
+
+    return read_running_sum(folder)
+
+
 def members(
     model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
 ) -> list[Member]:
@@ -212,7 +225,7 @@ def members(
     try:
         versions = _versions(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
-        summed = read_running_sum(folder / model.model) if found is None else None
+        summed = _summed(folder / model.model) if found is None else None
     except InputError as error:
         problems.append(read.problem((*place, "model"), str(error), error.hint))
         return [Member(model, item, place)]

@@ -57,8 +57,6 @@ class InputFiles:
 def _check(paths: list[Path], planned: Plan) -> None:
     check_blobs(paths, planned.workers)
     if planned.stacks:
-        from deltamerge.run.reading import check_layers_built
-
         check_layers_built(planned)
 
 
