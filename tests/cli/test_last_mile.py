@@ -52,7 +52,9 @@ def test_a_recipe_comes_from_stdin(capsys, monkeypatch, tmp_path):
     assert (code, f"recipe.yaml:2:{COLUMN}: models[0].prune.includ: unknown key" in err) == (1, True)
 
 
-def test_check_speaks_json_and_to_github(capsys, tmp_path):
+def test_check_speaks_json_and_to_github(capsys, tmp_path, folder):
+    for name in ("base", "math"):
+        (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "bad, 100%.yaml").write_text(WRONG)
     (tmp_path / "lost.yaml").write_text("base_model: ./base\nmodels: [{model: ./maths}]\n")
     paths = ["good.yaml", tmp_path / "bad, 100%.yaml", tmp_path / "lost.yaml"]
@@ -65,14 +67,15 @@ def test_check_speaks_json_and_to_github(capsys, tmp_path):
         places = [(problem["line"], problem["location"]) for problem in bad["error"]["problems"]]
         assert places == [(2, "models[0].prune.includ"), (3, "sed")]
         assert bad["error"]["problems"][1]["hint"] == "did you mean 'seed'?"
-        assert lost["error"]["message"].endswith("no such folder in " + str(tmp_path))
-        assert (lost["error"]["exit_code"], lost["error"]["problems"]) == (1, [])
+        assert f"models[0].model: ./maths: no such folder in {tmp_path}" in lost["error"]["message"]
+        assert (lost["error"]["exit_code"], lost["error"]["hint"]) == (1, "did you mean ./math?")
+        assert [(one["line"], one["column"]) for one in lost["error"]["problems"]] == [(2, 18)]
     code, out, err = call(capsys, "check", *paths, "--output-format", "github")
     lines = out.splitlines()
     assert (code, err, len(lines)) == (1, "", 3)
     where = f"file={tmp_path}/bad%2C 100%25.yaml,line=2,col={COLUMN},title=deltamerge"
     assert lines[0] == f"::error {where}::models[0].prune.includ: unknown key: did you mean 'include'?"
-    assert lines[2].startswith(f"::error file={tmp_path}/lost.yaml,title=deltamerge::")
+    assert lines[2].startswith(f"::error file={tmp_path}/lost.yaml,line=2,col=18,title=deltamerge::")
 
 
 def test_a_folder_s_recipes_are_checked(capsys, tmp_path):
