@@ -27,7 +27,7 @@ from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Rec
 from deltamerge.cli import main, output
 from deltamerge.cli.inspect import render_inspect
 from deltamerge.cli.layout import Column, cut, cut_at_word, table
-from deltamerge.cli.methods import catalogue, render_method, render_methods
+from deltamerge.cli.methods import catalogue, gist, render_method, render_methods
 from deltamerge.cli.recommend import render_recommend
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.methods.registry import MERGE, PRUNE
@@ -233,3 +233,14 @@ if __name__ == "__main__":
     for columns in (80, 120):
         for name, text in outputs(columns).items():
             (GOLDEN / name).write_text(f"{text.rstrip()}\n")
+
+
+def test_methods_say_what_they_need_and_are_cut_at_a_clause() -> None:
+    lines = {line.split()[0]: line.split() for line in render_methods(catalogue(), 80).splitlines() if line[:2] == "  "}
+    needs = {name: words[1:3] for name, words in lines.items()}
+    assert (needs["linear"][0], needs["ties"][0], needs["regmean"]) == ("–", "base", ["base,", "rows"])
+    assert needs["wanda"][0] == "rows"
+    assert gist("first clause, and so on", 14) == "first clause"
+    assert gist("a (b, c) and so on", 9) == "a (b …"
+    assert gist("ram, with more words", 12) == "ram, with …"
+    assert gist("short", 5) == "short"
