@@ -34,7 +34,7 @@ LONG = 40  # characters of a model's name beside its progress
 
 
 def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
-    """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
+    """Return the statistics of the linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:

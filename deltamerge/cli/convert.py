@@ -11,7 +11,7 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
-from deltamerge.cli.output import say, say_json
+from deltamerge.cli.output import of_command_line, say, say_json
 from deltamerge.cli.plan import render_plan
 from deltamerge.cli.result import Warnings, report_run
 
@@ -73,10 +73,12 @@ def command(
     file = recipe_of(model, dtype, shard_size=shard_size, quantization=quantization, gguf=gguf)
     chosen = Options(watch=warnings.watch, force=force, resume=resume or None, **options)
     if dry_run:
-        described = make_plans(file, out, chosen)[-1].describe()
+        with of_command_line():
+            described = make_plans(file, out, chosen)[-1].describe()
         say_json(described) if as_json else say(render_plan(described, width=streams.columns(), target=out))
         return
-    result = run(file, out, chosen)
+    with of_command_line():
+        result = run(file, out, chosen)
     warnings.end(result)
     report_run(result, begun, as_json=as_json, quiet=quiet)
 

@@ -25,7 +25,7 @@ from deltamerge.cli.options import (
     pruning_methods,
     rows_of_text,
 )
-from deltamerge.cli.output import say_json, tell
+from deltamerge.cli.output import of_command_line, say_json, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import after_folders, app
 
@@ -61,10 +61,15 @@ from deltamerge.errors import after_folders, app
 )  # fmt: skip
 @BUDGET
 @click.option(
-    "--whole",
-    type=click.Choice(["keep", "heads", "drop", "refuse"]),
-    help="Of a LoRA: what has no factors (embeddings, heads, norms, biases); default: keep.",
-)
+    "--for", "served_by", type=click.Choice(["vllm", "peft"]),
+    help="Of a LoRA: what is to load it. vllm takes factors alone; peft takes whole embeddings, norms and biases too. "
+    "Default: factors, and a task's head, which both load.",
+)  # fmt: skip
+@click.option(
+    "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
+    help="Of a LoRA: what is stored whole, instead of --for. keep: all that changed and has no factors. heads: heads, "
+    "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
+)  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
 @click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
 @rows_of_text
@@ -77,6 +82,7 @@ from deltamerge.errors import after_folders, app
 @PICKLES
 @AS_JSON
 @QUIET
+@click.option("-v", "--verbose", is_flag=True, help="Of a LoRA: a line for each layer.")
 @lora_flags
 def command(
     models: tuple[str, ...],
@@ -89,6 +95,7 @@ def command(
     values: str | None,
     lora: str | None,
     budget: int | None,
+    served_by: str | None,
     whole: str | None,
     targets: tuple[str, ...],
     dora: bool,
@@ -97,6 +104,7 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
@@ -109,7 +117,7 @@ def command(
     deltamerge extract tuned --base base --density 0.05
     deltamerge extract tuned --base base --density 0.01 --calibration rows.jsonl
     deltamerge extract a b c --base base --out store
-    deltamerge extract tuned --base base --lora 32
+    deltamerge extract tuned --base base --lora 32 --for vllm
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
     with app("chain"):
@@ -135,6 +143,14 @@ def command(
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
     size = _lora_size(lora, budget)
+    if served_by is not None and (size is None or whole is not None):
+        raise click.UsageError(
+            "--for needs --lora" if size is None else "--for and --whole both say what is stored whole"
+        )
+    if served_by == "vllm" and dora:
+        raise click.UsageError("vLLM loads no DoRA: leave --dora out, or say --for peft")
+    if size is not None:
+        whole = whole or {"vllm": "drop", "peft": "keep", None: "task_heads"}[served_by]
     more = {"whole": whole, "targets": list(targets) or None, "dora": dora or None}
     more = {key: value for key, value in more.items() if value is not None}
     if size is None and more:
@@ -157,7 +173,7 @@ def command(
         begun, warnings = time.monotonic(), Warnings(line)
         line = ""
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
-        with after_folders(done):
+        with after_folders(done), of_command_line():
             result = extract_delta(
                 model, base, target, density=density, method=method, q=q, values=values, after=after,
                 lora=None if size is None else size | more,
@@ -171,7 +187,7 @@ def command(
         if as_json and len(models) > 1:
             summaries.append(summary_of(result, begun, **chosen))
         else:
-            report_run(result, begun, as_json=as_json, quiet=quiet, **chosen)
+            report_run(result, begun, as_json=as_json, quiet=quiet, verbose=verbose, **chosen)
     if summaries:
         say_json({"results": summaries})
 

@@ -187,7 +187,7 @@ def command(
         found["published"] = {"commit": published.commit, "differs": differing}
     for note in result.plan.notes if verbose and not (quiet or as_json) else ():
         tell(f"note: {note}")
-    report_run(result, begun, as_json=as_json, quiet=quiet, **found)
+    report_run(result, begun, as_json=as_json, quiet=quiet, verbose=bool(verbose), **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
     if lock is not None and lock.content["outputs"] and not (quiet and not differing):

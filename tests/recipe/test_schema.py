@@ -867,7 +867,7 @@ def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "hint"), [("float8_e4m3fn", "quantization: fp8"), ("flot64", "did you mean 'float64'?")]
+    ("dtype", "hint"), [("float8_e4m3fn", "a quantization: fp8"), ("flot64", "did you mean 'float64'?")]
 )
 def test_a_dtype_of_8_bits_is_a_quantisation(dtype: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:

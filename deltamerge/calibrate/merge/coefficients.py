@@ -283,7 +283,8 @@ def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeas
 
 
 def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
-    """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
+    """Return 1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out
+    rows."""
     from deltamerge.calibrate.q.choices import SCAN, QPoint
     from deltamerge.calibrate.q.search import shortlist
     from deltamerge.calibrate.q.subject import Subject
@@ -331,7 +332,7 @@ def _search_factor(
     from deltamerge.calibrate.q import search
 
     def summed(own: Sequence[Any], factors: Sequence[float], masks: range) -> list[list[float]]:
-        """[factor][mask]"""
+        """Return [factor][mask]."""
         values = [s.of_masks(o, [_q(s, f) for f in factors], masks) for s, o in zip(subjects, own, strict=True)]
         return [[sum(of_mask) for of_mask in zip(*rows, strict=True)] for rows in zip(*values, strict=True)]
 

@@ -201,7 +201,7 @@ CLASSES = 8  # up to so many the expectation over the model's answers is exact; 
 
 
 def squares(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
-    """E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
+    """Return E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
 
     Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
     are those of its outputs. InputError: a model without a head, or gradients that are not finite.
@@ -280,7 +280,7 @@ def _differentiate(subject: Subject, sums: _SquareSums) -> None:
 
 
 def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
-    """log p of the tokens of the row, each given those before it."""
+    """Return log p of the tokens of the row, each given those before it."""
     import torch.nn.functional as F
 
     from deltamerge.calibrate.rows.batches import said
@@ -291,7 +291,7 @@ def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _of_answers(output: BlockOutput, regression: bool, generator: Any) -> list[tuple[float, Tensor]]:
-    """(weight, log-likelihood) of answers to one row."""
+    """Return (weight, log-likelihood) of answers to one row."""
     import torch
 
     assert output.logits is not None

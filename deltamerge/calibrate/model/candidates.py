@@ -97,7 +97,7 @@ def _several(read: Callable[[str], T], names: Sequence[str]) -> Mapping[str, T]:
 
 
 def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
-    """base + masked/q in float32; gradients flow to q."""
+    """Return base + masked/q in float32; gradients flow to q."""
     if masked is None:
         return base
     if isinstance(q, Tensor) and q.dim():
@@ -120,7 +120,7 @@ def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
 
 
 def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
-    """q at flat positions of a tensor of `shape`, to which it broadcasts."""
+    """Return q at flat positions of a tensor of `shape`, to which it broadcasts."""
     if not isinstance(q, Tensor) or q.dim() == 0:
         return q
     index, left = [], positions

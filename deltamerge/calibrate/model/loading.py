@@ -105,7 +105,7 @@ class Loading:
 
     @cached_property
     def checkpoint_name(self) -> dict[str, str]:
-        """State name -> checkpoint name, of the states that are one tensor of the file each."""
+        """Return state name -> checkpoint name, of the states that are one tensor of the file each."""
         return {g.states[0]: g.files[0] for g in self.groups if g.converter is None}
 
     @cached_property
@@ -124,7 +124,8 @@ class Loading:
         return _convert(group, [found[file] for file in group.files], self.model)
 
     def pieces(self, group: StateGroup) -> dict[str, list[list[StatePiece]]]:
-        """state -> of each of its matrices, where they lie in the file; without states that are no matrices of it."""
+        """Return state -> of each of its matrices, where they lie in the file; without states that are no matrices of
+        it."""
         if group.converter is None:
             shape = tuple(self.tensors[group.files[0]].shape)
             if len(shape) < 2:
@@ -146,7 +147,7 @@ class Loading:
 
 
 def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
-    """State name -> checkpoint name, for parameters and stored buffers; tied weights appear once.
+    """Return state name -> checkpoint name, for parameters and stored buffers; tied weights appear once.
 
     InputError: the checkpoint's tensors are not the model's one to one.
     """
@@ -158,7 +159,7 @@ class _Nothing:
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """First name of every parameter -> its other names (tied weights)."""
+    """Return the first name of every parameter -> its other names (tied weights)."""
     first: dict[nn.Parameter, str] = {}
     others: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -200,7 +201,7 @@ def _computed(model: Any, name: str) -> bool:
 
 
 def _matched(model: Any, tensors: Mapping[str, ShapedTensor]) -> tuple[dict[str, str], list[StateGroup]]:
-    """(state -> the file's tensor that it is, the groups that a converter makes)."""
+    """Return (state -> the file's tensor that it is, the groups that a converter makes)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
@@ -432,7 +433,7 @@ def hidden_states(some: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def ignored(model: nn.Module) -> frozenset[str]:
-    """Keys that rows have unasked and that a model's forward does not accept."""
+    """Return keys that rows have unasked and that a model's forward does not accept."""
     taken = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return frozenset()
@@ -459,8 +460,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def shifted(model: Any, ids: Tensor) -> Tensor:
-    """(B, T) the inputs of a decoder that is to say `ids`: after its start token, by the model's own function if it has
-    one. InputError: neither that nor a start token is known."""
+    """Return (B, T) the inputs of a decoder that is to say `ids`: after its start token, by the model's own function if
+    it has one. InputError: neither that nor a start token is known."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
         with suppress(Exception):  # where it needs a start token that the config lacks

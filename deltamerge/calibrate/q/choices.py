@@ -103,7 +103,7 @@ class Searches:
         return [name for name in self.layers if name in found]
 
     def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
-        """(q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
+        """Return (q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
         found = {}
         for pruned in self.spec.pruned:
             name = pruned.stored
@@ -229,7 +229,7 @@ class Searches:
         return self.spec.bounds or (low, high)
 
     def _families(self) -> list[QPoint]:
-        """Random masks: q per layer from the paper's bound or from least squares, one η searched in each."""
+        """Search one η in each family of random masks: q per layer from the paper's bound, or from least squares."""
         layers = self._seen(self.subject.statistics(drawn=False))
         low, high = self._bounds(0.0, 1.0)
         mean_density = float(np.mean([self.density[name] for name in layers]))
@@ -260,7 +260,7 @@ class Searches:
         return sorted(found, key=lambda one: one.value)[:SHORTLIST]
 
     def _scaled(self) -> list[QPoint]:
-        """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
+        """Search one κ for importance masks: all closed-form q's of the drawn mask are multiplied by it."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         exact = {name: self._exact(name, layer) for name, layer in layers.items()}
 
@@ -270,7 +270,8 @@ class Searches:
         return self._minimise("kappa", qs, *KAPPA)
 
     def _closed_form(self) -> list[QPoint]:
-        """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
+        """Return for layer_mse the exact least-squares q of the drawn mask, of each layer or row; global: of relative
+        errors."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         if self.spec.scope == "global":
             parts = [
@@ -300,8 +301,7 @@ class Searches:
         return min(LOWEST, *self.density.values())
 
     def _learned(self) -> list[QPoint]:
-        """Scales of all pruned tensors, fitted by gradient from the best global q; rows of their own decide when to
-        stop.
+        """Fit scales of all pruned tensors by gradient from the best global q; rows of their own decide when to stop.
 
         Those rows cannot judge whether the scales are better than their start, so both are candidates.
         """
@@ -380,7 +380,7 @@ class Searches:
 
 
 def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> float:
-    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
+    """Return the mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
     errors = []
     for name, layer in layers.items():
         own = np.asarray(q.get(name, 1.0), dtype=np.float64)

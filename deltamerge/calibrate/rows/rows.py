@@ -131,7 +131,7 @@ def _below(folder: Path) -> Iterator[str]:
 
 
 def select(rows: Sequence[DataRow], count: int, seed: int) -> list[DataRow]:
-    """`count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
+    """Return `count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -149,7 +149,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def check_head(config: Mapping[str, Any], task: str) -> None:
-    """InputError unless the model of a config.json has the head that the task needs."""
+    """Raise InputError unless the model of a config.json has the head that the task needs."""
     if not has_head(config, task):
         raise InputError(
             f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {_architecture(config)}",
@@ -158,7 +158,8 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
 
 
 def class_labels(rows: Iterable[DataRow], config: Mapping[str, Any]) -> list[float] | list[int]:
-    """Labels in the form of the head: floats for one output, else class indices; names are looked up in `label2id`."""
+    """Return the labels in the form of the head: floats for one output, else class indices; names are looked up in
+    `label2id`."""
     names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
     outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
     if outputs == 1 or config.get("problem_type") == "regression":
@@ -224,7 +225,7 @@ def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Data
 
 
 def _check_text(number: int, *values: Any) -> None:
-    """InputError: a text among the values that has no UTF-8."""
+    """Raise InputError for a text among the values that has no UTF-8."""
     try:
         "".join(value for value in values if isinstance(value, str)).encode()
     except UnicodeEncodeError:
@@ -277,7 +278,8 @@ LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
 def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.task, else the head's task; without a head, pictures if the config has an image size, else text."""
+    """Return calibration.task, else the head's task; without a head, pictures if the config has an image size, else
+    text."""
     if calibration.task is not None:
         return calibration.task
     if calibration.metric == "exact_match":
@@ -289,7 +291,8 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 
 
 def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
+    """Return calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for
+    classes.
 
     InputError: a metric of classes for a regression head, a metric of texts for a model that generates none, or the
     reverse.
@@ -316,7 +319,7 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def split(
     calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
 ) -> tuple[list[DataRow], list[DataRow]]:
-    """(search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
+    """Return (search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
 
         calibration   the recipe's section
         folder        the recipe's
@@ -374,7 +377,7 @@ def rows_of(
 
 
 def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
-    """InputError: a task other than the head's, or texts longer than the model's positions."""
+    """Raise InputError for a task other than the head's, or texts longer than the model's positions."""
     architecture = (config.get("architectures") or ["none"])[0]
     heads = [head for some in HEADS.values() for head in some]
     if calibration.task is not None and any(map(architecture.endswith, heads)):
@@ -386,7 +389,7 @@ def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
 
 
 def check_length(length: int, positions: int) -> None:
-    """InputError: calibration.length exceeds the model's positions."""
+    """Raise InputError where calibration.length exceeds the model's positions."""
     if length > positions:
         raise InputError(
             f"calibration.length is {length}, but the model has {positions} positions",
