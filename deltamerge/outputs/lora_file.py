@@ -20,11 +20,10 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human, some
-from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import count_changed
-from deltamerge.formats.safetensors import Writer
+from deltamerge.formats.safetensors import Layout, Writer, plan_layout
 from deltamerge.methods.low_rank import Array, Floats, Wanted
 from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
 from deltamerge.outputs.output import LayerRank, LowRankSummary

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deltamerge.files.hashes import Pieces, Seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.safetensors import Layout, plan_layout
 from deltamerge.outputs.assets import Files, assets, left_out
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.inputs import Inputs

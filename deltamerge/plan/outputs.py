@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.formats.components import folders_of, split
-from deltamerge.formats.layout import Layout
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
