@@ -254,8 +254,8 @@ class BarLayout(NamedTuple):
 
 
 LAYOUTS = (
-    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(0, False, True),
-    BarLayout(0, False, False),
+    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(6, False, True),
+    BarLayout(0, False, True), BarLayout(0, False, False),
 )  # fmt: skip
 
 

@@ -88,11 +88,11 @@ DRAWN = {
         "calibrating models/math                            28 of at most 370 passes  at most 38 s left",
     ],
     80: [
-        "merging                  ━━━           28 %  2.8 GB of 10.0 GB  about 8 s left",
-        "calibrating models/math                28 of at most 370 passes  at most 38 s left",
+        "merging                  ━╸      28 %  2.8 GB of 10.0 GB  about 8 s left",
+        "calibrating models/math          28 of at most 370 passes  at most 38 s left",
     ],
     40: ["merging        28 %  2.8 GB of 10.0 GB", "calibrating …  28 of at most 370 passes"],
-    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of ≤ 370 pas…"],
+    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of at most 3…"],
 }
 
 
