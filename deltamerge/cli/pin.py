@@ -15,10 +15,14 @@ from deltamerge.cli.output import tell
 @click.option("--release", is_flag=True, help="VERSION is a chain: its servers go on to its newest version.")
 @QUIET
 def command(version: Path, release: bool, quiet: bool) -> None:
-    """Let the servers of a chain go to VERSION, an earlier or a later one, and stay there.
+    """Send the servers of a chain to VERSION and keep them there: a rollback.
 
-    Followers, and servers that are told the chain's own name, go to it from any version, exactly; one that was killed
-    meanwhile goes to it when it starts again. Trainers write on. Other readers of the chain see no difference.
+    Servers that follow the chain, or are given its own name, go there from any version, exactly. One that was killed
+    on its way goes there when it starts again. Trainers go on writing.
+
+    \b
+    deltamerge pin run/000040
+    deltamerge pin run --release
     """
     from deltamerge.models.chain import publish
 

@@ -144,11 +144,8 @@ def test_what_people_read_is_as_it_was(width):
 
 def test_reports_are_a_line_in_python_and_a_table_in_a_notebook():
     found, advice = report(), recommendation(measured=False)
-    assert (
-        repr(found)
-        == str(found)
-        == f"<Report {found.model} on {found.base}: {len(found.tensors)} tensors, ‖Δ‖/‖W‖ {found.total.relative_norm:.3g}>"
-    )
+    norm = f"{found.total.relative_norm:.3g}"
+    assert repr(found) == f"<Report math on ./base: {len(found.tensors)} tensors, ‖Δ‖/‖W‖ {norm}>" == str(found)
     assert repr(advice) == str(advice) == "<Recommendation math on ./base, density 0.1: dare>"
     assert f"<caption>{found.model} on {found.base}</caption>" in found._repr_html_()
     assert f"<td>{found.total.count:,}</td>" in found._repr_html_()
