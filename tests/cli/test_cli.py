@@ -237,7 +237,7 @@ FLAGS = {
     "remove": "--quiet --help",
     "pin": "--release --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --for --whole --target --dora "
+    "extract": "--base --out --after --as --density --method --q --values --lora --budget --for --whole --target --dora "
     "--calibration --text --sequences --length --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
