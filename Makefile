@@ -25,7 +25,7 @@ check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, a
 costs: .venv/.installed-dev  ## what each test costs, and what tests/costly.txt should have
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p costs
 
-families: .venv/.installed-dev  ## a tiny model of every family of transformers, and docs/families.md; half an hour
+families: .venv/.installed-dev  ## a tiny model of every family of transformers, and docs/measurements/families.md; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/family_walk.py --jobs 2
 
 # mergekit has its own environment; MERGEKIT_PYTHON names one that is there already.
@@ -54,7 +54,7 @@ vllm:  ## fine-tunes swapped in a vLLM server under load; MODELS="BASE TUNED TUN
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
 	$(BIN)/python -m benchmarks.speed.merge_speed
 
-paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
+paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/measurements/paper.md; .paper keeps what is done
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper all
 
 # SMOLLM2 names the folder of base, rows and fine-tunes; reasoning-gym, which makes the rows, has its own environment.
@@ -65,7 +65,7 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper table-3 learning-rates
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
-merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/merging.md; hours; .demo keeps what is done
+merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .demo keeps what is done
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less

@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, every key of a recipe and every method, from the schema and the registry."""
+"""Writes docs/reference/recipe.md, every key of a recipe and every method, from the schema and the registry."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from deltamerge.methods.registry import MERGE, PRUNE, Param
 from deltamerge.recipe.schema import schema
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
 HEAD = """\
 # The recipe
 
 Written by `python scripts/recipe_reference.py` from the schema; `deltamerge schema` prints that for editors.
 Unknown keys are errors. Any number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over
 the layers) or a list of `{filter, value}`. Values may be left open for `deltamerge sweep` and `deltamerge search`
-([sweep-and-search.md](sweep-and-search.md)).
+([sweep and search](../howto/sweep-and-search.md)).
 """
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",

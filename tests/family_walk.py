@@ -2,9 +2,9 @@
 
 Each is judged from the files alone, in float64. A family has a process of its own, with a limit of time and memory.
 
-    python tests/family_walk.py                         walks all, and writes family_results.json and docs/families.md
+    python tests/family_walk.py                         walks all; writes family_results.json and families.md
     python tests/family_walk.py --only llama t5         walks these again
-    python tests/family_walk.py --only                  writes docs/families.md anew
+    python tests/family_walk.py --only                  writes docs/measurements/families.md anew
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deltamerge.tensors.names import EMBEDDING, TASK_HEAD
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "family_results.json"
-PAGE = HERE.parent / "docs" / "families.md"
+PAGE = HERE.parent / "docs" / "measurements" / "families.md"
 SECONDS = 120
 BYTES = 6 << 30
 SIDE = 32
@@ -490,7 +490,7 @@ LEFT = """
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """docs/families.md of the results."""
+    """docs/measurements/families.md of the results."""
     rows = results["families"]
     built = {family: row for family, row in rows.items() if "unbuilt" not in row}
     counts = {cell: sum(row[cell].startswith("ok") for row in built.values()) for cell in CELLS}

@@ -1,5 +1,5 @@
-"""A reader of the encoding `steps`, and of chains of final values, written from docs/delta-format.md alone: numpy, bit
-by bit, without deltamerge."""
+"""A reader of the encoding `steps`, and of chains of final values, written from docs/reference/delta-format.md alone:
+numpy, bit by bit, without deltamerge."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FORM = {"BF16": (7, 255), "F16": (10, 31)}  # where the exponent begins, and its
 
 
 def documented(word: str) -> str:
-    """The Python of docs/delta-format.md that has `word` in it."""
-    text = (Path(__file__).parents[1] / "docs" / "delta-format.md").read_text(encoding="utf-8")
+    """The Python of docs/reference/delta-format.md that has `word` in it."""
+    text = (Path(__file__).parents[1] / "docs" / "reference" / "delta-format.md").read_text(encoding="utf-8")
     blocks: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return next(block for block in blocks if word in block)
 

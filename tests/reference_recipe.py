@@ -33,7 +33,7 @@ LONGEST = 1 << 16
 # Float32 rounds every product, sum and quotient to 2**-24 of itself; no method has more than 16 of them in a row.
 ROUNDING = 16 * 2.0**-24
 LEAST = 2.0**-126
-# Merges of whole matrices are within this of the largest entries (docs/merging.md). What they make of deltas with
+# Merges of whole matrices are within this of the largest entries (docs/why/merging.md). What they make of deltas with
 # noise, a pruned entry's own rounding and what float64 leaves of squared singular values, says how much more an input
 # is amplified; from this share of the largest entries on they are unsure.
 OF_MATRICES, NOISE_OF_PRUNED, NOISE, AMPLIFIED = 2.0**-21, 2.0**-22, 2.0**-30, 2.0**-14

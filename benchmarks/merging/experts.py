@@ -5,7 +5,7 @@
     python -m benchmarks.merging.experts --delta unpruned    one kind of delta; several such commands may run at once
     python -m benchmarks.merging.experts --final             and the test rows of the tasks that were kept back
     python -m benchmarks.merging.experts --table             what is measured; with --final too
-    python -m benchmarks.merging.experts --docs              only the table and the picture of docs/merging.md
+    python -m benchmarks.merging.experts --docs              only the tables of docs/measurements/merging.md
     python -m benchmarks.merging.experts --decoder           SmolLM2's experts instead (decoder.py)
 
 Tasks and experts are those of nine_tasks.py. An expert keeps its head: a merge is scored with it on its task's rows.

@@ -1,4 +1,4 @@
-"""The table and the picture of docs/merging.md, from benchmarks/results/merging.json."""
+"""The table and the picture of docs/measurements/merging.md, from benchmarks/results/merging.json."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks import ROOT
 
-DOCS = ROOT / "docs"
-PAGE, PICTURE = DOCS / "merging.md", DOCS / "results" / "merging.png"
+DOCS = ROOT / "docs" / "measurements"
+PAGE, PICTURE = DOCS / "merging.md", DOCS / "pictures" / "merging.png"
 
 
 def write(found: dict[str, Any]) -> None:

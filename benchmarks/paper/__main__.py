@@ -4,7 +4,7 @@
     python -m benchmarks.paper table-1 fig-2        measure these; what is finished is kept unless --force
     python -m benchmarks.paper all                  everything, an hour of one processor
     python -m benchmarks.paper all --toy            everything in seconds, to see that it works; to .paper/toy
-    python -m benchmarks.paper --report             only write docs/results.md and its plots again
+    python -m benchmarks.paper --report             only write docs/measurements/paper.md and its plots again
 
 Results go to results/paper/NAME.json, fine-tunes and single measurements to .paper. The page is written
 after every experiment.

@@ -21,7 +21,7 @@ from benchmarks.pruning.quality import Method
 from benchmarks.tasks import TASKS, Part, Row
 from benchmarks.training import adamr, adamw
 
-# AdamW, and AdamR with the λ that docs/adamr.md found on one of the tasks.
+# AdamW, and AdamR with the λ that docs/howto/adamr.md found on one of the tasks.
 TRAINERS: dict[str, dict[str, Any] | None] = {
     "AdamW": None,
     "AdamR-L2": {"regularizer": "l2", "decay": 0.01},

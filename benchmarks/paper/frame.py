@@ -21,8 +21,8 @@ __all__ = ["Experiment", "Record", "Setting", "spread", "table"]
 
 WORK = ROOT / ".paper"  # fine-tunes and single measurements; safe to delete
 RECORDS = RESULTS / "paper"
-PAGE = ROOT / "docs" / "results.md"
-PLOTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "measurements" / "paper.md"
+PLOTS = PAGE.with_suffix("")
 LOG = Path(__file__).with_name("log.md")
 
 Record = dict[str, Any]  # JSON
@@ -197,7 +197,7 @@ def markdown(experiments: Sequence[Experiment], results: Path = RECORDS) -> str:
         found.append(result)
         parts.append(f"## {experiment.title}\n\n{experiment.show(result['record']).strip()}\n")
         if experiment.draw:
-            parts.append(f"![{experiment.title}](results/{experiment.name}.png)\n")
+            parts.append(f"![{experiment.title}]({PLOTS.name}/{experiment.name}.png)\n")
         cost = result["seconds"]["cpu"] / 60
         if result.get("lacking"):
             parts.append("**Not finished**: what is empty above, or left out, was not measured.\n")

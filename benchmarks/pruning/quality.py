@@ -30,7 +30,7 @@ import yaml
 from benchmarks import RESULTS, ROOT, process, tasks
 from benchmarks.tasks import TASKS, WORK, models_folder
 
-PAGES = tuple(ROOT / "docs" / name for name in ("choosing.md", "calibration.md"))
+PAGES = tuple(ROOT / "docs" / "measurements" / name for name in ("pruning.md", "calibration.md"))
 SEEDS = 4
 DENSITIES = (0.1, 0.05, 0.01, 0.001)
 LAYER, ROW = {"scope": "layer"}, {"scope": "row"}

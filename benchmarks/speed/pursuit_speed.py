@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from deltamerge.plan.pursuit import Atoms, nearest, pursuit
+from deltamerge.plan.transplant import Atoms, nearest, pursuit
 
 
 def main() -> None:

@@ -43,18 +43,16 @@ def command(
     stdin.
     """
     from deltamerge.run.check import check_recipe, recipes_in
-    from deltamerge.run.options import Options
 
+    options = None
+    if not offline:
+        from deltamerge.run.options import Options
+
+        options = Options(device="cpu", pickles=pickles)
     say_one = None if as_json else {"text": _say_checked, "github": _annotate_checked}.get(output_format)
     checked = []
     for recipe in recipes_in(recipes):
-        found = check_recipe(
-            recipe,
-            Options(device="cpu", pickles=pickles),
-            offline=offline,
-            mergekit_exact=mergekit_exact,
-            settings=settings,
-        )
+        found = check_recipe(recipe, options, mergekit_exact=mergekit_exact, settings=settings)
         checked.append(found)
         if say_one is not None:
             say_one(checked[-1])

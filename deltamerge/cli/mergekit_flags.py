@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 META = "deltamerge.mergekit_flags"
 _STREAMED = "tensors are streamed in tiles, and --memory caps them"
-# Flags without a meaning here, and why; docs/from-mergekit.md has the same table. "--x/--no-x": both.
+# Flags without a meaning here, and why; docs/howto/from-mergekit.md has the same table. "--x/--no-x": both.
 WITHOUT_USE = {
     "--allow-crimes/--no-allow-crimes": "tensors fit by name and shape, whatever architecture they are of",
     "--async-write/--no-async-write": _STREAMED,

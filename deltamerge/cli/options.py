@@ -166,7 +166,7 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
 
 RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, even with --force.")
 MERGEKIT_EXACT = click.option(
-    "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/from-mergekit.md)."
+    "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/howto/from-mergekit.md)."
 )
 PICKLES = click.option(
     "--allow-pickles", "pickles", is_flag=True,

@@ -12,7 +12,7 @@ from deltamerge.tensors.names import block_name, natural
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
-    from deltamerge.outputs.lora_file import LayerRank, LowRankSummary
+    from deltamerge.outputs.output import LayerRank, LowRankSummary
     from deltamerge.plan.planner import Plan
     from deltamerge.run.runner import Result
 

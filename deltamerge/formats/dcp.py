@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +25,12 @@ from deltamerge.files.descriptors import refuse_link
 from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, PickledName, run
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
 from deltamerge.formats.torch_bin import BY_TORCH, read_torch_tensor
+from deltamerge.formats.weight_files import DISTRIBUTED
 from deltamerge.tensors.chunks import covers, from_chunks
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.tensor import TensorInfo, viewed
 
-METADATA, SUFFIX = ".metadata", ".distcp"
+METADATA = ".metadata"
 HINT = "write it again with torch.distributed.checkpoint.save"
 OPTIMIZERS = re.compile(r"^(optim|opt(_|$)|lr_scheduler|sched)", re.IGNORECASE)
 MODELS = ("model", "module", "state_dict", "model_state_dict")
@@ -134,19 +135,15 @@ class _Metadata(Machine):
     }  # fmt: skip
 
 
-def is_distributed(names: Iterable[str | Path]) -> bool:
-    """Whether a folder's file names, or a model's files, are those of a distributed checkpoint."""
-    texts = list(map(str, names))
-    return any(name.endswith(SUFFIX) for name in texts) and not any(name.endswith(".safetensors") for name in texts)
-
-
 def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
     """The model's tensors in a folder of these file names, and the files that hold them; the metadata's is one.
 
     InputError: no metadata, as while it is still written; a file that is missing, short or foreign; no model in it.
     """
     if METADATA not in names:
-        raise InputError(f"has {SUFFIX} files and no {METADATA}, which is written last", hint="the save did not end")
+        raise InputError(
+            f"has {DISTRIBUTED} files and no {METADATA}, which is written last", hint="the save did not end"
+        )
     path = folder / METADATA
     refuse_link(path)
     with errors.context(METADATA):
@@ -243,7 +240,7 @@ def _opener(
 
     def get(name: str) -> tuple[Path, BinaryIO]:
         if name not in opened:
-            if name not in names or not name.endswith(SUFFIX):
+            if name not in names or not name.endswith(DISTRIBUTED):
                 what = f"lacks {name[:80]!r}, which its metadata names"
                 raise InputError(what, hint="copy all files of the checkpoint, of every node")
             path = folder / name

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.gguf.header import SUFFIX as GGUF
-from deltamerge.formats.gguf.header import the_model
 from deltamerge.formats.safetensors import Header, read_header
-from deltamerge.formats.torch_bin import read_torch_header
 from deltamerge.tensors.tensor import TensorInfo
 
 SINGLE = "model.safetensors"
@@ -23,6 +21,9 @@ PICKLED = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )  # fmt: skip
+GGUF, DISTRIBUTED = ".gguf", ".distcp"
+SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MOST_PARTS = 10_000
 MISTRAL = "consolidated"
 ALLOW = "pickles: true in the recipe, or --allow-pickles, reads torch's tables of tensors; nothing in them is run"
 
@@ -73,12 +74,54 @@ def is_index(source: str) -> bool:
 
 def read_weights(path: Path) -> Header:
     """The header of a weight file, of either kind; torch's are read only where they are allowed."""
-    return read_torch_header(path) if path.name.endswith(PICKLES) else read_header(path)
+    if not path.name.endswith(PICKLES):
+        return read_header(path)
+    from deltamerge.formats.torch_bin import read_torch_header
+
+    return read_torch_header(path)
 
 
 def is_weights(name: str) -> bool:
     """Whether a file holds weights, of any kind that is known."""
     return name.endswith((".safetensors", GGUF, *PICKLES))
+
+
+def is_distributed(names: Iterable[str | Path]) -> bool:
+    """Whether a folder's file names, or a model's files, are those of a distributed checkpoint."""
+    texts = [str(name) for name in names]
+    found = any(name.endswith(DISTRIBUTED) for name in texts)
+    return found and not any(name.endswith(".safetensors") for name in texts)
+
+
+def parts_of(name: str, names: Collection[str]) -> list[str]:
+    """The files of the model that begins with the file `name`. InputError: one of them is not among `names`."""
+    found = SPLIT.fullmatch(name)
+    if found is None:
+        return [name]
+    count = int(found["count"])
+    parts = [f"{found['stem']}-{i:05d}-of-{count:05d}{GGUF}" for i in range(1, min(count, MOST_PARTS) + 1)]
+    if missing := [part for part in parts if part not in names]:
+        raise InputError(f"missing part {missing[0]}", hint="download it, or the whole model again")
+    return parts
+
+
+def first_parts(names: Collection[str]) -> list[str]:
+    """The GGUF files among `names` that are models, of one in parts the first; no projectors of pictures."""
+    found = sorted(name for name in names if name.endswith(GGUF) and not name.startswith("mmproj"))
+    numbers = {name: match["number"] for name in found if (match := SPLIT.fullmatch(name))}
+    return [name for name in found if numbers.get(name, "00001") == "00001"]
+
+
+def the_model(names: Collection[str]) -> str | None:
+    """The only GGUF model among a folder's file names, its first part; None if there is none.
+
+    InputError: there are several.
+    """
+    found = first_parts(names)
+    if len(found) > 1:
+        hint = f"name one: FOLDER/{found[0]}, or org/name:{found[0]} on the hub"
+        raise InputError(f"{len(found)} GGUF models", hint=hint)
+    return found[0] if found else None
 
 
 def open_weights(

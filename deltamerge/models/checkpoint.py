@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge import errors
 from deltamerge.errors import InputError
@@ -23,22 +23,20 @@ from deltamerge.formats.components import (
     split,
 )
 from deltamerge.formats.config_json import read_config
-from deltamerge.formats.dcp import is_distributed, read_distributed
-from deltamerge.formats.gguf.header import SUFFIX as GGUF
-from deltamerge.formats.gguf.header import GgufHeader, parts_of, read_gguf_header
-from deltamerge.formats.gguf.model import open_model
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.detect import Scheme
 from deltamerge.formats.running_sum import FILE as RUNNING_SUM
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import (
     ALLOW,
+    GGUF,
     MISTRAL,
     PICKLES,
+    is_distributed,
     is_weights,
     join,
     open_weights,
+    parts_of,
     read_weights,
     weight_source,
 )
@@ -47,6 +45,10 @@ from deltamerge.formats.weight_files import SINGLE as SINGLE
 from deltamerge.models.token_text import TEXT, Spelling
 from deltamerge.tensors.dtypes import FLOATING
 from deltamerge.tensors.tensor import TensorInfo as TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.formats.gguf.header import GgufHeader
+    from deltamerge.formats.peft.config import Adapter
 
 DELTA = "delta.json"
 
@@ -147,6 +149,8 @@ def open_checkpoint(
 def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
     """The model in a folder of torch's distributed checkpoints. Its config, tokenizer and other files are in the folder
     itself, in that of the run, or in the one above it; else it has none."""
+    from deltamerge.formats.dcp import read_distributed
+
     tensors, files = read_distributed(path, names)
     for home in (path, path.parent, path.parent.parent):
         if (home / CONFIG).is_file():
@@ -193,6 +197,8 @@ class LocalFolder:
         return [read_weights(path) for path in paths]
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        from deltamerge.formats.gguf.header import read_gguf_header
+
         return [read_gguf_header(path) for path in paths]
 
 
@@ -241,6 +247,8 @@ def open_folder(
 
 def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
     """The checkpoint in the GGUF file `name` of a folder, whose config.json counts where there is one."""
+    from deltamerge.formats.gguf.model import open_model
+
     names = folder.names()
     files = tuple(folder.path / part for part in parts_of(name, names))
     is_there = CONFIG in names

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.detect import HINT, SCHEMES, Scheme, keys_of, moved, orphans, reader_of, scheme_of
-from deltamerge.formats.quantised.scheme import StoredWeight
 from deltamerge.models.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.tensors.dtypes import CODES, PLAIN
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import StoredWeight
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
@@ -37,6 +39,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         raise InputError(f"is quantised ({scheme}), and {why}: they are not the model's own", hint=HINT)
     if lone := orphans(scheme, checkpoint.tensors):
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
+    from deltamerge.formats.quantised.scheme import StoredWeight
+
     decoders = {name: _decoder(scheme, name, checkpoint.tensors[parts[0]]) for name, parts in scheme.weights.items()}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}

@@ -1,6 +1,6 @@
 """A delta artifact: the changes of a base checkpoint in few bytes; opened, checked and applied.
 
-docs/delta-format.md describes the format. torch is imported only where tensors are returned.
+docs/reference/delta-format.md describes the format. torch is imported only where tensors are returned.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import scratch
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.gguf.header import SUFFIX
+from deltamerge.formats.weight_files import GGUF
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import CONFIG, TOKENIZER
 from deltamerge.models.vocabulary_files import NORMAL, sentences
@@ -49,7 +49,7 @@ def is_described(checkpoint: Checkpoint) -> bool:
     """Return whether a model's tokenizer is one that its GGUF file describes, and no file beside it."""
     return (
         checkpoint.files[:1] != ()
-        and checkpoint.files[0].suffix == SUFFIX
+        and checkpoint.files[0].suffix == GGUF
         and not (checkpoint.path / TOKENIZER).is_file()
     )
 

@@ -18,12 +18,11 @@ from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.formats.config_json import code_of
-from deltamerge.formats.gguf.header import SUFFIX as GGUF
-from deltamerge.formats.gguf.header import GgufHeader, parts_of
+from deltamerge.formats.gguf.header import GgufHeader
 from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header
-from deltamerge.formats.weight_files import PICKLES, is_index, is_weights, read_weights, weight_source
+from deltamerge.formats.weight_files import GGUF, PICKLES, is_index, is_weights, parts_of, read_weights, weight_source
 from deltamerge.models.adapter import WEIGHTS, check_files, expand, open_adapter
 from deltamerge.models.checkpoint import DELTA, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
 from deltamerge.models.hub_cache import blob_of, check_blobs

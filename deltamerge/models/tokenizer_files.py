@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.config_json import kind
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.models.checkpoint import Checkpoint, Tokens
-from deltamerge.models.hub import fetch
 from deltamerge.models.token_text import spelling_of
+
+if TYPE_CHECKING:
+    from deltamerge.formats.peft.config import Adapter
 
 TOKENIZER, CONFIG, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 PROCESSOR = "chat_template.json"
@@ -30,11 +31,18 @@ Entry = dict[str, Any]
 MOST_TOKENS = 1 << 24  # arrays over a vocabulary have its largest id + 1 entries
 
 
+def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
+    """Download small files of a model of the hub, as `hub.fetch` does; a local folder has what it has."""
+    if checkpoint.hub_id is not None:
+        from deltamerge.models import hub
+
+        hub.fetch(checkpoint, first, *others)
+
+
 def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
     """The model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
     `whole`."""
-    if checkpoint.hub_id is not None:
-        fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
+    fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path
 
 
@@ -85,8 +93,7 @@ def read_roles(checkpoint: Checkpoint) -> dict[str, str]:
     """The tokens of a purpose that tokenizer_config.json or, without it, special_tokens_map.json names: "eos_token" ->
     the token."""
     folder = fetched(checkpoint)
-    if checkpoint.hub_id is not None:
-        fetch(checkpoint, TOKENIZER, MAP)
+    fetch(checkpoint, TOKENIZER, MAP)
     with errors.context(checkpoint.reference):
         return roles_in(folder)
 
@@ -106,8 +113,7 @@ def roles_in(folder: Path) -> dict[str, str]:
 def read_generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """The model's generation_config.json; empty if there is none."""
     folder = fetched(checkpoint)
-    if checkpoint.hub_id is not None:
-        fetch(checkpoint, TOKENIZER, GENERATION)
+    fetch(checkpoint, TOKENIZER, GENERATION)
     with errors.context(checkpoint.reference):
         return read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
 

@@ -21,8 +21,7 @@ from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.outputs.output import RunOutput, Weights
 from deltamerge.plan.inputs import Inputs, refuse_adapter
 from deltamerge.plan.output_config import BESIDE
-from deltamerge.plan.output_kind import Stored
-from deltamerge.plan.planner import Plan
+from deltamerge.plan.planner import Plan, Stored
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.tensor import TensorInfo
 

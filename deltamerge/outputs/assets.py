@@ -34,8 +34,7 @@ from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.output_config import generation_of
 from deltamerge.plan.planner import Plan
-from deltamerge.plan.vocabulary import Vocabulary
-from deltamerge.plan.vocabulary_config import ChatTemplate, edit_config
+from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, edit_config
 from deltamerge.tensors.dtypes import PLAIN, TORCH_NAMES
 
 TOKENIZER = (

@@ -43,14 +43,13 @@ from deltamerge.outputs.lora_file import (
     REST,
     FactorFile,
     FactorTarget,
-    LowRankSummary,
     affordable,
     finish,
     is_matrix,
     sides,
     stored_dtype,
 )
-from deltamerge.outputs.output import Account, Weights, WriteJob
+from deltamerge.outputs.output import Account, LowRankSummary, Weights, WriteJob
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan

@@ -27,6 +27,7 @@ from deltamerge.formats.peft.shira import count_changed
 from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
 from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
+from deltamerge.outputs.output import LayerRank, LowRankSummary
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, narrow
@@ -115,48 +116,6 @@ class FactorFile:
             "lora_B.weight": np.ascontiguousarray(b.reshape(self.rank, out)[:rank].T).reshape(-1),
             "lora_magnitude_vector": held[self.rank * (out + columns) :],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRank:
-    """What a LoRA keeps of a weight's delta.
-
-    rank      0: it has no factors, since nothing changed or no byte was left
-    energy    ‖B A‖² / ‖Δ‖², from 0 to 1
-    output    E‖B A x‖² / E‖Δ x‖² on the calibration rows; None without calibration
-    missed    what the best B A of that rank would keep more of the one that was made largest, at most
-    """
-
-    rank: int
-    energy: float
-    output: float | None
-    missed: float
-
-    def describe(self) -> dict[str, Any]:
-        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
-        found = {"rank": self.rank, "energy": _digits(self.energy), "missed": _digits(self.missed)}
-        return found if self.output is None else found | {"output": _digits(self.output)}
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankSummary:
-    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes."""
-
-    nbytes: int
-    hashed: dict[str, Any]
-    layers: Mapping[str, LayerRank]
-    energy: float
-    notes: tuple[str, ...] = ()
-    output: float | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
-        whole = {"energy": _digits(self.energy)} | ({} if self.output is None else {"output": _digits(self.output)})
-        return whole | {"tensors": {name: layer.describe() for name, layer in self.layers.items()}}
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def stored_dtype(planned: Plan) -> str:

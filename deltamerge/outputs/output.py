@@ -22,15 +22,13 @@ from deltamerge.outputs.assets import Files, assets, left_out
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.memory import Memory
-from deltamerge.plan.output_kind import Stored, output_kind
 from deltamerge.plan.outputs import OutputTensor
-from deltamerge.plan.planner import Plan
+from deltamerge.plan.planner import Plan, Stored, output_kind
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
-    from deltamerge.outputs.lora_file import LowRankSummary
 
 
 class Choices(Protocol):
@@ -68,6 +66,48 @@ class WriteJob:
         if self.files is None:
             return plan
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in self.files))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRank:
+    """What a LoRA keeps of a weight's delta.
+
+    rank      0: it has no factors, since nothing changed or no byte was left
+    energy    ‖B A‖² / ‖Δ‖², from 0 to 1
+    output    E‖B A x‖² / E‖Δ x‖² on the calibration rows; None without calibration
+    missed    what the best B A of that rank would keep more of the one that was made largest, at most
+    """
+
+    rank: int
+    energy: float
+    output: float | None
+    missed: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
+        found = {"rank": self.rank, "energy": _digits(self.energy), "missed": _digits(self.missed)}
+        return found if self.output is None else found | {"output": _digits(self.output)}
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankSummary:
+    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes."""
+
+    nbytes: int
+    hashed: dict[str, Any]
+    layers: Mapping[str, LayerRank]
+    energy: float
+    notes: tuple[str, ...] = ()
+    output: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as locks and `--json` have it; four digits do not depend on the machine."""
+        whole = {"energy": _digits(self.energy)} | ({} if self.output is None else {"output": _digits(self.output)})
+        return whole | {"tensors": {name: layer.describe() for name, layer in self.layers.items()}}
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 class Account:

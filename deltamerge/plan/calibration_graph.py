@@ -22,9 +22,8 @@ from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense
 from deltamerge.methods.registry import PRUNE
-from deltamerge.plan.delta_graph import Deltas, Stages
+from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
-from deltamerge.plan.merge import Merge, Tuned, matrix_form
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ, Recipe
 from deltamerge.tensors.patterns import finds

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
+from deltamerge.calibrate.reach import has_columns, has_norm, is_stacked, is_transposed
 from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
@@ -18,12 +18,13 @@ from deltamerge.methods.prune import protect, rescale
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
 from deltamerge.models.delta_over_base import added
-from deltamerge.plan.merge import Merge, Tuned
+from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
-from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.schema import CalibratedQ, Recipe, Section
+from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.tensor import Graph, Node
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.traits import Function, function_of
 
 if TYPE_CHECKING:
@@ -322,3 +323,75 @@ def number(value: Any, merge: Merge) -> float | None:
     """Return a value of the recipe for a tensor; None where no filter matches it."""
     found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A tensor to merge.
+
+    name       in the output
+    part       of the recipe that it belongs to
+    position   of its layer, from 0 to 1
+    base       the base's tensor, if the merge has a base
+    sources    the models and their tensors
+    dtype      of the result
+    """
+
+    name: str
+    part: Section
+    position: float
+    base: TensorInfo | None
+    sources: Sequence[tuple[Input, TensorInfo]]
+    dtype: str
+
+    @property
+    def tunes(self) -> tuple[Tuned, ...]:
+        """Return the fine-tunes' tensors, in the recipe's order."""
+        return tuple([Tuned(self, model, tensor) for model, tensor in self.sources])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0][1].shape
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """One fine-tune's tensor in a merge."""
+
+    merge: Merge
+    model: Input
+    tensor: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.merge.name
+
+    @property
+    def base(self) -> TensorInfo:
+        """Return the base's tensor, from which the delta is taken; a merge of deltas has one."""
+        assert self.merge.base is not None
+        return self.merge.base
+
+    @property
+    def index(self) -> int:
+        """Return the fine-tune's index in the recipe."""
+        assert self.model.index is not None
+        return self.model.index
+
+
+def matrix_form(name: str, shape: tuple[int, ...], models: int) -> tuple[int, int, int] | None:
+    """(matrices, rows, columns): a weight of a linear layer is one, stacked experts are as many as there are, a
+    convolution has the rows of its outputs.
+
+    None: a vector, a table whose rows are looked up, a head with a row a token, which may be the same table, or a
+    matrix of fewer rows or columns than `models`, in which they have no directions of their own.
+    """
+    if len(shape) < 2 or EMBEDDING.search(name) or TOKEN_HEAD.search(name):
+        return None
+    if is_stacked(name, shape):
+        form = shape
+    elif name.endswith("weight"):
+        form = (1, shape[0], math.prod(shape[1:]))
+    else:
+        return None
+    return (form[0], form[1], form[2]) if min(form[1:]) >= models and form[0] else None

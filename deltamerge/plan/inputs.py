@@ -17,23 +17,21 @@ from deltamerge.errors.shown import some
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
 from deltamerge.formats.config_json import code_of as code_of
-from deltamerge.formats.dcp import is_distributed
 from deltamerge.formats.peft.config import DERIVED
 from deltamerge.formats.peft.parts import factor_names
-from deltamerge.formats.weight_files import PICKLES
+from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.plan.regroup import ExpertForm, form_of, in_order, regrouped, shared_names
-from deltamerge.plan.running_sum import check_sums
-from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
+from deltamerge.models.matching import Names, match
+from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe, Section, model_name
+from deltamerge.tensors import experts
 from deltamerge.tensors.experts import is_joined, is_turned_stack
-from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
+from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import zeros_like
 
@@ -314,7 +312,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             at = recipe.place(("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
-    check_sums(recipe, named)
+    if any(checkpoint.running_sum is not None for _, _, checkpoint in named):
+        from deltamerge.plan.running_sum import check_sums
+
+        check_sums(recipe, named)
     matched, notes = _match(named)
     matched, stand_ins, untied = (matched, (), False) if recipe.is_moe else _untie(matched)
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
@@ -551,3 +552,125 @@ def _check(recipe: Recipe, index: int) -> None:
         problems.append(recipe.problem(("output", "kind"), "peft cannot use protect on an adapter's own A and B"))
     if problems:
         raise RecipeError(recipe.source.path, problems)
+
+
+Tensors = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """How a model stores its experts: the shapes of the fused tensors of a container, which of them are stored one by
+    one, and their layout. Containers are canonical names with a star for every number: all layers are alike."""
+
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    apart: frozenset[str]
+    layout: experts.Layout | None
+
+
+def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list[dict[str, TensorInfo]], list[Names]]:
+    """The tensors of every model, experts fused if any model has fused ones, and their canonical names."""
+    mixed = experts.differ(models)
+    tensors = [experts.fold(model) if mixed else dict(model) for model in models]
+    return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)
+
+
+def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
+    """The form of a model: its tensors by canonical names, and as its files have them."""
+    apart: set[str] = set()
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for container, own in experts.by_container(tensors).items():
+        place = numbers_as_stars(container)
+        shapes.setdefault(place, {key: info.shape for key, info in own.items()})
+        if any(experts.is_joined(info.tensor) for info in own.values()):
+            apart.add(place)
+    return ExpertForm(shapes, frozenset(apart), experts.layout_of(stored))
+
+
+def regrouped(
+    tensors: Tensors, stored: Mapping[str, str], form: ExpertForm
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """A model's tensors and their names in its files, by canonical names, in another model's form."""
+    result: dict[str, TensorInfo] = {}
+    names: dict[str, str] = {}
+    found = experts.by_container(tensors)
+    swapped = {
+        container
+        for container, own in found.items()
+        if experts.is_turned(
+            {key: info.shape for key, info in own.items()}, form.shapes.get(numbers_as_stars(container), {})
+        )
+    }
+    for name, info in tensors.items():
+        container, _, key = name.rpartition(".")
+        if container not in found or key not in found[container]:
+            result[name], names[name] = info, stored[name]
+            continue
+        if container in swapped:
+            info = experts.turned(info)
+        own = (form.layout or {}).get(key) if numbers_as_stars(container) in form.apart else None
+        if own is None or info.shape[1] % len(own):
+            result[name], names[name] = info, stored[name]
+            continue
+        place = stored[name].rpartition(".")[0]
+        for rest, part in experts.unfold(info, own).items():
+            result[f"{container}.{rest}"] = replace(part, name=f"{place}.{rest}")
+            names[f"{container}.{rest}"] = f"{place}.{rest}"
+    return result, names
+
+
+def in_order(names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
+    """Canonical names in the order in which the model's files have them."""
+    order = {name: i for i, name in enumerate(tensors)}
+    return dict(sorted(names.items(), key=lambda item: order.get(item[1], len(order))))
+
+
+# Tensors that never have a row per token, whatever their size.
+OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")
+
+
+def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every place of a config that states the vocabulary's size, as (mapping, key); the outermost first."""
+    if isinstance(config, dict) and isinstance(config.get("vocab_size"), int):
+        yield config, "vocab_size"
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from sizes(value)
+
+
+def config_rows(config: Mapping[str, Any]) -> int | None:
+    """Return the vocabulary's size in config.json; for a multimodal model its text part's."""
+    return next((holder[key] for holder, key in sizes(config)), None)
+
+
+def vocabularies(config: Mapping[str, Any], inside: str = "") -> dict[str, int]:
+    """Return every size of a vocabulary that a config states, by its key: vocab_size, vocab_size_per_layer_input, …"""
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= vocabularies(value, f"{inside}{key}.")
+        elif "vocab_size" in key and key != "type_vocab_size" and isinstance(value, int) and value > 0:
+            found[f"{inside}{key}"] = value
+    return found
+
+
+def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor has a row per token.
+
+    It is outside numbered blocks and has `rows` rows. It has the name of an embedding or a head; or any name, if no
+    other size in the config is that number.
+    """
+    if layer_index(name) is not None or not 1 <= len(shape) <= 2 or shape[0] != rows:
+        return False
+    if TOKEN_EMBEDDING.search(name) or TOKEN_HEAD.search(name):
+        return True
+    return not OTHER.search(name) and rows not in _other_sizes(config)
+
+
+def _other_sizes(config: Mapping[str, Any]) -> set[int]:
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _other_sizes(value)
+        elif isinstance(value, int) and key != "vocab_size" and not key.endswith(("_id", "_index")):
+            found.add(value)
+    return found

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
+from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Inputs
-from deltamerge.plan.merge import Merge
 from deltamerge.plan.output_config import OutputConfig
 from deltamerge.plan.outputs import Row
 from deltamerge.plan.stack import Stack

@@ -15,9 +15,9 @@ from deltamerge.formats.delta.positions import expected_bits
 from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.scheme import Coding
+from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.merge import Merge
 from deltamerge.plan.output_config import settle
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltamerge.calibrate.reach import in_words
 from deltamerge.engine.devices import AUTO
@@ -29,17 +30,13 @@ from deltamerge.plan.memory import (
     largest,
     tiles,
 )
-from deltamerge.plan.mixture import AppOutputs, Mixture, mixture_outputs
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
-from deltamerge.plan.output_kind import OutputKind, output_kind
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
-from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
-from deltamerge.plan.transplant import make_transplant
-from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
-from deltamerge.plan.vocabulary_config import ChatTemplate, choose_chat_template, edit_config
+from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
 from deltamerge.recipe import advice, checks
+from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.names import numbered_blocks
@@ -48,8 +45,13 @@ from deltamerge.tensors.tensor import Node, TensorInfo
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
+    from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
+PRUNED_ADAPTER = "adapter"
+
+Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor in a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,38 @@ class Budgeted:
     size: int
     tune: TensorInfo
     base: TensorInfo
+
+
+class OutputKind(Protocol):
+    """A kind of output: how a plan lays it out, what memory its sink takes, and what there is to say of it.
+
+    It is the object `OUTPUT` of a file of `outputs`, which is imported when a recipe names the kind.
+    """
+
+    def refuse(self, inputs: Inputs) -> None:
+        """Raise InputError: these models cannot have such an output."""
+
+    def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
+        """Return the files of the output. `weights` maps the parts of a coded weight to its name."""
+
+    def memory(
+        self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
+    ) -> Memory:
+        """Return the memory that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
+
+    def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
+        """Yield what a plan says of how the output is made."""
+
+    def describe(self, plan: Plan) -> dict[str, Any]:
+        """Return what only this kind adds to `deltamerge plan --json`."""
+
+
+def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
+    """Return the kind of output that a recipe asks for. `own_weights`: an adapter's own A and B are pruned."""
+    found: OutputKind = importlib.import_module(
+        f"deltamerge.outputs.{PRUNED_ADAPTER if own_weights else wanted.form}"
+    ).OUTPUT
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +224,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
+        """The plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -307,9 +341,7 @@ def _plan(
         settled=decided.settled,
         stacks=tuple(decided.stacks),
         mixture=mixture,
-        running_sum=made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
-        if recipe.output.rules.accumulates and mixture is None
-        else None,
+        running_sum=_sum(recipe, inputs, decided) if mixture is None else None,
     )
 
 
@@ -325,6 +357,8 @@ def _decided(
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
+        from deltamerge.plan.mixture import mixture_outputs
+
         return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
@@ -434,7 +468,18 @@ def _notes(
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     if recipe.transplant is None:
         return make_vocabulary(recipe, inputs)
+    from deltamerge.plan.transplant import make_transplant
+
     return make_transplant(recipe, inputs)
+
+
+def _sum(recipe: Recipe, inputs: Inputs, decided: Outputs | AppOutputs) -> RunningSum | None:
+    """Return the running sum that the output is; None: it is none."""
+    if not recipe.output.rules.accumulates:
+        return None
+    from deltamerge.plan.running_sum import made_of
+
+    return made_of(recipe, [(tune.name, tune.checkpoint) for tune in inputs.tunes], decided.averaged)
 
 
 def _tokenizers(

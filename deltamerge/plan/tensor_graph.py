@@ -20,9 +20,7 @@ from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
 from deltamerge.methods.prune.select import largest
-from deltamerge.plan.delta_graph import Deltas
-from deltamerge.plan.merge import Merge, Tuned, matrix_form
-from deltamerge.plan.running_sum import counts
+from deltamerge.plan.delta_graph import Deltas, Merge, Tuned, matrix_form
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -305,6 +303,8 @@ class Builder:
             else:
                 values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
+            from deltamerge.plan.running_sum import counts
+
             values["counts"] = counts([t.model.checkpoint for t in merge.tunes], values["weights"])
         if self.recipe.output.rules.accumulates:
             values["normalize"] = False

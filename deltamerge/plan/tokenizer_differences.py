@@ -20,7 +20,6 @@ from deltamerge.errors.shown import some
 from deltamerge.formats.components import check_folder, listed_folders
 from deltamerge.formats.peft.config import Adapter
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.hub import fetch
 from deltamerge.models.tokenizer_files import (
     CONFIG,
     MAP,
@@ -29,13 +28,13 @@ from deltamerge.models.tokenizer_files import (
     ROLES,
     TOKENIZER,
     chat_template_in,
+    fetch,
     fetched,
     roles_in,
     tokenizer_config,
 )
 from deltamerge.models.vocabulary_files import FILES, SENTENCEPIECE, Reading, Words, same_step
-from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
+from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
@@ -265,7 +264,7 @@ def _places(checkpoint: Checkpoint, name: str) -> dict[str, _Tokenizer]:
 
 def _has_tokenizer(model: Checkpoint | Adapter) -> bool:
     """Tell whether a model's folder has a tokenizer; of a hub model it is fetched, but not of a pipeline's folders."""
-    if model.hub_id is not None and (isinstance(model, Adapter) or model.is_simple):
+    if model.hub_id is not None and (not isinstance(model, Checkpoint) or model.is_simple):
         with suppress(DeltamergeError):  # offline, what is not in the cache is not compared
             fetched(model)
             fetch(model, TOKENIZER, MAP)

@@ -1,27 +1,31 @@
-"""The output on another model's tokenizer: which tokens both have, and where the rows of the others come from."""
+"""The output on another model's tokenizer: rows of tokens that both have, and sums of such rows for the others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.tokenizer_files import ROLES, read_generation, read_roles, read_tokens
-from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.pursuit import SCREENED, held
-from deltamerge.plan.transplant_rows import Moves, Sums, transplant_rows
-from deltamerge.plan.vocabulary import BYTES_PER_TOKEN, Rows, Vocabulary, make_vocabulary
-from deltamerge.plan.vocabulary_rows import vocabularies
+from deltamerge.plan.inputs import Input, Inputs, vocabularies
+from deltamerge.plan.vocabulary import BYTES_PER_TOKEN, ID_KEYS, Rows, Vocabulary, make_vocabulary
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.dtypes import PLAIN
+from deltamerge.tensors.dtypes import PLAIN, bits_type, torch_dtype, widen
+from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD
-from deltamerge.tensors.tensor import TensorInfo, viewed
+from deltamerge.tensors.rows import mean_row, stored_rows
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
+from deltamerge.tensors.views import fill_lines
 
 TORCH_BYTES = 170_000_000  # of torch's code and its first product, measured
 
@@ -123,6 +127,22 @@ class Transplant(Vocabulary):
             sums = Sums(self.method, self.k, digest, common, others) if made else None
             self._sums[which] = sums
         return self._sums[which]
+
+    def move_ids(self, config: dict[str, Any], template: Input, *, generation: bool) -> None:
+        """Put the donor's ids into a config.
+
+        Ids of purposes are those of the donor's own config, then of its tokenizer; others follow their tokens.
+        InputError: one is of a token that the donor lacks.
+        """
+        theirs = dict(self.start.checkpoint.config) | (dict(self.generation) if generation else {})
+        roles: dict[str, int | None] = {}
+        for role in ROLES:
+            key, token = f"{role}_id", self.roles.get(role)
+            own = None if token is None else self.ids.get(token)
+            roles[key] = own if theirs.get(key) is None else theirs[key]
+            if key in config or theirs.get(key) is not None or (own is not None and role in ("eos_token", "bos_token")):
+                config[key] = roles[key]
+        _follow(config, self, roles)
 
     def describe(self) -> dict[str, Any]:
         """Return the vocabulary as `deltamerge plan --json` prints it."""
@@ -261,3 +281,344 @@ def _refuse_few(made: Transplant, ours: str, theirs: str) -> None:
         place = "tokenizer.k"
         raise InputError(f"{place}: {made.k} rows a sum, and {ours} and {theirs} have {common} tokens in common",
                          hint=f"k: {common}, or fewer")  # fmt: skip
+
+
+def _follow(config: dict[str, Any], vocabulary: Transplant, roles: Mapping[str, int | None]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value |= {role: own for role, own in roles.items() if value.get(role) is not None}
+            _follow(value, vocabulary, roles)
+        elif key.removesuffix("_id") in ROLES or not key.endswith(ID_KEYS):
+            continue
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            config[key] = _found(key, value, vocabulary)
+        elif isinstance(value, list) and all(isinstance(item, int) for item in value):
+            config[key] = [vocabulary.shared[item] for item in value if item in vocabulary.shared]
+
+
+def _found(key: str, value: int, vocabulary: Transplant) -> int | None:
+    if value in vocabulary.shared:
+        return vocabulary.shared[value]
+    names = {i: token for token, i in vocabulary.union.ids.items()}
+    if value not in names:
+        return None
+    message = f"{key} is of {names[value]!r}, a token that {vocabulary.start.name} lacks"
+    raise InputError(message, hint="add it to that tokenizer, with a row of its model's embedding")
+
+
+# -- rows
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Which rows of common tokens make the rows of others, and how much of each.
+
+    method    omp or common
+    k         rows of a sum
+    common    the donor's rows of tokens that both have
+    others    the donor's rows that are written as sums of those
+    digest    of both
+    """
+
+    method: str
+    k: int
+    digest: str
+    common: NDArray[np.int32] = field(compare=False, repr=False)
+    others: NDArray[np.int32] = field(compare=False, repr=False)
+
+    def of(self, read: Read, donor: Tensor, first: int, last: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return (last − first, k) places in `common`, and coefficients, of the sums [first, last).
+
+        `donor` is the embedding (rows, width) of the model whose tokenizer it is.
+        """
+        blocks: SharedBlocks = read.once(("sums", donor, self), lambda: self._blocks(read, donor))
+        size = self._block(donor)
+        found = [blocks.get(i) for i in range(first // size, -(-last // size))]
+        low = first // size * size
+        places, weights = (np.concatenate(part)[first - low : last - low] for part in zip(*found, strict=True))
+        return places, weights
+
+    def _block(self, donor: Tensor) -> int:
+        """Return the rows that are computed at once."""
+        return block_of(math.prod(donor.shape[1:]), self.k)
+
+    def _blocks(self, read: Read, donor: Tensor) -> SharedBlocks:
+        # distances are differences, which bfloat16 would not tell apart
+        atoms = Atoms.of(_values(read, donor, self.common), screen=False if self.method == "common" else None)
+
+        def compute(block: int) -> Any:
+            rows = self.others[block * size : (block + 1) * size]
+            return METHODS[self.method](_values(read, donor, rows), atoms, self.k)
+
+        size = self._block(donor)
+        return SharedBlocks(-(-len(self.others) // size), compute)
+
+
+def _values(read: Read, donor: Tensor, rows: NDArray[np.int32]) -> Any:
+    """Return the donor's rows as a torch tensor, in bfloat16 if they are stored so, else in float32."""
+    bits = stored_rows(read, donor, rows, math.prod(donor.shape[1:]))
+    if donor.dtype == "BF16":
+        return torch.from_numpy(bits.view(np.int16)).view(torch_dtype("BF16"))
+    return torch.from_numpy(widen(bits.view(bits_type(donor.dtype)), donor.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """The rows of a tensor under another tokenizer.
+
+    sums     of the rows that are sums; None: those are the mean row
+    digest   of the arrays below
+    origin   (rows) the row of the source that a row is; −1: a sum; −2: the mean of all rows of the source
+    order    (rows) which of the sums a row is
+    common   the rows of the source that sums are of, as `sums.common` has the donor's
+    """
+
+    sums: Sums | None
+    digest: str
+    origin: NDArray[np.int32] = field(compare=False, repr=False)
+    order: NDArray[np.int32] = field(compare=False, repr=False)
+    common: NDArray[np.int32] = field(compare=False, repr=False)
+
+
+@view(moves=True)
+def transplant_rows(read: Read, tensor: Tensor, start: int, out: memoryview, *, moves: Moves) -> None:
+    """Compute a tensor (rows, width) in float32 under another tokenizer.
+
+    The first input is the tensor under the old vocabulary. The second, if any, is the donor's embedding.
+    """
+    width = math.prod(tensor.shape[1:])
+    fill_lines(width, "F32", start, out, lambda top, bottom: _rows(read, tensor, moves, top, bottom))
+
+
+def _rows(read: Read, tensor: Tensor, moves: Moves, first: int, last: int) -> NDArray[np.float32]:
+    source, origin = tensor.inputs[0], moves.origin[first:last]
+    result = np.empty((len(origin), math.prod(tensor.shape[1:])), np.float32)
+    copied, summed, mean = (np.flatnonzero(chosen) for chosen in (origin >= 0, origin == -1, origin == -2))
+    if copied.size:
+        result[copied] = _source(read, source, origin[copied])
+    if mean.size or (summed.size and moves.sums is None):
+        row = read.once(("mean row", source), lambda: _mean(read, source))
+        result[mean] = row
+        if moves.sums is None:
+            result[summed] = row
+    if summed.size and moves.sums is not None:
+        wanted = moves.order[first:last][summed]
+        places, weights = moves.sums.of(read, tensor.inputs[1], int(wanted[0]), int(wanted[-1]) + 1)
+        result[summed] = _summed(read, source, moves.common, places, weights)
+    return result
+
+
+def _summed(
+    read: Read, source: Tensor, common: NDArray[np.int32], places: NDArray[np.int32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return Σ_j w_j · row_j in float32 in the order of j, each product and sum rounded."""
+    rows, where = np.unique(common[places], return_inverse=True)
+    values, where = _source(read, source, rows), where.reshape(places.shape)
+    total = np.zeros((len(places), values.shape[1]), np.float32)
+    for j in range(places.shape[1]):
+        total += weights[:, j, None] * values[where[:, j]]
+    return total
+
+
+def _source(read: Read, source: Tensor, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+    width = math.prod(source.shape[1:])
+    return widen(stored_rows(read, source, rows, width).view(bits_type(source.dtype)), source.dtype)
+
+
+def _mean(read: Read, source: Tensor) -> NDArray[np.float32]:
+    def rows(first: int, last: int) -> NDArray[np.float32]:
+        return _source(read, source, np.arange(first, last, dtype=np.int32))
+
+    return mean_row(rows, source.shape[0], math.prod(source.shape[1:]))
+
+
+# -- vectors as sums of few others: orthogonal matching pursuit, and interpolation of the nearest
+
+CANDIDATES = 8  # of a step, whose scores are computed again in float32
+SCREENED = 1 << 22  # elements of the atoms from which on scores are first computed in bfloat16
+HELD = 1 << 25  # float32 elements of the bases of one block of targets
+SPARE = 8  # nearest atoms, beyond k, whose distances are computed again in float64
+DEPENDENT = 1e-4  # of an atom: less of it outside the chosen ones' span adds nothing but rounding
+DONE = 1e-6  # of a target: a residual as small is rounding
+
+Indices = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Atoms:
+    """(atoms, width) vectors, in float32 or bfloat16, and in the form that is screened."""
+
+    exact: Any
+    screened: Any
+
+    @classmethod
+    def of(cls, exact: Any, *, screen: bool | None = None) -> Atoms:
+        """Atoms of a torch tensor. `screen`: scores are first computed in bfloat16, where that is faster."""
+        if screen is None:
+            screen = exact.numel() >= SCREENED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return cls(exact, exact.bfloat16() if screen else exact.float())
+
+    def rows(self, indices: Any) -> Any:
+        """Atoms in float32."""
+        return self.exact[indices].float()
+
+    @cached_property
+    def squares(self) -> Any:
+        """|a|² of every atom, in float32."""
+        return self.screened.float().norm(dim=1).square()
+
+
+def block_of(width: int, k: int) -> int:
+    """Targets of a block: whose bases fit into 128 MiB."""
+    return max(8, min(512, HELD // (k * width)))
+
+
+def held(width: int, k: int, atoms: int) -> int:
+    """Return the bytes that one thread holds while it computes a block: bases, their candidates, scores."""
+    targets = block_of(width, k)
+    return 4 * targets * (k * width + 2 * (CANDIDATES + 4) * width + 2 * atoms) + 16 * 8 * k * width
+
+
+def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
+    """Orthogonal matching pursuit (Pati et al. 1993): (targets, k) indices of atoms, and float32 coefficients.
+
+    A step takes the atom a with the greatest |a · r|, r what of the target is outside the chosen ones' span (of equals
+    the first). Scores are of float32: where they are screened in bfloat16, those of the best 8. The coefficients are
+    the least squares of the chosen, in float64, rounded once. A target that is spanned sooner has zeros for the rest.
+    """
+    targets = targets.float()
+    count, width = targets.shape
+    chosen = np.zeros((count, k), np.int64)
+    used = np.zeros((count, k), bool)
+    bases = torch.zeros((count, k, width))
+    residual = targets.clone()
+    norms = targets.norm(dim=1)
+    active = (norms > 0).numpy()
+    for step in range(k):
+        if not active.any():
+            break
+        best = _best(residual, atoms, chosen[:, :step], used[:, :step])
+        atom = atoms.rows(torch.from_numpy(best))
+        direction = atom.clone()
+        if step:
+            past = bases[:, :step]
+            direction -= torch.bmm(torch.bmm(direction[:, None], past.transpose(1, 2)), past)[:, 0]
+        length = direction.norm(dim=1)
+        active &= (length > DEPENDENT * atom.norm(dim=1)).numpy()
+        active &= (residual.norm(dim=1) > DONE * norms).numpy()
+        direction *= torch.where(torch.from_numpy(active), 1 / length, 0.0)[:, None]
+        bases[:, step] = direction
+        residual -= (residual * direction).sum(1, keepdim=True) * direction
+        chosen[active, step], used[:, step] = best[active], active
+    return chosen.astype(np.int32), _least_squares(targets, atoms, chosen, used)
+
+
+def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> NDArray[np.int64]:
+    """Return each target's atom with the greatest |a · r| that is not chosen yet."""
+    scores = (residual.to(atoms.screened.dtype) @ atoms.screened.T).abs_()
+    if chosen.shape[1]:
+        at, places = np.nonzero(used)
+        scores[torch.from_numpy(at), torch.from_numpy(chosen[at, places])] = -1
+    found = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1).indices.sort(dim=1).values
+    # residuals as rows: as columns they take 4 times as long
+    exact = torch.bmm(residual[:, None], atoms.rows(found).transpose(1, 2))[:, 0].abs()
+    exact[scores.gather(1, found) < 0] = -1
+    places = exact.numpy().argmax(1)
+    picked: NDArray[np.int64] = found.numpy()[np.arange(len(places)), places]
+    return picked
+
+
+def _least_squares(targets: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> Floats:
+    """Return the coefficients of the chosen atoms, of normal equations in float64; those that are not used are zero."""
+    result = np.zeros(chosen.shape, np.float32)
+    for first in range(0, len(chosen), 16):
+        part = slice(first, first + 16)
+        live = torch.from_numpy(used[part].astype(np.float64))
+        rows = atoms.rows(torch.from_numpy(chosen[part])).double() * live[:, :, None]
+        gram = rows @ rows.transpose(1, 2) + torch.diag_embed(1 - live)
+        wanted = rows @ targets[part].double()[:, :, None]
+        scale = gram.diagonal(dim1=1, dim2=2).rsqrt()[:, :, None]
+        factor = torch.linalg.cholesky_ex(gram * scale * scale.transpose(1, 2)).L
+        result[part] = (torch.cholesky_solve(wanted * scale, factor) * scale)[:, :, 0].float().numpy()
+    return result
+
+
+def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
+    """(targets, k) indices of the nearest atoms, and weights in inverse proportion to their distances.
+
+    Distances are Euclidean, at least 1e-6, in float64 for those that count; of equals the first is nearer.
+    """
+    targets = targets.float()
+    # |x − a|² without |x|², which is the same for all atoms
+    plain = atoms.screened.float()
+    sums = atoms.squares - 2 * (targets @ plain.T)
+    chosen = np.zeros((len(targets), k), np.int32)
+    weights = np.zeros((len(targets), k), np.float32)
+    near = sums.topk(min(k + SPARE, sums.shape[1]), dim=1, largest=False).indices.sort(dim=1).values
+    for i, (target, found) in enumerate(zip(targets, near, strict=True)):
+        distances = (atoms.exact[found].double() - target.double()).norm(dim=1).numpy()
+        order = np.argsort(distances, kind="stable")[:k]
+        chosen[i] = found.numpy()[order]
+        inverse = 1 / np.maximum(distances[order], 1e-6)
+        weights[i] = inverse / inverse.sum()
+    return chosen, weights
+
+
+METHODS: dict[str, Callable[..., Any]] = {"omp": pursuit, "common": nearest}
+
+
+class SharedBlocks:
+    """Blocks of a table that threads compute as they come: one that finds its block in another's hands takes the next
+    that is free, and waits only where none is."""
+
+    def __init__(self, count: int, compute: Any) -> None:
+        self.compute = compute
+        self.results: list[Any] = [None] * count
+        self.free = dict.fromkeys(range(count))
+        self.changed = threading.Condition()
+        self.failed: BaseException | None = None
+
+    def get(self, block: int) -> Any:
+        """Return the block's value. Raises what computing any of them raised."""
+        while True:
+            with self.changed:
+                if self.failed is not None:
+                    raise self.failed
+                if self.results[block] is not None:
+                    return self.results[block]
+                mine = block if block in self.free else next(iter(self.free), None)
+                if mine is None:
+                    self.changed.wait()
+                    continue
+                del self.free[mine]
+            try:
+                with one_thread():
+                    made = self.compute(mine)
+            except BaseException as error:
+                with self.changed:
+                    self.failed = error
+                    self.changed.notify_all()
+                raise
+            with self.changed:
+                self.results[mine] = made
+                self.changed.notify_all()
+
+
+_counting = threading.Lock()
+_inside: list[int] = []
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's operations on one thread, while any worker is inside."""
+    with _counting:
+        _inside.append(torch.get_num_threads() if not _inside else _inside[0])
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _counting:
+            before = _inside.pop()
+            if not _inside:
+                torch.set_num_threads(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -12,10 +14,16 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.models.checkpoint import Tokens
-from deltamerge.models.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
-from deltamerge.plan.inputs import Input, Inputs, input_named
-from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
-from deltamerge.recipe.output_keys import ModelToken, Token, ZeroToken
+from deltamerge.models.tokenizer_files import (
+    TOKENIZER,
+    Entry,
+    fetched,
+    plain_entry,
+    read_chat_template,
+    read_tokens,
+)
+from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows, input_named, sizes
+from deltamerge.recipe.output_keys import BUILT_IN, ModelToken, Token, ZeroToken, is_literal
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.rows import gather
 from deltamerge.tensors.tensor import TensorInfo
@@ -96,6 +104,12 @@ class Vocabulary:
     def total(self) -> int:
         """Return rows of the output's embedding."""
         return self.size + self.padding
+
+    def move_ids(self, config: dict[str, Any], template: Input, *, generation: bool) -> None:
+        """Let the ids in a config of `template` follow their tokens. `generation`: it is a generation config."""
+        if template.checkpoint.reference != self.start.checkpoint.reference:
+            names = {i: token for token, i in self.template_ids.items()}
+            _move(config, names, self, self.start.checkpoint.config)
 
     def held(self, workers: int) -> int:
         """Return the bytes that making the rows holds, beyond what reading them does."""
@@ -342,3 +356,78 @@ def _given(
     if problems:
         raise RecipeError(recipe.source.path, problems)
     return given
+
+
+ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
+
+
+def edit_config(
+    config: Mapping[str, Any], vocabulary: Vocabulary, template: Input, *, generation: bool = False
+) -> dict[str, Any]:
+    """Return a config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
+
+    An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
+    """
+    result = copy.deepcopy(dict(config))
+    for holder, key in sizes(result):
+        holder[key] = vocabulary.total
+    vocabulary.move_ids(result, template, generation=generation)
+    return result
+
+
+def _move(config: dict[str, Any], names: Mapping[int, str], vocabulary: Vocabulary, other: Mapping[str, Any]) -> None:
+    def moved(value: int, key: str) -> Any:
+        if value not in names:
+            return value
+        return vocabulary.ids.get(names[value], other.get(key))
+
+    for key, value in config.items():
+        if isinstance(value, dict):
+            inner = other.get(key)
+            _move(value, names, vocabulary, inner if isinstance(inner, dict) else other)
+        elif key.endswith(ID_KEYS):
+            if isinstance(value, int) and not isinstance(value, bool):
+                config[key] = moved(value, key)
+            elif isinstance(value, list) and all(isinstance(item, int) for item in value):
+                found = [moved(item, key) for item in value]
+                config[key] = [item for item in found if isinstance(item, int)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A Jinja text, and a description of its origin."""
+
+    text: str
+    origin: str
+
+
+def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
+    """Return the template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer
+    keeps its own.
+
+    InputError: the model that the recipe names has none.
+    """
+    wanted = recipe.chat_template
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        return _most_common(inputs.all)
+    model = input_named(wanted, recipe, inputs.base, inputs.tunes)
+    if model is not None:
+        text = read_chat_template(model.checkpoint)
+        if text is None:
+            raise InputError("has no chat template", where=model.name)
+        return ChatTemplate(text, model.name)
+    if is_literal(wanted):
+        return ChatTemplate(wanted, "the recipe")
+    return ChatTemplate(BUILT_IN[wanted], f"built-in {wanted}")
+
+
+def _most_common(models: Sequence[Input]) -> ChatTemplate | None:
+    """Return the template that most models have, the first of equals; surrounding white space is ignored."""
+    read = ((model.name, (read_chat_template(model.checkpoint) or "").strip()) for model in models)
+    found = [(text, name) for name, text in read if text]
+    if not found:
+        return None
+    best = Counter(text for text, _ in found).most_common(1)[0][0]
+    return ChatTemplate(best, "auto: " + ", ".join(name for text, name in found if text == best))

@@ -1,6 +1,6 @@
 """Which pruning keeps a fine-tune at a density, with and without calibration rows.
 
-`extract`, `recommend`, `init` and the warnings of a recipe all ask here. docs/choosing.md has the measurements.
+`extract`, `recommend`, `init` and the warnings of a recipe ask here. Measured in docs/measurements/pruning.md.
 """
 
 from __future__ import annotations

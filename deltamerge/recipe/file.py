@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.recipe import mergekit, yaml_source
+from deltamerge.recipe import yaml_source
 from deltamerge.recipe.checks import references
 from deltamerge.recipe.edits import set_keys
 from deltamerge.recipe.load import load_all
@@ -92,6 +92,8 @@ def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile
     """Return the recipe file whose text is `whole`, and whose documents `sources`."""
     recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
+        from deltamerge.recipe import mergekit
+
         whole, recipes = mergekit.write_defaults(whole, recipes)
     if len(recipes) == 1:
         return RecipeFile(path, (Document(recipes[0], whole),))

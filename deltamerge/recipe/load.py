@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.methods.registry import MERGE
-from deltamerge.models.chain.folder import expand
-from deltamerge.recipe import checks, moe_checks, open_values, yaml_source
+from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.edits import in_full
 from deltamerge.recipe.problems import place_of, problem_of, without
 from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
@@ -120,7 +119,7 @@ def flatten(
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
     """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
-    names = moe_checks.names(experts)
+    names = checks.expert_names(experts)
     models = tuple(
         Model.model_validate({"model": one.reference, "name": None if name == one.reference else name})
         for one, name in zip(experts, names, strict=True)
@@ -163,7 +162,7 @@ def members(
 ) -> list[Member]:
     """Return the models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
     try:
-        versions = expand(model.model, folder)
+        versions = _versions(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
         summed = read_running_sum(folder / model.model) if found is None else None
     except InputError as error:
@@ -176,6 +175,15 @@ def members(
     named = {} if model.name is None else {one: f"{model.name}:{one.rpartition('/')[2]}" for one in last}
     models = [model.model_copy(update={"model": one, "name": named.get(one)}) for one in last]
     return [Member(one, item, place, found, len(found.references)) for one in models]
+
+
+def _versions(reference: str, folder: Path) -> list[str] | None:
+    """Return the versions of a chain that a reference with a range stands for; None: it has no range."""
+    if ".." not in reference.rpartition("/")[2]:
+        return None
+    from deltamerge.models.chain.folder import expand
+
+    return expand(reference, folder)
 
 
 def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -> Iterator[Problem]:

@@ -30,7 +30,6 @@ from deltamerge.formats.safetensors_writer import Writer
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import line
 from deltamerge.models.chain.layers import check_complete
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, is_delta
 from deltamerge.models.decode import decoded
@@ -38,6 +37,7 @@ from deltamerge.models.delta_file import DeltaFile, ResultTensor
 from deltamerge.models.delta_over_base import check
 from deltamerge.models.front_matter import card
 from deltamerge.models.hub_cache import check_blobs
+from deltamerge.models.references import open_model
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks

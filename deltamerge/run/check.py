@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.outputs.output import output_of
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.options import Options
-from deltamerge.run.plans import make_plans
+
+if TYPE_CHECKING:
+    from deltamerge.run.options import Options
 
 # A YAML file of a folder with one of these is taken for a recipe.
 KEYS = frozenset({"base_model", "merge_method", "models", "slices", "modules"})
@@ -49,25 +49,27 @@ class RecipeCheck:
 
 def check_recipe(
     path: Path,
-    options: Options,
+    options: Options | None,
     *,
-    offline: bool = False,
     mergekit_exact: bool = False,
     settings: Mapping[Loc, str] | None = None,
 ) -> RecipeCheck:
-    """Read the recipe at `path` and, unless `offline`, the headers of its models."""
+    """Read the recipe at `path` and the headers of its models; without `options`, the recipe alone."""
     try:
         file = read_either(path, mergekit_exact=mergekit_exact, settings=settings)
         left_open = ""
         if isinstance(file, TemplateFile):
             left_open = in_words(file.template)
             file = _tried(file)
-        plan = None if offline else make_plans(file, options=options)[-1]
+        said = (left_open,) if left_open else ()
+        if options is None:
+            return RecipeCheck(str(path), documents=len(file.documents), notes=said)
+        from deltamerge.outputs.output import output_of
+        from deltamerge.run.plans import make_plans
+
+        plan = make_plans(file, options=options)[-1]
     except DeltamergeError as error:
         return RecipeCheck(str(path), error)
-    said = (left_open,) if left_open else ()
-    if plan is None:
-        return RecipeCheck(str(path), documents=len(file.documents), notes=said)
     return RecipeCheck(
         str(path),
         None,

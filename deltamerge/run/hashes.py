@@ -23,7 +23,6 @@ from deltamerge.files.seals import hash_bytes as hash_bytes
 from deltamerge.files.seals import hash_output as hash_output
 from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
-from deltamerge.formats.quantised.scheme import streamed
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
@@ -174,7 +173,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
     """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
-    codes = streamed(source) if backend == "fused" else None
+    codes = source.streamed if backend == "fused" else None
     if codes is not None:
         return codes.codes.tensor if codes.bits else None
     return source if source.kind == "stored" else None

@@ -15,9 +15,9 @@ from deltamerge.files.ownership import Guard, Maker, place_named, place_of
 from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
-from deltamerge.models.chain.models import Models
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.models.references import Models
 from deltamerge.outputs.assets import config
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan, plan

@@ -48,7 +48,7 @@ from deltamerge.tensors.traits import function_of
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
-    from deltamerge.outputs.lora_file import LowRankSummary
+    from deltamerge.outputs.output import LowRankSummary
 
 
 @dataclass(frozen=True, slots=True)

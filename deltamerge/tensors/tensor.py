@@ -130,6 +130,18 @@ class Tensor:
             return self.nbytes if read is None else read.nbytes
         return self.nbytes
 
+    @property
+    def streamed(self) -> Any:
+        """Return the codes that the compiled loop makes its values of, where it does so itself; else None."""
+        streamed = VIEWS[self.function].streamed if self.kind == "view" else None
+        return None if streamed is None else streamed(self)
+
+    @property
+    def keeps(self) -> bool:
+        """Tell whether a reader keeps slabs of what it reads for it."""
+        keeps = VIEWS[self.function].keeps if self.kind == "view" else None
+        return keeps is not None and keeps(self)
+
     def leaves(self) -> Iterator[Tensor]:
         """Yield the stored tensors that it is computed from, each once."""
         yield from (tensor for tensor in self.graph() if tensor.kind == "stored")
@@ -179,14 +191,16 @@ class View:
     entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
     moves       its rows are not those of the file, in order
     codes       codes(tensor): the stored codes that are read for its values; None where there are none
-    keeps       a reader keeps slabs of what it reads
+    streamed    streamed(tensor): its `CodedWeight`, if the compiled loop reads the codes itself
+    keeps       keeps(tensor): whether a reader keeps slabs of what it reads
     """
 
     fill: Callable[..., None]
     entrywise: bool = False
     moves: bool = False
     codes: Callable[[Tensor], Tensor | None] | None = None
-    keeps: bool = False
+    streamed: Callable[[Tensor], Any] | None = None
+    keeps: Callable[[Tensor], bool] | None = None
 
 
 VIEWS: dict[str, View] = {}

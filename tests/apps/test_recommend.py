@@ -334,7 +334,7 @@ def test_real_fine_tunes_without_data(shared_data):
 @pytest.mark.slow
 def test_a_real_fine_tune_on_plain_english(shared_data, tmp_path, monkeypatch):
     docs = Path(__file__).parents[2] / "docs"
-    lines = [line for file in sorted(docs.glob("*.md")) for line in file.read_text().splitlines()]
+    lines = [line for file in sorted(docs.rglob("*.md")) for line in file.read_text().splitlines()]
     (tmp_path / "lines.txt").write_text("\n".join(line for line in lines if line[:1].isalpha() and len(line) > 60))
     monkeypatch.chdir(tmp_path)
     rows = {"data": "lines.txt", "sequences": 24, "length": 40}

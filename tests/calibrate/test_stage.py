@@ -540,7 +540,7 @@ def test_wanda_scores_by_the_norms_of_the_inputs(density: float) -> None:
 def test_the_order_of_methods_on_a_real_fine_tune(shared_data: Path, tmp_path: Path) -> None:
     """At density 0.01, on plain English: DARE < DAREx-q < magnitude with a calibrated q, by the output change."""
     docs = Path(__file__).parents[2] / "docs"
-    lines = [line for file in sorted(docs.glob("*.md")) for line in file.read_text().splitlines()]
+    lines = [line for file in sorted(docs.rglob("*.md")) for line in file.read_text().splitlines()]
     texts = tmp_path / "lines.txt"
     texts.write_text("\n".join(line for line in lines if line[:1].isalpha() and len(line) > 60))
     change = {}

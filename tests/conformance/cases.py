@@ -10,8 +10,8 @@ class Case:
     """A mergekit recipe; `ours` replaces it for deltamerge where the same result needs another recipe; `exact` runs it
     with `--mergekit-exact`.
 
-    `differs` names the row of docs/from-mergekit.md that says why results are not equal to 1e-6; `share` is the largest
-    fraction of a tensor's entries that may differ then, and with `same_norm` the sum of abs(result − base) may not.
+    `differs` names the row of docs/howto/from-mergekit.md that says why results are not equal to 1e-6; `share` is the
+    largest fraction of a tensor's entries that may differ then. With `same_norm` the sum of abs(result − base) may not.
     """
 
     text: str

@@ -19,7 +19,7 @@ from .cases import CASES, ELSEWHERE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-DIFFERENCES = ROOT / "docs" / "from-mergekit.md"
+DIFFERENCES = ROOT / "docs" / "howto" / "from-mergekit.md"
 WANTED = [("llama", name) for name in CASES]
 WANTED += [(architecture, name) for architecture in ("mistral", "qwen2", "gpt2", "bert") for name in ELSEWHERE]
 

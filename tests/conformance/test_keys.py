@@ -19,7 +19,7 @@ from running import run
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-DIFFERENCES = ROOT / "docs" / "from-mergekit.md"
+DIFFERENCES = ROOT / "docs" / "howto" / "from-mergekit.md"
 
 pytestmark = [pytest.mark.conformance, pytest.mark.filterwarnings("default")]
 

@@ -20,7 +20,7 @@ SIZES = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 200 * PIECE_BYTES 
 
 
 def reference(data: bytes) -> str:
-    """From the definition in docs/how-it-works.md."""
+    """From the definition in docs/why/how-it-works.md."""
     digests = [xxh3_128(data[i : i + 65536]).digest() for i in range(0, len(data), 65536)]
     return "xxh3-64k:" + xxh3_128(b"".join(digests)).hexdigest()
 

@@ -52,7 +52,7 @@ def read(coding: str, stored: np.ndarray[Any, Any], count: int, size: int, k: in
 
 
 def slow_positions(coding: str, stored: np.ndarray[Any, Any], count: int, k: int) -> list[int]:
-    """One entry at a time, from docs/delta-format.md."""
+    """One entry at a time, from docs/reference/delta-format.md."""
     if coding == "indices":
         return [int(i) for i in stored]
     data = stored.tobytes()
@@ -352,7 +352,7 @@ def test_scales_of_many_rows_take_two_bits(coding: Any) -> None:
 
 
 def test_errors_of_the_codings_on_normal_values() -> None:
-    """The table of docs/delta-format.md: sign is sqrt(1 - 2/π) for one scale, less where rows keep few entries."""
+    """The table of delta-format.md: sign is sqrt(1 - 2/π) for one scale, less where rows keep few entries."""
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     positions = np.arange(200_000)
     bounds: dict[Values, tuple[float, float]] = {

@@ -1,4 +1,4 @@
-"""docs/add-a-method.md, done as it says: a package with merge and pruning methods, installed and run."""
+"""docs/howto/add-a-method.md, done as it says: a package with merge and pruning methods, installed and run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deltamerge.engine import kernels
 from deltamerge.methods.prune import bits
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
+PAGE = (ROOT / "docs" / "howto" / "add-a-method.md").read_text()
 SHAPES = {"a.weight": (40, 24), "b.weight": (3, 70_001), "c.bias": (24,), "d": ()}
 
 

@@ -710,7 +710,7 @@ def test_documented_reader_reads_what_is_written(tmp_path: Path, coding: str, va
 
 
 def test_documented_loader_makes_a_transformers_model(tmp_path: Path) -> None:
-    """The ten lines of docs/delta-format.md, as they stand there, against the fine-tune itself."""
+    """The ten lines of docs/reference/delta-format.md, as they stand there, against the fine-tune itself."""
     from transformers import AutoModelForSequenceClassification
 
     base, tuned = tiny_bert_pair(tmp_path, sigma=0.05)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import deltamerge
 from deltamerge.outputs.output import RunOutput, output_of
-from deltamerge.plan.output_kind import PRUNED_ADAPTER, output_kind
+from deltamerge.plan.planner import PRUNED_ADAPTER, output_kind
 from deltamerge.recipe.output_keys import KINDS, Output
 from deltamerge.run.lock import read_lock
 

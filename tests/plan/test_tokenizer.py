@@ -23,7 +23,7 @@ from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.models.tokenizer_files import read_chat_template, read_tokens
-from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
+from deltamerge.plan.inputs import has_vocabulary_rows
 from deltamerge.recipe import load
 from deltamerge.recipe.output_keys import BUILT_IN
 from deltamerge.tensors.reader import Reader

@@ -23,8 +23,7 @@ from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.token_text import Spelling, spelling_of
-from deltamerge.plan.pursuit import Atoms, SharedBlocks, nearest, pursuit
-from deltamerge.plan.transplant import match
+from deltamerge.plan.transplant import Atoms, SharedBlocks, match, nearest, pursuit
 from deltamerge.run.partition import Part
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

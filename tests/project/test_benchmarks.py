@@ -285,7 +285,7 @@ RUNNABLE = sorted(
 )
 TEXTS = sorted(
     path
-    for where in ("*.md", "Makefile", "docs/*.md", "benchmarks/**/*.md", "**/*.py", "scripts/*", "recipes/*")
+    for where in ("*.md", "Makefile", "docs/**/*.md", "benchmarks/**/*.md", "**/*.py", "scripts/*", "recipes/*")
     for path in REPOSITORY.glob(where)
     if path.is_file() and not path.relative_to(REPOSITORY).parts[0].startswith(".")
 )
@@ -308,7 +308,7 @@ def test_what_the_pages_name_of_the_benchmarks_is_there() -> None:
 def test_every_benchmark_answers_a_question_and_is_cited() -> None:
     """By a page of docs/, or a target of make."""
     table = (REPOSITORY / "benchmarks" / "README.md").read_text().split("\n## ")[0]
-    cited = "".join(page.read_text() for page in [*REPOSITORY.glob("docs/*.md"), REPOSITORY / "Makefile"])
+    cited = "".join(page.read_text() for page in [*REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "Makefile"])
     for name in RUNNABLE:
         short = name.removeprefix("benchmarks.")
         if short != "demo":

@@ -26,7 +26,12 @@ from deltamerge.recipe.load import loads
 from deltamerge.recipe.open_values import template_of
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    page
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    if DOCS / "_build" not in page.parents
+)
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run here|file): (?P<said>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```",
     re.MULTILINE | re.DOTALL,
@@ -35,6 +40,11 @@ SPAN = re.compile(r"`deltamerge ([^`\n]+)`")
 # what stands for a value on a page
 VALUES = {"D": "0.5", "N": "2", "SIZE": "1GB", "[--calibration": "--calibration", "FILE]": "FILE"}
 HUB = re.compile(r"hf://|deltamerge push ")
+
+
+def title(page: Path) -> str:
+    """A page's name below docs/, or below the project."""
+    return str(page.relative_to(DOCS if DOCS in page.parents else ROOT))
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ RUN = [p for p in PAGES if p.name not in OWN_TEST and any(b.commands and b.mark 
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("page", [page for page in RUN if page != README], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in RUN if page != README], ids=title)
 def test_the_commands_of_a_page_run_in_order(folder: Path, page: Path) -> None:
     found = blocks(page)
     if not any(command.startswith("deltamerge init") for block in found for command in block.commands):
@@ -181,7 +191,7 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     assert count > 5
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_what_is_not_run_is_marked_and_at_least_parsed(page: Path) -> None:
     text = page.read_text()
     for command in re.findall(SPAN, FENCE.sub("", text)):
@@ -201,7 +211,7 @@ def test_what_is_not_run_is_marked_and_at_least_parsed(page: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_recipes_and_code_on_a_page_are_sound(page: Path) -> None:
     for block in blocks(page):
         if block.kind == "python":
@@ -212,7 +222,7 @@ def test_recipes_and_code_on_a_page_are_sound(page: Path) -> None:
                 loads(yaml.safe_dump(template.fill(values).data))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
@@ -221,13 +231,13 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             continue
         file = page.parent / path if path else page
         assert file.exists(), target
-        assert file.suffix != ".md" or page.parent.name != "docs" or file.parent.resolve() == page.parent, target
+        assert file.suffix != ".md" or DOCS not in page.parents or DOCS in file.resolve().parents, target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how-it-works.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/why/how-it-works.md"])
 def test_files_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / page).read_text()
     named = re.findall(r"`([\w/-]+/(?:[\w-]+\.(?:py|c|json))?)`", text)
@@ -247,9 +257,9 @@ def test_the_recipe_reference_is_current() -> None:
     spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "scripts" / "recipe_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "recipe.md").read_text() == module.page(), "run python scripts/recipe_reference.py"
+    assert (DOCS / "reference" / "recipe.md").read_text() == module.page(), "run python scripts/recipe_reference.py"
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    listed = " ".join(re.findall(r"```{toctree}.*?```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL))
-    assert {p.stem for p in PAGES if p.parent.name == "docs"} - {"index"} <= set(listed.split())
+    listed = " ".join(re.findall(r"```{toctree}.*?```", (DOCS / "index.md").read_text(), re.DOTALL))
+    assert {title(p).removesuffix(".md") for p in PAGES if DOCS in p.parents} - {"index"} <= set(listed.split())

@@ -1,4 +1,4 @@
-"""docs/inspect.md and json.md have the schema of what inspect, recommend, plan and diff print as JSON."""
+"""docs/reference/json.md has the schema of what inspect, recommend, plan and diff print as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Rec
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
 
-PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "json.md"
 MODELS: tuple[type[BaseModel], ...] = (
     Report,
     Statistics,
@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 def described(title: str) -> dict[str, tuple[set[type], bool]]:
     """The keys of a section's first table: their types, and whether they are always there."""
-    text = (PAGE.parent / "json.md").read_text()
+    text = PAGE.read_text()
     found = {}
     for row in re.findall(
         r"^\| (`.*?) \| (.*?) \|", text.partition(f"{title}\n")[2].partition("\n| key")[2].partition("\n\n")[0], re.M

@@ -22,7 +22,7 @@ from deltamerge.methods.registry import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.load import load_all
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "from-mergekit.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "howto" / "from-mergekit.md"
 
 DARE = """\
 # a comment

@@ -10,7 +10,6 @@ from deltamerge import errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.formats.delta.entry import hash_of
 from deltamerge.models.chain.folder import Opened, is_version, line, notes, resolve
-from deltamerge.models.chain.models import Models
 from deltamerge.models.chain.version import (
     NAME,
     Named,
@@ -26,6 +25,7 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.references import Models
 from deltamerge.tensors.reader import Reader, elements
 
 

@@ -18,7 +18,6 @@ from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import head, is_chain, line, names
 from deltamerge.models.chain.layers import check_complete
-from deltamerge.models.chain.models import open_origin
 from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, remove
 from deltamerge.models.chain.version import (
     VERSION,
@@ -33,6 +32,7 @@ from deltamerge.models.chain.version import (
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.delta_over_base import check
+from deltamerge.models.references import open_origin
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
 from deltamerge.tensors.reader import Reader, elements

@@ -19,7 +19,7 @@ from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.methods.ops import subtract
 from deltamerge.methods.prune.select import high_histogram
-from deltamerge.plan.alike import finite
+from deltamerge.plan.finite import finite
 from deltamerge.plan.inputs import Inputs
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe

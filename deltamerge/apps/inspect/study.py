@@ -16,9 +16,9 @@ from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import default_workers, shared_values
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
+from deltamerge.models.references import open_model
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs

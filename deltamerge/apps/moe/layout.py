@@ -138,7 +138,7 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     if found is not None:
         return found
     first, *also = (f"{one.name}: {refusal}" for one, refusal in refusals)
-    raise InputError(first, also=also, hint="see docs/moe.md for what each is made of")
+    raise InputError(first, also=also, hint="see docs/howto/moe.md for what each is made of")
 
 
 def _names(layout: MixtureLayout) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.methods.merge import mixture
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs
-from deltamerge.plan.merge import Merge
 from deltamerge.plan.output_config import settle
 from deltamerge.plan.outputs import Piece, Row
 from deltamerge.plan.stack import Stack
@@ -239,7 +239,7 @@ class MixtureOutputs:
             for rest in layer:
                 if not (rest in known or WEIGHT.fullmatch(rest) or rest.endswith(BUFFER)):
                     message = f"{where}: layers.{number}.{rest}: {self.layout.name} has no such tensor"
-                    raise InputError(message, hint="another architecture may have: see docs/moe.md")
+                    raise InputError(message, hint="another architecture may have: see docs/howto/moe.md")
             if missing := [rest for rest in self.layout.required if rest not in layer]:
                 raise InputError(f"{where}: layers.{number}.{missing[0]}: missing, and {self.layout.name} needs it")
         for model in (self.base, *self.models):

@@ -36,8 +36,7 @@ from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Goal, Study
+from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
 
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
@@ -345,13 +344,13 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     more = "give rows with --calibration: they choose method and λ, and fit coefficients"
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
-        return WUDI, 1.0, [f"{said}: {kept} (docs/merging.md)", more]
+        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
     factor = float(f"{SPREAD * math.sqrt(count):.3g}")
     return (
         ISO_C,
         factor,
         [
-            f"{said}: of what needs no data iso_c keeps most of fine-tunes that go different ways (docs/merging.md)",
+            f"{said}: without data iso_c keeps most of unlike fine-tunes (docs/measurements/merging.md)",
             f"λ = {SPREAD} sqrt(n), between what was best of three and of nine fine-tunes",
             more,
         ],

@@ -15,8 +15,8 @@ from deltamerge.calibrate.spec import Spec
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.ownership import refuse_others, replace_own
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.references import open_model
 from deltamerge.plan.inputs import open_inputs
 from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import ChosenQ, Run, choices

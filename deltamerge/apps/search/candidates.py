@@ -14,17 +14,16 @@ from typing import Any
 
 from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
 from deltamerge.errors import InputError
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.references import Models
+from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
-from deltamerge.plan.merge import Merge
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.prune import effective_prune
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.schema import Recipe, Study
 from deltamerge.run.options import Options
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.tensor import Graph, Node

@@ -16,7 +16,7 @@ from typing import Any
 
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import shown
-from deltamerge.recipe.study_keys import Command
+from deltamerge.recipe.schema import Command
 
 LONGEST = 1 << 24
 SAID = 200

@@ -15,10 +15,10 @@ from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.calibrate.rows.rows import rows_of, select
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError, UsageError
-from deltamerge.models.chain.models import Models
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
-from deltamerge.plan.regroup import shared_names
+from deltamerge.models.references import Models
+from deltamerge.plan.inputs import shared_names
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device

@@ -29,8 +29,7 @@ from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Goal, Study
+from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node

@@ -16,8 +16,7 @@ from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, jud
 from deltamerge.calibrate.values import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.recipe.file import TemplateFile
-from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.schema import Recipe, Study
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.recipe.open_values import Range
-from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.schema import Study
 
 if TYPE_CHECKING:
     import optuna

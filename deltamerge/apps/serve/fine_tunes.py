@@ -19,10 +19,10 @@ from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize
 from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.models import open_model
 from deltamerge.models.chain.version import Version
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
+from deltamerge.models.references import open_model
 from deltamerge.tensors.dtypes import TORCH_NAMES, code_of
 from deltamerge.tensors.reader import Reader, elements
 

@@ -22,7 +22,6 @@ from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import head, line, names
 from deltamerge.models.chain.layers import check_complete
-from deltamerge.models.chain.models import open_origin
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.chain.version import (
     Named,
@@ -37,6 +36,7 @@ from deltamerge.models.chain.version import (
 )
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
+from deltamerge.models.references import open_origin
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype

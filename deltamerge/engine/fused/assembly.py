@@ -7,18 +7,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
-from deltamerge.formats.quantised.scheme import CodedWeight, streamed
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node, Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import CodedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class StoredSource:
 
     @classmethod
     def of(cls, source: Tensor, reader: Reader) -> StoredSource:
-        coded = streamed(source)
+        coded: CodedWeight | None = source.streamed
         return cls(source, reader.stored(source if coded is None else coded.codes), coded)
 
     @property

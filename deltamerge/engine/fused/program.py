@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,10 @@ from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.files.pieces import PIECE_BYTES, Pieces
-from deltamerge.formats.quantised.scheme import CodedRows
 from deltamerge.tensors.reader import Reader
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import CodedRows
 
 # The structures of kernels/src/program.h.
 OPERATION = np.dtype(

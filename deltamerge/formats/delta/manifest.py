@@ -1,6 +1,6 @@
 """The manifest of a delta artifact: its form, and checks that records do not contradict themselves.
 
-docs/delta-format.md describes it.
+docs/reference/delta-format.md describes it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Elements are taken in tiles of 2**20, each by itself. Which of them change is coded apart for each group of neighbouring
 exponents of the base: an element of a small exponent changes more often, as its unit in the last place is smaller. What
 it becomes is a step: how many places further it stands when all bit patterns are ordered from the negative NaNs over
--inf, -0 and +0 to the positive NaNs, modulo 2**16. docs/delta-format.md has the bytes.
+-inf, -0 and +0 to the positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def log_of_negative(read: Read, tensor: Tensor, start: int, out: memoryview) -> 
     np.log(-values, out=values)
 
 
-@view(keeps=True)
+@view(keeps=lambda _: True)
 def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
     """Transpose a matrix (rows, columns), as GPT-2's Conv1D has its weights."""
     (source,) = tensor.inputs

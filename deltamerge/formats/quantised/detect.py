@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deltamerge.formats.quantised.scheme import StoredWeight
 from deltamerge.tensors.dtypes import PLAIN
 from deltamerge.tensors.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import StoredWeight
 
 KEYS = ("quantization_config", "quantization", "compression_config")
 HINT = (

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, nbytes_of, widen
-from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, view, viewed
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -125,7 +125,16 @@ def _codes_of(tensor: Tensor) -> Tensor:
     return tensor.inputs[0]
 
 
-@view(codes=_codes_of)
+def _streamed(tensor: Tensor) -> CodedWeight | None:
+    made = coded_weight(tensor)
+    return made if made is not None and made.is_plain else None
+
+
+def _keeps(tensor: Tensor) -> bool:
+    return bool(tensor.parameter("form").keeps)
+
+
+@view(codes=_codes_of, streamed=_streamed, keeps=_keeps)
 def decode(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -> None:
     """Compute a weight from its stored parts. Parameters: its class, the names of its parts, and its other fields."""
     made = coded_weight(tensor)
@@ -141,12 +150,6 @@ def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = Non
     parts = (part if infos is None else infos[part] for part in tensor.inputs)
     made: CodedWeight = own["form"](**dict(zip(own["names"], parts, strict=True)), **dict(own["plain"]))
     return made
-
-
-def streamed(tensor: Tensor) -> CodedWeight | None:
-    """Return the codes of a tensor that the compiled loop reads itself, else None."""
-    made = coded_weight(tensor)
-    return made if made is not None and made.is_plain else None
 
 
 # Weights as they are written.
@@ -494,13 +497,7 @@ def _columns(read: Read, info: Part, matrix: tuple[int, int, int], first: int, l
 
 def kept_bytes(tensors: Iterable[TensorInfo]) -> int:
     """Return the memory that slabs of these tensors take while they are read."""
-    return KEPT if any(_keeps(tensor) for info in tensors for tensor in info.tensor.graph()) else 0
-
-
-def _keeps(tensor: Tensor) -> bool:
-    if tensor.function == decode.__name__:
-        return bool(tensor.parameter("form").keeps)
-    return tensor.kind == "view" and VIEWS[tensor.function].keeps
+    return KEPT if any(tensor.keeps for info in tensors for tensor in info.tensor.graph()) else 0
 
 
 def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:

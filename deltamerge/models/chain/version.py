@@ -1,7 +1,8 @@
 """A version of a chain: a delta artifact, and beside it version.json, which says what it comes after.
 
-docs/delta-format.md describes the form. A *state* is the content of all tensors of a model: one hash over their names,
-dtypes, shapes and hashes. A version without version.json, or without `after`, is made from the chain's base.
+docs/reference/delta-format.md describes the form. A *state* is the content of all tensors of a model: one hash over
+their names, dtypes, shapes and hashes. A version without version.json, or without `after`, is made
+from the chain's base.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.open_values import Range, settings_by_place, template_of
-from deltamerge.recipe.schema import Prune, schema
-from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.schema import Prune, Study, schema
 from deltamerge.recipe.yaml_source import loads as loads_yaml
 from deltamerge.run.options import Options
 

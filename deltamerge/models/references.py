@@ -1,0 +1,126 @@
+"""Opens models by reference: local ones, the hub's, and deltas and versions of chains over their bases.
+
+chain/000120          the version, a delta until it is put over a base
+chain                 its newest version
+base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
+base+delta            what any delta artifact makes of its base
+base+dir/weight_v000003   what a version that slime wrote makes of its base
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.formats.components import CONFIG
+from deltamerge.formats.running_sum import FILE as RUNNING_SUM
+from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.models.decode import decoded
+
+if TYPE_CHECKING:
+    from deltamerge.models.chain.folder import Opened
+    from deltamerge.models.chain.layers import Layers
+    from deltamerge.models.delta_file import DeltaFile
+
+
+@dataclass
+class Models:
+    """Opens models; the versions of one chain are opened once, and share what they make of one base."""
+
+    @cached_property
+    def _versions(self) -> Opened:
+        from deltamerge.models.chain.folder import Opened
+
+        return Opened()
+
+    @cached_property
+    def _layers(self) -> Layers:
+        from deltamerge.models.chain.layers import Layers
+
+        return Layers()
+
+    def open(
+        self, reference: str, folder: Path, *, weights: bool, pickles: bool = False, sums: bool = False
+    ) -> Checkpoint:
+        """The checkpoint that a recipe in `folder` calls `reference`; see `hub.open_model` for what is no delta.
+        `sums`: it may be a running sum.
+
+        InputError: as there; a version that is not there, damaged, or not made from the one before; a base that
+        lacks what the delta was made from.
+        """
+        whole = Path(folder, os.path.expanduser(reference))
+        if sums and os.path.isfile(whole / RUNNING_SUM):
+            return open_checkpoint(whole, reference=reference, sums=True)
+        if whole.exists():
+            with errors.context(reference):
+                path = _newest(whole)
+            return open_checkpoint(path, reference=reference, pickles=pickles)
+        from deltamerge.models import hub
+        from deltamerge.models.chain import slime
+        from deltamerge.models.chain.folder import resolve
+
+        if "+" not in reference:
+            with errors.context(reference):
+                resolve(whole)  # says that a chain lacks it
+        for name, place in _splits(reference):
+            with errors.context(reference):
+                there = Path(folder, os.path.expanduser(place))
+                version, theirs = resolve(there), slime.resolve(there)
+            if theirs is not None:
+                base = decoded(self.open(name, folder, weights=weights, pickles=pickles))
+                with errors.context(reference):
+                    return slime.over(theirs, base, reference)
+            if version is not None:
+                base = self.open(name, folder, weights=weights, pickles=pickles)
+                with errors.context(reference):
+                    return self.over(open_checkpoint(version, reference=reference), decoded(base))[0]
+        return hub.open_model(reference, folder, weights=weights, pickles=pickles)
+
+    def over(self, delta: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, DeltaFile]:
+        """The checkpoint that a delta, or a version of a chain with all before it, makes of `base`; and the artifact
+        by which both are checked. InputError: as `open`."""
+        if base.is_delta and base.base is None:
+            raise InputError(f"its base {base.reference} is a delta too", hint=f"name it as BASE+{base.reference}")
+        from deltamerge.models.chain.fold import folded
+        from deltamerge.models.chain.folder import line
+
+        versions = line(delta.path, self._versions)
+        return self._layers.over(delta, versions, replace(base, is_delta=False)), folded(versions, every=True)
+
+    def artifact(self, path: Path) -> DeltaFile:
+        """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
+        from deltamerge.models.chain.fold import folded
+        from deltamerge.models.chain.folder import line
+
+        return folded(line(path, self._versions), every=True)
+
+
+def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
+    """One model, as `Models.open`."""
+    return Models().open(reference, folder, weights=weights, pickles=pickles)
+
+
+def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
+    """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
+    with errors.context(reference):
+        return decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
+
+
+def _newest(folder: Path) -> Path:
+    """The folder of the newest version where `folder` is a chain; else itself."""
+    if not folder.is_dir() or os.path.exists(folder / CONFIG):
+        return folder
+    from deltamerge.models.chain.folder import resolve
+
+    return resolve(folder) or folder
+
+
+def _splits(reference: str) -> list[tuple[str, str]]:
+    """What may stand before and behind the last "+", which a folder's own name may contain too."""
+    pieces = reference.split("+")
+    return [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(len(pieces) - 1, 0, -1)]
