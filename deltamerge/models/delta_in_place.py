@@ -49,7 +49,9 @@ def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
     is_simple = (
-        not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+        not (entry.has_steps or record.parts)
+        and record.k <= LARGEST_K
+        and (record.values is None or record.dtype in ("F32", "BF16"))
     )
     return is_simple and kernels.available()
 
