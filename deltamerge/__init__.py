@@ -8,8 +8,7 @@ from deltamerge.version import __version__
 
 if TYPE_CHECKING:
     from deltamerge.api import load_recipe, prune
-    from deltamerge.apps.chain.follow import follow
-    from deltamerge.apps.chain.live import load_delta
+    from deltamerge.apps.chain.live import follow, load_delta
     from deltamerge.apps.chain.switch import Switch
     from deltamerge.apps.serve.sglang import EngineSwitch
     from deltamerge.apps.train.adamr import AdamR
@@ -39,7 +38,7 @@ _HOME = {
     "DeltamergeError": "deltamerge.errors",
     "EngineSwitch": "deltamerge.apps.serve.sglang",
     "Switch": "deltamerge.apps.chain.switch",
-    "follow": "deltamerge.apps.chain.follow",
+    "follow": "deltamerge.apps.chain.live",
     "load_delta": "deltamerge.apps.chain.live",
     "load_recipe": "deltamerge.api",
     "prune": "deltamerge.api",

@@ -207,7 +207,7 @@ def stage_value(node) -> object:
     spec = node.parameter("spec")
     q = {}
     for pruned in spec.pruned:
-        shape = pruned.masked[0].shape
+        shape = pruned.shape
         rows = (0.05 + np.abs(bell(8, shape[0] if shape else 1))).astype(np.float32)
         q[pruned.name] = rows[:, None] if len(shape) == 2 else 0.25
     return Calibrated(q, {})

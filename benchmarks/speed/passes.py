@@ -32,12 +32,12 @@ CANDIDATES = (0.05, 0.1, 0.2)
 def measured(path: Path, precision: str) -> dict[str, Any]:
     """The figures of the recipe's only stage."""
     torch.set_num_threads(1)
-    (spec,) = make_plans(read_recipe(path), None, Options())[-1].specs.values()
+    ((stage, spec),) = make_plans(read_recipe(path), None, Options())[-1].specs.items()
     calibration = spec.source.calibration.model_copy(update={"precision": precision})
     spec = replace(spec, source=replace(spec.source, calibration=calibration))
     found: dict[str, Any] = {"precision": spec.source.precision, "sequences": calibration.sequences}
     with calibrating(spec.name, spec.passes, device="cpu"), Reader() as reader:
-        subject = Subject(spec.source, reader, [{one.stored: one.masked[0] for one in spec.pruned}])
+        subject = Subject(spec.source, reader, spec.masked(stage.inputs)[:1])
         searches = Searches(spec, subject)
         found["q"] = searches.run()[0].numbers["q"]
         some = [dict.fromkeys(searches.layers, q) for q in CANDIDATES]
@@ -45,12 +45,12 @@ def measured(path: Path, precision: str) -> dict[str, Any]:
         judge = subject.agreement(inputs).objective
         found["search"] = _of(lambda: subject.of_masks(searches.objective, some, range(1)), len(some))
         found["comparison"] = _of(lambda: subject.parts(judge, some), len(some))
-    stage = spec.describe()
+    described = spec.describe()
     counts = {"search": (1, 0), "comparison": (1, 1)}
     for name, (passes, whole) in counts.items():
-        found[name]["planned"] = calibration_seconds({**stage, "forward_passes": passes, "head_passes": whole})
+        found[name]["planned"] = calibration_seconds({**described, "forward_passes": passes, "head_passes": whole})
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return found | {"peak_mb": used.ru_maxrss / 1e3, "faults": used.ru_minflt, "planned_bytes": stage["memory"]}
+    return found | {"peak_mb": used.ru_maxrss / 1e3, "faults": used.ru_minflt, "planned_bytes": described["memory"]}
 
 
 def _of(work: Callable[[], Any], passes: int) -> dict[str, float]:

@@ -182,7 +182,7 @@ def _rows(bench: Any, judge: Any, folder: Path) -> Path:
 
 def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     """What it takes to have every candidate's tensors, part by part, without running them."""
-    from deltamerge.apps.search.walk import Walk
+    from deltamerge.apps.search.judge import Walk
     from deltamerge.engine import backends
 
     size = bench.study.together

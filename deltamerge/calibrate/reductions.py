@@ -22,7 +22,7 @@ from deltamerge.methods.prune import select
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.tiles import Tile
-from deltamerge.tensors.traits import Function
+from deltamerge.tensors.traits import Function, traits
 from deltamerge.tensors.views import Array, ordered_product
 
 if TYPE_CHECKING:
@@ -31,25 +31,32 @@ if TYPE_CHECKING:
 TOGETHER = 32  # tensors whose histograms are kept before they are added
 
 
-def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
-    """Return the cut that keeps the k largest magnitudes of all `deltas`; equal ones are kept from the first tensor on,
-    in flat order."""
-    names = [name for name, _ in deltas]
+@traits(reads=2)
+def model_cut(*inputs: Node, known: Mapping[Node, Any], names: tuple[str, ...], k: int, device: str) -> ModelCut:
+    """Return the cut that keeps the k largest magnitudes of all deltas, which are the inputs, by `names`.
+
+    Equal ones are kept from the first tensor on, in flat order.
+    """
+    deltas = list(zip(names, inputs, strict=True))
     if k == 0:
         nothing = select.nothing()
         return ModelCut(nothing.threshold, dict.fromkeys(names, (0, 0)))
     with Reader() as reader:
 
-        def total(make: Callable[[Graph, Node], Node], known: Mapping[str, Any]) -> Any:
-            return sum(values for _, values in reduced(deltas, make, known, reader, device))
+        def reduced(make: Callable[[Graph, Node], Node], given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+            graph = Graph()
+            values = {**known, **{_small(graph, name): value for name, value in given.items()}}
+            return _in_turns([(name, make(graph, delta)) for name, delta in deltas], values, reader, device)
+
+        def total(make: Callable[[Graph, Node], Node], given: Mapping[str, Any]) -> Any:
+            return sum(values for _, values in reduced(make, given))
 
         high = select.pick_bin(total(lambda g, d: _sum(g, select.high_histogram, d), {}), k=k)
         low = total(lambda g, d: _sum(g, select.low_histogram, d, _small(g, "bin")), {"bin": high})
         cut = select.pick_cut(low, high)
         if cut.equal_kept == cut.equal_total:
             return ModelCut(cut.threshold, dict.fromkeys(names, (0, 0)))
-        make = _equals
-        counts = {n: int(np.sum(c)) for n, c in reduced(deltas, make, {"cut": cut}, reader, device)}
+        counts = {name: int(np.sum(count)) for name, count in reduced(_equals, {"cut": cut})}
     left, equal = cut.equal_kept, {}
     for name in names:
         equal[name] = (min(left, counts[name]), counts[name])
@@ -70,40 +77,35 @@ def _small(graph: Graph, name: str) -> Node:
     return graph.node(name, kind="small")
 
 
-def reduced(
-    deltas: Sequence[tuple[str, Node]],
-    make: Callable[[Graph, Node], Node],
-    known: Mapping[str, Any],
-    reader: Reader,
-    device: str,
-    stages: Mapping[Node, Any] | None = None,
+def _in_turns(
+    roots: Sequence[tuple[str, Node]], known: Mapping[Node, Any], reader: Reader, device: str
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield one reduction of every delta; `stages` has the values of nodes that come before them."""
-    graph = Graph()
-    given = {_small(graph, name): value for name, value in known.items()} | dict(stages or {})
-    for start in range(0, len(deltas), TOGETHER):
-        roots = [(name, make(graph, delta)) for name, delta in deltas[start : start + TOGETHER]]
-        tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots]
-        values = execute(tasks, reader, None, device=device, workers=default_workers(), known=given)
-        yield from ((name, values[root]) for name, root in roots)
+    """Yield the value of each reduction, by the names of their tensors."""
+    for start in range(0, len(roots), TOGETHER):
+        some = roots[start : start + TOGETHER]
+        tasks = [Task(name, root, backends.choose(root, device)) for name, root in some]
+        values = execute(tasks, reader, None, device=device, workers=default_workers(), known=known)
+        yield from ((name, values[root]) for name, root in some)
 
 
-def totals(
-    *values: Any, parts: tuple[tuple[str, Node], ...], known: tuple[Node, ...], device: str
-) -> tuple[float, ...]:
-    """Return the sums of the numbers of all blocks of all tensors, each exact and rounded once; `parts` are the nodes
-    of (blocks, k) float64 by tensor, `values` those of the `known` nodes that they need."""
-    given = dict(zip(known, values, strict=True))
+@traits(reads=1)
+def totals(*inputs: Node, known: Mapping[Node, Any], names: tuple[str, ...], device: str) -> tuple[float, ...]:
+    """Return the sums of the numbers of all blocks of all tensors, each exact and rounded once.
+
+    The inputs are a reduction to (blocks, k) float64 for each of `names`, and what they need.
+    """
+    roots = list(zip(names, inputs, strict=False))
     with Reader() as reader:
-        found = [one for _, one in reduced(parts, lambda _, node: node, {}, reader, device, given)]
+        found = [one for _, one in _in_turns(roots, known, reader, device)]
     columns = np.concatenate([one for one in found if one.size] or [np.zeros((0, 0))]).T
     return tuple(math.fsum(column) if np.isfinite(column).all() else float(column.sum()) for column in columns)
 
 
-def whole(*, node: Node) -> Array:
-    """Return the whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
+def whole(*inputs: Node, known: Mapping[Node, Any]) -> Array:
+    """Return the whole value of the first input, a small tensor: float32 on the CPU, in its shape."""
     with Reader() as reader:
-        return computed({"factor": node}, reader, workers=1)["factor"].view(np.float32).reshape(node.shape)
+        made = computed({"factor": inputs[0]}, reader, workers=1, known=known)["factor"]
+    return made.view(np.float32).reshape(inputs[0].shape)
 
 
 def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:

@@ -132,25 +132,32 @@ class CalibrationInput:
 class Pruned:
     """A pruned tensor.
 
-    name        in the output
-    stored      in the fine-tune
-    density     of its masks
-    plain       its q without calibration: the density for random masks, 1 for importance masks
-    masked      per mask seed the node of mask ∘ Δ, unscaled
-    protected   the node of the input columns that the masks leave out and that stay whole
+    name      in the output
+    stored    in the fine-tune
+    shape     its own
+    density   of its masks
+    plain     its q without calibration: the density for random masks, 1 for importance masks
+    masks     how many inputs of the stage are its mask ∘ Δ, unscaled: one for each mask seed, or delta of a merge
+    guarded   whether an input has the columns that its masks leave out and that stay whole
     """
 
     name: str
     stored: str
+    shape: tuple[int, ...]
     density: float
     plain: float
-    masked: tuple[Node, ...]
-    protected: Node | None = None
+    masks: int = 1
+    guarded: bool = False
+
+
+def masked(inputs: Sequence[Node], pruned: Sequence[Pruned], count: int) -> list[dict[str, Node]]:
+    """Return the masked deltas that are a stage's first inputs, `count` for each of `pruned`, by its names."""
+    return [{one.stored: inputs[count * i + k] for i, one in enumerate(pruned)} for k in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A fine-tune of a merge that is calibrated as a whole; its `masked` tensors are the merged delta."""
+    """A fine-tune of a merge that is calibrated as a whole; its masked deltas are the merged ones."""
 
     source: CalibrationInput
     pruned: tuple[Pruned, ...] = ()
@@ -158,10 +165,13 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A search for q: which tensors it divides, and how it is searched. `shared` are the stage's input nodes.
+    """A search for q: which tensors it divides, and how it is searched.
+
+    The inputs of its stage are: of each of `pruned` its masked deltas, one by seed; the columns of those guarded; and
+    `shared` measurements and thresholds that the masks need.
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
-    fine-tunes. With `coefficients`, the names of deltas, a tensor's `masked` are these deltas, each of which is
+    fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these, each of which is
     multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope.
     """
 
@@ -173,7 +183,7 @@ class Spec:
     scope: str
     search: str
     bounds: tuple[float, float] | None
-    shared: tuple[Node, ...] = ()
+    shared: int = 0
     parts: tuple[Share, ...] = ()
     coefficients: tuple[str, ...] = ()
     starts: tuple[float, ...] = ()
@@ -181,7 +191,17 @@ class Spec:
     @property
     def seeds(self) -> int:
         """Return the number of masks that the search averages over."""
-        return 1 if self.coefficients else len(self.pruned[0].masked)
+        return 1 if self.coefficients else self.pruned[0].masks
+
+    def masked(self, inputs: Sequence[Node], part: int = 0) -> list[dict[str, Node]]:
+        """Return of each mask seed, or delta of a merge, the masked deltas of a fine-tune, by its own names."""
+        own = self.parts[part].pruned if self.parts else self.pruned
+        return masked(inputs, own, self.pruned[0].masks)
+
+    def protected(self, inputs: Sequence[Node]) -> dict[str, Node]:
+        """Return the input with the protected columns of each tensor that has some, by the fine-tune's names."""
+        first = sum(one.masks for one in self.pruned)
+        return dict(zip((one.stored for one in self.pruned if one.guarded), inputs[first:], strict=False))
 
     @property
     def passes(self) -> int:
@@ -270,7 +290,7 @@ class Spec:
     @property
     def _shared_bytes(self) -> int:
         """Return the bytes of merged weights and their gradients, in float32."""
-        return 8 * sum(math.prod(one.masked[0].shape) for one in self.pruned)
+        return 8 * sum(math.prod(one.shape) for one in self.pruned)
 
     @property
     def halved(self) -> bool:
@@ -292,8 +312,7 @@ class Spec:
         """Return the tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
         if self.parts or self.search == "gradient":
             return []
-        shapes = ((p, p.masked[0].shape) for p in self.pruned)
-        others = ((p, is_unscaled(p.stored, shape)) for p, shape in shapes if not _is_layer(p.stored, shape))
+        others = ((p, is_unscaled(p.stored, p.shape)) for p in self.pruned if not _is_layer(p.stored, p.shape))
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
     def describe(self) -> dict[str, Any]:
@@ -376,9 +395,7 @@ def ahead(tensors: Sequence[TensorInfo]) -> int:
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
     """Return the bytes of masked deltas, of `dense` bytes an entry where they are dense."""
     return sum(
-        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else dense)
-        for one in pruned
-        if one.masked
+        one.masks * math.prod(one.shape) * (8 * one.density if one.density < SPARSE_BELOW else dense) for one in pruned
     )
 
 

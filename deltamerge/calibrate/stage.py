@@ -9,7 +9,7 @@ A plan names these functions, so torch is imported when they run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
 from deltamerge.files import progress
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.q.closed_forms import LayerStatistics
@@ -43,19 +44,14 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
         return found
 
 
-def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows.
-
-    `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
-    """
+def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
+    """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
     from deltamerge.calibrate.q.choices import Searches
     from deltamerge.calibrate.q.comparison import Rounds, by_metric, compare
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
-        protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
-        subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)), protected)
+        subject = Subject(spec.source, reader, spec.masked(inputs), known, spec.protected(inputs))
         plain: Qs = {p.stored: p.plain for p in spec.pruned}
         rounds = Rounds(subject, plain)
         searches = Searches(spec, subject, rounds)

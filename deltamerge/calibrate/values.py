@@ -75,7 +75,7 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
                 f"{where}: q of {spec.name} was calibrated with {key} {record.get(key)}, "
                 f"the recipe says {getattr(spec, key)}"
             )
-    shapes = {pruned.name: pruned.masked[0].shape for pruned in spec.pruned}
+    shapes = {pruned.name: pruned.shape for pruned in spec.pruned}
     if spec.coefficients:
         shapes = {f"{delta}:{name}": shape for name, shape in shapes.items() for delta in spec.coefficients}
     q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
@@ -95,7 +95,7 @@ def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
     if spec.parts or spec.search == "gradient" or not spec.random:
         return
     for pruned in spec.pruned:
-        shape = pruned.masked[0].shape
+        shape = pruned.shape
         if pruned.name not in q and not (is_linear(pruned.stored, shape) or is_unscaled(pruned.stored, shape)):
             message = f"{where}: has no q for {pruned.name}, whose delta would be lost but for {pruned.density:g} of it"
             raise VerifyError(message, hint="an earlier deltamerge made it: run without --locked")
@@ -157,14 +157,6 @@ class Spooled:
     scales: dict[int, float] = field(default_factory=dict)
     owner: tempfile.TemporaryDirectory[str] | None = None  # of a folder of their own
 
-    @classmethod
-    def beginning(cls, folder: Path | None) -> Spooled:
-        """No files yet, in a folder that there is, or in one of their own."""
-        if folder is not None:
-            return cls(folder)
-        own = tempfile.TemporaryDirectory(prefix="deltamerge-")
-        return cls(Path(own.name), owner=own)
-
     def begun(self, name: str, model: int) -> Path:
         """Return the path of a new file, of a tensor in a model."""
         path = self.folder / f"{FIRST + len(self.files):07d}"
@@ -183,6 +175,12 @@ class Spooled:
         self.files.clear()
         if self.owner is not None:
             self.owner.cleanup()
+
+
+def spool() -> Spooled:
+    """Return no files yet, in a folder of their own, for a stage to fill; a run gives its own folder instead."""
+    own = tempfile.TemporaryDirectory(prefix="deltamerge-")
+    return Spooled(Path(own.name), owner=own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,7 @@ from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.errors.shown import some
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.activations import Activations, Influence
-    from deltamerge.apps.inspect.statistics import Report, Statistics
+    from deltamerge.apps.inspect.statistics import Activations, Influence, Report, Statistics
 
 
 DELTA = (
@@ -121,7 +120,7 @@ class _Shorter:
     """Names without the prefix that all numbered blocks have in common, which stands for `…`."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        from deltamerge.apps.inspect.layers import stacks
+        from deltamerge.apps.report.page import stacks
         from deltamerge.tensors.names import block_name
 
         found = list(stacks(block for name in names if (block := block_name(name)) is not None))

@@ -16,8 +16,7 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.recommend.conflict import Conflict
-    from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
+    from deltamerge.apps.recommend.merge import Conflict, MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
 

@@ -271,17 +271,34 @@ class _Engine:
 
 
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
-    """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
+    """Values of the small nodes that need no tile (numbers of the recipe) and of stages, each computed once."""
     values: dict[Node, Any] = dict(known)
     for root in roots:
-        tiled: set[Node] = set()
-        for node in depth_first(root):
-            if node.kind != "small" or not tiled.isdisjoint(node.inputs):
-                tiled.add(node)
-            elif node not in values:
-                inputs = [values[source] for source in node.inputs]
-                values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
+        _share(root, values)
     return values
+
+
+def _share(root: Node, values: dict[Node, Any]) -> None:
+    """Add to `values` those of one root."""
+    tiled: set[Node] = set()
+    for node in depth_first(root):
+        if node.kind == "stage":
+            if node not in values:
+                values[node] = _staged(node, values)
+        elif node.kind != "small" or not tiled.isdisjoint(node.inputs):
+            tiled.add(node)
+        elif node not in values:
+            inputs = [values[source] for source in node.inputs]
+            values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
+
+
+def _staged(stage: Node, values: dict[Node, Any]) -> Any:
+    """The value of a stage; adds to `values` those of its inputs that need no tile."""
+    small = [source for source in stage.inputs if source.kind in ("small", "stage")]
+    for source in small:
+        _share(source, values)
+    known = {source: values[source] for source in small if source in values}
+    return function_of(stage.function)(*stage.inputs, known=known, **dict(stage.parameters))
 
 
 def own_tile(device: str) -> int:

@@ -16,6 +16,7 @@ from deltamerge.calibrate.reach import has_columns, is_linear
 from deltamerge.calibrate.reductions import model_cut
 from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
+from deltamerge.calibrate.values import spool
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
@@ -96,8 +97,7 @@ class StageMaker:
             stages = replace(stages, activations={**stages.activations, index: made})
         if pruned and q is not None:
             shared = tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
-            spec = _spec(replace(deltas, stages=stages), source, prune, q, pruned, shared)
-            made = node(stage.calibrate, shared, kind="small", spec=spec)
+            made = _calibration(replace(deltas, stages=stages), source, prune, q, pruned, shared)
             stages = replace(stages, calibrated={**stages.calibrated, index: made})
         return stages
 
@@ -112,17 +112,18 @@ class StageMaker:
         random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
-        parts = self._shares(deltas, merges, masked)
+        parts = self._shares(deltas, merges, seeds)
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
             plain = deltas.plain_q(tuned, density)
             low, high = min(low, plain), max(high, plain / density)
-        shared = (*stages.activations.values(), *stages.cuts.values())
+        shared = stages.of_masks
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
-        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, parts)
-        return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
+        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, len(shared), parts)
+        inputs = [*(node for merge in merges for node in masked[merge.name]), *shared]
+        return deltas.graph.node(joint_factor.calibrate, inputs, kind="stage", spec=spec)
 
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
         """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its
@@ -131,25 +132,22 @@ class StageMaker:
         wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own])
-            parts.append(
-                Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted))
-            )
+            parts.append(Share(source, tuple(_whole(t, 0) for t in own if t.name in wanted)))
         function = squares if gradients else second_moments.inputs
-        return deltas.graph.node(function, kind="small", parts=tuple(parts))
+        node = deltas.graph.node
+        return node(function, [node(spool, kind="small")], kind="small", parts=tuple(parts))
 
     def merged_inputs(
-        self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
+        self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], filled: Node
     ) -> Node:
-        """Return the same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the
-        node `so_far` of the moments that there are."""
+        """Return the same of the inputs that the merged model makes.
+
+        `merged_delta` is what a fine-tune gets, by the moments that the spool `filled` has at the time.
+        """
         refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
-        masked = {m.name: (merged_delta(m, deltas.recipe.seed),) for m in merges}
-        known = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
-        known += tuple(deltas.stages.calibrated.values())
-        parts = self._shares(deltas, merges, masked)
-        return deltas.graph.node(
-            second_moments.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
-        )
+        inputs = [filled, *(merged_delta(m, deltas.recipe.seed) for m in merges), *deltas.stages.of_deltas]
+        parts = self._shares(deltas, merges, 1)
+        return deltas.graph.node(second_moments.merged, inputs, kind="stage", parts=parts, wanted=_layers(merges))
 
     def fitted(
         self,
@@ -162,46 +160,39 @@ class StageMaker:
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
-        first, *others = self._shares(
-            deltas, merges, {name: tuple(found.values()) for name, found in deltas_of.items()}
-        )
+        first, *others = self._shares(deltas, merges, len(names))
         # the first reads the deltas of all, so that it has the others' room
         first = replace(first, source=replace(first.source, cache=first.source.cache * (1 + len(others))))
-        others = [
-            Share(replace(one.source, cache=0), tuple(replace(p, masked=()) for p in one.pruned)) for one in others
-        ]
-        shared = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
-        shared += () if deltas.stages.rows is None else (deltas.stages.rows,)
-        shared += () if deltas.stages.totals is None else (deltas.stages.totals,)
+        others = [Share(replace(one.source, cache=0), tuple(replace(p, masks=0) for p in one.pruned)) for one in others]
+        shared = [*deltas.stages.of_masks, *(n for n in (deltas.stages.rows, deltas.stages.totals) if n is not None)]
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
-            "gradient", None, shared, (first, *others), names, tuple(starts),
+            "gradient", None, len(shared), (first, *others), names, tuple(starts),
         )  # fmt: skip
-        return deltas.graph.node(coefficients.calibrate, shared, kind="small", spec=spec)
+        inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared]
+        return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)
 
-    def _shares(
-        self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]
-    ) -> tuple[Share, ...]:
-        """Return every fine-tune with what `masked` has for its tensors."""
+    def _shares(self, deltas: Deltas, merges: Sequence[Merge], masks: int) -> tuple[Share, ...]:
+        """Return every fine-tune, with so many masked deltas for each of its tensors."""
         parts = []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
-            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+            parts.append(Share(source, tuple(_whole(t, masks) for t in own)))
         return tuple(parts)
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
-        whole = tuple((t.name, deltas.whole(t)) for t in pruned)
+        whole, names = [deltas.whole(t) for t in pruned], tuple(t.name for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return deltas.graph.node(model_cut, kind="small", deltas=whole, k=k, device=self.device)
+        return deltas.graph.node(model_cut, whole, kind="stage", names=names, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
         source = self._source(deltas, first, pairs)
-        spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
-        made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
+        shared = tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
+        made = factor_calibration(products, source, deltas.prunes[index], q, deltas, shared)
         return replace(
             stages, calibrated={**stages.calibrated, index: made}, roots={**stages.roots, **factor_roots(products)}
         )
@@ -231,27 +222,33 @@ class StageMaker:
         return within(source, self.memory, share)
 
 
-def _spec(
+def _whole(tuned: Tuned, masks: int) -> Pruned:
+    """Return a tensor that is not pruned, with so many deltas."""
+    return Pruned(tuned.name, tuned.tensor.name, tuned.base.shape, 1.0, 1.0, masks)
+
+
+def _calibration(
     deltas: Deltas,
     source: CalibrationInput,
     prune: Pruning,
     q: CalibratedQ,
     tensors: Sequence[Tuned],
     shared: tuple[Node, ...],
-) -> Spec:
-    """Return the calibration of a model's q's, of its pruned `tensors`."""
+) -> Node:
+    """Return the stage that calibrates a model's q's, of its pruned `tensors`."""
     random = PRUNE[prune.method].random
     seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
-    pruned = []
+    pruned, masked, protected = [], list[Node](), list[Node]()
     for t in tensors:
-        density = deltas.density(t)
+        density, columns = deltas.density(t), deltas.protected(t)[0]
         assert density is not None
-        masked = tuple(deltas.masked(t, seed) for seed in seeds)
-        plain = density if random else 1.0
-        pruned.append(Pruned(t.name, t.tensor.name, density, plain, masked, deltas.protected(t)[0]))
-    return Spec(
-        source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
-    )
+        masked += [deltas.masked(t, seed) for seed in seeds]
+        protected += [] if columns is None else [columns]
+        plain, guarded = density if random else 1.0, columns is not None
+        pruned.append(Pruned(t.name, t.tensor.name, t.base.shape, density, plain, len(seeds), guarded))
+    how = random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
+    spec = Spec(source, prune.method, tuple(pruned), *how)
+    return deltas.graph.node(stage.calibrate, [*masked, *protected, *shared], kind="stage", spec=spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +290,16 @@ def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
     return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
-def factor_spec(
-    products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
-) -> Spec:
-    """Return the calibration of an adapter's own A and B: masks and q are those of their product, the update of the
-    weight."""
+def factor_calibration(
+    products: Sequence[Product],
+    source: CalibrationInput,
+    prune: Pruning,
+    q: CalibratedQ,
+    deltas: Deltas,
+    shared: tuple[Node, ...],
+) -> Node:
+    """Return the stage that calibrates an adapter's own A and B: masks and q are those of their product, the update of
+    the weight."""
     random, node = PRUNE[prune.method].random, deltas.graph.node
 
     def product_node(product: Product, seed: int) -> Node:
@@ -308,16 +310,21 @@ def factor_spec(
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(reductions.whole, kind="small", node=factor))
+            factors.append(node(reductions.whole, [factor, *shared], kind="stage", shape=info.shape))
         return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
 
-    pruned = []
+    pruned, masked, seeds = [], list[Node](), mask_seeds(source, prune.method, q)
     for product in products:
-        nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
-        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
-        pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
+        masked += [product_node(product, source.seed + s) for s in range(seeds)]
+        density, name = (
+            math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values()),
+            product.weight.name,
+        )
+        plain = density if random else 1.0
+        pruned.append(Pruned(name, name, product.update.shape, density, plain, seeds))
     scope = q.scope_or_default
-    return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)
+    spec = Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits, len(shared))
+    return node(stage.calibrate, [*masked, *shared], kind="stage", spec=spec)
 
 
 def refuse_changed_config(tune: Input) -> None:

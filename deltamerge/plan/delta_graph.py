@@ -69,6 +69,16 @@ class Stages:
         )
 
     @property
+    def of_masks(self) -> tuple[Node, ...]:
+        """Return the stages that masks need."""
+        return (*self.activations.values(), *self.cuts.values())
+
+    @property
+    def of_deltas(self) -> tuple[Node, ...]:
+        """Return the stages that pruned, rescaled deltas need."""
+        return (*self.of_masks, *self.calibrated.values())
+
+    @property
     def calibrations(self) -> tuple[Node, ...]:
         """Return the stages that choose something: each model's q's, or the merge's λ."""
         together = () if self.together is None else (self.together,)

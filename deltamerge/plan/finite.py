@@ -131,8 +131,8 @@ def _rewritten(root: Tensor, tensors: Mapping[Tensor, Tensor]) -> Tensor:
         if node.is_source:
             done[id(node)] = tensors.get(node, node)
         else:
-            inputs = tuple(done[id(source)] for source in node.inputs)
-            same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
+            inputs = tuple(done[id(source)] for source in node.operands)
+            same = all(a is b for a, b in zip(inputs, node.operands, strict=True))
             done[id(node)] = node if same else replace(node, inputs=inputs)
     return done[id(root)]
 

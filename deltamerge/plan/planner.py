@@ -38,9 +38,9 @@ from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_tem
 from deltamerge.recipe import advice, checks
 from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.tensor import Node, TensorInfo
+from deltamerge.tensors.traits import traits_of
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
@@ -425,11 +425,12 @@ def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mi
 
 def _read_before(stages: Stages) -> int:
     """Return the bytes that are read for thresholds and totals of whole models, before the first tile."""
-    deltas = (delta for node in stages.cuts.values() for _, delta in node.parameter("deltas"))
-    read: int = 2 * sum(math.prod(one.shape) * ITEMSIZE[one.dtype] for delta in deltas for one in delta.inputs)
-    if stages.totals is not None:
-        read += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
-    return read
+    return sum(
+        traits_of(stage.function).reads * cost(one).read_bytes
+        for stage in (*stages.cuts.values(), *(() if stages.totals is None else (stages.totals,)))
+        for one in stage.inputs
+        if one.kind not in ("small", "stage")
+    )
 
 
 def _notes(
@@ -452,7 +453,7 @@ def _notes(
     yield from tokenizers.notes
     yield from decided.settled.notes
     for index, node in stages.cuts.items():
-        tensors = f"{len(node.parameter('deltas'))} tensors of {recipe.names[index]}"
+        tensors = f"{len(node.inputs)} tensors of {recipe.names[index]}"
         yield f"group: model: one threshold over {tensors}, found in two or three passes before"
     if options.device == AUTO:
         yield _where(outputs, calibrates=calibrates)

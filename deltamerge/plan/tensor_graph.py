@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient
+from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient, spool
 from deltamerge.errors import RecipeError
 from deltamerge.formats.delta.positions import uniform_density
 from deltamerge.formats.delta.values import VALUE_BITS
@@ -219,27 +219,26 @@ class Builder:
         """Return the node of the sums that the merge method needs over all tensors."""
         from deltamerge.calibrate.reductions import totals
 
-        function, parts = self.recipe.method.totals, []
+        function, parts, names = self.recipe.method.totals, [], []
         assert function is not None
         for merge in merges:
             if merge.base is None:
                 continue
             inputs = [self.graph.read(merge.base), *(self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes)]
             values = self._parameters(merge)[0]
-            parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
-        stages = self.deltas.stages
-        known = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrated.values())
-        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.device)
+            parts.append(self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values))
+            names.append(merge.name)
+        inputs = [*parts, *self.deltas.stages.of_deltas]
+        return self.graph.node(totals, inputs, kind="stage", names=tuple(names), device=self.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
         """Return the node that measures what the merge method needs of every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
-        so_far = self.graph.node("inputs so far", kind="small")
-        stages = replace(self.deltas.stages, rows=so_far)
-        builder = replace(self, deltas=replace(self.deltas, stages=stages))
-        return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, so_far)
+        filled = self.graph.node(spool, kind="small")
+        builder = replace(self, deltas=replace(self.deltas, stages=replace(self.deltas.stages, rows=filled)))
+        return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, filled)
 
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
         """Return the method's result in float32, of the base where it stands apart and of the models or their

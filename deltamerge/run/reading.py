@@ -22,7 +22,7 @@ from deltamerge.run import hashes
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.schedule import depth_first
+from deltamerge.tensors.tensor import Graph
 
 T = TypeVar("T")
 
@@ -96,8 +96,8 @@ def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> lis
     """Return the files that the output depends on; of plain checkpoints only the shards that the part reads."""
     wanted = {path for _, paths in hashes.files_read(planned) for path in paths} | set(copied)
     if part is not None and not planned.stages:
-        nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.is_source]
-        read = {leaf.path for node in nodes for leaf in node.leaves()}
+        every = Graph().node("part", [task.root for task in part.of(planned).tasks])
+        read = {leaf.path for leaf in every.leaves()}
         donor = planned.inputs.donor  # of which every part may read rows
         models = [c for c in planned.inputs.checkpoints if donor is None or c is not donor.checkpoint]
         plain = [c for c in models if c.adapter is None and c.base is None]

@@ -44,7 +44,6 @@ from deltamerge.run.partition import (
 from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
 from deltamerge.run.reading import InputFiles, check_deltas, places
 from deltamerge.tensors.tensor import Node
-from deltamerge.tensors.traits import function_of
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
@@ -382,14 +381,14 @@ def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
     if (node := planned.rows) is None:
         yield {}
         return
+    from deltamerge.calibrate.values import Spooled
+
     folder = work.state / SPOOL
     with writing():
         folder.mkdir(exist_ok=True)
-    known = shared_values(node.inputs, {})
-    given = [known[source] for source in node.inputs]
-    found = function_of(node.function)(*given, folder=folder, **dict(node.parameters))
+    found = Spooled(folder)
     try:
-        yield {**known, node: found}
+        yield shared_values([node], {node.inputs[0]: found})
     finally:
         found.remove()
 

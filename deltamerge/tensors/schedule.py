@@ -10,12 +10,13 @@ from deltamerge.tensors.tensor import Kind, Tensor
 
 TILED = frozenset({"stored", "view", "map"})  # their values are tiles
 REDUCTIONS = frozenset({"sum", "concat", "whole"})
+_ENDS: dict[Kind, Kind] = {"view": "stored", "stage": "small"}  # what an end is like for the nodes above it
 
 
 def depth_first(root: Tensor) -> list[Tensor]:
     """Return every node that `root` needs, inputs first, in the order that keeps the fewest values alive.
 
-    Sources are ends: a reader computes their inputs.
+    Sources and stages are ends: a reader or the stage itself computes their inputs.
     """
     order: list[Tensor] = []
     seen: set[Tensor] = set()
@@ -28,7 +29,7 @@ def depth_first(root: Tensor) -> list[Tensor]:
             order.append(done)
         elif node not in seen:
             seen.add(node)
-            if node.inputs and node.kind != "view":
+            if node.inputs and node.kind not in _ENDS:
                 stack += (node, None, *node.inputs[::-1])
             else:
                 order.append(node)
@@ -58,7 +59,7 @@ def schedule(root: Tensor) -> Schedule:
     order = depth_first(root)
     place = {id(node): i for i, node in enumerate(order)}
     form: _Form = tuple(
-        ("stored", ()) if n.kind == "view" else (n.kind, tuple([place[id(s)] for s in n.inputs])) for n in order
+        (_ENDS[n.kind], ()) if n.kind in _ENDS else (n.kind, tuple([place[id(s)] for s in n.inputs])) for n in order
     )
     passes, small, frees, peak = _arrange(form)
 

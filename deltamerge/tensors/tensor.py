@@ -22,7 +22,7 @@ from deltamerge.tensors.traits import Function as Function
 from deltamerge.tensors.traits import function_of as function_of
 from deltamerge.tensors.traits import name_of as name_of
 
-Kind = Literal["stored", "view", "map", "sum", "concat", "whole", "small"]
+Kind = Literal["stored", "view", "map", "sum", "concat", "whole", "small", "stage"]
 SOURCES = frozenset({"stored", "view"})  # a `Reader` computes any range of them
 STORED = "stored"
 PART = "part"
@@ -40,6 +40,8 @@ class Tensor:
         whole    f(*inputs, **parameters) -> a value of the size of the tensor; inputs that have tiles are given as a
                  `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
+        stage    f(*inputs, known, **parameters) -> such a value, made of whole models before the first tile. Its inputs
+                 are given as tensors. `known` has the values of those that need no tile.
 
     Views are named as `view` registers them, other functions by "module:name". `tensors.traits` has what a function
     declares besides: of `whole` functions what they need, of reductions when they are needless.
@@ -76,8 +78,8 @@ class Tensor:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """Return the inputs that the engine computes before it: none of a source."""
-        return () if self.kind == "view" else self.inputs
+        """Return the inputs that the engine computes before it: none of a source or a stage, which compute them."""
+        return () if self.kind in ("view", "stage") else self.inputs
 
     @property
     def size(self) -> int:

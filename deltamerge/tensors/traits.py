@@ -62,6 +62,7 @@ class Traits:
     samples     samples(shape): the run of entries that it reads of each block; None: it reads all
     rare        a reduction whose pass reads little of a tensor, or is nearly never made
     needless    needless(*small inputs): of a reduction, whether no pass need be made; its value is then None
+    reads       of a stage, how often it reads each of its inputs, where that is more than calibration counts
     needs       needs(**parameters): of a `whole` function, (bytes, operations) that it takes, its value's among them
     """
 
@@ -76,6 +77,7 @@ class Traits:
     samples: Callable[[tuple[int, ...]], int] | None = None
     rare: bool = False
     needless: Callable[..., bool] | None = None
+    reads: int = 0
     needs: Callable[..., tuple[int, float]] | None = None
 
 

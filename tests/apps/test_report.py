@@ -18,12 +18,10 @@ import torch
 from conftest import make_checkpoint, tiny_bert_pair, tiny_llama
 from running import run
 
-from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.apps.inspect.layers import module_of
-from deltamerge.apps.inspect.statistics import Report
+from deltamerge.apps.inspect.statistics import Activations, Influence, LayerInfluence, Massive, Report
 from deltamerge.apps.inspect.study import inspect
 from deltamerge.apps.report import pictures, svg
-from deltamerge.apps.report.page import check_target, page, write
+from deltamerge.apps.report.page import check_target, module_of, page, write
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
 from deltamerge.run.calibration_record import Run, choices

@@ -18,9 +18,9 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from deltamerge.calibrate.merge.coefficients import calibrate
 from deltamerge.calibrate.merge.sums import combined
 from deltamerge.calibrate.values import Spooled, of_tensor
+from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.tensors.tiles import Kept
 
@@ -226,13 +226,13 @@ def test_shared_weights_change_no_coefficient(models: Path, monkeypatch: pytest.
     for shares in (True, False):
         path = recipe(models, "shared", "task_arithmetic", FITTED % scope, "lambda: 0.1")
         plan = make_plan(path)
-        (spec,) = plan.specs.values()
+        ((stage, spec),) = plan.specs.items()
         assert spec.shares_weights
         assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
-            np.prod(one.masked[0].shape) for one in spec.pruned
+            np.prod(one.shape) for one in spec.pruned
         )
         monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
-        found.append(calibrate(spec=spec))
+        found.append(shared_values([stage], {})[stage])
         monkeypatch.undo()
     ours, theirs = (one.q for one in found)
     assert ours
@@ -247,9 +247,9 @@ def test_coefficients_in_bfloat16(models: Path) -> None:
     for precision in ("float32", "bfloat16"):
         shared = f", precision: {precision}"
         path = recipe(models, "half", "task_arithmetic", FITTED % "row", "lambda: 0.1", shared)
-        (spec,) = make_plan(path).specs.values()
+        ((stage, spec),) = make_plan(path).specs.items()
         assert spec.halved == (precision == "bfloat16")
-        found[precision] = calibrate(spec=spec)
+        found[precision] = shared_values([stage], {})[stage]
     exact, half = found["float32"], found["bfloat16"]
     assert half.record["chosen"] == exact.record["chosen"] == "calibrated"
     near, far = (exact.record["held_out"][key] for key in ("calibrated", "plain"))

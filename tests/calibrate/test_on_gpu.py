@@ -100,8 +100,8 @@ def walked(
                 out_of_memory(name)
 
         gpu.failing = fail
-        (spec,) = make_plan(path, device=device).specs.values()
-        subject = Subject(spec.source, reader, [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)])
+        ((stage, spec),) = make_plan(path, device=device).specs.items()
+        subject = Subject(spec.source, reader, spec.masked(stage.inputs))
         objective, q = subject.output_change("search"), {p.stored: 0.5 for p in spec.pruned}
         found = [subject.of_masks(objective, [q], range(2))[0] for _ in range(walks)]
         assert subject.passes == 1 + 2 * walks
@@ -340,10 +340,10 @@ def test_a_mask_is_drawn_once_or_once_a_walk(
         return computed(roots, *given, **more)
 
     monkeypatch.setattr(subjects, "computed", seen)
-    (spec,) = make_plan(path, device="cuda").specs.values()
+    ((stage, spec),) = make_plan(path, device="cuda").specs.items()
     source = replace(spec.source, cache=cache)
     with simulated(), Reader() as reader:
-        subject = Subject(source, reader, [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)])
+        subject = Subject(source, reader, spec.masked(stage.inputs))
         change, qs = subject.output_change("search"), [{p.stored: q for p in spec.pruned} for q in (0.2, 0.4, 0.8)]
         for _ in range(2):
             subject.of_masks(change, qs, range(2))

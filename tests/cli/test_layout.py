@@ -14,8 +14,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from terminals import terminal
 
-from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
+from deltamerge.apps.inspect.statistics import (
+    Activations,
+    Influence,
+    LayerInfluence,
+    Massive,
+    Report,
+    Statistics,
+    TensorStatistics,
+)
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.cli import main, output
 from deltamerge.cli.inspect import render_inspect

@@ -323,10 +323,11 @@ def test_the_objective_is_that_of_the_adapted_model(tmp_path: Path) -> None:
     run(tmp_path / "n.yaml", tmp_path / "out")
     merged = adapted("GPT2LMHeadModel", tmp_path / "base", tmp_path / "out").merge_and_unload().state_dict()
     base = load_tensors(tmp_path / "base")
-    (spec,) = planned.specs.values()
+    ((stage, spec),) = planned.specs.items()
     assert len(spec.pruned) == 9
+    (masked,) = spec.masked(stage.inputs)
     for pruned in spec.pruned:
-        (node,) = pruned.masked
+        node = masked[pruned.stored]
         with Reader() as reader:
             made = computed({pruned.name: node}, reader)[pruned.name]
         got = torch.from_numpy(made.view(np.float32)).view(base[pruned.name].shape)

@@ -12,10 +12,16 @@ from calls import call
 from conftest import tiny_llama
 from pydantic import BaseModel
 
-from deltamerge.apps.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.apps.inspect.statistics import Report, Statistics, TensorStatistics
-from deltamerge.apps.recommend.conflict import Conflict
-from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, MergeTrial
+from deltamerge.apps.inspect.statistics import (
+    Activations,
+    Influence,
+    LayerInfluence,
+    Massive,
+    Report,
+    Statistics,
+    TensorStatistics,
+)
+from deltamerge.apps.recommend.merge import Conflict, MergeAdvice, MergeCandidate, MergeTrial
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
@@ -70,7 +76,6 @@ def _type(annotation: object) -> str:
     text = re.sub(r"^typing.Union\[(\w+), (.*)\]$", r"\1 | \2", text)
     for module in (
         "deltamerge.apps.inspect.statistics.",
-        "deltamerge.apps.inspect.activations.",
         "deltamerge.apps.recommend.merge.",
         "deltamerge.run.calibration_record.",
         "typing.",

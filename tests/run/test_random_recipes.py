@@ -50,7 +50,7 @@ def stage_value(node: Any) -> Any:
         infos = [info for info in node.parameter("source").tensors if len(info.shape) == 2]
         return {i.name: SimpleNamespace(norm=norms(i.name, i.shape[-1]), transposed=False) for i in infos}
     pruned = node.parameter("spec").pruned
-    return Calibrated({p.name: row_q(p.name, p.masked[0].shape) for p in pruned}, {})
+    return Calibrated({p.name: row_q(p.name, p.shape) for p in pruned}, {})
 
 
 def made(case: Case, path: Path, backend: str, *, plainly: bool) -> tuple[Any, dict[str, Stored]]:

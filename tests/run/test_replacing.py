@@ -18,7 +18,7 @@ import yaml
 from calls import call
 from conftest import make_checkpoint
 
-from deltamerge.apps.chain.link import Link
+from deltamerge.apps.chain.extract import Link
 from deltamerge.errors import OutputError
 from deltamerge.files import ownership, work_folder
 from deltamerge.files.lock_file import read_lock

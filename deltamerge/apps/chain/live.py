@@ -1,21 +1,132 @@
-"""A delta artifact, or a version of a chain, applied to tensors in memory: all of it or nothing, and twice is once."""
+"""Apply deltas and versions of chains to tensors in memory, and follow a chain that is being written."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deltamerge import errors
-from deltamerge.apps.chain.change import Change, Write, change_of, whole_of, write_of
-from deltamerge.errors import InputError
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.errors.shown import some
+from deltamerge.files.atomic import replace_file
+from deltamerge.formats.delta.entry import Entry
+from deltamerge.formats.delta.positions import Array
 from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import line, resolve
-from deltamerge.models.chain.version import Content, Version, state_of
-from deltamerge.models.delta_file import Patch, digest_of
+from deltamerge.models.chain.folder import Opened, end_of, folders, is_version, line, resolve, without_folded
+from deltamerge.models.chain.version import Content, Note, Version, read_note, state_of
+from deltamerge.models.delta_file import Patch, bits_of, digest_of, to_torch
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch
+
+DENSE = 8  # above one entry in so many the whole tensor is held, not positions and values
+INT32 = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of the tensor under a `key` of a state.
+
+    It is `values` (bits) at positions, or everywhere (None), or the tensor `whole`.
+    """
+
+    key: str
+    where: Array | None
+    values: Array
+    whole: Any = None
+
+
+def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
+    """Return the change that an entry of the same dtype and shape makes of a `tensor`, which stands under `key`.
+
+    It is computed and checked tile by tile. None: there is no change. InputError: the delta is damaged, or of another
+    base.
+    """
+    old = bits_of(tensor)
+    made: Array | None = None
+    where: list[Array] = []
+    values: list[Array] = []
+    done = count = 0
+    for bits in entry.tiles(lambda start, stop: old[start:stop]):
+        end = done + bits.size
+        if made is not None:
+            made[done:end] = bits
+        else:
+            positions = np.flatnonzero(bits != old[done:end])
+            count += positions.size
+            where.append(positions + done)
+            values.append(bits[positions])
+            if count * DENSE > entry.size:
+                made = old.copy()
+                made[np.concatenate(where)] = np.concatenate(values)
+        done = end
+    if made is not None:
+        return Change(key, None, made)
+    return Change(key, np.concatenate(where), np.concatenate(values)) if count else None
+
+
+def whole_of(entry: Entry, tensor: Any) -> Change:
+    """Return the tensor that an entry makes of a `tensor`, on its device. None for `tensor`: the base has none.
+
+    InputError: as `change_of`.
+    """
+    old = None if tensor is None else bits_of(tensor)
+    made = entry.whole(None if old is None else lambda start, stop: old[start:stop])
+    whole = to_torch(made, entry.record.dtype).reshape(tuple(entry.record.shape))
+    return Change(entry.name, None, made, whole if tensor is None else whole.to(tensor.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Integers `values`, of a tensor's bits, at positions `where` of its memory `line`; None: at all of the tensor."""
+
+    line: Any
+    where: Any
+    values: Any
+
+    def put(self) -> None:
+        if self.where is None:
+            self.line.copy_(self.values)
+        else:
+            self.line[self.where] = self.values
+
+    def kept(self) -> Write:
+        """Return the write that undoes this one."""
+        return Write(self.line, self.where, self.line.clone() if self.where is None else self.line[self.where])
+
+
+def write_of(change: Change, tensor: Any) -> Write:
+    """Return the write of a change into its tensor. InputError: it cannot be written at single positions."""
+    dtype = f"I{8 * tensor.element_size()}"
+    values = to_torch(change.values, dtype).to(tensor.device)
+    if change.where is None:
+        return Write(tensor.detach().view(values.dtype), None, values.reshape(tensor.shape))
+    with errors.context(change.key):
+        memory, where = _line_of(tensor, to_torch(change.where, "I64"))
+    kind = torch.int32 if memory.numel() < INT32 else torch.int64
+    return Write(memory.view(values.dtype), where.to(tensor.device, kind), values)
+
+
+def _line_of(tensor: Any, where: Any) -> tuple[Any, Any]:
+    """Return the memory that a tensor spans, as one dimension, and where its flat positions lie in it."""
+    data = tensor.detach()
+    if data.is_contiguous():
+        return data.view(-1), where
+    sizes, strides = data.shape, data.stride()
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        raise InputError("shares memory between its elements", hint="clone() it first")
+    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    at, rest = torch.zeros_like(where), where
+    for axis in reversed(range(len(sizes))):
+        at += rest % sizes[axis] * strides[axis]
+        rest = rest // sizes[axis]
+    return data.as_strided((span,), (1,)), at
+
 
 State = MutableMapping[str, Any]
 
@@ -192,3 +303,112 @@ def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], 
             if state.get(name) is not tensor:
                 state[name] = tensor
         raise
+
+
+OPEN = 4096  # versions that stay open
+
+_Known = dict[tuple[str, int], Note | None]
+
+
+def follow(
+    chain: str | Path,
+    *,
+    after: str | None = None,
+    latest: bool = False,
+    poll: float = 1.0,
+    timeout: float | None = None,
+    marker: str | Path | None = None,
+) -> Iterator[Delta]:
+    """Yield the versions of a chain, each when it is published, the first ones at once.
+
+    after     begin behind the version of this name; None: at the first
+    latest    skip to the newest each time; `Delta.apply_` folds what was skipped
+    poll      seconds between looks at the folder, which need not be there yet
+    timeout   end when nothing new has come for so many seconds; None: never
+    marker    a file that has the name of the version last done, written when the next is asked for; it says where to go
+              on where it is there
+
+    A version that was yielded when the process died comes again, which `apply_` makes nothing of. Where squash has
+    folded the version last yielded, the one that it is folded into comes next, over the base (`after` is None).
+    InputError: a version is damaged or foreign, two come after the same one, or the marker file is no text.
+    """
+    path, opened, known = Path(chain), Opened(), dict[tuple[str, int], Note | None]()
+    if marker is not None:
+        after = _marked(Path(marker)) or after
+    waited = time.monotonic()
+    while True:
+        name = _next(path, known, after, latest=latest)
+        found = None if name is None else _open(path, name, opened)
+        if found is not None:
+            yield found
+            after, waited = found.name, time.monotonic()
+            if marker is not None:
+                replace_file(Path(marker), f"{after}\n")
+            continue
+        left = None if timeout is None else waited + timeout - time.monotonic()
+        if left is not None and left <= 0:
+            return
+        time.sleep(poll if left is None else min(poll, left))
+
+
+def _marked(marker: Path) -> str:
+    """Return the name in a marker file, "" where there is no file. InputError: it cannot be read, or is no text."""
+    try:
+        return marker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        hint = "name a file that `follow` wrote, or remove it to begin at the first version"
+        raise InputError(f"{why}, so it names no version", hint=hint, where=str(marker)) from None
+
+
+def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str | None:
+    """Return the version that comes after one. None: none yet. InputError: two do."""
+    if not chain.is_dir():
+        return None
+    found = _notes(chain, known)
+    if after is None or after not in found:
+        folded = {one.name: name for name, note in found.items() if note is not None for one in note.folded}
+        firsts = [name for name, note in found.items() if note is None or note.after is None]
+        if after is not None and after not in folded and found:
+            raise InputError(f"{chain}: has no version {after}", hint="begin again: after=None, on the base")
+    else:
+        firsts = [
+            name for name, note in found.items() if note is not None and note.after is not None
+            and note.after.name == after
+        ]  # fmt: skip
+    if len(firsts) > 1:
+        raise InputError(f"{chain}: {some(firsts)} all come after {after or 'the base'}")
+    if not firsts or not latest:
+        return firsts[0] if firsts else None
+    return end_of(chain, found)
+
+
+def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
+    """Return the notes of all versions. Those of folders that are `known` are not read again."""
+    there = folders(chain)
+    for name, number in there:
+        if (name, number) not in known and is_version(chain / name):
+            try:
+                known[name, number] = read_note(chain / name)
+            except DeltamergeError:
+                if folders(chain) == there:
+                    raise
+                return _notes(chain, known)  # one was folded while it was read
+    for gone in known.keys() - {*there}:
+        del known[gone]
+    return without_folded({name: known[name, number] for name, number in there if (name, number) in known})
+
+
+def _open(chain: Path, name: str, opened: Opened) -> Delta | None:
+    """Open a version with all before it. None: one was folded meanwhile."""
+    if len(opened.versions) > OPEN:
+        opened.versions.clear()
+    before = folders(chain)
+    try:
+        return Delta(line(chain / name, opened))
+    except DeltamergeError:
+        if folders(chain) == before:
+            raise
+        return None

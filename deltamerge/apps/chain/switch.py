@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from deltamerge import errors
-from deltamerge.apps.chain.change import Change, Write, change_of, whole_of, write_of
-from deltamerge.apps.chain.live import Delta
+from deltamerge.apps.chain.live import Change, Delta, Write, change_of, whole_of, write_of
 from deltamerge.errors import InputError
 from deltamerge.formats.config_json import CONFIG, read_config
 from deltamerge.formats.delta.entry import OTHER_BASE, Entry

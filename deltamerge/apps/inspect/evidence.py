@@ -18,6 +18,7 @@ from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.spec import HELD_OUT, CalibrationInput, Spec
 from deltamerge.calibrate.stage import ACTIVATIONS, calibrating
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 POINTS = 8
 Scores = dict[str, float]
@@ -64,27 +65,29 @@ class MaskEvidence:
     forward_passes: int
 
 
-def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str, LayerStatistics]:
+def influence(source: CalibrationInput, stage: Node | None = None) -> dict[str, LayerStatistics]:
     """Return statistics of the fine-tune's linear layers over the search rows, by its tensor names.
 
-    With a `spec` of that source, whose masks need no activations, they include its first mask.
+    With a calibration `stage` of that source, whose masks need no activations, they include its first mask.
     """
-    masks = [] if spec is None else [{p.stored: p.masked[0] for p in spec.pruned}]
-    most = 1 if spec is None else 2
+    masks = [] if stage is None else [_first_masks(stage)]
+    most = 1 if stage is None else 2
     with calibrating(source.model, most, ACTIVATIONS, device=source.device), Reader() as reader:
-        found = Subject(source, reader, masks).statistics(drawn=spec is not None)
-        return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
+        found = Subject(source, reader, masks).statistics(drawn=stage is not None)
+        return {name: layer for name, layer in found.items() if stage is None or layer.power is not None}
 
 
-def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
-    """Return the losses of the masks of several specs with one source, for the first mask seed of each."""
+def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
+    """Return the losses of the masks of several stages with one source, for the first mask seed of each."""
+    specs: list[Spec] = [stage.parameter("spec") for stage in stages]
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
         found = Subject(source, reader).statistics(drawn=False)
         transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
-        usable = [spec for spec in specs if not (spec.shared and transposed)]
-        masks = [{p.stored: p.masked[0] for p in spec.pruned} for spec in usable]
-        known = {node: found for spec in usable for node in spec.shared}  # WANDA's activations
+        pairs = [(spec, stage) for spec, stage in zip(specs, stages, strict=True) if not (spec.shared and transposed)]
+        usable, masks = [spec for spec, _ in pairs], [_first_masks(stage) for _, stage in pairs]
+        # WANDA's activations
+        known = {node: found for spec, stage in pairs for node in stage.inputs[len(stage.inputs) - spec.shared :]}
         comparison = _Comparison(Subject(source, reader, masks, known), usable)
         losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
         lost, metric = comparison.nothing()
@@ -98,6 +101,12 @@ def measure_influence(*, specs: Sequence[Spec]) -> MaskEvidence:
             comparison.subject.counts[1],
             comparison.subject.passes,
         )
+
+
+def _first_masks(stage: Node) -> dict[str, Node]:
+    """Return the masked deltas of a stage's first mask seed."""
+    spec: Spec = stage.parameter("spec")
+    return spec.masked(stage.inputs)[0]
 
 
 def passes(specs: Sequence[Spec]) -> int:

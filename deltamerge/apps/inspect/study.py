@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.apps.inspect.activations import activations
-from deltamerge.apps.inspect.moments import DeltaMoments
-from deltamerge.apps.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
+from deltamerge.apps.inspect.statistics import (
+    DeltaMoments,
+    Pair,
+    Report,
+    activations,
+    measure_deltas,
+    pair_recipe,
+    pairs_of,
+    parse,
+    report,
+)
 from deltamerge.apps.report import page as pages
-from deltamerge.calibrate.spec import Spec
-from deltamerge.engine.execute import default_workers, shared_values
+from deltamerge.engine.execute import default_workers
 from deltamerge.errors import InputError
 from deltamerge.files.lock_file import LOCK_NAME
 from deltamerge.models.checkpoint import Checkpoint
@@ -26,7 +33,7 @@ from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
-from deltamerge.tensors.tensor import Graph
+from deltamerge.tensors.tensor import Node
 
 
 def inspect(
@@ -63,11 +70,11 @@ def inspect(
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
-        (spec,) = specs_of(pairs, model, base, calibration, [prune], device, pickles)
+        (stage,) = stages_of(pairs, model, base, calibration, [prune], device, pickles)
         from deltamerge.apps.inspect.evidence import influence
 
-        node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
-        seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
+        source = stage.parameter("spec").source
+        seen = activations(influence(source, stage), density, source.calibration.sequences)
     lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
     made = Lock.read(lock).figures if lock.is_file() else None
     warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)]
@@ -82,7 +89,7 @@ def measure(pairs: Sequence[Pair], device: str, workers: int | None) -> dict[str
     return measure_deltas(pairs, device=device, workers=workers or default_workers())
 
 
-def specs_of(
+def stages_of(
     pairs: Sequence[Pair],
     model: str,
     base: str,
@@ -90,19 +97,19 @@ def specs_of(
     prunes: Sequence[Mapping[str, Any]],
     device: str,
     pickles: bool,
-) -> list[Spec]:
+) -> list[Node]:
     """Return the calibration stage of the recipe of each pruning."""
     more: dict[str, Any] = {"calibration": calibration}
     if any(pair.cut for pair in pairs):
         more["tokenizer_source"] = model
-    specs = []
+    stages = list[Node]()
     for prune in prunes:
         recipe = parse(pair_recipe(model, base, prune, **more))
         planned = plan(recipe, Path.cwd(), partial(_opener, pickles=pickles), PlanOptions(device=device))
-        specs += list(planned.specs.values())
-    if len(specs) < len(prunes):
+        stages += planned.stages
+    if len(stages) < len(prunes):
         raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")
-    return specs
+    return stages
 
 
 def open_pair(model: str, base: str, *, pickles: bool) -> Inputs:

@@ -18,12 +18,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from deltamerge.apps.inspect.activations import Figures, activations
-from deltamerge.apps.inspect.moments import DeltaMoments, together
-from deltamerge.apps.inspect.statistics import Pair, pair_recipe, pairs_of
-from deltamerge.apps.inspect.study import measure, open_pair, specs_of
+from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, activations, pair_recipe, pairs_of, together
+from deltamerge.apps.inspect.study import measure, open_pair, stages_of
 from deltamerge.calibrate.rows.rows import has_head, metric_of
-from deltamerge.engine.execute import shared_values
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.plan.kinship import swapped, unrelated
@@ -33,7 +30,6 @@ from deltamerge.recipe.advice import choose, q_decides
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
-from deltamerge.tensors.tensor import Graph
 
 if TYPE_CHECKING:
     from deltamerge.apps.inspect.evidence import MaskEvidence, MaskLoss
@@ -163,11 +159,10 @@ def recommend_prune(
     found = measure(pairs, device, workers)
     measured = None
     if calibration is not None:
-        specs = specs_of(pairs, model, base, calibration, prunes(density), device, pickles)
+        stages = stages_of(pairs, model, base, calibration, prunes(density), device, pickles)
         from deltamerge.apps.inspect.evidence import measure_influence as measure_on_data
 
-        node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
-        measured = shared_values([node], {})[node]
+        measured = measure_on_data(stages)
     decoder = has_head(config, "causal-lm")
     question = Question(inputs.tunes[0].name, base, density, decoder, labelled)
     answer = advise(question, pairs, found, measured)

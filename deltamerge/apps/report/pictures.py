@@ -7,12 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.apps.inspect.layers import CHANGED, FIGURES, Place, matrices, place_figures
 from deltamerge.apps.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
-from deltamerge.apps.report.page import heat_maps, legend, measured_errors, search_curve
+from deltamerge.apps.report.page import (
+    CHANGED,
+    FIGURES,
+    Place,
+    heat_maps,
+    legend,
+    matrices,
+    measured_errors,
+    place_figures,
+    search_curve,
+)
 from deltamerge.apps.report.svg import STYLE, Panel, picture, short
 from deltamerge.calibrate.spec import Spec
-from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.models.checkpoint import Checkpoint
@@ -22,10 +30,10 @@ from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import ChosenQ, Run, choices
 from deltamerge.run.lock import PICTURES
 from deltamerge.run.options import Draw
-from deltamerge.tensors.tensor import Graph
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
-    from deltamerge.apps.inspect.activations import Activations
+    from deltamerge.apps.inspect.statistics import Activations
 
 BASE = "base"
 DELTA, SEARCH, ACTIVATIONS = PICTURES
@@ -58,8 +66,8 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
     inputs = open_inputs(parse(pair_recipe(str(folder), BASE)), folder, opener)
     pairs, lacking = pairs_of(inputs)
     found = measure_deltas(pairs, device=planned.device, workers=planned.workers, tile_elements=planned.tile_elements)
-    specs = [spec for spec in planned.specs.values() if not spec.parts] if data else []
-    seen = _activations(specs[0]) if specs else None
+    stages = [stage for stage, spec in planned.specs.items() if not spec.parts] if data else []
+    seen = _activations(stages[0]) if stages else None
     drawn = pictures(report(inputs, pairs, lacking, found, activations=seen, run=made))
     for name, svg in drawn.items():
         (folder / name).write_text(svg, encoding="utf-8")
@@ -121,15 +129,14 @@ def _searches(one: ChosenQ) -> list[Panel]:
     return [Panel(title, "; ".join(legend(one, v).values()), search_curve(one, v)) for v, _ in one.panels]
 
 
-def _activations(spec: Spec) -> Activations:
+def _activations(stage: Node) -> Activations:
     """Return the figures of the first fine-tune's linear layers on the rows.
 
     For a random mask with its measured error.
     """
-    from deltamerge.apps.inspect.activations import activations
     from deltamerge.apps.inspect.evidence import influence
+    from deltamerge.apps.inspect.statistics import activations
 
-    drawn = spec if spec.random and not spec.shared else None
-    node = Graph().node(influence, kind="small", source=spec.source, spec=drawn)
-    density = min(pruned.density for pruned in spec.pruned)
-    return activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
+    spec: Spec = stage.parameter("spec")
+    found = influence(spec.source, stage if spec.random and not spec.shared else None)
+    return activations(found, min(one.density for one in spec.pruned), spec.source.calibration.sequences)

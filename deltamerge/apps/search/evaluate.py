@@ -1,30 +1,209 @@
-"""The metrics of checkpoints on labelled rows, side by side: a merged model and its parents."""
+"""Scores of models on labelled rows: tasks, their heads, and models side by side."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deltamerge import errors
-from deltamerge.apps.search.tasks import ScoredTask, Sheet, measured, refuse_unknown
-from deltamerge.calibrate.model.blocks import Weights
-from deltamerge.calibrate.rows.rows import rows_of, select
+from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
+from deltamerge.calibrate.model.passes import stored
+from deltamerge.calibrate.q import objectives as O
+from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
+from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, rows_of, select, task_of
+from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
+from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, UsageError
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.references import Models
-from deltamerge.plan.inputs import shared_names
+from deltamerge.plan.inputs import refuse_unrunnable, shared_names
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.names import LM_HEAD, TASK_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
+
+BATCH = 32
+AGREEMENT, DISTANCE = "agreement", "distance"
+SAME = "same_answers"
+LOSS = "loss"
+EXACT = "exact_match"
+CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
+LOWER = frozenset({AGREEMENT, DISTANCE, LOSS})
+"""Measures of which less is better."""
+UNLABELLED = frozenset({AGREEMENT, SAME})
+"""Measures that compare with the fine-tune itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Rows as a model reads them, and what is measured on them: of one forward pass, and of generated texts."""
+
+    rows: int
+    batches: Sequence[Inputs]
+    measures: Mapping[str, O.Objective] = field(default_factory=dict)
+    generated: Mapping[str, O.Generation] = field(default_factory=dict)
+
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, ...]:
+        """Return the part of a batch that the measures keep."""
+        return tuple(measure.reduce(batch, output) for measure in self.measures.values())
+
+    def values(self, parts: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+        """Return the measures, by name, of the batches' parts."""
+        found = (m.value([part[i] for part in parts]) for i, m in enumerate(self.measures.values()))
+        return {name: shown(name, value) for name, value in zip(self.measures, found, strict=True)}
+
+
+class ScoredTask:
+    """Rows and the head of a model, by which other weights of the same shapes are judged.
+
+    name         in tables
+    checkpoint   whose config, tokenizer, head and shapes these are
+    own          the model's own weights
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        folder: Path,
+        reader: Reader,
+        device: str,
+    ) -> None:
+        self.name, self.checkpoint, self.calibration, self.folder = name, checkpoint, calibration, folder
+        self.reader, self.device = reader, torch_device(device)
+        refuse_unrunnable(name, checkpoint)
+        with errors.context(name):
+            self.config = config_of(checkpoint.path)
+            self.settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
+            self.kind = task_of(calibration, self.settings)
+            self.reads = RowReader(checkpoint.path, self.config, task=self.kind, length=calibration.length)
+            self.model = BlockModel(
+                self.config,
+                checkpoint.tensors,
+                device=self.device,
+                pad_token_id=self.reads.pad_token_id,
+                precision=precision_of(calibration.precision, device, checkpoint.tensors.values()),
+            )
+        self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
+
+    def stored(self, info: TensorInfo) -> Tensor:
+        """Return a tensor as it is stored, or computed."""
+        return stored(self.reader, info).to(self.device)
+
+    @property
+    def metric(self) -> str:
+        """Return the metric that `calibration` names, or that suits the head."""
+        return metric_of(self.calibration, self.settings)
+
+    @property
+    def has_head(self) -> bool:
+        """Return whether the model has the head that its task needs."""
+        return has_head(self.settings, self.kind)
+
+    @property
+    def fitting(self) -> tuple[str, ...]:
+        """Return the metrics that fit the head. Metrics of generated texts need `calibration` to ask for them."""
+        if self.kind in LANGUAGE:
+            return (LOSS, EXACT) if self.metric == EXACT else (LOSS,)
+        return ("pearson_spearman", LOSS) if self.metric == "pearson_spearman" else self._of_classes
+
+    @property
+    def _of_classes(self) -> tuple[str, ...]:
+        regression = O.is_regression(self.config)
+        own = [] if self.metric in CLASSES else [self.metric]
+        return ("pearson_spearman", LOSS) if regression else (*own, *CLASSES)
+
+    def sheet(self, rows: Sequence[DataRow], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
+        """Return rows on which `metrics` are measured. `compared` are measures against the model's own outputs."""
+        with errors.context(self.name):
+            of_forward = [name for name in metrics if name != EXACT]
+            made = self.reads.batches(rows, size=BATCH, labelled=bool(of_forward))
+            measures: dict[str, O.Objective] = {}
+            for name in of_forward:
+                assert made.labels is not None
+                measures[name] = O.Validation(made.inputs, made.labels, name)
+            if AGREEMENT in compared:
+                measures[DISTANCE] = self._agreement(made.inputs)
+            if SAME in compared:
+                measures[SAME] = self._same_answers(made.inputs)
+            generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
+            return Sheet(len(rows), made.inputs, measures, generated)
+
+    def _generation(self, rows: Sequence[DataRow]) -> O.Generation:
+        made, settings = self.reads.prompts(rows, size=BATCH), self.calibration
+        check_new_tokens(settings.length, settings.new_tokens, self.config)
+        assert made.texts is not None
+        return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
+
+    def _agreement(self, inputs: Sequence[Inputs]) -> O.Objective:
+        """Return the distance of predictions from the model's own, whatever the scale of a classifier's logits.
+
+        Of a language model it is that of the next token's distribution. Without a head it is that of the last hidden
+        state.
+        """
+        if not self.has_head:
+            return O.OutputChange.of(self.model, self.own, inputs)
+        regression = self.kind == "text-classification" and O.is_regression(self.config)
+        if self.kind in LANGUAGE:
+            return O.Distribution.of(self.model, self.own, inputs)
+        return O.Agreement.of(self.model, self.own, inputs, regression=regression)
+
+    def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
+        """Return the share of the model's own answers. See `objectives.SameAnswers`. InputError: it has no head."""
+        if not self.has_head:
+            raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
+        regression = self.kind == "text-classification" and O.is_regression(self.config)
+        return O.SameAnswers.of(self.model, self.own, inputs, regression=regression)
+
+
+def measured(
+    sheets: Sequence[tuple[ScoredTask, Sheet]], variants: Sequence[Sequence[Weights]]
+) -> list[list[dict[str, float]]]:
+    """Return [task][variant]: the measures by name. `variants` has the weights of each task.
+
+    All tasks take one walk: they are at the same block, so that they can share reads.
+    """
+    walks = [
+        task.model.walk(sheet.batches, weights, sheet.reduce)
+        for (task, sheet), weights in zip(sheets, variants, strict=True)
+    ]
+    found = together(walks)
+    results = []
+    for (task, sheet), of_task, weights in zip(sheets, found, variants, strict=True):
+        with errors.context(task.name):
+            values = [sheet.values(parts) for parts in of_task]
+        for name, generation in sheet.generated.items():
+            for own, one in zip(values, weights, strict=True):
+                own[name] = shown(name, generation.measure(task.model, one))
+        results.append(values)
+    return results
+
+
+def shown(name: str, value: float) -> float:
+    """Return a measure for people from the objective that is minimised."""
+    return value if name in LOWER else 1.0 - value
+
+
+def refuse_unknown(metrics: Sequence[str], task: ScoredTask) -> None:
+    """Refuse a metric that does not fit the head."""
+    fitting = dict.fromkeys((*task.fitting, "accuracy_f1") if "accuracy" in task.fitting else task.fitting)
+    if EXACT in metrics and task.kind == "text-generation":
+        fitting[EXACT] = None
+    for metric in metrics:
+        if metric not in fitting:
+            raise InputError(f"{task.name}: {metric} does not fit its head", hint=f"it has {', '.join(fitting)}")
+
 
 ALL_ROWS = 1_000_000
 _HEAD, _LANGUAGE = re.compile(TASK_HEAD), re.compile(r"(^|[./])(lm_head|embed_out)(\.|$)")

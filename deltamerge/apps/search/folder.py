@@ -1,4 +1,7 @@
-"""The folder of a sweep or a search, and what its results follow from: models and rows. One process works in it."""
+"""Keep the folder of a sweep or a search, write the best recipe with its lock, and merge a candidate's folder.
+
+One process works in a folder. Results follow from models and rows, whose facts are compared.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,30 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge.calibrate.rows.hub import commit
 from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+from deltamerge.calibrate.values import Calibrated
+from deltamerge.engine.execute import shared_values
 from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
 from deltamerge.files.descriptors import lock, writing
 from deltamerge.files.lock_file import foreign_entries
+from deltamerge.files.ownership import refuse_others, replace_own
 from deltamerge.files.seals import seal
 from deltamerge.files.work_folder import look
-from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.file import RecipeFile, TemplateFile
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.hashes import facts
+from deltamerge.run.hashes import describe_inputs, facts
+from deltamerge.run.lock import Lock, refuse_foreign_lock
 from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
+from deltamerge.run.runner import Result, run
 
 MARK = ".deltamerge-study"
 WRITTEN = re.compile(
@@ -131,3 +139,61 @@ def _rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if is_of_hub(one, folder):
             found[one] = commit(one)
     return found
+
+
+Study = Mapping[str, Any]
+"""How a search found a recipe, for its lock and card."""
+
+
+def lock_of(
+    file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
+) -> Lock:
+    """Return the lock of a recipe with the q's `calibrated`, by the names of its stages. Others are found now."""
+    planner = Planner(file, path.parent, options)
+    (planned,) = planner.plans()
+    planned = planner.fetched(file.output, planned, {})
+    found = {node: calibrated[spec.name] for node, spec in planned.specs.items() if spec.name in calibrated}
+    if len(found) < len(planned.stages):
+        found |= {node: value for node, value in shared_values(planned.stages, found).items() if node in planned.specs}
+    return Lock.of(path, planned, describe_inputs(planned, planned.workers), found, study=study)
+
+
+def best_path(recipe: Path) -> Path:
+    """Return the place of the best recipe: beside the template, whose relative paths it has."""
+    return recipe.with_name(f"{recipe.stem}.best.yaml")
+
+
+def check_best(recipe: Path, *, force: bool, rows: bool = False) -> None:
+    """Refuse to replace a best recipe or lock that no search of this recipe wrote, or that somebody has changed.
+
+    `rows`: the rows of the lock too. `force` allows it.
+    """
+    best = best_path(recipe)
+    refuse_others(best, recipe.name, force=force)
+    refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, rows=rows, force=force)
+
+
+def write_recipe(
+    file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
+) -> RecipeFile:
+    """Write a recipe to `path`, in the template's folder, with its lock beside it. OutputError: `check_best`."""
+    name = file.path.name
+    lock = lock_of(file, calibrated, options, path.with_suffix(".lock"), study)
+    check_best(file.path, force=options.force, rows=bool(lock.rows))
+    replace_own(path, file.output.text, name)
+    lock.write_beside(name)
+    return replace(file, path=path)
+
+
+def make_folder(
+    file: RecipeFile,
+    calibrated: Mapping[str, Calibrated],
+    options: Options,
+    folder: Path,
+    study: Study | None = None,
+) -> Result:
+    """Make the result of a recipe in `folder`, with q's that were found before."""
+    asked = options = replace(options, force=False)
+    if calibrated or study:
+        asked = replace(options, lock=lock_of(file, calibrated, options, folder.with_suffix(".lock"), study))
+    return run(file, folder, asked)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.report.svg import Markup, Point, bars, document, element, figure, front, lines, text
-from deltamerge.apps.search.best import best_path, make_folder, write_recipe
+from deltamerge.apps.search.folder import best_path, make_folder, write_recipe
 from deltamerge.apps.search.outcome import Bench, Outcome
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile

@@ -16,9 +16,16 @@ from typing import Any, Literal
 from xxhash import xxh3_128
 
 from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, lines, picture
-from deltamerge.apps.search.best import best_path, check_best, make_folder, write_recipe
 from deltamerge.apps.search.candidates import candidates_of, fixed
-from deltamerge.apps.search.folder import StudyFolder, input_facts, refuse_strangers
+from deltamerge.apps.search.folder import (
+    StudyFolder,
+    best_path,
+    check_best,
+    input_facts,
+    make_folder,
+    refuse_strangers,
+    write_recipe,
+)
 from deltamerge.apps.search.outcome import Bench, Outcome, best_of
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.files import progress

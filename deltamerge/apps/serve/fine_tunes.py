@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.apps.chain.change import Change
-from deltamerge.apps.chain.live import Delta
+from deltamerge.apps.chain.live import Change, Delta
 from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize

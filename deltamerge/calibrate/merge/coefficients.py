@@ -21,6 +21,7 @@ from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine.devices import torch_devices
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.model.blocks import Weights
     from deltamerge.calibrate.q.objectives import Distribution
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
-    from deltamerge.tensors.tensor import Node
 
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
@@ -39,13 +39,12 @@ JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's o
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 
-def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
+def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
     from deltamerge.calibrate.q.comparison import QPoint
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        known = dict(zip(spec.shared, inputs, strict=True))
         devices = torch_devices(spec.source.device)[: len(spec.parts)]
         share = math.ceil(len(spec.parts) / len(devices))
         subjects = []
@@ -54,7 +53,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             if len(devices) > 1:
                 cache = spec.source.cache if reads else source.cache
                 source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
-            masks = _deltas(spec, i) if reads else ()
+            masks = spec.masked(inputs, i) if reads else ()
             subjects.append(Subject(source, reader, masks, known, halved=spec.halved))
         merge = _Merge(spec, subjects, subjects[: len(devices)])
         start = merge.start()
@@ -75,12 +74,6 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         for subject in subjects:
             subject.forget()
         return Calibrated({} if chosen is None else _named(spec, fitted), record)
-
-
-def _deltas(spec: Spec, part: int) -> list[dict[str, Node]]:
-    """Return the nodes of each coefficient's deltas, by the names of a fine-tune's tensors."""
-    masked = {one.name: one.masked for one in spec.pruned}
-    return [{one.stored: masked[one.name][k] for one in spec.parts[part].pruned} for k in range(len(spec.coefficients))]
 
 
 def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ FORWARDS = 4  # passes of a row: forward, again from the checkpoints, backward
 CLASSES = 8  # up to so many the expectation over the model's answers is exact; of more, one is drawn
 
 
-def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
+def squares(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
     """E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
 
     Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
@@ -39,7 +38,6 @@ def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
     """
     from deltamerge.calibrate.q.subject import Subject
 
-    found = Spooled.beginning(folder)
     for model, part in enumerate(parts):
         source = part.source
         with calibrating(source.model, FORWARDS, "differentiating", device=source.device), Reader() as reader:

@@ -6,13 +6,14 @@ A plan names `calibrate`, so torch is imported when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.spec import Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.values import Calibrated
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.q.comparison import Qs
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 
 
-def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
+def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
     from deltamerge.calibrate.q.choices import SCAN
     from deltamerge.calibrate.q.comparison import QPoint
@@ -28,11 +29,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        known = dict(zip(spec.shared, inputs, strict=True))
-        subjects = [
-            Subject(p.source, reader, [{t.stored: t.masked[s] for t in p.pruned} for s in range(spec.seeds)], known)
-            for p in spec.parts
-        ]
+        subjects = [Subject(part.source, reader, spec.masked(inputs, i), known) for i, part in enumerate(spec.parts)]
         assert spec.bounds is not None
         low, high = spec.bounds
         result, evaluate = _search(subjects, spec.objective, low, high)

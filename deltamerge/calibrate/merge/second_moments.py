@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
-from deltamerge.calibrate.spec import CalibrationInput, Share
+from deltamerge.calibrate.spec import CalibrationInput, Share, masked
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.values import Spooled
 from deltamerge.files import progress
@@ -118,7 +117,7 @@ def memory(parts: Sequence[Share]) -> int:
     deltas to make."""
     block = max((_measured(part).memory for part in parts), default=0)
     each = [Share(part.source) for part in parts]
-    if any(one.masked for part in parts for one in part.pruned):
+    if any(one.masks for part in parts for one in part.pruned):
         return 4 * block + spec.memory(*each)
     return block + max(map(spec.memory, each), default=0)
 
@@ -127,41 +126,35 @@ def _measured(part: Share) -> InputMeasurement:
     return InputMeasurement(part.source, {one.name: one.stored for one in part.pruned})
 
 
-def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
-    """Return the moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
-    found = Spooled.beginning(folder)
+def inputs(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
+    """Return `found` with the moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
     for model, part in enumerate(parts):
         measured = _measured(part)
         measure(measured, set(measured.names.values()), _kept(found, measured.names, model))
     return found
 
 
-def merged(
-    *shared: Any, parts: tuple[Share, ...], wanted: tuple[str, ...], known: tuple[Node, ...], so_far: Node,
-    folder: Path | None = None,
-) -> Spooled:  # fmt: skip
+def merged(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...], wanted: tuple[str, ...]) -> Spooled:
     """Return the same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
     "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
 
-    parts    the fine-tunes; `masked` of their tensors is what the merge adds, made with the moments that there are
+    inputs   the spool; of each tensor what the merge adds, made with the moments that are in the spool when it is
+             read; and what that needs
+    parts    the fine-tunes
     wanted   the layers' names in the output
-    known    the nodes whose values are `shared`
-    so_far   the node in `masked` whose value these moments are
 
     All fine-tunes walk side by side, a block at a time. InputError: a model whose blocks cannot be told apart.
     """
     from deltamerge.calibrate.q.subject import Subject
 
-    found = Spooled.beginning(folder)
-    values = {**dict(zip(known, shared, strict=True)), so_far: found}
+    found: Spooled = known[inputs[0]]
     with ExitStack() as stack:
         stack.enter_context(calibrating("the merge", len(parts), MEASURING, device=parts[0].source.device))
         reader = stack.enter_context(Reader())
         subjects = []
         for part in parts:
             with errors.context(part.source.model):
-                masks = [{one.stored: one.masked[0] for one in part.pruned}]
-                subjects.append(Subject(part.source, reader, masks, values))
+                subjects.append(Subject(part.source, reader, masked(inputs[1:], part.pruned, 1), known))
         walks = []
         for model, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
             names = {one.name: one.stored for one in part.pruned if one.name in wanted}

@@ -3,8 +3,8 @@
 A calibrated q divides the weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which
 measures better than rescaling them too (docs/measurements/calibration.md). Experts are linear layers, stacked in one
 tensor or not: each has a q of its own, but in the scope global; one that no token reached has that of its layer. Other
-pruned tensors are divided as their method divides without calibration. Learned scales apply to all pruned tensors that the output
-depends on.
+pruned tensors are divided as their method divides without calibration. Learned scales apply to all pruned tensors that
+the output depends on.
 """
 
 from __future__ import annotations

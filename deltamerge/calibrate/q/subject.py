@@ -29,7 +29,6 @@ from deltamerge.calibrate.rows.batches import RowReader as Rows
 from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
-from deltamerge.engine.execute import shared_values
 from deltamerge.engine.whole import computed
 from deltamerge.files import progress
 from deltamerge.methods.ops import dense
@@ -63,8 +62,7 @@ class Tensors:
         self.source, self.reader, self.known, self.model, self.device = source, reader, known, model, model.device
         self.infos, self.halved = infos, halved
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
-        columns = shared_values(list(protected.values()), known)
-        self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
+        self.protected = {name: torch.from_numpy(known[node]) for name, node in protected.items()}
         self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, source.share)
         self.ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))

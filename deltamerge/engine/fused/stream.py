@@ -28,7 +28,7 @@ def covers(root: Node) -> bool:
 
 
 def _is_known(node: Node, root: Node) -> bool:
-    if node.kind == "small":
+    if node.kind in ("small", "stage"):
         return True
     if node.is_source:
         return node.dtype in STORED

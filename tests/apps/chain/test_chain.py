@@ -17,7 +17,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from format_reader import State, documented, read_chain
 
 import deltamerge as dm
-from deltamerge.apps.chain.change import Write
+from deltamerge.apps.chain.live import Write
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.models.chain import folder as folders

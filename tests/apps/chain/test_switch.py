@@ -13,7 +13,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 
 import deltamerge as dm
-from deltamerge.apps.chain.change import Write
+from deltamerge.apps.chain.live import Write
 from deltamerge.cli import main
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import CODES

@@ -19,13 +19,14 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.recommend import merge as merge_advice
-from deltamerge.apps.recommend.conflict import DIRECTIONS, Conflict
 from deltamerge.apps.recommend.merge import (
     ARITHMETIC,
+    DIRECTIONS,
     FITTED,
     ISO_C,
     WAYS,
     WUDI,
+    Conflict,
     MergeCandidate,
     Way,
     recommend_merge,

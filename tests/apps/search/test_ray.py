@@ -13,8 +13,7 @@ import torch
 from calibration_rows import rows
 from conftest import tiny_bert_pair
 
-from deltamerge.apps.search.pool import Pool, pool_of
-from deltamerge.apps.search.search import search
+from deltamerge.apps.search.search import Pool, pool_of, search
 from deltamerge.errors import InputError
 from deltamerge.recipe.file import read_template
 from deltamerge.run.options import Options

@@ -20,11 +20,10 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.candidates import candidates_of
-from deltamerge.apps.search.command import value_of
-from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank
+from deltamerge.apps.search.judge import Walk
+from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank, value_of
 from deltamerge.apps.search.proposals import load_optuna, sampler
 from deltamerge.apps.search.search import search
-from deltamerge.apps.search.walk import Walk
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
