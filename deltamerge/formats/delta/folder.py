@@ -17,7 +17,15 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import MAX_BYTES, parse_json, read_json
 from deltamerge.formats.delta.entry import Entry
-from deltamerge.formats.delta.manifest import FORMAT, VERSIONS, Manifest, check_record, groups, parts_bytes, stored_arrays
+from deltamerge.formats.delta.manifest import (
+    FORMAT,
+    VERSIONS,
+    Manifest,
+    check_record,
+    groups,
+    parts_bytes,
+    stored_arrays,
+)
 from deltamerge.formats.delta.parts import PARTS, TABLE
 from deltamerge.formats.delta.positions import Sliced, most_bytes
 from deltamerge.formats.delta.steps import most_step_bytes

@@ -2,20 +2,20 @@
 
 A tensor is a matrix (m, n): n is its last dimension, m the product of the others; a vector is (1, n). A value is a
 *level* of a table of small integers times a scale, itself a small integer, times 2**unit. A sum of such products is an
-integer below 2**53, exact in float64 in any order, so that a part is the same on every machine. Parts are added in float64
-in the order of the record, and rounded to float32 once.
+integer below 2**53, exact in float64 in any order, so that a part is the same on every machine. Parts are added in
+float64 in the order of the record, and rounded to float32 once.
 
     scale(code) = (16 + code % 16) * 2**(code // 16) - 16
 
 The stored bytes of a tensor are those of its parts, one after another:
 
-    factors   Σ_k scale_k u_k v_kᵀ, u_k of m levels, v_k of n: a byte of scale for every component; then for each component
-              the codes of u_k and those of v_k
-    entries   a level at each of some flat positions, times the scale of its row, its column, or of all: a byte for each
-              scale; the codes of all entries; then rice's positions, if they are not all
+    factors   Σ_k scale_k u_k v_kᵀ, u_k of m levels, v_k of n: a byte of scale for every component; then for each
+              component the codes of u_k and those of v_k
+    entries   a level at each of some flat positions, times the scale of its row, its column, or of all: a byte for
+              each scale; the codes of all entries; then rice's positions, if they are not all
 
-A list of codes is packed from the lowest bit of each byte: 1, 2, 3, 4 or 8 bits a code, and zeros to the end of the last
-byte. Codes of three levels are five a byte, the first in the lowest digit to base 3.
+A list of codes is packed from the lowest bit of each byte: 1, 2, 3, 4 or 8 bits a code, and zeros to the end of the
+last byte. Codes of three levels are five a byte, the first in the lowest digit to base 3.
 """
 
 from __future__ import annotations
