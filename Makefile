@@ -8,10 +8,10 @@ DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 export PYTHONDONTWRITEBYTECODE :=
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check costs sanitize families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check costs sanitize families conformance mergekit-suite oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
 	@$(DEMO_ENV) $(BIN)/python -m benchmarks.demo
@@ -33,6 +33,14 @@ conformance: export MERGEKIT_PYTHON ?= $(CURDIR)/.bench/mergekit/bin/python
 conformance: .venv/.installed-dev  ## the same recipes through mergekit 0.1.5 and deltamerge
 	@test -x "$$MERGEKIT_PYTHON" || { $(PYTHON) -m venv .bench/mergekit && .bench/mergekit/bin/python -m pip install --quiet mergekit==0.1.5; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m conformance tests/conformance
+
+# With what that source needs, in an environment of its own; MERGEKIT_SUITE_PYTHON names one that is there already.
+mergekit-suite: export MERGEKIT_SUITE_PYTHON ?= $(CURDIR)/.bench/mergekit-suite/bin/python
+mergekit-suite: export MERGEKIT_SOURCE ?=
+mergekit-suite: .venv/.installed-dev  ## mergekit's own tests, run by deltamerge; MERGEKIT_SOURCE=FOLDER, its unpacked source; 4 minutes
+	@test -n "$$MERGEKIT_SOURCE" || { echo 'make mergekit-suite MERGEKIT_SOURCE=FOLDER' >&2; exit 2; }
+	@test -x "$$MERGEKIT_SUITE_PYTHON" || { $(PYTHON) -m venv .bench/mergekit-suite && .bench/mergekit-suite/bin/python -m pip install --quiet "$$MERGEKIT_SOURCE" pytest; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m conformance tests/conformance/test_mergekit_suite.py
 
 # fusion-bench too; FUSION_PYTHON names one that is there already.
 oracle: export FUSION_PYTHON ?= $(CURDIR)/.bench/fusion/bin/python

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:
-    from deltamerge.api import load_recipe, prune
+    from deltamerge.api import apply, extract, inspect, load_recipe, merge, prune, recommend
     from deltamerge.apps.chain.live import follow, load_delta
     from deltamerge.apps.chain.switch import Switch
     from deltamerge.apps.serve.sglang import EngineSwitch
@@ -24,10 +24,15 @@ __all__ = [
     "EngineSwitch",
     "Switch",
     "__version__",
+    "apply",
+    "extract",
     "follow",
+    "inspect",
     "load_delta",
     "load_recipe",
+    "merge",
     "prune",
+    "recommend",
 ]
 
 # A public name, and the module that has it.
@@ -38,10 +43,15 @@ _HOME = {
     "DeltamergeError": "deltamerge.errors",
     "EngineSwitch": "deltamerge.apps.serve.sglang",
     "Switch": "deltamerge.apps.chain.switch",
+    "apply": "deltamerge.api",
+    "extract": "deltamerge.api",
     "follow": "deltamerge.apps.chain.live",
+    "inspect": "deltamerge.api",
     "load_delta": "deltamerge.apps.chain.live",
     "load_recipe": "deltamerge.api",
+    "merge": "deltamerge.api",
     "prune": "deltamerge.api",
+    "recommend": "deltamerge.api",
 }
 
 

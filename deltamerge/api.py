@@ -1,19 +1,20 @@
-"""deltamerge from Python: plans and runs of recipe files, and the same pruning of state dicts in memory."""
+"""deltamerge from Python: recipes, the commands as functions, and the same pruning of state dicts in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from deltamerge.engine.execute import default_workers, execute
-from deltamerge.errors import InputError, RecipeError, app
+from deltamerge.errors import InputError, RecipeError, UsageError, app
+from deltamerge.errors.shown import as_html
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, PlanOptions, plan
-from deltamerge.recipe.file import RecipeFile, read_recipe
+from deltamerge.recipe.file import RecipeFile, read_recipe, read_text
 from deltamerge.recipe.load import loads
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
@@ -25,6 +26,18 @@ from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import in_memory
+
+if TYPE_CHECKING:
+    from deltamerge.apps.inspect.statistics import Report
+    from deltamerge.apps.recommend.merge import MergeAdvice
+    from deltamerge.apps.recommend.prune import Recommendation
+    from deltamerge.run.apply import ApplyResult
+
+Reference = str | Path
+"""A model: a folder, or a hub id."""
+
+Rows = Mapping[str, Any]
+"""Calibration rows, by the keys of a recipe's `calibration`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,12 @@ class Planned:
     def recipe(self) -> Path:
         """Return the recipe's path."""
         return self.file.path
+
+    def __repr__(self) -> str:
+        return f"<Planned {self.recipe}: {self.plan!r}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self.recipe), {"method": self.plan.recipe.method.name, **self.plan.summary()})
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as `deltamerge plan --json` prints it."""
@@ -92,6 +111,143 @@ def load_recipe(
     file = read_recipe(Path(recipe), mergekit_exact=mergekit_exact)
     options = Options(device=device, workers=workers, memory=memory)
     return Planned(file, make_plans(file, options=options)[-1], options)
+
+
+def merge(
+    models: Sequence[Reference | Mapping[str, Any]],
+    out: Reference,
+    *,
+    method: str,
+    base: Reference | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+    **keys: Any,
+) -> Result:
+    """Merge models into the folder `out`, as the same recipe would.
+
+        models         folders, hub ids, or items of a recipe's `models`: {"model": …, "parameters": {…}}
+        method, base   `merge_method` and `base_model` of a recipe
+        keys           its other keys: parameters, prune, calibration, dtype, tokenizer_source, output, …
+
+    RecipeError: the recipe is refused. DeltamergeError: whatever `deltamerge run` would print and exit for.
+    """
+    items = [dict(one) if isinstance(one, Mapping) else {"model": str(one)} for one in models]
+    recipe = {"merge_method": method, **({} if base is None else {"base_model": str(base)}), "models": items, **keys}
+    try:
+        file = replace(read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / "merge"), made_for="merge")
+        return run_recipe(file, Path(out), Options(device=device, workers=workers, memory=memory, force=force))
+    except RecipeError as error:
+        raise error.of("merge") from None
+
+
+def extract(
+    model: Reference,
+    base: Reference,
+    out: Reference | None = None,
+    *,
+    density: float | None = None,
+    method: str | None = None,
+    q: float | None = None,
+    values: str | None = None,
+    after: Reference | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    calibration: Rows | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+) -> Result:
+    """Make a delta artifact of a fine-tune, or a LoRA, as `deltamerge extract` does.
+
+    `lora` is a rank, or keys of a recipe's output (rank, energy, budget, whole, targets, dora). The others are the
+    options of the command. `out` is by default NAME-delta or NAME-lora in this folder.
+
+    DeltamergeError: whatever the command would print and exit for.
+    """
+    with app("chain"):
+        from deltamerge.apps.chain.extract import extract as make
+
+    return make(
+        str(model), str(base), None if out is None else Path(out),
+        density=density, method=method, q=q, values=values, after=None if after is None else str(after),
+        lora={"rank": lora} if isinstance(lora, int) else lora, calibration=calibration,
+        options=Options(device=device, workers=workers, memory=memory, force=force),
+    )  # fmt: skip
+
+
+def apply(
+    delta: Reference,
+    base: Reference,
+    out: Reference,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+) -> ApplyResult:
+    """Put a delta artifact on its base, in the folder `out`, as `deltamerge apply` does."""
+    from deltamerge.run.apply import apply as put
+
+    workers = workers or default_workers()
+    return put(str(delta), str(base), Path(out), workers=workers, memory=memory, force=force)
+
+
+def inspect(
+    model: Reference,
+    base: Reference,
+    *,
+    calibration: Rows | None = None,
+    density: float = 0.01,
+    report: Reference | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    force: bool = False,
+) -> Report:
+    """Measure the delta of a fine-tune, as `deltamerge inspect --json` prints it; `report` is a page to draw it on."""
+    with app("inspect"):
+        from deltamerge.apps.inspect.study import inspect as measure
+
+    rows, page = None if calibration is None else dict(calibration), None if report is None else Path(report)
+    more: dict[str, Any] = {"device": device, "workers": workers, "force": force}
+    return measure(str(model), str(base), calibration=rows, density=density, out=page, **more)
+
+
+def recommend(
+    models: Reference | Sequence[Reference],
+    base: Reference,
+    *,
+    density: float | None = None,
+    calibration: Rows | Sequence[Rows] | None = None,
+    out: Reference | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+) -> Recommendation | MergeAdvice:
+    """Advise on the pruning of one model at a density, or on the merge of several, as `deltamerge recommend` does.
+
+    `calibration`: rows for all models, or of several models one each. The recipe is `.recipe`, and is written to `out`.
+
+    UsageError: a density for several models, none for one, or several rows for one.
+    """
+    several = [models] if isinstance(models, str | Path) else list(models)
+    rows = [] if calibration is None else [calibration] if isinstance(calibration, Mapping) else list(calibration)
+    page = None if out is None else Path(out)
+    if len(several) > 1:
+        if density is not None:
+            raise UsageError("a density is for one model, and these are several")
+        with app("recommend"):
+            from deltamerge.apps.recommend.merge import recommend_merge
+
+        options = Options(device=device, workers=workers)
+        return recommend_merge([str(m) for m in several], str(base), calibration=rows, out=page, options=options)
+    if density is None or len(several) != 1 or len(rows) > 1:
+        raise UsageError("one model needs a density, and one set of rows at most", hint="density=0.1")
+    with app("recommend"):
+        from deltamerge.apps.recommend.prune import recommend_prune
+
+    one = dict(rows[0]) if rows else None
+    where: dict[str, Any] = {"device": device, "workers": workers}
+    return recommend_prune(str(several[0]), str(base), density, calibration=one, out=page, **where)
 
 
 def prune(

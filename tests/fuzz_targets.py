@@ -44,7 +44,7 @@ from deltamerge.apps.train.trainer import DeltaWriter as ChainWriter
 from deltamerge.calibrate.rows.rows import read as read_rows
 from deltamerge.engine import kernels
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.steps import decode_tile, encode_tile
 from deltamerge.formats.delta.tensor_writer import BaseTensor

@@ -13,8 +13,8 @@ import torch
 import yaml
 from conftest import make_checkpoint, tiny_llama
 
+from deltamerge.files.hashes import hash_output
 from deltamerge.files.journal import has_work, read_journal
-from deltamerge.files.seals import hash_output
 from deltamerge.plan.planner import Plan
 
 RECIPE = """\

@@ -36,7 +36,7 @@ from benchmarks.merging.deltas import DELTAS, Delta
 from benchmarks.merging.nine_tasks import HOME, KEPT_BACK, TASKS
 from benchmarks.merging.scores import CHOICE_ROWS, TEST_ROWS, Judge, Outputs, Setting, Weights, encoder_of, write
 from benchmarks.tasks import WORK, Part
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.ownership import LOCK_NAME, read_lock
 
 FILE = RESULTS / "merging.json"
 RATIO, TRIES = 1.5, 6  # λ is tried at RATIO times the last

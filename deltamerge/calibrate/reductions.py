@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from deltamerge.calibrate.values import ModelCut
 from deltamerge.engine import backends
-from deltamerge.engine.execute import Task, default_workers, execute
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import Task, computed, default_workers, execute
 from deltamerge.methods.prune import select
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Graph, Node

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.schema import CalibratedQ, Calibration
-from deltamerge.tensors.names import block_sizes, outside_blocks, resident_size
+from deltamerge.tensors.names import (
+    EMBEDDING,
+    TASK_HEAD,
+    block_sizes,
+    is_linear,
+    is_stacked,
+    is_unscaled,
+    numbers_as_stars,
+    outside_blocks,
+    resident_size,
+)
 from deltamerge.tensors.tensor import Node, TensorInfo
 
 if TYPE_CHECKING:
@@ -75,6 +85,10 @@ def _flags(path: Path) -> frozenset[str]:
     return frozenset(next(flags, "").split())
 
 
+UNSCALED = "vectors and embeddings are not rescaled"
+OTHER = "no weight of a linear layer"
+UNSEEN = "a linear layer that no row reached"
+SHOWN = 8  # patterns of tensors in a message
 EVALUATIONS = 20
 STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
@@ -315,6 +329,12 @@ class Spec:
         others = ((p, is_unscaled(p.stored, p.shape)) for p in self.pruned if not _is_layer(p.stored, p.shape))
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
+    @property
+    def remark(self) -> str:
+        """Return a message about the tensors without a q of their own; "" where there is nothing to say."""
+        words = in_words(self.not_calibrated)
+        return f"calibration of {self.name}: {words}" if words else ""
+
     def describe(self) -> dict[str, Any]:
         """Return the stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
@@ -337,6 +357,33 @@ class Spec:
             "head_passes": self._whole_passes,
             "memory": self.memory,
         }
+
+
+def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """About how many entries are multiplied for each token, without the head's, and how many are the head's: those of
+    matrices that are no embeddings, of which one may be tied where there is no head. All experts count."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    looked_up = {name: size for name, size in sizes.items() if EMBEDDING.search(name)}
+    heads = {name: size for name, size in sizes.items() if re.search(TASK_HEAD, name)}
+    head = sum(heads.values()) or max(looked_up.values(), default=0)
+    return sum(size for name, size in sizes.items() if name not in {**looked_up, **heads}), head
+
+
+def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
+    """Tensors (name, q, why) without a calibrated q; those whose names differ only in their numbers are one pattern."""
+    found: dict[tuple[str, float, str], int] = {}
+    for name, q, why in left:
+        key = numbers_as_stars(name), q, why
+        found[key] = found.get(key, 0) + 1
+    return [{"tensors": pattern, "count": n, "q": q, "why": why} for (pattern, q, why), n in found.items()]
+
+
+def in_words(groups: Iterable[dict[str, Any]]) -> str:
+    """Return a message about the tensors that are divided as without calibration; "" where there are none."""
+    some = [group for group in groups if group["why"] != UNSCALED]
+    shown = [f"{g['count']} × {g['tensors']} (q = {g['q']:.4g}: {g['why']})" for g in some[:SHOWN]]
+    more = f", and {len(some) - SHOWN} more patterns" if len(some) > SHOWN else ""
+    return f"not calibrated, divided as without calibration: {', '.join(shown)}{more}" if shown else ""
 
 
 def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:

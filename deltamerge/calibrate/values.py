@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.reach import is_linear, is_unscaled
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.files.descriptors import writing
 from deltamerge.methods.prune import select
+from deltamerge.tensors.names import is_linear, is_unscaled
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.spec import Spec

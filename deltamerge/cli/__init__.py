@@ -223,12 +223,17 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments name. A command of mergekit's is refused with the name of ours."""
-        if args[0] not in HELP:
-            from deltamerge.cli.mergekit_flags import COMMANDS
+        """Return the command that the arguments name. One of mergekit's is refused with what to type here."""
+        if args[0] not in HELP and not args[0].startswith("-"):
+            from difflib import get_close_matches
 
-            if ours := COMMANDS.get(args[0].removeprefix("mergekit-")):
-                ctx.fail(f"{args[0]} is a command of mergekit's. Here: {ours}")
+            from deltamerge.cli.mergekit_flags import SYNONYMS, ours
+
+            if line := ours(args[0], args[1:]):
+                ctx.fail(f"{args[0]} is a command of mergekit's. Here: {line}")
+            close = [SYNONYMS[args[0]]] if args[0] in SYNONYMS else get_close_matches(args[0], HELP, n=1)
+            if close:
+                ctx.fail(f"No such command {args[0]!r}. Did you mean deltamerge {close[0]}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from deltamerge.cli.mergekit_flags import given_flags, lora_flags
 from deltamerge.cli.options import (
     AS_JSON,
     BUDGET,
@@ -24,13 +25,13 @@ from deltamerge.cli.options import (
     pruning_methods,
     rows_of_text,
 )
-from deltamerge.cli.output import say_json
+from deltamerge.cli.output import say_json, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import after_folders, app
 
 
 @click.command("extract")
-@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
+@click.argument("models", type=MODEL, nargs=-1, metavar="MODEL... [BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
 @click.option(
     "--out",
@@ -76,6 +77,7 @@ from deltamerge.errors import after_folders, app
 @PICKLES
 @AS_JSON
 @QUIET
+@lora_flags
 def command(
     models: tuple[str, ...],
     base: str | None,
@@ -113,9 +115,20 @@ def command(
     with app("chain"):
         from deltamerge.apps.chain.extract import extract as extract_delta
         from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
-    from deltamerge.models.chain.store import Sharing, is_store
+    from deltamerge.models.chain.publish import Sharing, is_store
     from deltamerge.run.options import Options
 
+    theirs = given_flags(click.get_current_context())
+    models = models or theirs.models
+    base, out = base or theirs.base, out or theirs.out_path
+    lora, whole, targets = lora or theirs.lora, whole or theirs.whole, targets or theirs.targets
+    options = {**options, "workers": options["workers"] or theirs.workers}
+    if theirs.device and options["device"] == "auto":
+        options["device"] = theirs.device
+    if theirs.warning and not quiet:
+        tell(f"warning: {theirs.warning}")
+    if not models:
+        raise click.UsageError("Missing argument 'MODEL... [BASE]'.")
     if base is None and len(models) == 2:
         base, models = models[1], models[:1]
     if base is None:

@@ -21,9 +21,8 @@ def command(folder: Path, as_json: bool) -> None:
     Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
     """
     from deltamerge.errors import InputError
-    from deltamerge.models.chain.folder import head, is_chain, line
-    from deltamerge.models.chain.store import is_store
-    from deltamerge.models.chain.version import described
+    from deltamerge.models.chain.folder import described, head, is_chain, line
+    from deltamerge.models.chain.publish import is_store
 
     if not is_chain(folder):
         raise InputError(
@@ -49,7 +48,7 @@ def command(folder: Path, as_json: bool) -> None:
 
 
 def _list_store(folder: Path, *, as_json: bool) -> None:
-    from deltamerge.models.chain.store import described
+    from deltamerge.models.chain.publish import described
 
     found = described(folder)
     deltas = found["deltas"]

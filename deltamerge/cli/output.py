@@ -124,7 +124,7 @@ def complain(error: DeltamergeError, where: str) -> None:
         progress.aside(partial(_show, error, where))
         return
     _to_stderr(printed(str(error) if isinstance(error, RecipeError) else f"{shown(where)}: {error}"))
-    if error.hint:
+    if error.hint and not isinstance(error, RecipeError):
         tell(f"hint: {shown(error.hint)}")
 
 
@@ -148,7 +148,7 @@ def show(error: DeltamergeError, where: str, console: Console) -> None:
         _print(console, Text.assemble((f"{shown(where)}: ", f"{PLACE} {MESSAGE}"), (first, "")))
         for line in more:
             _print(console, Text(line))
-    if error.hint:
+    if error.hint and not isinstance(error, RecipeError):
         _print(console, Text.assemble(("hint: ", HINT), shown(error.hint)))
 
 

@@ -123,7 +123,7 @@ def command(
     theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
-    out = out or target or (None if theirs.out is None else Path(theirs.out))
+    out = out or target or theirs.out_path
     device = theirs.device or device if device == "auto" else device
     workers = workers or theirs.workers
     settings = {**(theirs.settings or {}), **settings}

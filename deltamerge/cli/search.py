@@ -9,6 +9,7 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
 from deltamerge.cli.options import ALLOW_COMMAND, AS_JSON, DEVICE, FOLDER, MEMORY, PICKLES, QUIET, RECIPE, SET, WORKERS
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
@@ -46,6 +47,7 @@ SHOWN_ERRORS = 5
 @click.option("--force", is_flag=True, help="Forget an earlier study; replace a changed NAME.best.yaml.")
 @AS_JSON
 @QUIET
+@evolve_flags
 def command(
     recipe: Path,
     settings: dict[Loc, str],
@@ -74,8 +76,12 @@ def command(
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
+    theirs = given_flags(click.get_current_context())
+    out, trials = out or theirs.out_path, trials or theirs.trials
+    if theirs.warning and not quiet:
+        tell(f"warning: {theirs.warning}")
     found = run_search(
-        read_template(recipe, settings),
+        read_template(recipe, {**(theirs.settings or {}), **settings}),
         Options(**options),
         out,
         trials=trials,

@@ -26,9 +26,8 @@ def command(folder: Path, base: str | None, workers: int | None, pickles: bool, 
     deltas.
     """
     from deltamerge.engine.execute import default_workers
-    from deltamerge.models.chain.folder import is_chain
-    from deltamerge.models.chain.store import is_store
-    from deltamerge.models.chain.version import VERSION
+    from deltamerge.models.chain.folder import VERSION, is_chain
+    from deltamerge.models.chain.publish import is_store
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()

@@ -10,8 +10,7 @@ from typing import Any
 
 from deltamerge.engine import kernels
 from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
-from deltamerge.engine.fused.program import Program
-from deltamerge.engine.fused.stream import assemble, covers
+from deltamerge.engine.fused.program import Program, assemble, covers
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import REDUCTIONS, depth_first

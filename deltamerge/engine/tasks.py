@@ -1,18 +1,37 @@
-"""What the engine is given and what it keeps of it: tasks, and the jobs that a running task is cut into."""
+"""What the engine is given and what it keeps of it: tasks, the jobs that a running task is cut into, and the sink."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
 from deltamerge.engine.fused.program import Program
 from deltamerge.tensors.schedule import REDUCTIONS, Schedule
 from deltamerge.tensors.tensor import Node
+
+
+class Sink(Protocol):
+    """Receives finished tiles; called from any worker, once for each byte of a tensor."""
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        """Take `data`, the bytes of tensor `name` from byte `offset`."""
+
+
+@runtime_checkable
+class Lender(Sink, Protocol):
+    """A sink that lends the memory into which it wants the bytes written."""
+
+    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Memory for bytes of tensor `name` from byte `offset`; may wait for earlier ones to be written."""
+
+    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Take back lent memory, now filled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,10 +105,11 @@ class Problem:
 
 
 class RecipeError(DeltamergeError):
-    """Every problem of one recipe at once."""
+    """Every problem of one recipe at once. `hint` is the first that a problem has."""
 
     def __init__(self, path: str, problems: Sequence[Problem]) -> None:
-        super().__init__(f"{path}: {len(problems)} problem{'s' if len(problems) != 1 else ''}")
+        hint = next((problem.hint for problem in problems if problem.hint), None)
+        super().__init__(f"{path}: {len(problems)} problem{'s' if len(problems) != 1 else ''}", hint=hint)
         self.path = path
         self.problems = tuple(problems)
 

@@ -42,6 +42,7 @@ from deltamerge.errors import GO_ON, DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.atomic import PASSING, exchange, sweep
 from deltamerge.files.descriptors import NO_LINK, lock, open_plain, opened, output_error, sync_path, writing
+from deltamerge.files.hashes import Seal, damages
 from deltamerge.files.journal import (
     JOURNAL,
     Journal,
@@ -51,9 +52,7 @@ from deltamerge.files.journal import (
     published_inode,
     read_journal,
 )
-from deltamerge.files.lock_file import LOCK_NAME
-from deltamerge.files.ownership import Guard, stamp
-from deltamerge.files.seals import Seal, damages
+from deltamerge.files.ownership import LOCK_NAME, Guard, stamp
 from deltamerge.files.tree import DEEPEST, files_of, folders_in, is_plain_folder
 
 OUT, OLD, SPOOL, LOCK, MARK = "out", "old", "delta-spool", "lock", "deltamerge"

@@ -1,4 +1,4 @@
-"""Components: the folders of a model that has several, each with its own config and weight files.
+"""A model's folder by its own word: its config, its components, the front matter of its card.
 
 A diffusers pipeline lists its components in model_index.json (`unet`, `vae`, `text_encoder`), a sentence-transformers
 model its modules in modules.json (``, `1_Pooling`, `2_Dense`). A tensor of a component is named by its folder, a slash
@@ -8,17 +8,18 @@ and its name in the file: `unet/conv_in.weight`. A plain model is one component,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deltamerge import errors
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import refuse_link
 from deltamerge.files.strict_json import read_json, read_list
 from deltamerge.files.tree import is_plain_folder
-from deltamerge.formats.config_json import CONFIG as CONFIG
 
 PIPELINE = "model_index.json"
 MODULES = "modules.json"
@@ -136,3 +137,120 @@ def _is_component(key: str, value: Any) -> bool:
     """Whether an entry of model_index.json is a component: [library, class], [null, null] where it is left out."""
     plain = isinstance(value, list) and len(value) == 2 and not key.startswith("_")
     return plain and all(isinstance(part, str) for part in value)
+
+
+# config.json.
+
+
+CONFIG = "config.json"
+LONGEST = 80
+
+
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The config in `folder`, by its file's `name`. InputError: no such file, not JSON, or a key of another type."""
+    config = read_json(folder / name)
+    with context(name):
+        check_config(config)
+    return config
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """InputError: a key that deltamerge uses has a value of another type. null counts as an absent key."""
+    for key, (is_right, wanted) in KEYS.items():
+        value = config.get(key)
+        if value is not None and not is_right(value):
+            raise InputError(f"{key} must be {wanted}, got {kind(value)}")
+    for name, value in (config.get("label2id") or {}).items():
+        if not _counts(value):
+            raise InputError(f"label2id: {name[:LONGEST]!r} must be an integer, got {kind(value)}")
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            with context(key[:LONGEST]):
+                for inner in ("vocab_size", "model_type", "tie_word_embeddings"):
+                    is_right, wanted = KEYS[inner]
+                    if value.get(inner) is not None and not is_right(value[inner]):
+                        raise InputError(f"{inner} must be {wanted}, got {kind(value[inner])}")
+
+
+def code_of(config: Mapping[str, Any]) -> list[str]:
+    """The modules that a config's `auto_map` names, as files; one of another repository with its name."""
+    found = []
+    table = config.get("auto_map")
+    for value in table.values() if isinstance(table, dict) else ():
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(name, str) and re.fullmatch(r"[\w./-]+(--[\w.-]+)?", name):
+                found.append(name.rpartition(".")[0] + ".py")
+    return list(dict.fromkeys(found))
+
+
+def kind(value: Any) -> str:
+    """The type of a JSON value in words."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    names = {str: "text", dict: "an object", list: "a list", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value is an integer, or a string of its digits."""
+    if isinstance(value, str):
+        return value.isdecimal() and len(value) < 10
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Check = tuple[Callable[[Any], bool], str]
+INTEGER: Check = (_is(int), "an integer")
+NUMBER: Check = (_is(int, float), "a number")
+TEXT: Check = (_is(str), "text")
+OBJECT: Check = (_is(dict), "an object")
+FLAG: Check = (_is(bool), "true or false")
+KEYS: Mapping[str, Check] = {
+    "architectures": (_texts, "a list of texts"),
+    "model_type": TEXT,
+    "problem_type": TEXT,
+    "vocab_size": INTEGER,
+    "num_labels": INTEGER,
+    "id2label": OBJECT,
+    "label2id": OBJECT,
+    "max_position_embeddings": NUMBER,
+    "n_positions": NUMBER,
+    "tie_word_embeddings": FLAG,
+    "is_encoder_decoder": FLAG,
+}
+
+
+# The front matter of a model card: the YAML between two lines of ---.
+
+
+MATTER_BYTES = 1 << 16
+
+
+def front_matter(card: Path) -> dict[str, object]:
+    """The front matter of the file `card`; empty where there is no card or no valid YAML mapping."""
+    if not card.is_file():  # reading a pipe would wait
+        return {}
+    try:
+        with card.open("rb") as file:
+            text = file.read(MATTER_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return {}
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        content = yaml.safe_load(text[4:].partition("\n---")[0])
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def card(matter: Mapping[str, object], title: str) -> list[str]:
+    """The first lines of a card: its front matter, and `title`, in Markdown, as its heading."""
+    return ["---", yaml.safe_dump(dict(matter), sort_keys=False).rstrip(), "---", "", f"# {title}", ""]

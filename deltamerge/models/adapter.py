@@ -18,12 +18,19 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import input_error
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.config import BY_PEFT, CONFIG, Adapter, checked_config, parameters_of, tokens_of
-from deltamerge.formats.peft.experts import fits, stored_transposed, with_experts
-from deltamerge.formats.peft.loha import with_loha
-from deltamerge.formats.peft.lokr import with_lokr
-from deltamerge.formats.peft.lora import expected, is_lora, is_low_rank, is_residual, with_bias, with_lora
-from deltamerge.formats.peft.parts import Parts, parts
-from deltamerge.formats.peft.rows import with_rows
+from deltamerge.formats.peft.lora import (
+    expected,
+    fits,
+    is_lora,
+    is_low_rank,
+    is_residual,
+    stored_transposed,
+    with_bias,
+    with_experts,
+    with_lora,
+)
+from deltamerge.formats.peft.lycoris import with_loha, with_lokr
+from deltamerge.formats.peft.parts import Parts, parts, with_rows
 from deltamerge.formats.weight_files import ALLOW, read_weights
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded

@@ -20,9 +20,9 @@ from deltamerge.formats.components import (
     is_composed,
     listed_folders,
     named_by,
+    read_config,
     split,
 )
-from deltamerge.formats.config_json import read_config
 from deltamerge.formats.quantised.detect import Scheme
 from deltamerge.formats.running_sum import FILE as RUNNING_SUM
 from deltamerge.formats.running_sum import RunningSum, read_running_sum

@@ -17,12 +17,11 @@ from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.formats.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.formats.delta.positions import Array, Positions
-from deltamerge.formats.delta.recent import RecentParts
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.models.checkpoint import Checkpoint, with_configs
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import bits_type, cast
-from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.reader import Reader, RecentParts, elements
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, part_of, unique, view, viewed
 
 HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element; and as many tiles of steps

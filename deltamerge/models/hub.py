@@ -16,8 +16,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
-from deltamerge.formats.components import MODULES, PIPELINE, is_composed, listed_folders
-from deltamerge.formats.config_json import code_of
+from deltamerge.formats.components import MODULES, PIPELINE, code_of, is_composed, listed_folders
 from deltamerge.formats.gguf.header import GgufHeader
 from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of

@@ -86,16 +86,16 @@ class Models:
         by which both are checked. InputError: as `open`."""
         if base.is_delta and base.base is None:
             raise InputError(f"its base {base.reference} is a delta too", hint=f"name it as BASE+{base.reference}")
-        from deltamerge.models.chain.fold import folded
         from deltamerge.models.chain.folder import line
+        from deltamerge.models.chain.layers import folded
 
         versions = line(delta.path, self._versions)
         return self._layers.over(delta, versions, replace(base, is_delta=False)), folded(versions, every=True)
 
     def artifact(self, path: Path) -> DeltaFile:
         """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
-        from deltamerge.models.chain.fold import folded
         from deltamerge.models.chain.folder import line
+        from deltamerge.models.chain.layers import folded
 
         return folded(line(path, self._versions), every=True)
 

@@ -11,7 +11,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.config_json import kind
+from deltamerge.formats.components import kind
 from deltamerge.models.checkpoint import Checkpoint, Tokens
 from deltamerge.models.token_text import spelling_of
 

@@ -21,11 +21,11 @@ from deltamerge.formats.components import (
     PIPELINE,
     Component,
     check_folder,
+    code_of,
     folders_of,
     listed_folders,
     split,
 )
-from deltamerge.formats.config_json import code_of
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.gguf_tokenizer import described, is_described

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
 from deltamerge.engine.tasks import on_gpu
-from deltamerge.errors.markdown import code
+from deltamerge.errors.shown import code
+from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB, room_for
-from deltamerge.files.seals import seal
 from deltamerge.formats.components import PIPELINE
 from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
 from deltamerge.formats.safetensors_writer import Writer
@@ -83,6 +83,10 @@ class CheckpointOutput(RunOutput):
     def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
         """Return the bytes of the tensors."""
         return plan.nbytes
+
+    def remarks(self, plan: Plan) -> tuple[str, ...]:
+        """Return which weights are not quantised though asked for."""
+        return plan.left_plain
 
     def load_line(self, plan: Plan, folder: Path) -> str:
         """Return the line that loads the result in `folder`: of diffusers, sentence-transformers or transformers."""

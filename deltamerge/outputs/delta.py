@@ -14,7 +14,7 @@ import numpy as np
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
-from deltamerge.errors.markdown import code
+from deltamerge.errors.shown import code
 from deltamerge.files.descriptors import flat
 from deltamerge.files.journal import Journal
 from deltamerge.formats.delta.manifest import Base

@@ -24,12 +24,12 @@ from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
-from deltamerge.errors.markdown import plain
+from deltamerge.errors.shown import plain
 from deltamerge.files.descriptors import flat, writing
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
-from deltamerge.formats.delta.spool import Spool
+from deltamerge.formats.delta.tensor_writer import Spool
 from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.safetensors import read_header

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deltamerge.files.pieces import Pieces
-from deltamerge.files.seals import Seal
+from deltamerge.files.hashes import Pieces, Seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout, plan_layout

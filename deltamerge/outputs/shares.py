@@ -26,7 +26,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import flat, writing
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
-from deltamerge.formats.delta.spool import Spool
+from deltamerge.formats.delta.tensor_writer import Spool
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key

@@ -12,7 +12,6 @@ from deltamerge.calibrate import reductions, stage
 from deltamerge.calibrate.merge import coefficients, joint_factor, second_moments
 from deltamerge.calibrate.merge.gradients import squares
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
-from deltamerge.calibrate.reach import has_columns, is_linear
 from deltamerge.calibrate.reductions import model_cut
 from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
@@ -27,9 +26,10 @@ from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_for
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
 from deltamerge.recipe.prune import Pruning
 from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.tensors.names import has_columns, is_linear
 from deltamerge.tensors.patterns import finds
-from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
+from deltamerge.tensors.views import moves_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,21 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.reach import has_columns, has_norm, is_stacked, is_transposed
-from deltamerge.calibrate.values import columns, cut_of, massive, norm, pick
 from deltamerge.engine.devices import ALL
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.lora import update_of
 from deltamerge.methods.ops import subtract, zeros
-from deltamerge.methods.prune import protect, rescale
-from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.registry import PRUNE, Masking, PruneMethod
-from deltamerge.models.delta_over_base import added
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe import values
 from deltamerge.recipe.prune import Pruning, effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe, Section
-from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD
+from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD, has_columns, has_norm, is_stacked, is_transposed
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.traits import Function, function_of
@@ -196,6 +190,8 @@ class Deltas:
             return self._calibrated(tuned, prune.q, density)
         if not self.is_masked(tuned):
             return whole, ""
+        from deltamerge.methods.prune import rescale
+
         q = self.plain_q(tuned, density)
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
@@ -211,6 +207,9 @@ class Deltas:
         """Return the masked delta over what the model's stage chose for this tensor."""
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
+        from deltamerge.calibrate.values import pick
+        from deltamerge.methods.prune import rescale
+
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
         value = self.graph.node(pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
@@ -221,12 +220,15 @@ class Deltas:
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        from deltamerge.methods.prune.bits import mask_key
+
         density = self.density(tuned)
         assert density is not None
         columns, count = self.protected(tuned)
         whole = self._cleared(self.whole(tuned), columns)
         if density == 1:
             return whole
+
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
         transposed = method.needs_activations and self.transposed(tuned)
         masking = Masking(
@@ -265,6 +267,8 @@ class Deltas:
         shape = tuned.base.shape
         if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
             return None
+        from deltamerge.calibrate.values import norm
+
         stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
             norm,
@@ -286,6 +290,8 @@ class Deltas:
         """Return the tensor's part of the threshold of its model, where that is what entries compete for."""
         if self.prune_of(tuned).group != "model":
             return None
+        from deltamerge.calibrate.values import cut_of
+
         return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
@@ -294,6 +300,8 @@ class Deltas:
         guarded = self.prune_of(tuned).protect
         if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
+        from deltamerge.calibrate.values import columns, massive
+
         width = tuned.tensor.shape[-1]
         if guarded.massive_activations is not None:
             k = min(guarded.massive_activations, width)
@@ -310,21 +318,33 @@ class Deltas:
         return self.graph.node(columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
-        return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
+        if columns is None:
+            return delta
+        from deltamerge.methods.prune.protect import clear
+
+        return self._node(clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
         """Return the kept delta with its protected columns, and its description."""
         columns, count = self.protected(tuned)
         if columns is None:
             return kept, text
+        from deltamerge.methods.prune.protect import restore
+
         inputs = [kept, *self._pair(tuned), columns]
-        return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
+        return self._node(restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
         a LoRA is made, also an adapter's own update and zeros."""
-        values = added(tuned.tensor)
+        values = None
+        if tuned.model.checkpoint.base is not None:
+            from deltamerge.models.delta_over_base import added
+
+            values = added(tuned.tensor)
         if values is None and self.recipe.output.lora and tuned.base is not None:
+            from deltamerge.formats.peft.lora import update_of
+
             values = update_of(tuned.tensor, tuned.base)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)

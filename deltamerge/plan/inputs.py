@@ -9,21 +9,18 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
-from deltamerge.formats.config_json import code_of as code_of
-from deltamerge.formats.peft.config import DERIVED
-from deltamerge.formats.peft.parts import factor_names
+from deltamerge.formats.components import code_of as code_of
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.checkpoint import Checkpoint, by_component
 from deltamerge.models.decode import decoded
-from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.matching import Names, match
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
@@ -34,6 +31,10 @@ from deltamerge.tensors.experts import is_joined, is_turned_stack
 from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import zeros_like
+
+if TYPE_CHECKING:
+    from deltamerge.models.delta_file import DeltaFile
+
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -521,6 +522,9 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     assert tune.index is not None
     if (kind := adapter.config.get("peft_type")) != "LORA":
         raise InputError(f"{tune.name}: only LoRA's own A and B can be pruned, not {kind}", hint="write kind: model")
+    from deltamerge.formats.peft.config import DERIVED
+    from deltamerge.formats.peft.parts import factor_names
+
     if (start := adapter.config.get("init_lora_weights")) in DERIVED:
         message = f"{tune.name}: init_lora_weights {start!r} begins with a part of the base, which pruning would cut"
         raise InputError(message, hint="write kind: model, or save it as plain LoRA with peft")

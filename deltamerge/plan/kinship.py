@@ -23,7 +23,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
-from deltamerge.models.front_matter import front_matter
+from deltamerge.formats.components import front_matter
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type
 from deltamerge.tensors.names import TASK_HEAD

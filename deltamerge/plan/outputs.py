@@ -11,8 +11,6 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.formats.components import folders_of, split
-from deltamerge.formats.delta.positions import expected_bits
-from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.formats.layout import Layout
 from deltamerge.formats.quantised.scheme import Coding
 from deltamerge.plan.delta_graph import Merge
@@ -37,8 +35,8 @@ from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.names import LM_HEAD, layer_index
-from deltamerge.tensors.rows import cut
 from deltamerge.tensors.tensor import Graph, TensorInfo
+from deltamerge.tensors.views import cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,9 @@ class OutputTensor:
 
         `values` is the coding of added values; None: final values.
         """
+        from deltamerge.formats.delta.positions import expected_bits
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 
@@ -140,6 +141,7 @@ class Outputs:
         scopes = {group.part.module for group in inputs.groups}
         self.notes += [*inputs.notes, *ModuleFinder(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
+        self.left_plain: list[str] = []
         self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
         self.coded = copies(inputs)
 
@@ -156,6 +158,7 @@ class Outputs:
         plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
         self.config = self.quantising.config(self.config, plain)
         self.notes += self.quantising.notes()
+        self.left_plain = self.quantising.left()
         if self.recipe.output.scheme == "none":
             self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows

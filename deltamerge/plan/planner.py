@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from deltamerge.calibrate.reach import in_words
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.layout import Layout
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.formats.quantised.scheme import Coding, kept_bytes
 from deltamerge.formats.running_sum import RunningSum
 from deltamerge.plan.delta_graph import Stages
@@ -46,6 +45,7 @@ from deltamerge.tensors.traits import traits_of
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
+    from deltamerge.formats.peft.config import Adapter
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
@@ -120,6 +120,7 @@ class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
     Relative references of the recipe start at `folder`.
+    `left_plain` says which weights are not quantised though asked for: also one of the `notes`.
     `settled` has the keys of config.json in which the models differ, and whose values are written.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
@@ -142,6 +143,7 @@ class Plan:
     rows: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+    left_plain: tuple[str, ...] = ()
     pruned_adapter: Adapter | None = None
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
@@ -151,6 +153,29 @@ class Plan:
     mixture: Mixture | None = None
     running_sum: RunningSum | None = None
     settled: OutputConfig = field(default_factory=lambda: OutputConfig({}))
+
+    def __repr__(self) -> str:
+        models = some([f"{name}" for name in self.inputs.names])
+        base = f" on {self.inputs.base.name}" if self.inputs.base is not None else ""
+        size = f"{len(self.outputs)} tensors, {human(self.nbytes)}, peak memory {human(self.peak_bytes)}"
+        return shown(f"<Plan: {self.recipe.method.name} of {models}{base}; {size}>")
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Plan: {self.recipe.method.name}", self.summary())
+
+    def summary(self) -> dict[str, str]:
+        """Return the plan in a few labelled lines."""
+        files = len(self.layout.files)
+        return {
+            **({"base": self.inputs.base.name} if self.inputs.base is not None else {}),
+            "models": some(self.inputs.names),
+            "output": f"{len(self.outputs)} tensors, {human(self.nbytes)} in {files} file{'s' * (files != 1)}",
+            "reads": human(self.read_bytes),
+            "peak memory": human(self.peak_bytes),
+            "device": f"{self.device}, {self.workers} threads",
+            **({"warnings": "; ".join(self.warnings)} if self.warnings else {}),
+            **({"notes": str(len(self.notes))} if self.notes else {}),
+        }
 
     @property
     def device(self) -> str:
@@ -328,11 +353,12 @@ def _plan(
         rows=stages.rows,
         cut_bytes=_read_before(stages),
         config=decided.config,
+        left_plain=tuple(decided.left_plain) if isinstance(decided, Outputs) else (),
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(
-            *(checks.warnings(recipe) if recipe.mergekit else ()),
+            *checks.warnings(recipe),
             *swapped(inputs),
             *tokenizers.warnings,
             *decided.settled.warnings,
@@ -473,10 +499,11 @@ def _notes(
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
+    if stages.calibrations:
+        pass
     for node in stages.calibrations:
-        spec = node.parameter("spec")
-        if words := in_words(spec.not_calibrated):
-            yield f"calibration of {spec.name}: {words}"
+        if remark := node.parameter("spec").remark:
+            yield remark
     yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 

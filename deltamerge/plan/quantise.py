@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltamerge.calibrate.reach import is_transposed
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
@@ -18,12 +17,21 @@ from deltamerge.plan.stack import Target
 from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import FLOATING, TORCH_NAMES
-from deltamerge.tensors.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
+from deltamerge.tensors.names import (
+    EMBEDDING,
+    LM_HEAD,
+    TASK_HEAD,
+    TOKEN_HEAD,
+    is_transposed,
+    layer_index,
+    numbers_as_stars,
+)
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
 SHOWN = 3  # names in a remark
+GROUPS = (128, 64, 32)  # columns of a group that vLLM's kernels take
 # Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
 # that see and hear.
 LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
@@ -51,6 +59,10 @@ class Quantiser:
         """Return the config of an output whose matrices `plain` are not coded; `config` lacks its quantisation key."""
         return dict(config)
 
+    def left(self) -> list[str]:
+        """Return what is said of weights that are not coded though asked for, once every weight has been asked for."""
+        return []
+
     def notes(self) -> list[str]:
         """Return the notes, once every weight has been asked for."""
         config = self.template.checkpoint.config
@@ -69,7 +81,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantiser:
         message = f"{inputs.template.name} has several components, which are not quantised together"
         raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
     if isinstance(wanted, Quantization):
-        return NewQuantisation(inputs.template, wanted)
+        return NewQuantisation(inputs.template, wanted, _group_for(wanted, inputs.template))
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
@@ -158,6 +170,7 @@ class NewQuantisation(Quantiser):
     """The weights of linear layers are coded in the scheme that the recipe asks for."""
 
     wanted: Quantization
+    group: int
     count: int = 0
     unfit: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
@@ -165,7 +178,7 @@ class NewQuantisation(Quantiser):
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
         if len(shape) == 3 and EXPERTS.search(target.stored):
             self.fused.append(target.stored)
-        if dtype not in FLOATING or not self._is_linear(target, shape):
+        if dtype not in FLOATING or not _is_linear(self.template, target.stored, shape, target.tensor):
             return None
         from deltamerge.formats.quantised import fp8, int8, packed  # only where codes are written
 
@@ -177,11 +190,10 @@ class NewQuantisation(Quantiser):
                 return None
             coding = fp8.write_blocks(name, shape, block)
         elif wanted.by == "group":
-            group = wanted.group or 128
-            if shape[1] % group:
+            if shape[1] % self.group:
                 self.unfit.append(name)
                 return None
-            coding = packed.write_int4(name, shape, group, _scale(dtype), self.template.checkpoint.path)
+            coding = packed.write_int4(name, shape, self.group, _scale(dtype), self.template.checkpoint.path)
         else:
             write = {"fp8": fp8.write_rows, "int8": int8.write_rows}[wanted.scheme]
             coding = write(name, shape, _scale(dtype))
@@ -193,15 +205,6 @@ class NewQuantisation(Quantiser):
         given = self.wanted.block or (128, 128)
         return given[0], given[1]
 
-    def _is_linear(self, target: Target, shape: tuple[int, ...]) -> bool:
-        """Return whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
-        name = target.stored
-        if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
-            return False
-        if any(pattern.search(name) for pattern in (EMBEDDING, TOKEN_HEAD, LEFT)) or re.search(TASK_HEAD, name):
-            return False
-        return not is_transposed(name, self.template.checkpoint.config, {name: target.tensor})
-
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
         from deltamerge.formats.quantised import fp8, packed
@@ -209,20 +212,61 @@ class NewQuantisation(Quantiser):
         wanted = self.wanted
         if wanted.by == "block":
             return {**config, KEY: fp8.settings_of(self._block, modules)}
-        return {**config, KEY: packed.settings_of(wanted.scheme, wanted.by, wanted.group or 128, modules)}
+        return {**config, KEY: packed.settings_of(wanted.scheme, wanted.by, self.group, modules)}
 
-    def notes(self) -> list[str]:
-        way = {
-            "block": f"blocks of {'×'.join(map(str, self._block))}",
-            "group": f"groups of {self.wanted.group or 128}",
-        }.get(self.wanted.by, f"a scale a {self.wanted.by}")
-        found = [f"quantised to {self.wanted.scheme}, {way}: {self.count} weights of linear layers in numbered blocks"]
-        for why, names in ((f"as {way} do not fit", self.unfit), ("experts fused in one tensor", self.fused)):
+    @property
+    def _way(self) -> str:
+        ways = {"block": f"blocks of {'×'.join(map(str, self._block))}", "group": f"groups of {self.group}"}
+        return ways.get(self.wanted.by, f"a scale a {self.wanted.by}")
+
+    @property
+    def _fits(self) -> str:
+        """Return what fits weights of any shape."""
+        if self.wanted.by == "block":
+            return "quantization: {scheme: fp8, strategy: channel} fits every shape"
+        return "a smaller group, or quantization: int8, which fits every shape"
+
+    def left(self) -> list[str]:
+        found = []
+        for why, names in ((f"{self._way} do not fit", self.unfit), ("experts fused in one tensor", self.fused)):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found += [f"left plain, {why}: {names[0]}{more}"] if names else []
-        if not self.count:
-            raise InputError(f"{self.template.name}: no weight can be quantised: {found[-1]}", hint=PLAIN)
+        if self.unfit and self.count:
+            found[0] += f"; {self._fits}"
         return found
+
+    def notes(self) -> list[str]:
+        words = f"{self.count} weights of linear layers in numbered blocks"
+        found = [f"quantised to {self.wanted.scheme}, {self._way}: {words}", *self.left()]
+        if not self.count:
+            hint = f"{self._fits}; or {PLAIN}" if self.unfit else PLAIN
+            raise InputError(f"{self.template.name}: no weight can be quantised: {found[-1]}", hint=hint)
+        return found
+
+
+def _group_for(wanted: Quantization, template: Input) -> int:
+    """Return the columns of an int4 group: the recipe's, else the largest of `GROUPS` that fits what the smallest does.
+
+    All weights have one: vLLM and compressed-tensors load them fastest so.
+    """
+    if wanted.group is not None:
+        return wanted.group
+    columns = {
+        info.shape[1]
+        for name, info in template.tensors.items()
+        if _is_linear(template, template.stored.get(name, name), info.shape, info)
+    }
+    codable = [count for count in columns if count % GROUPS[-1] == 0]
+    return next(group for group in GROUPS if not any(count % group for count in codable))
+
+
+def _is_linear(template: Input, name: str, shape: tuple[int, ...], tensor: TensorInfo) -> bool:
+    """Return whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
+    if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
+        return False
+    if any(pattern.search(name) for pattern in (EMBEDDING, TOKEN_HEAD, LEFT)) or re.search(TASK_HEAD, name):
+        return False
+    return not is_transposed(name, template.checkpoint.config, {name: tensor})
 
 
 def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deltamerge.errors.markdown import code, label, plain
-from deltamerge.errors.shown import some
+from deltamerge.errors.shown import code, label, plain, some
 
 Described = Mapping[str, Any]
 

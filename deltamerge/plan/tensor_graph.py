@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.values import of_layer, of_tensor, pick, pick_coefficient, spool
 from deltamerge.errors import RecipeError
-from deltamerge.formats.delta.positions import uniform_density
-from deltamerge.formats.delta.values import VALUE_BITS
-from deltamerge.formats.peft.lora import update_of
-from deltamerge.methods.merge.sums import divisor_of
-from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
-from deltamerge.methods.prune.rescale import constant, divide, matched, multiply
-from deltamerge.methods.prune.select import largest
 from deltamerge.plan.delta_graph import Deltas, Merge, Tuned, matrix_form
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.rows import moves_rows
 from deltamerge.tensors.tensor import Graph, Node, Tensor, TensorInfo
 from deltamerge.tensors.traits import Function, name_of
 from deltamerge.tensors.traits import function_of as call
+from deltamerge.tensors.views import moves_rows
+
+SUM = "deltamerge.methods.merge.task_arithmetic:task_arithmetic"  # imported where a recipe names it
 
 if TYPE_CHECKING:
     from deltamerge.plan.calibration_graph import StageMaker
@@ -116,6 +110,9 @@ class Builder:
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
         """Return the density at which all tensors of a budget together about fit."""
+        from deltamerge.formats.delta.positions import uniform_density
+        from deltamerge.formats.delta.values import VALUE_BITS
+
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
@@ -140,6 +137,9 @@ class Builder:
         if self.deltas.coefficients is not None and base is not None:
             return self._fitted(merge, pruned, texts)
         if together is not None and base is not None:
+            from deltamerge.calibrate.values import pick
+            from deltamerge.methods.prune.rescale import divide
+
             q = self.graph.node(pick, [together], kind="small", name=merge.name)
             pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
         inputs = [node for node, _ in pruned]
@@ -172,7 +172,7 @@ class Builder:
     @property
     def _is_sum(self) -> bool:
         """Tell whether the method adds up deltas, so that factors of theirs are all there is to fit."""
-        return name_of(self.recipe.method.function) == name_of(task_arithmetic)
+        return name_of(self.recipe.method.function) == SUM
 
     def _parts(self, merge: Merge) -> dict[str, Node]:
         """Return the deltas that have a factor each: every model's as it is in the sum, or what the method makes of
@@ -181,18 +181,23 @@ class Builder:
         names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
         if self._is_sum:
             values = self._parameters(merge)[0]
-            factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+            factor = _factor(values)
             factors = [factor * weight for weight in values["weights"]]
             scaled = [self._times(node, factor) for node, factor in zip(own, factors, strict=True)]
             return dict(zip(names, scaled, strict=True))
         return {MERGED: self._merged_delta(merge, self.recipe.seed), **dict(zip(names, own, strict=True))}
 
     def _times(self, node: Node, factor: float) -> Node:
+        from deltamerge.methods.prune.rescale import constant, multiply
+
         number = self.graph.node(constant, kind="small", value=factor)
         return self._node(multiply, [node, number], node.shape)
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
         """Return the base and the sum of the deltas, each times the factor that was fitted."""
+        from deltamerge.calibrate.values import pick_coefficient
+        from deltamerge.methods.prune.rescale import multiply
+
         scaled, stage = [], self.deltas.stages.together
         assert merge.base is not None
         assert stage is not None
@@ -204,7 +209,7 @@ class Builder:
         alike = {"weights": (1.0,) * len(scaled), "normalize": False, "lambda_": 1.0}
 
         def added(to: Node) -> Node:
-            return self._node(task_arithmetic, [to, *scaled], merge.shape, **alike)
+            return self._node(SUM, [to, *scaled], merge.shape, **alike)
 
         adds = self.recipe.output.lora or (self.recipe.output.adds and not self._left_whole(merge))
         delta = self.cast(added(self._node(zeros, scaled[:1], merge.shape)), "F32") if adds else None
@@ -236,6 +241,8 @@ class Builder:
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
+        from deltamerge.calibrate.values import spool
+
         filled = self.graph.node(spool, kind="small")
         builder = replace(self, deltas=replace(self.deltas, stages=replace(self.deltas.stages, rows=filled)))
         return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, filled)
@@ -247,6 +254,8 @@ class Builder:
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
         if self.deltas.stages.rows is not None:
+            from deltamerge.calibrate.values import of_layer, of_tensor
+
             read = of_tensor if method.rows == "gradients" else of_layer
             inputs = [*inputs, self.graph.node(read, [self.deltas.stages.rows], kind="small", name=merge.name)]
         if method.nodes is None:
@@ -326,8 +335,12 @@ class Builder:
             return whole, ""
         if density == 0:
             return self.deltas.nothing(tuned), " density=0"
+        from deltamerge.methods.prune.select import largest
+
         kept = largest(self.graph.node, whole, max(1, int(density * math.prod(whole.shape))))
         if "rescale" in method.parameters and self._value("rescale", tuned.merge, None):
+            from deltamerge.methods.prune.rescale import matched
+
             return matched(self.graph.node, whole, kept, "l1"), f" density={density:g} l1"
         return kept, f" density={density:g}"
 
@@ -363,12 +376,21 @@ class Builder:
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
+def _factor(values: Mapping[str, Any]) -> float:
+    """Return what every weighted delta of a sum is multiplied by, from the parameters of `task_arithmetic`."""
+    from deltamerge.methods.merge.sums import divisor_of
+
+    factor: float = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+    return factor
+
+
 def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, Tensor], ...]:
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
-    factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
-    found = []
+    from deltamerge.formats.peft.lora import update_of
+
+    factor, found = _factor(values), []
     for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
         if tuned.tensor.is_same(merge.base):
             continue

@@ -18,7 +18,6 @@ from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import some
 from deltamerge.formats.components import check_folder, listed_folders
-from deltamerge.formats.peft.config import Adapter
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.tokenizer_files import (
     CONFIG,
@@ -39,6 +38,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
 if TYPE_CHECKING:
+    from deltamerge.formats.peft.config import Adapter
     from deltamerge.plan.outputs import Outputs, Row
 
 SHARE = 100  # a merge is refused where more than one row in so many means other tokens

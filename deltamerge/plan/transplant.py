@@ -23,9 +23,8 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import PLAIN, bits_type, torch_dtype, widen
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD
-from deltamerge.tensors.rows import mean_row, stored_rows
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
-from deltamerge.tensors.views import fill_lines
+from deltamerge.tensors.views import fill_lines, mean_row, stored_rows
 
 TORCH_BYTES = 170_000_000  # of torch's code and its first product, measured
 

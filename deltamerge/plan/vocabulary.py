@@ -25,8 +25,8 @@ from deltamerge.models.tokenizer_files import (
 from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows, input_named, sizes
 from deltamerge.recipe.output_keys import BUILT_IN, ModelToken, Token, ZeroToken, is_literal
 from deltamerge.recipe.schema import Recipe
-from deltamerge.tensors.rows import gather
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.views import gather
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400

@@ -13,7 +13,7 @@ from deltamerge.recipe import prune
 from deltamerge.recipe.output_keys import BUILT_IN, Quantization, is_literal
 from deltamerge.recipe.problems import is_given, known_method, levels, prune_params, raw, suggest
 from deltamerge.recipe.prune import effective_prune
-from deltamerge.recipe.schema import DRAWN, Expert, Recipe
+from deltamerge.recipe.schema import DRAWN, Expert, Recipe, merge_params
 from deltamerge.recipe.series import running
 from deltamerge.recipe.values import show
 from deltamerge.recipe.yaml_source import Loc, place
@@ -25,7 +25,7 @@ NAME = 1_000  # characters in a reference or a name
 FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 ANEW = "an average of these is made anew from all its models: kind: model"
 _UNKNOWN, _WHOLE = "unknown parameter of", "is for the whole merge"
-_NO_EFFECT = (_UNKNOWN, _WHOLE)
+SHOWN = 3  # places that a warning names
 
 # Keys of a merge that a mixture has no use for, and keys of mixtures alone.
 OF_MERGES = (
@@ -129,23 +129,34 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
     if method is None:
         yield from _unknown_anywhere(recipe)
         return
-    without = {at for at, _ in ignored(recipe)} if recipe.mergekit else set()
+    without = {at for at, _ in _ignored(recipe)}
     yield from (problem for at, problem in _parameters_of(recipe, method) if at not in without)
 
 
-def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
-    """Yield the parameters that mergekit ignores: the place of each, and its fault where mergekit does not read it."""
+def _ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
+    """Yield the parameters that have no effect: the place of each, and its fault.
+
+    They are parameters of other methods than the recipe's. With `mergekit: true` they are all that mergekit ignores.
+    """
     method = known_method(recipe)
-    for at, problem in () if method is None else _parameters_of(recipe, method):
-        if problem.message.startswith(_NO_EFFECT):
+    for at, problem in () if method is None or recipe.is_moe else _parameters_of(recipe, method):
+        unknown, whole = problem.message.startswith(_UNKNOWN), problem.message.startswith(_WHOLE)
+        if (unknown or whole) if recipe.mergekit else (unknown and at[-1] in merge_params()):
             yield at, problem
 
 
-def warnings(recipe: Recipe) -> tuple[str, ...]:
-    """Warn of every parameter that mergekit ignores, in a recipe that is read as mergekit reads it."""
-    return tuple(
-        f"{place(at)}: no effect under {recipe.method_name}, ignored as mergekit does" for at, _ in ignored(recipe)
-    )
+def warnings(recipe: Recipe) -> Iterator[str]:
+    """Warn of keys and parameters that have no effect, as in mergekit."""
+    for key in recipe.stray_parameters:
+        yield f"{key}: no effect at the top of a recipe, as in mergekit; move it to parameters"
+    places: dict[tuple[str, str | None], list[str]] = {}
+    for at, problem in _ignored(recipe):
+        prunes = problem.hint if at[-1] == "density" else None
+        places.setdefault((str(at[-1]), prunes), []).append(place(recipe.place(at)))
+    for (_, prunes), several in places.items():
+        more = f" and {len(several) - SHOWN} more" if len(several) > SHOWN else ""
+        hint = f": {prunes}" if prunes else ""
+        yield f"{', '.join(several[:SHOWN])}{more}: no effect under {recipe.method_name}, as in mergekit{hint}"
 
 
 def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, Problem]]:
@@ -172,7 +183,7 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
     """Yield parameters that no method has, for a recipe whose method is unknown."""
-    known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
+    known = NO_EFFECT.keys() | merge_params().keys()
     for loc, _, parameters in levels(recipe):
         for name in parameters.keys() - known:
             yield recipe.problem((*loc, name), "unknown parameter", suggest(name, known), key=True)

@@ -18,7 +18,7 @@ from deltamerge.recipe.edits import in_full
 from deltamerge.recipe.problems import place_of, problem_of, without
 from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
 from deltamerge.recipe.series import Matches, Series, find, running, shares
-from deltamerge.recipe.values import Value
+from deltamerge.recipe.values import NO_LAYERS, Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 from deltamerge.tensors import patterns
 
@@ -110,9 +110,9 @@ def flatten(
             add(loc, name, "models", whole, recipe.base_model, levels, None)
         for i, one in enumerate(slices):
             base = one.base_model or recipe.base_model
-            add(
-                (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
-            )
+            at = (*loc, "slices", i)
+            ranges = _ranges(one.sources, at, read, problems, whole=name is not None and len(slices) == 1)
+            add(at, name, "sources", one.sources, base, (one.parameters, *levels), ranges)
     return tuple(models), tuple(parts), tuple(series)
 
 
@@ -140,8 +140,19 @@ def _holders(
         yield ("modules", name), name, module.models, () if module.models else module.slices, (module.parameters,)
 
 
-def _ranges(sources: Sequence[SliceSource]) -> tuple[tuple[int, int], ...]:
-    return tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
+def _ranges(
+    sources: Sequence[SliceSource], at: Loc, read: YamlSource, problems: list[Problem], *, whole: bool
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the layers of each source. None: every range is [0, 0], which in the only slice of a module (`whole`)
+    means all of it."""
+    ranges = tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
+    if whole and set(ranges) == {NO_LAYERS}:
+        return None
+    for i, layers in enumerate(ranges):
+        if layers == NO_LAYERS:
+            hint = "only in the single slice of a module, where all sources have it, [0, 0] means the whole module"
+            problems.append(read.problem((*at, "sources", i, "layer_range"), "[0, 0] has no layers", hint))
+    return ranges
 
 
 @dataclass(frozen=True, slots=True)

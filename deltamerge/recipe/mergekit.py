@@ -67,7 +67,7 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     method, base = recipe.method, recipe.base_model
     listed = base is not None and any(map(recipe.is_base, range(len(recipe.models))))
     for part in recipe.parts if method.name == "linear" else ():
-        if part.ranges is None and part.base is not None and not any(map(recipe.is_base, part.members)):
+        if not part.is_slice and part.base is not None and not any(map(recipe.is_base, part.members)):
             yield part.places[0][:-1], {"model": part.base}
             listed = True
     if recipe.template is None and (listed or method.base_apart(base)) and base is not None:

@@ -61,7 +61,9 @@ class Quantization(Keys):
         description="What has a scale: a block (fp8), an output channel (fp8, int8), or a group of columns of a "
         "channel (int4). Default: block for fp8.",
     )
-    group: Positive | None = Field(None, le=1 << 20, description="int4: columns of a group. Default: 128.")
+    group: Positive | None = Field(
+        None, le=1 << 20, description="int4: columns of a group. Default: of 128, 64 and 32 the largest that fits all."
+    )
 
     @property
     def by(self) -> str:

@@ -153,7 +153,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
     for name, module in recipe.modules.items():
         yield ("modules", name, "parameters"), "merge", module.parameters
     for part in recipe.parts:
-        if part.ranges is not None:
+        if part.is_slice:
             yield (*part.loc, "parameters"), "merge", part.levels[0]
     for i, model in enumerate(recipe.models):
         yield ("models", i, "parameters"), "model", model.parameters

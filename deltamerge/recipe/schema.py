@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, create_model, model_validator
@@ -40,6 +40,7 @@ Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
 MERGED = "merged"  # what the fine-tunes make together, beside the names of models
 _FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "mlp_input", "cheap_embed", "random", "uniform_random"]
+_WITHOUT_EFFECT = NO_EFFECT_KEYS | NO_EFFECT.keys()
 DRAWN = frozenset({"random", "uniform_random"})  # gate modes that read no prompts
 
 
@@ -291,6 +292,11 @@ class Section:
     levels: tuple[Mapping[str, Value], ...]
 
     @property
+    def is_slice(self) -> bool:
+        """Whether the recipe has it among `slices`."""
+        return self.loc[-2:-1] == ("slices",)
+
+    @property
     def layers(self) -> int:
         """The number of layers of the output that a slice makes."""
         assert self.ranges is not None
@@ -355,11 +361,17 @@ class Recipe(Keys):
     def _drop_flags(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if key not in NO_EFFECT_KEYS}
+        dropped = {*_WITHOUT_EFFECT, *_stray(data)}
+        return {key: value for key, value in data.items() if key not in dropped}
 
     @property
     def source(self) -> YamlSource:
         return self._source
+
+    @property
+    def stray_parameters(self) -> tuple[str, ...]:
+        """Parameters of merge methods at the top of the recipe, where they have no effect."""
+        return _stray(self._source.data)
 
     @property
     def parts(self) -> tuple[Section, ...]:
@@ -449,6 +461,23 @@ class Recipe(Keys):
                 yield self.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}", hint)
 
 
+@cache
+def merge_params() -> Mapping[str, tuple[Param, tuple[str, ...]]]:
+    """Return the parameters of all merge methods, and which methods have each. They are imported for it."""
+    known: dict[str, tuple[Param, tuple[str, ...]]] = {}
+    for method in MERGE.values():
+        for name, param in method.parameters.items():
+            first, methods = known.get(name, (param, ()))
+            known[name] = first, (*methods, method.name)
+    return known
+
+
+def _stray(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys at the top of a recipe that are no keys, but parameters of merge methods."""
+    unknown = [key for key in data if key not in Recipe.model_fields and key not in _WITHOUT_EFFECT]
+    return tuple(key for key in unknown if key in merge_params())
+
+
 def model_name(model: Model) -> str:
     """Return the name that masks and reports know a model by: its `name`, else the reference as written."""
     return model.name or model.model
@@ -457,17 +486,13 @@ def model_name(model: Model) -> str:
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, for editors: draft 7, which they all know."""
     generated = Recipe.model_json_schema()
-    known: dict[str, tuple[Param, list[str]]] = {}
-    for method in MERGE.values():
-        for name, param in method.parameters.items():
-            known.setdefault(name, (param, []))[1].append(method.name)
     value = {"$ref": "#/$defs/Value"}
     generated["$defs"]["Parameters"] = {
         "title": "Parameters",
         "type": "object",
         "properties": {
             **{name: {"allOf": [value], "description": f"{param.summary} ({', '.join(methods)})"}
-               for name, (param, methods) in known.items()},
+               for name, (param, methods) in merge_params().items()},
             **{name: {"allOf": [value], "description": param.summary} for name, param in NO_EFFECT.items()},
         },
         "additionalProperties": False,

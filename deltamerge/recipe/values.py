@@ -51,6 +51,7 @@ _QUOTED = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})(\.[0-9]{0,18})?([eE][-+]?[0-9]{
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 LAYERS = 10_000  # the most layers of a model
+NO_LAYERS = (0, 0)  # mergekit writes this where it does not know the layers of a module, and means the whole module
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -225,7 +226,7 @@ def _pattern(value: str) -> str:
 
 
 def _layers(value: tuple[int, ...]) -> tuple[int, ...]:
-    if len(value) != 2 or not 0 <= value[0] < value[1]:
+    if value != NO_LAYERS and (len(value) != 2 or not 0 <= value[0] < value[1]):
         raise PydanticCustomError("layers", "must be [first, end] with 0 <= first < end")
     if value[1] > LAYERS:
         raise PydanticCustomError("layers", "ends after {most} layers", {"most": LAYERS})

@@ -14,28 +14,26 @@ import yaml
 
 from deltamerge import errors
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.errors.markdown import code, plain
-from deltamerge.errors.shown import human
+from deltamerge.errors.shown import code, human, plain
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB
 from deltamerge.files.ownership import MADE_BY, Guard, Maker
-from deltamerge.files.seals import seal
 from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import refuse_inputs, workspace
+from deltamerge.formats.components import card
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.safetensors_writer import Writer
-from deltamerge.models.chain.fold import folded
 from deltamerge.models.chain.folder import line
-from deltamerge.models.chain.layers import check_complete
+from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, is_delta
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
 from deltamerge.models.delta_over_base import check
-from deltamerge.models.front_matter import card
 from deltamerge.models.hub_cache import check_blobs
 from deltamerge.models.references import open_model
 from deltamerge.outputs.assets import copied_files, write_files

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.errors.markdown import code, fenced, plain
-from deltamerge.models.front_matter import card
-from deltamerge.models.front_matter import front_matter as read_front_matter
+from deltamerge.errors.shown import code, fenced, plain
+from deltamerge.formats.components import card
+from deltamerge.formats.components import front_matter as read_front_matter
 from deltamerge.outputs.checkpoint import head_of
 from deltamerge.outputs.output import Account, output_of
 from deltamerge.plan.planner import Plan
@@ -84,7 +84,7 @@ def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[flo
 def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]:
     if not plan.stages:
         return []
-    from deltamerge.calibrate.reach import in_words
+    from deltamerge.calibrate.spec import in_words
 
     found = [
         (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])

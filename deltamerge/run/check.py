@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.recipe import yaml_source
+from deltamerge.files.ownership import LOCK_NAME, read_lock
+from deltamerge.recipe import checks, yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
 from deltamerge.recipe.open_values import Template
 from deltamerge.recipe.yaml_source import Loc
@@ -63,7 +63,8 @@ def check_recipe(
             file = _tried(file)
         said = (left_open,) if left_open else ()
         if options is None:
-            return RecipeCheck(str(path), documents=len(file.documents), notes=said)
+            warnings = tuple(line for one in file.documents for line in checks.warnings(one.recipe))
+            return RecipeCheck(str(path), documents=len(file.documents), warnings=warnings, notes=said)
         from deltamerge.outputs.output import output_of
         from deltamerge.run.plans import make_plans
 

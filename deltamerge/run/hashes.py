@@ -17,11 +17,10 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
+from deltamerge.files.hashes import Digests, Pieces, hash_whole, inside, learn, seal, size_of
+from deltamerge.files.hashes import hash_bytes as hash_bytes
+from deltamerge.files.hashes import hash_output as hash_output
 from deltamerge.files.ownership import DATA as DATA
-from deltamerge.files.pieces import Digests, Pieces, hash_whole, inside, learn, size_of
-from deltamerge.files.seals import hash_bytes as hash_bytes
-from deltamerge.files.seals import hash_output as hash_output
-from deltamerge.files.seals import seal
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.hub_cache import sha256_of
@@ -41,7 +40,7 @@ Mine = Callable[[int, int], bool]
 
 
 def hash_input(path: Path, pieces: Pieces | None = None) -> str:
-    """Return "xxh3-64k:<hex>" of a local file, by `files.pieces`. It guards against accidents, not against forgery.
+    """Return "xxh3-64k:<hex>" of a local file, by `files.hashes`. It guards against accidents, not against forgery.
 
     What `pieces` know is not read. A file of the hub's cache is "sha256:<hex>", which the hub already knows and
     `check_blobs` compares.

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
-from deltamerge.files.lock_file import FORMAT as FORMAT
-from deltamerge.files.lock_file import LOCK_NAME as LOCK_NAME
-from deltamerge.files.lock_file import ROWS as ROWS
-from deltamerge.files.lock_file import read_lock as read_lock
-from deltamerge.files.lock_file import unlisted
-from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own
-from deltamerge.files.seals import hash_bytes, hash_output
+from deltamerge.files.hashes import hash_bytes, hash_output
+from deltamerge.files.ownership import FORMAT as FORMAT
+from deltamerge.files.ownership import LOCK_NAME as LOCK_NAME
+from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own, unlisted
+from deltamerge.files.ownership import ROWS as ROWS
+from deltamerge.files.ownership import read_lock as read_lock
 from deltamerge.files.tree import is_inside, leads_out
 from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
@@ -51,6 +50,9 @@ class Lock:
     path: Path
     content: Mapping[str, Any]
     rows: Rows | None = None
+
+    def __repr__(self) -> str:
+        return f"<Lock {self.path}>"
 
     @classmethod
     def of(

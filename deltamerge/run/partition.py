@@ -9,8 +9,8 @@ from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
+from deltamerge.files.hashes import Seal, damages, seal
 from deltamerge.files.journal import check_facts, part_journals
-from deltamerge.files.seals import Seal, damages, seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.layout import Layout
 from deltamerge.plan.planner import Plan

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.ownership import Guard, Maker, place_named, place_of
+from deltamerge.files.ownership import LOCK_NAME, Guard, Maker, place_named, place_of, read_lock
 from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
-from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.references import Models
 from deltamerge.outputs.assets import config
@@ -172,7 +171,16 @@ def guard_of(
                   if (file.folder / os.path.expanduser(part)).exists() else part
                   for model in sorted(models) for part in model.split("+")]  # fmt: skip
         maker = Maker(file.made_for, models=models, place=place_named(json.dumps(places).encode("utf-8", "replace")))
-    return Guard.of(target, maker, partial(replacing, target, delta=recipe.output.rules.patches, adding=adding))
+    return Guard.of(target, maker, partial(_replacing, target, delta=recipe.output.rules.patches, adding=adding))
+
+
+def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextManager[None]:
+    """Return `replacing` of a target; where nothing is there and no delta comes there, nothing is in its way."""
+    if not delta and not os.path.exists(target):
+        return nullcontext()
+    from deltamerge.models.chain.publish import replacing
+
+    return replacing(target, delta=delta, adding=adding)
 
 
 def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:

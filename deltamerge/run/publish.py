@@ -12,7 +12,7 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.errors.shown import some
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.models import hub
 from deltamerge.recipe import yaml_source
 from deltamerge.run.hashes import DATA

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.pieces import Pieces
+from deltamerge.files.hashes import Pieces
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.inputs import Input
@@ -72,7 +72,7 @@ def check_deltas(planned: Plan) -> None:
     deltas = planned.inputs.deltas
     if not deltas:
         return
-    from deltamerge.models.chain.fold import covers
+    from deltamerge.models.chain.layers import covers
     from deltamerge.models.delta_over_base import check
 
     made = [(c.base, c.reference) for c in planned.inputs.checkpoints if c.base is not None]

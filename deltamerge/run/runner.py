@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
-from deltamerge.errors.shown import some
+from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import writing
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
-from deltamerge.files.ownership import Guard
-from deltamerge.files.pieces import Pieces
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import Pieces, seal
+from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
@@ -67,6 +65,15 @@ class Result:
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
     lora: LowRankSummary | None = None
+
+    def __repr__(self) -> str:
+        return shown(f"<Result {self.folder}: {self.name}, {human(self.size)}>")
+
+    def _repr_html_(self) -> str:
+        rows = {"made": f"{self.name}, {human(self.size)}"} | dict(line.split(maxsplit=1) for line in self.next_steps)
+        if self.plan.warnings:
+            rows["warnings"] = "; ".join(self.plan.warnings)
+        return as_html(str(self.folder), rows)
 
     @property
     def size(self) -> int:

@@ -1,11 +1,14 @@
-"""What the names of a checkpoint's tensors say: layers, embeddings, heads. There is no table of architectures."""
+"""What the names and shapes of a checkpoint's tensors say: layers, embeddings, heads, weights and how they are stored.
+
+There is no table of architectures.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 # The language model's head in transformers; files of models that tie it to the embedding leave it out.
 LM_HEAD = "lm_head.weight"
@@ -141,6 +144,69 @@ def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
     made_of = {key: part for key, part in config.items() if isinstance(part, dict) and "model_type" in part}
     inside = [part for key, part in made_of.items() if name.startswith(f"{key}.")] or list(made_of.values())
     return any(part["model_type"] in CONV1D_MODELS for part in inside)
+
+
+def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor keeps q = 1 beside calibrated weights, which measures better: vectors, and rows that are
+    looked up.
+
+    Sides of 1 do not count in tensors of three and more dimensions: a class token (1, 1, n) is a vector.
+    """
+    sides = len(shape) if len(shape) < 3 else sum(side != 1 for side in shape)
+    return sides < 2 or (sides == 2 and EMBEDDING.search(name) is not None)
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether name and shape are those of a linear layer's weight."""
+    return len(shape) == 2 and name.endswith("weight") and not is_unscaled(name, shape)
+
+
+def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether name and shape are those of experts' weights, stacked in one tensor."""
+    return len(shape) == 3 and 1 not in shape and EXPERTS.search(name) is not None
+
+
+class Shaped(Protocol):
+    """A tensor of a checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | None) -> bool:
+    """Tell whether stacked experts are stored (in, out), told by which side is the hidden size.
+
+    A square one is stored as another of `tensors`, the checkpoint's, of the same module.
+    """
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    beside = [n for n in tensors if n.startswith(parent) and n.removesuffix(".weight").rpartition(".")[0] == parent]
+    for one in (name, *beside):
+        shape = tensors[one].shape
+        if hidden is not None and len(shape) == 3 and (shape[-2] == hidden) != (shape[-1] == hidden):
+            out = EXPERTS_OUT.search(one.removeprefix(parent)) is not None
+            return shape[-1 if out else -2] == hidden
+    return False
+
+
+def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> bool:
+    """Tell whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and
+    GPT-2 are made of, and the experts of some models."""
+    if is_stacked(name, tensors[name].shape):
+        parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
+        widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
+        return stacked_transposed(name, tensors, next((n for n in widths if isinstance(n, int)), None))
+    return is_conv1d(name, config)
+
+
+def has_norm(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked
+    experts."""
+    return (len(shape) == 2 and EMBEDDING.search(name) is None) or is_stacked(name, shape)
+
+
+def has_columns(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether columns of a tensor can be protected: it is a matrix that is no embedding."""
+    return len(shape) == 2 and has_norm(name, shape)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

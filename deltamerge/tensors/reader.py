@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.files.descriptors import Descriptor, Descriptors, flat, input_error, read_at
-from deltamerge.files.pieces import Pieces
+from deltamerge.files.hashes import Pieces
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
 from deltamerge.tensors.tensor import Tensor, TensorInfo, fill
 
@@ -111,3 +112,36 @@ def elements(reader: Reader, info: Tensor | TensorInfo) -> Callable[[int, int], 
 def _check_range(info: Tensor, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
         raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")
+
+
+T = TypeVar("T")
+
+
+class RecentParts:
+    """The values of the `most` keys last asked for; each is made by one thread, for which the others wait."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._made: OrderedDict[Hashable, tuple[threading.Lock, list[Any]]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, by `make` if it is not there."""
+        with self._lock:
+            lock, made = self._made.setdefault(key, (threading.Lock(), []))
+            self._made.move_to_end(key)
+            if len(self._made) > self._most:
+                self._made.popitem(last=False)
+        with lock:
+            if not made:
+                made.append(make())
+        found: T = made[0]
+        return found
+
+    def known(self, key: Hashable) -> Any:
+        """The value of a key, None where it is not there, or not yet."""
+        with self._lock:
+            if key not in self._made:
+                return None
+            self._made.move_to_end(key)
+            return next(iter(self._made[key][1]), None)

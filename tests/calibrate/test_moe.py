@@ -27,11 +27,10 @@ from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.layers import MatrixCut
 from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
-from deltamerge.calibrate.reach import stacked_transposed
 from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
 from deltamerge.calibrate.stage import activations
 from deltamerge.errors import InputError
-from deltamerge.tensors.names import numbers_as_stars
+from deltamerge.tensors.names import numbers_as_stars, stacked_transposed
 
 DENSITY = 0.3
 RECIPE = """\

@@ -15,9 +15,9 @@ from conftest import write_tokenizer
 from running import make_plan, run
 from safetensors.numpy import load_file
 
-from deltamerge.calibrate.reach import is_linear, is_stacked, is_unscaled
 from deltamerge.cli.plan import render_plan
 from deltamerge.errors import VerifyError
+from deltamerge.tensors.names import is_linear, is_stacked, is_unscaled
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,

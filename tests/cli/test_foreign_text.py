@@ -16,8 +16,8 @@ from conftest import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.errors import InputError, Problem, RecipeError, markdown
-from deltamerge.errors.shown import LONGEST, printed, shown
+from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.errors.shown import LONGEST, code, fenced, label, plain, printed, shown
 
 NASTY = {
     "escape": "\x1b]0;gone\x07\x1b[2J",
@@ -44,10 +44,10 @@ def assert_harmless(*texts: str) -> None:
 def test_what_is_shown_is_one_line_of_what_is_seen(text: str) -> None:
     assert_harmless(printed(shown(text)), printed(text))
     assert "\n" not in shown(text)
-    assert markdown.code(text).count("`") in (0, 2)
-    assert not re.search(r'["<>`]', markdown.label(text))
-    assert not re.search(r"(?<!\\)(\\\\)*[|<`]", markdown.plain(text))
-    fence, *body, end = markdown.fenced(text)
+    assert code(text).count("`") in (0, 2)
+    assert not re.search(r'["<>`]', label(text))
+    assert not re.search(r"(?<!\\)(\\\\)*[|<`]", plain(text))
+    fence, *body, end = fenced(text)
     assert fence == end
     assert not any(line.strip().startswith(fence) for line in body)
 
@@ -55,7 +55,7 @@ def test_what_is_shown_is_one_line_of_what_is_seen(text: str) -> None:
 def test_what_is_plain_stays_as_it_is() -> None:
     for text in ("./models/a_b-c.d@main+lora", "モデル/é", "model.layers.0.mlp.up_proj.weight"):
         assert shown(text) == printed(text) == text
-        assert markdown.code(text) == f"`{text}`"
+        assert code(text) == f"`{text}`"
     assert len(shown("x" * 10**6)) < LONGEST + 10
 
 

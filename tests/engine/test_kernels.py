@@ -438,17 +438,24 @@ def test_the_loop_releases_the_gil(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seen
 
 
-def test_a_run_imports_no_torch(tmp_path: Path) -> None:
+def test_a_run_imports_no_torch_no_calibration_and_no_other_method(tmp_path: Path) -> None:
     code = (
         "import sys; from deltamerge import load_recipe\n"
-        "load_recipe('r.yaml', workers=2).run('out'); print(*{'torch', 'numba'} & set(sys.modules))"
+        "load_recipe('r.yaml', workers=2).run('out'); print(*{'torch', 'numba'} & set(sys.modules))\n"
+        "print(*(m.removeprefix('deltamerge.') for m in sys.modules"
+        " if m.startswith(('deltamerge.calibrate', 'deltamerge.methods.merge.', 'deltamerge.methods.prune.'))))"
     )
-    for name in "ab":
+    for name in "abc":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "test"}))
         save_file({"w": torch.ones(300, 40).bfloat16()}, tmp_path / name / "model.safetensors", {"format": "pt"})
     (tmp_path / "r.yaml").write_text(
-        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: ./a}, {model: ./b}]\n"
+        "base_model: ./c\nmerge_method: ties\nparameters: {weight: 1, density: 0.5}\n"
+        "models: [{model: ./a}, {model: ./b}]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "\n"
+    found, methods = done.stdout.splitlines()
+    assert not found
+    assert set(methods.split()) == {
+        f"methods.{name}" for name in ("merge.ties", "merge.sums", "prune.none", "prune.select")
+    }

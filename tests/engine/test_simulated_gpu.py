@@ -17,8 +17,8 @@ from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
 from simulated_gpu import GPU, Refused, out_of_memory, simulated
 
+from deltamerge.engine.execute import computed
 from deltamerge.engine.tasks import Job
-from deltamerge.engine.whole import computed
 from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
 from deltamerge.files import outbox

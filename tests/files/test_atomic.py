@@ -15,8 +15,8 @@ from running import calibrate, run
 from deltamerge.errors import OutputError, VerifyError
 from deltamerge.files import atomic
 from deltamerge.files.atomic import replace_file
-from deltamerge.files.lock_file import read_lock
-from deltamerge.files.seals import hash_output
+from deltamerge.files.hashes import hash_output
+from deltamerge.files.ownership import read_lock
 
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")
 

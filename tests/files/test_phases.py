@@ -17,9 +17,9 @@ from deltamerge.apps.chain import extract
 from deltamerge.apps.inspect import study
 from deltamerge.apps.recommend.prune import recommend_prune
 from deltamerge.calibrate.spec import WALKED
-from deltamerge.files import pieces, progress
+from deltamerge.files import progress
+from deltamerge.files.hashes import PIECE_BYTES, Pieces, damages, hash_output, seal
 from deltamerge.files.progress import BYTES, PASSES, Phase, heard, here, joined, phase
-from deltamerge.files.seals import damages, hash_output, seal
 from deltamerge.run import apply, hashes
 from deltamerge.run.lock import verify
 
@@ -118,19 +118,19 @@ def test_a_phase_ends_when_its_work_fails_and_without_a_listener_nothing_is_hear
 
 
 def test_hashing_counts_every_byte_that_is_read_and_no_other(said, tmp_path):
-    sizes = {"a": 3 * pieces.PIECE_BYTES + 5, "b": 0, "c": 1, "d": pieces.PIECE_BYTES}
+    sizes = {"a": 3 * PIECE_BYTES + 5, "b": 0, "c": 1, "d": PIECE_BYTES}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(bytes(size))
     paths = [tmp_path / name for name in sizes]
     for hash_file in (hash_output, hashes.hash_input):
         hashes.describe_files(paths, 2, hash_file)
-    known = pieces.Pieces()
+    known = Pieces()
     known.of(paths[0]).there[1] = True
     with phase("some", sum(sizes.values())):
         for path in paths:
-            hashes.learn_pieces(path, known, [(2 * pieces.PIECE_BYTES, 3 * pieces.PIECE_BYTES)])
+            hashes.learn_pieces(path, known, [(2 * PIECE_BYTES, 3 * PIECE_BYTES)])
     whole = sum(sizes.values())
-    left = whole - 2 * pieces.PIECE_BYTES
+    left = whole - 2 * PIECE_BYTES
     assert [(one.done, one.total) for one in said.all] == [(whole, whole), (whole, whole), (left, left)]
     entries = {path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in paths}
     assert damages(tmp_path, entries, {"a": seal(paths[0])}, 2) == {}

@@ -12,8 +12,8 @@ from conftest import make_checkpoint, needs_kernels
 from running import run
 from xxhash import xxh3_128
 
-from deltamerge.files import pieces as module
-from deltamerge.files.pieces import PIECE_BYTES, Pieces, inside
+from deltamerge.files import hashes as module
+from deltamerge.files.hashes import PIECE_BYTES, Pieces, inside
 from deltamerge.run import hashes
 
 SIZES = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 200 * PIECE_BYTES + 5]

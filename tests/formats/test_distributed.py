@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from deltamerge.errors import InputError
+from deltamerge.formats.dcp import covers, from_chunks
 from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.tensors.chunks import covers, from_chunks
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import viewed
 from deltamerge.tensors.views import in_memory

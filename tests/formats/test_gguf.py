@@ -23,9 +23,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf import header
-from deltamerge.formats.gguf.blocks import tensor_of
+from deltamerge.formats.gguf.config import ARCHITECTURES
 from deltamerge.formats.gguf.header import read_gguf_header
-from deltamerge.formats.gguf.names import ARCHITECTURES
+from deltamerge.formats.gguf.model import tensor_of
 from deltamerge.models import hub_client
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.hub import open_model

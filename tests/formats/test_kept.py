@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from deltamerge.formats.delta.recent import RecentParts
+from deltamerge.tensors.reader import RecentParts
 
 
 def test_the_keys_last_asked_for_stay() -> None:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamerge.errors import InputError
+from deltamerge.formats.delta.folder import PADDING
 from deltamerge.formats.delta.positions import CODINGS, Array, ChosenCoding, Gaps, Positions, choose, decode, encode
-from deltamerge.formats.delta.stored import PADDING
 from deltamerge.formats.delta.values import (
     VALUE_BITS,
     Values,
@@ -25,7 +25,7 @@ from deltamerge.formats.delta.values import (
     scale_group,
     scale_values,
 )
-from deltamerge.models import delta_in_place as in_place
+from deltamerge.models import delta_file as in_place
 from deltamerge.tensors.dtypes import cast, narrow, widen
 
 SPARSE = CODINGS[1:]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from deltamerge.apps.chain.live import load_delta
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.delta import bit_lists, step_spool
+from deltamerge.formats.delta import steps, tensor_writer
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.steps import STEP_TILE, decode_tile, encode_tile, ordered, unordered
@@ -173,13 +173,13 @@ def test_lists_are_as_documented(values: list[int], k: int, wide: bool) -> None:
     for native in (kernels.native(), None):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(kernels, "native", lambda native=native: native)
-            writer = bit_lists.BitWriter(40 * (1 << 15))
+            writer = steps.BitWriter(40 * (1 << 15))
             writer.put_bits(np.ones(3, bool))
             writer.put(np.array(values, np.uint32), k, wide=wide)
             bits = "".join(map(str, np.unpackbits(writer.bytes(), bitorder="little")))
             assert bits == ("111" + text).ljust(len(bits), "0")
             assert 0 <= len(bits) - 3 - len(text) < 8
-            reader = bit_lists.BitReader(writer.bytes())
+            reader = steps.BitReader(writer.bytes())
             assert reader.take_bits(3).all()
             assert reader.take(len(values), k, wide=wide).tolist() == values
             reader.end()
@@ -189,7 +189,7 @@ def test_vectors(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The files in the repository: what we write, what we read, and what the reader of the documentation reads."""
     tensors = vectors()
     if backend == "numpy":
-        monkeypatch.setattr(step_spool, "IN_MEMORY", 100)  # steps wait in files
+        monkeypatch.setattr(tensor_writer, "IN_MEMORY", 100)  # steps wait in files
     write(tmp_path, tensors, pieces=3)
     for name in ("delta.json", "delta.safetensors"):
         assert (tmp_path / name).read_bytes() == (VECTORS / name).read_bytes()

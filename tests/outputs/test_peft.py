@@ -16,7 +16,7 @@ from running import make_plan, run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import computed
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.formats.peft.shira import Candidate, choose_rank, difference
 from deltamerge.run.lock import verify

@@ -338,6 +338,7 @@ WRITTEN = {
     "{scheme: fp8, strategy: channel}": ("weight_scale", 0.027),
     "int8": ("weight_scale", 0.008),
     "{scheme: int4, group: 16}": ("weight_packed", 0.09),
+    "int4": ("weight_packed", 0.11),
 }
 
 
@@ -371,6 +372,55 @@ def test_transformers_loads_what_a_scheme_writes(llamas, tmp_path, how):
     with torch.no_grad():
         wide, narrow_ = plain(ids).logits, model(ids).logits
     assert (wide - narrow_).abs().max() < 0.05 * wide.abs().max()
+
+
+def wide(folder: Path, columns: dict[str, int]) -> Path:
+    """Make a base and a fine-tune of one matrix for each count of columns, 16 rows high."""
+    for seed, name in enumerate(("base", "tune")):
+        draw = np.random.default_rng(seed)
+        make_checkpoint(
+            folder / name,
+            {
+                f"model.layers.0.mlp.{part}.weight": torch.from_numpy(draw.standard_normal((16, n)).astype(np.float32))
+                for part, n in columns.items()
+            },
+            config={"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("columns", "group"),
+    [
+        ({"up_proj": 256, "down_proj": 512}, 128),
+        ({"up_proj": 576, "down_proj": 1536}, 64),  # SmolLM2's
+        ({"up_proj": 96, "down_proj": 512}, 32),
+    ],
+)
+def test_the_group_of_int4_fits_all_rows(tmp_path: Path, columns: dict[str, int], group: int) -> None:
+    made = merge(wide(tmp_path, columns), "tune", "int4", out=str(tmp_path / "out"))
+    weights = made.plan.config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert weights["group_size"] == group
+    stored = load_tensors(made.folder)
+    for part, count in columns.items():
+        assert stored[f"model.layers.0.mlp.{part}.weight_scale"].shape == (16, count // group)
+    assert made.remarks == ()
+
+
+def test_a_run_says_which_weights_are_left_plain(tmp_path: Path) -> None:
+    made = merge(wide(tmp_path, {"up_proj": 72, "down_proj": 64}), "tune", "int4", out=str(tmp_path / "out"))
+    assert "model.layers.0.mlp.up_proj.weight" in load_tensors(made.folder)
+    (said,) = made.remarks
+    assert said.startswith("left plain, groups of 64 do not fit: model.layers.0.mlp.up_proj.weight; ")
+    assert said in made.plan.notes
+
+
+@pytest.mark.parametrize(("how", "hint"), [("fp8", "strategy: channel"), ("int4", "quantization: int8")])
+def test_a_scheme_that_fits_no_weight_names_one_that_does(tmp_path: Path, how: str, hint: str) -> None:
+    folder = wide(tmp_path, {"up_proj": 72})
+    with pytest.raises(InputError, match="no weight can be quantised: left plain") as caught:
+        merge(folder, "tune", how, out=str(tmp_path / "out"))
+    assert hint in (caught.value.hint or "")
 
 
 def test_transformers_loads_experts(tmp_path):

@@ -27,7 +27,7 @@ from deltamerge.plan.inputs import has_vocabulary_rows
 from deltamerge.recipe import load
 from deltamerge.recipe.output_keys import BUILT_IN
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.rows import gather
+from deltamerge.tensors.views import gather
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\

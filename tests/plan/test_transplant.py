@@ -20,7 +20,7 @@ from vocabularies import WORDS, rows64, vocab_of, word_tokenizer
 
 from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.models.checkpoint import Tokens
 from deltamerge.models.token_text import Spelling, spelling_of
 from deltamerge.plan.transplant import Atoms, SharedBlocks, match, nearest, pursuit

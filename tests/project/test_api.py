@@ -109,6 +109,53 @@ def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) ->
     assert {tensor["name"] for tensor in described["tensors"]} == load_tensors(folder / "tuned").keys()
 
 
+def test_merging_from_python_gives_the_bytes_of_the_recipe(folder: Path, tmp_path: Path) -> None:
+    tuned = {"model": "tuned", "parameters": {"weight": 0.5}}
+    text = yaml.safe_dump({"merge_method": "ties", "base_model": "base", "models": [tuned], "dtype": "float32"})
+    (folder / "ties.yaml").write_text(text)
+    written = load_tensors(api.load_recipe(folder / "ties.yaml").run(tmp_path / "by_recipe").folder)
+    item = tuned | {"model": str(folder / "tuned")}
+    made = api.merge([item], tmp_path / "out", method="ties", base=folder / "base", dtype="float32")
+    found = load_tensors(made.folder)
+    assert made.made
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+    assert not api.merge([item], tmp_path / "out", method="ties", base=folder / "base", dtype="float32").made
+
+
+def test_a_fault_of_a_merge_from_python_is_named_without_a_line(folder: Path) -> None:
+    with pytest.raises(DeltamergeError, match=r"^merge: densty: unknown key") as caught:
+        api.merge([folder / "tuned"], folder / "none", method="ties", base=folder / "base", densty=1)
+    assert caught.value.hint
+
+
+def test_the_commands_are_functions(folder: Path, tmp_path: Path) -> None:
+    tuned, base = folder / "tuned", folder / "base"
+    delta = api.extract(tuned, base, tmp_path / "delta")
+    applied = api.apply(delta.folder, base, tmp_path / "again")
+    found, wanted = load_tensors(applied.folder), load_tensors(tuned)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert api.inspect(tuned, base, workers=1).total.relative_norm > 0
+    advice = api.recommend(tuned, base, density=0.1, workers=1)
+    assert yaml.safe_load(advice.recipe)["models"][0]["prune"]["density"] == 0.1
+    with pytest.raises(DeltamergeError, match="density"):
+        api.recommend(tuned, base)
+    with pytest.raises(DeltamergeError, match="density"):
+        api.recommend([tuned, tuned], base, density=0.1)
+
+
+def test_a_plan_and_a_result_are_shown_in_a_line(folder: Path, tmp_path: Path) -> None:
+    planned = api.load_recipe(recipe(folder, method="dare", density=0.5), device="cpu")
+    result = planned.run(tmp_path / "<out>")
+    for shown in (planned, planned.plan, result, api.Lock.read(result.folder / "recipe.lock")):
+        assert len(repr(shown)) < 500, repr(shown)
+        assert "\n" not in repr(shown)
+    assert f"{len(planned.plan.outputs)} tensors" in repr(planned)
+    assert "peak memory" in planned._repr_html_()
+    assert "deltamerge verify" in result._repr_html_()
+    assert "<out>" not in result._repr_html_()
+
+
 @pytest.mark.parametrize("command", ["--help", "check --help", "plan --help", "run --help"])
 def test_help_comes_without_a_heavy_import(command: str) -> None:
     script = (
@@ -128,7 +175,8 @@ def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
         "names = ['AdamR', 'DeltaCallback', 'DeltaWriter', 'DeltamergeError', 'EngineSwitch', 'Switch',\n"
-        "         '__version__', 'follow', 'load_delta', 'load_recipe', 'prune']\n"
+        "         '__version__', 'apply', 'extract', 'follow', 'inspect', 'load_delta', 'load_recipe', 'merge',\n"
+        "         'prune', 'recommend']\n"
         "assert sorted(dm.__all__) == names, dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert callable(dm.load_recipe) and callable(dm.prune) and callable(dm.load_delta)\n"

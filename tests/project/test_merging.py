@@ -20,7 +20,7 @@ from tolerance import gamma, largest_log_probability, of_divergence
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from deltamerge.calibrate.merge import coefficients
-from deltamerge.files.lock_file import LOCK_NAME, read_lock
+from deltamerge.files.ownership import LOCK_NAME, read_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))

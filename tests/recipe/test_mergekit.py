@@ -16,7 +16,7 @@ from running import finish, make_plan, run
 from deltamerge import load_recipe
 from deltamerge.cli import main
 from deltamerge.cli import run as run_command
-from deltamerge.cli.mergekit_flags import VALUES_WITHOUT_USE, WITHOUT_USE
+from deltamerge.cli.mergekit_flags import OF_EVOLVE_WITHOUT_USE, OF_LORA_WITHOUT_USE, VALUES_WITHOUT_USE, WITHOUT_USE
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
@@ -276,6 +276,8 @@ def test_a_gpu_that_is_asked_for_and_missing_is_said(models, tmp_path, capsys, m
 def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():
     text = DOCUMENTATION.read_text(encoding="utf-8")
     flags = {name.partition("/")[0] for name in (*WITHOUT_USE, *VALUES_WITHOUT_USE)}
+    of_others = (*OF_LORA_WITHOUT_USE, *OF_EVOLVE_WITHOUT_USE)
+    assert [flag for flag in of_others if f"`{flag.partition('/')[0]}`" not in text] == []
     assert [flag for flag in flags if f"`{flag}" not in text] == []
     own = {option for parameter in run_command.command.params for option in parameter.opts}
     assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} | flags <= own
@@ -305,15 +307,21 @@ IGNORED = {
         "models[0].parameters.densty",
     ),
 }
+ELSEWHERE = ("density of a method that prunes nothing", "normalize of slerp")  # other methods have it
 
 
 @pytest.mark.parametrize("case", IGNORED)
-def test_a_parameter_that_mergekit_ignores_is_a_warning_under_its_rules_and_a_fault_under_ours(models, tmp_path, case):
+def test_a_parameter_that_mergekit_ignores_is_a_warning_under_its_rules_a_fault_under_ours_if_no_method_has_it(
+    models, tmp_path, case
+):
     text, place = IGNORED[case]
     recipe, plain = models / "ignored.yaml", models / "plain.yaml"
     recipe.write_text(text)
-    with pytest.raises(RecipeError, match=re.escape(place)):
-        make_plan(recipe)
+    if case in ELSEWHERE:
+        assert make_plan(recipe).warnings[0].startswith(f"{place}: no effect under ")
+    else:
+        with pytest.raises(RecipeError, match=re.escape(place)):
+            make_plan(recipe)
     data = yaml.safe_load(text)
     node, *path, last = re.findall(r"\w+", place)
     inner = data[node]
@@ -327,3 +335,115 @@ def test_a_parameter_that_mergekit_ignores_is_a_warning_under_its_rules_and_a_fa
         made = run(recipe, tmp_path / f"out{len(more)}", **more)
         assert made.plan.warnings[0].startswith(f"{place}: no effect under ")
         assert made.lock["outputs"]["model.safetensors"] == expected.lock["outputs"]["model.safetensors"]
+
+
+def test_parameters_of_other_methods_are_warned_of_once_each_before_any_model_is_opened(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "merge_method: slerp\nbase_model: ./0\nnormalize: true\nint8_mask: true\nparameters: {t: 0.5, density: 0.5}\n"
+        "models: [{model: ./0, parameters: {weight: 0.6}}, {model: ./1, parameters: {weight: 0.4}}]\n"
+    )
+    with pytest.raises(SystemExit) as leaving:
+        main(["check", "--offline", str(recipe)])
+    said = [line.partition(": warning: ")[2] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert (leaving.value.code, said) == (
+        0,
+        [
+            "normalize: no effect at the top of a recipe, as in mergekit; move it to parameters",
+            "parameters.density: no effect under slerp, as in mergekit: it prunes: set prune.method, or merge_method "
+            "to ties, dare_ties or dare_linear",
+            "models[0].parameters.weight, models[1].parameters.weight: no effect under slerp, as in mergekit",
+        ],
+    )
+
+
+# What mergekit writes as mergekit_config.yml for a model whose layers it does not know.
+WHOLE_MODULE = """\
+merge_method: linear
+modules:
+  default:
+    slices:
+    - sources:
+      - {layer_range: [0, 0], model: ./a, parameters: {weight: 0.6}}
+      - {layer_range: [0, 0], model: ./b, parameters: {weight: 0.4}}
+"""
+
+
+def test_a_layer_range_of_no_layers_in_the_only_slice_of_a_module_is_the_whole_module(models, tmp_path):
+    (models / "whole.yaml").write_text(WHOLE_MODULE)
+    (models / "models.yaml").write_text(
+        "merge_method: linear\nmodels:\n- {model: ./a, parameters: {weight: 0.6}}\n"
+        "- {model: ./b, parameters: {weight: 0.4}}\n"
+    )
+    ours = run(models / "whole.yaml", tmp_path / "whole")
+    assert (
+        ours.lock["outputs"]["model.safetensors"]
+        == (run(models / "models.yaml", tmp_path / "models").lock["outputs"]["model.safetensors"])
+    )
+    (models / "whole.yaml").write_text(WHOLE_MODULE.replace("weight: 0.6", "weigth: 0.6"))
+    with pytest.raises(RecipeError, match=re.escape("sources[0].parameters.weigth: unknown parameter of linear")):
+        make_plan(models / "whole.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [WHOLE_MODULE.replace("[0, 0]", "[0, 1]", 1), WHOLE_MODULE.replace("modules:\n  default:\n    slices:", "slices:")],
+)
+def test_a_layer_range_of_no_layers_is_refused_elsewhere(text):
+    with pytest.raises(RecipeError, match=re.escape("layer_range: [0, 0] has no layers")):
+        resolved(text)
+
+
+# ---- mergekit's other commands
+
+TRANSLATED = {
+    "mergekit-extract-lora --model ./a --base-model=./b --out-path ./x --max-rank 16": (
+        "deltamerge extract ./a --base ./b --lora 16 --out ./x"
+    ),
+    "extract-lora": "deltamerge extract MODEL --base BASE --lora 128 --out OUT",
+    "mergekit-moe c.yml ./o --i-understand-this-is-not-useful-without-training": "deltamerge run c.yml --out ./o",
+    "mergekit-tokensurgeon ./a ./d ./o -k 32": (
+        "deltamerge run RECIPE --out ./o; the recipe: {merge_method: passthrough, models: ./a, "
+        "tokenizer: {transplant: ./d, k: 32}}"
+    ),
+    "mergekit-multi c.yml --out-path ./o -I ./i": "deltamerge run c.yml --out ./o",
+    "mergekit-evolve g.yml --max-fevals 7": (
+        "deltamerge search RECIPE --trials 7, with values of the recipe open: weight: {search: [0, 1]}"
+    ),
+    "mergekit-yaml c.yml ./o --cuda": "deltamerge run c.yml --out ./o",
+}
+
+
+@pytest.mark.parametrize("typed", TRANSLATED)
+def test_a_command_of_mergekits_is_refused_with_the_whole_line_to_type(capsys, typed):
+    with pytest.raises(SystemExit) as leaving:
+        main(typed.split())
+    said = f"{typed.split()[0]} is a command of mergekit's. Here: {TRANSLATED[typed]}\n"
+    assert (leaving.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("merge", "run"), ("quantize", "convert"), ("chekc", "check")])
+def test_a_command_that_there_is_not_gets_a_hint(capsys, typed, meant):
+    with pytest.raises(SystemExit) as leaving:
+        main([typed, "x"])
+    said = f"No such command '{typed}'. Did you mean deltamerge {meant}?\n"
+    assert (leaving.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
+
+
+def test_the_flags_of_mergekit_extract_lora_work(models, tmp_path, capsys):
+    typed = f"--model {models}/a --base-model {models}/base --out-path {tmp_path}/x --max-rank 2 -i layers.0 --cuda "
+    with pytest.raises(SystemExit) as leaving:
+        main(["extract", *typed.replace("--cuda", "--no-cuda --skip-undecomposable --sv-epsilon 0.1").split()])
+    err = capsys.readouterr().err
+    assert (leaving.value.code, err if leaving.value.code else "") == (0, "")
+    assert err.startswith("warning: no effect here: --sv-epsilon (--lora energy:0.95 leaves out small")
+    written = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert written["r"] == 2
+    assert all("layers.0." in name for name in load_tensors(tmp_path / "x"))
+
+
+def test_a_flag_of_mergekit_extract_lora_that_would_change_the_adapter_is_refused(models, tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["extract", str(models / "a"), "--base", str(models / "base"), "--lora", "2", "-e", "mlp"])
+    err = capsys.readouterr().err
+    assert (leaving.value.code, "--exclude-regex: name what gets factors instead, with --target" in err) == (2, True)

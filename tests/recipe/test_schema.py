@@ -467,8 +467,6 @@ REFUSED: dict[str, list[str]] = {
     TWO + "parameters: {lamda: 1, q: 0.5, density: 0.1, normalize: 2}": [
         "r.yaml:6:14: parameters.lamda: unknown parameter of task_arithmetic\nhint: did you mean 'lambda'?",
         "r.yaml:6:24: parameters.q: unknown parameter of task_arithmetic\nhint: it belongs under prune",
-        "r.yaml:6:32: parameters.density: unknown parameter of task_arithmetic\n"
-        "hint: it prunes: set prune.method, or merge_method to ties, dare_ties or dare_linear",
         "r.yaml:6:57: parameters.normalize: must be true or false, got 2",
     ],
     TWO.replace("{weight: 1.0}", "{weight: 1.0, normalize: true, lambda: 2}"): [

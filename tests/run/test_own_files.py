@@ -10,8 +10,7 @@ import torch
 from calls import call
 from conftest import make_checkpoint
 
-from deltamerge.files.lock_file import read_lock
-from deltamerge.files.ownership import refuse_others, replace_own
+from deltamerge.files.ownership import read_lock, refuse_others, replace_own
 from deltamerge.run.lock import verify
 
 RECIPE = "base_model: ./base\nmerge_method: task_arithmetic\nmodels: [{model: ./a, parameters: {weight: %s}}]\n"

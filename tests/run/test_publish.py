@@ -14,7 +14,7 @@ from conftest import tiny_llama
 from running import run
 from small_hub import COMMIT, TOKEN, Hub
 
-from deltamerge.files.seals import hash_output
+from deltamerge.files.hashes import hash_output
 
 # huggingface_hub's own way of calling its http client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -21,7 +21,7 @@ from conftest import make_checkpoint
 from deltamerge.apps.chain.extract import Link
 from deltamerge.errors import OutputError
 from deltamerge.files import ownership, work_folder
-from deltamerge.files.lock_file import read_lock
+from deltamerge.files.ownership import read_lock
 from deltamerge.files.tree import files_of
 from deltamerge.models.chain import folder as folders
 from deltamerge.models.chain.publish import one_writer, publishing

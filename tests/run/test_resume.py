@@ -25,7 +25,7 @@ from deltamerge.files.journal import Journal, check_facts, read_journal
 from deltamerge.files.work_folder import mark
 from deltamerge.formats import safetensors_writer as writer
 from deltamerge.formats.audit import INFINITY, count_nonfinite
-from deltamerge.formats.delta import spool
+from deltamerge.formats.delta import tensor_writer as spool
 from deltamerge.formats.delta.tensor_writer import TensorWriter
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
@@ -273,7 +273,7 @@ def test_a_shard_that_is_damaged_between_part_and_finish_is_named(
 def test_what_was_just_hashed_is_not_read_again(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltamerge.files.seals.hash_output", lambda path: pytest.fail(f"{path} read again"))
+    monkeypatch.setattr("deltamerge.files.hashes.hash_output", lambda path: pytest.fail(f"{path} read again"))
     assert verify(run(recipe("ties"), tmp_path / "out").folder, 1)
 
 

@@ -13,10 +13,9 @@ from deltamerge.plan.memory import cost
 from deltamerge.tensors import tensor as module
 from deltamerge.tensors.experts import join, turned
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.rows import gather, moves_rows
 from deltamerge.tensors.schedule import depth_first, schedule
 from deltamerge.tensors.tensor import Graph, Read, Tensor, TensorInfo, part_of, stored, view, viewed
-from deltamerge.tensors.views import in_memory, zeros_like
+from deltamerge.tensors.views import gather, in_memory, moves_rows, zeros_like
 
 FILE, OTHER = Path("a.safetensors"), Path("b.safetensors")
 

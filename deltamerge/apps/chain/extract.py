@@ -14,21 +14,26 @@ from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.formats.delta.entry import hash_of
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.chain.folder import Opened, is_chain, is_version, line, notes, resolve
-from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.chain.version import (
+from deltamerge.models.chain.folder import (
     NAME,
     Named,
     Note,
+    Opened,
     Version,
     base_contents,
     check_successor,
     contents,
+    is_chain,
+    is_version,
+    line,
+    notes,
     open_version,
+    resolve,
     state_of,
     stored_files,
     write_note,
 )
+from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.decode import decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models

@@ -17,9 +17,21 @@ from deltamerge.errors.shown import some
 from deltamerge.files.atomic import replace_file
 from deltamerge.formats.delta.entry import Entry
 from deltamerge.formats.delta.positions import Array
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import Opened, end_of, folders, is_version, line, resolve, without_folded
-from deltamerge.models.chain.version import Content, Note, Version, read_note, state_of
+from deltamerge.models.chain.folder import (
+    Content,
+    Note,
+    Opened,
+    Version,
+    end_of,
+    folders,
+    is_version,
+    line,
+    read_note,
+    resolve,
+    state_of,
+    without_folded,
+)
+from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import Patch, bits_of, digest_of, to_torch
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch

@@ -11,24 +11,26 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import GO_ON, InputError, VerifyError, interruptible
 from deltamerge.files import progress
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.formats.delta.entry import TILE, Entry
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import head, is_chain, line, names
-from deltamerge.models.chain.layers import check_complete
-from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, remove
-from deltamerge.models.chain.version import (
+from deltamerge.models.chain.folder import (
     VERSION,
     Named,
     Note,
     Version,
     check_hashes,
     contents,
+    head,
+    is_chain,
+    line,
+    names,
     stored_files,
     write_note,
 )
+from deltamerge.models.chain.layers import check_complete, folded
+from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, remove
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.delta_over_base import check

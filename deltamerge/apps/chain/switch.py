@@ -11,11 +11,10 @@ from typing import Any, Generic, TypeVar
 from deltamerge import errors
 from deltamerge.apps.chain.live import Change, Delta, Write, change_of, whole_of, write_of
 from deltamerge.errors import InputError
-from deltamerge.formats.config_json import CONFIG, read_config
+from deltamerge.formats.components import CONFIG, read_config
 from deltamerge.formats.delta.entry import OTHER_BASE, Entry
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import Stamp, line, resolve, stamp
-from deltamerge.models.chain.version import Version
+from deltamerge.models.chain.folder import Stamp, Version, line, resolve, stamp
+from deltamerge.models.chain.layers import folded
 from deltamerge.models.config_differences import differences
 from deltamerge.models.delta_file import DeltaFile, digest_of
 from deltamerge.tensors.dtypes import code_of

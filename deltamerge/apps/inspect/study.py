@@ -22,7 +22,7 @@ from deltamerge.apps.inspect.statistics import (
 from deltamerge.apps.report import page as pages
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import InputError
-from deltamerge.files.lock_file import LOCK_NAME
+from deltamerge.files.ownership import LOCK_NAME
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.decode import decoded
 from deltamerge.models.references import open_model

@@ -22,9 +22,8 @@ from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, 
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
 from deltamerge.files.descriptors import lock, writing
-from deltamerge.files.lock_file import foreign_entries
-from deltamerge.files.ownership import refuse_others, replace_own
-from deltamerge.files.seals import seal
+from deltamerge.files.hashes import seal
+from deltamerge.files.ownership import foreign_entries, refuse_others, replace_own
 from deltamerge.files.work_folder import look
 from deltamerge.recipe.file import RecipeFile, TemplateFile
 from deltamerge.recipe.schema import Recipe

@@ -34,8 +34,7 @@ from deltamerge.calibrate.rows.rows import DataRow, rows_of, select, split
 from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
-from deltamerge.engine.execute import default_workers, execute, shared_values
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import computed, default_workers, execute, shared_values
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import dense
 from deltamerge.recipe.schema import Goal, Recipe, Study

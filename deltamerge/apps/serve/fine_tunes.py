@@ -17,8 +17,8 @@ from deltamerge.apps.chain.live import Change, Delta
 from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.version import Version
+from deltamerge.models.chain.folder import Version
+from deltamerge.models.chain.layers import folded
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
 from deltamerge.models.references import open_model

@@ -19,21 +19,22 @@ from deltamerge.formats.delta.entry import TILE, Read
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.models.chain.fold import folded
-from deltamerge.models.chain.folder import head, line, names
-from deltamerge.models.chain.layers import check_complete
-from deltamerge.models.chain.publish import one_writer, publishing
-from deltamerge.models.chain.version import (
+from deltamerge.models.chain.folder import (
     Named,
     Note,
     Version,
     base_contents,
     contents,
+    head,
+    line,
+    names,
     open_version,
     state_of,
     stored_files,
     write_note,
 )
+from deltamerge.models.chain.layers import check_complete, folded
+from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
 from deltamerge.models.references import open_origin

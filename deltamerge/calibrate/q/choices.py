@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltamerge.calibrate import reach
 from deltamerge.calibrate.model.candidates import Q
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.q import closed_forms as statistics
@@ -27,8 +26,9 @@ from deltamerge.calibrate.q.closed_forms import LayerStatistics, Vector
 from deltamerge.calibrate.q.comparison import QPoint, Qs, Rounds, same
 from deltamerge.calibrate.q.learned import learn, row_shape
 from deltamerge.calibrate.q.subject import Subject
-from deltamerge.calibrate.spec import SHORTLIST, STEPS, Spec, grid_step, rounded
+from deltamerge.calibrate.spec import OTHER, SHORTLIST, STEPS, UNSCALED, UNSEEN, Spec, grid_step, grouped, rounded
 from deltamerge.errors import InputError
+from deltamerge.tensors.names import is_unscaled
 
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
@@ -94,11 +94,11 @@ class Searches:
             if name in own:
                 continue
             if name in self.layers:
-                found[name] = pruned.plain, reach.UNSEEN
-            elif name in self.subject.model.lookups or reach.is_unscaled(name, self.subject.infos[name].shape):
-                found[name] = 1.0, reach.UNSCALED
+                found[name] = pruned.plain, UNSEEN
+            elif name in self.subject.model.lookups or is_unscaled(name, self.subject.infos[name].shape):
+                found[name] = 1.0, UNSCALED
             else:
-                found[name] = pruned.plain, reach.OTHER
+                found[name] = pruned.plain, OTHER
         return found
 
     def closer(self, candidates: Sequence[QPoint], values: Sequence[float]) -> QPoint | None:
@@ -113,7 +113,7 @@ class Searches:
     def not_calibrated(self, found: QPoint) -> list[dict[str, Any]]:
         """Return the entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
-        return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
+        return grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
 
     def _whole(self, own: Qs) -> Qs:
         return {name: q for name, (q, _) in self.rest(own).items()} | own
@@ -295,7 +295,7 @@ class Searches:
         start = self._agreeing(starts, stop)
         q = float(start.numbers["q"])
         rows = self.layers if self.spec.scope == "row" else {}
-        others = {name: plain for name, (plain, why) in self.rest(self.reached).items() if why != reach.UNSCALED}
+        others = {name: plain for name, (plain, why) in self.rest(self.reached).items() if why != UNSCALED}
         first: Qs = {}
         for name in (pruned.stored for pruned in self.spec.pruned):
             begin = others.get(name, q)

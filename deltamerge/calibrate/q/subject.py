@@ -29,7 +29,7 @@ from deltamerge.calibrate.rows.batches import RowReader as Rows
 from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
-from deltamerge.engine.whole import computed
+from deltamerge.engine.execute import computed
 from deltamerge.files import progress
 from deltamerge.methods.ops import dense
 from deltamerge.tensors.reader import Reader

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,16 @@ import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
-from deltamerge.files.descriptors import flat, read_at, write_at, writing
+from deltamerge.errors import OutputError
+from deltamerge.files.descriptors import flat, read_at, sync_path, write_at, writing
+from deltamerge.files.journal import Journal
+from deltamerge.files.work_folder import SPOOL as SPOOL
 from deltamerge.formats.audit import NonFinite, count_nonfinite
 from deltamerge.formats.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.formats.delta.manifest import Encoding, Record, stored_arrays
 from deltamerge.formats.delta.parts import PARTS, Part
 from deltamerge.formats.delta.positions import Array, ChosenCoding, Positions, choose, encode
-from deltamerge.formats.delta.spool import Spool
-from deltamerge.formats.delta.step_spool import StepSpool
-from deltamerge.formats.delta.steps import MANTISSA
+from deltamerge.formats.delta.steps import MANTISSA, STEP_TILE, encode_tile, most_step_bytes, table_bytes
 from deltamerge.formats.delta.values import (
     ARRAY_BYTES,
     SCALED,
@@ -39,6 +43,143 @@ from deltamerge.formats.delta.values import (
     scale_group,
 )
 from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, bits_type, cast
+
+SECONDS = 2.0  # between two entries in the journal: syncing each tensor alone would cost more than it saves
+
+
+class Spool:
+    """A folder with a file for each tensor, beside the journal, or in `folder` without one. OutputError: the disk."""
+
+    def __init__(self, folder: Path, journal: Journal | None) -> None:
+        self.folder = (folder if journal is None else journal.path.parent) / SPOOL
+        self._journal = journal
+        records = [] if journal is None else journal.records
+        self._kept: dict[str, Any] = {
+            name: state for record in records for name, state in record.get("tensors", {}).items()
+        }
+        self._lock = threading.Lock()
+        self._waiting: dict[str, tuple[Path, Any]] = {}
+        self._saved = time.monotonic()
+        with writing():
+            self.folder.mkdir(exist_ok=journal is not None)
+
+    def kept(self, name: str) -> Any:
+        """The state of a tensor that an earlier run had finished; None if it had not."""
+        return self._kept.get(name)
+
+    def finished(self, name: str, path: Path, state: Any) -> None:
+        """Record that a tensor is in its file (which is missing if nothing is stored); `state` is everything else about
+        it."""
+        if self._journal is None:
+            return
+        with self._lock:
+            self._waiting[name] = path, state
+            if time.monotonic() - self._saved > SECONDS:
+                self._save()
+
+    def close(self, *, done: bool) -> None:
+        """Remove the folder. With a journal keep it, even if the artifact is `done`, since the run may still be
+        resumed."""
+        if self._journal is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif not done:
+            with self._lock, suppress(OutputError):  # another error is being raised
+                self._save()
+
+    def _save(self) -> None:
+        assert self._journal is not None
+        if not self._waiting:
+            return
+        for path in (*(path for path, _ in self._waiting.values()), self.folder):
+            if path.exists():
+                sync_path(path)
+        self._journal.append({"tensors": {name: state for name, (_, state) in self._waiting.items()}})
+        self._waiting.clear()
+        self._saved = time.monotonic()
+
+
+IN_MEMORY = 1 << 20
+
+
+class StepSpool:
+    """The steps of a tensor of `size` elements of `dtype`. OutputError: the disk.
+
+    Memory holds a tile of the base, one of the result, and up to a megabyte of steps; more are in the file at `path`.
+    What gets larger than the tensor itself is given up.
+    """
+
+    def __init__(self, path: Path, size: int, dtype: str) -> None:
+        self.path = path
+        self.nbytes = table_bytes(size)
+        self._size, self._dtype = size, dtype
+        self._lengths: list[int] = []
+        self._done = self._filled = 0
+        self._held = np.empty((2, 0), np.uint16)
+        self._parts: list[Array] = []
+        self._written = self.nbytes
+        self._fd = -1
+
+    def add(self, old: Array, new: Array) -> None:
+        """The next bits (uint16) of the base, in the result's dtype, and of the result."""
+        at = 0
+        while at < new.size:
+            tile = min(STEP_TILE, self._size - self._done)
+            part = slice(at, at + min(tile - self._filled, new.size - at))
+            at = part.stop
+            if part.stop - part.start == tile:
+                self._tile(old[part], new[part])
+                continue
+            if not self._held.size:
+                self._held = np.empty((2, tile), np.uint16)
+            filled = slice(self._filled, self._filled + part.stop - part.start)
+            self._held[0, filled], self._held[1, filled] = old[part], new[part]
+            self._filled = filled.stop
+            if self._filled == tile:
+                self._tile(self._held[0, :tile], self._held[1, :tile])
+                self._filled = 0
+
+    def finish(self, target: Path, fd: int) -> None:
+        """Leave the steps as the file at `target`, which is open as `fd`, once all elements are there."""
+        table = np.array(self._lengths, "<u4").view(np.uint8)
+        if self._fd < 0:  # in memory: a file of its own would cost more than writing them
+            with writing():
+                os.ftruncate(fd, 0)
+            write_at(fd, 0, flat(np.concatenate([table, *self._parts])))
+            return
+        self._spill()
+        write_at(self._fd, 0, flat(table))
+        with writing():
+            self.path.replace(target)
+
+    def close(self) -> None:
+        """Close and remove the file, unless it was left as another."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.path.unlink(missing_ok=True)
+
+    def _spill(self) -> None:
+        if self._fd < 0:
+            with writing():
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        if self._parts:
+            parts = np.concatenate(self._parts)
+            write_at(self._fd, self._written, flat(parts))
+            self._written += parts.size
+            self._parts.clear()
+
+    def _tile(self, old: Array, new: Array) -> None:
+        self._done += new.size
+        if self.nbytes >= most_step_bytes(self._size):
+            return
+        positions = np.flatnonzero(old != new)
+        stored = encode_tile(np.ascontiguousarray(old), positions, new[positions], self._dtype)
+        self._lengths.append(stored.size)
+        if stored.size:
+            self._parts.append(stored)
+            self.nbytes += stored.size
+            if self.nbytes - self._written > IN_MEMORY:
+                self._spill()
 
 
 @dataclass(frozen=True, slots=True)

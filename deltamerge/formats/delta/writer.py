@@ -22,8 +22,7 @@ from deltamerge.formats.components import Component
 from deltamerge.formats.delta.folder import INDEX, MANIFEST
 from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, Record, parts_of
 from deltamerge.formats.delta.parts import TABLE
-from deltamerge.formats.delta.spool import Spool
-from deltamerge.formats.delta.tensor_writer import BaseTensor, StoredTensor, Storing, TensorWriter
+from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, StoredTensor, Storing, TensorWriter
 from deltamerge.formats.delta.values import Values, relative_error
 from deltamerge.formats.layout import FileLayout, Layout, plan_layout
 from deltamerge.tensors.dtypes import ITEMSIZE

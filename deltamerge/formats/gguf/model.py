@@ -1,4 +1,4 @@
-"""A model in GGUF files as transformers has it: names, shapes, values and config."""
+"""A model in GGUF files as transformers has it: names, shapes, values computed from blocks, and config."""
 
 from __future__ import annotations
 
@@ -10,15 +10,116 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf import blocks as views
-from deltamerge.formats.gguf.blocks import tensor_of
-from deltamerge.formats.gguf.config import config_of
-from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, type_name
-from deltamerge.formats.gguf.names import ARCHITECTURES, GgufNames
+from deltamerge.formats.gguf.config import ARCHITECTURES, GgufNames, config_of
+from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, block_of, package, type_name
 from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.tensors.tensor import TensorInfo, stored, viewed
+from deltamerge.formats.quantised.scheme import Array, Floats, kept
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, stored, view, viewed
+from deltamerge.tensors.views import fill_lines
+
+
+@view()
+def ggml_blocks(read: Read, tensor: Tensor, start: int, out: memoryview, *, kind: int) -> None:
+    """Turn blocks, which lie along rows, into numbers. The input has their bytes."""
+    gguf, (source,), columns = package(), tensor.inputs, tensor.shape[-1]
+    elements, nbytes = block_of(kind)
+    width = columns // elements * nbytes
+
+    def rows(top: int, bottom: int) -> Floats:
+        raw = np.empty((bottom - top, width), np.uint8)
+        read.read_into(source, top * width, raw)
+        with np.errstate(all="ignore"):
+            values = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
+        return np.asarray(values, np.float32)
+
+    fill_lines(columns, "F32", start, out, rows)
+
+
+@view()
+def head_order(read: Read, tensor: Tensor, start: int, out: memoryview, *, head: int, fused: int) -> None:
+    """Put rows in transformers' order, a head of `head` rows at a time.
+
+    llama.cpp has the rows of a head of q and k side by side that its rotary embedding pairs, transformers half a head
+    apart. With `fused` = h the heads of q, of k and of v lie interleaved instead (q₀ k₀ v₀ q₁ …), in the file one after
+    the other, h of each (Bloom).
+    """
+    (source,), columns = tensor.inputs, tensor.shape[-1] if len(tensor.shape) > 1 else 1
+
+    def rows(top: int, bottom: int) -> Floats:
+        first, last = top // head, -(-bottom // head)
+        values = np.empty((last - first, head, columns), np.float32)
+        for unit in range(first, last):
+            begin = unit % 3 * fused + unit // 3 if fused else unit
+            read.read_into(source, begin * head * columns, values[unit - first])
+        if not fused:
+            pairs = values.reshape(last - first, head // 2, 2, columns)
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2))
+        return values.reshape(-1, columns)[top - first * head : bottom - first * head]
+
+    fill_lines(columns, "F32", start, out, rows)
+
+
+@view()
+def less_one(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Subtract 1 from norms that are stored as w + 1."""
+    values = np.frombuffer(out, np.float32)
+    read.read_into(tensor.inputs[0], start, values)
+    values -= np.float32(1)
+
+
+@view()
+def log_of_negative(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Compute log(−x), Mamba's A. InputError: x is not below 0."""
+    values, (source,) = np.frombuffer(out, np.float32), tensor.inputs
+    read.read_into(source, start, values)
+    if not (values < 0).all():
+        raise InputError(f"{source.name}: is not below 0 everywhere", hint="download it again")
+    np.log(-values, out=values)
+
+
+@view(keeps=lambda _: True)
+def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Transpose a matrix (rows, columns), as GPT-2's Conv1D has its weights."""
+    (source,) = tensor.inputs
+    rows, columns = source.shape
+
+    def numbers() -> Array:
+        values = np.empty((rows, columns), np.float32)
+        read.read_into(source, 0, values)
+        return values
+
+    values = kept(read, source, numbers)
+    fill_lines(rows, "F32", start, out, lambda top, bottom: np.ascontiguousarray(values[:, top:bottom].T))
+
+
+@view()
+def joined_experts(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
+    """Put the rows of two stacks of experts (E, r, columns) together, expert by expert."""
+    values, done = np.frombuffer(out, np.float32), 0
+    sizes = [math.prod(source.shape[1:]) for source in tensor.inputs]
+    while done < len(values):
+        expert, inner = divmod(start + done, sum(sizes))
+        part = int(inner >= sizes[0])
+        inner -= sizes[0] * part
+        count = min(sizes[part] - inner, len(values) - done)
+        read.read_into(tensor.inputs[part], expert * sizes[part] + inner, values[done : done + count])
+        done += count
+
+
+def tensor_of(block: GgufBlock, name: str) -> TensorInfo:
+    """Return the float32 tensor of a block's values under `name`."""
+    source = stored(block.path, block.begin, (block.nbytes,), "U8", block.name)
+    return TensorInfo(name, viewed(ggml_blocks, [source], block.shape, "F32", kind=block.kind))
+
+
+def is_joined_experts(tensor: Tensor) -> bool:
+    """Return whether a tensor has both halves of its experts."""
+    return tensor.function == joined_experts.__name__
+
 
 # Axes of one that llama.cpp leaves out.
 SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
@@ -82,19 +183,19 @@ def _undone(header: GgufHeader, known: GgufNames, block: GgufBlock, name: str) -
     info = tensor_of(block, name)
     rest = re.sub(r"^((enc|dec)\.)?blk\.\d+\.", "", block.name)
     if known.less_one and block.name.endswith("norm.weight"):
-        return _viewed(views.less_one, info)
+        return _viewed(less_one, info)
     if known.halves and rest.startswith(("attn_q.", "attn_k.")):
         heads = _heads(header, "head_count" if rest.startswith("attn_q.") else "head_count_kv")
-        return _viewed(views.head_order, info, head=_head(block, heads, 2), fused=0)
+        return _viewed(head_order, info, head=_head(block, heads, 2), fused=0)
     if known.fused and rest.startswith("attn_qkv."):
         heads = _heads(header, "head_count")
-        return _viewed(views.head_order, info, head=_head(block, 3 * heads, 1), fused=heads)
+        return _viewed(head_order, info, head=_head(block, 3 * heads, 1), fused=heads)
     if rest.startswith("attn_qkv.") and header.architecture == "falcon" and _heads(header, "head_count_kv") != 1:
         raise InputError("has several heads of keys, in an order of llama.cpp's own, which transformers does not undo")
     if rest in known.transposed:
-        return replace(info, tensor=viewed(views.transposed_blocks, [info], block.shape[::-1], "F32"))
+        return replace(info, tensor=viewed(transposed_blocks, [info], block.shape[::-1], "F32"))
     if rest == "ssm_a":
-        return _viewed(views.log_of_negative, info)
+        return _viewed(log_of_negative, info)
     axis = SQUEEZED.get(rest)
     if axis is not None and len(block.shape) == 1 + axis:
         return info.part(0, (*block.shape[:axis], 1, *block.shape[axis:]))
@@ -128,16 +229,12 @@ def _joined(first: GgufBlock, second: GgufBlock, one: TensorInfo) -> TensorInfo:
     if len(gate.shape) != 3 or gate.shape != up.shape:
         raise InputError(f"has the shape {list(second.shape)}, {first.name} {list(first.shape)}")
     experts, rows, columns = gate.shape
-    return replace(one, tensor=viewed(views.joined_experts, [gate, up], (experts, 2 * rows, columns), "F32"))
+    return replace(one, tensor=viewed(joined_experts, [gate, up], (experts, 2 * rows, columns), "F32"))
 
 
 def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, GgufBlock]) -> None:
     for name, block in stored.items():
-        if (
-            name.endswith("gate_up_proj")
-            and "_exps" in block.name
-            and not views.is_joined_experts(tensors[name].tensor)
-        ):
+        if name.endswith("gate_up_proj") and "_exps" in block.name and not is_joined_experts(tensors[name].tensor):
             raise InputError(f"{block.name}: the other half of {name} is missing", hint="download the model again")
 
 
@@ -152,6 +249,6 @@ def _dtype(blocks: Sequence[GgufBlock]) -> str:
 
 def _saved(info: TensorInfo, block: GgufBlock, dtype: str) -> TensorInfo:
     """Return a tensor that is read as it is, if it is stored in the outputs' dtype, else computed."""
-    if PLAIN.get(block.kind) == dtype and info.tensor.whole.function == views.ggml_blocks.__name__:
+    if PLAIN.get(block.kind) == dtype and info.tensor.whole.function == ggml_blocks.__name__:
         return TensorInfo(info.name, stored(block.path, block.begin, info.shape, dtype, info.name))
     return replace(info, saved_as=dtype)

@@ -18,7 +18,7 @@ def nodes(
     make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, task: int, **parameters: Any
 ) -> Any:
     """Make the node of a method of one task. InputError: there is no such task."""
-    models = sum(node.kind != "small" for node in inputs) - based
+    models = sum(node.kind not in ("small", "stage") for node in inputs) - based
     if task > models:
         raise InputError(f"task {task}: the recipe merges {models} models", hint=f"a number from 1 to {models}")
     return make(function, inputs, shape=shape, task=task, **parameters)

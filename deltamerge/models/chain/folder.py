@@ -3,24 +3,284 @@
     chain/000100/    made from the base
     chain/000101/    made from what 000100 makes, and so on: version.json names it
 
+docs/reference/delta-format.md describes a version. Without version.json, or without `after`, it is made from the base.
+A *state* is the content of all tensors of a model: one hash over their names, dtypes, shapes and hashes.
 A name that begins with a dot is of something unfinished, or a lock, and of no version.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from blake3 import blake3
+from pydantic import Field, StringConstraints, ValidationError
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.files.descriptors import reading
+from deltamerge.files.descriptors import reading, writing
+from deltamerge.files.hashes import hash_output
+from deltamerge.files.strict_json import read_json
+from deltamerge.formats.delta.entry import digest
 from deltamerge.formats.delta.folder import MANIFEST
-from deltamerge.models.chain.version import NAME, VERSION, Note, Version, check_link, open_version, read_note
+from deltamerge.formats.delta.manifest import Digest, Manifest, Natural, Record, Strict
 from deltamerge.models.checkpoint import is_delta
+from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.names import natural
+
+VERSION = "version.json"
+FORMAT = "deltamerge-version"
+NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+FOREIGN = "the version was changed, renamed or put in from elsewhere: copy the chain again"
+
+VersionName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
+
+
+class Named(Strict):
+    """A version by its name, and the state that it makes."""
+
+    name: VersionName
+    state: Digest
+
+
+class Stored(Strict):
+    """A file of a version: "blake3:<hex>" and bytes."""
+
+    hash: Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
+    size: Natural
+
+
+class Note(Strict):
+    """version.json.
+
+    name     the version's, and its folder's
+    base     the state of the chain's base
+    state    what the version makes
+    after    the version that it changes; None: the base
+    step     of the training run that wrote it
+    folded   earlier versions that `squash` has folded into it, and removed
+    files    of the artifact
+    """
+
+    format: Literal["deltamerge-version"] = "deltamerge-version"
+    version: Literal[1] = 1
+    name: VersionName
+    base: Digest
+    state: Digest
+    after: Named | None = None
+    step: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
+    folded: Annotated[list[Named], Field(max_length=1_000_000)] = Field(default_factory=list)
+    files: Annotated[dict[str, Stored], Field(max_length=100_000)]
+
+
+class Content(NamedTuple):
+    """A tensor as a state knows it; `hash` as in delta.json."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    hash: str
+
+
+def state_of(tensors: Mapping[str, Content]) -> str:
+    """The hash of a state: BLAKE3 (128 bits) of a line for each tensor, sorted by name: name, dtype, shape and hash
+    with tabs between, sizes with commas."""
+    lines = (f"{n}\t{c.dtype}\t{','.join(map(str, c.shape))}\t{c.hash}\n" for n, c in sorted(tensors.items()))
+    return digest(blake3("".join(lines).encode("utf-8", "surrogatepass")))
+
+
+def contents(manifest: Manifest) -> dict[str, Content]:
+    """The tensors that an artifact makes."""
+    return {n: Content(r.dtype, tuple(r.shape), r.result) for n, r in manifest.tensors.items()}
+
+
+def base_contents(manifest: Manifest) -> dict[str, Content]:
+    """The tensors of the base that an artifact changes or keeps; those that the result lacks are not among them."""
+    found = {}
+    for name, record in manifest.tensors.items():
+        if record.base is not None:
+            found[record.base_name or name] = Content(*record.base_kind, record.base)
+    return found
+
+
+@dataclass(frozen=True)
+class Version:
+    """An open version: the folder that holds it, its artifact, and what version.json says (None: there is none)."""
+
+    path: Path
+    delta: DeltaFile
+    note: Note | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def after(self) -> Named | None:
+        return None if self.note is None else self.note.after
+
+    @cached_property
+    def contents(self) -> dict[str, Content]:
+        """The tensors that it makes."""
+        return contents(self.delta.manifest)
+
+    @cached_property
+    def state(self) -> str:
+        """The state that it makes."""
+        return state_of(self.contents)
+
+    @cached_property
+    def base(self) -> str:
+        """The state of the chain's base."""
+        return state_of(base_contents(self.delta.manifest)) if self.note is None else self.note.base
+
+
+def open_version(path: Path) -> Version:
+    """The version in the folder `path`, whose files are not hashed but for delta.json. InputError: it does not follow
+    the format, is not the version that its name says, or is not what version.json says."""
+    path = path.resolve()
+    note = read_note(path)
+    if note is not None:
+        with errors.context(str(path)):
+            _check_files(path, note)
+    opened = DeltaFile.open(path)
+    version = Version(path, opened, note)
+    if note is None:
+        return version
+    with errors.context(str(path)):
+        if opened.manifest.semantics != "replace":
+            raise InputError("holds values to add, which no version of a chain does")
+        if wanted := {file.name for file in opened.files} - note.files.keys():
+            raise InputError(f"{VERSION} does not list {min(wanted)}", hint=FOREIGN)
+        if note.state != version.state:
+            raise InputError(f"{VERSION} names another state than delta.json makes", hint=FOREIGN)
+        if note.after is None and note.base != state_of(base_contents(opened.manifest)):
+            raise InputError(f"{VERSION} names another base than delta.json", hint=FOREIGN)
+    return version
+
+
+def check_hashes(path: Path, files: Mapping[str, Stored]) -> list[str]:
+    """The names of files of a version. InputError: one has not the hash that version.json has for it."""
+    for name, stored in files.items():
+        if hash_output(path / name) != stored.hash:
+            raise InputError(f"{name} is not the file that {VERSION} names", hint="copy the version again")
+    return list(files)
+
+
+def _check_files(path: Path, note: Note) -> None:
+    """InputError: a version has not its files."""
+    for name, stored in note.files.items():
+        if not NAME.fullmatch(name):
+            raise InputError(f"{VERSION}: {name[:80]!r} is no name of a file")
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != stored.size:
+            what = "is missing" if size is None else f"has {size} bytes, not {stored.size}"
+            raise InputError(f"{name} {what}", hint="copy the version again")
+    check_hashes(path, {name: stored for name, stored in note.files.items() if name == MANIFEST})
+
+
+def read_note(path: Path) -> Note | None:
+    """What version.json in a folder says; None where there is none. InputError: it is damaged, or another version's."""
+    if not (path / VERSION).is_file():
+        return None
+    with errors.context(str(path)):
+        raw = read_json(path / VERSION)
+        with errors.context(VERSION):
+            if raw.get("format") != FORMAT:
+                raise InputError("is not the version.json of a deltamerge chain")
+            if raw.get("version") != 1:
+                raise InputError(
+                    f"has version {raw.get('version')!r}, this deltamerge reads version 1", hint="upgrade deltamerge"
+                )
+            try:
+                note = Note.model_validate(raw)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if note.name != path.name:
+            raise InputError(f"is version {note.name}, not {path.name}", hint=FOREIGN)
+        return note
+
+
+def write_note(folder: Path, note: Note) -> None:
+    """Write a version's version.json, without defaults. OutputError: the disk."""
+    said = {"format": note.format, "version": note.version} | note.model_dump(exclude_defaults=True)
+    with writing(folder):
+        (folder / VERSION).write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def stored_files(folder: Path, files: Iterable[Path]) -> dict[str, Stored]:
+    """The files of an artifact in `folder`, as version.json lists them."""
+    return {
+        path.name: Stored(hash=hash_output(folder / path.name), size=(folder / path.name).stat().st_size)
+        for path in sorted(files)
+    }
+
+
+def check_link(before: Version, version: Version) -> None:
+    """InputError unless `version` was made from what `before` makes, tensor by tensor."""
+    after = version.after
+    if after is None or (after.name, after.state) != (before.name, before.state):
+        said = "the base" if after is None else f"{after.name} of state {after.state}"
+        raise InputError(
+            f"{version.path}: comes after {said}, not after {before.name} of state {before.state}", hint=FOREIGN
+        )
+    if version.base != before.base:
+        raise InputError(f"{version.path}: is of another base than {before.name}", hint=FOREIGN)
+    with errors.context(str(version.path)):
+        check_successor(before.contents, version.delta.manifest, before.name)
+
+
+def check_successor(before: Mapping[str, Content], manifest: Manifest, name: str) -> None:
+    """InputError unless an artifact changes the tensors `before`, of the version `name`, into tensors of the same
+    names, dtypes and shapes."""
+    if manifest.semantics != "replace":
+        raise InputError("holds values to add, which no version of a chain does", hint="extract it without --values")
+    for tensor in sorted({*before, *manifest.removed} ^ manifest.tensors.keys()):
+        what = "lacks" if tensor in before else "adds"
+        raise InputError(
+            f"{what} {tensor}: every version has the tensors of {name}, which it comes after",
+            hint="begin a chain of its own with it",
+        )
+    for tensor, record in manifest.tensors.items():
+        if found := _difference(before[tensor], record):
+            raise InputError(f"{tensor}: was made from {found} than {name} makes", hint=FOREIGN)
+        if not record.count and record.result != record.base:
+            raise InputError(f"{tensor}: changes nothing, and yet names another result", hint=FOREIGN)
+
+
+def _difference(before: Content, record: Record) -> str:
+    """In what the tensor that a record changes differs from `before`; "" where it does not."""
+    if record.base != before.hash:
+        return "other content"
+    renamed = record.base_name is not None
+    grown = record.base_shape is not None or tuple(record.shape) != before.shape
+    cast = record.base_dtype is not None or record.dtype != before.dtype
+    return "another name" if renamed else "another shape" if grown else "another dtype" if cast else ""
+
+
+def described(versions: Iterable[Version]) -> Iterator[dict[str, object]]:
+    """What `deltamerge list` says of versions."""
+    for version in versions:
+        entries = version.delta.entries.values()
+        note = version.note
+        yield {
+            "name": version.name,
+            "after": None if version.after is None else version.after.name,
+            "step": None if note is None else note.step,
+            "state": version.state,
+            "changed": sum(entry.record.count for entry in entries),
+            "elements": sum(entry.size for entry in entries),
+            "bytes": sum(file.stat().st_size for file in version.delta.files),
+            "folded": [] if note is None else [one.name for one in note.folded],
+        }
+
 
 RANGE = ".."
 MOST = 100_000  # versions in one line

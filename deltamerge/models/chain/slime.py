@@ -35,10 +35,10 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.delta.positions import Array
-from deltamerge.formats.delta.recent import RecentParts
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.weight_files import INDEX, read_index
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.tensors.reader import RecentParts
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, unique, view
 
 NAME = re.compile(r"weight_v(\d{6,12})")

@@ -21,8 +21,7 @@ from deltamerge.apps.chain.live import Write
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.models.chain import folder as folders
-from deltamerge.models.chain.folder import between, line
-from deltamerge.models.chain.version import VERSION
+from deltamerge.models.chain.folder import VERSION, between, line
 
 NAMES = ["000001", "000002", "000003", "000004"]
 Tensors = dict[str, torch.Tensor]

@@ -13,8 +13,8 @@ from conftest import load_tensors, make_checkpoint
 from test_chain import call, refused, same, succeed
 
 from deltamerge.files.tree import files_of
-from deltamerge.models.chain import store as stores
-from deltamerge.models.chain.store import Sharing, is_store
+from deltamerge.models.chain import publish as stores
+from deltamerge.models.chain.publish import Sharing, is_store
 
 VOCABULARY = json.dumps({"model": {"vocab": {f"word-{i}": i for i in range(5000)}}})
 QUICK = ("--workers", 1, "-q")

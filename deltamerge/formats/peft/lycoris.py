@@ -1,4 +1,8 @@
-"""LoKr on a weight: W + s · C ⊗ D (Yeh et al., arXiv 2309.14859), as PEFT merges it."""
+"""LoHa and LoKr on a weight, as PEFT merges them.
+
+LoHa is W + s · (A₁ B₁) ∘ (A₂ B₂) (Hyeon-Woo et al., arXiv 2108.06098). LoKr is W + s · C ⊗ D (Yeh et al., arXiv
+2309.14859).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,65 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.peft.config import BY_PEFT, scale_of
-from deltamerge.formats.peft.loha import with_core
 from deltamerge.formats.peft.parts import factors_of
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 from deltamerge.tensors.views import Array, base_rows, fill_rows, flat_rows, product
+
+
+@view(entrywise=True)
+def hadamard(read: Read, tensor: Tensor, start: int, out: memoryview, *, scale: float) -> None:
+    """Compute W + s · (A₁ B₁) ∘ (A₂ B₂) in float32, rounded once to W's dtype.
+
+    Inputs: W (out, in, …), A₁, A₂ (out, r), B₁, B₂ (r, in · …). With two more, the cores T (r, r, …), A is (r, out) and
+    B (r, in), and a factor is Σ_ij T_ij… A_i,out B_j,in.
+    """
+    base, a1, a2, b1, b2, *cores = tensor.inputs
+    rights = [flat_rows(read, b1), flat_rows(read, b2)]
+    lefts = [flat_rows(read, a1), flat_rows(read, a2)]
+    if cores:
+        lefts = [left.T for left in lefts]
+        pairs = zip(cores, rights, strict=True)
+        rights = [with_core(flat_rows(read, core).reshape(*core.shape[:2], -1), right) for core, right in pairs]
+
+    def rows(top: int, bottom: int) -> Array:
+        one, other = (product(left[top:bottom], right) for left, right in zip(lefts, rights, strict=True))
+        one *= other
+        one *= np.float32(scale)
+        one += base_rows(read, base, top, bottom)
+        return one
+
+    fill_rows(tensor, start, out, rows)
+
+
+def with_core(core: Array, right: Array) -> Array:
+    """Return (r, in · n): Σ_j T_ij· B_j,in of T (r, r, n) and B (r, in), in the order of j."""
+    rank, _, size = core.shape
+    total = np.zeros((rank, right.shape[1], size), np.float32)
+    for j in range(core.shape[1]):
+        total += right[j][None, :, None] * core[:, j][:, None, :]
+    return total.reshape(rank, -1)
+
+
+def with_loha(info: TensorInfo, factors: Mapping[str, TensorInfo], key: str, config: Mapping[str, Any]) -> TensorInfo:
+    """Return a weight with its LoHa update. InputError: factors that do not fit it."""
+    a1, b1, a2, b2 = factors_of(factors, ("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2"))
+    rows, columns = info.shape[0], math.prod(info.shape[1:])
+    cores: list[TensorInfo] = []
+    if "t1" in factors or "t2" in factors:
+        cores = factors_of(factors, ("t1", "t2"), ("w1_a", "w1_b", "w2_a", "w2_b"))
+    for n, (a, b) in enumerate(((a1, b1), (a2, b2))):
+        rank = b.shape[0]
+        if not cores:
+            sound = a.shape == (rows, rank) and b.shape == (rank, columns)
+        else:
+            core = cores[n].shape
+            sound = len(core) > 2 and core[:2] == (rank, rank) and a.shape == (rank, rows)
+            sound = sound and b.shape[1] * math.prod(core[2:]) == columns
+        if not sound:
+            raise InputError(f"LoHa's factors do not fit the base's weight {list(info.shape)}", hint=BY_PEFT)
+    inputs = [info, a1, a2, b1, b2, *cores]
+    scale = scale_of(config, key, b1.shape[0])
+    return replace(info, tensor=viewed(hadamard, inputs, info.shape, info.dtype, scale=scale))
 
 
 @view(entrywise=True)
