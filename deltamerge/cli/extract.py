@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deltamerge.cli.options import (
     NONFINITE,
     PICKLES,
     QUIET,
+    RATIO,
     RESUME,
     WORKERS,
     pruning_methods,
@@ -60,6 +62,7 @@ from deltamerge.errors import after_folders, app
     help="Make a LoRA for PEFT: of this rank, of as many as keep a share of each delta, or alone with --budget.",
 )  # fmt: skip
 @BUDGET
+@RATIO
 @click.option(
     "--whole",
     type=click.Choice(["keep", "heads", "drop", "refuse"]),
@@ -88,7 +91,8 @@ def command(
     q: float | None,
     values: str | None,
     lora: str | None,
-    budget: int | None,
+    budgets: tuple[int, ...],
+    ratios: tuple[float, ...],
     whole: str | None,
     targets: tuple[str, ...],
     dora: bool,
@@ -102,19 +106,22 @@ def command(
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
     A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
-    choose what that is divided by, which decides at a density of 0.01. Several models are done one by one; their deltas
-    in --out are a store, each under its model's name, where files that several have are there once.
+    choose what that is divided by, which decides at a density of 0.01. With --budget or --ratio it holds values to add,
+    chosen so that so many bytes lose least; rows weigh what is lost by the inputs of layers. Several models are done one
+    by one; their deltas in --out are a store, each under its model's name, where files that several have are there once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
     deltamerge extract tuned --base base --density 0.01 --calibration rows.jsonl
+    deltamerge extract tuned --base base --budget 8MB
+    deltamerge extract tuned --base base --ratio 32,64,128,256
     deltamerge extract a b c --base base --out store
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
     with app("chain"):
+        from deltamerge.apps.chain.extract import curve, name_in_store, name_of, pruning
         from deltamerge.apps.chain.extract import extract as extract_delta
-        from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
     from deltamerge.models.chain.publish import Sharing, is_store
     from deltamerge.run.options import Options
 
@@ -133,13 +140,23 @@ def command(
         base, models = models[1], models[:1]
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
-    size = _lora_size(lora, budget)
+    size, sizes = _lora_size(lora, budgets), _delta_sizes(lora, budgets, ratios)
     more = {"whole": whole, "targets": list(targets) or None, "dora": dora or None}
     more = {key: value for key, value in more.items() if value is not None}
     if size is None and more:
         raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
+    if sizes and (density is not None or method is not None or q is not None or values is not None):
+        raise click.UsageError(
+            "--budget chooses how values are stored, and takes no density, --method, --q or --values"
+        )
     if size is not None and (density is not None or method is not None or q is not None):
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
+    if len(sizes) > 1:
+        if len(models) > 1 or after is not None:
+            raise click.UsageError("several sizes print what each would lose of one model, and make nothing")
+        points = curve(models[0], base, sizes, calibration=calibration, options=Options(**options))
+        _say_curve(points, as_json=as_json)
+        return
     store = out if size is None and out is not None and (len(models) > 1 or is_store(out)) else None
     names = [name_of(model, lora=size is not None) if store is None else name_in_store(model) for model in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -159,7 +176,7 @@ def command(
         with after_folders(done):
             result = extract_delta(
                 model, base, target, density=density, method=method, q=q, values=values, after=after,
-                lora=None if size is None else size | more,
+                lora=None if size is None else size | more, size=sizes[0] if sizes else None,
                 calibration=calibration,
                 options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
             )  # fmt: skip
@@ -175,13 +192,33 @@ def command(
         say_json({"results": summaries})
 
 
-def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
+def _delta_sizes(lora: str | None, budgets: Sequence[int], ratios: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the keys of a recipe's prune for --budget and --ratio; none of a LoRA."""
+    if lora is not None:
+        if ratios:
+            raise click.UsageError("--ratio is of a delta: --lora takes --budget 20MB")
+        return []
+    if budgets and ratios:
+        raise click.UsageError("--budget and --ratio both say the size: keep one of the two")
+    return [*({"bytes": size} for size in budgets), *({"ratio": ratio} for ratio in ratios)]
+
+
+def _say_curve(points: Sequence[tuple[int, float]], *, as_json: bool) -> None:
+    """Print the bytes of artifacts, and the share of the delta's squares that each would lose."""
+    if as_json:
+        say_json({"curve": [{"bytes": nbytes, "lost": float(f"{lost:.4g}")} for nbytes, lost in points]})
+        return
+    for nbytes, lost in points:
+        tell(f"{nbytes:>15,} bytes   {lost:.3f} of the squares lost")
+
+
+def _lora_size(text: str | None, budgets: Sequence[int]) -> dict[str, Any] | None:
     """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
     if text is None:
-        if budget is not None:
-            raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")
         return None
-    size: dict[str, Any] = {} if budget is None else {"budget": budget}
+    if len(budgets) > 1:
+        raise click.UsageError("--lora takes one --budget")
+    size: dict[str, Any] = {"budget": budgets[0]} if budgets else {}
     name, _, share = text.replace("=", ":").partition(":")
     if text and text.isdecimal():
         size["rank"] = int(text)

@@ -101,11 +101,34 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 MEMORY = click.option(
     "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
 )
+
+
+def _sizes(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    found = (_size(context, option, one.strip()) for one in (text or "").split(",") if text is not None)
+    return tuple(size for size in found if size is not None)
+
+
+def _ratios(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return () if text is None else tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"no number: {text!r}") from None
+
+
 BUDGET = click.option(
     "--budget",
-    metavar="SIZE",
-    callback=_size,
-    help="Of a LoRA: its bytes, such as 20MB, shared out by what they keep.",
+    "budgets",
+    metavar="SIZE[,SIZE...]",
+    callback=_sizes,
+    help="Bytes of the delta, or of the LoRA, such as 20MB, shared out by what they keep. Several: print what each would "
+    "lose, and make nothing.",
+)
+RATIO = click.option(
+    "--ratio",
+    "ratios",
+    metavar="N[,N...]",
+    callback=_ratios,
+    help="How many times smaller than the checkpoint the delta is, instead of --budget.",
 )
 FORCE = click.option(
     "--force", is_flag=True, help="Replace what another command made or someone changed; never a version that others "

@@ -113,7 +113,7 @@ class Curve:
     def _listed(self) -> Iterator[Choice]:
         size = self.m * self.n
         kept, inside = np.cumsum(self.counts), np.cumsum(self.squares)
-        steps = np.unique(np.searchsorted(kept, np.geomspace(1, size / 3, 24))) if size > 8 else []
+        steps: Array = np.unique(np.searchsorted(kept, np.geomspace(1, size / 3, 24))) if size > 8 else np.empty(0)
         for at in steps:
             if at >= kept.size:
                 continue
@@ -171,7 +171,8 @@ def histogram(delta: Array, weights: Array | float) -> tuple[Floats, Floats]:
     """How many entries have squares of each bin, and their sums, by bin; to be added up."""
     squares = (np.square(delta, dtype=np.float64) * weights).reshape(-1)
     bins = squares.astype(np.float32).view(np.uint32) >> 20
-    return np.bincount(bins, minlength=BINS + 1)[: BINS + 1], np.bincount(bins, squares, BINS + 1)[: BINS + 1]
+    counts = np.bincount(bins, minlength=BINS).astype(np.float64)
+    return counts, np.bincount(bins, squares, BINS)
 
 
 def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:

@@ -19,12 +19,12 @@ from deltamerge.files.descriptors import flat
 from deltamerge.files.journal import Journal
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
-from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
+from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, TensorWriter, is_related
 from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
-from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, SharesAccount, Sharing, bytes_of, refused
+from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, SharesAccount, Sharing, bytes_of, refused, shared_outputs
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -202,13 +202,9 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
     """Write the artifact of values to add whose bytes are shared out. InputError: they are too few."""
     nbytes = bytes_of(planned)
     assert nbytes is not None
-    names = {tensor.name for tensor in planned.budgeted}
-    outputs = {
-        out.name: out for out in planned.outputs if out.name in names and out.elements and _is_shared(planned, out)
-    }
-    rest = sum(out.delta_bytes(None) for out in planned.outputs if out.name not in outputs)
+    outputs, rest = shared_outputs(planned)
     job.work.empty()
-    sharing = Sharing(planned, job, outputs, nbytes)
+    sharing = Sharing(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
     done = False
     try:
         with job.values(planned) as known:
@@ -245,15 +241,6 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
         sharing.spool.close(done=done)
     account = SharesAccount(nbytes, sharing.made, sharing.lost, bool(sharing.moments), summary)
     return Weights(planned, values, nonfinite=summary.nonfinite, account=account)
-
-
-def _is_shared(planned: Plan, out: OutputTensor) -> bool:
-    """Return whether a tensor's delta can be a sum of parts: it has the base's shape, and is made in one piece."""
-    origin, name = planned.inputs.origin, planned.inputs.canonical.get(out.name, out.name)
-    assert origin is not None
-    info = origin.get(name)
-    related = info is not None and is_related(info.dtype, info.shape, out.dtype, out.shape)
-    return related and _delta(out, info) is not None
 
 
 def write_within_budget(planned: Plan, job: WriteJob) -> Weights:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,19 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
 from deltamerge.engine.backends import single_threaded
-from deltamerge.engine.execute import execute
+from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import flat, writing
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
-from deltamerge.formats.delta.tensor_writer import Spool
+from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.rate import HELD, Choice, Curve, curve_of, histogram, parts_of, share
 from deltamerge.methods.registry import PRUNE
-from deltamerge.outputs.output import Account, WriteJob
+from deltamerge.outputs.output import Account
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
@@ -96,13 +97,20 @@ class SharesAccount(Account):
 
     def describe(self) -> dict[str, Any]:
         """Return the keys that it adds to a lock."""
-        return {"budget": {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": float(f"{self.lost:.4g}")}}
+        lost = float(f"{self.lost:.4g}")
+        return {"budget": {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "of": self.squares}}
+
+    @property
+    def squares(self) -> str:
+        """What squares are of, in words."""
+        return "squares of the layers' outputs" if self.weighed else "delta's squares"
 
     def line(self) -> str:
         """Return the size, what is lost, and where bytes went, in one line."""
         spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
-        of = "outputs'" if self.weighed else "delta's"
-        return f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the {of} squares are lost"
+        return (
+            f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the {self.squares} are lost"
+        )
 
     def card(self, plan: Plan) -> list[str]:
         """Return what the artifact holds."""
@@ -169,7 +177,7 @@ class Sharing:
     """The tensors that share the bytes of an artifact: measured once, and then made for a multiplier."""
 
     planned: Plan
-    job: WriteJob
+    spool: Spool
     outputs: dict[str, OutputTensor]
     nbytes: int
     known: Mapping[Node, Any] = field(default_factory=dict)
@@ -181,8 +189,7 @@ class Sharing:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        """Open the spool."""
-        self.spool = Spool(self.job.work.folder, self.job.work.journal)
+        """Number the tensors, and find the matrices that they are."""
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
 
@@ -236,6 +243,11 @@ class Sharing:
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
+
+    def lost_at(self, nbytes: float) -> float:
+        """Return the share of all squares that would be lost of so many bytes."""
+        self.choose(nbytes)
+        return self.lost
 
     @property
     def is_whole(self) -> bool:
@@ -326,6 +338,35 @@ class Sharing:
 
     def _path(self, name: str) -> Path:
         return self.spool.folder / f"{self.numbers[name]:07d}"
+
+
+def curve(planned: Plan, sizes: Sequence[int]) -> list[tuple[int, float]]:
+    """Return about the share of all squares that is lost of artifacts of so many bytes; nothing is left behind."""
+    outputs, rest = shared_outputs(planned)
+    with TemporaryDirectory(prefix="deltamerge-") as folder:
+        spool = Spool(Path(folder), None)
+        sharing = Sharing(planned, spool, outputs, max(sizes), shared_values(planned.stages, {}))
+        sharing.measure(lambda _: None)
+        least = HEADERS + rest
+        if min(sizes) < least:
+            raise refused(planned, min(sizes), least)
+        return [(nbytes, sharing.lost_at(nbytes - least)) for nbytes in sizes]
+
+
+def shared_outputs(planned: Plan) -> tuple[dict[str, OutputTensor], int]:
+    """Return the tensors that share the bytes of an artifact, and about the bytes of all others."""
+    names = {tensor.name for tensor in planned.budgeted}
+    outputs = {out.name: out for out in planned.outputs if out.name in names and _is_shared(planned, out)}
+    return outputs, sum(out.delta_bytes(None) for out in planned.outputs if out.name not in outputs)
+
+
+def _is_shared(planned: Plan, out: OutputTensor) -> bool:
+    """Return whether a tensor's delta can be a sum of parts: it has the base's shape, and is made in one piece."""
+    origin, name = planned.inputs.origin, planned.inputs.canonical.get(out.name, out.name)
+    info = None if origin is None else origin.get(name)
+    if info is None or not out.elements or len(out.pieces) > 1 or out.pieces[0].built.delta is None:
+        return False
+    return info.shape == out.shape and is_related(info.dtype, info.shape, out.dtype, out.shape)
 
 
 def _counted(delta: Array, weights: Array | float) -> tuple[Array, Array]:

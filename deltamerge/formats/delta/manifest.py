@@ -200,8 +200,10 @@ def _check_parts(record: Record) -> None:
         raise InputError("parts are dense, of one element at least")
     for part in record.parts:
         if isinstance(part, EntriesPart):
-            listed = part.count is not None
-            if (listed and part.count > size) or (not listed and (part.k or part.positions)):
+            if part.count is None:
+                if part.k or part.positions:
+                    raise InputError("a part of all entries lists no positions")
+            elif part.count > size:
                 raise InputError(f"a part has {part.count} entries, the tensor has {size} elements")
         elif part.rank > MOST_RANK:
             raise InputError(f"a part has rank {part.rank}, at most {MOST_RANK} can be added exactly")

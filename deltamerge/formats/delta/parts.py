@@ -131,7 +131,8 @@ def pack(codes: Array, levels: int) -> Array:
     bits = BITS[levels]
     spread = padded[..., None] >> np.arange(bits, dtype=np.uint8) & 1
     stored = np.packbits(spread.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
-    return stored[..., : packed_bytes(count, levels)]
+    cut: Array = stored[..., : packed_bytes(count, levels)]
+    return cut
 
 
 def unpack(stored: Array, count: int, levels: int) -> Array:
@@ -152,7 +153,8 @@ def _bytes_of(levels: int) -> Array:
     table = LEVELS[levels].astype(np.int8)
     base, digits = (3, TRITS) if levels == 3 else (1 << BITS[levels], 8 // BITS[levels])
     codes = np.arange(256)[:, None] // base ** np.arange(digits) % base
-    return table[np.minimum(codes, table.size - 1)]
+    bytes_: Array = table[np.minimum(codes, table.size - 1)]
+    return bytes_
 
 
 @dataclass(frozen=True, slots=True, eq=False)
