@@ -8,7 +8,7 @@ DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 export PYTHONDONTWRITEBYTECODE :=
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check costs sanitize families conformance mergekit-suite oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check costs sanitize families conformance mergekit-suite oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs dist packages notes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -109,8 +109,18 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html; its rend
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/project/test_site.py
 
+dist:  ## what is published, in dist/: sdist, wheel with compiled kernels, wheel without; 2 minutes
+	PYTHON=$(PYTHON) scripts/dist.sh
+
+# PYTHONS="3.11 3.13" names some; CONSTRAINTS=FILE could ask for a torch without CUDA.
+packages: dist  ## what dist/ has, installed and used on every Python that is here, and by uvx; gigabytes with CUDA's torch
+	PYTHON=$(PYTHON) scripts/packaging.sh
+
+notes:  ## the release notes of the version: its section of CHANGELOG.md
+	@scripts/release.sh notes
+
 clean:  ## remove what the targets made, the environment too
-	rm -rf .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
+	rm -rf dist .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \

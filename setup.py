@@ -52,20 +52,22 @@ def found(pattern: str) -> list[str]:
     return sorted(path.relative_to(HERE).as_posix() for path in (HERE / SOURCES).glob(pattern))
 
 
+def kernels() -> Extension:
+    return Extension(
+        "deltamerge.engine.kernels._native",
+        sources=found("*.cpp"),
+        depends=found("**/*.h"),
+        extra_compile_args=FLAGS + MORE,
+        extra_link_args=[flag for flag in MORE if flag.startswith("-fsanitize")],
+        define_macros=[("Py_LIMITED_API", "0x030B0000"), *HOOKS],
+        py_limited_api=True,
+        optional=True,  # where it cannot be compiled, torch computes
+        language="c++",
+    )
+
+
 write_codes()
-setup(
-    ext_modules=[
-        Extension(
-            "deltamerge.engine.kernels._native",
-            sources=found("*.cpp"),
-            depends=found("**/*.h"),
-            extra_compile_args=FLAGS + MORE,
-            extra_link_args=[flag for flag in MORE if flag.startswith("-fsanitize")],
-            define_macros=[("Py_LIMITED_API", "0x030B0000"), *HOOKS],
-            py_limited_api=True,
-            optional=True,  # where it cannot be compiled, torch computes
-            language="c++",
-        )
-    ],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if os.environ.get("DELTAMERGE_PURE"):  # scripts/dist.sh: a wheel for systems that have none of their own
+    setup()
+else:
+    setup(ext_modules=[kernels()], options={"bdist_wheel": {"py_limited_api": "cp311"}})

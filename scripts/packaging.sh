@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Build wheel and sdist, install each in a fresh environment with the newest and the lowest dependencies (of those that
-# have wheels for this Python), start it as pipx does, and merge with it.
-#   scripts/packaging.sh              with python3
-#   PYTHON=python3.13 CONSTRAINTS=constraints.txt scripts/packaging.sh    # such as a torch without CUDA
+# Install what `make dist` made, each file in a fresh environment, and use it: help, a merge, errors that name extras.
+# The wheel is tried on every Python from 3.11 on that is here, the sdist and the wheel without kernels on the first. All
+# make the same bytes. Then start it as uvx and pipx run do, without installing it.
+#   scripts/packaging.sh
+#   PYTHONS="3.11 3.13" CONSTRAINTS=constraints.txt LOWEST=1 scripts/packaging.sh
+# CONSTRAINTS could ask for a torch without CUDA; LOWEST tries the lowest dependencies too, of those that have wheels.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${PYTHON:-python3}"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
+one() { [ $# = 1 ] && [ -e "$1" ] && echo "$PWD/$1" || { echo "no dist/${1##*/}: make dist" >&2; exit 1; }; }
+wheel="$(one dist/*-cp311-abi3-*.whl)" pure="$(one dist/*-py3-none-any.whl)" sdist="$(one dist/*.tar.gz)"
 
-"$python" -m venv "$scratch/tools"
-"$scratch/tools/bin/pip" install --quiet --disable-pip-version-check build uv
-"$scratch/tools/bin/python" -m build --outdir "$scratch/dist" . >"$scratch/build.log" 2>&1 || { cat "$scratch/build.log"; exit 1; }
-ls -l "$scratch/dist"
-ls "$scratch"/dist/*-cp311-abi3-*.whl >/dev/null || { echo "the wheel is not one for every Python"; exit 1; }
+"${PYTHON:-python3}" -m venv "$scratch/tools"
+"$scratch/tools/bin/pip" install --quiet --disable-pip-version-check uv numpy safetensors
+export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE="${UV_LINK_MODE:-hardlink}"
+uv="$scratch/tools/bin/uv"
+pythons=()
+for python in ${PYTHONS:-3.11 3.12 3.13 3.14}; do
+    if "$uv" python find --quiet "$python" >/dev/null 2>&1; then pythons+=("$python"); else echo "Python $python is not here"; fi
+done
+[ "${#pythons[@]}" -gt 0 ] || { echo "no Python from 3.11 on" >&2; exit 1; }
 
 cat >"$scratch/models.py" <<'END'
 import json, pathlib, sys
@@ -27,38 +34,55 @@ for name, step in (("base", 0), ("a", 1e-2), ("b", -1e-2)):
     folder.mkdir(parents=True)
     save_file({k: v + np.float32(step) for k, v in base.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+pathlib.Path(sys.argv[1], "model.gguf").write_bytes(b"GGUF" + b"\0" * 100)
 END
-"$scratch/tools/bin/pip" install --quiet --disable-pip-version-check numpy safetensors
 "$scratch/tools/bin/python" "$scratch/models.py" "$scratch/models"
 
-try() { # label, package, resolution of the dependencies that pyproject.toml names
-    local env="$scratch/$1" install
-    "$python" -m venv --without-pip "$env"
-    install=("$scratch/tools/bin/uv" pip install --quiet --python "$env/bin/python" --constraint "${CONSTRAINTS:-/dev/null}"
+uses() { # label: use the deltamerge of that environment
+    local dm="$scratch/$1/bin/deltamerge"
+    refuses() { # extra, command
+        local extra="$1"
+        shift
+        if "$dm" "$@" >"$scratch/said" 2>&1 || ! grep -qF "pip install 'deltamerge[$extra]'" "$scratch/said"; then
+            cat "$scratch/said" >&2
+            echo "deltamerge $*: does not name the extra $extra" >&2
+            return 1
+        fi
+    }
+    cd "$scratch/models"
+    "$dm" --help >"$scratch/said"
+    grep -q 'run  *Merge' "$scratch/said"
+    "$dm" --version
+    "$dm" init a b --base base --out "$1.yaml"
+    "$dm" check "$1.yaml"
+    "$dm" run "$1.yaml" --out "$1-merged" --quiet
+    "$dm" verify "$1-merged"
+    "$dm" run "$1.yaml" --out "$1-drawn" --pictures --quiet
+    "$dm" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
+    refuses gguf convert model.gguf "$1-plain"
+    refuses ray run "$1.yaml" --out "$1-ray" --ray
+    "$dm" doctor | tee "$1.doctor"
+}
+try() { # label, Python, package, resolution, kernels
+    local install=("$uv" pip install --quiet --python "$scratch/$1" --constraint "${CONSTRAINTS:-/dev/null}"
         ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"})
-    if [ "$3" = lowest-direct ]; then
+    "$uv" venv --quiet --python "$2" "$scratch/$1"
+    if [ "$4" = lowest-direct ]; then
         "${install[@]}" --resolution lowest-direct --only-binary :all: -r pyproject.toml
     fi
-    "${install[@]}" "$2"
-    (
-        cd "$scratch/models"
-        "$env/bin/deltamerge" init a b --base base --out "$1.yaml"
-        "$env/bin/deltamerge" check "$1.yaml"
-        "$env/bin/deltamerge" run "$1.yaml" --out "$1-merged" --quiet
-        "$env/bin/deltamerge" verify "$1-merged"
-        "$env/bin/deltamerge" run "$1.yaml" --out "$1-drawn" --pictures --quiet
-        "$env/bin/deltamerge" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
-        "$env/bin/deltamerge" --version | tee "$1.version"
-        grep -E '^kernels (baseline|avx2|avx512)$' "$1.version" >/dev/null || { echo "the kernels are not there"; exit 1; }
-    )
+    "${install[@]}" "$3"
+    (uses "$1")
+    grep -qE "^kernels $5" "$scratch/models/$1.doctor" || { echo "$1: the kernels are not $5" >&2; exit 1; }
+    rm -rf "${scratch:?}/$1"
     echo "$1: works"
 }
-wheel="$(echo "$scratch"/dist/*.whl)" sdist="$(echo "$scratch"/dist/*.tar.gz)"
-try wheel-newest "$wheel" highest
-try wheel-lowest "$wheel" lowest-direct
-try sdist-newest "$sdist" highest
-# without installing it: what pipx run and uvx do
-"$scratch/tools/bin/uv" tool run --quiet --python "$python" --constraint "${CONSTRAINTS:-/dev/null}" --from "$wheel" deltamerge methods ties
-# the same bytes, whatever is installed
-sha256sum "$scratch"/models/*-merged/model.safetensors | cut -d' ' -f1 | uniq -c | { read -r count _; [ "$count" = 3 ]; }
-echo "all three made the same bytes"
+compiled='(baseline|avx2|avx512)$'
+for python in "${pythons[@]}"; do try "wheel-${python//[^0-9.]/}" "$python" "$wheel" highest "$compiled"; done
+if [ -n "${LOWEST:-}" ]; then try wheel-lowest "${pythons[0]}" "$wheel" lowest-direct "$compiled"; fi
+try sdist "${pythons[0]}" "$sdist" highest "$compiled"
+try pure "${pythons[0]}" "$pure" highest 'not compiled'
+"$uv" tool run --quiet --python "${pythons[0]}" --constraint "${CONSTRAINTS:-/dev/null}" \
+    ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} --from "$wheel" deltamerge methods ties
+sums="$(sha256sum "$scratch"/models/*-merged/model.safetensors | cut -d' ' -f1 | sort -u)"
+[ "$(wc -l <<<"$sums")" = 1 ] || { echo "different bytes: $sums" >&2; exit 1; }
+echo "all made the same bytes; uvx works"

@@ -1,7 +1,8 @@
 """The command line: its table of commands, exit codes and errors. No other package prints or exits.
 
 A command is one file here: `deltamerge.cli.run` holds the options and the output of `run`, as `command`. It is imported
-when the command is called.
+when the command is called. Other packages add commands by an entry point of the group `deltamerge.commands`, which is
+looked up for names that are not in the table, and in `--help`.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import errno
 import gc
 import importlib
 import io
-import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamerge.cli import progress, streams
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
-from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError
+from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError, plugins
 from deltamerge.errors.shown import shown
 from deltamerge.version import __version__
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 # The table of commands, by purpose: a command's name, and the first sentence of its help.
@@ -66,7 +69,8 @@ SECTIONS = {
         "squash": "Fold the older versions of CHAIN into one.",
         "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
     },
-    "Shell": {
+    "This installation": {
+        "doctor": "Show what deltamerge finds on this machine.",
         "completion": "Print what makes SHELL complete commands and their values.",
     },
 }
@@ -78,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = AS_JSON_FLAG in (sys.argv[1:] if arguments is None else arguments)
     gc.disable()  # a plan is many objects without cycles; collections would take a third of planning
     streams.prepare()
+    warnings.formatwarning = _warning
     try:
         code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
     except click.exceptions.Exit as leaving:
@@ -98,6 +103,16 @@ def main(arguments: list[str] | None = None) -> None:
     if "triton" not in sys.modules:  # triton would report uncollected objects as leaks
         gc.freeze()  # spares the interpreter's last collections, a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Return the text of a warning: one line for a package of methods or commands, else Python's own."""
+    if issubclass(category, plugins.PluginWarning):
+        return f"warning: {shown(str(message))}\n"
+    return _python_warning(message, category, *place, **more)
+
+
+_python_warning = warnings.formatwarning
 
 
 def _refuse(error: click.ClickException, *, machine: bool) -> int:
@@ -152,32 +167,19 @@ def _of_system(error: Exception) -> DeltamergeError | None:
 
 def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
-    what = f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}"
-    where = f"at {Path(last.filename).name}:{last.lineno} in {last.name}"
-    hint = "please report these lines together with the recipe and `deltamerge --version`"
+    whose, file, at, function = f"deltamerge {__version__}", last.filename, last.lineno, last.name
+    hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
+    if (other := plugins.culprit(bug)) is not None:
+        whose, file, at, function = other.package, other.file, other.line, other.function
+        hint = f"report these lines to the authors of {whose}, or remove it"
+    what = f"bug in {whose}: {type(bug).__name__}: {shown(str(bug))}"
+    where = f"at {Path(file).name}:{at} in {function}"
     for line in (what, where, f"hint: {hint}"):
         tell(line)
     if machine:
         with suppress(OSError):
             say_json({"error": {"message": f"{what} {where}", "hint": hint, "exit_code": 3, "problems": []}})
     return 3
-
-
-def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    if not asked:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    from deltamerge.engine import kernels
-
-    click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
-    for package in VERSIONS:
-        try:
-            click.echo(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            click.echo(f"{package} not installed")
-    click.echo(f"kernels {kernels.described()}")
-    context.exit()
 
 
 class _CommandFailure(Exception):
@@ -204,15 +206,42 @@ class Commands(click.Group):
     """The group of all commands. It knows their names and lines of help, and imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*HELP]  # `list` is a command here
+        return [*HELP, *self.others]  # `list` is a command here
+
+    @cached_property
+    def others(self) -> dict[str, EntryPoint]:
+        """The commands of other packages by name, not imported. A warning: a name is taken."""
+        found: dict[str, EntryPoint] = {}
+        for point in plugins.points(plugins.COMMANDS):
+            if point.name in HELP or point.name in found:
+                plugins.refuse(point, f"there is another command {point.name}")
+            else:
+                found[point.name] = point
+        return found
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in HELP and cmd_name not in self.commands:
-            command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
-            assert command.callback is not None
-            command.callback = _with_progress(command.callback)
-            self.add_command(command)
+        if cmd_name not in self.commands:
+            command = self._imported(cmd_name)
+            if command is None:
+                return None
+            if command.callback is not None:
+                command.callback = _with_progress(command.callback)
+            self.add_command(command, cmd_name)
         return self.commands.get(cmd_name)
+
+    def _imported(self, name: str) -> click.Command | None:
+        """Return a command. None, and a warning: it is of another package, and cannot be used."""
+        if name in HELP:
+            own: click.Command = importlib.import_module(f"{__name__}.{name}").command
+            return own
+        point = self.others.get(name)
+        if point is None:
+            return None
+        found = plugins.loaded(point)
+        if found is None or isinstance(found, click.Command):
+            return found
+        plugins.refuse(point, "it is no command of click")
+        return None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -224,7 +253,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that the arguments name. One of mergekit's is refused with what to type here."""
-        if args[0] not in HELP and not args[0].startswith("-"):
+        if args[0] not in HELP and not args[0].startswith("-") and args[0] not in self.others:
             from difflib import get_close_matches
 
             from deltamerge.cli.mergekit_flags import SYNONYMS, ours
@@ -240,12 +269,14 @@ class Commands(click.Group):
         for title, lines in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([*lines.items()])
+        if self.others:
+            with formatter.section("Of other packages"):
+                formatter.write_dl(
+                    [(name, f"A command of {plugins.package_of(p)}.") for name, p in self.others.items()]
+                )
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
-    help="Version of deltamerge, and of all that matters in a bug report.",
-)  # fmt: skip
+@click.version_option(__version__, message="deltamerge %(version)s", help="Print the version; `doctor` says more.")
 def commands() -> None:
     """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""

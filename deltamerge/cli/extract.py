@@ -128,7 +128,8 @@ def command(
     theirs = given_flags(click.get_current_context())
     models = models or theirs.models
     base, out = base or theirs.base, out or theirs.out_path
-    lora, whole, targets = lora or theirs.lora, whole or theirs.whole, targets or theirs.targets
+    lora = theirs.lora if lora is None else lora
+    whole, targets = whole or theirs.whole, targets or theirs.targets
     options = {**options, "workers": options["workers"] or theirs.workers}
     if theirs.device and options["device"] == "auto":
         options["device"] = theirs.device

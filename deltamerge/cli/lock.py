@@ -49,7 +49,7 @@ def command(
     chosen = Options(force=force, **options)
     if check:
         check_lock(file, chosen)
-        tell(f"{file.lock_path}: is that of {recipe} and its inputs")
+        tell(f"{file.lock_path}: up to date")
         return
     written = lock_recipe(file, chosen)
     found = f", the q's of {len(written.calibration)} models" if written.calibration else ""

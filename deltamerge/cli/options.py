@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, app
 from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ FORCE_FILES = click.option(
     "--force", is_flag=True, help="Replace files in the way that were not written for RECIPE, or that someone changed."
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+TRACK = click.option(
+    "--track", metavar="TRACKER[:PROJECT]",
+    help="Log figures as they come to trackio or wandb (extras of those names), project deltamerge if not given.",
+    shell_complete=some("trackio", "wandb"),
+)  # fmt: skip
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")
 BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
@@ -228,3 +234,22 @@ SET = click.option(
 ALLOW_COMMAND = click.option(
     "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
 )
+
+
+@contextmanager
+def tracked(
+    where: str | None, name: str, config: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
+    """Give what logs figures at a step to the tracker of `--track`, or nowhere. Warn where that failed."""
+    if where is None:
+        yield lambda figures, step: None
+        return
+    from deltamerge.cli.output import tell
+
+    with app("track"):
+        from deltamerge.apps.track import tracker
+
+    with tracker(where, name, config) as made:
+        yield made.log
+    if made.failure:
+        tell(f"warning: --track {where}: {made.failure}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +26,21 @@ from deltamerge.cli.options import (
     QUIET,
     RESUME,
     SET,
+    TRACK,
     WORKERS,
     RecipePath,
+    tracked,
 )
 from deltamerge.cli.output import tell
-from deltamerge.cli.result import Warnings, report_run
+from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import app
 
 if TYPE_CHECKING:
+    from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
+    from deltamerge.run.options import Watch
 
+WHOLE = 100  # percent
 PUBLISHED = "hf://"  # a recipe that someone pushed
 
 
@@ -62,6 +69,7 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @SET
 @PICKLES
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
+@TRACK
 @AS_JSON
 @QUIET
 @click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
@@ -87,6 +95,7 @@ def command(
     settings: dict[Loc, str],
     pickles: bool,
     pictures: bool,
+    track: str | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -157,6 +166,10 @@ def command(
             file = replace(file, made_for=recipe.partition("@")[0])
         if (locked or lock_path) and published is None:
             options = replace(options, lock=Lock.read(lock_for(file, out, lock_path)))
+        name = path.stem if published is None else recipe.removeprefix(PUBLISHED)
+        log = held.enter_context(tracked(track, f"run {name}", file.output.recipe.source.data))
+        if track is not None:
+            options = replace(options, watch=partial(_watch, log, warnings.watch))
         if finish:
             result = finish_parts(file, out, options)
         elif ray is not None:
@@ -165,6 +178,7 @@ def command(
             result = run_on_ray(file, out, options, address=ray)
         else:
             result = run_recipe(file, out, options, part=Part.parse(part) if part else None)
+        log({key: value for key, value in summary_of(result, begun).items() if key != "lock"}, WHOLE)
     warnings.end(result)
     lock = options.lock if not part else None
     differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
@@ -182,6 +196,22 @@ def command(
         tell(f"{result.folder}: {agreed}")
     if differing:
         raise click.exceptions.Exit(1)
+
+
+def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Plan) -> Callable[[int], None]:
+    """Log each percent of a plan's bytes, once. As `Options.watch`, when it has the first two."""
+    told, done, said = watch(plan), 0, 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done, said
+        told(nbytes)
+        done += nbytes
+        percent = min(WHOLE - 1, WHOLE * done // max(1, plan.made_bytes))
+        if percent > said:
+            said = percent
+            log({"written/percent": percent, "written/bytes": done}, percent)
+
+    return step
 
 
 def _drawing() -> Any:

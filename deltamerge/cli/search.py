@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.layout import Column, Row, figure, paragraph, table
 from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
-from deltamerge.cli.options import ALLOW_COMMAND, AS_JSON, DEVICE, FOLDER, MEMORY, PICKLES, QUIET, RECIPE, SET, WORKERS
+from deltamerge.cli.options import (
+    ALLOW_COMMAND,
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    PICKLES,
+    QUIET,
+    RECIPE,
+    SET,
+    TRACK,
+    WORKERS,
+    tracked,
+)
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -39,6 +52,7 @@ SHOWN_ERRORS = 5
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Judge candidates on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
+@TRACK
 @DEVICE
 @WORKERS
 @MEMORY
@@ -55,6 +69,7 @@ def command(
     trials: int | None,
     keep: Literal["best", "none"],
     ray: str | None,
+    track: str | None,
     allow_command: bool,
     force: bool,
     as_json: bool,
@@ -80,16 +95,19 @@ def command(
     out, trials = out or theirs.out_path, trials or theirs.trials
     if theirs.warning and not quiet:
         tell(f"warning: {theirs.warning}")
-    found = run_search(
-        read_template(recipe, {**(theirs.settings or {}), **settings}),
-        Options(**options),
-        out,
-        trials=trials,
-        keep=keep,
-        force=force,
-        commands=allow_command,
-        ray=ray,
-    )
+    file = read_template(recipe, {**(theirs.settings or {}), **settings})
+    with tracked(track, f"search {recipe.stem}", file.template.source.data) as log:
+        found = run_search(
+            file,
+            Options(**options),
+            out,
+            trials=trials,
+            keep=keep,
+            force=force,
+            commands=allow_command,
+            ray=ray,
+            log=log,
+        )
     if as_json:
         say_json(found.describe())
     elif not quiet:
@@ -105,17 +123,19 @@ def command(
 
 def render_search(found: SearchResult, width: int) -> str:
     """Return the result, and the trials that were compared on held-out rows. → is the best."""
+    from deltamerge.apps.search.results import label
+
     names = list(found.chosen.params)
     goals = list(found.goals)
     columns = [Column(name) for name in goals] + [Column(f"held out\n{name}") for name in goals]
-    columns += [Column(name.replace("].", "]\n"), 1) for name in names]
+    columns += [Column(label(name, found.models).replace(": ", "\n"), 1) for name in names]
     rows: list[Row] = []
     low = next(iter(found.goals.values()))
     compared = [t for t in found.trials if t.held is not None] or [found.chosen]
     for trial in sorted(compared, key=lambda t: t.outcome.values[0] if low else -t.outcome.values[0]):
         held = trial.held.values if trial.held is not None else ()
-        figures = [f"{v:.4f}" for v in trial.outcome.values] + ([f"{v:.4f}" for v in held] or ["–"] * len(goals))
-        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (trial.params[name] for name in names)]
+        figures = [figure(v) for v in trial.outcome.values] + ([figure(v) for v in held] or ["–"] * len(goals))
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in (trial.params[name] for name in names)]
         mark = "→ " if trial.number == found.chosen.number else "  "
         rows.append((f"{mark}trial {trial.number}", [*figures, *values]))
     ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())

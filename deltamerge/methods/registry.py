@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
-from deltamerge.errors import DeltamergeError
+from deltamerge.errors import plugins
 from deltamerge.methods.parameters import KEPT, Q, parameters_of
 from deltamerge.methods.parameters import Param as Param
 from deltamerge.tensors.traits import traits
 
-GROUP = "deltamerge.methods"
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Keys of `prune` that mean something, or nothing, with every method.
 COMMON_KEYS = frozenset({"method", "include", "exclude"})
@@ -295,12 +295,13 @@ class Methods(Mapping[str, Method], Generic[Method]):
         return _names(self.folder, self.order)
 
     def others(self) -> Mapping[str, Method]:
-        """Return the methods of other packages. DeltamergeError: one has a name that is taken."""
+        """Return the methods of other packages. A warning: one has a name that is taken."""
         table: dict[str, Method] = {}
-        for method in _third_party():
+        for point, method in _third_party():
             if isinstance(method, self.kind):
                 if method.name in table or self._own(method.name) is not None:
-                    raise DeltamergeError(f"method {method.name} of another package: the name is taken")
+                    plugins.refuse(point, f"there is another method {method.name}")
+                    continue
                 table[method.name] = method
         return table
 
@@ -322,29 +323,27 @@ def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @cache
-def _third_party() -> tuple[MergeMethod | PruneMethod, ...]:
+def _third_party() -> tuple[tuple[EntryPoint, MergeMethod | PruneMethod], ...]:
     return tuple(third_party())
 
 
-def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
-    """Yield the methods of other packages: an entry point of `group` names one, or an iterable of them.
+def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
+    """Yield the methods of other packages: an entry point names one, or an iterable of them.
 
-    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. DeltamergeError,
-    naming the package: its entry point cannot be loaded, or is something else.
+    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. A warning, naming
+    the package: its entry point cannot be loaded, or is something else.
     """
-    for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
-        package = point.dist.name if point.dist is not None else "?"
-        try:
-            found: Any = point.load()
-        except Exception as error:  # whatever a package of somebody else raises while it is imported
-            raise DeltamergeError(
-                f"entry point {point.value} of {package}: {error}", hint="update or remove it"
-            ) from error
-        for one in (found,) if _entry(found) is not None else found:
+    for point in plugins.points(plugins.METHODS):
+        found = plugins.loaded(point)
+        if found is None:
+            continue
+        several = _entry(found) is None and isinstance(found, Iterable)
+        for one in found if several else (found,):
             method = _entry(one)
             if method is None:
-                raise DeltamergeError(f"entry point {point.value} of {package} is no MergeMethod or PruneMethod")
-            yield method
+                plugins.refuse(point, "it is no MergeMethod or PruneMethod")
+            else:
+                yield point, method
 
 
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)

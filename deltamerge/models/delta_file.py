@@ -234,8 +234,8 @@ class DeltaFile:
                     found = base.get(base_name)
                     what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
                     raise InputError(
-                        f"the base's {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
-                        hint=f"this delta belongs to {self.manifest.base}",
+                        f"wrong base: {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
+                        hint=f"this delta was made from {self.manifest.base}",
                     )
                 used.add(base_name)
             sources.append(ResultTensor(name, tuple(record.shape), record.dtype, base_name, entry))
@@ -296,7 +296,7 @@ class DeltaFile:
             if read is not None and (found := entry.digest_of(read)) != record.base:
                 if found == record.result and _described(target) == entry.kind:
                     return True
-                raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
+                raise InputError(OTHER_BASE, hint=f"this delta was made from {self.manifest.base}")
             if check:
                 deque(entry.tiles(read), maxlen=0)
         return False

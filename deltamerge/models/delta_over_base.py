@@ -89,7 +89,7 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
             for _ in pool.map(look, delta.entries.values()):
                 pass
         except InputError as error:
-            error.hint = error.hint or f"this delta belongs to {delta.manifest.base}"
+            error.hint = error.hint or f"this delta was made from {delta.manifest.base}"
             raise
 
 

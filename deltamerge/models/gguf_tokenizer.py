@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
+from deltamerge.files import progress
 from deltamerge.files.descriptors import scratch
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.weight_files import GGUF
@@ -60,7 +61,7 @@ def described(checkpoint: Checkpoint) -> dict[str, bytes]:
 
     file = checkpoint.files[0]
     try:
-        with scratch(file.parent) as folder:
+        with scratch(file.parent) as folder, progress.phase(f"making the tokenizer of {file.name}", 0, "tokens"):
             (folder / file.name).symlink_to(file.resolve())  # alone: what lies beside it may be another model's
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
             tokenizer.save_pretrained(folder / "made")

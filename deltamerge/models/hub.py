@@ -101,6 +101,19 @@ def _local(reference: str, folder: Path) -> Path | None:
     return Path(path) if os.path.exists(path) else None
 
 
+def absent(reference: str, folder: Path) -> InputError | None:
+    """Return the error of a reference that is neither there nor a hub id; None: it may be a model. Asks no hub."""
+    if _local(reference, folder) is not None:
+        return None
+    for part in reference.split("+"):
+        if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
+            try:
+                _hub_id(part, folder)
+            except InputError as error:
+                return error
+    return None
+
+
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:

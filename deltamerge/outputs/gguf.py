@@ -68,6 +68,10 @@ class GgufOutput(CheckpointOutput):
         """Raise InputError: llama.cpp knows no such architecture, tensor or tokenizer."""
         check(plan)
 
+    def remarks(self, plan: Plan) -> tuple[str, ...]:
+        """Return the line of the GGUF file, and which weights are not quantised though asked for."""
+        return (*(note for note in plan.notes if note.startswith(f"{file_name(plan)}: ")), *plan.left_plain)
+
     def add(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Write the GGUF file of the finished checkpoint; a note on it."""
         return (write_gguf(plan, folder),)

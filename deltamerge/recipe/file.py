@@ -129,6 +129,12 @@ class TemplateFile:
         return read_text(set_keys(self.text, as_yaml(values), str(self.path)), self.path)
 
 
+def read_sources(path: Path, settings: Mapping[Loc, str] | None = None) -> tuple[YamlSource, ...]:
+    """Return the YAML of the recipe file at `path`, with `settings`, unchecked. RecipeError: it is not YAML."""
+    whole, path = _text_of(path, False, settings)
+    return yaml_source.loads_all(whole, str(path))
+
+
 def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:
     """Read the recipe file at `path`, which may leave values open, with `settings` written into it.
 

@@ -204,7 +204,7 @@ def _write(
             stopped.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, InputError):
-                error.hint = error.hint or f"this delta belongs to {opened.manifest.base}"
+                error.hint = error.hint or f"this delta was made from {opened.manifest.base}"
             raise
 
 

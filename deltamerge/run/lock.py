@@ -185,7 +185,7 @@ class Lock:
         """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
-                f"{self.path}: the recipe is not that of the lock",
+                f"{recipe.source.path} changed after {self.path.name} was written",
                 hint="deltamerge lock RECIPE writes it anew",
             )
 

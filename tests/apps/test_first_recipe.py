@@ -16,7 +16,8 @@ from calls import call
 from click.shell_completion import ShellComplete
 from conftest import tiny_llama
 
-from deltamerge.cli import commands
+from deltamerge import version
+from deltamerge.cli import commands, doctor
 from deltamerge.recipe.load import loads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +215,18 @@ def test_completion_scripts_name_the_variable(capsys, shell):
     assert "_DELTAMERGE_COMPLETE" in out
 
 
-def test_the_version_names_what_matters_in_a_bug_report(capsys):
-    code, out, _ = call(capsys, "--version")
+def test_the_version_is_short_and_doctor_names_what_matters_in_a_bug_report(capsys):
+    assert call(capsys, "--version")[:2] == (0, f"deltamerge {version.__version__}\n")
+    code, out, _ = call(capsys, "doctor")
     assert code == 0
     assert {line.split()[0] for line in out.splitlines()} >= {"deltamerge", "python", "torch", "safetensors", "kernels"}
+    assert json.loads(call(capsys, "doctor", "--json")[1])["deltamerge"] == version.__version__
+
+
+def test_doctor_says_how_to_install_an_extra_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ['nowhere-at-all>=1; extra == "gguf"', 'numpy; extra == "ray"']
+    )
+    out = call(capsys, "doctor")[1]
+    assert "extra gguf lacks nowhere-at-all: pip install 'deltamerge[gguf]'\n" in out
+    assert "extra ray installed\n" in out

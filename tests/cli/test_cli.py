@@ -46,7 +46,11 @@ ERRORS = {
     ),
     "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
     "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in [0, 1], got 1.5", ""),
-    "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
+    "missing model": (
+        RECIPE.format(method="ties").replace("./b,", "./nowhere,"),
+        "./nowhere: no such folder",
+        "hint: ",
+    ),
     "no recipe": (None, "bad.yaml", ""),
 }
 
@@ -212,7 +216,8 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
+    "--verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",

@@ -402,12 +402,12 @@ def test_experts_in_other_tensors_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["extract-lora", "--model", "x"], "deltamerge extract MODEL --base BASE --lora 32"),
-        (["mergekit-moe", "x"], "merge_method: moe"),
-        (["tokensurgeon"], "tokenizer: {transplant: MODEL}"),
+        (["extract-lora", "--model", "x"], "deltamerge extract x --base BASE --lora 128"),
+        (["mergekit-moe", "x"], "deltamerge run x --out OUT"),
+        (["tokensurgeon"], "tokenizer: {transplant: DONOR, k: 64}"),
         (["evolve"], "deltamerge search RECIPE"),
         (["layershuffle"], "slices"),
-        (["multi"], "several documents"),
+        (["multi"], "deltamerge run CONFIG --out OUT"),
         (["extract", "a", "b", "--lora", "3x"], "a rank such as 32"),
         (["extract", "a", "--base", "b", "--budget", "1MB"], "--lora --budget 20MB"),
         (["extract", "a", "--base", "b", "--whole", "drop"], "--whole needs --lora"),

@@ -70,13 +70,13 @@ def test_an_install_without_a_compiler_goes_on_and_says_so(work: Path) -> None:
     without = installed(work / "without", CC="false", CXX="false")
     assert kernels.WITHOUT in deltamerge(without, work, "run", "r.yaml", "--out", "torch")[1].splitlines()
     assert kernels.WITHOUT not in deltamerge(without, work, "run", "r.yaml", "--out", "quiet", "--quiet")[1]
-    assert "kernels not compiled, torch computes" in deltamerge(without, work, "--version")[0].splitlines()
+    assert "kernels not compiled, torch computes" in deltamerge(without, work, "doctor")[0].splitlines()
     if shutil.which("c++") is None and shutil.which("g++") is None:
         return
     compiled = installed(work / "with")
     assert kernels.WITHOUT not in deltamerge(compiled, work, "run", "r.yaml", "--out", "compiled")[1]
     assert merged(work, "compiled") == merged(work, "torch")
-    assert "not compiled" not in deltamerge(compiled, work, "--version")[0]
+    assert "not compiled" not in deltamerge(compiled, work, "doctor")[0]
 
 
 def test_the_switch_leaves_everything_to_torch(work: Path) -> None:
@@ -85,4 +85,4 @@ def test_the_switch_leaves_everything_to_torch(work: Path) -> None:
         said = deltamerge(sys.executable, work, "run", "r.yaml", "--out", name, switch=asked)[1]
         assert kernels.WITHOUT not in said or not kernels.available()
     assert merged(work, "compiled") == merged(work, "torch")
-    assert f"kernels off ({kernels.SWITCH})" in deltamerge(sys.executable, work, "--version", switch="off")[0]
+    assert f"kernels off ({kernels.SWITCH})" in deltamerge(sys.executable, work, "doctor", switch="off")[0]

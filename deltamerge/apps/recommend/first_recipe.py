@@ -129,7 +129,7 @@ def _advice_lines(model: str, advice: Recommendation) -> str:
     for one in advice.candidates:
         lost = "" if one.lost is None else f"{one.lost:.1%}"
         layer, q = ("" if value is None else f"{value:.3g}" for value in (one.layer_error, one.q))
-        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}{'  <-' * (one.name == advice.method)}")
+        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}")
     lines += [
         *rows,
         "",

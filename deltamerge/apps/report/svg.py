@@ -72,7 +72,11 @@ svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--
 svg .reference { stroke: var(--quiet); stroke-width: 1.5px; stroke-dasharray: 5 4; }
 details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
+.scroll { overflow-x: auto; background: linear-gradient(90deg, var(--page) 30%, transparent) left / 3rem 100% local,
+  linear-gradient(270deg, var(--page) 30%, transparent) right / 3rem 100% local,
+  linear-gradient(90deg, var(--quiet), transparent) left / .6rem 100% scroll,
+  linear-gradient(270deg, var(--quiet), transparent) right / .6rem 100% scroll; background-repeat: no-repeat; }
+ table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
@@ -323,7 +327,7 @@ class Frame:
 
     def rules(self, across: str, upward: str) -> list[Markup]:
         """Both axes' ticks, with the names of the horizontal axis below and of the vertical one above."""
-        shapes = [_words(0, 11, f"↑ {upward}")]
+        shapes = [_words(0, 11, upward)]
         for tick in self.y.ticks:
             y = self.down(tick)
             shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y, class_="rule"))
@@ -470,8 +474,11 @@ def lines(
     for i, name in enumerate(series):
         y = foot + ROW * (i + 1)
         colour = COLOURS[i % len(COLOURS)]
-        style = f"stroke:{colour};stroke-width:2.5px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
-        shapes.append(element("line", x1="0", x2="6%", y1=y - 4, y2=y - 4, style=style))
+        if joined is None or name in joined:
+            style = f"stroke:{colour};stroke-width:2.5px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
+            shapes.append(element("line", x1="0", x2="6%", y1=y - 4, y2=y - 4, style=style))
+        else:
+            shapes.append(element("circle", cx="3%", cy=y - 4, r=3.5, style=f"fill:{colour}"))
         shapes.append(element("text", text(name), x="8%", y=y, class_="quiet"))
     height = foot + ROW * len(series) + 6
     return element("svg", *shapes, width="100%", height=f"{height:g}", role="img", aria_label=label)

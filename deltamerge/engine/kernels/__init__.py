@@ -15,7 +15,7 @@ from deltamerge.errors import InputError
 
 SWITCH = "DELTAMERGE_KERNELS"
 OFF = "off"
-WITHOUT = "deltamerge runs without its compiled kernels (no C++ compiler when it was installed): torch computes, slower"
+WITHOUT = "deltamerge runs without its compiled kernels (none are installed for this system): torch computes, slower"
 
 
 @cache
