@@ -106,9 +106,9 @@ def command(
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
     A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
-    choose what that is divided by, which decides at a density of 0.01. With --budget or --ratio it holds values to add,
-    chosen so that so many bytes lose least; rows weigh what is lost by the inputs of layers. Several models are done one
-    by one; their deltas in --out are a store, each under its model's name, where files that several have are there once.
+    choose what that is divided by, which decides at a density of 0.01. With --budget or --ratio it holds values to add
+    in few bits, those that lose least; rows weigh what is lost by the inputs of layers. Several models are done one by
+    one; their deltas in --out are a store, each under its model's name, where files that several have are there once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
@@ -147,9 +147,7 @@ def command(
     if size is None and more:
         raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
     if sizes and (density is not None or method is not None or q is not None or values is not None):
-        raise click.UsageError(
-            "--budget chooses how values are stored, and takes no density, --method, --q or --values"
-        )
+        raise click.UsageError("--budget chooses the values, and takes no --density, --method, --q or --values")
     if size is not None and (density is not None or method is not None or q is not None):
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
     if len(sizes) > 1:

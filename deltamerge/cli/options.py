@@ -121,8 +121,8 @@ BUDGET = click.option(
     "budgets",
     metavar="SIZE[,SIZE...]",
     callback=_sizes,
-    help="Bytes of the delta, or of the LoRA, such as 20MB, shared out by what they keep. Several: print what each would "
-    "lose, and make nothing.",
+    help="Bytes of the delta, or of the LoRA, such as 20MB, shared out by what they keep. Several print what each "
+    "would lose, and make nothing.",
 )
 RATIO = click.option(
     "--ratio",

@@ -141,9 +141,10 @@ def extract(
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. With `size` (bytes or ratio of `prune: {method: budget}`) so many bytes are shared out. Without `density` everything that changed is kept, and stored as final values. `values` stores values to
-    add, in that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora
-    in this folder if not given. `options` are those of `run`.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
+    that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
+    folder if not given. `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
     the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.

@@ -140,7 +140,8 @@ def unpack(stored: Array, count: int, levels: int) -> Array:
     if levels == 8:
         spread = np.unpackbits(stored, axis=-1, bitorder="little", count=3 * count)
         codes = (spread.reshape(*stored.shape[:-1], count, 3) << np.arange(3, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-        return LEVELS[8].astype(np.int8)[codes]
+        eight: Array = LEVELS[8].astype(np.int8)[codes]
+        return eight
     if stored.size and int(stored.max()) >= (most := {3: 3**TRITS, 255: 255}.get(levels, 256)):
         raise InputError(f"codes of {levels} levels have a byte {int(stored.max())}, {most - 1} is the largest")
     out: Array = _bytes_of(levels)[stored].reshape(*stored.shape[:-1], -1)[..., :count]
