@@ -141,7 +141,7 @@ def command(
         base, models = models[1], models[:1]
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
-    size, sizes = _lora_size(lora, budgets), _delta_sizes(lora, budgets, ratios)
+    sizes, size = _delta_sizes(lora, budgets, ratios), _lora_size(lora, budgets)
     more = {"whole": whole, "targets": list(targets) or None, "dora": dora or None}
     more = {key: value for key, value in more.items() if value is not None}
     if size is None and more:

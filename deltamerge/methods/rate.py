@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,15 @@ from deltamerge.tensors.lazy import torch
 
 Floats = NDArray[np.float64]
 
-FACTOR_LEVELS = (2, 3, 4, 8, 16)
-ENTRY_LEVELS = (2, 3, 4, 8, 16)
+FACTOR_LEVELS = (2, 3, 4, 8, 16, 255)
+ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
 LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
 ROUNDS = 3  # of fitting a scale and choosing codes in turns
 BINS = 1 << 11  # of squares of entries: the exponent and three bits of the mantissa
 BLOCK = 1 << 20  # elements that are quantised at once
 HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
 TORCH = 170_000_000  # of torch, beside the compiled loops
+FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
 
@@ -67,7 +68,7 @@ def table(count: int) -> Table:
     return Table(levels * scale, lost)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """What the parts of a tensor (m, n) may take and lose.
 
@@ -86,16 +87,27 @@ class Curve:
 
     def choice(self, price: float) -> Choice:
         """What makes distortion + price · bytes least."""
-        return min(self._choices(price), key=lambda choice: choice.lost + price * choice.nbytes)
-
-    def _choices(self, price: float) -> Iterator[Choice]:
-        yield Choice(0.0, self.energy)
+        costs = self._fixed[1] + price * self._fixed[0]
+        best = int(costs.argmin())
         if min(self.m, self.n) > 1:
-            yield self._factors(price)
+            factors = self._factors(price)
+            if factors.lost + price * factors.nbytes < costs[best]:
+                return factors
+        return self._choices[best]
+
+    @cached_property
+    def _choices(self) -> list[Choice]:
+        """What does not depend on the price: nothing, all entries, and so many of the largest."""
+        found = [Choice(0.0, self.energy)]
         for levels in ENTRY_LEVELS:
             nbytes = packed_bytes(self.m * self.n, levels) + self.m + OVERHEAD
-            yield Choice(nbytes, self.energy * table(levels).distortion, entries=(levels, None))
-        yield from self._listed()
+            found.append(Choice(nbytes, self.energy * table(levels).distortion, entries=(levels, None)))
+        return [*found, *self._listed()]
+
+    @cached_property
+    def _fixed(self) -> tuple[Floats, Floats]:
+        """Bytes and losses of these."""
+        return np.array([one.nbytes for one in self._choices]), np.array([one.lost for one in self._choices])
 
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
@@ -164,7 +176,24 @@ def share(curves: Sequence[Curve], nbytes: float) -> tuple[float, list[Choice]]:
             low = middle
         else:
             high, choices = middle, found
-    return 2.0**high, choices
+    return 2.0**high, _filled(curves, choices, nbytes, high)
+
+
+def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price: float) -> list[Choice]:
+    """Choices that take what is left of the bytes: one tensor after another gets them at a lower price, the largest
+    gain a byte first."""
+    room = nbytes - sum(choice.nbytes for choice in choices)
+    better: list[tuple[float, int, Choice]] = []
+    for number, (curve, choice) in enumerate(zip(curves, choices, strict=True)):
+        for step in range(1, FILLS):
+            other = curve.choice(2.0 ** (price - step / 16))
+            if choice.nbytes < other.nbytes <= choice.nbytes + room and other.lost < choice.lost:
+                better.append(((choice.lost - other.lost) / (other.nbytes - choice.nbytes), number, other))
+    for _, number, other in sorted(better, key=lambda one: -one[0]):
+        more = other.nbytes - choices[number].nbytes
+        if 0 < more <= room and other.lost < choices[number].lost:
+            choices[number], room = other, room - more
+    return choices
 
 
 def histogram(delta: Array, weights: Array | float) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from deltamerge.methods.registry import PruneMethod
 budget = PruneMethod(
     "budget",
     None,
-    "the delta artifact of so many bytes that loses least: low rank and entries, in 1 to 4 bits a number",
+    "the delta artifact of so many bytes that loses least: low rank and entries, in 1 to 8 bits a number",
     options=frozenset({"bytes", "ratio"}),
     shares=True,
 )
