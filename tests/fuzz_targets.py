@@ -49,15 +49,13 @@ from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.steps import decode_tile, encode_tile
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
 from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.torch_bin import read_torch_header
-from deltamerge.formats.weight_files import shards_of, weight_source
+from deltamerge.formats.weight_files import RUNNING_SUM, shards_of, weight_source
 from deltamerge.models.chain import slime
 from deltamerge.models.chain.folder import head
-from deltamerge.models.checkpoint import INDEX, open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import INDEX, decoded, open_checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.hub import open_model
 from deltamerge.models.hub_client import (

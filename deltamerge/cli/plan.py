@@ -140,6 +140,8 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
         yield from _line(
             "disk", f"{human(needed)} needed{' about' if 'delta' in found else ''}, {human(free)} free", width
         )
+        if needed > free:
+            yield from _line("warning", f"the disk is too small for the output by {human(needed - free)}", width)
     backends = sorted({t["backend"] for t in found["tensors"] if t["method"] != "copy"})
     yield from _line("memory", f"{human(found['peak_bytes'])} at the peak; --memory SIZE is a cap", width)
     reads = f"reads {human(found['read_bytes'])}"

@@ -26,9 +26,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import refuse_taken, replace_file
-from deltamerge.files.descriptors import input_error, output_error
+from deltamerge.files.descriptors import entries, input_error, output_error
 from deltamerge.files.hashes import Seal, damages, seal
-from deltamerge.files.tree import entries
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -49,7 +49,7 @@ MERGE_ORDER = (
 PRUNE_ORDER = (
     "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers", "budget",
 )  # fmt: skip
-DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = (Merge|Prune)Method)\(", re.MULTILINE)
+DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = ((Merge|Prune)Method|like))\(", re.MULTILINE)
 
 # A function at the top of its module, or its name "module:name", which is imported when it runs.
 Function: TypeAlias = str | Callable[..., Any]
@@ -97,7 +97,7 @@ class MergeMethod:
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:
-        """Whether a recipe with that `base_model` hands the base to the method apart from the models."""
+        """Tell whether a recipe with that `base_model` hands the base to the method apart from the models."""
         return self.needs_base or (self.takes_base and base_model is not None)
 
 
@@ -139,17 +139,18 @@ class Masking:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the tensor."""
+        """Return the tensor's shape."""
         shape: tuple[int, ...] = self.delta.shape
         return shape
 
     def masked(self, *inputs: Any, **parameters: Any) -> Any:
-        """The node of the method's function of a tile of `inputs`."""
+        """Return the node of the method's function of a tile of `inputs`."""
         return self.make(self.method.function, inputs, shape=self.shape, **parameters)
 
 
 def in_one_pass(masking: Masking) -> Any:
-    """The node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if random."""
+    """Return the node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if
+    random."""
     key = {"key": masking.key} if masking.method.random else {}
     return masking.masked(masking.delta, density=masking.share, **key, **masking.parameters)
 
@@ -163,7 +164,7 @@ class PruneMethod:
     choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
     parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
     through the fine-tune first, for `Masking.norms`. Below the density `q_decides_below` the default q loses much of a
-    fine-tune that a calibrated q keeps (`recipe.advice` warns of it). `shares`: it shares out the bytes of a delta
+    fine-tune that a calibrated q keeps (`recipe.prune` warns of it). `shares`: it shares out the bytes of a delta
     artifact, and no entry is masked.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
@@ -188,7 +189,7 @@ class PruneMethod:
 
     @property
     def own_parameters(self) -> tuple[str, ...]:
-        """The parameters that it declares besides density and q."""
+        """Return the parameters that it declares besides density and q."""
         return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
@@ -258,6 +259,11 @@ def prune_method(
     return enter
 
 
+def like(other: Any, **changes: Any) -> Any:
+    """Return the method that a function declares with other fields: a name, a summary, a formula of its parameters."""
+    return replace(other.method, **changes)
+
+
 def _with_parameters(function: Callable[..., Any], names: tuple[str, ...], masking: Masking) -> Any:
     """Make a node by a function of a masking and of parameters."""
     return function(masking, **{name: masking.parameters[name] for name in names})
@@ -317,7 +323,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
 
 @cache
 def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the files that declare a method: those of `order` first."""
+    """Return names of the files that declare a method: those of `order` first."""
     files = {path.stem for path in folder.glob("*.py") if DECLARES.search(path.read_text(encoding="utf-8"))}
     return (*(name for name in order if name in files), *sorted(files - set(order)))
 

@@ -15,9 +15,8 @@ from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import scratch
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.weight_files import GGUF
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.tokenizer_files import CONFIG, TOKENIZER
+from deltamerge.models.tokenizer_files import CONFIG
 from deltamerge.models.vocabulary_files import NORMAL, sentences
 
 if TYPE_CHECKING:
@@ -44,15 +43,6 @@ LOCAL = ("is_local", "local_files_only")  # where transformers read it, which is
 
 
 # Read.
-
-
-def is_described(checkpoint: Checkpoint) -> bool:
-    """Return whether a model's tokenizer is one that its GGUF file describes, and no file beside it."""
-    return (
-        checkpoint.files[:1] != ()
-        and checkpoint.files[0].suffix == GGUF
-        and not (checkpoint.path / TOKENIZER).is_file()
-    )
 
 
 def described(checkpoint: Checkpoint) -> dict[str, bytes]:

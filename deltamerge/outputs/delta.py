@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge.engine.execute import execute, shared_values
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import code
 from deltamerge.files.descriptors import flat

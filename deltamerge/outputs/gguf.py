@@ -17,8 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.formats.gguf.config import llama3_factors
 from deltamerge.formats.gguf.header import package
 from deltamerge.formats.gguf.write import FILE_TYPES, NEEDED, GgufTensor, Rows, type_of, write
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.plan.planner import Plan

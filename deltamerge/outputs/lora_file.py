@@ -24,7 +24,7 @@ from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import count_changed
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
 from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
 from deltamerge.outputs.output import LayerRank, LowRankSummary

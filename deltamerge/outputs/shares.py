@@ -22,7 +22,7 @@ from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import flat, writing

@@ -17,8 +17,7 @@ from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import Candidate, choose_rank, count_changed, entries
-from deltamerge.formats.safetensors import read_header
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer, read_header
 from deltamerge.outputs.adapter import ADAPTER, AdapterOutput, ChangedTensor, ModelModules
 from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config

@@ -116,6 +116,7 @@ class Builder:
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
+
         bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[budgeted[0].merge.dtype]
         return uniform_density(8 * budget / size, bits) if size else 1.0
 
@@ -388,13 +389,13 @@ def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tupl
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
+    changed = [(tuned, weight) for tuned, weight in zip(merge.tunes, values["weights"], strict=True)
+               if not tuned.tensor.is_same(merge.base)]  # fmt: skip
+    if any(tuned.tensor.kind == "stored" for tuned, _ in changed):
+        return ()
     from deltamerge.formats.peft.lora import update_of
 
-    factor, found = _factor(values), []
-    for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
-        if tuned.tensor.is_same(merge.base):
-            continue
-        if update_of(tuned.tensor, merge.base) is None:
-            return ()
-        found.append((factor * weight, tuned.tensor.tensor))
-    return tuple(found)
+    if any(update_of(tuned.tensor, merge.base) is None for tuned, _ in changed):
+        return ()
+    factor = _factor(values)
+    return tuple((factor * weight, tuned.tensor.tensor) for tuned, weight in changed)

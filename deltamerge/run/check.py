@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +105,15 @@ def _with_absent(error: RecipeError, path: Path, settings: Mapping[Loc, str] | N
 
 def _absent(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
     """Yield a problem for each model of recipes in `folder` that is neither there nor on the hub, by its name."""
-    from deltamerge.models.hub import absent
-
     sources = list(sources)
     made = {source.data.get("name") for source in sources if isinstance(source.data, dict)}
     for source in sources:
         for loc, reference in _references(source.data):
-            if made.isdisjoint(reference.split("+")) and (error := absent(reference, folder)) is not None:
+            if not made.isdisjoint(reference.split("+")) or os.path.exists(folder / os.path.expanduser(reference)):
+                continue
+            from deltamerge.models.hub import absent
+
+            if (error := absent(reference, folder)) is not None:
                 yield source.problem(loc, str(error), error.hint)
 
 

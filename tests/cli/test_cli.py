@@ -162,6 +162,19 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_plain_run_imports_few_of_our_modules(folder):
+    """A file of a format, a method or an output is imported where a recipe has it."""
+    script = (
+        "import sys\nfrom deltamerge.cli import main\n"
+        "try:\n    main(['run', 'good.yaml', '--out', 'few', '-q'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('deltamerge')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "deltamerge.run.runner" in loaded
+    assert len(loaded) <= 125, loaded
+
+
 @pytest.mark.parametrize("triton", [False, True])
 def test_what_lives_to_the_end_is_not_collected_unless_triton_would_complain(triton):
     script = (
@@ -223,7 +236,7 @@ FLAGS = {
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --whole --target --dora "
+    "extract": "--base --out --after --density --method --q --values --lora --budget --ratio --whole --target --dora "
     "--calibration --text --sequences --length --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --allow-pickles --json --help",

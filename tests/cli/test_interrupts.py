@@ -12,7 +12,7 @@ import torch
 from calls import call
 from conftest import tiny_llama
 
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 
 NOTHING = "interrupted: nothing new is kept: run the command again\n"
 RECIPE = """\

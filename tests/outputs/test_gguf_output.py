@@ -19,8 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.progress import Phase, heard
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.models.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, described, vocabulary
 from deltamerge.models.vocabulary_files import sentences
 from deltamerge.tensors.reader import Reader

@@ -21,8 +21,8 @@ from conftest import make_checkpoint
 from deltamerge.apps.chain.extract import Link
 from deltamerge.errors import OutputError
 from deltamerge.files import ownership, work_folder
+from deltamerge.files.descriptors import files_of
 from deltamerge.files.ownership import read_lock
-from deltamerge.files.tree import files_of
 from deltamerge.models.chain import folder as folders
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.run import runner

@@ -34,11 +34,11 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
-from deltamerge.recipe.advice import Advice, choose
 from deltamerge.recipe.file import RecipeFile, read_text
+from deltamerge.recipe.prune import Advice, choose
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result, run

@@ -13,10 +13,9 @@ from deltamerge import errors
 from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation, seen_from
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded
 from deltamerge.models.references import open_model
-from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.prune import Pruning, choose, q_decides
 from deltamerge.tensors.dtypes import TORCH_NAMES
 
 HEAD = """\

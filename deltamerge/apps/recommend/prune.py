@@ -26,8 +26,7 @@ from deltamerge.files.atomic import replace_file
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.prune import Pruning, choose, q_decides
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 
@@ -306,7 +305,7 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: fl
 
 
 def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
-    """Return the choice of `recipe.advice`, and a remark on the size of the delta."""
+    """Return the choice of `recipe.prune`, and a remark on the size of the delta."""
     choice = choose(density, rows=False)
     method = next(name for name, keys in MASKS.items() if {**keys, "density": density} == choice.prune)
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"

@@ -19,11 +19,11 @@ from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, W
 from deltamerge.calibrate.model.passes import stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
-from deltamerge.calibrate.rows.hub import commit
 from deltamerge.calibrate.rows.rows import (
     HEADS,
     LANGUAGE,
     DataRow,
+    commit,
     has_head,
     is_of_hub,
     local_files,
@@ -38,8 +38,7 @@ from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.files.descriptors import writing
 from deltamerge.files.hashes import seal
-from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.references import Models
 from deltamerge.plan.inputs import refuse_unrunnable, shared_names
 from deltamerge.recipe.file import RecipeFile

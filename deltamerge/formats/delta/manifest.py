@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from deltamerge.errors import InputError
-from deltamerge.files.tree import is_plain_folder
+from deltamerge.files.descriptors import is_plain_folder
 from deltamerge.formats.components import MAX_COMPONENTS, Component
 from deltamerge.formats.delta.parts import MOST_RANK, EntriesPart, Part, matrix_shape
 from deltamerge.formats.delta.positions import CODINGS, LARGEST_K, Coding, index_itemsize

@@ -24,10 +24,9 @@ from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.atomic import exchange
-from deltamerge.files.descriptors import lock, sync_path, writing
+from deltamerge.files.descriptors import files_of, is_inside, leads_out, lock, sync_path, writing
 from deltamerge.files.hashes import hash_output
 from deltamerge.files.ownership import HIDDEN, LOCK_NAME, MADE_BY, read_lock
-from deltamerge.files.tree import files_of, is_inside, leads_out
 from deltamerge.models.chain.folder import VERSION, base_contents, is_chain, is_version, names, notes, read_note
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import nbytes_of

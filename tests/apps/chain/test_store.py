@@ -12,7 +12,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 from test_chain import call, refused, same, succeed
 
-from deltamerge.files.tree import files_of
+from deltamerge.files.descriptors import files_of
 from deltamerge.models.chain import publish as stores
 from deltamerge.models.chain.publish import Sharing, is_store
 
