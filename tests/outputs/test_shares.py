@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,41 @@ def test_the_same_bytes_from_other_threads_tiles_and_runs(tmp_path: Path, monkey
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     again = run(path, tmp_path / "one", workers=1, locked=False)
     assert not again.made
+
+
+def test_every_reader_finds_the_same_weights(tmp_path: Path) -> None:
+    """A recipe's model, a state dict in place, a switched module, a server's patches, and what merges of it."""
+    from deltamerge.apps.chain.switch import Switch
+    from deltamerge.apps.serve.fine_tunes import ServedModel
+
+    tiny_llama(tmp_path / "base", seed=0)
+    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2)
+    run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "out", workers=1)
+    apply(str(tmp_path / "out"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
+    expected, base = load_tensors(tmp_path / "applied"), load_tensors(tmp_path / "base")
+    assert any(entry.record.parts for entry in DeltaFile.open(tmp_path / "out").entries.values())
+
+    def same(found: Mapping[str, torch.Tensor]) -> bool:
+        return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    DeltaFile.open(tmp_path / "out").apply_to(state, check=True)
+    assert same(state)
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    switch = Switch(state)
+    switch.to(tmp_path / "out")
+    assert same(state)
+    switch.to(None)
+    assert all(torch.equal(state[name], base[name]) for name in base)
+    served = ServedModel(tmp_path / "base")
+    for patch in served.patches(served.changes(tmp_path / "out")):
+        where = slice(None) if patch.indices is None else patch.indices.long()
+        state[patch.name].view(-1)[where] = patch.values
+    assert same(state)
+    path = tmp_path / "model.yaml"
+    path.write_text("base_model: base\nmerge_method: task_arithmetic\nmodels: [out]\ndtype: bfloat16\n")
+    run(path, tmp_path / "merged", workers=2)
+    assert same(load_tensors(tmp_path / "merged"))
 
 
 def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> None:
