@@ -269,7 +269,7 @@ class Guard:
         if self.maker is None or not self.maker.owns(target):
             raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
-            raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
+            raise OutputError(f"{target}: {some(wrong)} changed since a run made it", hint=hint)
 
     def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
         """Return the files of the target that differ from its lock. Files with a known seal are not read again."""

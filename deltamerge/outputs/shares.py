@@ -44,8 +44,8 @@ from deltamerge.tensors.tensor import Node
 LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
 NEAR, TRIES = 0.99, 5
-# Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses about
-# 60 times the KL that it loses for those of weights.
+# Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
+# about 60 times the KL that it loses for those of weights.
 VECTORS = 64.0
 SHRINKAGE = 0.5  # of second moments towards a multiple of the identity: the rows are few, other inputs will come
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines

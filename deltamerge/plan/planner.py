@@ -14,7 +14,7 @@ from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.layout import Layout
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped

@@ -25,8 +25,7 @@ from deltamerge.files.work_folder import refuse_inputs, workspace
 from deltamerge.formats.components import card
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
-from deltamerge.formats.layout import plan_layout
-from deltamerge.formats.safetensors import Writer
+from deltamerge.formats.safetensors import Writer, plan_layout
 from deltamerge.models.chain.folder import line
 from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import replacing

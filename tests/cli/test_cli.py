@@ -231,14 +231,14 @@ FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
     "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
     "--verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
+    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --verbose --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --ratio --whole --target --dora "
-    "--calibration --text --sequences --length --device --workers --memory --resume --force "
-    "--allow-nonfinite --allow-pickles --json --quiet --help",
+    "extract": "--base --out --after --density --method --q --values --lora --budget --ratio --for --whole --target "
+    "--dora --calibration --text --sequences --length --device --workers --memory --resume --force "
+    "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",
     "list": "--json --help",

@@ -21,8 +21,7 @@ from deltamerge.files.journal import Spans
 from deltamerge.files.outbox import LEAST, READ, Outbox
 from deltamerge.formats import audit
 from deltamerge.formats import safetensors as writer
-from deltamerge.formats.layout import Layout, plan_layout
-from deltamerge.formats.safetensors import Writer
+from deltamerge.formats.safetensors import Layout, Writer, plan_layout
 
 ELEMENTS = 3_000_001
 PIECE = LEAST + 4

@@ -36,6 +36,8 @@ from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.errors.shown import as_html
+from deltamerge.errors.shown import shown as printable
 from deltamerge.files.descriptors import writing
 from deltamerge.files.hashes import seal
 from deltamerge.models.checkpoint import Checkpoint, decoded
@@ -241,6 +243,21 @@ class Evaluation:
 
     rows: Mapping[str, int]
     models: tuple[ModelScores, ...]
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{count} rows{f' of {task}' if task else ''}" for task, count in self.rows.items())
+        return printable(f"<Evaluation of {len(self.models)} models: {rows}>")
+
+    def _repr_html_(self) -> str:
+        scores = {
+            one.model: "; ".join(
+                f"{task} {measure} {value:.3g}".strip()
+                for task, own in one.scores.items()
+                for measure, value in own.items()
+            )
+            for one in self.models
+        }
+        return as_html("scores", scores)
 
     def describe(self) -> dict[str, Any]:
         """Return plain data, for JSON."""

@@ -18,6 +18,7 @@ from typing import Any
 from deltamerge.apps.report.svg import Markup, Point, bars, document, element, figure, front, lines, text
 from deltamerge.apps.search.folder import best_path, make_folder, write_recipe
 from deltamerge.apps.search.outcome import Bench, Outcome
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
@@ -68,6 +69,19 @@ class SearchResult:
     recipe: Path | None = None
     made: Path | None = None
     models: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return shown(f"<SearchResult {self.folder}: {self._conclusion}>")
+
+    def _repr_html_(self) -> str:
+        values = {label(name, self.models): _show(value) for name, value in self.chosen.params.items()}
+        return as_html(str(self.folder), {"best": self._conclusion, **values, "recipe": str(self.recipe)})
+
+    @property
+    def _conclusion(self) -> str:
+        goals = zip(self.goals, (self.chosen.held or self.chosen.outcome).values, strict=True)
+        found = ", ".join(f"{name} {figure(value)}" for name, value in goals)
+        return f"trial {self.chosen.number} of {len(self.trials)}, {found}"
 
     @property
     def chosen(self) -> Trial:

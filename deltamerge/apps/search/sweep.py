@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
-from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, lines, picture
+from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, figure, lines, picture
 from deltamerge.apps.search.candidates import candidates_of, fixed
 from deltamerge.apps.search.folder import (
     StudyFolder,
@@ -30,6 +30,7 @@ from deltamerge.apps.search.outcome import Bench, Outcome, best_of
 from deltamerge.apps.search.results import label
 from deltamerge.apps.track import Log, unlogged
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.descriptors import writing
@@ -74,6 +75,22 @@ class SweepResult:
     best: int | None = None
     recipe: Path | None = None
     kept: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        return shown(f"<SweepResult {self.folder}: {len(self.rows)} points, best {self._best}>")
+
+    def _repr_html_(self) -> str:
+        rows = {"best": self._best, "recipe": str(self.recipe)}
+        return as_html(f"{self.folder}: {len(self.rows)} points", rows)
+
+    @property
+    def _best(self) -> str:
+        if self.best is None:
+            return "none"
+        row = self.rows[self.best]
+        values = [f"{label(axis, self.models)} {value}" for axis, value in row.labels.items()]
+        goals = zip(self.goals, row.outcome.values, strict=True)
+        return ", ".join([*values, *(f"{name} {figure(value)}" for name, value in goals)])
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encod
 from deltamerge.formats.delta.parts import TABLE
 from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, StoredTensor, Storing, TensorWriter
 from deltamerge.formats.delta.values import Values, relative_error
-from deltamerge.formats.layout import FileLayout, Layout, plan_layout
+from deltamerge.formats.safetensors import FileLayout, Layout, plan_layout
 from deltamerge.tensors.dtypes import ITEMSIZE
 
 

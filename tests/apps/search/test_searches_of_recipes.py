@@ -29,6 +29,7 @@ from deltamerge.apps.search.outcome import Bench, Outcome, lm_eval_value, pareto
 from deltamerge.apps.search.proposals import decode, load_optuna, sampler
 from deltamerge.apps.search.results import label
 from deltamerge.apps.search.search import search
+from deltamerge.apps.search.sweep import sweep
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
@@ -284,6 +285,21 @@ def test_a_sweep_scores_the_base_and_the_fine_tunes_by_its_objective(folder: Pat
     }  # fmt: skip
     code, out, err = call(capsys, "sweep", folder / "swept.yaml")
     assert re.search(r"\n +base +1 +1 +1\n", out), out
+
+
+def test_results_are_a_line_in_python_and_a_table_in_a_notebook(folder: Path) -> None:
+    text = (
+        MODELS % ("{search: [0, 1]}", 0.5) + "merge_method: task_arithmetic\nstudy: {objective: accuracy, trials: 2}\n"
+    )
+    found = search(read_template(write(folder, text, "open")), OPTIONS)
+    assert repr(found).startswith(f"<SearchResult {folder / 'open-search'}: trial {found.chosen.number} of 2, mean acc")
+    assert "<th>a: weight</th>" in found._repr_html_()
+    swept = sweep(read_template(write(folder, text.replace("search: [0, 1]", "sweep: [0.5, 1.0]"), "swept")), OPTIONS)
+    assert repr(swept).startswith(f"<SweepResult {folder / 'swept-sweep'}: 2 points, best a: weight ")
+    assert "swept.best.yaml" in swept._repr_html_()
+    scores = evaluate.Evaluation({"": 8}, (evaluate.ModelScores("m", {"": {"accuracy": 0.51234}}),))
+    assert repr(scores) == "<Evaluation of 1 models: 8 rows>"
+    assert "<th>m</th><td>accuracy 0.512</td>" in scores._repr_html_()
 
 
 def harness(scores: dict[str, Any], given: dict[str, Any]) -> ModuleType:
