@@ -201,7 +201,7 @@ def histogram(delta: Array, weights: Array | float) -> tuple[Floats, Floats]:
     squares = (np.square(delta, dtype=np.float64) * weights).reshape(-1)
     bins = squares.astype(np.float32).view(np.uint32) >> 20
     counts = np.bincount(bins, minlength=BINS).astype(np.float64)
-    return counts, np.bincount(bins, squares, BINS)
+    return counts, np.bincount(bins, squares, BINS).astype(np.float64)
 
 
 def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:

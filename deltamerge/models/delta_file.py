@@ -70,7 +70,7 @@ def is_compiled(entry: Entry) -> bool:
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    record, kind = entry.record, entry.record.values
+    record, kind = entry.record, cast("Values | None", entry.record.values)
     coding = cast(Coding, record.encoding)
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)

@@ -288,7 +288,8 @@ class Sharing:
             return None
         n = self.shapes[name][1]
         c = np.fromfile(self.moments[name], np.float64).reshape(n, n)
-        return (1 - SHRINKAGE) * c + SHRINKAGE * np.trace(c) / n * np.eye(n)
+        shrunk: Array = (1 - SHRINKAGE) * c + SHRINKAGE * np.trace(c) / n * np.eye(n)
+        return shrunk
 
     def _affordable(self) -> int:
         """The rank that all bytes would buy everywhere at one bit a number."""
