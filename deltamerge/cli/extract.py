@@ -32,46 +32,48 @@ from deltamerge.errors import after_folders, app
 
 @click.command("extract")
 @click.argument("models", type=MODEL, nargs=-1, metavar="MODEL... [BASE]")
-@click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
+@click.option(
+    "--base", type=MODEL, help="Model that MODEL was fine-tuned from: a folder or a hub id. May be given as BASE."
+)
 @click.option(
     "--out",
     type=FOLDER,
-    help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.",
+    help="Output folder; for several models, the store. Default: NAME-delta or NAME-lora here.",
 )
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
-    help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
+    help="Preceding version in the chain. BASE may be its checkpoint or the chain's base.",
 )  # fmt: skip
-@click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
+@click.option("--density", type=float, help="Fraction of the delta to keep. Default: all of it, exactly.")
 @click.option(
     "--method",
     shell_complete=pruning_methods,
-    help="How entries are chosen, as prune.method; default: what keeps most of a fine-tune, dare with sampling: "
-    "magnitude, or with --calibration magnitude. Methods with settings of their own take a recipe.",
+    help="Pruning method. Default: dare with sampling: magnitude, or magnitude with --calibration, which keep "
+    "most of a fine-tune. Methods with settings of their own need a recipe.",
 )
-@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration.")
+@click.option("--q", type=float, help="Divisor of the kept entries. Default: as in recipes, or chosen on the rows.")
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
-    help="Store values to add, in this form; default: final values. Of a LoRA, of its factors.",
+    help="Store differences in this format. Default: final values. LoRA: dtype of the factors.",
 )
 @click.option(
     "--lora", is_flag=False, flag_value="", metavar="[RANK|energy:SHARE]",
-    help="Make a LoRA for PEFT: of this rank, of as many as keep a share of each delta, or alone with --budget.",
+    help="Write a LoRA: of this rank, of the ranks that keep a share of each delta, or without a value for --budget.",
 )  # fmt: skip
 @BUDGET
 @click.option(
     "--for", "served_by", type=click.Choice(["vllm", "peft"]),
-    help="Of a LoRA: what is to load it. vllm takes factors alone; peft takes whole embeddings, norms and biases too. "
-    "Default: factors, and a task's head, which both load.",
+    help="LoRA: program that loads it. vllm: factors alone. peft: whole embeddings, norms and biases too. Default: "
+    "factors and a task's head.",
 )  # fmt: skip
 @click.option(
     "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
     help="Of a LoRA: what is stored whole, instead of --for. keep: all that changed and has no factors. heads: heads, "
     "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
 )  # fmt: skip
-@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
-@click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")
+@click.option("--dora", is_flag=True, help="LoRA: write a DoRA, with the norms of the weights' rows.")
 @rows_of_text
 @DEVICE
 @WORKERS
@@ -82,7 +84,7 @@ from deltamerge.errors import after_folders, app
 @PICKLES
 @AS_JSON
 @QUIET
-@click.option("-v", "--verbose", is_flag=True, help="Of a LoRA: a line for each layer.")
+@click.option("-v", "--verbose", is_flag=True, help="LoRA: print a line per layer.")
 @lora_flags
 def command(
     models: tuple[str, ...],
@@ -107,11 +109,11 @@ def command(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
+    """Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.
 
-    A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
-    choose what that is divided by, which decides at a density of 0.01. Several models are done one by one; their deltas
-    in --out are a store, each under its model's name, where files that several have are there once.
+    Without a density the delta is exact. With one it is pruned, and calibration rows choose q, which matters most at
+    densities near 0.01; 50 unlabelled rows do. Several models are extracted one by one into a store, where files that
+    several deltas share are kept once.
 
     \b
     deltamerge extract tuned --base base --density 0.05

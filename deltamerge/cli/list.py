@@ -16,9 +16,9 @@ from deltamerge.errors.shown import human, shown
 @click.argument("folder", type=FOLDER)
 @AS_JSON
 def command(folder: Path, as_json: bool) -> None:
-    """List the versions of the chain FOLDER, or the deltas of the store.
+    """List the versions of a chain, or the deltas of a store.
 
-    Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
+    Shows how much each changes, and its size. Files that several deltas share count once.
     """
     from deltamerge.errors import InputError
     from deltamerge.models.chain.folder import described, head, is_chain, line

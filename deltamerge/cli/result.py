@@ -82,7 +82,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
     elif not quiet:
         lost = ""
         for folder, made in result.intermediate.items():
-            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+            tell(f"{folder}: {'made' if made else 'up to date'}")
         if not result.made:
             tell(f"{result.folder}: up to date")
             return
