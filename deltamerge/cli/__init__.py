@@ -66,6 +66,7 @@ SECTIONS = {
         "extract": "Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.",
         "apply": "Apply DELTA to its base.",
         "list": "List the versions of a chain, or the deltas of a store.",
+        "pin": "Send the servers of a chain to VERSION and keep them there: a rollback.",
         "squash": "Fold the older versions of CHAIN into one.",
         "remove": "Remove DELTA: the newest version of a chain, or a delta of a store.",
     },

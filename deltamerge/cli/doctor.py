@@ -19,7 +19,7 @@ from deltamerge.errors.shown import human
 from deltamerge.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
-EXTRAS = ("data", "gguf", "ray", "search", "trackio", "vllm", "wandb", "zstd")
+EXTRAS = ("data", "gguf", "lm-eval", "ray", "search", "trackio", "vllm", "wandb", "zstd")
 
 
 @click.command("doctor")

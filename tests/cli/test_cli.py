@@ -235,6 +235,7 @@ FLAGS = {
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
+    "pin": "--release --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --after --density --method --q --values --lora --budget --for --whole --target --dora "
     "--calibration --text --sequences --length --device --workers --memory --resume --force "
