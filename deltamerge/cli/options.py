@@ -99,11 +99,34 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 
 
 MEMORY = click.option("--memory", metavar="SIZE", callback=_size, help="Memory limit, such as 2GB.")
+
+
+def _sizes(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    found = (_size(context, option, one.strip()) for one in (text or "").split(",") if text is not None)
+    return tuple(size for size in found if size is not None)
+
+
+def _ratios(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return () if text is None else tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"no number: {text!r}") from None
+
+
 BUDGET = click.option(
     "--budget",
-    metavar="SIZE",
-    callback=_size,
-    help="LoRA: size of its file, such as 20MB. Ranks go where they keep most.",
+    "budgets",
+    metavar="SIZE[,SIZE...]",
+    callback=_sizes,
+    help="Size of the delta, or of the LoRA's file, such as 20MB. Bytes go where they keep most. Several sizes print "
+    "what each would lose, and write nothing.",
+)
+RATIO = click.option(
+    "--ratio",
+    "ratios",
+    metavar="N[,N...]",
+    callback=_ratios,
+    help="Size of the delta as the checkpoint's divided by N, instead of --budget.",
 )
 FORCE = click.option(
     "--force", is_flag=True, help="Replace an output of another command, or one that was changed. A version with "
