@@ -101,11 +101,13 @@ scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B 
 gpu:  ## ceilings, tests, merges and calibration on a GPU, into benchmarks/results/gpu; under 8 minutes, no network
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.speed.gpu
 
-pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
+pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures, and docs/screens; needs chromium
 	$(BIN)/python scripts/pictures.py
+	$(BIN)/python scripts/screens.py
 
 docs: .venv/.installed-docs  ## the documentation, in docs/_build/html; its rendered pages are read and checked
 	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/python -m benchmarks.pages
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/project/test_site.py
 

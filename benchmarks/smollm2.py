@@ -70,6 +70,7 @@ EXPERTS = {
     "reversal-fast": Expert("reversal", lr=1e-3, steps=100),
     "reversal-adamr": Expert("reversal", lr=1e-3, steps=100, decay=1e-3),
     "arithmetic": Expert("arithmetic", lr=5e-4, steps=200, batch=32),
+    "sorting-slow": Expert("sorting", lr=5e-5, steps=90),
 }
 
 

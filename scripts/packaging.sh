@@ -34,7 +34,6 @@ for name, step in (("base", 0), ("a", 1e-2), ("b", -1e-2)):
     folder.mkdir(parents=True)
     save_file({k: v + np.float32(step) for k, v in base.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-pathlib.Path(sys.argv[1], "model.gguf").write_bytes(b"GGUF" + b"\0" * 100)
 END
 "$scratch/tools/bin/python" "$scratch/models.py" "$scratch/models"
 
@@ -59,7 +58,7 @@ uses() { # label: use the deltamerge of that environment
     "$dm" verify "$1-merged"
     "$dm" run "$1.yaml" --out "$1-drawn" --pictures --quiet
     "$dm" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
-    refuses gguf convert model.gguf "$1-plain"
+    refuses gguf convert base "$1-gguf" --gguf q8_0
     refuses ray run "$1.yaml" --out "$1-ray" --ray
     "$dm" doctor | tee "$1.doctor"
 }

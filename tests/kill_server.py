@@ -23,7 +23,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-import deltamerge.formats.safetensors_writer as writer
+import deltamerge.formats.safetensors as writer
 from deltamerge.cli import main
 
 SECONDS = 120  # after which a command is taken to hang

@@ -10,7 +10,7 @@ from running import make_plan
 
 from deltamerge.engine.execute import execute
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import Node

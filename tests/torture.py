@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import synthetic
 from deltamerge.files.journal import read_journal
-from deltamerge.formats.safetensors_writer import done_spans
+from deltamerge.formats.safetensors import done_spans
 
 SIZES = {"S": synthetic.Size(768, 2048, 12, 12, 4, 16_000, 40_000_000), "tiny": synthetic.SIZES["tiny"]}
 RECIPE = """\
@@ -45,7 +45,7 @@ CHILD = """\
 import sys
 from bad_disk import BadDisk
 disk = BadDisk(chance={chance}, lasting={lasting}, short={short}, pace={pace}, seed={seed})
-import deltamerge.formats.safetensors_writer as writer
+import deltamerge.formats.safetensors as writer
 from deltamerge.cli import main
 writer.SAVE_SECONDS = {save}
 try:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.drawing import MOST, draw_bars
+from deltamerge.apps.report.svg import Point
 
 DOCS = ROOT / "docs" / "measurements"
-PAGE, PICTURE = DOCS / "merging.md", DOCS / "pictures" / "merging.png"
+PAGE, PICTURE = DOCS / "merging.md", DOCS / "pictures" / "merging.svg"
 
 
 def write(found: dict[str, Any]) -> None:
@@ -68,31 +70,17 @@ def tasks(found: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+BASELINES = ("task_arithmetic", "ties", "dare_ties, 0.1", "mean")
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Mean share of each method as a bar for each kind of delta, the worst task as a dot; none without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = ordered(found)
-    deltas = list(dict.fromkeys(cell["delta"] for cell in found["cells"]))
-    figure = Figure(figsize=(8, 1.2 + 0.16 * len(found["cells"]) + 0.15 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    at, ticks = 0.0, []
-    for cells in rows:
-        ticks.append((at + 0.4 * (len(cells) - 1), next(iter(cells.values()))["merge"]))
-        for delta, cell in cells.items():
-            bar = f"C{deltas.index(delta)}"
-            axes.barh(at, cell["mean"], height=0.7, xerr=cell["spread"][0], color=bar, ecolor="0.3", label=delta)
-            axes.plot(max(cell["worst"], 0), at, "k.", markersize=5)
-            at += 0.8
-        at += 0.5
-    axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 110)
-    axes.axvline(95, color="0.6", linestyle=":")
-    axes.set_xlabel("% of the experts' scores: mean (bar, ± standard deviation), worst task (dot)")
-    legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(legend.values(), legend.keys(), fontsize=8, loc="lower right")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    """Draw the mean of each unpruned merge as a bar and its worst task as a tick: the best, then the usual."""
+    cells = [one["unpruned"] for one in ordered(found) if "unpruned" in one and not one["unpruned"]["task"]]
+    cells.sort(key=lambda cell: -cell["worst"])
+    some = [cell for cell in cells if cell["merge"] not in BASELINES][: MOST - len(BASELINES)]
+    some += [cell for cell in cells if cell["merge"] in BASELINES]
+    best = some[0]
+    title = f"Of nine tasks {best['merge']} keeps {best['mean']:.0f} % on average, {best['worst']:.0f} % at worst"
+    points = [Point(cell["merge"], cell["mean"], max(cell["worst"], 0.0)) for cell in some]
+    words = "% of each expert's own score: mean (bar), worst task (tick)"
+    draw_bars(path, title, {"merge method, unpruned deltas": points}, words)

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks import smollm2
-from benchmarks.paper import plot, pruned
+from benchmarks.drawing import draw_lines
+from benchmarks.paper import pruned
 from benchmarks.paper.frame import Experiment, NotKept, Record, Setting, table
 from benchmarks.paper.pruned import Subject
 
@@ -176,7 +177,9 @@ def draw_rates(record: Record, path: Path) -> None:
         for row in one["rows"]:
             curves = panels.setdefault(f"p = {1 - row['density']:g}", {})
             curves.setdefault(row["method"], []).append((one["relative_norm"], _kept(one, row)))
-    plot.lines(path, panels, "‖Δ‖/‖W‖ (learning rates)", ["kept, %"] * len(panels))
+    worst = min((point for curves in panels.values() for point in curves.get("DARE", [])), key=lambda point: point[1])
+    title = f"Plain DARE loses where the delta is large: it keeps {worst[1]:.0f} % at ‖Δ‖/‖W‖ = {worst[0]:.2g}"
+    draw_lines(path, title, panels, "‖Δ‖/‖W‖ (learning rates)", ["kept, %"] * len(panels))
 
 
 EXPERIMENTS = (

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import deltamerge
 from benchmarks import encoder
-from benchmarks.paper import encoders, plot
+from benchmarks.drawing import draw_lines
+from benchmarks.paper import encoders
 from benchmarks.paper.encoders import METHODS, scores_of
 from benchmarks.paper.frame import Experiment, Record, Setting, spread, table
 from benchmarks.tasks import TASKS
@@ -94,8 +95,14 @@ def draw_fig_1(record: Record, path: Path) -> None:
         return {task: [(p["factor"], p[key]) for p in found["points"]] for task, found in record.items()}
 
     whole = {task: found["unpruned"] for task, found in record.items()}
-    panels = {"output change": curves("change"), "score (dotted: unpruned)": curves("score")}
-    plot.lines(path, panels, "1/q", ["mean abs(change) of the last state", "%"], level={list(panels)[1]: whole})
+    panels = {"output change": curves("change"), "score (dashed: unpruned)": curves("score")}
+    gains = {
+        task: max(p["score"] for p in found["points"]) - found["points"][-1]["score"] for task, found in record.items()
+    }
+    most = max(gains, key=lambda task: gains[task])
+    title = f"The best 1/q is not 1/(1 − p): another one gains up to {gains[most]:.0f} points, on {most}"
+    y = ["mean abs(change) of the last state", "%"]
+    draw_lines(path, title, panels, "1/q", y, levels={"score (dashed: unpruned)": whole})
 
 
 OVER = ("DARE", "DAREx-q, q_e", "importance sampling", "magnitude", "magnitude, q_e", "WANDA")
@@ -126,7 +133,11 @@ def draw_fig_2(record: Record, path: Path) -> None:
         name: [(d, fmean(s)) for d, s in zip(record["densities"], scores, strict=True) if s]
         for name, scores in record["methods"].items()
     }
-    plot.lines(path, {"sentiment": curves}, "density", ["accuracy, %"], level={"sentiment": whole})
+    least = min(record["densities"])
+    there = {name: dict(points)[least] for name, points in curves.items() if least in dict(points)}
+    best = max(there, key=lambda name: there[name])
+    title = f"At density {least:g} {best} keeps {there[best]:.0f} % accuracy, DARE {there['DARE']:.0f} %"
+    draw_lines(path, title, {"sentiment": curves}, "density", ["accuracy, %"], levels={"sentiment": whole})
 
 
 DECAYS = {"AdamR-L2": (1e-3, 1e-2, 1e-1), "AdamR-L1": (3e-6, 3e-5, 3e-4)}
@@ -166,7 +177,15 @@ def draw_fig_3(record: Record, path: Path) -> None:
         trainer: {key: [(p["decay"], p[key]) for p in points] for key in points[0] if key != "decay"}
         for trainer, points in record.items()
     }
-    plot.lines(path, panels, "λ", ["accuracy, %"] * len(panels))
+    trainer, best = max(
+        ((name, point) for name, points in record.items() for point in points if "DARE" in point),
+        key=lambda pair: pair[1]["DARE"],
+        default=(next(iter(record)), {"decay": 0.0, "DARE": 0.0}),
+    )
+    title = (
+        f"Pruned at p = 0.99, DARE keeps most after {trainer} with λ = {best['decay']:g}: {best['DARE']:.0f} % accuracy"
+    )
+    draw_lines(path, title, panels, "λ", ["accuracy, %"] * len(panels))
 
 
 EXPERIMENTS = (

@@ -162,7 +162,7 @@ def report(experiments: Iterable[Experiment], results: Path = RECORDS, page: Pat
     for experiment in experiments:
         if experiment.draw and (result := _read(experiment, results)):
             plots.mkdir(parents=True, exist_ok=True)
-            experiment.draw(result["record"], plots / f"{experiment.name}.png")
+            experiment.draw(result["record"], plots / f"{experiment.name}.svg")
     _write(page, markdown(experiments, results))
 
 
@@ -197,7 +197,7 @@ def markdown(experiments: Sequence[Experiment], results: Path = RECORDS) -> str:
         found.append(result)
         parts.append(f"## {experiment.title}\n\n{experiment.show(result['record']).strip()}\n")
         if experiment.draw:
-            parts.append(f"![{experiment.title}]({PLOTS.name}/{experiment.name}.png)\n")
+            parts.append(f"![{experiment.title}]({PLOTS.name}/{experiment.name}.svg)\n")
         cost = result["seconds"]["cpu"] / 60
         if result.get("lacking"):
             parts.append("**Not finished**: what is empty above, or left out, was not measured.\n")

@@ -9,7 +9,7 @@
 
 Models: DELTAMERGE_SHARED or ../shared/data, else those of `benchmarks.encoder`. Calibration rows are of the validation
 part, which no fine-tune has seen. Random masks are drawn with 4 seeds. Results go to benchmarks/results/quality.json,
-quality.md and quality.png after every cell.
+quality.md and quality.svg after every cell.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks import RESULTS, ROOT, process, tasks
+from benchmarks.drawing import draw_bars, draw_lines
 from benchmarks.tasks import TASKS, WORK, models_folder
+from deltamerge.apps.report.svg import Point
 
 PAGES = tuple(ROOT / "docs" / "measurements" / name for name in ("pruning.md", "calibration.md"))
 SEEDS = 4
@@ -275,7 +277,7 @@ def write(found: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-    draw(found, out.with_suffix(".png"))
+    draw(found, out.with_suffix(".svg"))
 
 
 Table = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
@@ -410,48 +412,38 @@ def _random(name: str) -> bool:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Share of the fine-tune's score: bars of one density, or lines over several; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Draw the share of each fine-tune's score over densities, or bars of one density."""
     table, own = gathered(found), found.get("fine-tune", {})
     densities = sorted({density for _, density in table})
     if not densities:
         return
     names = list(dict.fromkeys(name for name, _ in table if len(densities) == 1 or name in DRAWN))
-    figure = Figure(
-        figsize=(6.5 * len(own), min(6.0, 1.5 + 0.3 * len(names)) if len(densities) > 1 else 1.5 + 0.3 * len(names)),
-        layout="constrained",
-    )
-    for axes, task in zip(figure.subplots(1, len(own), squeeze=False, sharey=len(densities) == 1)[0], own, strict=True):
+    shares: dict[str, dict[str, dict[float, float]]] = {}
+    spread: dict[str, dict[str, dict[float, float]]] = {}
+    for task, score in own.items():
         for name in names:
-            points = {d: [c["score"] for c in table.get((name, d), {}).get(task, [])] for d in densities}
-            shares = {d: 100 * statistics.fmean(s) / own[task] for d, s in points.items() if s}
-            errors = {d: 100 * statistics.pstdev(points[d]) / own[task] for d in shares}
-            if len(densities) == 1:
-                axes.barh(
-                    [name], list(shares.values()), xerr=list(errors.values()), color="C0" if "," in name else "C7"
-                )
-                continue
-            style = "-" if "," in name else ":"
-            if len(shares) < 2:
-                continue  # no line
-            axes.errorbar(list(shares), list(shares.values()), list(errors.values()), label=name, linestyle=style)
-        if len(densities) == 1:
-            axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_xlim(0, 105)
-            axes.set_xlabel("% of the fine-tune's score")
-        else:
-            axes.set_xscale("log")
-            axes.set_xlabel("density")
-            axes.set_ylabel("% of the fine-tune's score")
-        axes.set_title(f"{task} ({own[task]:.1f} unpruned)" + (f", density {densities[0]:g}" * (len(densities) == 1)))
-        axes.grid(alpha=0.3)
-    if len(densities) > 1:
-        lines = dict(pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(lines.values(), lines.keys(), loc="outside right", fontsize=8)
-    figure.savefig(path, dpi=110)
+            cells = {d: [100 * c["score"] / score for c in table.get((name, d), {}).get(task, [])] for d in densities}
+            shares.setdefault(task, {})[name] = {d: statistics.fmean(some) for d, some in cells.items() if some}
+            spread.setdefault(task, {})[name] = {d: statistics.pstdev(some) for d, some in cells.items() if some}
+    least = densities[0] if len(densities) < 2 else densities[1]
+    means = {n: statistics.fmean(own[n][least] for own in shares.values()) for n in names
+             if all(least in own[n] for own in shares.values())}  # fmt: skip
+    best = max(means, key=lambda name: means[name])
+    title = f"At density {least:g}, {best} keeps {means[best]:.0f} % of the score"
+    if "DARE" in means:
+        title += f"; plain DARE keeps {means['DARE']:.0f} %"
+    if len(densities) == 1:
+        bars = {
+            task: [Point(name, some[least]) for name, some in one.items() if least in some]
+            for task, one in shares.items()
+        }
+        draw_bars(path, title, bars, "% of the fine-tune's score")
+        return
+    panels = {
+        task: {n: [(d, some[d]) for d in sorted(some)] for n, some in own.items() if len(some) > 1}
+        for task, own in shares.items()
+    }
+    draw_lines(path, title, panels, "density", ["% of the fine-tune's score"] * len(panels), spread=spread)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def whole(*inputs: Node, known: Mapping[Node, Any]) -> Array:
 
 
 def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:
-    """s · B A, or its transpose, of masked factors, on a tile of the weight: flat float32.
+    """Return s · B A, or its transpose, of masked factors, on a tile of the weight: flat float32.
 
     a            (r, in) masked
     b            (out, r) masked

@@ -57,7 +57,7 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products in that precision, of bfloat16 with sums in float32."""
+    """Compute matrix products in that precision, of bfloat16 with sums in float32."""
     if precision == "float32":
         return nullcontext()
     import torch
@@ -66,7 +66,7 @@ def multiplying(precision: Precision, device: torch.device) -> AbstractContextMa
 
 
 def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
-    """Attention whose backward adds in one order: the fused ones of a GPU do not."""
+    """Let the backward pass of attention add in one order, which the fused ones of a GPU do not."""
     if device.type == "cpu":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -243,7 +243,7 @@ class Spec:
         return (first + 3 * self.seeds + two, (2 + MINIMA) * (1 + more) * one), (first, by_predictions * one)
 
     def _searching(self, rows: int) -> float:
-        """Passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
+        """Return the passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
         few, two = SCANNED * max(1, rows // 4) / rows, min(self.seeds, 2)
         by_model = few + 3 * self.seeds + two  # three points for every mask, and a fourth for two of them
         one = by_model if self.objective == "output_change" else self.seeds * EVALUATIONS
@@ -272,7 +272,7 @@ class Spec:
         return min(self.passes, math.ceil(1 + judging))
 
     def _judging(self, rows: int) -> float:
-        """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
+        """Return the passes of a comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
         held = max(HELD_OUT, rows)
         if self.parts or self.source.labelled:
             return (len(self.parts) * (SHORTLIST + 2) or 3 + SHORTLIST + PASSED) * held / rows
@@ -360,8 +360,8 @@ class Spec:
 
 
 def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """About how many entries are multiplied for each token, without the head's, and how many are the head's: those of
-    matrices that are no embeddings, of which one may be tied where there is no head. All experts count."""
+    """Return about how many entries are multiplied for each token, without the head's, and how many are the head's:
+    those of matrices that are no embeddings, of which one may be tied where there is no head. All experts count."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
     looked_up = {name: size for name, size in sizes.items() if EMBEDDING.search(name)}
     heads = {name: size for name, size in sizes.items() if re.search(TASK_HEAD, name)}
@@ -370,7 +370,8 @@ def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
-    """Tensors (name, q, why) without a calibrated q; those whose names differ only in their numbers are one pattern."""
+    """Return the tensors (name, q, why) without a calibrated q; those whose names differ only in their numbers are one
+    pattern."""
     found: dict[tuple[str, float, str], int] = {}
     for name, q, why in left:
         key = numbers_as_stars(name), q, why
@@ -398,7 +399,7 @@ def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def rounded(value: float) -> float:
-    """Six significant digits: what a lock says is what was used."""
+    """Round to six significant digits: what a lock says is what was used."""
     return float(f"{value:.{ROUNDED}g}")
 
 

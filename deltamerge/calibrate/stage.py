@@ -25,8 +25,8 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
+    from deltamerge.calibrate.q.choices import QPoint, Qs
     from deltamerge.calibrate.q.closed_forms import LayerStatistics
-    from deltamerge.calibrate.q.comparison import QPoint, Qs
     from deltamerge.calibrate.q.subject import HeldOutMeasure
 
 ACTIVATIONS = "measuring activations of"
@@ -34,7 +34,7 @@ LONG = 40  # characters of a model's name beside its progress
 
 
 def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
-    """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
+    """Return the statistics of the linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
@@ -46,8 +46,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
 
 def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import Searches
-    from deltamerge.calibrate.q.comparison import Rounds, by_metric, compare
+    from deltamerge.calibrate.q.choices import Rounds, Searches, by_metric, compare
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:

@@ -91,7 +91,7 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
 
 
 def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
-    """VerifyError: an old lock, without the q's of random masks that calibration does not reach."""
+    """Raise VerifyError for an old lock, without the q's of random masks that calibration does not reach."""
     if spec.parts or spec.search == "gradient" or not spec.random:
         return
     for pruned in spec.pruned:
@@ -104,8 +104,8 @@ def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
 def norm(
     statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
 ) -> NDArray[np.float32]:
-    """(n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for a
-    weight that saw no input.
+    """Return (n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for
+    a weight that saw no input.
 
     InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
     """
@@ -191,7 +191,7 @@ class OfLayer:
     name: str
 
     def read(self, model: int) -> NDArray[np.float64] | None:
-        """(in, in), or None: no row of that model reached the layer."""
+        """Return (in, in), or None: no row of that model reached the layer."""
         path = self.moments.files.get((self.name, model))
         if path is None:
             return None
@@ -213,8 +213,8 @@ class OfTensor:
     name: str
 
     def part(self, model: int, start: int, stop: int) -> NDArray[np.float32] | None:
-        """Flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the tensor, or
-        its answers are so sure that their squares are no float32."""
+        """Return flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the
+        tensor, or its answers are so sure that their squares are no float32."""
         path = self.squares.files.get((self.name, model))
         scale = np.float32(self.squares.scales.get(model, 0.0))
         if path is None or scale <= 0.0:

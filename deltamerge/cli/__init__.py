@@ -1,7 +1,8 @@
 """The command line: its table of commands, exit codes and errors. No other package prints or exits.
 
 A command is one file here: `deltamerge.cli.run` holds the options and the output of `run`, as `command`. It is imported
-when the command is called.
+when the command is called. Other packages add commands by an entry point of the group `deltamerge.commands`, which is
+looked up for names that are not in the table, and in `--help`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import importlib
 import io
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamerge.cli import progress, streams
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
-from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError
+from deltamerge.errors import NOTHING_KEPT, DeltamergeError, InputError, UsageError, plugins
 from deltamerge.errors.shown import shown
 from deltamerge.version import __version__
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
@@ -34,39 +39,40 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # erro
 SECTIONS = {
     "Write a recipe": {
         "init": "Write a commented first recipe for MODELS and their base.",
-        "recommend": "Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.",
-        "methods": "List merge and pruning methods, a line each.",
+        "recommend": "Recommend a pruning for the delta of one MODEL, or a merge method for several MODELS.",
+        "methods": "List merge and pruning methods, one per line.",
         "schema": "Print the JSON schema of a recipe, for editors.",
     },
     "Before a run": {
-        "check": "Validate RECIPES and the headers of their models.",
-        "plan": "Show what a run of RECIPE would do, and what it takes.",
+        "check": "Validate RECIPES, and the headers of the models they name.",
+        "plan": "Show what a run of RECIPE would do, and the disk, memory and time it needs.",
         "inspect": "Measure the delta of MODEL: how large it is, and where.",
-        "calibrate": "Choose the q's of RECIPE on its calibration data, no more.",
-        "lock": "Write the lock of RECIPE beside it: its inputs by content, and its q's.",
+        "calibrate": "Choose the q values of RECIPE on its calibration data.",
+        "lock": "Lock RECIPE: write the hashes of its inputs, and its q values, beside it.",
     },
     "Run": {
         "run": "Merge the models of RECIPE into one that transformers loads.",
-        "convert": "Write MODEL in another form into OUT, without a merge.",
-        "verify": "Check FOLDER, which a run made, against the hashes in its lock.",
-        "diff": "Show what differs between two checkpoints or two locks.",
-        "push": "Publish FOLDER, which a run made, as REPOSITORY on the hub.",
+        "convert": "Write MODEL to OUT in another dtype or format, without merging.",
+        "verify": "Check the output folder FOLDER against the hashes in its lock.",
+        "diff": "Compare two checkpoints, or two locks.",
+        "push": "Publish the output folder FOLDER on the hub as REPOSITORY.",
     },
     "Judge and search": {
         "eval": "Score MODELS on labelled rows, side by side.",
-        "sweep": "Try every combination of the values that RECIPE leaves open.",
-        "search": "Search the values that RECIPE leaves open for the best.",
+        "sweep": "Try every combination of the values listed in RECIPE.",
+        "search": "Search for the best values within the bounds given in RECIPE.",
     },
     "Deltas": {
-        "extract": "Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.",
-        "apply": "Put DELTA on its base again.",
-        "list": "List the versions of the chain FOLDER, or the deltas of the store.",
+        "extract": "Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.",
+        "apply": "Apply DELTA to its base.",
+        "list": "List the versions of a chain, or the deltas of a store.",
+        "pin": "Send the servers of a chain to VERSION and keep them there: a rollback.",
         "squash": "Fold the older versions of CHAIN into one.",
-        "remove": "Remove DELTA, the newest version of a chain or a delta of a store.",
+        "remove": "Remove DELTA: the newest version of a chain, or a delta of a store.",
     },
     "This installation": {
         "doctor": "Show what deltamerge finds on this machine.",
-        "completion": "Print what makes SHELL complete commands and their values.",
+        "completion": "Print the completion script for SHELL.",
     },
 }
 HELP = {name: line for section in SECTIONS.values() for name, line in section.items()}
@@ -77,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = AS_JSON_FLAG in (sys.argv[1:] if arguments is None else arguments)
     gc.disable()  # a plan is many objects without cycles; collections would take a third of planning
     streams.prepare()
+    warnings.formatwarning = _warning
     try:
         code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
     except click.exceptions.Exit as leaving:
@@ -97,6 +104,16 @@ def main(arguments: list[str] | None = None) -> None:
     if "triton" not in sys.modules:  # triton would report uncollected objects as leaks
         gc.freeze()  # spares the interpreter's last collections, a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Return the text of a warning: one line for a package of methods or commands, else Python's own."""
+    if issubclass(category, plugins.PluginWarning):
+        return f"warning: {shown(str(message))}\n"
+    return _python_warning(message, category, *place, **more)
+
+
+_python_warning = warnings.formatwarning
 
 
 def _refuse(error: click.ClickException, *, machine: bool) -> int:
@@ -151,9 +168,13 @@ def _of_system(error: Exception) -> DeltamergeError | None:
 
 def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
-    what = f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}"
-    where = f"at {Path(last.filename).name}:{last.lineno} in {last.name}"
+    whose, file, at, function = f"deltamerge {__version__}", last.filename, last.lineno, last.name
     hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
+    if (other := plugins.culprit(bug)) is not None:
+        whose, file, at, function = other.package, other.file, other.line, other.function
+        hint = f"report these lines to the authors of {whose}, or remove it"
+    what = f"bug in {whose}: {type(bug).__name__}: {shown(str(bug))}"
+    where = f"at {Path(file).name}:{at} in {function}"
     for line in (what, where, f"hint: {hint}"):
         tell(line)
     if machine:
@@ -186,15 +207,42 @@ class Commands(click.Group):
     """The group of all commands. It knows their names and lines of help, and imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*HELP]  # `list` is a command here
+        return [*HELP, *self.others]  # `list` is a command here
+
+    @cached_property
+    def others(self) -> dict[str, EntryPoint]:
+        """The commands of other packages by name, not imported. A warning: a name is taken."""
+        found: dict[str, EntryPoint] = {}
+        for point in plugins.points(plugins.COMMANDS):
+            if point.name in HELP or point.name in found:
+                plugins.refuse(point, f"there is another command {point.name}")
+            else:
+                found[point.name] = point
+        return found
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in HELP and cmd_name not in self.commands:
-            command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
-            assert command.callback is not None
-            command.callback = _with_progress(command.callback)
-            self.add_command(command)
+        if cmd_name not in self.commands:
+            command = self._imported(cmd_name)
+            if command is None:
+                return None
+            if command.callback is not None:
+                command.callback = _with_progress(command.callback)
+            self.add_command(command, cmd_name)
         return self.commands.get(cmd_name)
+
+    def _imported(self, name: str) -> click.Command | None:
+        """Return a command. None, and a warning: it is of another package, and cannot be used."""
+        if name in HELP:
+            own: click.Command = importlib.import_module(f"{__name__}.{name}").command
+            return own
+        point = self.others.get(name)
+        if point is None:
+            return None
+        found = plugins.loaded(point)
+        if found is None or isinstance(found, click.Command):
+            return found
+        plugins.refuse(point, "it is no command of click")
+        return None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -206,7 +254,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that the arguments name. One of mergekit's is refused with what to type here."""
-        if args[0] not in HELP and not args[0].startswith("-"):
+        if args[0] not in HELP and not args[0].startswith("-") and args[0] not in self.others:
             from difflib import get_close_matches
 
             from deltamerge.cli.mergekit_flags import SYNONYMS, ours
@@ -222,6 +270,11 @@ class Commands(click.Group):
         for title, lines in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([*lines.items()])
+        if self.others:
+            with formatter.section("Of other packages"):
+                formatter.write_dl(
+                    [(name, f"A command of {plugins.package_of(p)}.") for name, p in self.others.items()]
+                )
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +21,16 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
-@click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
+@click.option("--offline", is_flag=True, help="Check the recipes alone: open no model, use no network.")
 @MERGEKIT_EXACT
 @SET
 @PICKLES
 @click.option(
     "--output-format", type=click.Choice(["text", "json", "github"]), default="text", show_default=True,
-    help="json: one object on stdout; github: annotations of a workflow's run.",
+    help="json: one object on stdout. github: annotations for GitHub Actions.",
 )  # fmt: skip
 @AS_JSON
+@click.option("-v", "--verbose", is_flag=True, help="Print the notes of `plan` too.")
 def command(
     recipes: tuple[Path, ...],
     offline: bool,
@@ -36,10 +39,11 @@ def command(
     pickles: bool,
     output_format: str,
     as_json: bool,
+    verbose: bool,
 ) -> None:
-    """Validate RECIPES and the headers of their models.
+    """Validate RECIPES, and the headers of the models they name.
 
-    Reads no weights; of hub models headers and tokenizers are fetched. Of a folder all recipes in it are checked; - is
+    Reads no weights; for hub models, fetches headers and tokenizers. RECIPES are files, folders of recipes, or - for
     stdin.
     """
     from deltamerge.run.check import check_recipe, recipes_in
@@ -49,7 +53,11 @@ def command(
         from deltamerge.run.options import Options
 
         options = Options(device="cpu", pickles=pickles)
-    say_one = None if as_json else {"text": _say_checked, "github": _annotate_checked}.get(output_format)
+    ways: dict[str, Callable[[RecipeCheck], None]] = {
+        "text": partial(_say_checked, verbose=verbose),
+        "github": _annotate_checked,
+    }
+    say_one = None if as_json else ways.get(output_format)
     checked = []
     for recipe in recipes_in(recipes):
         found = check_recipe(recipe, options, mergekit_exact=mergekit_exact, settings=settings)
@@ -63,7 +71,7 @@ def command(
         raise click.exceptions.Exit(worst)
 
 
-def _say_checked(found: RecipeCheck) -> None:
+def _say_checked(found: RecipeCheck, *, verbose: bool) -> None:
     if found.error is not None:
         complain(found.error, found.name)
         return
@@ -71,9 +79,10 @@ def _say_checked(found: RecipeCheck) -> None:
     about = "a delta of about " if found.is_delta else ""
     size = f", {found.tensors} tensors, {about}{human(found.nbytes)}" if found.nbytes is not None else ""
     tell(f"{found.name}: ok{several}{size}")
-    for kind, several_lines in (("warning", found.warnings), ("note", found.notes)):
-        for line in several_lines:
-            tell(f"{found.name}: {kind}: {line}")
+    for line in found.warnings:
+        tell(f"{found.name}: warning: {line}")
+    for line in found.notes if verbose else ():
+        tell(f"{found.name}: note: {line}")
 
 
 def _annotate_checked(found: RecipeCheck) -> None:

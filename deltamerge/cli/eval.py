@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, table
-from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, calibration_of
+from deltamerge.cli.layout import Column, Row, cell, stacked, table
+from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, TRACK, calibration_of, tracked
 from deltamerge.cli.output import say, say_csv, say_json
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -26,19 +26,28 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
 @click.option(
     "--calibration", type=FILE, metavar="FILE", help="Labelled rows: .jsonl, .csv, pictures, or a hub data set."
 )
-@click.option("--recipe", type=RECIPE, help="Take rows and heads from a recipe: each fine-tune's, by its own head.")
+@click.option(
+    "--recipe", type=RECIPE, help="Take the rows of each fine-tune from this recipe, and score them with its head."
+)
 @click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs.")
-@click.option("--label", metavar="KEY", help="Its field of the label; default: label.")
+@click.option("--label", metavar="KEY", help="Field of the rows that has the label. Default: label.")
 @click.option(
     "--task", type=click.Choice(["text-classification", "text-generation", "image-classification", "causal-lm"])
 )
-@click.option("--metric", "metrics", multiple=True, type=click.Choice(METRICS), help="Default: all that fit the head.")
+@click.option("--metric", "metrics", multiple=True, type=click.Choice(METRICS), help="Default: all that suit the head.")
 @click.option("--answer", metavar="PATTERN", help="exact_match: pattern of the answer in a text.")
-@click.option("--new-tokens", type=click.IntRange(1), help="exact_match: tokens generated for an answer, at most.")
-@click.option("--sequences", type=click.IntRange(1), help="Rows to use; default: all.")
-@click.option("--length", type=click.IntRange(1), help="Tokens a row; default: 128.")
-@click.option("--head", type=MODEL, help="Whose head answers, where a merge has another task's.")
-@click.option("--base", type=MODEL, help="The base of adapters and delta artifacts.")
+@click.option("--new-tokens", type=click.IntRange(1), help="exact_match: most tokens generated for an answer.")
+@click.option("--sequences", type=click.IntRange(1), help="Number of rows to use. Default: all.")
+@click.option("--length", type=click.IntRange(1), help="Tokens per row. Default: 128.")
+@click.option("--head", type=MODEL, help="Model whose head to use, if the merged model has the head of another task.")
+@click.option("--base", type=MODEL, help="Base of the adapters and delta artifacts among MODELS.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File that keeps the scores, one JSON line each. Run again, only missing ones are computed.",
+)
+@TRACK
 @DEVICE
 @PICKLES
 @AS_JSON
@@ -57,6 +66,8 @@ def command(
     length: int | None,
     head: str | None,
     base: str | None,
+    out: Path | None,
+    track: str | None,
     device: str,
     pickles: bool,
     as_json: bool,
@@ -64,7 +75,7 @@ def command(
 ) -> None:
     """Score MODELS on labelled rows, side by side.
 
-    Folders, hub ids, base+adapter, delta artifacts: what was merged, and what it was merged from.
+    MODELS are folders, hub ids, base+adapter, or delta artifacts.
 
     \b
     deltamerge eval ./merged ./models/math --calibration test.jsonl
@@ -87,7 +98,12 @@ def command(
         if "exact_match" in metrics:
             rows = {**(rows or {}), "metric": "exact_match", "task": "text-generation"}
         questions = [LabelledRows("", Calibration.model_validate(rows), Path.cwd(), head)]
-    found = evaluate(models, questions, metrics=metrics, sequences=sequences, base=base, device=device, pickles=pickles)
+    found = evaluate(
+        models, questions, metrics=metrics, sequences=sequences, base=base, device=device, pickles=pickles, out=out
+    )
+    for one in found.models if track else ():
+        with tracked(track, one.model, {"rows": dict(found.rows)}) as log:
+            log(one.scores, 0)
     if as_csv:
         say_csv([{"model": one.model, **_flat(one.scores)} for one in found.models])
     else:
@@ -102,9 +118,9 @@ def render(found: Evaluation, width: int) -> str:
     """Return a line for each model, a column for each metric of each task."""
     flat = {one.model: _flat(one.scores) for one in found.models}
     names = list(dict.fromkeys(name for own in flat.values() for name in own))
-    columns = [Column(name.replace(".", "\n")) for name in names]
-    rows: list[Row] = [(model, [f"{own[n]:.4f}" if n in own else "–" for n in names]) for model, own in flat.items()]
+    columns = [Column(stacked(name)) for name in names]
+    rows: list[Row] = [(model.removeprefix("./"), [cell(own.get(n)) for n in names]) for model, own in flat.items()]
     counts = dict.fromkeys(found.rows.values())
-    several = ", ".join(f"{count:,} of {task}" for task, count in found.rows.items())
+    several = ", ".join(f"{count:,} of {task.removeprefix('./')}" for task, count in found.rows.items())
     foot = f"{next(iter(counts)):,} rows" if len(counts) == 1 else f"rows: {several}"
     return one_a_line([*table(columns, [rows], width), "", foot])

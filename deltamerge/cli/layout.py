@@ -101,6 +101,12 @@ def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> list
     )  # fmt: skip
 
 
+def stacked(name: str) -> str:
+    """Return `./math.accuracy` as a head of two lines: the model, and below it the measure."""
+    model, dot, measure = name.removeprefix("./").rpartition(".")
+    return f"{model}\n{measure}" if dot else measure
+
+
 def figure(number: float | None) -> str:
     """Return a number to three digits, or a dash."""
     return "-" if number is None else f"{number:.3g}"

@@ -43,6 +43,8 @@ VALUES_WITHOUT_USE = {
     "--lora-merge-dtype": "adapters are added in float32",
     "--write-threads": "--workers is the number of threads",
 }
+# Those of WITHOUT_USE that ask for what is done anyway.
+DONE_ANYWAY = frozenset({"--copy-tokenizer", "--lazy", "--safe-serialization", "--write-model-card"})
 # Flags of mergekit-extract-lora that `extract` takes and that have no meaning there.
 OF_LORA_WITHOUT_USE = {
     "--distribute-scale/--no-distribute-scale": "both factors have the same scale",
@@ -153,7 +155,9 @@ def given_flags(context: click.Context) -> MergekitFlags:
         os.environ["HF_HUB_CACHE"] = given["--transformers-cache"]
     tables = WITHOUT_USE, VALUES_WITHOUT_USE, OF_LORA_WITHOUT_USE, OF_EVOLVE_WITHOUT_USE
     known = {names.partition("/")[0]: why for table in tables for names, why in table.items()}
-    useless = tuple(f"{name} ({known[name]})" for name in given if name in known)
+    useless = tuple(
+        f"{name} ({known[name]})" for name, value in given.items() if name in known and not _done(name, value)
+    )
     gpu = "cuda" if any(given.get(name) for name in _GPU) else None
     if "--exclude-regex" in given:
         raise click.UsageError("--exclude-regex: name what gets factors instead, with --target PATTERN")
@@ -170,6 +174,11 @@ def given_flags(context: click.Context) -> MergekitFlags:
         targets=given.get("--include-regex", ()),
         trials=given.get("--max-fevals"),
     )
+
+
+def _done(name: str, value: Any) -> bool:
+    """Return whether a flag without use asks for nothing that differs from what is done."""
+    return value is (name in DONE_ANYWAY) if isinstance(value, bool) else False
 
 
 def mergekit_flags(command: Callable[..., Any]) -> Callable[..., Any]:

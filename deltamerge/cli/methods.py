@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,9 @@ def _names(context: click.Context, option: click.Parameter, incomplete: str) -> 
 @click.argument("name", required=False, shell_complete=_names)
 @AS_JSON
 def command(name: str | None, as_json: bool) -> None:
-    """List merge and pruning methods, a line each.
+    """List merge and pruning methods, one per line.
 
-    With NAME those called so: their parameters, defaults, ranges, and where they come from.
+    With NAME: its parameters, their defaults and ranges, and the paper.
     """
     found = catalogue(name)
     render = render_method if name else render_methods
@@ -69,6 +70,7 @@ def _merge(method: MergeMethod) -> dict[str, Any]:
         "source": method.paper,
         "parameters": {key: _parameter(param, param.default) for key, param in method.parameters.items()},
         "base": "needed" if method.needs_base else "optional" if method.takes_base else "a model",
+        "needs": ["base"] * method.needs_base + ["rows"] * (method.rows is not None),
         "models": [method.minimum, method.maximum],
         "prunes": method.implies_prune,
     }
@@ -84,6 +86,7 @@ def _prune(method: PruneMethod) -> dict[str, Any]:
         "summary": method.summary,
         "source": method.paper,
         "parameters": parameters,
+        "needs": ["rows"] * method.needs_activations,
         "options": sorted(method.options),
         "groups": list(method.groups),
         "random": method.random,
@@ -97,16 +100,24 @@ def _parameter(param: Param, default: Any) -> dict[str, Any]:
 
 
 def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
-    """Return a line for each method: its name and what it does, as far as there is room."""
+    """Return a line for each method: its name, what it needs, and what it does, as far as there is room."""
     lines = []
-    name = max(len(method["name"]) for methods in found.values() for method in methods)
+    starts = align([(m["name"], ", ".join(m["needs"]) or "–") for methods in found.values() for m in methods])
+    wide = max(map(len, starts), default=0)
+    room, rest = width - wide - 4, iter(starts)
     for title, key in METHODS:
-        lines += [
-            f"{title}:",
-            *(f"  {m['name']:<{name}}  {cut_at_word(m['summary'], width - name - 4)}" for m in found[key]),
-            "",
-        ]
-    return one_a_line([*lines, "deltamerge methods NAME: its parameters and its source"])
+        lines += [f"{title}:", *(f"  {next(rest):<{wide}}  {gist(m['summary'], room)}" for m in found[key]), ""]
+    notes = "Needs: base is base_model; rows are calibration data. deltamerge methods NAME shows parameters and source."
+    return one_a_line([*lines, *paragraph(notes, width)])
+
+
+def gist(summary: str, room: int) -> str:
+    """Return a summary in `room` columns: all of it, or the clauses that fill at least a third of them, or words."""
+    if len(summary) <= room:
+        return summary
+    ends = [found.start() for found in re.finditer(r"[,;:] ", summary) if room // 3 <= found.start() <= room]
+    ends = [end for end in ends if summary.count("(", 0, end) == summary.count(")", 0, end)]
+    return summary[: ends[-1]] if ends else cut_at_word(summary, room)
 
 
 def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:

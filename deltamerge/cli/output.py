@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+_OF_RECIPE = re.compile(r"models\[\d+\]|base_model")
 BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # YAML's
 PLACE, MESSAGE, HINT, QUIET = "bold", "red", "cyan", "dim"
 
@@ -113,6 +114,16 @@ def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
 
 def _problem(problem: Problem) -> dict[str, Any]:
     return {key: value for key, value in asdict(problem).items() if key != "text"}
+
+
+@contextmanager
+def of_command_line() -> Iterator[None]:
+    """Leave places of a recipe out of errors in this block: the command wrote it itself, and models have names."""
+    try:
+        yield
+    except DeltamergeError as error:
+        error.where = [place for place in error.where if not _OF_RECIPE.fullmatch(place)]
+        raise
 
 
 def complain(error: DeltamergeError, where: str) -> None:

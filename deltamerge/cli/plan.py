@@ -56,9 +56,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what a run of RECIPE would do, and what it takes.
+    """Show what a run of RECIPE would do, and the disk, memory and time it needs.
 
-    The dry run: output, disk, memory, about how long, and the tensors by kind; reads no weights.
+    A dry run that reads no weights.
 
     \b
     deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
@@ -140,6 +140,8 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
         yield from _line(
             "disk", f"{human(needed)} needed{' about' if 'delta' in found else ''}, {human(free)} free", width
         )
+        if needed > free:
+            yield from _line("warning", f"the disk is too small for the output by {human(needed - free)}", width)
     backends = sorted({t["backend"] for t in found["tensors"] if t["method"] != "copy"})
     yield from _line("memory", f"{human(found['peak_bytes'])} at the peak; --memory SIZE is a cap", width)
     reads = f"reads {human(found['read_bytes'])}"

@@ -19,6 +19,7 @@ EVERY = 10.0  # seconds between lines
 TICK = 0.125  # seconds between drawings
 SLOW = 0.5  # seconds before a phase is shown
 SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # what must have passed before the time left is estimated
+APART, ALIKE = 1.0, 1.5  # seconds between two estimates that must agree, and how far the whole time may differ
 RECENT = 20.0  # seconds that a rate is measured over, or half of the time so far, if that is longer
 
 
@@ -38,10 +39,11 @@ class State:
 
 @dataclass(slots=True)
 class PhaseHistory:
-    """A phase, and when it had done how much."""
+    """A phase, when it had done how much, and when how much time was estimated for the whole of it."""
 
     phase: Phase
     samples: deque[tuple[float, float]] = field(default_factory=deque)
+    estimates: deque[tuple[float, float]] = field(default_factory=deque)
 
     def look(self, now: float) -> State:
         """Return the state at a time."""
@@ -57,7 +59,8 @@ class PhaseHistory:
         rate = (done - had) / max(now - since, 1e-3)
         share = min(1.0, done / total) if total > 0 else None
         sure = share is not None and now - phase.begun >= SURE_SECONDS and share >= SURE_SHARE and rate > 0
-        left = lasting(max(total - done, 0.0) / rate) if sure and share != 1.0 else ""
+        rest = max(total - done, 0.0) / rate if sure else 0.0
+        left = lasting(rest) if sure and share != 1.0 and self._steady(now, now - phase.begun + rest) else ""
         most = "at most" if phase.bound else "about"
         return State(
             phase.name,
@@ -67,11 +70,21 @@ class PhaseHistory:
             f"{most} {left} left" if left else "",
         )
 
+    def _steady(self, now: float, whole: float) -> bool:
+        """Return whether the phase lasts `whole` seconds by an earlier estimate too, and keep this one."""
+        while len(self.estimates) > 1 and self.estimates[1][0] <= now - APART:
+            self.estimates.popleft()
+        known = [earlier for at, earlier in self.estimates if at <= now - APART]
+        self.estimates.append((now, whole))
+        return bool(known) and max(known[0], whole) <= ALIKE * min(known[0], whole)
+
 
 def amount(phase: Phase) -> str:
-    """Return how much is done, of how much."""
+    """Return how much is done, of how much; nothing where neither is known."""
     done = phase.reached
-    of = "of ≤" if phase.bound else "of"
+    if phase.total <= 0 and not done:
+        return ""
+    of = "of at most" if phase.bound else "of"
     if phase.unit == BYTES:
         return f"{human(done)} {of} {human(max(phase.total, done))}"
     return f"{int(done + 1e-6):,} {of} {int(max(phase.total, done)):,} {phase.unit}"
@@ -91,7 +104,8 @@ def lasting(seconds: float) -> str:
 def line(state: State) -> str:
     """Return a phase as one line of a log."""
     share = "" if state.share is None else f"{int(100 * state.share)} %"
-    return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
+    parts = ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
+    return f"{state.name}: {parts}" if parts else f"{state.name} …"
 
 
 class Display(ABC):
@@ -151,14 +165,21 @@ class Display(ABC):
 
 
 class LineDisplay(Display):
-    """A line for each phase now and then, for logs, and for terminals that cannot move a cursor."""
+    """A line for each phase now and then, for logs, and for terminals that cannot move a cursor; none is repeated."""
 
     @property
     def every(self) -> float:
         return EVERY
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def show(self, states: list[State]) -> None:
-        streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
+        lines = list(map(line, states))
+        if fresh := [one for one in lines if one not in self._said]:
+            streams.to_stderr(printed("\n".join(fresh)) + "\n")
+        self._said = set(lines)
 
     def clear(self) -> None:
         """Do nothing: lines stay."""
@@ -233,8 +254,8 @@ class BarLayout(NamedTuple):
 
 
 LAYOUTS = (
-    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(0, False, True),
-    BarLayout(0, False, False),
+    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(6, False, True),
+    BarLayout(0, False, True), BarLayout(0, False, False),
 )  # fmt: skip
 
 

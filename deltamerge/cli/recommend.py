@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
-ABOUT_CANDIDATES = "→: recommended. Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
+ABOUT_CANDIDATES = "Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
 ABOUT_NOTHING = (
     ". Without rows it does not decide: what is kept and not rescaled has a small error, and still loses the skill"
 )
@@ -60,12 +60,11 @@ def command(
     as_csv: bool,
     **options: Any,
 ) -> None:
-    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
+    """Recommend a pruning for the delta of one MODEL, or a merge method for several MODELS.
 
-    With evidence, and the recipe that does it.
-
-    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
-    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
+    Prints the evidence and the recipe. Without --calibration, statistics of the deltas decide. With rows of text, each
+    candidate is tried and measured on each model's rows: prunings of one model, or merges at several λ and with fitted
+    coefficients.
 
     \b
     deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
@@ -106,7 +105,11 @@ def render_recommend(answer: Recommendation, *, width: int) -> str:
     seen = answer.evidence
     columns = [Column(seen.metric or head if head == "metric" else head) for head in CANDIDATES]
     judged = [one for one in answer.candidates if any(_candidate(one))]
-    rows: list[Row] = [(("→ " if one.name == answer.method else "  ") + one.name, _candidate(one)) for one in judged]
+    on_rows = any(one.layer_error is not None for one in judged)
+    by = [one.lost if on_rows else one.delta_error for one in judged]
+    least = min((value for value in by if value is not None), default=None)
+    marks = {one.name: one.name == answer.method and value == least for one, value in zip(judged, by, strict=True)}
+    rows: list[Row] = [(("→ " if marks[one.name] else "  ") + one.name, _candidate(one)) for one in judged]
     figures = [
         f"mean |Δ| {seen.mean_abs_delta:.3g}",
         *([f"mean |c| {seen.mean_abs_influence:.3g}"] if seen.mean_abs_influence is not None else []),
@@ -115,8 +118,7 @@ def render_recommend(answer: Recommendation, *, width: int) -> str:
         f"{seen.kept_energy:.1%} of the energy in the largest {answer.density:g}",
     ]
     lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", *paragraph("; ".join(figures), width), ""]
-    on_rows = any(one.layer_error is not None for one in judged)
-    about = f"{ABOUT_CANDIDATES}{ABOUT_ROWS if on_rows else ABOUT_NOTHING}."
+    about = f"{'→: recommended. ' * any(marks.values())}{ABOUT_CANDIDATES}{ABOUT_ROWS if on_rows else ABOUT_NOTHING}."
     lines += [*table(columns, [rows], width), "", *paragraph(about, width)]
     if others := [one.name for one in answer.candidates if one not in judged]:
         lines += paragraph(f"Judged with --calibration alone: {', '.join(others)}", width)

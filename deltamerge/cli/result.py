@@ -70,8 +70,11 @@ def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
     }
 
 
-def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
-    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
+def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verbose: bool = False, **more: Any) -> None:
+    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object.
+
+    `verbose`: of a LoRA, a line for each layer too.
+    """
     seconds = time.monotonic() - begun
     delta, quantised = result.delta, result.lock.get("quantization")
     if as_json:
@@ -79,7 +82,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
     elif not quiet:
         lost = ""
         for folder, made in result.intermediate.items():
-            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+            tell(f"{folder}: {'made' if made else 'up to date'}")
         if not result.made:
             tell(f"{result.folder}: up to date")
             return
@@ -90,19 +93,35 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             if values is None:
                 how = f"final values, {'rounded once' if rounded else 'exact'}"
             lost = f", {delta.entries:,} entries: {how}"
+            if (budget := result.lock.get("budget")) is not None:
+                spent = ", ".join(f"{name} {human(size)}" for name, size in budget["spent"].items())
+                lost = f": {spent}; {budget['lost']:.3g} of the {budget['of']} are lost"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
         tell(f"{result.folder}: {result.name}, {human(result.size)} in {seconds:.1f} s{lost}")
+        if result.lora is not None:
+            tell(of_lora(result.lora))
+            for line in of_layers(result.lora) if verbose else ():
+                tell(line)
         for line in result.next_steps:
-            tell(line)
-        for line in of_layers(result.lora) if result.lora is not None else ():
             tell(line)
         for note in result.remarks:
             tell(f"note: {note}")
 
 
+def of_lora(lora: LowRankSummary) -> str:
+    """Return what a LoRA is made of: factors, what they keep, and parts that are stored whole."""
+    ranks = [layer.rank for layer in lora.layers.values() if layer.rank]
+    also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
+    missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
+    bound = f" (the best of these ranks would keep at most {missed:.2g} more of any)" if missed else ""
+    kept = f"keep {lora.energy:.3g} of the deltas' squares{also}{bound}" if ranks else "none"
+    size = f"{human(lora.nbytes - lora.whole)}, {len(ranks)} weights, rank {_range(ranks)}: " if ranks else ""
+    return f"factors {size}{kept}; whole parts {human(lora.whole) if lora.whole else 'none'}"
+
+
 def of_layers(lora: LowRankSummary) -> Iterator[str]:
-    """Yield the energy that a LoRA keeps, layer by layer, and in all."""
+    """Yield the energy that a LoRA keeps, layer by layer."""
     blocks: dict[str, list[LayerRank]] = {}
     for name, layer in lora.layers.items():
         blocks.setdefault(block_name(name) or name, []).append(layer)
@@ -113,10 +132,6 @@ def of_layers(lora: LowRankSummary) -> Iterator[str]:
         outputs = [layer.output for layer in layers if layer.output is not None]
         also = f", {_range(outputs)} of the outputs" if outputs else ""
         yield f"{name}: {count}rank {ranks}, keeps {kept} of the delta{also}"
-    also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
-    missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
-    bound = f"; the best of these ranks would keep at most {missed:.2g} more of any" if missed else ""
-    yield f"all: keeps {lora.energy:.3g} of the deltas' squares{also}{bound}"
 
 
 def _range(values: Sequence[float]) -> str:

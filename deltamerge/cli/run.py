@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +26,33 @@ from deltamerge.cli.options import (
     QUIET,
     RESUME,
     SET,
+    TRACK,
     WORKERS,
     RecipePath,
+    tracked,
 )
 from deltamerge.cli.output import tell
-from deltamerge.cli.result import Warnings, report_run
+from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import app
 
 if TYPE_CHECKING:
+    from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
+    from deltamerge.run.options import Watch
 
+WHOLE = 100  # percent
 PUBLISHED = "hf://"  # a recipe that someone pushed
 
 
 @click.command("run")
 @click.argument("recipe", type=RecipePath())
 @click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
-@click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
+@click.option("--out", type=FOLDER, help="Output folder. Default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
-@click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option("--part", metavar="I/N", help="Write only part I of N. A part is one or more whole shards.")
+@click.option("--finish", is_flag=True, help="Assemble the output from all parts.")
 @click.option(
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
@@ -53,18 +60,23 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @RESUME
 @click.option(
     "--force", is_flag=True,
-    help="Make it again, over what another recipe or command made or someone changed; forget an interrupted run.",
+    help="Start over: replace an output of another recipe or command, or one that was changed; drop interrupted work.",
 )  # fmt: skip
-@click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
-@click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
+@click.option("--locked", is_flag=True, help="Fail if the recipe or its inputs differ from the lock beside the recipe.")
+@click.option(
+    "--lock", "lock_path", type=FILE, metavar="PATH", help="The same, with this lock, or that of an output folder."
+)
 @MERGEKIT_EXACT
 @NONFINITE
 @SET
 @PICKLES
-@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
+@click.option("--pictures", is_flag=True, help="Add pictures of the delta and the search to the model card.")
+@TRACK
 @AS_JSON
 @QUIET
-@click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
+@click.option(
+    "-v", "--verbose", "--verbosity", count=True, help="Print the notes of `plan`, and of a LoRA a line per layer."
+)
 @mergekit_flags
 @click.pass_context
 def command(
@@ -87,13 +99,14 @@ def command(
     settings: dict[Loc, str],
     pickles: bool,
     pictures: bool,
+    track: str | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
 ) -> None:
     """Merge the models of RECIPE into one that transformers loads.
 
-    Of several documents those with a name are made first, beside the output, where they would differ.
+    If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
 
     \b
     deltamerge run recipe.yaml --memory 2GB
@@ -101,8 +114,8 @@ def command(
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
     deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
-    Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
-    it stopped, from .NAME.partial beside its target, or is forgotten by --force.
+    Run again: a finished recipe is up to date, a changed one replaces its own result, and an interrupted one
+    continues from .NAME.partial beside its output. --force starts over.
     """
     from deltamerge.engine import kernels
     from deltamerge.files.descriptors import scratch
@@ -157,6 +170,10 @@ def command(
             file = replace(file, made_for=recipe.partition("@")[0])
         if (locked or lock_path) and published is None:
             options = replace(options, lock=Lock.read(lock_for(file, out, lock_path)))
+        name = path.stem if published is None else recipe.removeprefix(PUBLISHED)
+        log = held.enter_context(tracked(track, f"run {name}", file.output.recipe.source.data))
+        if track is not None:
+            options = replace(options, watch=partial(_watch, log, warnings.watch))
         if finish:
             result = finish_parts(file, out, options)
         elif ray is not None:
@@ -165,6 +182,7 @@ def command(
             result = run_on_ray(file, out, options, address=ray)
         else:
             result = run_recipe(file, out, options, part=Part.parse(part) if part else None)
+        log({key: value for key, value in summary_of(result, begun).items() if key != "lock"}, WHOLE)
     warnings.end(result)
     lock = options.lock if not part else None
     differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
@@ -173,7 +191,7 @@ def command(
         found["published"] = {"commit": published.commit, "differs": differing}
     for note in result.plan.notes if verbose and not (quiet or as_json) else ():
         tell(f"note: {note}")
-    report_run(result, begun, as_json=as_json, quiet=quiet, **found)
+    report_run(result, begun, as_json=as_json, quiet=quiet, verbose=bool(verbose), **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
     if lock is not None and lock.content["outputs"] and not (quiet and not differing):
@@ -182,6 +200,22 @@ def command(
         tell(f"{result.folder}: {agreed}")
     if differing:
         raise click.exceptions.Exit(1)
+
+
+def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Plan) -> Callable[[int], None]:
+    """Log each percent of a plan's bytes, once. As `Options.watch`, when it has the first two."""
+    told, done, said = watch(plan), 0, 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done, said
+        told(nbytes)
+        done += nbytes
+        percent = min(WHOLE - 1, WHOLE * done // max(1, plan.made_bytes))
+        if percent > said:
+            said = percent
+            log({"written/percent": percent, "written/bytes": done}, percent)
+
+    return step
 
 
 def _drawing() -> Any:

@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.layout import Column, Row, figure, paragraph, table
 from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
-from deltamerge.cli.options import ALLOW_COMMAND, AS_JSON, DEVICE, FOLDER, MEMORY, PICKLES, QUIET, RECIPE, SET, WORKERS
+from deltamerge.cli.options import (
+    ALLOW_COMMAND,
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    PICKLES,
+    QUIET,
+    RECIPE,
+    SET,
+    TRACK,
+    WORKERS,
+    tracked,
+)
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -26,25 +39,26 @@ SHOWN_ERRORS = 5
 @click.command("search")
 @click.argument("recipe", type=RECIPE)
 @SET
-@click.option("--out", type=FOLDER, help="Folder of the study; default: NAME-search beside RECIPE.")
-@click.option("--trials", type=click.IntRange(1), help="Candidates to try in all; wins over study.trials.")
+@click.option("--out", type=FOLDER, help="Folder of the study. Default: NAME-search beside RECIPE.")
+@click.option("--trials", type=click.IntRange(1), help="Number of candidates to try. Overrides study.trials.")
 @click.option(
     "--keep",
     type=click.Choice(["best", "none"]),
     default="none",
     show_default=True,
-    help="Merged folder that is written.",
+    help="Merged model to write.",
 )
 @click.option(
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Judge candidates on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
+@TRACK
 @DEVICE
 @WORKERS
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget an earlier study; replace a changed NAME.best.yaml.")
+@click.option("--force", is_flag=True, help="Discard an earlier study; replace NAME.best.yaml even if it was changed.")
 @AS_JSON
 @QUIET
 @evolve_flags
@@ -55,17 +69,18 @@ def command(
     trials: int | None,
     keep: Literal["best", "none"],
     ray: str | None,
+    track: str | None,
     allow_command: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Search the values that RECIPE leaves open for the best.
+    """Search for the best values within the bounds given in RECIPE.
 
-    Values are bounds or choices: weight: {search: [0, 1]}. Optuna proposes candidates, which are judged in memory as
-    `study` says; rows that no trial has seen decide. The best goes to NAME.best.yaml, with its lock. Run again, a study
-    goes on where it stopped, to more trials if there are to be more.
+    Write bounds or choices in the recipe: weight: {search: [0, 1]}. Optuna proposes candidates, which are scored in
+    memory as set in `study`. The best is chosen on rows that no trial has seen, and written to NAME.best.yaml with
+    its lock. Run again, a study continues; --trials may be larger.
 
     \b
     deltamerge search recipe.yaml --trials 200
@@ -80,16 +95,19 @@ def command(
     out, trials = out or theirs.out_path, trials or theirs.trials
     if theirs.warning and not quiet:
         tell(f"warning: {theirs.warning}")
-    found = run_search(
-        read_template(recipe, {**(theirs.settings or {}), **settings}),
-        Options(**options),
-        out,
-        trials=trials,
-        keep=keep,
-        force=force,
-        commands=allow_command,
-        ray=ray,
-    )
+    file = read_template(recipe, {**(theirs.settings or {}), **settings})
+    with tracked(track, f"search {recipe.stem}", file.template.source.data) as log:
+        found = run_search(
+            file,
+            Options(**options),
+            out,
+            trials=trials,
+            keep=keep,
+            force=force,
+            commands=allow_command,
+            ray=ray,
+            log=log,
+        )
     if as_json:
         say_json(found.describe())
     elif not quiet:
@@ -105,17 +123,19 @@ def command(
 
 def render_search(found: SearchResult, width: int) -> str:
     """Return the result, and the trials that were compared on held-out rows. → is the best."""
+    from deltamerge.apps.search.results import label
+
     names = list(found.chosen.params)
     goals = list(found.goals)
     columns = [Column(name) for name in goals] + [Column(f"held out\n{name}") for name in goals]
-    columns += [Column(name.replace("].", "]\n"), 1) for name in names]
+    columns += [Column(label(name, found.models).replace(": ", "\n"), 1) for name in names]
     rows: list[Row] = []
     low = next(iter(found.goals.values()))
     compared = [t for t in found.trials if t.held is not None] or [found.chosen]
     for trial in sorted(compared, key=lambda t: t.outcome.values[0] if low else -t.outcome.values[0]):
         held = trial.held.values if trial.held is not None else ()
-        figures = [f"{v:.4f}" for v in trial.outcome.values] + ([f"{v:.4f}" for v in held] or ["–"] * len(goals))
-        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (trial.params[name] for name in names)]
+        figures = [figure(v) for v in trial.outcome.values] + ([figure(v) for v in held] or ["–"] * len(goals))
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in (trial.params[name] for name in names)]
         mark = "→ " if trial.number == found.chosen.number else "  "
         rows.append((f"{mark}trial {trial.number}", [*figures, *values]))
     ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.layout import Column, Row, cell, figure, paragraph, stacked, table
 from deltamerge.cli.options import (
     ALLOW_COMMAND,
     AS_CSV,
@@ -22,7 +22,9 @@ from deltamerge.cli.options import (
     QUIET,
     RECIPE,
     SET_OR_SWEEP,
+    TRACK,
     WORKERS,
+    tracked,
 )
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
@@ -36,20 +38,21 @@ if TYPE_CHECKING:
 @click.command("sweep")
 @click.argument("recipe", type=RECIPE)
 @SET_OR_SWEEP
-@click.option("--out", type=FOLDER, help="Folder for what is found; default: NAME-sweep beside RECIPE.")
+@click.option("--out", type=FOLDER, help="Folder for the results. Default: NAME-sweep beside RECIPE.")
 @click.option(
     "--keep",
     type=click.Choice(["best", "all", "none"]),
     default="none",
     show_default=True,
-    help="Merged folders that are written.",
+    help="Merged models to write.",
 )
+@TRACK
 @DEVICE
 @WORKERS
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget what an earlier sweep found; replace a changed NAME.best.yaml.")
+@click.option("--force", is_flag=True, help="Discard earlier results; replace NAME.best.yaml even if it was changed.")
 @AS_JSON
 @AS_CSV
 @QUIET
@@ -58,6 +61,7 @@ def command(
     settings: dict[Loc, str],
     out: Path | None,
     keep: Keep,
+    track: str | None,
     allow_command: bool,
     force: bool,
     as_json: bool,
@@ -65,11 +69,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Try every combination of the values that RECIPE leaves open.
+    """Try every combination of the values listed in RECIPE.
 
-    Values are lists: density: {sweep: [0.1, 0.01]}. Candidates are judged in memory on the same rows, as `study` says;
-    a table, JSON and a picture go to NAME-sweep, the best recipe to NAME.best.yaml. Run again, it goes on where it
-    stopped.
+    Write the values as lists: density: {sweep: [0.1, 0.01]}. Candidates are scored in memory on the same rows, as set
+    in `study`. NAME-sweep gets a table, JSON and a picture, NAME.best.yaml the best recipe. Run again, it continues
+    where it stopped.
 
     \b
     deltamerge sweep recipe.yaml --keep best
@@ -81,9 +85,9 @@ def command(
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
-    found = run_sweep(
-        read_template(recipe, settings), Options(**options), out, keep=keep, force=force, commands=allow_command
-    )
+    file = read_template(recipe, settings)
+    with tracked(track, f"sweep {recipe.stem}", file.template.source.data) as log:
+        found = run_sweep(file, Options(**options), out, keep=keep, force=force, commands=allow_command, log=log)
     if as_csv:
         say(csv_of(found).removesuffix("\n"))
     elif as_json:
@@ -100,7 +104,7 @@ def command(
 
 def render_sweep(found: SweepResult, width: int) -> str:
     """Return a line for each point, seeds averaged. The best is marked."""
-    columns = [Column(name.replace(".", "\n")) for name in found.columns]
+    columns = [Column(stacked(name)) for name in found.columns]
     best = dict(found.rows[found.best].labels) if found.best is not None else {}
     rows: list[Row] = []
     for labels, numbers in found.averaged():
@@ -108,11 +112,14 @@ def render_sweep(found: SweepResult, width: int) -> str:
         cells = [_spread(numbers[name]) for name in found.columns]
         rows.append((mark + (" · ".join(labels.values()) or "every seed"), cells))
     ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())
-    counts = ", ".join(f"{count:,} of {name}" for name, count in found.test_rows.items())
+    counts = ", ".join(f"{count:,} of {name.removeprefix('./')}" for name, count in found.test_rows.items())
     foot = f"→: best by {ways}" + (f"; rows: {counts}" if counts else "")
-    references = [
-        (f"  {kind}", [_reference(scores, name) for name in found.columns]) for kind, scores in found.references.items()
-    ]
+    references: list[Row] = []
+    for kind, scores in found.references.items():
+        goals = found.reference_goals.get(kind, {})
+        references.append(
+            (f"  {kind}", [_reference(goals, scores, found.references["base"], name) for name in found.columns])
+        )
     return one_a_line(
         [*table(columns, [rows, *([references] if references else [])], width), "", *paragraph(foot, width)]
     )
@@ -122,11 +129,14 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
     mean = statistics.fmean(values)
-    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.pstdev(values):.4f}"
+    return figure(mean) if len(values) == 1 else f"{figure(mean)} ± {statistics.pstdev(values):.2g}"
 
 
-def _reference(scores: Any, column: str) -> str:
-    """Return the score of the base or the fine-tune in a column that is one of its metrics."""
+def _reference(goals: Any, scores: Any, base: Any, column: str) -> str:
+    """Return what the base or the fine-tunes score in a column: an objective, or a measure of one fine-tune.
+
+    As of candidates, a distance is a share of the base's.
+    """
     name, _, measure = column.rpartition(".")
-    value = scores.get(name, {}).get(measure)
-    return "–" if value is None or measure == "distance" else f"{value:.4f}"
+    value = goals.get(column, scores.get(name, {}).get(measure))
+    return cell(value / base[name][measure] if name and measure == "distance" and base[name][measure] else value)

@@ -17,9 +17,8 @@ from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
 from deltamerge.engine.devices import fitting, torch_device, torch_devices
-from deltamerge.engine.tasks import Job, Running, Sink, on_gpu
-from deltamerge.engine.tasks import Task as Task
-from deltamerge.engine.worker import Worker
+from deltamerge.engine.worker import Job, Running, Sink, Worker, on_gpu
+from deltamerge.engine.worker import Task as Task
 from deltamerge.tensors.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import REDUCTIONS, depth_first, schedule

@@ -2,12 +2,14 @@
 
 An output has a BLAKE3. Whether it has changed is told by its seal, which every change breaks, else by its hash.
 An input has the XXH3-128 of the XXH3-128 digests (in canonical form) of its pieces of 64 KiB, the last perhaps shorter.
-A merge computes those while it reads the file anyway.
+A merge computes those while it reads the file anyway. A file in the hub's cache has the hub's own hash for a name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +26,7 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.files import progress
+from deltamerge.files.descriptors import reading
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -199,3 +202,57 @@ def damages(
     with progress.phase("checking files", size) as checking, ThreadPoolExecutor(workers) as pool:
         found = dict(zip(files, pool.map(look, files), strict=True))
     return {name: wrong for name, wrong in sorted(found.items()) if wrong}
+
+
+# Files in the hub's cache: links to blobs whose names are the hub's hashes of their content.
+
+
+# The hash is the SHA-256 of a large file (64 digits), git's SHA-1 of a small one (40).
+NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
+
+
+def blob_of(path: Path) -> Path | None:
+    """Return the blob that `path` in a snapshot links to; None if it is no such link.
+
+    The blob may be a link itself, to where the cache keeps files that several repositories share.
+    """
+    try:
+        blob = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path))))
+    except OSError:
+        return None
+    named = any(name.fullmatch(blob.name) for name in NAMES.values())
+    return blob if named and blob.parent.name == "blobs" else None
+
+
+def sha256_of(path: Path) -> str | None:
+    """Return the SHA-256 that the hub states for `path`, or None. The file is not read."""
+    blob = blob_of(path)
+    return blob.name if blob is not None and len(blob.name) == 64 else None
+
+
+def check_blobs(paths: Iterable[Path], workers: int) -> None:
+    """Hash the files of the hub's cache among `paths`. InputError: one differs from what the hub has."""
+    blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}
+    sizes = {blob: blob.stat().st_size for blob in blobs if blob.exists()}
+
+    def digest_of(blob: Path) -> str:
+        found = _digest(blob)
+        checking.step(sizes.get(blob, 0))
+        return found
+
+    of_all = progress.phase("checking files of the hub", sum(sizes.values()))
+    with of_all as checking, ThreadPoolExecutor(workers) as pool:
+        for (blob, path), digest in zip(blobs.items(), pool.map(digest_of, blobs), strict=True):
+            if digest != blob.name:
+                raise InputError(
+                    f"{path}: is not what the hub has: its hash is {digest}, the hub's {blob.name}",
+                    hint=f"the cache is damaged: remove {blob} and run again, to have it downloaded again",
+                )
+
+
+def _digest(blob: Path) -> str:
+    with reading(), blob.open("rb", buffering=0) as file:
+        if len(blob.name) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        start = f"blob {blob.stat().st_size}\0".encode()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(start, usedforsecurity=False)).hexdigest()

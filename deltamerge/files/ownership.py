@@ -26,9 +26,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import refuse_taken, replace_file
-from deltamerge.files.descriptors import input_error, output_error
+from deltamerge.files.descriptors import entries, input_error, output_error
 from deltamerge.files.hashes import Seal, damages, seal
-from deltamerge.files.tree import entries
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"
@@ -270,7 +269,7 @@ class Guard:
         if self.maker is None or not self.maker.owns(target):
             raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
-            raise OutputError(f"{empty}: {some(wrong)} changed since a run made it", hint=hint)
+            raise OutputError(f"{target}: {some(wrong)} changed since a run made it", hint=hint)
 
     def _changes(self, now: Stamp, lock: Mapping[str, Any]) -> list[str]:
         """Return the files of the target that differ from its lock. Files with a known seal are not read again."""

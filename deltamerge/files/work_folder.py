@@ -41,7 +41,19 @@ from typing import Any
 from deltamerge.errors import GO_ON, DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.atomic import PASSING, exchange, sweep
-from deltamerge.files.descriptors import NO_LINK, lock, open_plain, opened, output_error, sync_path, writing
+from deltamerge.files.descriptors import (
+    DEEPEST,
+    NO_LINK,
+    files_of,
+    folders_in,
+    is_plain_folder,
+    lock,
+    open_plain,
+    opened,
+    output_error,
+    sync_path,
+    writing,
+)
 from deltamerge.files.hashes import Seal, damages
 from deltamerge.files.journal import (
     JOURNAL,
@@ -53,7 +65,6 @@ from deltamerge.files.journal import (
     read_journal,
 )
 from deltamerge.files.ownership import LOCK_NAME, Guard, stamp
-from deltamerge.files.tree import DEEPEST, files_of, folders_in, is_plain_folder
 
 OUT, OLD, SPOOL, LOCK, MARK = "out", "old", "delta-spool", "lock", "deltamerge"
 CALIBRATION = "calibration.lock"

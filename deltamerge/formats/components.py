@@ -17,9 +17,8 @@ import yaml
 
 from deltamerge import errors
 from deltamerge.errors import InputError, context
-from deltamerge.files.descriptors import refuse_link
+from deltamerge.files.descriptors import is_plain_folder, refuse_link
 from deltamerge.files.strict_json import read_json, read_list
-from deltamerge.files.tree import is_plain_folder
 
 PIPELINE = "model_index.json"
 MODULES = "modules.json"

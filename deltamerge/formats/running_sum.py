@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
+from deltamerge.formats.weight_files import RUNNING_SUM
 
 if TYPE_CHECKING:
     from deltamerge.tensors.tensor import TensorInfo
 
-FILE = "running_sum.json"
 FORMAT = 1
 SCHEDULES = ("constant", "ema")
 """Schedules under which a further checkpoint leaves the weights of those before it in proportion."""
@@ -59,11 +59,11 @@ class RunningSum:
 
 def read_running_sum(folder: Path) -> RunningSum | None:
     """What the folder's file says; None where it has none. InputError: it is damaged, or of a later version."""
-    path = folder / FILE
+    path = folder / RUNNING_SUM
     if not os.path.isfile(path):  # which says no where a path cannot be looked at: what opens it says why
         return None
     said = read_json(path)
-    with errors.context(FILE):
+    with errors.context(RUNNING_SUM):
         if said.get("format") != FORMAT:
             raise InputError(f"has format {str(said.get('format'))[:20]}, this version reads {FORMAT}")
         models, total, decay, dtypes = (said.get(key) for key in ("models", "total", "decay", "dtypes"))

@@ -47,7 +47,7 @@ class Wanted:
     energy: float | None = None
 
     def count(self, gains: Floats, total: float) -> int:
-        """How many of the descending `gains`, whose sum would be `total`, are kept."""
+        """Return how many of the descending `gains`, whose sum would be `total`, are kept."""
         most = int(np.count_nonzero(gains > NOISE * gains[0])) if gains.size and gains[0] > 0 else 0
         most = most if self.rank is None else min(most, self.rank)
         if self.energy is None or not most:
@@ -78,12 +78,12 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """Return k."""
         return int(self.energies.size)
 
 
 def factor(delta: Array, wanted: Wanted, key: Key, moments: Array | None = None) -> Factors:
-    """The factors of a delta (m, n) float32; `moments` C (n, n), `key` of the random signs.
+    """Return the factors of a delta (m, n) float32; `moments` C (n, n), `key` of the random signs.
 
     ValueError: entries that are not finite.
     """
@@ -110,7 +110,7 @@ def factor(delta: Array, wanted: Wanted, key: Key, moments: Array | None = None)
 
 
 def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = None) -> Factors:
-    """The factors of Δ = b a with b (m, R) and a (R, n), in float64, without Δ.
+    """Return the factors of Δ = b a with b (m, R) and a (R, n), in float64, without Δ.
 
     With b = Q T, M = Q (T a C aᵀ Tᵀ) Qᵀ, whose eigenvectors are those of an R × R matrix. ValueError: as `factor`.
     """
@@ -131,7 +131,7 @@ def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = N
 
 
 def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
-    """About the bytes that `factor` takes beside Δ and C."""
+    """Return about the bytes that `factor` takes beside Δ and C."""
     side, kept = min(m, n), min(k, m, n)
     factors = 20 * kept * (m + n)
     if side <= EXACT or kept > side // 4:
@@ -148,7 +148,7 @@ class _Subspace:
 
 
 def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floats, float]:
-    """U (m, k), the squared singular values that are kept, and the sum of all, in float64."""
+    """Return U (m, k), the squared singular values that are kept, and the sum of all, in float64."""
     m, n = delta.shape
     if m <= n:
         gram = torch.zeros(m, m, dtype=torch.float64)
@@ -176,7 +176,7 @@ def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floa
 
 
 def _iterated(delta: Array, k: int, key: Key, c: Tensor | None, gain: float) -> _Subspace:
-    """The leading k eigenvectors of M, by iteration; `gain` is ‖Δ‖², the trace of M where there is no C."""
+    """Return the leading k eigenvectors of M, by iteration; `gain` is ‖Δ‖², the trace of M where there is no C."""
     matrix = torch.from_numpy(delta)
     weights = None if c is None else c.to(torch.float32)
     m = len(matrix)
@@ -211,7 +211,7 @@ def _finished(delta: Array, u: Tensor, gains: Floats, energy: float, gain: float
 
 
 def _balanced(u: Tensor, a: Tensor, gains: Floats, energy: float, gain: float, missed: float) -> Factors:
-    """Signs by the largest entry of each column of U, lengths shared out between B and A."""
+    """Return the signs by the largest entry of each column of U, lengths shared out between B and A."""
     if u.shape[1]:
         largest = u.abs().argmax(0)
         signs = torch.where(u[largest, torch.arange(u.shape[1])] < 0, -1.0, 1.0).to(torch.float64)
@@ -228,27 +228,27 @@ def _nothing(m: int, n: int) -> Factors:
 
 
 def _descending(gram: Tensor) -> tuple[Floats, Tensor]:
-    """Eigenvalues of a symmetric matrix, the largest first and none below zero, and their vectors."""
+    """Return the eigenvalues of a symmetric matrix, the largest first and none below zero, and their vectors."""
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     return np.maximum(values.flip(0).numpy(), 0.0), vectors.flip(1)
 
 
 def _signs(key: Key, rows: int, columns: int) -> Tensor:
-    """(rows, columns) of ±1 float32, from the words of Philox with this key."""
+    """Return (rows, columns) of ±1 float32, from the words of Philox with this key."""
     words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(-(-rows * columns // 64))
     bits = np.unpackbits(np.asarray(words, "<u8").view(np.uint8))[: rows * columns]
     return torch.from_numpy((bits.astype(np.float32) * 2 - 1).reshape(rows, columns))
 
 
 def _rows(delta: Array) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows in float64."""
+    """Return blocks of rows in float64."""
     step = max(1, BLOCK // max(1, delta.shape[1]))
     for start in range(0, len(delta), step):
         yield slice(start, start + step), torch.from_numpy(delta[start : start + step]).double()
 
 
 def _columns(delta: Array) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of columns in float64."""
+    """Return blocks of columns in float64."""
     step = max(1, BLOCK // max(1, len(delta)))
     for start in range(0, delta.shape[1], step):
         yield slice(start, start + step), torch.from_numpy(delta[:, start : start + step]).double()

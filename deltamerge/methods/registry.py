@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
-from deltamerge.errors import DeltamergeError
+from deltamerge.errors import plugins
 from deltamerge.methods.parameters import KEPT, Q, parameters_of
 from deltamerge.methods.parameters import Param as Param
 from deltamerge.tensors.traits import traits
 
-GROUP = "deltamerge.methods"
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Keys of `prune` that mean something, or nothing, with every method.
 COMMON_KEYS = frozenset({"method", "include", "exclude"})
@@ -47,9 +47,9 @@ MERGE_ORDER = (
     "regmean_plus", "fisher",
 )  # fmt: skip
 PRUNE_ORDER = (
-    "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers",
+    "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers", "budget",
 )  # fmt: skip
-DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = (Merge|Prune)Method)\(", re.MULTILINE)
+DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = ((Merge|Prune)Method|like))\(", re.MULTILINE)
 
 # A function at the top of its module, or its name "module:name", which is imported when it runs.
 Function: TypeAlias = str | Callable[..., Any]
@@ -97,7 +97,7 @@ class MergeMethod:
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:
-        """Whether a recipe with that `base_model` hands the base to the method apart from the models."""
+        """Tell whether a recipe with that `base_model` hands the base to the method apart from the models."""
         return self.needs_base or (self.takes_base and base_model is not None)
 
 
@@ -139,17 +139,18 @@ class Masking:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the tensor."""
+        """Return the tensor's shape."""
         shape: tuple[int, ...] = self.delta.shape
         return shape
 
     def masked(self, *inputs: Any, **parameters: Any) -> Any:
-        """The node of the method's function of a tile of `inputs`."""
+        """Return the node of the method's function of a tile of `inputs`."""
         return self.make(self.method.function, inputs, shape=self.shape, **parameters)
 
 
 def in_one_pass(masking: Masking) -> Any:
-    """The node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if random."""
+    """Return the node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if
+    random."""
     key = {"key": masking.key} if masking.method.random else {}
     return masking.masked(masking.delta, density=masking.share, **key, **masking.parameters)
 
@@ -163,7 +164,8 @@ class PruneMethod:
     choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
     parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
     through the fine-tune first, for `Masking.norms`. Below the density `q_decides_below` the default q loses much of a
-    fine-tune that a calibrated q keeps (`recipe.advice` warns of it).
+    fine-tune that a calibrated q keeps (`recipe.prune` warns of it). `shares`: it shares out the bytes of a delta
+    artifact, and no entry is masked.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
     the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
@@ -183,10 +185,11 @@ class PruneMethod:
     needs_activations: bool = False
     nodes: Function = in_one_pass
     q_decides_below: float = 0.0
+    shares: bool = False
 
     @property
     def own_parameters(self) -> tuple[str, ...]:
-        """The parameters that it declares besides density and q."""
+        """Return the parameters that it declares besides density and q."""
         return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
@@ -256,6 +259,11 @@ def prune_method(
     return enter
 
 
+def like(other: Any, **changes: Any) -> Any:
+    """Return the method that a function declares with other fields: a name, a summary, a formula of its parameters."""
+    return replace(other.method, **changes)
+
+
 def _with_parameters(function: Callable[..., Any], names: tuple[str, ...], masking: Masking) -> Any:
     """Make a node by a function of a masking and of parameters."""
     return function(masking, **{name: masking.parameters[name] for name in names})
@@ -293,12 +301,13 @@ class Methods(Mapping[str, Method], Generic[Method]):
         return _names(self.folder, self.order)
 
     def others(self) -> Mapping[str, Method]:
-        """Return the methods of other packages. DeltamergeError: one has a name that is taken."""
+        """Return the methods of other packages. A warning: one has a name that is taken."""
         table: dict[str, Method] = {}
-        for method in _third_party():
+        for point, method in _third_party():
             if isinstance(method, self.kind):
                 if method.name in table or self._own(method.name) is not None:
-                    raise DeltamergeError(f"method {method.name} of another package: the name is taken")
+                    plugins.refuse(point, f"there is another method {method.name}")
+                    continue
                 table[method.name] = method
         return table
 
@@ -314,35 +323,33 @@ class Methods(Mapping[str, Method], Generic[Method]):
 
 @cache
 def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the files that declare a method: those of `order` first."""
+    """Return names of the files that declare a method: those of `order` first."""
     files = {path.stem for path in folder.glob("*.py") if DECLARES.search(path.read_text(encoding="utf-8"))}
     return (*(name for name in order if name in files), *sorted(files - set(order)))
 
 
 @cache
-def _third_party() -> tuple[MergeMethod | PruneMethod, ...]:
+def _third_party() -> tuple[tuple[EntryPoint, MergeMethod | PruneMethod], ...]:
     return tuple(third_party())
 
 
-def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
-    """Yield the methods of other packages: an entry point of `group` names one, or an iterable of them.
+def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
+    """Yield the methods of other packages: an entry point names one, or an iterable of them.
 
-    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. DeltamergeError,
-    naming the package: its entry point cannot be loaded, or is something else.
+    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. A warning, naming
+    the package: its entry point cannot be loaded, or is something else.
     """
-    for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
-        package = point.dist.name if point.dist is not None else "?"
-        try:
-            found: Any = point.load()
-        except Exception as error:  # whatever a package of somebody else raises while it is imported
-            raise DeltamergeError(
-                f"entry point {point.value} of {package}: {error}", hint="update or remove it"
-            ) from error
-        for one in (found,) if _entry(found) is not None else found:
+    for point in plugins.points(plugins.METHODS):
+        found = plugins.loaded(point)
+        if found is None:
+            continue
+        several = _entry(found) is None and isinstance(found, Iterable)
+        for one in found if several else (found,):
             method = _entry(one)
             if method is None:
-                raise DeltamergeError(f"entry point {point.value} of {package} is no MergeMethod or PruneMethod")
-            yield method
+                plugins.refuse(point, "it is no MergeMethod or PruneMethod")
+            else:
+                yield point, method
 
 
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)

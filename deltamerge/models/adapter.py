@@ -32,8 +32,7 @@ from deltamerge.formats.peft.lora import (
 from deltamerge.formats.peft.lycoris import with_loha, with_lokr
 from deltamerge.formats.peft.parts import Parts, parts, with_rows
 from deltamerge.formats.weight_files import ALLOW, read_weights
-from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.matching import Shape, match_one
 from deltamerge.tensors import experts
 from deltamerge.tensors.dtypes import PLAIN

@@ -1,9 +1,10 @@
-"""Checkpoints: headers are read first and bytes on demand; names are matched between models."""
+"""Checkpoints: headers are read first and bytes on demand; quantised weights are read as plain ones."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,15 +24,14 @@ from deltamerge.formats.components import (
     read_config,
     split,
 )
-from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
-from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.quantised.detect import HINT, SCHEMES, Scheme, keys_of, moved, orphans, reader_of, scheme_of
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import (
     ALLOW,
     GGUF,
     MISTRAL,
     PICKLES,
+    RUNNING_SUM,
     is_distributed,
     is_weights,
     join,
@@ -43,12 +43,14 @@ from deltamerge.formats.weight_files import (
 from deltamerge.formats.weight_files import INDEX as INDEX
 from deltamerge.formats.weight_files import SINGLE as SINGLE
 from deltamerge.models.token_text import TEXT, Spelling
-from deltamerge.tensors.dtypes import FLOATING
+from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
 from deltamerge.tensors.tensor import TensorInfo as TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.formats.gguf.header import GgufHeader
     from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.quantised.scheme import StoredWeight
+    from deltamerge.formats.running_sum import RunningSum
 
 DELTA = "delta.json"
 
@@ -78,7 +80,7 @@ class Checkpoint:
     revision        a commit; None for a local folder, as is `hub_id`
     is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
                     (`models.delta_over_base`)
-    quantised       how its weights were stored, where they are decoded (`models.decode`)
+    quantised       how its weights were stored, where they are decoded (`models.checkpoint`)
     components      the folders that hold its weights; a plain model is one, whose folder is ""
     config_file     the name of the file that `config` was read from; "" where there is none
     tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
@@ -142,7 +144,11 @@ def open_checkpoint(
         if is_distributed(names := LocalFolder(path).names()):
             return _distributed(path, names, reference)
         found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
-        summed = read_running_sum(path) if sums else None
+        if not sums or not os.path.isfile(path / RUNNING_SUM):
+            return found
+        from deltamerge.formats.running_sum import read_running_sum
+
+        summed = read_running_sum(path)
         return found if summed is None else summed_up(found, summed)
 
 
@@ -331,3 +337,80 @@ def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 def is_delta(names: Collection[str]) -> bool:
     """Whether a model's file names are those of a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
+
+
+# Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
+
+
+def decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with each quantised weight as one float32 tensor under its plain name, and without companions.
+
+    The tensors' order is that of their codes. `quantised` says how they were stored; the config is left as it is.
+    InputError, naming scheme and tensor: a scheme without a decoder, or parts that do not fit one another.
+    """
+    if not checkpoint.is_simple:
+        inner = {folder: decoded(part) for folder, (part,) in by_component([checkpoint]) if part is not None}
+        found = next((part.quantised for part in inner.values() if part.quantised is not None), None)
+        return replace(checkpoint, tensors=recombined(checkpoint, inner), quantised=found)
+    scheme = scheme_of(checkpoint.config, checkpoint.tensors)
+    if scheme is None:
+        return checkpoint
+    if why := moved(checkpoint.config, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}), and {why}: they are not the model's own", hint=HINT)
+    if lone := orphans(scheme, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
+    from deltamerge.formats.quantised.scheme import StoredWeight
+
+    decoders = {name: _decoder(scheme, name, checkpoint.tensors[parts[0]]) for name, parts in scheme.weights.items()}
+    settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
+    weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
+    companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
+    dtype = plain_dtype(checkpoint, companions)
+    tensors: dict[str, TensorInfo] = {}
+    for stored, info in checkpoint.tensors.items():
+        if stored in companions:
+            continue
+        if stored not in weight_of:
+            tensors[stored] = info
+            continue
+        name = weight_of[stored]
+        parts = tuple(checkpoint.tensors[part] for part in scheme.weights[name])
+        with errors.context(name), errors.context(str(scheme)):
+            made = decoders[name](StoredWeight(name, parts, settings))
+        tensors[name] = replace(made, saved_as=dtype)
+    known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
+    plain = {name: tensors[name] for name in scheme.weights}
+    return replace(checkpoint, tensors=tensors, quantised=replace(scheme, stored=known, plain=plain))
+
+
+def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:
+    """The dtype that a quantised model's weights have when they are not quantised: its config's, else that of most of
+    its plain tensors but `companions`, else bfloat16."""
+    config: Mapping[str, Any] = checkpoint.config
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, Mapping) else {}):
+        said = CODES.get(str(settings.get("dtype") or settings.get("torch_dtype")))
+        if said in PLAIN:
+            return str(said)
+    others = (info for name, info in checkpoint.tensors.items() if name not in companions)
+    usual = Counter(info.dtype for info in others if info.dtype in PLAIN and len(info.shape) > 1)
+    return usual.most_common(1)[0][0] if usual else "BF16"
+
+
+def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo]:
+    """Return the reader of one weight. InputError: none reads it, or config.json names a scheme of other forms."""
+    kind = scheme.kinds[weight]
+    if not kind and scheme.name in SCHEMES:
+        scales = weight.endswith(("_scale", "_scales", "_scale_inv"))
+        what = f"{weight} belongs to no weight" if scales else f"the scales of {weight} are missing"
+        raise InputError(f"is quantised ({scheme}): {what}", hint="download the model again")
+    read = reader_of(kind, scheme.name, codes)
+    if read is None:
+        raise _unknown(scheme, weight)
+    return read
+
+
+def _unknown(scheme: Scheme, first: str) -> InputError:
+    count = sum(kind == scheme.kinds[first] for kind in scheme.kinds.values())
+    some = f"{count} tensors such as {first} are" if count > 1 else f"{first} is"
+    return InputError(f"is quantised ({scheme}): {some} stored as codes, which cannot be merged", hint=HINT)

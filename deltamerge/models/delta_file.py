@@ -62,13 +62,15 @@ def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
     is_simple = (
-        not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+        not (entry.has_steps or record.parts)
+        and record.k <= LARGEST_K
+        and (record.values is None or record.dtype in ("F32", "BF16"))
     )
     return is_simple and kernels.available()
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    record, kind = entry.record, entry.record.values
+    record, kind = entry.record, cast("Values | None", entry.record.values)
     coding = cast(Coding, record.encoding)
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)
@@ -232,8 +234,8 @@ class DeltaFile:
                     found = base.get(base_name)
                     what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
                     raise InputError(
-                        f"the base's {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
-                        hint=f"this delta belongs to {self.manifest.base}",
+                        f"wrong base: {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
+                        hint=f"this delta was made from {self.manifest.base}",
                     )
                 used.add(base_name)
             sources.append(ResultTensor(name, tuple(record.shape), record.dtype, base_name, entry))
@@ -294,7 +296,7 @@ class DeltaFile:
             if read is not None and (found := entry.digest_of(read)) != record.base:
                 if found == record.result and _described(target) == entry.kind:
                     return True
-                raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
+                raise InputError(OTHER_BASE, hint=f"this delta was made from {self.manifest.base}")
             if check:
                 deque(entry.tiles(read), maxlen=0)
         return False

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
+from deltamerge.files import progress
 from deltamerge.files.descriptors import scratch
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.weight_files import GGUF
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.tokenizer_files import CONFIG, TOKENIZER
+from deltamerge.models.tokenizer_files import CONFIG
 from deltamerge.models.vocabulary_files import NORMAL, sentences
 
 if TYPE_CHECKING:
@@ -45,22 +45,13 @@ LOCAL = ("is_local", "local_files_only")  # where transformers read it, which is
 # Read.
 
 
-def is_described(checkpoint: Checkpoint) -> bool:
-    """Return whether a model's tokenizer is one that its GGUF file describes, and no file beside it."""
-    return (
-        checkpoint.files[:1] != ()
-        and checkpoint.files[0].suffix == GGUF
-        and not (checkpoint.path / TOKENIZER).is_file()
-    )
-
-
 def described(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the tokenizer's files by name; none where transformers cannot make them."""
     from transformers import AutoTokenizer
 
     file = checkpoint.files[0]
     try:
-        with scratch(file.parent) as folder:
+        with scratch(file.parent) as folder, progress.phase(f"making the tokenizer of {file.name}", 0, "tokens"):
             (folder / file.name).symlink_to(file.resolve())  # alone: what lies beside it may be another model's
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
             tokenizer.save_pretrained(folder / "made")

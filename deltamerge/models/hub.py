@@ -13,8 +13,9 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.files.descriptors import DEEPEST, files_of
+from deltamerge.files.hashes import blob_of, check_blobs
 from deltamerge.files.strict_json import read_json
-from deltamerge.files.tree import DEEPEST, files_of
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, code_of, is_composed, listed_folders
 from deltamerge.formats.gguf.header import GgufHeader
@@ -24,7 +25,6 @@ from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import GGUF, PICKLES, is_index, is_weights, parts_of, read_weights, weight_source
 from deltamerge.models.adapter import WEIGHTS, check_files, expand, open_adapter
 from deltamerge.models.checkpoint import DELTA, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
-from deltamerge.models.hub_cache import blob_of, check_blobs
 from deltamerge.models.hub_client import (
     COMMIT,
     Bounds,
@@ -99,6 +99,17 @@ class _Asked:
 def _local(reference: str, folder: Path) -> Path | None:
     path = os.path.join(folder, os.path.expanduser(reference))
     return Path(path) if os.path.exists(path) else None
+
+
+def absent(reference: str, folder: Path) -> InputError | None:
+    """Return the error of a reference that is not there as a whole, if it is no hub id either. Asks no hub."""
+    for part in reference.split("+"):
+        if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
+            try:
+                _hub_id(part, folder)
+            except InputError as error:
+                return error
+    return None
 
 
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.components import CONFIG
-from deltamerge.formats.running_sum import FILE as RUNNING_SUM
-from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 
 if TYPE_CHECKING:
     from deltamerge.models.chain.folder import Opened

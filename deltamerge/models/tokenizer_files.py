@@ -12,6 +12,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import refuse_link
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import kind
+from deltamerge.formats.weight_files import GGUF
 from deltamerge.models.checkpoint import Checkpoint, Tokens
 from deltamerge.models.token_text import spelling_of
 
@@ -87,6 +88,12 @@ def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int
             ids.setdefault(content, _next(plain, ids, added))
             added[content] = entry | {"content": content}
     return ids, added, plain
+
+
+def is_described(checkpoint: Checkpoint) -> bool:
+    """Whether a model's tokenizer is one that its GGUF file describes, and no file beside it."""
+    of_gguf = checkpoint.files[:1] != () and checkpoint.files[0].suffix == GGUF
+    return of_gguf and not (checkpoint.path / TOKENIZER).is_file()
 
 
 def read_roles(checkpoint: Checkpoint) -> dict[str, str]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamerge.errors import InputError
 from deltamerge.formats.components import Component
-from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.formats.safetensors import Layout, plan_layout
 from deltamerge.outputs.assets import Files, as_json, edit_tokenizer, tokenizer_files
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.outputs.output import RunOutput, Weights
@@ -122,8 +122,7 @@ class ModelModules:
     def __init__(self, model: Any, architecture: str, stored: dict[str, str]) -> None:
         from torch import nn
 
-        from deltamerge.calibrate.model.loading import aliases
-        from deltamerge.calibrate.model.skeleton import is_transposed
+        from deltamerge.calibrate.model.loading import aliases, is_transposed
 
         self.architecture, self.stored = architecture, stored
         self.names = [name for name, _ in model.named_modules()]
@@ -149,8 +148,7 @@ class ModelModules:
         """
         from transformers import AutoConfig
 
-        from deltamerge.calibrate.model.loading import Loading, checkpoint_names
-        from deltamerge.calibrate.model.skeleton import skeleton
+        from deltamerge.calibrate.model.loading import Loading, checkpoint_names, skeleton
 
         try:
             made = AutoConfig.for_model(**config)

@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.descriptors import refuse_link
+from deltamerge.files.descriptors import DEEPEST, is_plain_folder, refuse_link
 from deltamerge.files.strict_json import parse_json, read_json
-from deltamerge.files.tree import DEEPEST, is_plain_folder
 from deltamerge.formats.components import (
     CONFIG,
     MODULES,
@@ -28,8 +27,7 @@ from deltamerge.formats.components import (
 )
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.gguf_tokenizer import described, is_described
-from deltamerge.models.tokenizer_files import JINJA
+from deltamerge.models.tokenizer_files import JINJA, is_described
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.output_config import generation_of
@@ -184,6 +182,8 @@ def assets(plan: Plan) -> Files:
         files[CONFIG] = as_json(config(plan), ascii=True)
     source_of_words = _vocabulary(plan)
     if is_described(source_of_words):
+        from deltamerge.models.gguf_tokenizer import described
+
         files |= described(source_of_words)
     for component in template.components:
         own = _component_config(plan, component) if component.folder else {}

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
-from deltamerge.engine.tasks import on_gpu
+from deltamerge.engine.worker import on_gpu
 from deltamerge.errors.shown import code
 from deltamerge.files.hashes import seal
 from deltamerge.files.outbox import ROOM, SLAB, room_for
 from deltamerge.formats.components import PIPELINE
-from deltamerge.formats.quantised.writer import CodedWriter, Losses, relative_error
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.reader import Reader
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.writer import CodedWriter, Losses
 
 WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
 
@@ -54,7 +56,8 @@ class CheckpointOutput(RunOutput):
                 allocate=pinned_memory(mine),
             ) as writer,
         ):  # fmt: skip
-            sink = CodedWriter(writer, mine.codings, reader, job.work.folder)
+            coded = _coded(writer, mine, reader, job)
+            sink = coded or writer
             execute(
                 sorted(mine.tasks, key=lambda task: sink.where(task.name, task.offset)),
                 reader,
@@ -67,7 +70,7 @@ class CheckpointOutput(RunOutput):
                 done=sink.has,
             )
             audit = writer.finish(keep=job.files is not None)
-            losses = sink.losses()
+            losses = {} if coded is None else coded.losses()
         parts = {part.name for coding in mine.codings.values() for part in coding.parts}
         nonfinite = {name: count for name, count in audit.nonfinite.items() if name not in parts}
         sizes = {file.name: file.size for file in plan.layout.files}
@@ -128,6 +131,15 @@ def pinned_memory(plan: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
 # -- quantised weights
 
 
+def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob) -> CodedWriter | None:
+    """Return what codes the weights that are stored quantised and hands the rest to `writer`; None: there are none."""
+    if not plan.codings:
+        return None
+    from deltamerge.formats.quantised.writer import CodedWriter
+
+    return CodedWriter(writer, plan.codings, reader, job.work.folder)
+
+
 @dataclass(frozen=True)
 class QuantisedAccount(Account):
     """What quantisation lost, by weight; nothing where no weight is quantised."""
@@ -157,6 +169,8 @@ def errors_of(losses: Losses) -> dict[str, Any]:
 
     Four digits do not depend on the machine.
     """
+    from deltamerge.formats.quantised.writer import relative_error
+
     tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
     return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
 

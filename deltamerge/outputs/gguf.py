@@ -17,8 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.formats.gguf.config import llama3_factors
 from deltamerge.formats.gguf.header import package
 from deltamerge.formats.gguf.write import FILE_TYPES, NEEDED, GgufTensor, Rows, type_of, write
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.plan.planner import Plan
@@ -67,6 +66,10 @@ class GgufOutput(CheckpointOutput):
     def check(self, plan: Plan) -> None:
         """Raise InputError: llama.cpp knows no such architecture, tensor or tokenizer."""
         check(plan)
+
+    def remarks(self, plan: Plan) -> tuple[str, ...]:
+        """Return the line of the GGUF file, and which weights are not quantised though asked for."""
+        return (*(note for note in plan.notes if note.startswith(f"{file_name(plan)}: ")), *plan.left_plain)
 
     def add(self, plan: Plan, folder: Path) -> tuple[str, ...]:
         """Write the GGUF file of the finished checkpoint; a note on it."""

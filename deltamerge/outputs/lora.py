@@ -22,7 +22,7 @@ from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import plain
 from deltamerge.files.descriptors import flat, writing
@@ -30,10 +30,8 @@ from deltamerge.files.hashes import seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.tensor_writer import Spool
-from deltamerge.formats.layout import plan_layout
 from deltamerge.formats.peft.config import CONFIG
-from deltamerge.formats.safetensors import read_header
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer, plan_layout, read_header
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.outputs.adapter import AdapterOutput, ModelModules

@@ -20,18 +20,17 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human, some
-from deltamerge.formats.layout import Layout, plan_layout
 from deltamerge.formats.peft.config import CONFIG
 from deltamerge.formats.peft.parts import PREFIX
 from deltamerge.formats.peft.shira import count_changed
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Layout, Writer, plan_layout
 from deltamerge.methods.low_rank import Array, Floats, Wanted
 from deltamerge.outputs.adapter import ADAPTER, ChangedTensor, ModelModules
 from deltamerge.outputs.output import LayerRank, LowRankSummary
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, narrow
-from deltamerge.tensors.names import EMBEDDING
+from deltamerge.tensors.names import EMBEDDING, TOKEN_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 
@@ -170,6 +169,7 @@ def finish(
         kept / total if total else 1.0,
         tuple(notes),
         gained / most if most else None,
+        sum(info.nbytes for info in whole.values()),
     )
 
 
@@ -219,10 +219,15 @@ def _whole(
     if wanted == "refuse":
         raise InputError(f"changed, and without factors: {some(names)}", hint="whole: keep, or drop")
     notes = []
-    if wanted in ("drop", "heads"):
-        kept = [one for one in changed if wanted == "heads" and (one.base is None or one.module in modules.heads)]
+    if wanted in ("drop", "heads", "task_heads"):
+        heads = {
+            one.module
+            for one in changed
+            if one.module in modules.heads and (wanted == "heads" or TOKEN_HEAD.search(one.result.name) is None)
+        }
+        kept = [one for one in changed if wanted != "drop" and (one.base is None or one.module in heads)]
         if dropped := [name for name in names if name not in {one.result.name for one in kept}]:
-            notes.append(f"left out, though it differs from the base: {some(dropped)}")
+            notes.append(f"left out, though it differs from the base (`whole: keep` stores it): {some(dropped)}")
         changed = kept
     targets = [one.module for one in made.values() if one.rank]
     known = {stored: info for stored, name in canonical.items() if (info := base.get(name)) is not None}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deltamerge.files.hashes import Pieces, Seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.layout import Layout, plan_layout
+from deltamerge.formats.safetensors import Layout, plan_layout
 from deltamerge.outputs.assets import Files, assets, left_out
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.inputs import Inputs
@@ -90,7 +90,10 @@ class LayerRank:
 
 @dataclass(frozen=True, slots=True)
 class LowRankSummary:
-    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes."""
+    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes.
+
+    `whole` is how many of the bytes are of tensors without factors.
+    """
 
     nbytes: int
     hashed: dict[str, Any]
@@ -98,6 +101,7 @@ class LowRankSummary:
     energy: float
     notes: tuple[str, ...] = ()
     output: float | None = None
+    whole: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return it as locks and `--json` have it; four digits do not depend on the machine."""

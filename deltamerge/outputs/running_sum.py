@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltamerge.formats.running_sum import FILE
+from deltamerge.formats.weight_files import RUNNING_SUM
 from deltamerge.outputs.assets import Files, as_json
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.outputs.output import RunOutput
@@ -21,7 +21,7 @@ class RunningSumOutput(CheckpointOutput):
     def files(self, plan: Plan) -> Files:
         """Return the files of a checkpoint, and what the sum holds."""
         assert plan.running_sum is not None
-        return {**super().files(plan), FILE: as_json(plan.running_sum.describe(), ascii=True)}
+        return {**super().files(plan), RUNNING_SUM: as_json(plan.running_sum.describe(), ascii=True)}
 
     def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
         """Return the bytes of the weight files."""

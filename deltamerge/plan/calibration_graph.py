@@ -9,9 +9,8 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.calibrate import reductions, stage
-from deltamerge.calibrate.merge import coefficients, joint_factor, second_moments
-from deltamerge.calibrate.merge.gradients import squares
-from deltamerge.calibrate.merge.second_moments import InputMeasurement
+from deltamerge.calibrate.merge import coefficients, second_moments
+from deltamerge.calibrate.merge.second_moments import InputMeasurement, squares
 from deltamerge.calibrate.reductions import model_cut
 from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
@@ -50,7 +49,8 @@ class StageMaker:
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
             stages = self._of_model(replace(deltas, stages=stages), index, tunes)
-        if not (deltas.recipe.output.lora and deltas.recipe.calibration is not None):
+        shares = any(PRUNE[prune.method].shares for prune in deltas.prunes)
+        if not ((deltas.recipe.output.lora or shares) and deltas.recipe.calibration is not None):
             return stages
         weights = (t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t))
         by_model: dict[int, list[Tuned]] = {}
@@ -123,7 +123,7 @@ class StageMaker:
         source, pruned = parts[0].source, parts[0].pruned
         spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, len(shared), parts)
         inputs = [*(node for merge in merges for node in masked[merge.name]), *shared]
-        return deltas.graph.node(joint_factor.calibrate, inputs, kind="stage", spec=spec)
+        return deltas.graph.node(coefficients.calibrate_lambda, inputs, kind="stage", spec=spec)
 
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
         """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its

@@ -19,8 +19,7 @@ from deltamerge.formats.components import CONFIG, MODULES, PIPELINE, check_folde
 from deltamerge.formats.components import code_of as code_of
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
-from deltamerge.models.checkpoint import Checkpoint, by_component
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, by_component, decoded
 from deltamerge.models.matching import Names, match
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
@@ -516,14 +515,15 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     adapter = tune.checkpoint.adapter
     if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
         return None
+    from deltamerge.formats.peft.config import DERIVED
+    from deltamerge.formats.peft.parts import factor_names
+
     if base.checkpoint.path != tune.checkpoint.path:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"
         raise InputError(message, hint=f"base_model: {tune.checkpoint.base_reference}")
     assert tune.index is not None
     if (kind := adapter.config.get("peft_type")) != "LORA":
         raise InputError(f"{tune.name}: only LoRA's own A and B can be pruned, not {kind}", hint="write kind: model")
-    from deltamerge.formats.peft.config import DERIVED
-    from deltamerge.formats.peft.parts import factor_names
 
     if (start := adapter.config.get("init_lora_weights")) in DERIVED:
         message = f"{tune.name}: init_lora_weights {start!r} begins with a part of the base, which pruning would cut"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError
+from deltamerge.plan.output_config import COUNTS
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 BEHIND = 8  # the most blocks that may follow the layers that a config counts
 SIDES = ("encoder", "decoder")
 # Keys of lists whose length may equal the number of layers only by chance.

@@ -13,7 +13,6 @@ from functools import lru_cache
 from deltamerge.engine.execute import own_tile
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.formats.quantised.writer import LARGE
 from deltamerge.plan.inputs import SOURCES, Inputs
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -142,6 +141,8 @@ def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     units = [output.coding.unit_bytes for output in outputs if output.coding is not None]
     if not units:
         return 0
+    from deltamerge.formats.quantised.writer import LARGE
+
     return 2 * (workers + 1) * min(max(units), LARGE) + workers * (max(units) // 2 + CODING_BYTES)
 
 

@@ -38,7 +38,6 @@ from deltamerge.models.config_differences import (
 )
 from deltamerge.models.tokenizer_files import GENERATION
 from deltamerge.plan.inputs import Input, Inputs, input_named, ties
-from deltamerge.plan.layer_config import COUNTS
 from deltamerge.recipe.problems import suggest
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import LM_HEAD
@@ -52,6 +51,7 @@ LONGER = (
     "merge with a model that has others is a compromise in either"
 )
 ENDS = ("eos_token_id", "decoder_start_token_id")  # ids that change what a model writes
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # keys that count layers
 SIZES = frozenset({*COUNTS, "vocab_size", "hidden_size", "intermediate_size", "n_embd", "d_model", "d_ff", TIE})
 
 

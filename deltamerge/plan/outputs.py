@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.formats.components import folders_of, split
-from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.scheme import Coding
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
@@ -37,6 +37,9 @@ from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED,
 from deltamerge.tensors.names import LM_HEAD, layer_index
 from deltamerge.tensors.tensor import Graph, TensorInfo
 from deltamerge.tensors.views import cut
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +341,8 @@ class Outputs:
         if source is None:
             self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
             self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
+            if not self.recipe.output.rules.standalone:
+                self.hint = f"a {self.recipe.output.kind} has the rows of its base: write the whole model instead"
             return None, None
         if self.recipe.output.rules.adapts:
             self.problems.append(f"{stored}: an adapter cannot resize its base: {text}")

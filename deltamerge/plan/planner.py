@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltamerge.engine.devices import AUTO
-from deltamerge.engine.tasks import Task
+from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.layout import Layout
-from deltamerge.formats.quantised.scheme import Coding, kept_bytes
-from deltamerge.formats.running_sum import RunningSum
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import strangers, swapped
@@ -32,9 +30,10 @@ from deltamerge.plan.memory import (
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.stack import Stack
+from deltamerge.plan.tensor_graph import Builder
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
-from deltamerge.recipe import advice, checks
+from deltamerge.recipe import checks, prune
 from deltamerge.recipe.output_keys import Output
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import numbered_blocks
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.running_sum import RunningSum
     from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
@@ -326,7 +327,7 @@ def _plan(
     outputs = tuple(row.output(layout) for row in rows)
     costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
     builder, stages = decided.builder, decided.builder.deltas.stages
-    held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
+    held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
     mixture = decided.mixture(rows)
@@ -362,7 +363,7 @@ def _plan(
             *tokenizers.warnings,
             *decided.settled.warnings,
             *adapter_warnings(decided.settled, inputs),
-            *advice.warnings(recipe, kept, factors=own is not None),
+            *prune.warnings(recipe, kept, factors=own is not None),
         ),
         settled=decided.settled,
         stacks=tuple(decided.stacks),
@@ -403,24 +404,47 @@ def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     return rows
 
 
+def _kept(inputs: Inputs) -> int:
+    """Return the memory that slabs of quantised tensors take while they are read."""
+    infos = (info for model in inputs.all for info in model.tensors.values())
+    if not any(tensor.keeps for info in infos for tensor in info.tensor.graph()):
+        return 0
+    from deltamerge.formats.quantised.scheme import KEPT
+
+    return KEPT
+
+
 def _held(
     kind: OutputKind,
     recipe: Recipe,
     inputs: Inputs,
     outputs: tuple[OutputTensor, ...],
     options: PlanOptions,
-    stages: Stages,
+    builder: Builder,
     vocabulary: Vocabulary | None,
 ) -> Memory:
     """Return the memory that is held beside the tiles while tensors are merged."""
+    stages = builder.deltas.stages
     workers = options.workers
+    shared = {tuned.name for tuned in builder.budgeted if builder.deltas.method_of(tuned).shares}
     return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
         {
-            "quantised_inputs": kept_bytes(info for model in inputs.all for info in model.tensors.values()),
+            "quantised_inputs": _kept(inputs),
             "quantised_outputs": held_coded(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
+            "sharing": _shared_bytes([out.shape for out in outputs if out.name in shared], workers, stages),
         }
     )
+
+
+def _shared_bytes(shapes: Sequence[tuple[int, ...]], workers: int, stages: Stages) -> int:
+    """Return the memory of deltas that share the bytes of an artifact, while they are factored and coded."""
+    if not shapes:
+        return 0
+    from deltamerge.formats.delta.parts import matrix_shape
+    from deltamerge.methods.rate import scratch
+
+    return scratch([matrix_shape(shape) for shape in shapes], workers, weighed=bool(stages.inputs))
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:

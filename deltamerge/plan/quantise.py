@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.errors.shown import some
 from deltamerge.formats.quantised.detect import Scheme, keys_of, stated
-from deltamerge.formats.quantised.scheme import Coding, coding_like
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
@@ -27,6 +26,9 @@ from deltamerge.tensors.names import (
     numbers_as_stars,
 )
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.formats.quantised.scheme import Coding
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -322,6 +324,8 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
+    from deltamerge.formats.quantised.scheme import coding_like
+
     return coding_like(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 
 

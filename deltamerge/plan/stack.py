@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.plan.inputs import Input, InputGroup, Inputs, ties
-from deltamerge.plan.layer_config import Followed, Kind, Place, Stacked, count_keys, layer_count, repair, settle
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import COPIED, FLOATING
 from deltamerge.tensors.names import (
@@ -25,6 +24,10 @@ from deltamerge.tensors.names import (
     layer_position,
 )
 from deltamerge.tensors.tensor import Tensor, TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.plan.layer_config import Followed, Kind, Place
+
 
 # Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
 BUFFERS = re.compile(
@@ -62,6 +65,8 @@ class Spares:
 
     @cached_property
     def _spare(self) -> frozenset[tuple[str, int]]:
+        from deltamerge.plan.layer_config import layer_count
+
         blocks = [blocks_of(model.tensors) for model in self.models]
         counts = [
             {p: layer_count(model.checkpoint.config, model.container(p), numbers) for p, numbers in own.items()}
@@ -277,23 +282,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
     changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
-        sources = []
-        for layer in stack.layers:
-            owner = stack.owner(layer, inputs.template)
-            sources.append((owner.name, owner.checkpoint.config, layer.source(owner)))
-        alone, kinds = _alone(inputs.template, stack.prefix), _kinds(stack, inputs.template)
-        places = [(name, layer) for name, _, layer in sources]
-
-        def settled(
-            section: dict[str, Any],
-            followed: Followed,
-            kinds: tuple[list[Kind], list[Kind]] = kinds,
-            places: list[tuple[str, int]] = places,
-        ) -> list[str]:
-            return settle(Stacked(inputs.template.name, *kinds, places, followed), section)
-
-        container = inputs.template.container(stack.prefix)
-        config, changes = repair(config, container, stack.old, sources, alone, settled)
+        config, changes = _for_layers(config, inputs.template, stack)
         notes += [f"config.json: {change}" for change in changes]
     if config and inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
@@ -304,8 +293,27 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
     return without_keys(config), notes
 
 
+def _for_layers(config: dict[str, Any], template: Input, stack: Stack) -> tuple[dict[str, Any], list[str]]:
+    """Return a config of the template for a stack's layers, and what changes."""
+    from deltamerge.plan.layer_config import Stacked, repair, settle
+
+    sources = []
+    for layer in stack.layers:
+        owner = stack.owner(layer, template)
+        sources.append((owner.name, owner.checkpoint.config, layer.source(owner)))
+    alone, kinds = _alone(template, stack.prefix), _kinds(stack, template)
+    places = [(name, layer) for name, _, layer in sources]
+
+    def settled(section: dict[str, Any], followed: Followed) -> list[str]:
+        return settle(Stacked(template.name, *kinds, places, followed), section)
+
+    return repair(config, template.container(stack.prefix), stack.old, sources, alone, settled)
+
+
 def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
     """Return the kinds of the template's layers, and of the new ones."""
+    from deltamerge.plan.layer_config import Kind
+
     old = _kinds_of(template, stack.prefix)
     owners = [(stack.owner(layer, template), layer) for layer in stack.layers]
     of_owners = {id(owner): _kinds_of(owner, stack.prefix) for owner, _ in owners}
@@ -315,6 +323,8 @@ def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
 
 def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
     """Return the kind of every numbered layer, without buffers."""
+    from deltamerge.plan.layer_config import Kind
+
     found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in model.tensors.items():
         if _inside(name, prefix) and not is_buffer(tensor):
@@ -480,6 +490,8 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
             found.setdefault(block[0], set()).add(block[1])
             inside[block[0]] = inside.get(block[0], False) or modules.of(stored) == module
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+    from deltamerge.plan.layer_config import count_keys
+
     config, where = template.checkpoint.config, f"{template.name}: slices"
     places = {p: set(count_keys(config, template.container(p), n, alone=_alone(template, p))) for p, n in whole.items()}
     counted = {p: n for p, n in whole.items() if places[p] and inside[p]}
@@ -553,6 +565,8 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
     """Return the number of layers among numbered blocks, without blocks that follow them, by the config."""
+    from deltamerge.plan.layer_config import layer_count
+
     config, alone = model.checkpoint.config, _alone(model, prefix)
     count = layer_count(config, model.container(prefix), numbers, alone=alone)
     return len(numbers) if count is None else count

@@ -84,8 +84,8 @@ class Builder:
         they are known, one for all tensors that would about fit."""
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
-        budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
-        if budgeted and deltas.densities is None:
+        budgeted = tuple(t for t in tunes if deltas.is_budgeted(t) and deltas.prunes_by_name(t))
+        if any(deltas.prune_of(t).budget is not None for t in budgeted) and deltas.densities is None:
             deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
         if deltas.have_stages:
             deltas = replace(deltas, stages=self.maker.make(deltas, merges))
@@ -116,6 +116,7 @@ class Builder:
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
         size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
+
         bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[budgeted[0].merge.dtype]
         return uniform_density(8 * budget / size, bits) if size else 1.0
 
@@ -388,13 +389,13 @@ def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tupl
     """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
+    changed = [(tuned, weight) for tuned, weight in zip(merge.tunes, values["weights"], strict=True)
+               if not tuned.tensor.is_same(merge.base)]  # fmt: skip
+    if any(tuned.tensor.kind == "stored" for tuned, _ in changed):
+        return ()
     from deltamerge.formats.peft.lora import update_of
 
-    factor, found = _factor(values), []
-    for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
-        if tuned.tensor.is_same(merge.base):
-            continue
-        if update_of(tuned.tensor, merge.base) is None:
-            return ()
-        found.append((factor * weight, tuned.tensor.tensor))
-    return tuple(found)
+    if any(update_of(tuned.tensor, merge.base) is None for tuned, _ in changed):
+        return ()
+    factor = _factor(values)
+    return tuple((factor * weight, tuned.tensor.tensor) for tuned, weight in changed)

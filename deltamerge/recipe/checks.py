@@ -352,7 +352,7 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*at, "weights"), "are all 0")
     if recipe.study.sampler == "cmaes" and len(recipe.study.goals) > 1:
         yield recipe.problem(("study", "sampler"), "cmaes has one objective", "sampler: nsga2, or tpe")
-    if recipe.study.pruner != "none" and (several or any(goal.command for goal in recipe.study.goals)):
+    if recipe.study.pruner != "none" and (several or any(goal.of_folder for goal in recipe.study.goals)):
         yield recipe.problem(
             ("study", "pruner"), "is for one objective that rows give, not a command's", "pruner: none"
         )

@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.yaml_source import Loader, Loc, Position, YamlSource, place
+from deltamerge.recipe.yaml_source import Loader, Loc, place
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*")
-MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
+MODELS = "models"
 
 
 def parse_setting(text: str) -> tuple[Loc, str]:
@@ -132,43 +131,6 @@ def _at(data: Any, loc: Loc) -> Any:
     for part in loc:
         data = data[part] if isinstance(data, list) and isinstance(part, int) else data[str(part)]
     return data
-
-
-def in_full(read: YamlSource) -> YamlSource:
-    """Return a document with every `models` as a list of mappings, and its `tokenizer` as a mapping.
-
-    New values have the place of their short form.
-    """
-    data: dict[str, Any] = dict(read.data)
-    positions = dict(read.positions)
-    for loc, holder in _holders(data):
-        given, at = holder.get(MODELS), (*loc, MODELS)
-        if isinstance(given, str | dict):
-            given = [given]
-            positions |= _moved(read, at, 0)
-        if isinstance(given, list):
-            holder[MODELS] = [{"model": one} if isinstance(one, str) else one for one in given]
-            items = [i for i, one in enumerate(given) if isinstance(one, str) and (*at, i) in positions]
-            positions |= {(*at, i, "model"): positions[*at, i] for i in items}
-    if isinstance(data.get(TOKENIZER), str):
-        data[TOKENIZER] = {SOURCE: data[TOKENIZER]}
-        if (TOKENIZER,) in positions:
-            positions[TOKENIZER, SOURCE] = positions[TOKENIZER,]
-    return replace(read, data=data, positions=positions)
-
-
-def _holders(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
-    """Yield the mappings that have models: the recipe, and copies of its modules."""
-    yield (), data
-    if isinstance(data.get("modules"), dict):
-        data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in data["modules"].items()}
-        yield from ((("modules", name), one) for name, one in data["modules"].items() if isinstance(one, dict))
-
-
-def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
-    """Return the positions at and below a place, as those of an item of a list there."""
-    n = len(at)
-    return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
 
 def text_in_full(text: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.checks import references
-from deltamerge.recipe.edits import set_keys
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.open_values import Template, as_yaml, is_open, template_of
 from deltamerge.recipe.schema import Recipe
@@ -79,6 +78,8 @@ def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | Non
     if mergekit_exact:
         settings[("mergekit",)] = "true"
     if settings:
+        from deltamerge.recipe.edits import set_keys
+
         whole = set_keys(whole, settings, str(path))
     return whole, path
 
@@ -126,7 +127,15 @@ class TemplateFile:
 
     def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
         """Return the same as a file, whose text is plain: it has the values, and is read again."""
+        from deltamerge.recipe.edits import set_keys
+
         return read_text(set_keys(self.text, as_yaml(values), str(self.path)), self.path)
+
+
+def read_sources(path: Path, settings: Mapping[Loc, str] | None = None) -> tuple[YamlSource, ...]:
+    """Return the YAML of the recipe file at `path`, with `settings`, unchecked. RecipeError: it is not YAML."""
+    whole, path = _text_of(path, False, settings)
+    return yaml_source.loads_all(whole, str(path))
 
 
 def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.formats.running_sum import RunningSum, read_running_sum
+from deltamerge.formats.weight_files import RUNNING_SUM
 from deltamerge.methods.registry import MERGE
 from deltamerge.recipe import checks, open_values, yaml_source
-from deltamerge.recipe.edits import in_full
 from deltamerge.recipe.problems import place_of, problem_of, without
 from deltamerge.recipe.schema import Model, Recipe, Section, Slice, SliceSource, model_name
 from deltamerge.recipe.series import Matches, Series, find, running, shares
 from deltamerge.recipe.values import NO_LAYERS, Value
-from deltamerge.recipe.yaml_source import Loc, YamlSource
+from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 from deltamerge.tensors import patterns
 
+if TYPE_CHECKING:
+    from deltamerge.formats.running_sum import RunningSum
+
+MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 MAX_PROBLEMS = 200  # shown for one recipe
 
 
@@ -33,6 +37,43 @@ def load(path: Path) -> Recipe:
 def loads(text: str, path: str = "recipe.yaml") -> Recipe:
     """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
     return load_all([yaml_source.loads(text, path)])[0]
+
+
+def in_full(read: YamlSource) -> YamlSource:
+    """Return a document with every `models` as a list of mappings, and its `tokenizer` as a mapping.
+
+    New values have the place of their short form.
+    """
+    data: dict[str, Any] = dict(read.data)
+    positions = dict(read.positions)
+    for loc, holder in _with_models(data):
+        given, at = holder.get(MODELS), (*loc, MODELS)
+        if isinstance(given, str | dict):
+            given = [given]
+            positions |= _moved(read, at, 0)
+        if isinstance(given, list):
+            holder[MODELS] = [{"model": one} if isinstance(one, str) else one for one in given]
+            items = [i for i, one in enumerate(given) if isinstance(one, str) and (*at, i) in positions]
+            positions |= {(*at, i, "model"): positions[*at, i] for i in items}
+    if isinstance(data.get(TOKENIZER), str):
+        data[TOKENIZER] = {SOURCE: data[TOKENIZER]}
+        if (TOKENIZER,) in positions:
+            positions[TOKENIZER, SOURCE] = positions[TOKENIZER,]
+    return replace(read, data=data, positions=positions)
+
+
+def _with_models(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
+    """Yield the mappings that have models: the recipe, and copies of its modules."""
+    yield (), data
+    if isinstance(data.get("modules"), dict):
+        data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in data["modules"].items()}
+        yield from ((("modules", name), one) for name, one in data["modules"].items() if isinstance(one, dict))
+
+
+def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
+    """Return the positions at and below a place, as those of an item of a list there."""
+    n = len(at)
+    return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
 
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
@@ -168,6 +209,15 @@ class Member:
     summed: RunningSum | None = None
 
 
+def _summed(folder: Path) -> RunningSum | None:
+    """Return the running sum that a folder holds, if it does."""
+    if not os.path.isfile(folder / RUNNING_SUM):
+        return None
+    from deltamerge.formats.running_sum import read_running_sum
+
+    return read_running_sum(folder)
+
+
 def members(
     model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
 ) -> list[Member]:
@@ -175,7 +225,7 @@ def members(
     try:
         versions = _versions(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
-        summed = read_running_sum(folder / model.model) if found is None else None
+        summed = _summed(folder / model.model) if found is None else None
     except InputError as error:
         problems.append(read.problem((*place, "model"), str(error), error.hint))
         return [Member(model, item, place)]

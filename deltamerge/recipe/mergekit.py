@@ -13,8 +13,8 @@ import yaml
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.edits import MODELS, in_full, text_in_full
-from deltamerge.recipe.load import load_all
+from deltamerge.recipe.edits import text_in_full
+from deltamerge.recipe.load import MODELS, in_full, load_all
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource

@@ -186,10 +186,9 @@ def refusals(source: YamlSource) -> Iterator[Problem]:
     """Yield a problem at each open value of a recipe that is to give one result."""
     name = Path(source.path).name
     for loc, kind in _open(source.data, ()):
-        command = f"deltamerge {kind} {name}"
-        yield source.problem(
-            loc, f"is left open, for `{kind}` to try values", f"{command}, or --set {'.'.join(map(str, loc))}=VALUE"
-        )
+        what = "search bounds" if kind == "search" else "several values"
+        fixed = f"fix it with --set {'.'.join(map(str, loc))}=VALUE"
+        yield source.problem(loc, f"has {what}, not one value", f"deltamerge {kind} {name}, or {fixed}")
 
 
 def is_open(source: YamlSource) -> bool:

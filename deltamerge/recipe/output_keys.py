@@ -110,10 +110,11 @@ class Output(Keys):
     budget: Size | None = Field(
         None, description="peft: a LoRA of this many bytes, each layer with the rank that pays."
     )
-    whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
+    whole: Literal["keep", "heads", "task_heads", "drop", "refuse"] | None = Field(
         None,
-        description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "
-        "whole; heads and what the base lacks alone are; nothing is; or it is an error. Default: keep.",
+        description="peft with a rank: what is stored whole of the tensors that changed and have no factors. keep: all "
+        "(embeddings, heads, norms, biases). heads: heads, and what the base lacks. task_heads: the same without a "
+        "language model's head. drop: nothing. refuse: such a tensor is an error. Default: keep.",
     )
     targets: Items[Pattern] | None = Field(
         None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."

@@ -24,6 +24,9 @@ _WANTED = {
     "model_attributes_type": "a mapping of keys to values", "dict_type": "a mapping of keys to values",
     "tuple_type": "a list",
 }  # fmt: skip
+_FEWER_BITS = re.compile(
+    r"(torch\.)?(u?int[48]|float[48]|[fm]x?fp?[48]|fp[48]|nf4|nvfp4|mxfp4|e[45]m[23])", re.IGNORECASE
+)
 _OF_MODELS = ("models", "sources")  # lists whose items name a model
 
 
@@ -52,6 +55,8 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
         message = f"must be {'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"
         close = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {close[0]!r}?" if close else None
+        if loc[-1] in ("dtype", "out_dtype") and _FEWER_BITS.match(str(value)):
+            hint = "fewer bits are a quantization: fp8, int8 or int4 (output.quantization, or convert --quantization)"
     elif kind == "string_too_short":
         message, got = "must not be empty", ""
     elif kind == "too_short":

@@ -127,6 +127,8 @@ class Prune(Keys):
     epsilon: Value | None = Field(None, description="della: half the spread of the keep probabilities.")
     gamma: Value | None = Field(None, description="breadcrumbs: fraction of the largest entries dropped.")
     budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
+    bytes: Size | None = Field(None, description="budget: size of the delta artifact.")
+    ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 
     @property
     def calibrated_q(self) -> CalibratedQ | None:
@@ -519,6 +521,20 @@ class Command(Keys):
     timeout: Positive = Field(3600, le=10**7, description="Seconds after which it is ended, and the trial has failed.")
 
 
+class LmEval(Keys):
+    """Tasks of lm-evaluation-harness, on a merged folder."""
+
+    tasks: Items[Text] = Field(min_length=1, description="Names of tasks or groups. Their mean counts.")
+    metric: Text = Field("acc", description="The figure of each task: acc, acc_norm, exact_match, word_perplexity.")
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="Whether more is better.")
+    few_shot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Examples before a question; the task's own."
+    )
+    limit: Positive | None = Field(None, description="Questions of each task, the first ones; default: all.")
+    batch: Positive = Field(8, description="Questions at a time.")
+    folder: Text | None = Field(None, description="A folder of tasks of your own, beside the recipe.")
+
+
 class Goal(Keys):
     """What candidates are judged by."""
 
@@ -533,20 +549,32 @@ class Goal(Keys):
     of: Text | None = Field(None, description="One fine-tune alone, by its name.")
     command: Command | None = Field(None, description="Instead of a measure: what a program says of the folder.")
 
+    lm_eval: LmEval | None = Field(
+        None, description="Instead of a measure: tasks of lm-eval (extra lm-eval), a list of names or more keys."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("lm_eval"), list | tuple):
+            return {**data, "lm_eval": {"tasks": data["lm_eval"]}}
         return {"measure": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _one(self) -> Goal:
-        if self.command is not None and self.model_fields_set != {"command"}:
-            raise PydanticCustomError("goal", "command stands alone")
+        for alone in ("command", "lm_eval"):
+            if getattr(self, alone) is not None and self.model_fields_set != {alone}:
+                raise PydanticCustomError("goal", f"{alone} stands alone")
         if self.of is not None and self.model_fields_set & {"over", "weights"}:
             raise PydanticCustomError("goal", "of is one model: leave over and weights out")
         if self.over == "minimum" and self.weights:
             raise PydanticCustomError("goal", "weights are of the mean, not of the minimum")
         return self
+
+    @property
+    def of_folder(self) -> Command | LmEval | None:
+        """What judges the merged folder. None: candidates are judged in memory."""
+        return self.command or self.lm_eval
 
     @property
     def by(self) -> str:
@@ -558,6 +586,8 @@ class Goal(Keys):
         """The name in tables and in a study."""
         if self.command is not None:
             return self.command.value
+        if self.lm_eval is not None:
+            return f"{self.lm_eval.metric} of {', '.join(self.lm_eval.tasks)}"
         by = "distance" if self.by == "agreement" else self.by
         return f"{by} of {self.of}" if self.of else f"{self.over} {by}"
 
@@ -576,7 +606,9 @@ class Study(Keys):
         | Annotated[Goal, Tag("(value)")]
         | Annotated[Annotated[Items[Goal], Field(min_length=1, max_length=4)], Tag("(list)")],
         Discriminator(_shape),
-    ] = Field("agreement", description="A measure, {measure, over, weights}, {command}, or a list: a Pareto front.")
+    ] = Field(
+        "agreement", description="A measure, {measure, over, weights}, {command}, {lm_eval}, or a list: a Pareto front."
+    )
     test: Text | dict[Text, Text] | None = Field(
         None,
         description="Rows that a sweep scores on and that decide a search: a file, or one by each model's name. "

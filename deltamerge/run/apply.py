@@ -17,24 +17,21 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import code, human, plain
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
-from deltamerge.files.hashes import seal
+from deltamerge.files.descriptors import files_of
+from deltamerge.files.hashes import check_blobs, seal
 from deltamerge.files.outbox import ROOM, SLAB
 from deltamerge.files.ownership import MADE_BY, Guard, Maker
-from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import refuse_inputs, workspace
 from deltamerge.formats.components import card
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
-from deltamerge.formats.layout import plan_layout
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer, plan_layout
 from deltamerge.models.chain.folder import line
 from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import replacing
-from deltamerge.models.checkpoint import Checkpoint, is_delta
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded, is_delta
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
 from deltamerge.models.delta_over_base import check
-from deltamerge.models.hub_cache import check_blobs
 from deltamerge.models.references import open_model
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
@@ -204,7 +201,7 @@ def _write(
             stopped.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, InputError):
-                error.hint = error.hint or f"this delta belongs to {opened.manifest.base}"
+                error.hint = error.hint or f"this delta was made from {opened.manifest.base}"
             raise
 
 

@@ -17,13 +17,12 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, read_at
-from deltamerge.files.hashes import Digests, Pieces, hash_whole, inside, learn, seal, size_of
+from deltamerge.files.hashes import Digests, Pieces, hash_whole, inside, learn, seal, sha256_of, size_of
 from deltamerge.files.hashes import hash_bytes as hash_bytes
 from deltamerge.files.hashes import hash_output as hash_output
 from deltamerge.files.ownership import DATA as DATA
 from deltamerge.formats.components import CONFIG as CONFIG_FILE
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.hub_cache import sha256_of
 from deltamerge.models.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
@@ -222,8 +221,7 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.hub import commit
-    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     root = source.folder / data
@@ -256,8 +254,7 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _data_facts(source: CalibrationInput) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.hub import commit
-    from deltamerge.calibrate.rows.rows import is_of_hub, local_files
+    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}

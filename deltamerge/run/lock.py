@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.descriptors import is_inside, leads_out
 from deltamerge.files.hashes import hash_bytes, hash_output
 from deltamerge.files.ownership import FORMAT as FORMAT
 from deltamerge.files.ownership import LOCK_NAME as LOCK_NAME
 from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_others, replace_own, unlisted
 from deltamerge.files.ownership import ROWS as ROWS
 from deltamerge.files.ownership import read_lock as read_lock
-from deltamerge.files.tree import is_inside, leads_out
 from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
@@ -185,7 +185,7 @@ class Lock:
         """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
-                f"{self.path}: the recipe is not that of the lock",
+                f"{recipe.source.path} changed after {self.path.name} was written",
                 hint="deltamerge lock RECIPE writes it anew",
             )
 

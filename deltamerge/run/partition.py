@@ -12,7 +12,7 @@ from deltamerge.errors.shown import some
 from deltamerge.files.hashes import Seal, damages, seal
 from deltamerge.files.journal import check_facts, part_journals
 from deltamerge.files.work_folder import Workspace
-from deltamerge.formats.layout import Layout
+from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile
 

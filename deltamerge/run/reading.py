@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.hashes import Pieces
+from deltamerge.files.hashes import Pieces, check_blobs
 from deltamerge.formats.quantised.detect import without_keys
-from deltamerge.models.hub_cache import check_blobs
 from deltamerge.plan.inputs import Input
-from deltamerge.plan.layer_config import which_layers
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import Stack
 from deltamerge.run import hashes
@@ -59,8 +57,6 @@ class InputFiles:
 def _check(paths: list[Path], planned: Plan) -> None:
     check_blobs(paths, planned.workers)
     if planned.stacks:
-        from deltamerge.run.reading import check_layers_built
-
         check_layers_built(planned)
 
 
@@ -166,6 +162,8 @@ def check_layers_built(planned: Plan) -> None:
         if container is not None:
             containers.append(container)
             for fault in _faults(stack, container, made, template, models):
+                from deltamerge.plan.layer_config import which_layers
+
                 raise InputError(fault, hint=which_layers(planned.config))
     if len(containers) == len(planned.stacks):
         _check_outside(planned, home, made, containers)
@@ -217,7 +215,7 @@ def _built(config: Mapping[str, Any]) -> ModelShapes | None:
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from deltamerge.calibrate.model.skeleton import skeleton
+    from deltamerge.calibrate.model.loading import skeleton
     from deltamerge.calibrate.model.transformers_code import running
 
     if kind not in CONFIG_MAPPING:

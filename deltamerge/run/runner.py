@@ -13,13 +13,12 @@ from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import as_html, human, shown, some
-from deltamerge.files.descriptors import writing
+from deltamerge.files.descriptors import files_of, writing
 from deltamerge.files.hashes import Pieces, seal
 from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
-from deltamerge.files.tree import files_of
 from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.formats.audit import NonFinite
-from deltamerge.formats.safetensors_writer import write_index
+from deltamerge.formats.safetensors import write_index
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.assets import asset_files, write_files
 from deltamerge.outputs.output import Weights, WriteJob, output_of

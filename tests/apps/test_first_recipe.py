@@ -224,7 +224,9 @@ def test_the_version_is_short_and_doctor_names_what_matters_in_a_bug_report(caps
 
 
 def test_doctor_says_how_to_install_an_extra_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda name: ['nowhere-at-all>=1; extra == "gguf"', 'numpy; extra == "ray"'])
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ['nowhere-at-all>=1; extra == "gguf"', 'numpy; extra == "ray"']
+    )
     out = call(capsys, "doctor")[1]
     assert "extra gguf lacks nowhere-at-all: pip install 'deltamerge[gguf]'\n" in out
     assert "extra ray installed\n" in out

@@ -22,7 +22,7 @@ from deltamerge.calibrate.q.objectives import divergence as fitted
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
-from deltamerge.recipe.advice import choose
+from deltamerge.recipe.prune import choose
 from deltamerge.tensors.reader import Reader
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}

@@ -405,8 +405,8 @@ def test_the_page_begins_with_its_conclusion(bert, tmp_path):
 def test_axes_have_names(bert):
     drawn = Page(page(with_run(with_activations(bert))))
     words = [word for word in drawn.words if word.strip()]
-    assert {"layer", "↑ output_change (smaller is better)", "error (smaller is better)"} <= {*words}
-    assert {"predicted error", "↑ measured error"} <= {*words}
+    assert {"layer", "output_change (smaller is better)", "error (smaller is better)"} <= {*words}
+    assert {"predicted error", "measured error"} <= {*words}
     maps = {where for _, attributes, where in drawn.elements if "data-layer" in attributes}
     assert len(maps) == 5
     assert words.count("layer") == 3 + len(maps) + 1  # columns, maps, the table of the figures

@@ -16,7 +16,7 @@ import yaml
 from conftest import tiny_bert_pair
 from small_hub import COMMIT, Hub, serve
 
-from deltamerge.calibrate.rows import hub as hub_rows
+from deltamerge.calibrate.rows import rows as hub_rows
 from deltamerge.errors import InputError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -105,7 +105,7 @@ def test_offline_takes_what_datasets_has_cached(hub: tuple[Hub, Path, Command]) 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="needs the datasets package") as caught:
-        hub_rows.read("org/other", config=None, split="train", limit=1)
+        hub_rows.read_hub("org/other", config=None, split="train", limit=1)
     assert "deltamerge[data]" in str(caught.value.hint)
 
 

@@ -18,7 +18,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from deltamerge.calibrate.merge.sums import combined
+from deltamerge.calibrate.model.candidates import combined
 from deltamerge.calibrate.values import Spooled, of_tensor
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, RecipeError

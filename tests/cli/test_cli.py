@@ -46,7 +46,11 @@ ERRORS = {
     ),
     "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
     "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in [0, 1], got 1.5", ""),
-    "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
+    "missing model": (
+        RECIPE.format(method="ties").replace("./b,", "./nowhere,"),
+        "./nowhere: no such folder",
+        "hint: ",
+    ),
     "no recipe": (None, "bad.yaml", ""),
 }
 
@@ -158,6 +162,19 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_plain_run_imports_few_of_our_modules(folder):
+    """A file of a format, a method or an output is imported where a recipe has it."""
+    script = (
+        "import sys\nfrom deltamerge.cli import main\n"
+        "try:\n    main(['run', 'good.yaml', '--out', 'few', '-q'])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('deltamerge')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "deltamerge.run.runner" in loaded
+    assert len(loaded) <= 125, loaded
+
+
 @pytest.mark.parametrize("triton", [False, True])
 def test_what_lives_to_the_end_is_not_collected_unless_triton_would_complain(triton):
     script = (
@@ -212,15 +229,17 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
+    "--verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --verbose --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
+    "pin": "--release --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --whole --target --dora "
-    "--calibration --text --sequences --length --device --workers --memory --resume --force "
-    "--allow-nonfinite --allow-pickles --json --quiet --help",
+    "extract": "--base --out --after --density --method --q --values --lora --budget --ratio --for --whole --target "
+    "--dora --calibration --text --sequences --length --device --workers --memory --resume --force "
+    "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",
     "list": "--json --help",

@@ -151,3 +151,17 @@ def test_the_reader_of_torch_s_files_runs_nothing(folder, tmp_path, capsys):
     assert "pytorch_model.bin" in said
     assert not (Path.cwd() / "ran").exists()
     assert open_checkpoint(folder / "pickled", pickles=True).tensors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "error: ./nowhere: no such folder in "),
+        (["--dtype", "float8"], "hint: fewer bits are a quantization: fp8, int8 or int4 "),
+        (["--dtype", "float23"], "hint: did you mean 'float32'?"),
+    ],
+)
+def test_hints_speak_of_what_was_typed(tmp_path, capsys, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "convert", "./nowhere", "out", *flags)
+    assert (code, said in err, "models[" in err) == (1, True, False), err

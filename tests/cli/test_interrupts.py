@@ -12,7 +12,7 @@ import torch
 from calls import call
 from conftest import tiny_llama
 
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 
 NOTHING = "interrupted: nothing new is kept: run the command again\n"
 RECIPE = """\
@@ -180,7 +180,7 @@ def test_the_folder_that_keeps_work_is_named(
     # The saver's thread may come too late for so short a run.
     finish = Writer.finish
     monkeypatch.setattr(Writer, "finish", lambda writer, *, keep: finish(writer, keep=True))
-    monkeypatch.setattr("deltamerge.formats.delta.spool.SECONDS", -1)
+    monkeypatch.setattr("deltamerge.formats.delta.tensor_writer.SECONDS", -1)
     (folder / "deep").mkdir()
     with monkeypatch.context() as broken:
         breaks(broken, "deltamerge.run.runner.write_files", ERRORS[what]())

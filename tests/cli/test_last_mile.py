@@ -63,16 +63,17 @@ def test_check_speaks_json_and_to_github(capsys, tmp_path):
         assert (good["ok"], good["tensors"], good["bytes"], good["notes"]) == (True, 21, 43328, [])
         assert not bad["ok"]
         places = [(problem["line"], problem["location"]) for problem in bad["error"]["problems"]]
-        assert places == [(2, "models[0].prune.includ"), (3, "sed")]
-        assert bad["error"]["problems"][1]["hint"] == "did you mean 'seed'?"
-        assert lost["error"]["message"].endswith("no such folder in " + str(tmp_path))
-        assert (lost["error"]["exit_code"], lost["error"]["problems"]) == (1, [])
+        models = [(1, "base_model"), (2, "models[0].model")]  # neither is there
+        assert places == [*models, (2, "models[0].prune.includ"), (3, "sed")]
+        assert bad["error"]["problems"][3]["hint"] == "did you mean 'seed'?"
+        assert f"no such folder in {tmp_path}\n" in lost["error"]["message"]
+        assert (lost["error"]["exit_code"], [p["line"] for p in lost["error"]["problems"]]) == (1, [1, 2])
     code, out, err = call(capsys, "check", *paths, "--output-format", "github")
     lines = out.splitlines()
-    assert (code, err, len(lines)) == (1, "", 3)
+    assert (code, err, len(lines)) == (1, "", 6)
     where = f"file={tmp_path}/bad%2C 100%25.yaml,line=2,col={COLUMN},title=deltamerge"
-    assert lines[0] == f"::error {where}::models[0].prune.includ: unknown key: did you mean 'include'?"
-    assert lines[2].startswith(f"::error file={tmp_path}/lost.yaml,title=deltamerge::")
+    assert lines[2] == f"::error {where}::models[0].prune.includ: unknown key: did you mean 'include'?"
+    assert lines[4].startswith(f"::error file={tmp_path}/lost.yaml,line=1,col=13,title=deltamerge::base_model: ./base")
 
 
 def test_a_folder_s_recipes_are_checked(capsys, tmp_path):
@@ -241,3 +242,10 @@ def test_every_command_reads_torch_s_files_where_it_may(capsys, tmp_path, monkey
         assert (code, "--allow-pickles" in err) == (0 if words[0] == "lock" else 1, words[0] != "lock"), words
         assert call(capsys, *words, "--allow-pickles")[0] == 0, words
     assert call(capsys, "check", "small.yaml")[0] == 0
+
+
+def test_notes_of_a_check_are_for_those_who_ask(capsys, folder):
+    (folder / "noted.yaml").write_text(f"{RECIPE}seed: {{sweep: [1, 2]}}\n")
+    assert json.loads(call(capsys, "check", "noted.yaml", "--json")[1])["recipes"][0]["notes"]
+    assert ": note: " not in call(capsys, "check", "noted.yaml")[2]
+    assert ": note: " in call(capsys, "check", "noted.yaml", "-v")[2]

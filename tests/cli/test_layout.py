@@ -27,7 +27,7 @@ from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Rec
 from deltamerge.cli import main, output
 from deltamerge.cli.inspect import render_inspect
 from deltamerge.cli.layout import Column, cut, cut_at_word, table
-from deltamerge.cli.methods import catalogue, render_method, render_methods
+from deltamerge.cli.methods import catalogue, gist, render_method, render_methods
 from deltamerge.cli.recommend import render_recommend
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.methods.registry import MERGE, PRUNE
@@ -142,6 +142,18 @@ def test_what_people_read_is_as_it_was(width):
         assert text.rstrip("\n") == (GOLDEN / name).read_text().rstrip("\n"), f"python {__file__} writes {name} anew"
 
 
+def test_reports_are_a_line_in_python_and_a_table_in_a_notebook():
+    found, advice = report(), recommendation(measured=False)
+    norm = f"{found.total.relative_norm:.3g}"
+    assert repr(found) == f"<Report math on ./base: {len(found.tensors)} tensors, ‖Δ‖/‖W‖ {norm}>" == str(found)
+    assert repr(advice) == str(advice) == "<Recommendation math on ./base, density 0.1: dare>"
+    assert f"<caption>{found.model} on {found.base}</caption>" in found._repr_html_()
+    assert f"<td>{found.total.count:,}</td>" in found._repr_html_()
+    hostile = advice.model_copy(update={"why": ["<script>"]})
+    assert "&lt;script&gt;" in hostile._repr_html_()
+    assert "<script" not in hostile._repr_html_()
+
+
 def test_tables_fit_any_width():
     for width in range(64, 200, 17):
         listed = render_methods(catalogue(), width).splitlines()
@@ -221,3 +233,14 @@ if __name__ == "__main__":
     for columns in (80, 120):
         for name, text in outputs(columns).items():
             (GOLDEN / name).write_text(f"{text.rstrip()}\n")
+
+
+def test_methods_say_what_they_need_and_are_cut_at_a_clause() -> None:
+    lines = {line.split()[0]: line.split() for line in render_methods(catalogue(), 80).splitlines() if line[:2] == "  "}
+    needs = {name: words[1:3] for name, words in lines.items()}
+    assert (needs["linear"][0], needs["ties"][0], needs["regmean"]) == ("–", "base", ["base,", "rows"])
+    assert needs["wanda"][0] == "rows"
+    assert gist("first clause, and so on", 14) == "first clause"
+    assert gist("a (b, c) and so on", 9) == "a (b …"
+    assert gist("ram, with more words", 12) == "ram, with …"
+    assert gist("short", 5) == "short"

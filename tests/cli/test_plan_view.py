@@ -74,6 +74,14 @@ def test_the_answer_comes_first_and_fits(recipe, capsys, monkeypatch, width):
     assert len(kinds.splitlines()) == 13
 
 
+def test_a_disk_that_is_too_small_is_a_warning(recipe, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    for free, warned in ((43_300, False), (40_000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(10**10, 10**10 - free, free))
+        _, out, _ = call(capsys, "plan", recipe)
+        assert ("warning    the disk is too small for the output by 3." in out) is warned
+
+
 def test_long_names_are_cut_and_listed_whole_on_demand(recipe, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     _, out, _ = call(capsys, "plan", recipe)

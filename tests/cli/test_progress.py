@@ -38,20 +38,29 @@ SAID = {
         Phase("merging", 10 * GB, "bytes"), [(60, 0.19 * GB)], "merging: 1 %, 190.0 MB of 10.0 GB, 3.2 MB/s",
     ),
     "some": (
-        Phase("merging", 10 * GB, "bytes"), [(4, 4 * GB)], "merging: 40 %, 4.0 GB of 10.0 GB, 1.0 GB/s, about 6 s left",
+        Phase("merging", 10 * GB, "bytes"), [(3, 3 * GB), (4, 4 * GB)],
+        "merging: 40 %, 4.0 GB of 10.0 GB, 1.0 GB/s, about 6 s left",
     ),
+    "an estimate alone": (
+        Phase("merging", 10 * GB, "bytes"), [(4, 4 * GB)], "merging: 40 %, 4.0 GB of 10.0 GB, 1.0 GB/s",
+    ),
+    "estimates apart": (  # from memory first, then from the disk
+        Phase("merging", 10 * GB, "bytes"), [(3, 6 * GB), (9, 6.3 * GB)],
+        "merging: 63 %, 6.3 GB of 10.0 GB, 700.0 MB/s",
+    ),
+    "nothing known": (Phase("reading m.gguf", 0, "tokens"), [(4, 0)], "reading m.gguf …"),
     "resumed": (  # what was there does not count for the rate for long
-        Phase("merging", 10 * GB, "bytes"), [(1, 5 * GB), (21.5, 5.205 * GB)],
+        Phase("merging", 10 * GB, "bytes"), [(1, 5 * GB), (20.5, 5.195 * GB), (21.5, 5.205 * GB), (22.5, 5.215 * GB)],
         "merging: 52 %, 5.2 GB of 10.0 GB, 10.0 MB/s, about 8 min left",
     ),
     "all": (Phase("merging", 10 * GB, "bytes"), [(4, 10 * GB)], "merging: 100 %, 10.0 GB of 10.0 GB, 2.5 GB/s"),
     "stuck": (Phase("hashing", 10 * GB, "bytes"), [(9, 0)], "hashing: 0 %, 0 B of 10.0 GB"),
     "unknown": (Phase("hashing", 0, "bytes"), [(4, 2 * GB)], "hashing: 2.0 GB of 2.0 GB, 500.0 MB/s"),
     "passes": (
-        Phase("calibrating m", 370, PASSES, bound=True), [(41, 41)],
-        "calibrating m: 41 of ≤ 370 passes, at most 5 min left",
+        Phase("calibrating m", 370, PASSES, bound=True), [(20, 20), (41, 41)],
+        "calibrating m: 41 of at most 370 passes, at most 5 min left",
     ),
-    "a part of a pass": (Phase("running", 370, PASSES, bound=True), [(1, 0.99)], "running: 0 of ≤ 370 passes"),
+    "a part of a pass": (Phase("running", 370, PASSES, bound=True), [(1, 0.99)], "running: 0 of at most 370 passes"),
     "tensors": (Phase("checking", 12_000, "tensors"), [(1, 1500)], "checking: 12 %, 1,500 of 12,000 tensors"),
 }  # fmt: skip
 
@@ -71,19 +80,19 @@ def test_times_are_in_the_units_that_people_use():
 
 STATES = [
     State("merging", 0.28, "2.8 GB of 10.0 GB", "889.6 MB/s", "about 8 s left"),
-    State("calibrating models/math", None, "28 of ≤ 370 passes", "", "at most 38 s left"),
+    State("calibrating models/math", None, "28 of at most 370 passes", "", "at most 38 s left"),
 ]
 DRAWN = {
     120: [
         "merging                  ━━━━━━╸                   28 %  2.8 GB of 10.0 GB  889.6 MB/s  about 8 s left",
-        "calibrating models/math                            28 of ≤ 370 passes  at most 38 s left",
+        "calibrating models/math                            28 of at most 370 passes  at most 38 s left",
     ],
     80: [
-        "merging                  ━━━           28 %  2.8 GB of 10.0 GB  about 8 s left",
-        "calibrating models/math                28 of ≤ 370 passes  at most 38 s left",
+        "merging                  ━╸      28 %  2.8 GB of 10.0 GB  about 8 s left",
+        "calibrating models/math          28 of at most 370 passes  at most 38 s left",
     ],
-    40: ["merging        28 %  2.8 GB of 10.0 GB", "calibrating …  28 of ≤ 370 passes"],
-    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of ≤ 370 pas…"],
+    40: ["merging        28 %  2.8 GB of 10.0 GB", "calibrating …  28 of at most 370 passes"],
+    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of at most 3…"],
 }
 
 
@@ -151,7 +160,7 @@ def test_a_file_gets_a_line_now_and_then_unless_it_is_not_wanted(capsys, quick, 
         some_work()
         lines = capsys.readouterr().err.splitlines()
         assert set(lines) == {"merging: 25 %, 1.0 GB of 4.0 GB"}
-        assert 2 <= len(lines) <= 5
+        assert len(lines) == 1  # none is repeated
     for quiet, machine in ((True, False), (False, True)):
         with progress.display(quiet=quiet, machine=machine):
             some_work()

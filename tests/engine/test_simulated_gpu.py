@@ -18,8 +18,7 @@ from running import make_plan, run
 from simulated_gpu import GPU, Refused, out_of_memory, simulated
 
 from deltamerge.engine.execute import computed
-from deltamerge.engine.tasks import Job
-from deltamerge.engine.worker import Worker
+from deltamerge.engine.worker import Job, Worker
 from deltamerge.errors import InputError
 from deltamerge.files import outbox
 from deltamerge.files.outbox import Outbox

@@ -20,9 +20,8 @@ from deltamerge.files import outbox
 from deltamerge.files.journal import Spans
 from deltamerge.files.outbox import LEAST, READ, Outbox
 from deltamerge.formats import audit
-from deltamerge.formats import safetensors_writer as writer
-from deltamerge.formats.layout import Layout, plan_layout
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats import safetensors as writer
+from deltamerge.formats.safetensors import Layout, Writer, plan_layout
 
 ELEMENTS = 3_000_001
 PIECE = LEAST + 4

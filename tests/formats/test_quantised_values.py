@@ -19,8 +19,7 @@ from quantised_models import fp8
 
 from deltamerge.engine import kernels
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 from deltamerge.tensors.dtypes import DTYPES
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo

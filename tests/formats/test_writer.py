@@ -20,9 +20,7 @@ from safetensors.torch import save
 
 from deltamerge.errors import OutputError
 from deltamerge.files import descriptors as files
-from deltamerge.formats.layout import Layout, plan_layout
-from deltamerge.formats.safetensors import read_header
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Layout, Writer, plan_layout, read_header
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader

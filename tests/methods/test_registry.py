@@ -56,7 +56,10 @@ def test_a_new_file_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("recipe", "imported"),
     [
         ("merge_method: linear", {"merge.linear", "prune.none"}),
-        ("merge_method: dare_ties\nbase_model: ./base", {"merge.dare_ties", "merge.ties", "prune.dare"}),
+        (
+            "merge_method: dare_ties\nbase_model: ./base",
+            {"merge.dare_ties", "merge.dare_linear", "merge.ties", "merge.task_arithmetic", "prune.dare"},
+        ),
         (
             "base_model: ./base\nprune: {method: magnitude, density: 0.1, group: row}",
             {"merge.task_arithmetic", "prune.magnitude"},

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 from deltamerge.models import hub, hub_client
 from deltamerge.models.checkpoint import open_checkpoint
 from deltamerge.run.partition import Part

@@ -17,8 +17,8 @@ from running import make_plan
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
+from deltamerge.files.hashes import check_blobs
 from deltamerge.models import hub, hub_client
-from deltamerge.models.hub_cache import check_blobs
 
 Handler = BaseHTTPRequestHandler
 WEIGHTS = "model.safetensors"
@@ -369,7 +369,7 @@ def test_a_users_own_client_stays_and_has_the_bounds(server: Hub, model: Path, t
 
 
 def test_data_sets_have_commits(server: Hub, model: Path, tmp_path: Path) -> None:
-    from deltamerge.calibrate.rows.hub import commit
+    from deltamerge.calibrate.rows.rows import commit
 
     commit.cache_clear()
     server.repositories["datasets/org/data"] = tmp_path / "hub"

@@ -18,9 +18,9 @@ from running import run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
-from deltamerge.models.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, vocabulary
+from deltamerge.files.progress import Phase, heard
+from deltamerge.models.checkpoint import decoded, open_checkpoint
+from deltamerge.models.gguf_tokenizer import CONTROL, SPLITS, UNUSED, USER_DEFINED, described, vocabulary
 from deltamerge.models.vocabulary_files import sentences
 from deltamerge.tensors.reader import Reader
 
@@ -120,6 +120,29 @@ def test_transformers_reads_the_same_model_from_it(case, tmp_path):
         got = values["blk.1.ffn_up.weight"].reshape(-1, 32)
         assert (np.abs(got - exact) <= (0.5 + 127 / 2**11) * scale).all()  # a step of codes, and one of the scale
         assert {t.name: t.tensor_type.name for t in reader.tensors}["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_every_long_phase_of_a_gguf_file_is_told_and_the_file_has_its_line(tmp_path):
+    told: list[Phase] = []
+
+    class Heard:
+        def begun(self, phase: Phase) -> None:
+            told.append(phase)
+
+        def ended(self, phase: Phase) -> None: ...
+
+    models_of(tmp_path, CASES["llama"][0], byte_level(next(p for p, name in SPLITS.items() if name == "llama-bpe")))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base_model: ./base\nmodels: [{model: ./tune}]\noutput: {gguf: f16}\n")
+    with heard(Heard()):
+        made = run(recipe, tmp_path / "out")
+        described(open_checkpoint(made.folder / "model-f16.gguf"))
+    (line,) = made.remarks
+    assert line.startswith("model-f16.gguf: ")
+    phases = {phase.name: phase for phase in told}
+    writing = phases["writing model-f16.gguf"]
+    assert writing.total == writing.done > SHAPE["vocab_size"] * SHAPE["hidden_size"]
+    assert {"reading model-f16.gguf", "making the tokenizer of model-f16.gguf"} <= phases.keys()
 
 
 def test_frequencies_of_long_contexts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -321,6 +322,44 @@ def test_heads_alone_are_kept_whole(tmp_path: Path) -> None:
         outputs(adapted(architecture, tmp_path / "base", tmp_path / name), architecture)
 
 
+@pytest.mark.parametrize(
+    ("flags", "saved"),
+    [
+        ([], ["classifier"]),
+        (["--for", "vllm"], None),
+        (["--for", "peft"], ["classifier", "LayerNorm"]),
+        (["--whole", "heads"], ["classifier"]),
+    ],
+)
+def test_what_is_stored_whole_is_what_the_reader_loads(
+    tmp_path: Path, capsys: Any, flags: list[str], saved: list[str] | None
+) -> None:
+    """A task's head that the base lacks stays, but for vLLM; embeddings and norms are PEFT's alone."""
+    make("BertModel", tmp_path / "base")
+    tune(tmp_path / "base", tmp_path / "tuned", "BertForSequenceClassification")
+    arguments = [str(tmp_path / "tuned"), str(tmp_path / "base"), "--lora", "4", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as left:
+        main(["extract", *arguments, *flags])
+    err = capsys.readouterr().err
+    assert (left.value.code, err if left.value.code else "") == (0, "")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    stored = config["modules_to_save"] or []
+    assert all(any(wanted in module for module in stored) for wanted in saved or ())
+    assert bool(stored) == (saved is not None)
+    assert ("whole parts none\n" in err) == (saved is None)
+    assert ("left out, though it differs" in err) == (flags != ["--for", "peft"])
+    assert not re.search(r"^encoder|layer\.0:", err, re.MULTILINE)
+
+
+def test_a_language_models_head_is_no_tasks_head(tmp_path: Path) -> None:
+    make("LlamaForCausalLM", tmp_path / "base", tie_word_embeddings=False)
+    tune(tmp_path / "base", tmp_path / "tuned", "LlamaForCausalLM")
+    for whole, kept in (("heads", ["lm_head"]), ("task_heads", None)):
+        lora(tmp_path, f"rank: 4, whole: {whole}", name=whole)
+        config = json.loads((tmp_path / whole / "adapter_config.json").read_text())
+        assert (config["modules_to_save"] or None) == kept
+
+
 ADAPTERS = """
 base_model: base
 merge_method: {method}
@@ -409,8 +448,11 @@ def test_experts_in_other_tensors_are_refused_by_name(tmp_path: Path) -> None:
         (["layershuffle"], "slices"),
         (["multi"], "deltamerge run CONFIG --out OUT"),
         (["extract", "a", "b", "--lora", "3x"], "a rank such as 32"),
-        (["extract", "a", "--base", "b", "--budget", "1MB"], "--lora --budget 20MB"),
+        (["extract", "a", "--base", "b", "--lora", "--budget", "1MB,2MB"], "--lora takes one --budget"),
         (["extract", "a", "--base", "b", "--whole", "drop"], "--whole needs --lora"),
+        (["extract", "a", "--base", "b", "--for", "vllm"], "--for needs --lora"),
+        (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--whole", "drop"], "--for and --whole both say"),
+        (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--dora"], "vLLM loads no DoRA"),
         (["extract", "a", "--base", "b", "--lora"], "needs a rank, energy:0.95, or --budget"),
         (["extract", "a", "--base", "b", "--lora", "4", "--density", "0.1"], "prune by a recipe"),
         (["extract", "a", "--lora", "4"], "name the base once"),
@@ -429,11 +471,11 @@ def test_several_at_once_by_the_command(llama: Path, monkeypatch: pytest.MonkeyP
     shutil.copytree("tuned", "other")
     models = ["tuned", "other", "--base", "base", "--lora=energy=0.5", "--whole", "drop", "--out", "several"]
     with pytest.raises(SystemExit) as left:
-        main(["extract", *models[:1], *models[2:7], "--out", "one", "--target", "q_proj"])
+        main(["extract", *models[:1], *models[2:7], "--out", "one", "--target", "q_proj", "-v"])
     told = capsys.readouterr().err
     assert not left.value.code
-    assert "model.layers.0: rank" in told.replace("1 weights, ", "")
-    assert "keeps 0." in told
+    assert re.search(r"one: .*\nfactors [\d.]+ kB, \d weights, rank .*: keep 0\.\d+ of .*; whole parts none\n", told)
+    assert "model.layers.0: rank" in told
     with pytest.raises(SystemExit) as left:
         main(["extract", *models, "--json", "--force"])
     assert not left.value.code
@@ -460,4 +502,4 @@ def test_layers_are_told_by_their_numbers() -> None:
     names = sorted(f"model.layers.{i}.mlp.up_proj.weight" for i in range(11))
     summary = LowRankSummary(0, {}, {name: LayerRank(4, 0.5, None, 0.0) for name in names}, 0.5)
     told = [line.partition(":")[0] for line in result.of_layers(summary)]
-    assert told == [*(f"model.layers.{i}" for i in range(11)), "all"]
+    assert told == [f"model.layers.{i}" for i in range(11)]

@@ -23,12 +23,11 @@ from running import finish, make_plan, run
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError, OutputError
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 from deltamerge.formats.quantised import scheme as codings
 from deltamerge.formats.quantised import writer as coded_writer
 from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers, ScaleChoice, _coded, coded
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.plan.quantise import _renumbered
 from deltamerge.run.partition import Part
 from deltamerge.tensors.reader import Reader

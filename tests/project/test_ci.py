@@ -90,6 +90,21 @@ def test_the_action_fails_with_line_and_column(repository, offline):
     assert summary == ""
 
 
+def test_the_action_annotates_the_line_and_goes_on_to_the_good_recipes(repository):
+    (repository / "recipes" / "bad.yaml").write_text(RECIPE.replace("density", "densty"))
+    code, summary, said = action(repository, GITHUB_ACTIONS="true")
+    assert code == 1
+    stop, begin, annotation, again, end = said.strip().split("\n")
+    assert annotation.startswith(
+        "::error file=recipes/bad.yaml,line=6,col=14,title=deltamerge::parameters.densty: unknown"
+    )
+    assert (again, end) == (stop, begin)
+    assert stop == f"::stop-commands::{begin.strip(':')}"
+    assert "### recipes/merge.yaml" in summary
+    assert "model.norm.weight" in summary
+    assert "### recipes/bad.yaml" not in summary
+
+
 HOSTILE = {
     "a command": "$(touch pwned).yaml", "ticks": "`touch pwned`.yaml", "sed": "x|e touch pwned\n#.yaml",
     "an option": "--help.yaml", "lines": "a\n::set-env name=A::b\n.yaml", "spaces": " a  b ;touch pwned; .yaml",

@@ -22,8 +22,7 @@ from running import make_plan, run
 
 from deltamerge.files.journal import Journal, read_journal
 from deltamerge.files.work_folder import mark, workspace
-from deltamerge.formats.layout import plan_layout
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer, plan_layout
 from deltamerge.models.checkpoint import INDEX, open_checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.run.card import front_matter

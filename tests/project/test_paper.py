@@ -7,8 +7,11 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+from deltamerge.apps.report.svg import Point
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -132,5 +135,26 @@ def test_an_experiment_at_toy_scale(setting: frame.Setting, tmp_path: Path, expe
     frame.save(experiment, result, tmp_path / "results")
     frame.report([experiment], tmp_path / "results", tmp_path / "results.md")
     assert shown.strip() in (tmp_path / "results.md").read_text(encoding="utf-8")
-    plots = [path.name for path in tmp_path.glob("results/*.png")]
-    assert plots == ([f"{experiment.name}.png"] if experiment.draw else [])
+    plots = [path.name for path in tmp_path.glob("results/*.svg")]
+    assert plots == ([f"{experiment.name}.svg"] if experiment.draw else [])
+
+
+def test_pictures_have_the_answer_as_title_and_at_most_a_dozen_rows(tmp_path: Path) -> None:
+    drawing = importlib.import_module("benchmarks.drawing")
+    answer = "Sixteen methods were compared, and <one> of them keeps 96 % of the score on average"
+    drawing.draw_bars(tmp_path / "bars.svg", answer, {"methods": [Point(f"m{i}", 90 - i, 50) for i in range(16)]}, "%")
+    root = ElementTree.parse(tmp_path / "bars.svg").getroot()
+    words = [one.text for one in root.iter() if one.tag.endswith("text")]
+    titles = [one.text or "" for one in root.iter() if one.get("class") == "title"]
+    assert " ".join(titles) == answer
+    assert max(map(len, titles)) <= 40
+    assert {"m0", "m11"} <= {*words}
+    assert "m12" not in words
+    curves = {"a": [(0.01, 50.0), (0.1, 80.0)]}
+    drawing.draw_lines(tmp_path / "lines.svg", answer, {"t": curves}, "density", ["%"], levels={"t": {"whole": 99.0}})
+    root = ElementTree.parse(tmp_path / "lines.svg").getroot()
+    (level,) = (one for one in root.iter() if one.get("class") == "reference")
+    tops = [float(one.get("cy", 0)) for one in root.iter() if one.tag.endswith("circle")]
+    assert float(level.get("y1", 0)) < min(tops)  # above both points
+    assert level.get("y1") == level.get("y2")
+    assert "whole" in [one.text for one in root.iter() if one.tag.endswith("text")]

@@ -15,7 +15,7 @@ from conftest import make_checkpoint, tiny_llama
 from running import make_plan
 
 from deltamerge.cli import main
-from deltamerge.recipe.advice import choose
+from deltamerge.recipe.prune import choose
 
 
 @pytest.fixture(scope="module")

@@ -235,10 +235,10 @@ TYPED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "OUT": ({}, []),
     "OUT --no-cuda --lazy-unpickle": ({}, ["--lazy-unpickle"]),
     "OUT --copy-tokenizer --out-shard-size 2M -j 4 --random-seed 1": (
-        {"seed": 1, "output": {"shard_size": 2_000_000}}, ["--copy-tokenizer"],
+        {"seed": 1, "output": {"shard_size": 2_000_000}}, [],
     ),
     "--out-path OUT -I x --lazy --lora-merge-dtype float16 -v": (
-        {}, ["--intermediate-dir", "--lazy", "--lora-merge-dtype"],
+        {}, ["--intermediate-dir", "--lora-merge-dtype"],
     ),
     "OUT --no-write-model-card --allow-crimes --trust-remote-code --async-write --write-threads 3 --clone-tensors "
     "--low-cpu-memory --no-multi-gpu --quiet --safe-serialization --unsafe-truncate-embeddings": ({}, []),

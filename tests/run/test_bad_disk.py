@@ -16,7 +16,7 @@ from interrupted import RECIPE, files, models
 from running import run
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 from deltamerge.plan.planner import Plan
 
 pytestmark = needs_kernels
@@ -28,7 +28,7 @@ import shutil, sys
 from pathlib import Path
 from bad_disk import BadDisk
 disk = BadDisk(short=0.4)
-import deltamerge.formats.safetensors_writer as writer
+import deltamerge.formats.safetensors as writer
 from deltamerge.errors import InputError, OutputError
 from running import run
 writer.SAVE_SECONDS = 0.001

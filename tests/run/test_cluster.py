@@ -19,7 +19,7 @@ from interrupted import RECIPE, calibrated, files, models
 from running import run
 
 from deltamerge.files.journal import has_work, read_journal
-from deltamerge.formats.safetensors_writer import done_spans
+from deltamerge.formats.safetensors import done_spans
 from deltamerge.run.lock import verify
 
 # In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
@@ -29,7 +29,7 @@ import os, sys, time
 os.environ["DELTAMERGE_KERNELS"] = "off"  # fewer, larger writes would be too soon done; the bytes are the same
 write, written = os.pwrite, []
 def slow(fd, data, at):
-    writer = sys.modules.get("deltamerge.formats.safetensors_writer")
+    writer = sys.modules.get("deltamerge.formats.safetensors")
     if writer is not None:
         writer.SAVE_SECONDS = 0.05
     if writer is not None and len(data) > 4096:

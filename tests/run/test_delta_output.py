@@ -505,7 +505,7 @@ def test_apply_refuses_what_is_no_pair(tmp_path: Path, capsys: Any) -> None:
         assert message in err
         assert not out.exists()
     code, _, err = call(capsys, "apply", delta, "--base", tmp_path / "b", "--out", out)
-    assert err.splitlines()[-1] == "hint: this delta belongs to ./base"
+    assert err.splitlines()[-1] == "hint: this delta was made from ./base"
     code, _, err = call(capsys, "apply", delta, "--base", tmp_path / "base", "--out", delta, "--force")
     assert (code, "holds the input" in err) == (1, True)
 

@@ -22,8 +22,8 @@ from running import run
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.journal import read_journal
-from deltamerge.formats import safetensors_writer as writer
-from deltamerge.formats.safetensors_writer import done_spans
+from deltamerge.formats import safetensors as writer
+from deltamerge.formats.safetensors import done_spans
 
 CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir", "copy_file_range")
 

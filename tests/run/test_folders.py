@@ -19,7 +19,7 @@ from running import finish, make_plan, run
 from deltamerge.apps.chain.extract import extract
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan
 from deltamerge.run.apply import apply

@@ -98,8 +98,8 @@ def test_a_changed_recipe_is_refused_wherever_its_models_lie(
         assert weights[0] == weights[1]
     else:
         assert (checked, code) == (1, 1)
-        assert "r.lock: the recipe is not that of the lock" in err
-        assert "r.lock: the recipe is not that of the lock" in why
+        assert "r.yaml changed after r.lock was written" in err
+        assert "r.yaml changed after r.lock was written" in why
 
 
 def test_what_is_set_from_outside_is_locked_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

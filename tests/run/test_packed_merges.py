@@ -16,8 +16,7 @@ from running import run
 
 from deltamerge.apps.inspect.diff import diff
 from deltamerge.formats.quantised.scheme import KEPT
-from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.tensors.reader import Reader
 
 RECIPES = Path(__file__).parents[2] / "recipes"

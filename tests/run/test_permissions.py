@@ -17,7 +17,7 @@ from interrupted import RECIPE, Stop, files, models
 from running import run
 
 from deltamerge.errors import InputError
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 
 PASSING = (1 << 1) | (1 << 2) | (1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 

@@ -21,8 +21,8 @@ from conftest import make_checkpoint
 from deltamerge.apps.chain.extract import Link
 from deltamerge.errors import OutputError
 from deltamerge.files import ownership, work_folder
+from deltamerge.files.descriptors import files_of
 from deltamerge.files.ownership import read_lock
-from deltamerge.files.tree import files_of
 from deltamerge.models.chain import folder as folders
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.run import runner
@@ -195,7 +195,7 @@ def test_a_changed_recipe_or_command_replaces_its_own(here: Path, capsys: Any) -
     changes("run", Path("r.yaml"))
     changes("run", path, "--set", "models.0.parameters.weight=0.125")
     (here / "out" / "README.md").write_text("mine")
-    assert "out: not empty: README.md changed since a run made it" in told(capsys, "run", path, "--out", "out", *QUICK)
+    assert "out: README.md changed since a run made it" in told(capsys, "run", path, "--out", "out", *QUICK)
     shutil.rmtree("out")
     done(capsys, *extract("a", "out"))
     changes("extract", "a", "--base", "base", "--density", 0.5)

@@ -23,7 +23,7 @@ from deltamerge.engine import kernels
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.files.journal import Journal, check_facts, read_journal
 from deltamerge.files.work_folder import mark
-from deltamerge.formats import safetensors_writer as writer
+from deltamerge.formats import safetensors as writer
 from deltamerge.formats.audit import INFINITY, count_nonfinite
 from deltamerge.formats.delta import tensor_writer as spool
 from deltamerge.formats.delta.tensor_writer import TensorWriter

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltamerge.formats.audit import INFINITY
-from deltamerge.formats.layout import DTYPE_ORDER
+from deltamerge.formats.safetensors import DTYPE_ORDER
 from deltamerge.tensors.dtypes import (
     COPIED,
     DTYPES,

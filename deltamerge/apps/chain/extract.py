@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
-from deltamerge.recipe.advice import Advice, choose
-from deltamerge.recipe.file import read_text
+from deltamerge.recipe.file import RecipeFile, read_text
+from deltamerge.recipe.prune import Advice, choose
 from deltamerge.run.options import Options
+from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result, run
 from deltamerge.tensors.reader import Reader, elements
 
@@ -133,25 +134,29 @@ def extract(
     values: str | None = None,
     after: str | None = None,
     lora: Mapping[str, Any] | None = None,
+    size: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> Result:
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. Without `density` everything that changed is kept, and stored as final values. `values` stores values to
-    add, in that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora
-    in this folder if not given. `options` are those of `run`.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
+    that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
+    folder if not given. `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
     the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
-    if lora is None and density is None and calibration is not None:
-        raise UsageError("--calibration is for --density, whose q it chooses, and --lora", hint="--density 0.01")
+    if lora is None and size is None and density is None and calibration is not None:
+        hint = "--density 0.01, or --budget 8MB"
+        raise UsageError("--calibration is for --density, whose q it chooses, --budget and --lora", hint=hint)
     if after is not None:
-        if values is not None or lora is not None or out is None:
-            raise UsageError("--after needs --out, and takes no --values and no --lora", hint="its values are final")
+        if values is not None or lora is not None or size is not None or out is None:
+            said = "--after needs --out, and takes no --values, --lora or --budget"
+            raise UsageError(said, hint="its values are final")
         link, options = Link.begin(after, out), options or Options()
         with one_writer(out.resolve().parent, "adding"):
             base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
@@ -171,14 +176,40 @@ def extract(
         recipe["calibration"] = dict(calibration)
     if density is not None:
         recipe["prune"] = pruning(density, method, q, rows=calibration is not None).prune
-    text = yaml.safe_dump(recipe, sort_keys=False)
+    if size is not None:
+        recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
     try:
-        file = replace(
-            read_text(text, Path.cwd() / "extract"), made_for="extract" if lora is None else "extract --lora"
-        )
+        file = replace(_file(recipe), made_for="extract" if lora is None else "extract --lora")
         return run(file, out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
+
+
+def curve(
+    model: str,
+    base: str,
+    sizes: Sequence[Mapping[str, Any]],
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> list[tuple[int, float]]:
+    """Return the bytes of each size (bytes or ratio), and about what share of the delta's squares it would lose."""
+    from deltamerge.outputs import shares
+
+    plans, options = [], replace(options or Options(), ending=None)
+    for size in sizes:
+        recipe: dict[str, Any] = {"base_model": base, "models": [{"model": model}]}
+        recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
+        recipe |= {} if calibration is None else {"calibration": dict(calibration)}
+        try:
+            plans.append(make_plans(_file(recipe), Path(name_of(model, lora=False)), options)[-1])
+        except RecipeError as error:
+            raise error.of("extract") from None
+    return shares.curve(plans[0], [nbytes for one in plans if (nbytes := shares.bytes_of(one)) is not None])
+
+
+def _file(recipe: Mapping[str, Any]) -> RecipeFile:
+    return read_text(yaml.safe_dump(dict(recipe), sort_keys=False), Path.cwd() / "extract")
 
 
 def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:

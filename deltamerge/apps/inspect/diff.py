@@ -16,9 +16,8 @@ from deltamerge.errors import InputError, UsageError
 from deltamerge.files import progress
 from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.weight_files import is_weights
-from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.config_differences import Difference, differences, in_words
-from deltamerge.models.decode import decoded
 from deltamerge.models.delta_over_base import check
 from deltamerge.models.references import Models
 from deltamerge.plan.inputs import form_of, regrouped, shared_names

@@ -25,6 +25,7 @@ from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.methods.ops import block_rows, densify, halved, subtract
 from deltamerge.methods.prune.select import high_histogram
@@ -313,6 +314,27 @@ class Report(Figures):
     activations: Activations | None = Field(None, description="With --calibration: what the linear layers do to it.")
     run: Run | None = Field(None, description="How q was chosen, where MODEL is a folder that a run made.")
     warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
+
+    def __repr__(self) -> str:
+        size = "" if self.total.relative_norm is None else f", ‖Δ‖/‖W‖ {self.total.relative_norm:.3g}"
+        return shown(f"<Report {self.model} on {self.base}: {len(self.tensors)} tensors{size}>")
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        total = self.total
+        rows = {
+            "entries": f"{total.count:,}",
+            "unchanged": f"{total.unchanged:.1%}",
+            "mean |Δ|": f"{total.mean_abs:.3g}",
+            "largest |Δ|": f"{total.max_abs:.3g}",
+            "‖Δ‖/‖W‖": "–" if total.relative_norm is None else f"{total.relative_norm:.3g}",
+        }
+        return as_html(f"{self.model} on {self.base}", rows | _warned(self.warnings))
+
+
+def _warned(warnings: Sequence[str]) -> dict[str, str]:
+    return {"warnings": "; ".join(warnings)} if warnings else {}
 
 
 @dataclass(frozen=True, slots=True)

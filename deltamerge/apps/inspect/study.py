@@ -23,8 +23,7 @@ from deltamerge.apps.report import page as pages
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import InputError
 from deltamerge.files.ownership import LOCK_NAME
-from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.references import open_model
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated

@@ -13,10 +13,9 @@ from deltamerge import errors
 from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation, seen_from
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
-from deltamerge.models.decode import decoded
+from deltamerge.models.checkpoint import decoded
 from deltamerge.models.references import open_model
-from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.prune import Pruning, choose, q_decides
 from deltamerge.tensors.dtypes import TORCH_NAMES
 
 HEAD = """\
@@ -129,7 +128,7 @@ def _advice_lines(model: str, advice: Recommendation) -> str:
     for one in advice.candidates:
         lost = "" if one.lost is None else f"{one.lost:.1%}"
         layer, q = ("" if value is None else f"{value:.3g}" for value in (one.layer_error, one.q))
-        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}{'  <-' * (one.name == advice.method)}")
+        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}")
     lines += [
         *rows,
         "",

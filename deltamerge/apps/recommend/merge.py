@@ -37,6 +37,7 @@ from deltamerge.calibrate.rows.rows import has_head, task_of
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.low_rank import Wanted, factor
@@ -285,6 +286,19 @@ class MergeAdvice(Figures):
     forward_passes: int = Field(description="Over the rows that are searched on, of each model; without fitting.")
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not that of the models.")
+
+    def __repr__(self) -> str:
+        return shown(f"<MergeAdvice {self._what}: {self.method}>")
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
+        return as_html(self._what, {"method": self.method, "why": why})
+
+    @property
+    def _what(self) -> str:
+        return f"{len(self.models)} models on {self.base}"
 
 
 def recommend_merge(

@@ -22,12 +22,12 @@ from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, acti
 from deltamerge.apps.inspect.study import measure, open_pair, stages_of
 from deltamerge.calibrate.rows.rows import has_head, metric_of
 from deltamerge.errors import OutputError
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.recipe.advice import choose, q_decides
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.prune import Pruning, choose, q_decides
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 
@@ -112,6 +112,19 @@ class Recommendation(Figures):
     candidates: list[PruneCandidate]
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
+
+    def __repr__(self) -> str:
+        return shown(f"<Recommendation {self._what}: {self.method}>")
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
+        return as_html(self._what, {"method": self.method, "why": why})
+
+    @property
+    def _what(self) -> str:
+        return f"{self.model} on {self.base}, density {self.density:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +319,7 @@ def decide(evidence: Evidence, candidates: Sequence[PruneCandidate], density: fl
 
 
 def _without_rows(evidence: Evidence, density: float) -> tuple[str, list[str]]:
-    """Return the choice of `recipe.advice`, and a remark on the size of the delta."""
+    """Return the choice of `recipe.prune`, and a remark on the size of the delta."""
     choice = choose(density, rows=False)
     method = next(name for name, keys in MASKS.items() if {**keys, "density": density} == choice.prune)
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,6 +61,7 @@ p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: any
 .key i.dashed { border-radius: 0; width: 16px; height: 0; margin-bottom: .25rem; background: none;
   border-top: 2px dashed var(--quiet); }
 svg { display: block; overflow: visible; font-size: 12px; } svg .page { fill: var(--page); }
+svg .title { font-size: 16px; font-weight: 600; }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
 svg .mid { fill: var(--mid); } svg .name, svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
@@ -72,7 +74,11 @@ svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--
 svg .reference { stroke: var(--quiet); stroke-width: 1.5px; stroke-dasharray: 5 4; }
 details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
+.scroll { overflow-x: auto; background: linear-gradient(90deg, var(--page) 30%, transparent) left / 3rem 100% local,
+  linear-gradient(270deg, var(--page) 30%, transparent) right / 3rem 100% local,
+  linear-gradient(90deg, var(--quiet), transparent) left / .6rem 100% scroll,
+  linear-gradient(270deg, var(--quiet), transparent) right / .6rem 100% scroll; background-repeat: no-repeat; }
+ table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
@@ -323,7 +329,7 @@ class Frame:
 
     def rules(self, across: str, upward: str) -> list[Markup]:
         """Both axes' ticks, with the names of the horizontal axis below and of the vertical one above."""
-        shapes = [_words(0, 11, f"↑ {upward}")]
+        shapes = [_words(0, 11, upward)]
         for tick in self.y.ticks:
             y = self.down(tick)
             shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y, class_="rule"))
@@ -400,6 +406,7 @@ def scatter(
 
 
 WIDTH, HEAD, MARGIN = 440, 44, 0.03
+TITLE = 40  # characters of a title's line on the width of a panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,9 +423,13 @@ class Panel:
         return HEAD + float(self.chart.partition(' height="')[2].partition('"')[0])
 
 
-def picture(rows: Sequence[Sequence[Panel]], style: str) -> Markup:
-    """Draw rows of panels as one SVG file, coloured by the page's `style`."""
+def picture(rows: Sequence[Sequence[Panel]], style: str, title: str = "") -> Markup:
+    """Draw rows of panels as one SVG file below a title, coloured by the page's `style`."""
     across, y, shapes = max(map(len, rows)), 10.0, [element("rect", width="100%", height="100%", class_="page")]
+    for line in textwrap.wrap(title, TITLE * across):
+        y += 24
+        shapes.append(element("text", text(line), x=_percent(MARGIN / across), y=y, class_="title"))
+    y += 16 if title else 0
     for row in rows:
         for i, panel in enumerate(row):
             head = [_words(0, 14, panel.title, kind="name"), _words(0, 30, panel.words)]
@@ -439,6 +450,7 @@ def lines(
     spread: Mapping[str, Mapping[float, float]],
     *,
     joined: frozenset[str] | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> Markup:
     """Draw a line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
 
@@ -447,9 +459,11 @@ def lines(
     series   points by name
     spread   by name and place on the axis the standard deviation there, drawn as a bar
     joined   names whose points are joined; None: all, and the axis is logarithmic where it can be
+    levels   values by name that dashed lines show, in the colour of the series of that name
     """
     points = [point for one in series.values() for point in one if all(map(math.isfinite, point))]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    levels = levels or {}
+    xs, ys = [x for x, _ in points], [*(y for _, y in points), *levels.values()]
     logarithmic = joined is None and bool(xs) and min(xs) > 0 and max(xs) >= 10 * min(xs)
     frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear(ys))
     shapes = frame.rules(across, upward)
@@ -466,12 +480,23 @@ def lines(
                 shapes.append(_line(frame, (x, y - deviation), (x, y + deviation), style))
             words = f"{name}: {figure(y, '.4g')} at {x:g}" + (f" ± {deviation:.2g}" if deviation else "")
             shapes.append(_dot(frame, (x, y), words, COLOURS[i % len(COLOURS)], name))
+    names = list(series)
+    for name, level in levels.items():
+        colour = f"stroke:{COLOURS[names.index(name) % len(COLOURS)]}" if name in series else ""
+        across_it: Attributes = {"x1": _percent(LEFT), "x2": _percent(RIGHT)}
+        across_it |= dict.fromkeys(("y1", "y2"), f"{frame.down(level):.6g}")
+        shapes.append(element("line", **across_it, class_="reference", style=colour))
+        if name not in series:
+            shapes.append(_words(RIGHT, frame.down(level) - 5, name, anchor="end"))
     foot = ABOVE + TALL + 44
     for i, name in enumerate(series):
         y = foot + ROW * (i + 1)
         colour = COLOURS[i % len(COLOURS)]
-        style = f"stroke:{colour};stroke-width:2.5px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
-        shapes.append(element("line", x1="0", x2="6%", y1=y - 4, y2=y - 4, style=style))
+        if joined is None or name in joined:
+            style = f"stroke:{colour};stroke-width:2.5px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
+            shapes.append(element("line", x1="0", x2="6%", y1=y - 4, y2=y - 4, style=style))
+        else:
+            shapes.append(element("circle", cx="3%", cy=y - 4, r=3.5, style=f"fill:{colour}"))
         shapes.append(element("text", text(name), x="8%", y=y, class_="quiet"))
     height = foot + ROW * len(series) + 6
     return element("svg", *shapes, width="100%", height=f"{height:g}", role="img", aria_label=label)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from xxhash import xxh3_128
 
 from deltamerge import errors
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
-from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, rows_of, select, task_of
+from deltamerge.calibrate.rows.rows import (
+    HEADS,
+    LANGUAGE,
+    DataRow,
+    commit,
+    has_head,
+    is_of_hub,
+    local_files,
+    metric_of,
+    rows_of,
+    select,
+    task_of,
+)
 from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device
-from deltamerge.errors import InputError, UsageError
-from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.decode import decoded
+from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.errors.shown import as_html
+from deltamerge.errors.shown import shown as printable
+from deltamerge.files.descriptors import writing
+from deltamerge.files.hashes import seal
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.references import Models
 from deltamerge.plan.inputs import refuse_unrunnable, shared_names
 from deltamerge.recipe.file import RecipeFile
@@ -30,7 +48,9 @@ from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.names import LM_HEAD, TASK_HEAD
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.version import __version__
 
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
@@ -224,6 +244,21 @@ class Evaluation:
     rows: Mapping[str, int]
     models: tuple[ModelScores, ...]
 
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{count} rows{f' of {task}' if task else ''}" for task, count in self.rows.items())
+        return printable(f"<Evaluation of {len(self.models)} models: {rows}>")
+
+    def _repr_html_(self) -> str:
+        scores = {
+            one.model: "; ".join(
+                f"{task} {measure} {value:.3g}".strip()
+                for task, own in one.scores.items()
+                for measure, value in own.items()
+            )
+            for one in self.models
+        }
+        return as_html("scores", scores)
+
     def describe(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         return {
@@ -257,6 +292,18 @@ def questions_of(file: RecipeFile) -> list[LabelledRows]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A model that is asked: its task and weights, and the key of its scores in a file."""
+
+    model: str
+    question: LabelledRows
+    task: ScoredTask
+    sheet: Sheet
+    weights: Weights
+    key: str
+
+
 def evaluate(
     models: Sequence[str],
     questions: Sequence[LabelledRows],
@@ -266,6 +313,7 @@ def evaluate(
     base: str | None = None,
     device: str = "auto",
     pickles: bool = False,
+    out: Path | None = None,
 ) -> Evaluation:
     """Return the metrics of `models`: folders or hub ids, base+adapter, adapters and delta artifacts over `base`.
 
@@ -273,35 +321,67 @@ def evaluate(
         metrics     names; by default all that fit the head, without generated texts unless calibration.metric is one
         sequences   rows to use, chosen by seed 0; None: all
         base        of adapters and delta artifacts; of the latter by default the one that their manifest names
+        out         a file of scores, a line each: known ones are taken from it, new ones are added as they come
 
-    InputError: a model that transformers cannot run, or whose shapes are not the head's; rows that do not fit it.
+    Every model is checked before the first is scored. InputError: a model that transformers cannot run, or whose shapes
+    are not the head's; rows that do not fit it. OutputError: `out` holds something else, or cannot be written.
     """
     chosen = choose_device(device)
     opened = {model: open_model(model, base, pickles=pickles) for model in dict.fromkeys(models)}
     scores: dict[str, dict[str, dict[str, float]]] = {model: {} for model in opened}
     rows: dict[str, int] = {}
+    known = _read_scores(out) if out is not None else {}
     with Reader() as reader:
-        for question in questions:
-            whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
-            known: tuple[ScoredTask, Sheet] | None = None
-            for model, checkpoint in opened.items():
-                with calibrating(model, 1, "evaluating", device=chosen):
-                    if known is None or whole is None:
-                        task = ScoredTask(
-                            question.name or model,
-                            whole or checkpoint,
-                            question.calibration,
-                            question.folder,
-                            reader,
-                            chosen,
-                        )
-                        known = task, _sheet(task, metrics, sequences)
-                    task, sheet = known
-                    weights = task.own if whole is None else under_head(task, checkpoint, model)
-                    ((found,),) = measured([(task, sheet)], [[weights]])
-                scores[model][question.name] = found
-                rows[question.name] = sheet.rows
+        asked = [
+            answer
+            for question in questions
+            for answer in _answers(question, opened, reader, chosen, metrics, sequences, base, pickles=pickles)
+        ]
+        for one in asked:
+            found = known.get(one.key)
+            if found is None:
+                with calibrating(one.model, 1, "evaluating", device=chosen):
+                    ((found,),) = measured([(one.task, one.sheet)], [[one.weights]])
+                if out is not None:
+                    _append_scores(out, one, found)
+            scores[one.model][one.question.name] = found
+            rows[one.question.name] = one.sheet.rows
     return Evaluation(rows, tuple(ModelScores(model, found) for model, found in scores.items()))
+
+
+def _answers(
+    question: LabelledRows,
+    opened: Mapping[str, Checkpoint],
+    reader: Reader,
+    device: str,
+    metrics: Sequence[str],
+    sequences: int | None,
+    base: str | None,
+    *,
+    pickles: bool,
+) -> Iterator[_Answer]:
+    """Yield every model with the rows of a question. Headers are read, and no weights."""
+    whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
+    shared: tuple[ScoredTask, Sheet] | None = None
+    for model, checkpoint in opened.items():
+        with calibrating(model, 1, "checking", device=device):
+            if shared is None or whole is None:
+                name = question.name or model
+                task = ScoredTask(name, whole or checkpoint, question.calibration, question.folder, reader, device)
+                _check_head(task, opened)
+                shared = task, _sheet(task, metrics, sequences)
+            task, sheet = shared
+            weights = task.own if whole is None else under_head(task, checkpoint, model)
+            key = _key_of(question, checkpoint, whole, metrics or task.fitting, sequences)
+        yield _Answer(model, question, task, sheet, weights, key)
+
+
+def _check_head(task: ScoredTask, models: Mapping[str, Checkpoint]) -> None:
+    """Refuse a model without a head. The hint names the first of `models` that has one."""
+    if not task.has_head:
+        other = next((name for name, one in models.items() if has_head(one.config, task.kind)), "FINE-TUNE")
+        needs = f"needs a model …{' or …'.join(HEADS[task.kind])}, and has no such head"
+        raise InputError(f"{task.name}: {needs}", hint=f"--head {other}: its head answers for every model")
 
 
 def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> Sheet:
@@ -310,6 +390,65 @@ def _sheet(task: ScoredTask, metrics: Sequence[str], sequences: int | None) -> S
     limit = ALL_ROWS if sequences is None else sequences
     found = rows_of(task.calibration, task.folder, task.settings, labelled=True, limit=limit)
     return task.sheet(select(found, min(limit, len(found)), 0), wanted)
+
+
+def _key_of(
+    question: LabelledRows,
+    checkpoint: Checkpoint,
+    whole: Checkpoint | None,
+    metrics: Sequence[str],
+    sequences: int | None,
+) -> str:
+    """Return a hash of the causes of a score: the files of the model and the head by their seals, the rows, metrics."""
+    data = question.calibration.data
+    facts = [
+        __version__,
+        _seals(_files(checkpoint)),
+        _seals(_files(whole)) if whole is not None else None,
+        _seals(local_files(data, question.folder)),
+        commit(data) if is_of_hub(data, question.folder) else None,
+        question.calibration.model_dump(mode="json"),
+        list(metrics),
+        sequences,
+    ]
+    return xxh3_128(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _files(model: Checkpoint) -> set[Path]:
+    """Return the files of a model's folder, of its base's and adapter's, and those that hold its tensors."""
+    stored_in = {
+        node.path for info in model.tensors.values() for node in depth_first(info.tensor) if node.kind == "stored"
+    }
+    below = _files(model.base) if model.base is not None else set()
+    folders = [source.path for source in model.sources if source.path.is_dir()]
+    return {*stored_in, *below, *(path for folder in folders for path in folder.iterdir() if path.is_file())}
+
+
+def _seals(paths: Iterable[Path]) -> dict[str, list[int]]:
+    return {str(path): list(seal(path)) for path in sorted(paths)}
+
+
+def _read_scores(path: Path) -> dict[str, dict[str, float]]:
+    """Read scores by key. A line that was cut short is left out. OutputError: the file holds something else."""
+    found: dict[str, dict[str, float]] = {}
+    lines = path.read_text("utf-8", "replace").splitlines() if os.path.lexists(path) else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found[entry["key"]] = {name: float(value) for name, value in entry["scores"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if number < len(lines):
+                raise OutputError(f"{path}:{number}: is no line of scores", hint="another name with --out") from None
+    return found
+
+
+def _append_scores(path: Path, one: _Answer, scores: Mapping[str, float]) -> None:
+    entry = {"key": one.key, "model": one.model, "task": one.question.name, "rows": one.sheet.rows, "scores": scores}
+    line = json.dumps(entry).encode() + b"\n"
+    with writing(path), path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # a last line that was cut short
+        file.write(line)
 
 
 def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:

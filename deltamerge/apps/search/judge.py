@@ -305,14 +305,15 @@ class StudyJudge:
         found: list[Scores] = []
         for k in range(len(some)):
             own = {self.tasks[i].name: of_task[k] for i, of_task in zip(sheets, by_task, strict=True)}
-            found.append({name: _relative(scores, worth[name]) for name, scores in own.items()})
+            found.append({name: relative(scores, worth[name]) for name, scores in own.items()})
         return found
 
     def prepare(self, candidate: RecipeCandidate) -> None:
         """Run the stages of a candidate that no other has run: activations, q's."""
         if any(node not in self.known for node in candidate.stages):
             found = shared_values(candidate.stages, self.known)
-            self.known |= {node: found[node] for node in candidate.stages}
+            spools = {node: value for node, value in found.items() if isinstance(value, Spooled)}
+            self.known |= {node: found[node] for node in candidate.stages} | spools
 
     def _sheet(self, part: Part) -> dict[int, Sheet]:
         """Return the rows of a part, and the fine-tunes' own outputs on them."""
@@ -362,7 +363,7 @@ class StudyJudge:
     @staticmethod
     def _measures(task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
         """Return the metrics that a fine-tune is judged by, and the measures without labels."""
-        asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
+        asked = [goal.by for goal in goals if goal.of_folder is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
         metrics = list(dict.fromkeys(named))
         refuse_unknown(metrics, task)
@@ -378,7 +379,7 @@ class StudyJudge:
         return resident_size(shapes, sizes)
 
 
-def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
+def relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
     """Return scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is the base."""
     found = dict(scores)
     if DISTANCE in found:
@@ -405,8 +406,8 @@ def _key(goal: Goal, metric: str) -> str:
 
 def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
     """Return whether less of a goal is better. InputError: the fine-tunes' metrics point in different ways."""
-    if goal.command is not None:
-        return goal.command.direction == "minimize"
+    if goal.of_folder is not None:
+        return goal.of_folder.direction == "minimize"
     if goal.by != "metric":
         return goal.by in LOWER
     ways = {metrics[name] in LOWER for name in metrics if goal.of in (None, name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -11,19 +12,21 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.folder import make_folder
-from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, worth
+from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, relative, worth
+from deltamerge.calibrate.model.transformers_code import quiet
 from deltamerge.calibrate.values import Calibrated
+from deltamerge.engine.devices import torch_device
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
 from deltamerge.recipe.file import TemplateFile
-from deltamerge.recipe.schema import Command, Recipe, Study
+from deltamerge.recipe.schema import Command, LmEval, Recipe, Study
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
 
@@ -69,6 +72,53 @@ def value_of(command: Command, folder: Path, here: Path) -> float:
         last = next((line for line in reversed(complained.splitlines()) if line.strip()), "it says nothing")
         raise InputError(f"{name}: exit code {code}: {shown(last.strip(), SAID)}")
     return _number(said, command.value.split("."), name)
+
+
+def load_lm_eval() -> Any:
+    """Import lm-evaluation-harness. InputError: it is not installed."""
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise InputError("lm-evaluation-harness is not installed", hint="pip install 'deltamerge[lm-eval]'") from None
+    return lm_eval
+
+
+def lm_eval_value(asked: LmEval, folder: Path, here: Path, device: str) -> float:
+    """Return the mean over tasks of what lm-evaluation-harness says of the model in `folder`.
+
+    `here` is the folder below which tasks of one's own lie. InputError, in one line: a task is not known, or fails, or
+    has no such metric.
+    """
+    harness = load_lm_eval()
+    own = None if asked.folder is None else str(here / asked.folder)
+    try:
+        with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            found = harness.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(folder), "device": device},
+                tasks=list(asked.tasks),
+                task_manager=harness.tasks.TaskManager(include_path=own, verbosity="ERROR"),
+                num_fewshot=asked.few_shot,
+                limit=asked.limit,
+                batch_size=asked.batch,
+                log_samples=False,
+                bootstrap_iters=0,
+            )
+    except Exception as error:
+        raise InputError(f"lm_eval: {shown(' '.join(str(error).split()) or type(error).__name__, SAID)}") from None
+    values = []
+    for task in asked.tasks:
+        scores = {**found.get("groups", {}), **found["results"]}.get(task, {})
+        by_name = {key.partition(",")[0]: value for key, value in scores.items()}
+        value = by_name.get(asked.metric)
+        if not isinstance(value, int | float):
+            known = ", ".join(n for n, v in by_name.items() if isinstance(v, int | float) and "stderr" not in n)
+            raise InputError(f"lm_eval: {task} has no {asked.metric}", hint=f"study.objective.lm_eval.metric: {known}")
+        values.append(float(value))
+    return sum(values) / len(values)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -154,7 +204,12 @@ class Bench:
                 words = words_of(goal.command)
                 if not commands:
                     raise InputError(f"{file.path}: the study runs {words[0]}, as this user", hint="--allow-command")
-        self.inside = [goal for goal in self.goals if goal.command is None]
+            if goal.lm_eval is not None:
+                load_lm_eval()
+                if goal.lm_eval.folder is not None and not commands:
+                    said = f"the study's tasks in {goal.lm_eval.folder} may run programs, as this user"
+                    raise InputError(f"{file.path}: {said}", hint="--allow-command")
+        self.inside = [goal for goal in self.goals if goal.of_folder is None]
         self.judges: dict[str, StudyJudge] = {}
         judge = self.judge(recipe)
         self.lower = tuple(is_lower(goal, judged_by(judge) if judge else {}) for goal in self.goals)
@@ -187,6 +242,18 @@ class Bench:
             judge.rows(part)
             for kind, scores in judge.references[part].items():
                 found.setdefault(kind, {}).update(scores)
+        return found
+
+    def reference_goals(self, part: Part) -> dict[str, dict[str, float]]:
+        """Return what the base and the fine-tunes are worth by each goal that is judged in memory."""
+        found: dict[str, dict[str, float]] = {}
+        for judge in self.judges.values():
+            judge.rows(part)
+            known = judge.references[part]
+            for kind, scores in known.items():
+                own = {name: relative(one, known["base"][name]) for name, one in scores.items()}
+                values = {goal.name: worth(goal, own, judged_by(judge)) for goal in self.inside}
+                found.setdefault(kind, {}).update(values)
         return found
 
     def calibrated(self, values: Mapping[Loc, Any]) -> dict[str, Calibrated]:
@@ -237,14 +304,19 @@ class Bench:
         folder: Path | None = None
         try:
             for goal in self.goals:
-                if goal.command is None:
+                judge = goal.of_folder
+                if judge is None:
                     numbers.append(worth(goal, scores, metrics))
                     continue
                 if folder is None:
                     folder = work / "candidate"
                     shutil.rmtree(folder, ignore_errors=True)
                     make_folder(self.file.file(values), self.calibrated(values), self.options, folder)
-                numbers.append(value_of(goal.command, folder.resolve(), self.candidates.folder))
+                where, here = folder.resolve(), self.candidates.folder
+                if isinstance(judge, Command):
+                    numbers.append(value_of(judge, where, here))
+                else:
+                    numbers.append(lm_eval_value(judge, where, here, str(torch_device(self.candidates.options.device))))
         except DeltamergeError as error:
             return Outcome(scores=scores, error=one_line(error))
         finally:

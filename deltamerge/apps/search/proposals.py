@@ -130,9 +130,23 @@ def encode(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
     return {key: json.dumps(value) if key in choices else value for key, value in found.items()}
 
 
-def decode(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Optuna's numbers as a recipe has them."""
-    return {key: json.loads(value) if isinstance(value, str) else value for key, value in params.items()}
+def decode(ranges: Sequence[Range], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Optuna's numbers as a recipe has them: to three significant digits where no step and no start says more.
+
+    Candidates are judged with these numbers, so that the best recipe is the one that was judged.
+    """
+    axes = {key: axis for axis in ranges for key in axis.keys}
+    return {
+        key: json.loads(value) if isinstance(value, str) else _short(axes[key], value) if key in axes else value
+        for key, value in params.items()
+    }
+
+
+def _short(axis: Range, value: Any) -> Any:
+    if not isinstance(value, float) or axis.step is not None or value == axis.start:
+        return value
+    found = float(f"{value:.3g}")
+    return found if axis.low <= found <= axis.high else value
 
 
 def run_again(study: optuna.Study) -> None:

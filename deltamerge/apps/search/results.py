@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from deltamerge.apps.report.svg import Markup, Point, bars, document, element, figure, front, lines, text
 from deltamerge.apps.search.folder import best_path, make_folder, write_recipe
 from deltamerge.apps.search.outcome import Bench, Outcome
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
@@ -48,6 +50,7 @@ class SearchResult:
     trials    in the order of the study
     best      the index of the one that was chosen
     start     the index of the first trial, the recipe's own start
+    models    the models' names
     front     indices of the Pareto front, where there are several objectives
     why       what decided
     """
@@ -65,6 +68,20 @@ class SearchResult:
     sampler: str = "tpe"
     recipe: Path | None = None
     made: Path | None = None
+    models: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return shown(f"<SearchResult {self.folder}: {self._conclusion}>")
+
+    def _repr_html_(self) -> str:
+        values = {label(name, self.models): _show(value) for name, value in self.chosen.params.items()}
+        return as_html(str(self.folder), {"best": self._conclusion, **values, "recipe": str(self.recipe)})
+
+    @property
+    def _conclusion(self) -> str:
+        goals = zip(self.goals, (self.chosen.held or self.chosen.outcome).values, strict=True)
+        found = ", ".join(f"{name} {figure(value)}" for name, value in goals)
+        return f"trial {self.chosen.number} of {len(self.trials)}, {found}"
 
     @property
     def chosen(self) -> Trial:
@@ -92,6 +109,17 @@ class SearchResult:
             "recipe": None if self.recipe is None else str(self.recipe),
             "out": None if self.made is None else str(self.made),
         }
+
+
+INDEX = re.compile(r"^models\[(\d+)\]\.(?:parameters\.)?")
+
+
+def label(place: str, models: Sequence[str]) -> str:
+    """Return a place of a recipe for people: `models[0].parameters.weight` is `math: weight` of the model math."""
+    found = INDEX.match(place)
+    if found is None or int(found[1]) >= len(models):
+        return place.removeprefix("parameters.")
+    return f"{models[int(found[1])].removeprefix('./')}: {place[found.end() :]}"
 
 
 def _describe(trial: Trial) -> dict[str, Any]:
@@ -171,7 +199,7 @@ def page(found: SearchResult, name: str) -> str:
     if len(found.goals) == 2:
         blocks += [element("h2", text("Pareto front")), _card(_front(found))]
     if found.importance:
-        points = [Point(key, value) for key, value in list(found.importance.items())[:SHOWN]]
+        points = [Point(label(key, found.models), value) for key, value in list(found.importance.items())[:SHOWN]]
         about = "Share of the first objective's variance among the better trials that each number explains (PED-ANOVA)."
         blocks += [element("h2", text("Importance")), element("p", text(about)), _card(bars("importance", points))]
     blocks += [element("h2", text("Best trials")), _table(found)]
@@ -181,8 +209,7 @@ def page(found: SearchResult, name: str) -> str:
 def _conclusion(found: SearchResult) -> str:
     best = found.chosen
     values = ", ".join(
-        f"{name} {figure(value, '.4g')}"
-        for name, value in zip(found.goals, (best.held or best.outcome).values, strict=True)
+        f"{name} {figure(value)}" for name, value in zip(found.goals, (best.held or best.outcome).values, strict=True)
     )
     failed = sum(trial.state == "failed" for trial in found.trials)
     more = f"; {failed} failed" if failed else ""
@@ -219,12 +246,13 @@ def _front(found: SearchResult) -> Markup:
 
 def _table(found: SearchResult) -> Markup:
     goals = list(found.goals)
-    heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *found.params]
+    heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals)]
+    heads += [label(name, found.models) for name in found.params]
     rows = [element("tr", *(element("th", text(head)) for head in heads))]
     for trial in _by_rank(found)[:SHOWN]:
         numbers = [*_cells(trial.outcome.values, goals), *_cells(trial.held.values if trial.held else (), goals)]
         values = [_show(trial.params.get(name)) for name in found.params]
-        mark = " ←" if trial.number == found.chosen.number else ""
+        mark = ", chosen" if trial.number == found.chosen.number else ""
         cells = [f"{trial.number}{mark}", trial.state, *numbers, *values]
         rows.append(element("tr", *(element("td", text(cell)) for cell in cells)))
     return element("div", element("table", *rows), class_="scroll")
@@ -237,8 +265,8 @@ def _by_rank(found: SearchResult) -> list[Trial]:
 
 
 def _cells(values: Any, goals: list[str]) -> list[str]:
-    return [figure(value, ".4g") for value in values] or [""] * len(goals)
+    return [figure(value) for value in values] or [""] * len(goals)
 
 
 def _show(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

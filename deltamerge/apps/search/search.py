@@ -34,6 +34,7 @@ from deltamerge.apps.search.proposals import (
     sampler_of,
 )
 from deltamerge.apps.search.results import SearchResult, Trial, write
+from deltamerge.apps.track import Log, unlogged
 from deltamerge.errors import DeltamergeError, InputError, OutputError, RecipeError
 from deltamerge.files import progress
 from deltamerge.recipe.file import TemplateFile
@@ -183,12 +184,14 @@ def search(
     force: bool = False,
     commands: bool = False,
     ray: str | None = None,
+    log: Log = unlogged,
 ) -> SearchResult:
     """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
 
     A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
     killed run again. `trials` wins over the recipe's; `ray` is a cluster, on which candidates are judged. The best
-    recipe and its lock go beside the recipe, its merged folder is written where it is kept.
+    recipe and its lock go beside the recipe, its merged folder is written where it is kept. `log` is given
+    every trial's figures and its number, those of earlier trials too, and what was chosen at the end.
 
     RecipeError: see `check`. InputError: Optuna is not there, the rows cannot judge, or all trials fail.
     """
@@ -208,7 +211,7 @@ def search(
                 run_again(study)
                 if not study.get_trials(deepcopy=False):
                     study.enqueue_trial(encode(file.template.ranges, file.template.start()), user_attrs={"start": True})
-                runner = _Runner(optuna, study, file, bench, layers, there, pool)
+                runner = _Runner(optuna, study, file, bench, layers, there, pool, log)
                 runner.run(wanted)
                 found = runner.finish()
                 study.set_user_attr("best", found.chosen.number)
@@ -252,9 +255,10 @@ class _Runner:
         layers: int,
         folder: Path,
         pool: Pool | None,
+        log: Log,
     ) -> None:
         self.optuna, self.study, self.file, self.bench = optuna, study, file, bench
-        self.layers, self.folder, self.pool = layers, folder, pool
+        self.layers, self.folder, self.pool, self.log = layers, folder, pool, log
         self.distributions = distributions(optuna, file.template.ranges)
 
     def run(self, wanted: int) -> None:
@@ -262,13 +266,23 @@ class _Runner:
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
             phase.step(min(wanted, len(self._finished_trials())))
+            self._tell(0)
             most = settings.together * (self.pool.size if self.pool else 1)
             while (done := len(self._finished_trials())) < wanted:
                 size = min(most - done % most, wanted - done)  # a batch that was cut short is asked for as it was
                 asked = [self._ask() for _ in range(size)]
                 self._evaluate(asked)
+                self._tell(done)
                 phase.step(size)
                 self._hope()
+
+    def _tell(self, first: int) -> None:
+        """Log the trials from `first` on."""
+        for one in self._finished_trials()[first:]:
+            trial = self._trial(one)
+            if trial is not None:
+                goals = dict(zip((goal.name for goal in self.bench.goals), trial.outcome.values, strict=False))
+                self.log({"": goals, "value": trial.params, "score": trial.outcome.scores}, trial.number)
 
     def _ask(self) -> optuna.Trial:
         """Return the next trial. It follows from the study's seed, the number of trials and their outcomes."""
@@ -318,7 +332,7 @@ class _Runner:
         return alive
 
     def _outcomes(self, asked: Sequence[optuna.Trial], part: Any) -> list[Outcome]:
-        some = [self.values(decode(trial.params)) for trial in asked]
+        some = [self.values(decode(self.file.template.ranges, trial.params)) for trial in asked]
         if self.pool is not None:
             return list(self.pool.measure(some, part))
         return self.bench.measure(some, part, self.folder)
@@ -334,10 +348,12 @@ class _Runner:
         if best is None:
             raise InputError(f"{self.file.path}: no trial is complete: {outcomes[0].error if outcomes else 'none ran'}")
         why = "of all trials"
-        if self.bench.inside and not any(goal.command for goal in self.bench.goals):
+        if self.bench.inside and not any(goal.of_folder for goal in self.bench.goals):
             trials, best, why = self._decide(trials, outcomes, best, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
         parts: list[Part] = ["search", "held"] if self.bench.inside else []
+        chosen = trials[best].held or trials[best].outcome
+        self.log({"best": {"trial": trials[best].number, **dict(zip(goals, chosen.values, strict=True))}}, len(trials))
         return SearchResult(
             folder=self.folder,
             storage=self.folder / STORAGE,
@@ -350,13 +366,14 @@ class _Runner:
             rows={part: self.bench.rows(part) for part in parts},
             references={part: self.bench.references(part) for part in parts},
             sampler=sampler_of(self.bench.study),
+            models=self.file.recipe(self.values(trials[best].params)).names,
         )
 
     def _trial(self, one: optuna.trial.FrozenTrial) -> Trial | None:
         names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         if one.state.name not in names:
             return None
-        params = decode(one.params)
+        params = decode(self.file.template.ranges, one.params)
         values = tuple(one.values or ()) if one.state.name == "COMPLETE" else ()
         outcome = Outcome(values, one.user_attrs.get(SCORES, {}), one.user_attrs.get(ERROR))
         return Trial(one.number, params, outcome, names[one.state.name])
@@ -385,5 +402,5 @@ class _Runner:
         for i, outcome in zip(some, held, strict=True):
             trials[i] = replace(trials[i], held=outcome)
         rows = self.bench.rows("held")
-        counted = ", ".join(f"{count} of {name}" for name, count in rows.items())
+        counted = ", ".join(f"{count} of {name.removeprefix('./')}" for name, count in rows.items())
         return trials, some[chosen], f"{compared} on held-out rows ({counted})"

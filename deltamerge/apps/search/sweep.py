@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
-from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, lines, picture
+from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, figure, lines, picture
 from deltamerge.apps.search.candidates import candidates_of, fixed
 from deltamerge.apps.search.folder import (
     StudyFolder,
@@ -27,7 +27,10 @@ from deltamerge.apps.search.folder import (
     write_recipe,
 )
 from deltamerge.apps.search.outcome import Bench, Outcome, best_of
+from deltamerge.apps.search.results import label
+from deltamerge.apps.track import Log, unlogged
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.descriptors import writing
@@ -54,7 +57,8 @@ class SweepResult:
 
     axes        names of what was swept
     goals       names of the objectives, and of each whether less is better
-    references  what the base and the fine-tunes score
+    references  what the base and the fine-tunes score; `reference_goals`: what they are worth by the objectives
+    models      the models' names
     best        the row that is best by the objectives
     recipe      the best row's
     kept        merged folders
@@ -65,10 +69,28 @@ class SweepResult:
     goals: Mapping[str, bool]
     rows: tuple[SweepRow, ...]
     references: Mapping[str, Any] = field(default_factory=dict)
+    reference_goals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
     test_rows: Mapping[str, int] = field(default_factory=dict)
     best: int | None = None
     recipe: Path | None = None
     kept: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        return shown(f"<SweepResult {self.folder}: {len(self.rows)} points, best {self._best}>")
+
+    def _repr_html_(self) -> str:
+        rows = {"best": self._best, "recipe": str(self.recipe)}
+        return as_html(f"{self.folder}: {len(self.rows)} points", rows)
+
+    @property
+    def _best(self) -> str:
+        if self.best is None:
+            return "none"
+        row = self.rows[self.best]
+        values = [f"{label(axis, self.models)} {value}" for axis, value in row.labels.items()]
+        goals = zip(self.goals, row.outcome.values, strict=True)
+        return ", ".join([*values, *(f"{name} {figure(value)}" for name, value in goals)])
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -93,6 +115,7 @@ class SweepResult:
             "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
             "test_rows": dict(self.test_rows),
             "references": self.references,
+            "reference_objectives": {kind: dict(values) for kind, values in self.reference_goals.items()},
             "rows": [
                 {
                     "values": dict(row.labels),
@@ -129,12 +152,13 @@ def sweep(
     keep: Keep = "none",
     force: bool = False,
     commands: bool = False,
+    log: Log = unlogged,
 ) -> SweepResult:
     """Judge every point of a template; results go to `out`, by default <recipe>-sweep beside it, as they come.
 
     A sweep that was interrupted goes on; results of points whose recipe, models or rows have changed are made again.
-    With `commands` a program of the study may be run. RecipeError: a point is no recipe, or nothing is swept.
-    InputError: the rows cannot judge it, or every point failed.
+    With `commands` a program of the study may be run. `log` is given every point's figures and its place. RecipeError:
+    a point is no recipe, or nothing is swept. InputError: the rows cannot judge it, or every point failed.
     """
     points = list(file.template.points)
     _check(file, points)
@@ -144,11 +168,21 @@ def sweep(
     with folder.locked(force=force) as there:
         candidates = candidates_of(file, options)
         with closing(Bench(file, points[0][1], candidates, options, commands=commands)) as bench:
+            names = tuple(axis.name for axis in file.template.sweeps)
+
+            def tell(i: int) -> None:
+                outcome, labels = known[keys[i]], dict(zip(names, points[i][0], strict=True))
+                goals = dict(zip((goal.name for goal in bench.goals), outcome.values, strict=False))
+                log({"": goals, "value": labels, "score": outcome.scores}, i)
+
             known = _read(there / RESULTS)
             keys = _keys(file, points, options)
             missing = [i for i, key in enumerate(keys) if key not in known]
             with progress.phase(f"sweeping {file.path.name}", len(points), "candidates") as phase:
                 phase.step(len(points) - len(missing))
+                for i in range(len(points)):
+                    if i not in missing:
+                        tell(i)
                 size = bench.study.together
                 for at in range(0, len(missing), size):
                     some = missing[at : at + size]
@@ -156,8 +190,8 @@ def sweep(
                     for i, outcome in zip(some, outcomes, strict=True):
                         known[keys[i]] = outcome
                         _append(there / RESULTS, keys[i], outcome)
+                        tell(i)
                         phase.step()
-            names = tuple(axis.name for axis in file.template.sweeps)
             rows = tuple(
                 SweepRow(dict(zip(names, labels, strict=True)), known[key])
                 for (labels, _), key in zip(points, keys, strict=True)
@@ -165,7 +199,17 @@ def sweep(
             best = best_of([row.outcome for row in rows], bench.lower)
             judged, references = bench.rows("held"), bench.references("held")
             goals = dict(zip((goal.name for goal in bench.goals), bench.lower, strict=True))
-            found = SweepResult(there, names, goals, rows, references, judged, best)
+            found = SweepResult(
+                there,
+                names,
+                goals,
+                rows,
+                references=references,
+                reference_goals=bench.reference_goals("held"),
+                models=file.recipe(points[0][1]).names,
+                test_rows=judged,
+                best=best,
+            )
             if best is None:
                 raise InputError(f"{file.path}: every point failed: {rows[0].outcome.error}")
             found = _keep(found, file, points, bench, options, keep)
@@ -274,6 +318,7 @@ def draw(found: SweepResult) -> str:
     It has lines over the first axis of numbers, one for each choice of the others, or bars.
     """
     across = next((axis for axis in found.axes if axis != SEED and _is_numeric(found, axis)), None)
+    over = "" if across is None else label(across, found.models)
     rows = list(found.averaged())
     panels = []
     for column in found.columns:
@@ -282,7 +327,8 @@ def draw(found: SweepResult) -> str:
             continue
         if across is None:
             points = [Point(" · ".join(labels.values()) or column, statistics.fmean(some)) for labels, some in here]
-            panels.append(Panel(column, "", bars(column, points, form=".4g")))
+            points += [Point(kind, goals[column]) for kind, goals in found.reference_goals.items() if column in goals]
+            panels.append(Panel(column, "", bars(column, points)))
             continue
         series: dict[str, list[tuple[float, float]]] = {}
         spread: dict[str, dict[float, float]] = {}
@@ -290,8 +336,8 @@ def draw(found: SweepResult) -> str:
             name = " · ".join(label for axis, label in labels.items() if axis != across) or column
             series.setdefault(name, []).append((float(labels[across]), statistics.fmean(some)))
             spread.setdefault(name, {})[float(labels[across])] = statistics.pstdev(some) if len(some) > 1 else 0.0
-        chart = lines(f"{column} over {across}", across, column, series, spread)
-        panels.append(Panel(column, f"over {across}", chart))
+        chart = lines(f"{column} over {over}", over, column, series, spread)
+        panels.append(Panel(column, f"over {over}", chart))
     return picture([panels[i : i + 2] for i in range(0, len(panels), 2)], STYLE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,21 +17,30 @@ class DeltaCallback(TrainerCallback):
 
         chain, base   as of `DeltaWriter`; the base is what the model was loaded from if not given
         every         steps, or "epoch"
+        log           is given each version's figures, as `wandb.log` and `trackio.log` take them
 
     In a run of several processes the first alone writes. What fails in the background stops the training at the next
     version.
     """
 
-    def __init__(self, chain: str | Path, *, base: str | Path | None = None, every: int | Literal["epoch"] = 1) -> None:
+    def __init__(
+        self,
+        chain: str | Path,
+        *,
+        base: str | Path | None = None,
+        every: int | Literal["epoch"] = 1,
+        log: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
             raise UsageError(f"every={every!r}: steps, or 'epoch'")
         self.chain, self.base, self.every = Path(chain), base, every
+        self.log = log
         self.writer: DeltaWriter | None = None
         self._written = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.writer = DeltaWriter(self.chain, model, base=self.base)
+            self.writer = DeltaWriter(self.chain, model, base=self.base, log=self.log)
             self._written = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,6 +64,8 @@ class DeltaWriter:
         model   an nn.Module, whose `state_dict()` is written; None: every `write` is given one
         base    the checkpoint that the chain's first version is made from, a folder or hub id; where it is not given,
                 what the model's `name_or_path` says
+        log     is given the figures of each version once it is there, on the thread that calls, as `wandb.log` and
+                `trackio.log` take them: its step, changed entries, their share, bytes
 
     The tensors, their names and their dtypes are the base's: float32 masters of a bfloat16 base are rounded to
     bfloat16. `write` copies the weights, and returns; a thread compares and writes them, and the next `write` waits for
@@ -74,8 +76,15 @@ class DeltaWriter:
     adds versions to the chain.
     """
 
-    def __init__(self, chain: str | Path, model: Any = None, *, base: str | Path | None = None) -> None:
-        self.chain, self._model = Path(chain), model
+    def __init__(
+        self,
+        chain: str | Path,
+        model: Any = None,
+        *,
+        base: str | Path | None = None,
+        log: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.chain, self._model, self._log = Path(chain), model, log
         named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
         self._held = ExitStack()
         self._held.enter_context(one_writer(self.chain, "adding"))
@@ -141,7 +150,16 @@ class DeltaWriter:
         """Wait until the version that is being written is there. Raises what it failed with, once."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            made = pending.result()
+            if self._log is not None:
+                share = made.changed / made.elements if made.elements else 0.0
+                figures = {
+                    "version": _number(made.path.name),
+                    "changed": made.changed,
+                    "share": share,
+                    "bytes": made.nbytes,
+                }
+                self._log({f"delta/{name}": value for name, value in figures.items()})
 
     def close(self) -> None:
         """Wait for the last version, and let the chain go. Raises what it failed with."""

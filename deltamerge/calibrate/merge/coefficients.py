@@ -1,10 +1,13 @@
-"""Calibration `per: merge` with `coefficients`: a factor of every delta of the merge, by tensor or row, by gradient.
+"""Calibration `per: merge`: one factor of λ, or with `coefficients` a factor of every delta, by tensor or row.
 
-The merged model base + Σ c_k D_k is fitted to every fine-tune's output distribution on that fine-tune's own rows, with
-its head, by Adam on the c alone. Nothing is labelled. The distances are shares of the base's, so that all tasks count
-alike. Weights of a block are made when it runs, forward and backward, and then freed. Several GPUs share the
-fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients are added up in their order on the
-first. A plan names `calibrate`, so torch is imported when it runs.
+One factor of λ is searched for all fine-tunes together. Each runs with the merged weights and its own head on its own
+rows; the objective is the sum of theirs.
+
+Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
+distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The distances are
+shares of the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
+then freed. Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
+are added up in their order on the first. A plan names the functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.merge.joint_factor import mean_judge
 from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.values import Calibrated, QValue
@@ -26,9 +28,11 @@ from deltamerge.tensors.tensor import Node
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.calibrate.merge.sums import Shared
     from deltamerge.calibrate.model.blocks import Weights
+    from deltamerge.calibrate.model.candidates import Shared
+    from deltamerge.calibrate.q.choices import Qs
     from deltamerge.calibrate.q.objectives import Distribution
+    from deltamerge.calibrate.q.search import Minima
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 
 Coefficients = Mapping[str, "Tensor"]
@@ -41,7 +45,7 @@ SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
-    from deltamerge.calibrate.q.comparison import QPoint
+    from deltamerge.calibrate.q.choices import QPoint
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
@@ -121,7 +125,7 @@ class _Merge:
     def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
         """Return the merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients,
         where weights are `shared` when they descend."""
-        from deltamerge.calibrate.merge.sums import combined
+        from deltamerge.calibrate.model.candidates import combined
 
         subject, own = self.subjects[task], self.own[task]
         first, of_first = self.places[task % len(self.places)], self.stored[task % len(self.places)]
@@ -168,7 +172,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     """
     import torch
 
-    from deltamerge.calibrate.merge.sums import Shared
+    from deltamerge.calibrate.model.candidates import Shared
     from deltamerge.calibrate.model.spread import add_gradients, in_turns
     from deltamerge.calibrate.q.learned import descend
 
@@ -276,3 +280,87 @@ def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeas
     if not labelled:
         judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's,")
     return judge, totals[:-1], totals[-1]
+
+
+def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
+    """Return 1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out
+    rows."""
+    from deltamerge.calibrate.q.choices import SCAN, QPoint
+    from deltamerge.calibrate.q.search import shortlist
+    from deltamerge.calibrate.q.subject import Subject
+
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
+        subjects = [Subject(part.source, reader, spec.masked(inputs, i), known) for i, part in enumerate(spec.parts)]
+        assert spec.bounds is not None
+        low, high = spec.bounds
+        result, evaluate = _search_factor(subjects, spec.objective, low, high)
+        found = [
+            QPoint({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
+        ]
+        judges = [subject.judge() for subject in subjects]
+        judge = mean_judge(judges)
+        some = judge.eligible(found)
+        factors = [*(float(one.numbers["factor of lambda"]) for one in some), 1.0]
+        each = [
+            s.values(j.objective, [_q(s, f) for f in factors], seeds=1) for s, j in zip(subjects, judges, strict=True)
+        ]
+        held = [sum(of_factor) / len(subjects) for of_factor in zip(*each, strict=True)]
+        (plain,) = evaluate([1.0])
+        for subject in subjects:
+            subject.forget()
+        chosen, record = decide(spec, judge, found, some, held, plain)
+        record |= {
+            "models": [part.source.model for part in spec.parts],
+            "plain": {"q": 1.0, "value": rounded(plain)},
+            "sequences": subjects[0].counts[0],
+            "forward_passes": sum(subject.passes for subject in subjects),
+            "path": [
+                *([SCAN, "factor of lambda", rounded(f), rounded(value)] for f, value in result.scan),
+                *(["factor of lambda", rounded(f), rounded(value)] for f, value in result.path),
+            ],
+        }
+        factor = 1.0 if chosen is None else float(chosen.numbers["factor of lambda"])
+        names = [tensor.name for tensor in spec.pruned]
+        return Calibrated({} if factor == 1.0 else dict.fromkeys(names, rounded(1.0 / factor)), record)
+
+
+def _search_factor(
+    subjects: Sequence[Subject], objective: str, low: float, high: float
+) -> tuple[Minima, Callable[[Sequence[float]], list[float]]]:
+    """Return the minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
+    from deltamerge.calibrate.q import objectives as O
+    from deltamerge.calibrate.q import search
+
+    def summed(own: Sequence[Any], factors: Sequence[float], masks: range) -> list[list[float]]:
+        """Return [factor][mask]."""
+        values = [s.of_masks(o, [_q(s, f) for f in factors], masks) for s, o in zip(subjects, own, strict=True)]
+        return [[sum(of_mask) for of_mask in zip(*rows, strict=True)] for rows in zip(*values, strict=True)]
+
+    every = range(len(subjects[0].masks))
+    if objective == "validation":
+        labelled = [s.validation("search") for s in subjects]
+
+        def evaluate(factors: Sequence[float]) -> list[float]:
+            return [O.over_seeds(values) for values in summed(labelled, factors, every)]
+
+        return search.minimise(evaluate, low, high), evaluate
+    changes = [s.output_change("search") for s in subjects]
+    few = [O.first(change, s.few) for change, s in zip(changes, subjects, strict=True)]
+    seen = search.scan(lambda factors: [values[0] for values in summed(few, factors, range(1))], low, high)
+    result = search.model(seen, lambda factors, masks: summed(changes, factors, masks), len(every))
+    some = range(result.masks)
+    return result, lambda factors: [O.over_seeds(values) for values in summed(changes, factors, some)]
+
+
+def _q(subject: Subject, factor: float) -> Qs:
+    return dict.fromkeys(subject.pairs, rounded(1.0 / factor))
+
+
+def mean_judge(judges: Sequence[HeldOutMeasure]) -> HeldOutMeasure:
+    """Return the name of the mean of the fine-tunes' measures."""
+    from deltamerge.calibrate.q.subject import HeldOutMeasure
+
+    measures = list(dict.fromkeys(judge.measure for judge in judges))
+    one, trusted = judges[0], all(judge.trusted for judge in judges)
+    measure = f"mean {' and '.join(measures)} of {len(judges)} fine-tunes"
+    return HeldOutMeasure(one.objective, measure, one.rows, trusted, higher=all(judge.higher for judge in judges))

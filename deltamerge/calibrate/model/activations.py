@@ -29,7 +29,7 @@ def collect(
     *,
     draw: Draw | None = None,
 ) -> dict[str, LayerStatistics]:
-    """Statistics of every linear layer that has a delta and an input, by the checkpoint name of its weight.
+    """Return the statistics of every linear layer that has a delta and an input, by the checkpoint name of its weight.
 
     An expert that no token reached has those of all experts of its layer.
 
@@ -122,7 +122,8 @@ class _Collector:
         return self.second
 
     def _finish(self, layers: Sequence[Linear]) -> None:
-        """Statistics of the layers that have had tokens, and of the experts of their stacks that have had none."""
+        """Return the statistics of the layers that have had tokens, and of the experts of their stacks that have had
+        none."""
         stacks: dict[str, list[LayerStatistics]] = {}
         for layer in layers:
             if some := self.sums.get(layer.name):
@@ -155,7 +156,7 @@ class _Collector:
 
 
 def _rows(stored: Tensor, layer: Linear, cut: MatrixCut | None) -> Tensor:
-    """(m, n) a tensor of the file's whole, or a cut of it."""
+    """Return (m, n) a tensor of the file's whole, or a cut of it."""
     return cut.of(stored) if cut is not None else stored.T if layer.transposed else stored
 
 
@@ -165,7 +166,7 @@ def masks_of(batches: Sequence[Inputs]) -> list[list[Tensor]]:
 
 
 def tokens_of(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """(N, n) the inputs of real tokens: x is (B, T, n) or, in a pooler, (sequences, n)."""
+    """Return (N, n) the inputs of real tokens: x is (B, T, n) or, in a pooler, (sequences, n)."""
     flat = x.reshape(-1, x.shape[-1])
     mask = next((mask for mask in masks if mask.numel() == len(flat)), None)
     return flat if mask is None else flat[mask.reshape(-1).to(x.device, torch.bool)]

@@ -29,7 +29,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.model.layers import Box, Linear, MatrixCut, Products, cuts, input_of, modules, stacks
-from deltamerge.calibrate.model.loading import Loading, ShapedTensor, StateGroup
+from deltamerge.calibrate.model.loading import (
+    Loading,
+    ShapedTensor,
+    StateGroup,
+    bodies,
+    find_blocks,
+    hidden_states,
+    ignored,
+    place_buffers,
+    shifted,
+    skeleton,
+)
 from deltamerge.calibrate.model.passes import (
     COMPARED,
     BlockOutput,
@@ -40,15 +51,6 @@ from deltamerge.calibrate.model.passes import (
     Weights,
     from_reader,
     patched,
-)
-from deltamerge.calibrate.model.skeleton import (
-    bodies,
-    find_blocks,
-    hidden_states,
-    ignored,
-    place_buffers,
-    shifted,
-    skeleton,
 )
 from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.calibrate.spec import Precision, multiplying, same_every_time
@@ -99,7 +101,7 @@ class Trace:
         return forward
 
     def left(self, *, again: bool) -> Any:
-        """Block 0's output; it is forgotten here, as is its input unless the block runs `again`."""
+        """Return block 0's output; it is forgotten here, as is its input unless the block runs `again`."""
         outputs, self.outputs = self.outputs, None
         if not again:
             self.calls[0] = ((), {})
@@ -266,7 +268,7 @@ class BlockModel:
         return note
 
     def _products(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-        """Sees the products with stacked parameters among `tensors`."""
+        """See the products with stacked parameters among `tensors`."""
         watched = {n: tensors[n] for n in self._stacks if n in tensors}
         return Products(watched, self._product) if watched else nullcontext()
 
@@ -298,7 +300,7 @@ class BlockModel:
         *,
         watch: Watch | None = None,
     ) -> list[list[T]]:
-        """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
+        """Return [variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
         Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
         decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
@@ -320,7 +322,7 @@ class BlockModel:
         *,
         watch: Watch | None = None,
     ) -> Generator[None, None, list[list[T]]]:
-        """`run` in steps, for `together`: it waits before each variant's turn at a part of the model."""
+        """Do what `run` does in steps, for `together`: wait before each variant's turn at a part of the model."""
         if self.blocks:
             try:
                 return (yield from self._walk(batches, variants, reduce, watch))
@@ -447,8 +449,8 @@ class BlockModel:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
-        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU. All
-        weights are resident. `options` go to transformers' `generate`."""
+        """Return greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the
+        CPU. All weights are resident. `options` go to transformers' `generate`."""
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
         local = {f"model.{n}": t for n, t in tensors.items()}
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
@@ -472,7 +474,7 @@ class BlockModel:
         return made
 
     def _local(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-        """Block i's tensors, named as in `Shell`."""
+        """Return block i's tensors, named as in `Shell`."""
         prefix = self._prefixes[i]
         return {f"block.{n.removeprefix(prefix)}": t for n, t in tensors.items()}
 

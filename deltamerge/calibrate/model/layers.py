@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.model.loading import Index, Loading, StatePiece, simple
-from deltamerge.calibrate.model.skeleton import is_linear, is_transposed
+from deltamerge.calibrate.model.loading import Index, Loading, StatePiece, is_linear, is_transposed, simple
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _product(self, left: Tensor, right: Tensor) -> None:
-        """X · M of a watched M, or M · X, which is (Xᵀ · Mᵀ)ᵀ."""
+        """Return X · M of a watched M, or M · X, which is (Xᵀ · Mᵀ)ᵀ."""
         if right.dim() > 1 and left.dim() > 0 and self._near(right):
             self._matrices(left, right)
         elif left.dim() > 1 and right.dim() > 1 and self._near(left):
@@ -148,7 +147,7 @@ class MatrixCut:
     features: Index
 
     def of(self, tensor: Tensor) -> Tensor:
-        """(outputs, inputs) the cut of a tensor of the file."""
+        """Return (outputs, inputs) the cut of a tensor of the file."""
         part = tensor.reshape(-1, *tensor.shape[-2:])[self.lead][self.rows][:, self.columns]
         return part.T if self.transposed else part
 
@@ -164,7 +163,7 @@ class MatrixCut:
 
 
 def modules(model: nn.Module, loading: Loading) -> list[tuple[str, nn.Module, Linear]]:
-    """(state, module, layer) of the modules that are linear layers and one matrix of the file."""
+    """Return (state, module, layer) of the modules that are linear layers and one matrix of the file."""
     names, found = loading.checkpoint_name, []
     for path, module in model.named_modules():
         weight = f"{path}.weight"
@@ -174,8 +173,8 @@ def modules(model: nn.Module, loading: Loading) -> list[tuple[str, nn.Module, Li
 
 
 def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], list[list[StatePiece]]]]:
-    """state -> (the file's tensors that it has, of each of its matrices where they lie), of all other parameters of two
-    and three dimensions whose matrices are matrices of the file; without embeddings and convolutions."""
+    """Return state -> (the file's tensors that it has, of each of its matrices where they lie), of all other parameters
+    of two and three dimensions whose matrices are matrices of the file; without embeddings and convolutions."""
     known = {state for state, _, _ in modules(model, loading)}
     known |= {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, LOOKED_UP)}
     parameters = {name for name, _ in model.named_parameters()}

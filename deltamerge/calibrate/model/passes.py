@@ -30,7 +30,7 @@ class Stop(Exception):
 
 @contextmanager
 def patched(blocks: Sequence[nn.Module], forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """`forward(i)` in the place of block i's own forward."""
+    """Put `forward(i)` in the place of block i's own forward."""
     for i, block in enumerate(blocks):
         block.forward = forward(i)
     try:
@@ -54,7 +54,7 @@ class LazyLogits:
         return F.linear(self.x, self.weight, self.bias)
 
     def at(self, index: Tensor) -> Tensor:
-        """(N, k) those of each row of x (N, H) that `index` names."""
+        """Return (N, k) those of each row of x (N, H) that `index` names."""
         found, start = [], 0
         for x in self.split(index.shape[-1] * self.x.shape[-1]):
             some = index[start : start + len(x)]
@@ -64,7 +64,7 @@ class LazyLogits:
         return torch.cat(found)
 
     def split(self, numbers: int) -> tuple[Tensor, ...]:
-        """x (N, H) in pieces of rows, each of which takes so many float32 numbers."""
+        """Return x (N, H) in pieces of rows, each of which takes so many float32 numbers."""
         return torch.split(self.x, max(1, PIECE_BYTES // (4 * numbers)))
 
 
@@ -98,7 +98,7 @@ class LastLayer:
         self._is_last = bool(self._layers)  # as far as is known
 
     def stopping(self) -> AbstractContextManager[None]:
-        """While this lasts a forward that comes to the layer ends by `Stop`."""
+        """Let a forward that comes to the layer end by `Stop`."""
 
         def stop(x: Tensor) -> Tensor:
             raise Stop

@@ -33,7 +33,7 @@ class ShareStop(Exception):
 
 
 def shares(jobs: Sequence[Job], count: int) -> list[Sequence[Job]]:
-    """Jobs in order, cut into `count` runs that differ by one in length at most; none is empty."""
+    """Return jobs in order, cut into `count` runs that differ by one in length at most; none is empty."""
     count = max(1, min(count, len(jobs)))
     return [jobs[len(jobs) * i // count : len(jobs) * (i + 1) // count] for i in range(count)]
 

@@ -48,7 +48,7 @@ def has_decoder_inputs(config: Mapping[str, Any]) -> bool:
 
 
 def check_family(config: Mapping[str, Any], kind: str) -> None:
-    """InputError: a model that cannot run on texts, or pictures, alone. `kind` is "text" or "picture"."""
+    """Raise InputError for a model that cannot run on texts, or pictures, alone. `kind` is "text" or "picture"."""
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None:
         raise InputError("its config.json names no architecture", hint='"architectures": ["LlamaForCausalLM"]')
@@ -95,7 +95,7 @@ def _is_exported(source: str, architecture: str) -> bool:
 
 
 def _modules(root: Path, model_type: str) -> Iterator[Path]:
-    """Modules with models: first of the folder of the type, and of folders whose name the type begins with."""
+    """Yield modules with models: first of the folder of the type, and of folders whose name the type begins with."""
     near = folders_near(model_type)
     for name in near:
         yield from sorted((root / name).glob("modeling_*.py"))
@@ -143,7 +143,7 @@ def running(what: str, hint: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' advice on lengths and padding."""
+    """Silence transformers' advice on lengths and padding."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

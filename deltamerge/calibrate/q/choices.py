@@ -1,16 +1,21 @@
-"""The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
+"""The ways to choose a fine-tune's q's, and the comparison of what they find with the plain choice.
 
-A calibrated q divides the weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which
-measures better than rescaling them too (docs/measurements/calibration.md). Experts are linear layers, stacked in one
-tensor or not: each has a q of its own, but in the scope global; one that no token reached has that of its layer. Other
-pruned tensors are divided as their method divides without calibration. Learned scales apply to all pruned tensors that
-the output depends on.
+A q is one number searched, one for each layer or row, a closed form, or learned. A calibrated q divides the weights of
+linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which measures better than rescaling them
+too (docs/measurements/calibration.md). Experts are linear layers, stacked in one tensor or not: each has a q of its
+own, but in the scope global; one that no token reached has that of its layer. Other pruned tensors are divided as their
+method divides without calibration. Learned scales apply to all pruned tensors that the output depends on.
+
+Candidates are compared on held-out rows, which are taken as they are needed. Where there are labels the metric decides,
+on all held-out rows. Else rows come in rounds of `ROUND`, and a comparison ends after the first round whose values
+differ clearly: by more than a factor exp(2/sqrt(rows)).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +28,21 @@ from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q import search
 from deltamerge.calibrate.q.closed_forms import LayerStatistics, Vector
-from deltamerge.calibrate.q.comparison import QPoint, Qs, Rounds, same
 from deltamerge.calibrate.q.learned import learn, row_shape
-from deltamerge.calibrate.q.subject import Subject
-from deltamerge.calibrate.spec import OTHER, SHORTLIST, STEPS, UNSCALED, UNSEEN, Spec, grid_step, grouped, rounded
+from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
+from deltamerge.calibrate.spec import (
+    CLOSER,
+    OTHER,
+    ROUND,
+    SHORTLIST,
+    STEPS,
+    UNSCALED,
+    UNSEEN,
+    Spec,
+    grid_step,
+    grouped,
+    rounded,
+)
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import is_unscaled
 
@@ -87,7 +103,7 @@ class Searches:
         return [name for name in self.layers if name in found]
 
     def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
-        """(q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
+        """Return (q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
         found = {}
         for pruned in self.spec.pruned:
             name = pruned.stored
@@ -213,7 +229,7 @@ class Searches:
         return self.spec.bounds or (low, high)
 
     def _families(self) -> list[QPoint]:
-        """Random masks: q per layer from the paper's bound or from least squares, one η searched in each."""
+        """Search one η in each family of random masks: q per layer from the paper's bound, or from least squares."""
         layers = self._seen(self.subject.statistics(drawn=False))
         low, high = self._bounds(0.0, 1.0)
         mean_density = float(np.mean([self.density[name] for name in layers]))
@@ -244,7 +260,7 @@ class Searches:
         return sorted(found, key=lambda one: one.value)[:SHORTLIST]
 
     def _scaled(self) -> list[QPoint]:
-        """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
+        """Search one κ for importance masks: all closed-form q's of the drawn mask are multiplied by it."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         exact = {name: self._exact(name, layer) for name, layer in layers.items()}
 
@@ -254,7 +270,8 @@ class Searches:
         return self._minimise("kappa", qs, *KAPPA)
 
     def _closed_form(self) -> list[QPoint]:
-        """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
+        """Return for layer_mse the exact least-squares q of the drawn mask, of each layer or row; global: of relative
+        errors."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         if self.spec.scope == "global":
             parts = [
@@ -284,8 +301,7 @@ class Searches:
         return min(LOWEST, *self.density.values())
 
     def _learned(self) -> list[QPoint]:
-        """Scales of all pruned tensors, fitted by gradient from the best global q; rows of their own decide when to
-        stop.
+        """Fit scales of all pruned tensors by gradient from the best global q; rows of their own decide when to stop.
 
         Those rows cannot judge whether the scales are better than their start, so both are candidates.
         """
@@ -364,7 +380,7 @@ class Searches:
 
 
 def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> float:
-    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
+    """Return the mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
     errors = []
     for name, layer in layers.items():
         own = np.asarray(q.get(name, 1.0), dtype=np.float64)
@@ -372,3 +388,177 @@ def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> f
         each = own.reshape(len(parts), -1) if own.ndim and layer.parts else [own.reshape(-1)] * len(parts)
         errors += [statistics.drawn_error(part, value) for part, value in zip(parts, each, strict=True)]
     return float(np.mean(errors))
+
+
+Qs = dict[str, Q]
+LEAST_KEPT = 2  # candidates at most that go on to a further round; 3 of them to the second
+LITTLE = 0.9  # share of the base's metric, 1 − score or loss; a candidate beyond it is hardly better than the base
+
+
+@dataclass(frozen=True, slots=True)
+class QPoint:
+    """A point of a search.
+
+    q         q's by the fine-tune's names
+    value     their objective
+    numbers   the searched numbers by name
+    edge      whether it lies on a bound of the search
+    own       the tensors whose q was searched for them; the others have it from `Searches.rest`
+    """
+
+    q: Qs
+    value: float
+    numbers: dict[str, float | str]
+    edge: bool = False
+    own: frozenset[str] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """Return the searched numbers in words."""
+        return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The result of a comparison on held-out rows.
+
+    judge    with the number of rows that were looked at
+    some     the candidates that were compared to the end
+    held     their values, and last that of the plain choice
+    dropped  candidates that were worse after an earlier round, their values, and the number of rows that these are of
+    """
+
+    judge: HeldOutMeasure
+    some: list[QPoint]
+    held: list[float]
+    dropped: list[tuple[QPoint, float, int]] = field(default_factory=list)
+
+
+def compare(
+    rounds: Rounds,
+    found: Sequence[QPoint],
+    *,
+    most: int | None,
+    closer: Callable[[Sequence[QPoint], Sequence[float]], QPoint | None] = lambda found, values: None,
+    times: int = CLOSER,
+) -> Verdict:
+    """Compare candidates with the plain choice, for the mask that is written.
+
+    rounds   of the fine-tune
+    found    the candidates
+    most     rounds at most; None: all
+    closer   proposes one more candidate, from the values of all in the first round
+    times    that it is asked
+    """
+    some = [rounds.entry(one.q, one) for one in rounds.judge.eligible(found)]
+    without = rounds.entry(rounds.plain)
+    rounds.look([*some, without])
+    for _ in range(times):
+        more = closer([one.found for one in some if one.found is not None], [one.value for one in some])
+        if more is None:
+            break
+        some.append(rounds.entry(more.q, more))
+        rounds.look(some)
+    dropped: list[Contender] = []
+    while some:
+        factor = math.exp(2.0 / math.sqrt(rounds.rows))
+        ranked = sorted(some, key=lambda one: one.value)
+        best = ranked[0].value
+        some = [one for one in ranked[: max(LEAST_KEPT, 4 - rounds.number)] if one.value <= factor * best]
+        dropped += ranked[len(some) :]
+        same = all(one is without for one in some)
+        clear = max(best, without.value) > factor * min(best, without.value)
+        if same or (clear and len(some) == 1) or rounds.number == most or not rounds.another():
+            break
+        rounds.look([*some, without])
+    return Verdict(
+        replace(rounds.judge, rows=rounds.rows),
+        [one.found for one in some if one.found is not None],
+        [*(one.value for one in some), without.value],
+        [(one.found, one.value, one.rows) for one in dropped if one.found is not None],
+    )
+
+
+def by_metric(subject: Subject, found: Sequence[QPoint], passed: Sequence[QPoint], plain: Mapping[str, Q]) -> Verdict:
+    """Compare candidates with the plain choice by the metric, on all held-out rows.
+
+    passed   more of them, which are looked at where all others are hardly better than the base
+    """
+    judge = subject.judge()
+    some = judge.eligible(found)
+    *held, without = subject.values(judge.objective, [*(one.q for one in some), plain], seeds=1)
+    if judge.trusted and passed and min(held, default=math.inf) > LITTLE * subject.nothing(judge.objective):
+        held += subject.values(judge.objective, [one.q for one in passed], seeds=1)
+        some = [*some, *passed]
+    return Verdict(judge, some, [*held, without])
+
+
+@dataclass(eq=False)
+class Contender:
+    """A candidate or the plain choice: its parts so far, and its value on so many rows."""
+
+    q: Mapping[str, Q]
+    found: QPoint | None = None
+    parts: list[Any] = field(default_factory=list)
+    value: float = math.inf
+    rows: int = 0
+
+
+class Rounds:
+    """The rounds of held-out rows: `number` of them so far, with `rows`, by the measure of `judge`."""
+
+    def __init__(self, subject: Subject, plain: Mapping[str, Q]) -> None:
+        self.subject, self.plain = subject, plain
+        self._left = subject.rounds(ROUND)
+        self._seen: list[Contender] = []
+        self._objectives: list[Any] = []
+
+    @cached_property
+    def judge(self) -> HeldOutMeasure:
+        """Return the judge of the first round, in which the fine-tune runs."""
+        judge = self.subject.agreement(self._left.pop(0))
+        self._objectives.append(judge.objective)
+        self.rows = judge.rows
+        return judge
+
+    @property
+    def number(self) -> int:
+        """Return the rounds that there have been."""
+        return len(self._objectives)
+
+    def entry(self, q: Mapping[str, Q], found: QPoint | None = None) -> Contender:
+        """Return the entry of a choice of q's; the same numbers have the same one."""
+        known = next((one for one in self._seen if one.q is q or same(one.q, q)), None)
+        if known is None:
+            known = Contender(q, found)
+            self._seen.append(known)
+        known.found = found or known.found
+        return known
+
+    def another(self) -> bool:
+        """Go on to the next round; False where there is none."""
+        if not self._left:
+            return False
+        judge = self.subject.agreement(self._left.pop(0))
+        self._objectives.append(judge.objective)
+        self.rows += judge.rows
+        return True
+
+    def look(self, entries: Sequence[Contender]) -> None:
+        """Value the entries that the latest round has not valued, together with the rounds that they have been
+        through."""
+        new = [one for i, one in enumerate(entries) if one.rows < self.rows and one not in entries[:i]]
+        if not new:
+            return
+        whole = O.joined(self._objectives)
+        found = self.subject.parts(self._objectives[-1], [one.q for one in new])
+        for one, parts in zip(new, found, strict=True):
+            one.parts += parts
+            one.value, one.rows = whole.value(one.parts), self.rows
+
+
+def same(a: Mapping[str, Q], b: Mapping[str, Q]) -> bool:
+    """Tell whether two choices of numbers are the same."""
+    if any(not isinstance(q, float) for q in (*a.values(), *b.values())):
+        return False
+    return a == b

@@ -54,19 +54,20 @@ class LayerStatistics:
 
     @property
     def norm(self) -> Vector:
-        """(n) ‖x_j‖₂ over the calibration tokens: WANDA's weight of input feature j; (E, n) of stacked matrices."""
+        """Return (n) ‖x_j‖₂ over the calibration tokens: WANDA's weight of input feature j; (E, n) of stacked
+        matrices."""
         if self.parts:
             return np.stack([part.norm for part in self.parts])
         return np.sqrt(self.tokens * self.square)
 
     @property
     def variance(self) -> Vector:
-        """(m) σ_i², the variance of c_ij over inputs and tokens: n (c̄_i² + σ_i²) = D_i."""
+        """Return (m) σ_i², the variance of c_ij over inputs and tokens: n (c̄_i² + σ_i²) = D_i."""
         return np.maximum(self.diagonal / len(self.mean) - self.influence**2, 0.0)
 
     @property
     def coherence(self) -> float:
-        """D/A: near 0 plain DARE is right, near 1 rescaling only adds noise. 0 if the delta has no effect."""
+        """Return D/A: near 0 plain DARE is right, near 1 rescaling only adds noise. 0 if the delta has no effect."""
         return float(_ratio(self.diagonal.sum(), self.energy.sum()))
 
     def massive(self, k: int) -> list[int]:
@@ -103,7 +104,7 @@ def joined(parts: Sequence[MatrixStatistics], shape: tuple[int, ...]) -> LayerSt
 
 
 def pooled(layers: Sequence[LayerStatistics]) -> LayerStatistics:
-    """Over all tokens of several layers of one shape."""
+    """Return the statistics over all tokens of several layers of one shape."""
     sides = len(layers[0].energy), len(layers[0].mean)
     return _averaged([MatrixStatistics(layer, 0, slice(None), slice(None)) for layer in layers], sides)
 
@@ -145,7 +146,7 @@ def _averaged(parts: Sequence[MatrixStatistics], sides: tuple[int, int]) -> Laye
 
 
 def phi(p: float) -> float:
-    """Kearns–Saul φ(p) = (1 − 2p) / log((1 − p)/p), continuous: φ(1/2) = 1/2, φ(0) = φ(1) = 0."""
+    """Return Kearns–Saul φ(p) = (1 − 2p) / log((1 − p)/p), continuous: φ(1/2) = 1/2, φ(0) = φ(1) = 0."""
     if p <= 0.0 or p >= 1.0:
         return 0.0
     if abs(p - 0.5) < 1e-4:
@@ -154,7 +155,7 @@ def phi(p: float) -> float:
 
 
 def guaranteed(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
-    """(m) The bound on vanilla DARE's change of output i, with probability ≥ 1 − γ: sqrt(φ(p) log(2/γ) D_i) / d.
+    """Return (m) the bound on vanilla DARE's change of output i, with probability ≥ 1 − γ: sqrt(φ(p) log(2/γ) D_i) / d.
 
     Theorem 3.1, the root mean square of its bound over tokens.
     """
@@ -162,7 +163,8 @@ def guaranteed(layer: LayerStatistics, density: float, gamma: float = 0.05) -> V
 
 
 def typical(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
-    """(m) The paper's tightened form, sqrt(2 p/(1 − p) log(2/γ) D_i) for p > 1/2: a typical size, no guarantee."""
+    """Return (m) the paper's tightened form, sqrt(2 p/(1 − p) log(2/γ) D_i) for p > 1/2: a typical size, no
+    guarantee."""
     p = 1.0 - density
     if p <= 0.5:
         return guaranteed(layer, density, gamma)
@@ -170,48 +172,51 @@ def typical(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vect
 
 
 def dare_error(layer: LayerStatistics, density: float) -> float:
-    """Expected E‖Δx − (1/d)(δ∘Δ)x‖² / E‖Δx‖² of vanilla DARE: (p/d) D/A."""
+    """Return the expected E‖Δx − (1/d)(δ∘Δ)x‖² / E‖Δx‖² of vanilla DARE: (p/d) D/A."""
     return (1.0 - density) / density * layer.coherence
 
 
 def least_squares(layer: LayerStatistics, density: float, eta: float = 1.0) -> float:
-    """q = d + η p D/A, at most 1: η = 1 is least squares over random masks, q*; η = 0 is vanilla DARE."""
+    """Return q = d + η p D/A, at most 1: η = 1 is least squares over random masks, q*; η = 0 is vanilla DARE."""
     return min(1.0, density + eta * (1.0 - density) * layer.coherence)
 
 
 def least_squares_rows(layer: LayerStatistics, density: float, eta: float = 1.0) -> Vector:
-    """(m) q_i = d + η p D_i/A_i, at most 1."""
+    """Return (m) q_i = d + η p D_i/A_i, at most 1."""
     ratio = _ratio(layer.diagonal, layer.energy)
     return np.minimum(1.0, density + eta * (1.0 - density) * ratio)
 
 
 def least_squares_error(layer: LayerStatistics, density: float) -> float:
-    """Expected relative error at q*: 1 − d/q*, the share of the layer's delta that random dropping loses at best."""
+    """Return the expected relative error at q*: 1 − d/q*, the share of the layer's delta that random dropping loses at
+    best."""
     return 1.0 - density / least_squares(layer, density)
 
 
 def drawn(layer: LayerStatistics) -> float | None:
-    """q = ‖Ŷ‖²/⟨Y, Ŷ⟩, the exact least-squares q of a drawn mask; None where no q > 0 is better than dropping all."""
+    """Return q = ‖Ŷ‖²/⟨Y, Ŷ⟩, the exact least-squares q of a drawn mask; None where no q > 0 is better than dropping
+    all."""
     cross, power = _of_mask(layer)
     return float(power.sum() / cross.sum()) if cross.sum() > 0.0 and power.sum() > 0.0 else None
 
 
 def drawn_rows(layer: LayerStatistics, none: float = 1.0) -> Vector:
-    """(m) The same for each output row; rows without such a q take the layer's (`none` if it has none)."""
+    """Return (m) the same for each output row; rows without such a q take the layer's (`none` if it has none)."""
     cross, power = _of_mask(layer)
     answered = (cross > 0.0) & (power > 0.0)
     return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or none)
 
 
 def drawn_error(layer: LayerStatistics, q: float | Vector) -> float:
-    """‖Y − Ŷ/q‖² / ‖Y‖² of a drawn mask, q one number or one per row; 0 where the delta has no effect."""
+    """Return ‖Y − Ŷ/q‖² / ‖Y‖² of a drawn mask, q one number or one per row; 0 where the delta has no effect."""
     cross, power = _of_mask(layer)
     residual = layer.energy - 2.0 * cross / q + power / np.square(q)
     return float(_ratio(residual.sum(), layer.energy.sum()))
 
 
 def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
-    """(m) q_i(η) = clamp(η φ(p) C2_i / (2 d |C1_i|), d, 1), the minimiser of the bound with a general q (App. C.9):
+    """Return (m) q_i(η) = clamp(η φ(p) C2_i / (2 d |C1_i|), d, 1), the minimiser of the bound with a general q (App.
+    C.9):
 
         |1 − d/q| |C1_i| + η φ(p) C2_i / (4 q²) + log(2/γ)/η
 
@@ -257,6 +262,6 @@ def _of_mask(layer: LayerStatistics) -> tuple[Vector, Vector]:
 
 
 def _ratio(a: float | Vector, b: float | Vector) -> Vector:
-    """a / b, 0 where b is 0."""
+    """Return a / b, 0 where b is 0."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0.0)

@@ -137,7 +137,8 @@ def descend(
 
 
 def row_shape(transposed: bool, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of one q per output row that broadcasts to the stored weight: (m, 1), or (1, m) of one stored (in, out).
+    """Return the shape of one q per output row, which broadcasts to the stored weight: (m, 1), or (1, m) where it is
+    stored (in, out).
 
     Of stacked matrices (E, m, 1); of those stored (in, out) one per matrix, (E, 1, 1).
     """

@@ -28,7 +28,7 @@ ROUNDS = 50
 
 
 def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
-    """min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
+    """Return min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
 
         z     logits, t the fine-tune's, each less its mean over classes
 
@@ -45,7 +45,7 @@ def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
 
 
 def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
-    """1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
+    """Return 1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
     x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
     size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
     return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
@@ -288,12 +288,12 @@ class Distribution:
         return cls(batches, model.run(batches, [tune], keep)[0], regression)
 
     def count(self, batch: int) -> int:
-        """Sequences, tokens, or elements that a batch's loss is a sum over."""
+        """Return the sequences, tokens , or elements that a batch's loss is a sum over."""
         target, _ = self.targets[batch]
         return target.numel() if self.regression else len(target)
 
     def loss(self, batch: int, output: BlockOutput) -> tuple[Tensor, int]:
-        """(sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
+        """Return (sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
@@ -372,7 +372,8 @@ def is_regression(config: Any) -> bool:
 
 
 def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
-    """(tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the latter."""
+    """Return (tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the
+    latter."""
     flat = values.reshape(-1, values.shape[-1])
     mask = inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
     if mask is None or mask.numel() != len(flat):
@@ -389,7 +390,7 @@ def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | LazyLogits:
 
 
 def _logits(output: BlockOutput) -> Any:
-    """(B, C) float64 on the host."""
+    """Return (B, C) float64 on the host."""
     if output.logits is None:
         raise InputError("the model gives no logits", hint="give a number as q")
     return output.logits.detach().to("cpu", torch.float64).numpy()
@@ -400,8 +401,8 @@ def _numbers(output: BlockOutput, inputs: Inputs) -> Tensor:
 
 
 def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities; where there are many and `few` are wanted, those of the likeliest and of all others, and
-    which these are."""
+    """Return log-probabilities; where there are many and `few` are wanted, those of the likeliest and of all others,
+    and which these are."""
     if not few or logs.shape[-1] <= CLASSES:
         return logs, None
     top = logs.topk(CLASSES)
@@ -409,13 +410,13 @@ def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _with_rest(logs: Tensor) -> Tensor:
-    """Log-probabilities (N, K) with one more class that holds the remaining probability."""
+    """Return log-probabilities (N, K) with one more class that holds the remaining probability."""
     rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
     return torch.cat([logs, rest.log()], -1)
 
 
 def _loss(output: BlockOutput, labels: Tensor) -> tuple[float, int]:
-    """(sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
+    """Return (sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
     scores = output.scores
     assert scores is not None
     if per_token(scores):

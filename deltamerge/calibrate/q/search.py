@@ -113,7 +113,7 @@ class Scan:
 
     @property
     def path(self) -> tuple[Point, ...]:
-        """Points and values."""
+        """Return the points and values."""
         return tuple(zip(self.points, self.values, strict=True))
 
 
@@ -212,7 +212,7 @@ def _ratio(value: float, seen: float) -> float:
 
 
 def _within(x: float, low: float, high: float) -> float:
-    """x, or a bound that it reaches but for rounding."""
+    """Return x, or a bound that it reaches but for rounding."""
     return low if x <= low * (1.0 + 1e-9) else high if x >= high * (1.0 - 1e-9) else x
 
 
@@ -254,7 +254,7 @@ def closer(some: Sequence[Point]) -> float | None:
 
 
 def _apart(values: Sequence[float]) -> list[int]:
-    """Indices of the local minima, best first, without those that no hump parts from a better one."""
+    """Return the indices of the local minima, best first, without those that no hump parts from a better one."""
     finite = [value for value in values if value < math.inf]
     least = HUMP * (max(finite) - min(finite)) if finite else 0.0
     kept: list[int] = []
@@ -266,14 +266,14 @@ def _apart(values: Sequence[float]) -> list[int]:
 
 
 def shortlist(found: Minima, low: float, high: float) -> list[tuple[float, float, bool]]:
-    """(point, value, whether it lies on a bound) of the best local minima."""
+    """Return (point, value, whether it lies on a bound) of the best local minima."""
     values = dict([*found.path, *found.others, (found.point, found.value)])
     points = found.minima[:SHORTLIST] or (found.point,)
     return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
 
 
 def passed(found: Minima, low: float, high: float) -> list[tuple[float, float]]:
-    """Points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
+    """Return the points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
 
     Where the least objective is hardly less than the base's, it may prefer the base, or a drowned delta, to everything
     in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.019, whose accuracy is
@@ -331,7 +331,7 @@ class _Memo:
 
 
 def _lowest(values: Sequence[float]) -> list[int]:
-    """Indices of the local minima; of equal neighbours the first."""
+    """Return the indices of the local minima; of equal neighbours the first."""
     walled = [math.inf, *values, math.inf]
     return [i - 1 for i in range(1, len(walled) - 1) if walled[i - 1] > walled[i] <= walled[i + 1]]
 
@@ -343,7 +343,8 @@ def _ordered(value: float) -> float:
 def _brent(
     f: Callable[[float], float], left: float, x: float, right: float, fx: float, evaluations: int, tolerance: float
 ) -> None:
-    """Brent (1973), chapter 5: parabolas through the three best points, golden section where they do not help."""
+    """Search as Brent does (1973, chapter 5): by parabolas through the three best points, golden section where they do
+    not help."""
     golden = (3.0 - math.sqrt(5.0)) / 2.0
     w = v = x
     fw = fv = fx

@@ -284,7 +284,7 @@ class Subject:
         return max(1, most)
 
     def rounds(self, rows: int) -> list[list[dict[str, Tensor]]]:
-        """Batches of the held-out rows, about `rows` of them in each round."""
+        """Return batches of the held-out rows, about `rows` of them in each round."""
         held = self.rows["held"]
         count = max(1, round(len(held) / rows))
         return [self._batched(held[i::count]).inputs for i in range(count)]
@@ -322,7 +322,7 @@ class Subject:
 
     @property
     def passes(self) -> int:
-        """Forward passes over the search rows so far, from the count of sequences."""
+        """Return the forward passes over the search rows so far, from the count of sequences."""
         return math.ceil(self.sequences / self.counts[0])
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
@@ -394,7 +394,8 @@ class Subject:
         return has_head(self.settings, self.task)
 
     def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
-        """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
+        """Return batches to learn on, the batch indices of each step of so many rows, and batches that decide when to
+        stop."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
@@ -410,8 +411,8 @@ class Subject:
     def of_masks(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], masks: range
     ) -> list[list[float]]:
-        """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
-        it is not kept."""
+        """Return [choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk,
+        where it is not kept."""
         jobs = [(mask, q) for mask in masks for q in qs]
         found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
@@ -427,7 +428,7 @@ class Subject:
         jobs: Sequence[T],
         weights: Callable[[Subject, T], Weights],
     ) -> list[Any]:
-        """`value` of the models that jobs stand for, which several GPUs share."""
+        """Return `value` of the models that jobs stand for, which several GPUs share."""
 
         def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
             at.check = check
@@ -454,7 +455,8 @@ class Subject:
         return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
-        """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
+        """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first
+        mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)

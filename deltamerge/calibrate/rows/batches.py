@@ -31,7 +31,7 @@ class Batches:
     texts: list[list[str]] | None = None
 
     def with_more(self, other: Batches) -> Batches:
-        """These batches and then those of `other`."""
+        """Return these batches and then those of `other`."""
         labels = None if self.labels is None or other.labels is None else self.labels + other.labels
         return Batches(self.inputs + other.inputs, labels)
 
@@ -70,7 +70,8 @@ class RowReader:
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def batches(self, rows: Sequence[DataRow], *, size: int = 32, labelled: bool = False) -> Batches:
-        """Batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit it.
+        """Return batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit
+        it.
 
         Texts are batched by length, so that there is little padding. text-generation: a row's label is the answer that
         follows its text, and part of the sequence.
@@ -84,7 +85,8 @@ class RowReader:
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
     def steps(self, rows: Sequence[DataRow], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
-        """Batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as many."""
+        """Return batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as
+        many."""
         even = math.ceil(len(rows) / max(1, math.ceil(len(rows) / step))) or step
         parts = [self.batches(group, size=size).inputs for group in _groups(rows, even)]
         starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
@@ -92,13 +94,13 @@ class RowReader:
         return Batches([batch for part in parts for batch in part], None), indices
 
     def prompts(self, rows: Sequence[DataRow], *, size: int = 32) -> Batches:
-        """Left-padded prompts for generation, with the labels as reference answers."""
+        """Return left-padded prompts for generation, with the labels as reference answers."""
         groups = _groups(self._by_length(rows), size)
         inputs = [self._encode([row.content for row in group], side="left") for group in groups]
         return Batches(inputs, None, [[str(row.label) for row in group] for group in groups])
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Texts of generated tokens (B, T)."""
+        """Return the texts of generated tokens (B, T)."""
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _content(self, row: DataRow) -> Any:
@@ -126,7 +128,7 @@ class RowReader:
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
 
     def _inputs(self, rows: Sequence[DataRow]) -> dict[str, Tensor]:
-        """Inputs of a forward, and which logits are compared where a row is a prompt and its completion."""
+        """Return the inputs of a forward, and which logits are compared where a row is a prompt and its completion."""
         encoded = self._encode([self._content(row) for row in rows])
         if self.decoder or all(row.completion is None for row in rows):
             return encoded
@@ -148,7 +150,7 @@ class RowReader:
         return max(1, start)
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
-        """Inputs of a forward; of an encoder-decoder with the decoder's, which are what it is to say."""
+        """Return the inputs of a forward; of an encoder-decoder with the decoder's, which are what it is to say."""
         if self.decoder and isinstance(contents[0], tuple):
             sources, targets = ([content[i] for content in contents] for i in (0, 1))
             encoded, said = self._padded(sources, side), self._padded(targets, side)
@@ -175,7 +177,7 @@ class RowReader:
 
 
 def said(batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
+    """Return (B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
     if "decoder_input_ids" not in batch:
         scored = batch["attention_mask"].bool()
         if COMPARED in batch:  # by the place before it
@@ -242,7 +244,7 @@ def _picture(row: DataRow) -> Any:
 
 
 def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
-    """InputError unless prompt and answer together fit the model's positions."""
+    """Raise InputError unless prompt and answer together fit the model's positions."""
     limit = min(_positions(config), default=length + new_tokens)
     if length + new_tokens > limit:
         raise InputError(

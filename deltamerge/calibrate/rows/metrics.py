@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Share of equal entries."""
+    """Return the share of equal entries."""
     return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
 
 
 def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation of any number of classes (Gorodkin's R_K)."""
+    """Return Matthews' correlation of any number of classes (Gorodkin's R_K)."""
     p, y = np.asarray(predicted), np.asarray(labels)
     classes = np.union1d(p, y)
     p_NC = (p[:, None] == classes).astype(np.float64)
@@ -30,7 +30,7 @@ def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1 where there are two classes; else the mean of the F1 of every class (macro)."""
+    """Return F1 of class 1 where there are two classes; else the mean of the F1 of every class (macro)."""
     p, y = np.asarray(predicted), np.asarray(labels)
     classes = np.union1d(p, y)
     scored = [1] if set(classes.tolist()) <= {0, 1} else classes.tolist()
@@ -40,18 +40,18 @@ def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def accuracy_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of accuracy and F1 (GLUE's MRPC and QQP)."""
+    """Return the mean of accuracy and F1 (GLUE's MRPC and QQP)."""
     return (accuracy(predicted, labels) + f1(predicted, labels)) / 2.0
 
 
 def pearson_spearman(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of Pearson's and Spearman's correlation (GLUE's STS-B); ties have their mean rank."""
+    """Return the mean of Pearson's and Spearman's correlation (GLUE's STS-B); ties have their mean rank."""
     p, y = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     return (_pearson(p, y) + _pearson(_ranks(p), _ranks(y))) / 2.0
 
 
 def exact_match(predicted: Sequence[str], labels: Sequence[str], pattern: str | None = None) -> float:
-    """Share of texts whose answer equals the label's; see `answer`."""
+    """Return the share of texts whose answer equals the label's; see `answer`."""
     pairs = [(answer(a, pattern), answer(b, pattern)) for a, b in zip(predicted, labels, strict=True)]
     return float(np.mean([a is not None and a == b for a, b in pairs]))
 

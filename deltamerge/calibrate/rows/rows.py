@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge.calibrate.model.transformers_code import check_family
-from deltamerge.calibrate.rows import hub as hub_rows
-from deltamerge.calibrate.rows import rows as data
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import input_error
+from deltamerge.models.hub_client import commit_of
 from deltamerge.recipe.schema import Calibration
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
@@ -88,7 +90,7 @@ def read(
             wrong = "is no .jsonl, .csv or .txt file" if path.exists() else "no such file"
             raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
         else:
-            found = hub_rows.read(source, config=config, split=split or "train", limit=limit)
+            found = read_hub(source, config=config, split=split or "train", limit=limit)
             rows = [_row(n, fields, label, record, None) for n, record in enumerate(found, 1)]
         if not rows:
             raise InputError("holds no rows")
@@ -97,7 +99,7 @@ def read(
 
 def is_of_hub(source: str, folder: Path) -> bool:
     """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
-    return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
+    return not (folder / source).exists() and Path(source).suffix not in FILES and is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
@@ -129,7 +131,7 @@ def _below(folder: Path) -> Iterator[str]:
 
 
 def select(rows: Sequence[DataRow], count: int, seed: int) -> list[DataRow]:
-    """`count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
+    """Return `count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -147,7 +149,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def check_head(config: Mapping[str, Any], task: str) -> None:
-    """InputError unless the model of a config.json has the head that the task needs."""
+    """Raise InputError unless the model of a config.json has the head that the task needs."""
     if not has_head(config, task):
         raise InputError(
             f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {_architecture(config)}",
@@ -156,7 +158,8 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
 
 
 def class_labels(rows: Iterable[DataRow], config: Mapping[str, Any]) -> list[float] | list[int]:
-    """Labels in the form of the head: floats for one output, else class indices; names are looked up in `label2id`."""
+    """Return the labels in the form of the head: floats for one output, else class indices; names are looked up in
+    `label2id`."""
     names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
     outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
     if outputs == 1 or config.get("problem_type") == "regression":
@@ -222,7 +225,7 @@ def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Data
 
 
 def _check_text(number: int, *values: Any) -> None:
-    """InputError: a text among the values that has no UTF-8."""
+    """Raise InputError for a text among the values that has no UTF-8."""
     try:
         "".join(value for value in values if isinstance(value, str)).encode()
     except UnicodeEncodeError:
@@ -275,7 +278,8 @@ LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
 def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.task, else the head's task; without a head, pictures if the config has an image size, else text."""
+    """Return calibration.task, else the head's task; without a head, pictures if the config has an image size, else
+    text."""
     if calibration.task is not None:
         return calibration.task
     if calibration.metric == "exact_match":
@@ -287,7 +291,8 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 
 
 def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
+    """Return calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for
+    classes.
 
     InputError: a metric of classes for a regression head, a metric of texts for a model that generates none, or the
     reverse.
@@ -314,7 +319,7 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def split(
     calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
 ) -> tuple[list[DataRow], list[DataRow]]:
-    """(search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
+    """Return (search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
 
         calibration   the recipe's section
         folder        the recipe's
@@ -332,12 +337,12 @@ def split(
             f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
             hint="give more data, or lower calibration.sequences",
         )
-    search = data.select(found, wanted, seed)
+    search = select(found, wanted, seed)
     chosen = {row.number for row in search}
     others = [row for row in found if row.number not in chosen]
     if len(others) >= max(1, wanted // 3):
-        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
-    held = data.select(found, len(found) // 3, seed)
+        return search, select(others, min(len(others), max(HELD_OUT, wanted)), seed)
+    held = select(found, len(found) // 3, seed)
     chosen = {row.number for row in held}
     return [row for row in found if row.number not in chosen], held
 
@@ -353,7 +358,7 @@ def rows_of(
         check_head(config, task_of(calibration, config))
         metric_of(calibration, config)
         label = None if task_of(calibration, config) == "causal-lm" else calibration.label
-    found = data.read(
+    found = read(
         calibration.data,
         folder=folder,
         text=calibration.text,
@@ -372,7 +377,7 @@ def rows_of(
 
 
 def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
-    """InputError: a task other than the head's, or texts longer than the model's positions."""
+    """Raise InputError for a task other than the head's, or texts longer than the model's positions."""
     architecture = (config.get("architectures") or ["none"])[0]
     heads = [head for some in HEADS.values() for head in some]
     if calibration.task is not None and any(map(architecture.endswith, heads)):
@@ -384,9 +389,85 @@ def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
 
 
 def check_length(length: int, positions: int) -> None:
-    """InputError: calibration.length exceeds the model's positions."""
+    """Raise InputError where calibration.length exceeds the model's positions."""
     if length > positions:
         raise InputError(
             f"calibration.length is {length}, but the model has {positions} positions",
             hint=f"set it to {positions} or less",
         )
+
+
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
+SHOWN_OF_ERROR = 200  # characters of a foreign error that are shown
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether `source` has the form org/name or org/name@revision."""
+    return HUB_ID.fullmatch(source) is not None
+
+
+@cache
+def commit(source: str) -> str | None:
+    """Return the commit of `org/name[@revision]`; offline the revision that the source states, or None."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    found = HUB_ID.fullmatch(source)
+    assert found is not None
+    name, revision = found["id"], found["revision"]
+    if constants.HF_HUB_OFFLINE or (revision and re.fullmatch("[0-9a-f]{40}", revision)):
+        return revision
+    page = f"{constants.ENDPOINT}/datasets/{name}"
+    try:
+        return commit_of(f"datasets/{name}", revision)
+    except InputError:
+        raise
+    except hub.GatedRepoError:
+        raise InputError("is gated on the hub", hint=f"accept its terms at {page}, then `hf auth login`") from None
+    except hub.RepositoryNotFoundError:
+        raise InputError(
+            "no such file, and no such data set on the hub",
+            hint="give a .jsonl, .csv or .txt file beside the recipe; for a private data set `hf auth login`",
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise InputError(f"has no revision {revision}", hint=f"see {page}/tree/main") from None
+    except Exception as error:
+        raise InputError(
+            f"{constants.ENDPOINT} cannot be asked for it: {_line(error)}", hint="HF_HUB_OFFLINE=1 uses the cache"
+        ) from None
+
+
+@cache
+def read_hub(source: str, *, config: str | None, split: str, limit: int) -> tuple[Mapping[str, Any], ...]:
+    """Return the first `limit` rows; streamed, or offline from the cache of `datasets`.
+
+    InputError: `datasets` is missing, or cannot read the data set.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            "reading a hub data set needs the datasets package",
+            hint="pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file",
+        ) from None
+    from huggingface_hub import constants
+
+    found = HUB_ID.fullmatch(source)
+    assert found is not None
+    offline = bool(constants.HF_HUB_OFFLINE)
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(found["id"], config, split=split, revision=commit(source), streaming=not offline)
+        return tuple(itertools.islice(rows, limit))
+    except InputError:
+        raise
+    except Exception as error:
+        hint = "see calibration.config and calibration.split"
+        if offline:
+            hint = "HF_HUB_OFFLINE is set: unset it, or load the data set once with datasets.load_dataset"
+        raise InputError(f"datasets cannot read it: {_line(error)}", hint=hint) from None
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= SHOWN_OF_ERROR else f"{text[:SHOWN_OF_ERROR]}…"

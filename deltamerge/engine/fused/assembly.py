@@ -49,12 +49,12 @@ class StoredSource:
 
     @property
     def begin(self) -> int:
-        """The byte of its file where its elements, or its codes, begin."""
+        """Return the byte of its file where its elements, or its codes, begin."""
         return self.info.begin if self.coded is None else self.coded.codes.begin
 
     @property
     def bits(self) -> int:
-        """The bits of an element in the file; 0: its elements do not follow each other there."""
+        """Return the bits of an element in the file; 0: its elements do not follow each other there."""
         return 8 * self.itemsize if self.coded is None else self.coded.bits
 
 
@@ -93,12 +93,12 @@ class Form:
 
     @property
     def columns(self) -> int:
-        """The length of a row as `tiles.row_length_of` has it; 0 where a block is one row."""
+        """Return the length of a row as `tiles.row_length_of` has it; 0 where a block is one row."""
         return self.shape[-1] if len(self.shape) > 1 else 0
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """The lengths that rows can have."""
+        """Return the lengths that rows can have."""
         if self.columns and row_length(self.shape) <= self.block:
             return (self.columns,)
         last = self.elements % self.block or self.block
@@ -106,12 +106,12 @@ class Form:
 
     @property
     def row(self) -> int:
-        """The length of an output row."""
+        """Return the length of an output row."""
         return max(1, row_length(self.shape))
 
     @property
     def pieces_are_rows(self) -> bool:
-        """Whether what is read at once is made of whole rows."""
+        """Tell whether what is read at once is made of whole rows."""
         return self.row <= self.block and (self.block <= codes.PIECE or self.row == self.block)
 
 
@@ -159,7 +159,7 @@ class Assembly:
         self.operations.append(Operation(code, to, (a, b, c, d), **more))
 
     def new(self, count: int = 1) -> int:
-        """A register, or several in a row."""
+        """Return a register, or several in a row."""
         if count == 1 and self.free:
             return self.free.pop()
         self.count += count
@@ -170,33 +170,33 @@ class Assembly:
         return self.registers[id(node)]
 
     def keep(self, node: Node, places: int) -> KeptRegisters:
-        """A register for a node's kept values, at the places of a list."""
+        """Return a register for a node's kept values, at the places of a list."""
         self.kept[id(node)] = KeptRegisters(self.new(), places)
         return self.kept[id(node)]
 
     def new_list(self) -> int:
-        """A list of places."""
+        """Return a list of places."""
         self.lists += 1
         return self.lists - 1
 
     def table(self, numbers: NDArray[np.float32]) -> int:
-        """Where a table of numbers begins among all."""
+        """Return where a table of numbers begins among all."""
         self.ratios.append(numbers)
         return sum(map(len, self.ratios[:-1]))
 
     def list_of(self, node: Node) -> int:
-        """A list for what a reduction finds."""
+        """Return a list for what a reduction finds."""
         return self.listed.setdefault(id(node), len(self.listed))
 
     def sums_of(self, node: Node, count: int) -> int:
-        """The first of `count` rows of sums for what a reduction finds; one row for itself (0)."""
+        """Return the first of `count` rows of sums for what a reduction finds; one row for itself (0)."""
         first = self.summed
         self.sums[id(node)] = (first, count)
         self.summed += count or 1
         return first
 
     def register(self, node: Node) -> int:
-        """The register of a node's values, filled when it is first asked for where they are stored or sparse."""
+        """Return the register of a node's values, filled when it is first asked for where they are stored or sparse."""
         if id(node) not in self.registers:
             if id(node) in self.zeros:
                 self.add(codes.SCATTER, self.made(node), 0, -1)
@@ -208,14 +208,14 @@ class Assembly:
         return self.registers[id(node)]
 
     def operand(self, node: Node) -> int:
-        """What holds a node's values: its register, or a source that need not be put into one."""
+        """Return what holds a node's values: its register, or a source that need not be put into one."""
         source = self.source_of.get(id(node), -1)
         if id(node) in self.registers or source < 0 or self.sources[source].info.dtype == "F16":
             return self.register(node)
         return codes.DIRECT + source
 
     def release(self, nodes: Sequence[Node]) -> None:
-        """Nodes that are not used any more leave their registers."""
+        """Let nodes that are not used any more leave their registers."""
         for node in nodes:
             if id(node) in self.registers:
                 self.free.append(self.registers.pop(id(node)))

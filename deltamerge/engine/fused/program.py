@@ -64,8 +64,8 @@ class Program:
         self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """Elements [start, stop) of the tensor, from the start of a block, put into `out` if there is one; the partials
-        of the pass's reductions by the id of their node. None: it failed, and torch tells why."""
+        """Compute elements [start, stop) of the tensor, from the start of a block, put into `out` if there is one; the
+        partials of the pass's reductions by the id of their node. None: it failed, and torch tells why."""
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)
@@ -114,8 +114,8 @@ class Program:
         return np.array(numbers, np.int64)
 
     def _made(self, place: StoredSource, start: int, stop: int) -> NDArray[np.uint8]:
-        """A buffer that begins with the elements of a tensor whose bytes are made when they are read: one that is done
-        with, as new memory has to be cleared first."""
+        """Return a buffer that begins with the elements of a tensor whose bytes are made when they are read: one that
+        is done with, as new memory has to be cleared first."""
         size = (stop - start) * place.itemsize
         buffer = self.spare.pop() if self.spare else np.empty(0, np.uint8)
         if len(buffer) < size:
@@ -126,7 +126,8 @@ class Program:
     def _files(
         self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[CodedRows | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[NDArray[Any]]]:
-        """Where each source lies, of those that are codes what they are, and the arrays that both name by number."""
+        """Return where each source lies, of those that are codes what they are, and the arrays that both name by
+        number."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()
         arrays: list[NDArray[Any]] = []
         for row, place, made, part in zip(rows, self.sources, memory, coded, strict=True):
@@ -137,14 +138,15 @@ class Program:
         return rows, np.array(described, np.int64), arrays
 
     def _room(self, start: int, stop: int) -> tuple[NDArray[np.int64], int]:
-        """The number of the first piece of each source's file, and how many pieces any of them may have."""
+        """Return the number of the first piece of each source's file, and how many pieces any of them may have."""
         bits = [self._hashed_bits(place) for place in self.sources]
         begins = (place.begin + start * width // 8 for place, width in zip(self.sources, bits, strict=True))
         longest = (stop - start) * max(bits, default=0) // 8
         return np.array([-(-x // PIECE_BYTES) for x in begins], np.int64), longest // PIECE_BYTES if self.pieces else 0
 
     def _hashed_bits(self, place: StoredSource) -> int:
-        """The bits of an element in a source's file; 0 where pieces may begin within a byte: they are not hashed."""
+        """Return the bits of an element in a source's file; 0 where pieces may begin within a byte: they are not
+        hashed."""
         begins = (self.block, max(codes.PIECE, self.assembly.chunk))
         return 0 if any(begin * place.bits % 8 for begin in begins) else place.bits
 
@@ -164,7 +166,7 @@ def _fd(place: StoredSource) -> int:
 def _joined(
     parts: Sequence[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]],
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.int64]]:
-    """The gap tables end to end, their guides likewise, and where each begins and ends, with its shift."""
+    """Return the gap tables end to end, their guides likewise, and where each begins and ends, with its shift."""
     tables, guides = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
     bounds, at, of_guide = np.empty((len(parts), 5), np.int64), 0, 0
     for row, (table, guide, shift) in zip(bounds, parts, strict=True):
@@ -181,7 +183,7 @@ Steps = Sequence[tuple[Node, dict[str, Any], tuple[Node, ...]]]
 
 
 def covers(root: Node) -> bool:
-    """Whether the loop can run every pass of a tensor; whatever the values in between are."""
+    """Tell whether the loop can run every pass of a tensor; whatever the values in between are."""
     return (root.kind in ("small", *REDUCTIONS) or root.dtype in STORED) and all(
         _is_known(node, root) for node in depth_first(root)
     )
@@ -199,8 +201,8 @@ def _is_known(node: Node, root: Node) -> bool:
 def assemble(
     steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
 ) -> Program | None:
-    """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
-    operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
+    """Return the pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has
+    no operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
     assembly = operations_of(steps, values, reader, shape, output)
     ends = any(node.kind in REDUCTIONS for node, _, _ in steps)
     return None if assembly is None else Program(assembly, reader, hashed=not ends)
@@ -209,7 +211,7 @@ def assemble(
 def operations_of(
     steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
 ) -> Assembly | None:
-    """The operations of a pass."""
+    """Return the operations of a pass."""
     declared = [traits_of(node.function) for node, _, _ in steps]
     ends, last = any(node.kind in REDUCTIONS for node, _, _ in steps), steps[-1][0]
     gathers = not ends and _patches(last.inputs[0] if declared[-1].stores else last)
@@ -235,7 +237,7 @@ def _read(assembly: Assembly, node: Node) -> None:
 
 
 def _patches(merge: Node) -> bool:
-    """Whether a merge works on places alone: its cost follows what is kept."""
+    """Tell whether a merge works on places alone: its cost follows what is kept."""
     if not traits_of(merge.function).patches or not merge.inputs[0].is_source:
         return False
     return all(map(is_sparse, merge.inputs[1:]))

@@ -19,6 +19,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.files import progress
 from deltamerge.files.descriptors import input_error, refuse_link
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -117,7 +118,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputError("is not a regular file")
-            with path.open("rb") as file:
+            with path.open("rb") as file, progress.phase(f"reading {path.name}", 0, "tokens"):
                 header = parse_gguf_header(file.read, path, os.fstat(file.fileno()).st_size)
                 return with_factors(header, lambda begin, count: os.pread(file.fileno(), count, begin))
         except OSError as error:

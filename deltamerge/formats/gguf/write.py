@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import OutputError
+from deltamerge.files import progress
 from deltamerge.files.descriptors import flat, output_error
 from deltamerge.formats.gguf.header import package
 from deltamerge.tensors.dtypes import bits_type, widen
@@ -87,19 +88,22 @@ def write(
     header.write_kv_data_to_file()
     header.write_ti_data_to_file()
     header.close()
+    size = sum(math.prod(tensor.source.shape) for tensor in listed)
     try:
-        with path.open("ab") as file:
+        with path.open("ab") as file, progress.phase(f"writing {path.name}", size, "weights") as writing:
             _pad(file)
             for tensor in listed:
                 with errors.context(tensor.name):
-                    for piece in _pieces(tensor, read):
+                    for piece, count in _pieces(tensor, read):
                         file.write(flat(piece))
+                        writing.step(count)
                     _pad(file)
     except OSError as error:
         raise output_error(error) from error
 
 
-def _pieces(tensor: GgufTensor, read: Read) -> Iterable[NDArray[Any]]:
+def _pieces(tensor: GgufTensor, read: Read) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield what is written of a tensor, piece by piece, and how many weights each has."""
     gguf = package(NEEDED)
     kind = gguf.GGMLQuantizationType[tensor.type]
     step = max(1, CHUNK // max(1, tensor.row))
@@ -111,7 +115,7 @@ def _pieces(tensor: GgufTensor, read: Read) -> Iterable[NDArray[Any]]:
             made = gguf.quants.quantize(values, kind)
         if tensor.type == "F16" and not np.isfinite(made).all():
             raise OutputError("holds values beyond 65504, where float16 ends", hint="output: {gguf: bf16}")
-        yield np.ascontiguousarray(made)
+        yield np.ascontiguousarray(made), values.size
 
 
 def _rows(tensor: GgufTensor, read: Read, top: int, bottom: int) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import count
@@ -493,11 +493,6 @@ def _columns(read: Read, info: Part, matrix: tuple[int, int, int], first: int, l
     offsets = ((top + np.arange(rows)) * width + first) * size
     read.read_runs(info, offsets, np.arange(1, rows + 1) * (last - first) * size, found)
     return found
-
-
-def kept_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Return the memory that slabs of these tensors take while they are read."""
-    return KEPT if any(tensor.keeps for info in tensors for tensor in info.tensor.graph()) else 0
 
 
 def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:

@@ -17,7 +17,7 @@ from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.files.descriptors import flat, output_error, reserve
 from deltamerge.formats.quantised.scheme import Coding, Unit
-from deltamerge.formats.safetensors_writer import Writer
+from deltamerge.formats.safetensors import Writer
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.tensor import Read
 

@@ -31,7 +31,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
 def iso_c(
     *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, transposed: bool = False
 ) -> torch.Tensor:
-    """Return mean(S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
+    """Return the mean (S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
 
     Directions whose singular value is nothing but rounding are left out. A matrix that is stored `transposed`
     has a transposed result. `matrices.nodes` takes `lambda_`.

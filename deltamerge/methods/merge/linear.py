@@ -25,7 +25,7 @@ def loop(
     normalize: bool,
     counts: tuple[float, ...] | None = None,
 ) -> None:
-    """The same as an operation of the compiled loop."""
+    """Add the same to the compiled loop as an operation."""
     divisor = divisor_of(weights if counts is None else counts) if normalize else 1.0
     weighted(assembly, node, weights, divisor, models=node.inputs)
 

@@ -79,7 +79,7 @@ class Matrices:
 
     @property
     def rank(self) -> int:
-        """The smaller side."""
+        """Return the smaller side."""
         return min(self.rows, self.columns)
 
     @property
@@ -87,16 +87,16 @@ class Matrices:
         return self.rows < self.columns
 
     def delta(self, i: int) -> Tall:
-        """w_i Δ_i."""
+        """Return w_i Δ_i."""
         return self._tall(self._read(i), self.weights[i])
 
     def linear(self, i: int, *, transposed: bool) -> Tensor:
-        """w_i Δ_i in float64, of (out, in); `transposed`: it is stored (in, out)."""
+        """Return w_i Δ_i in float64, of (out, in); `transposed`: it is stored (in, out)."""
         values = self._read(i)
         return (values.T if transposed else values).to(torch.float64) * self.weights[i]
 
     def total(self) -> Tall:
-        """Σ w_i Δ_i in float64."""
+        """Return Σ w_i Δ_i in float64."""
         size, step = self.rows * self.columns, max(1, BLOCK // self.columns) * self.columns
         values = torch.zeros(size, dtype=torch.float64, device=self.sources[0].device)
         part = torch.empty(min(step, size), dtype=torch.float32, device=values.device)
@@ -124,7 +124,7 @@ class Tall:
     factor: float = 1.0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their values."""
+        """Return rows and their values."""
         rows, columns = self.values.shape
         step = max(2 * columns, BLOCK // columns)
         for start in range(0, rows, step):

@@ -24,7 +24,7 @@ def keeps_unscaled(*, scales: tuple[float, ...]) -> bool:
 
 
 def loop(assembly: Assembly, node: Node, scales: tuple[float, ...]) -> None:
-    """The same as an operation of the compiled loop."""
+    """Add the same to the compiled loop as an operation."""
     weighted(assembly, node, scales[:1], models=node.inputs)
 
 

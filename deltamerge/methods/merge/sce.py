@@ -45,7 +45,7 @@ def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
 
 
 def weights(*squares: np.ndarray[Any, Any], size: int) -> tuple[float, ...]:
-    """Return mean(Δ_i²) ÷ their sum, in float32; all equal where that sum is below 1e-6."""
+    """Return the mean (Δ_i²) ÷ their sum, in float32; all equal where that sum is below 1e-6."""
     means = [math.fsum(part) / max(size, 1) for part in squares]
     total = math.fsum(means)
     if total < SMALLEST_WEIGHT:
@@ -77,7 +77,7 @@ def nodes(
 
 
 def loop(assembly: Assembly, node: Node) -> None:
-    """The same as an operation of the compiled loop."""
+    """Add the same to the compiled loop as an operation."""
     base, *deltas, weights = node.inputs
     start, registers = assembly.operand(base), tuple(map(assembly.register, deltas))
     given = tuple(assembly.values[id(weights)])

@@ -52,7 +52,7 @@ def nodes(
     filter_wise: bool = False,
     **parameters: Any,
 ) -> Any:
-    """The node of Σ c_i x_i, + base if `based`.
+    """Return the node of Σ c_i x_i, + base if `based`.
 
     make         makes a graph's node
     function     name of the method
@@ -99,7 +99,8 @@ def _gram_loop(assembly: Assembly, node: Node) -> None:
 
 @traits(loop=_gram_loop, sums=True)
 def gram(*models: Part, tile: Tile) -> Floats:
-    """Per block the upper triangle of ⟨x_i, x_j⟩: float64 (blocks, n(n+1)/2); products of float32 are exact in it."""
+    """Return per block the upper triangle of ⟨x_i, x_j⟩: float64 (blocks, n(n+1)/2); products of float32 are exact in
+    it."""
     rows = []
     for parts in zip(*(alike(densify(x, tile.size), tile) for x in models), strict=True):
         wide = [part.to(torch.float64) for part in parts]
@@ -110,26 +111,27 @@ def gram(*models: Part, tile: Tile) -> Floats:
 
 
 def add_up(partials: Floats, *, count: int) -> Floats:
-    """The Gram matrix (n, n) of all blocks, each entry summed exactly and rounded once."""
+    """Return the Gram matrix (n, n) of all blocks, each entry summed exactly and rounded once."""
     sums = [math.fsum(column) if np.isfinite(column).all() else column.sum() for column in partials.T]
     return square(np.array(sums), count)
 
 
 def row_grams(*models: Part, tile: Tile) -> Floats:
-    """(rows, n, n): ⟨x_i, x_j⟩ for each row, the last dimension, of a tile."""
+    """Return (rows, n, n): ⟨x_i, x_j⟩ for each row, the last dimension, of a tile."""
     wide = [densify(x, tile.size).to(torch.float64).view(-1, tile.shape[-1]) for x in models]
     upper = torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))], -1)
     return square(upper.cpu().numpy(), len(models))
 
 
 def scales(*largest: Floats) -> list[float]:
-    """A power of two ≥ max abs(x) per model, from its blocks' maxima; 1 where that is 0 or not finite."""
+    """Return a power of two ≥ max abs(x) per model, from its blocks' maxima; 1 where that is 0 or not finite."""
     found = [float(blocks.max(initial=0.0)) for blocks in largest]
     return [2.0 ** math.ceil(math.log2(x)) if 0.0 < x < math.inf else 1.0 for x in found]
 
 
 def column_limbs(*inputs: Any, tile: Tile) -> NDArray[np.int64]:
-    """Σ x_i x_j of each column (entries that differ in the first dimension alone), as integers: they add in any order.
+    """Return Σ x_i x_j of each column (entries that differ in the first dimension alone), as integers: they add in any
+    order.
 
     int64 (3, columns, n(n+1)/2): products over their scales, cut into three limbs of 30 bits; up to 2**31 rows.
     """
@@ -150,7 +152,7 @@ def column_limbs(*inputs: Any, tile: Tile) -> NDArray[np.int64]:
 
 
 def from_limbs(limbs: NDArray[np.int64], scale: list[float], *, count: int) -> Floats:
-    """(columns, n, n) Gram matrices in float64."""
+    """Return (columns, n, n) Gram matrices in float64."""
     total = sum(limbs[k].astype(np.float64) * 2.0 ** (-LIMB_BITS * (k + 1)) for k in range(LIMBS))
     return square(np.asarray(total) * [scale[i] * scale[j] for i, j in pairs(count)], count)
 
@@ -167,7 +169,7 @@ def _is_along_tensor(node: Node, root: Node) -> bool:
 
 @traits(loop=_combine_loop, fits=_is_along_tensor)
 def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
-    """Σ c_i x_i in float32, added to the base if `based`; c (n), or (rows, n) of the tile, or (columns, n)."""
+    """Return Σ c_i x_i in float32, added to the base if `based`; c (n), or (rows, n) of the tile, or (columns, n)."""
     *parts, coefficients = inputs
     models = parts[1:] if based else parts
     total: torch.Tensor | None = None
@@ -179,7 +181,7 @@ def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
 
 
 def _spread(coefficient: Floats, tile: Tile, along: str, part: Any) -> Any:
-    """One model's coefficient for every entry of a tile: a number, or a flat tensor."""
+    """Return one model's coefficient for every entry of a tile: a number, or a flat tensor."""
     if along == "tensor":
         return float(np.float32(coefficient))
     device = (part.values if isinstance(part, Kept) else part).device
@@ -204,17 +206,17 @@ def norms_of(gram: Floats) -> Floats:
 
 
 def length_of(coefficients: Floats, gram: Floats) -> float:
-    """‖Σ c_i x_i‖."""
+    """Return ‖Σ c_i x_i‖."""
     return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
-    """(i, j), i ≤ j: the order of an upper triangle."""
+    """Return (i, j), i ≤ j: the order of an upper triangle."""
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
 def square(upper: Floats, count: int) -> Floats:
-    """Symmetric matrices (…, n, n) of their upper triangles (…, n(n+1)/2)."""
+    """Return symmetric matrices (…, n, n) of their upper triangles (…, n(n+1)/2)."""
     full = np.empty((*upper.shape[:-1], count, count))
     for k, (i, j) in enumerate(pairs(count)):
         full[..., i, j] = full[..., j, i] = upper[..., k]

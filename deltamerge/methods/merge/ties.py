@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:
-    """The same as an operation of the compiled loop."""
+    """Add the same to the compiled loop as an operation."""
     base, *deltas = node.inputs
     agreeing(assembly, node, weights, lambda_, normalize=normalize, models=deltas, base=base)
 

@@ -46,25 +46,27 @@ _MASK32 = (1 << 32) - 1
 
 
 def mask_key(seed: int, model: str, tensor: str) -> Key:
-    """The Philox key of a model's tensor: blake2b-128 of the JSON list ["deltamerge mask 1", seed, model, tensor]."""
+    """Return the Philox key of a model's tensor: blake2b-128 of the JSON list ["deltamerge mask 1", seed, model,
+    tensor]."""
     text = json.dumps(["deltamerge mask 1", seed, model, tensor], separators=(",", ":"))
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def is_sparse(density: float) -> bool:
-    """Whether a mask of this density is drawn by gaps (and its delta held as `Kept`)."""
+    """Tell whether a mask of this density is drawn by gaps (and its delta held as `Kept`)."""
     return density < SPARSE_BELOW
 
 
 def threshold(density: float) -> int:
-    """round(density * 2**32): a position is kept iff its 32-bit word is below (dense regime)."""
+    """Return round(density * 2**32): a position is kept iff its 32-bit word is below (dense regime)."""
     return round(density * 2**32)
 
 
 @lru_cache(maxsize=64)
 def gap_table(density: float) -> NDArray[np.uint64]:
-    """T[k-1] = floor(2**63 * (1 - (1-density)**k)), k = 1 ... K = min(ceil(4/density), 2**16), by 192-bit integers.
+    """Return T[k-1] = floor(2**63 * (1 - (1-density)**k)), k = 1 ... K = min(ceil(4/density), 2**16), by 192-bit
+    integers.
 
     A draw u of 63 bits gives the gap `searchsorted(T, u, "right")`.
     """
@@ -82,7 +84,8 @@ def gap_table(density: float) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
-    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap that it can give."""
+    """Return the gap table with a sentinel, and for each value of a draw's leading bits the least gap that it can
+    give."""
     table = gap_table(density)
     leading = min(len(table).bit_length() + 2, 14)
     starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
@@ -97,7 +100,7 @@ def _generator(key: Key, index: int, block: int, lane: int) -> np.random.Philox:
 
 
 def uniforms(key: Key, start: int, stop: int) -> NDArray[np.float64]:
-    """(2, stop − start) two numbers in (0, 1) for each position: (w + ½) / 2³², w a half of its draw."""
+    """Return (2, stop − start) two numbers in (0, 1) for each position: (w + ½) / 2³², w a half of its draw."""
     first = start // 4
     raw = _generator(key, first, 0, NUMBERS).random_raw(4 * (-(-stop // 4) - first))
     raw = raw[start - 4 * first :][: stop - start]
@@ -106,7 +109,8 @@ def uniforms(key: Key, start: int, stop: int) -> NDArray[np.float64]:
 
 
 def normals(key: Key, start: int, stop: int) -> NDArray[np.float32]:
-    """Standard normal numbers of positions [start, stop): √(−2 ln u) cos 2πv of their `uniforms` (Box and Muller)."""
+    """Return standard normal numbers of positions [start, stop): √(−2 ln u) cos 2πv of their `uniforms` (Box and
+    Muller)."""
     u, v = uniforms(key, start, stop)
     found: NDArray[np.float32] = (np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)).astype(np.float32)
     return found
@@ -119,13 +123,13 @@ def _halves(key: Key, lane: int, start: int, stop: int) -> NDArray[np.uint16]:
 
 
 def words(key: Key, start: int, stop: int) -> NDArray[np.uint32]:
-    """The 32-bit words of positions [start, stop)."""
+    """Return the 32-bit words of positions [start, stop)."""
     high = _halves(key, HIGH, start, stop).astype(np.uint32)
     return high << np.uint32(16) | _halves(key, LOW, start, stop)
 
 
 def keep(key: Key, start: int, stop: int, density: float) -> NDArray[np.bool_]:
-    """words(key, start, stop) < round(density * 2**32), as bool, at about half the price."""
+    """Return words(key, start, stop) < round(density * 2**32), as bool, at about half the price."""
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
         return np.ones(stop - start, np.bool_)
@@ -139,7 +143,7 @@ def keep(key: Key, start: int, stop: int, density: float) -> NDArray[np.bool_]:
 
 
 def positions(key: Key, start: int, stop: int, density: float) -> NDArray[np.int64]:
-    """The kept positions among [start, stop), ascending, relative to start."""
+    """Return the kept positions among [start, stop), ascending, relative to start."""
     if not is_sparse(density):
         return np.flatnonzero(keep(key, start, stop, density)).astype(np.int64, copy=False)
     table, parts = gap_table(density), [np.empty(0, np.int64)]
@@ -161,15 +165,15 @@ def _inside(found: NDArray[np.int64], origin: int, start: int, stop: int) -> NDA
 
 
 def _draws(density: float) -> int:
-    """The number of draws to make at once: enough for nearly every block, a multiple of 4; it does not
-    affect the mask."""
+    """Return the number of draws to make at once: enough for nearly every block, a multiple of 4; it does not affect
+    the mask."""
     mean = density * SPARSE_BLOCK * 1.02
     return 4 * math.ceil((mean + 5 * math.sqrt(mean) + 4) / 4)
 
 
 @lru_cache(maxsize=64)
 def choose_columns(key: Key, n: int, count: int) -> NDArray[np.int64]:
-    """`count` of n columns, ascending: those with the smallest 64-bit draws (of equal ones the first)."""
+    """Return `count` of n columns, ascending: those with the smallest 64-bit draws (of equal ones the first)."""
     draws = _generator(key, 0, 0, COLUMNS).random_raw(n)
     columns = np.sort(np.argsort(draws, kind="stable")[:count]).astype(np.int64, copy=False)
     columns.setflags(write=False)
@@ -177,14 +181,14 @@ def choose_columns(key: Key, n: int, count: int) -> NDArray[np.int64]:
 
 
 def words_torch(key: Key, start: int, stop: int, device: Any = "cpu") -> torch.Tensor:
-    """`words` as int64 on any device."""
+    """Return `words` as int64 on any device."""
     if torch.device(device).type == "cpu":
         return torch.from_numpy(words(key, start, stop).astype(np.int64))
     return _words_device(key, start, stop, device)
 
 
 def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
-    """`keep` on any device.
+    """Return `keep` on any device.
 
     key           the mask's
     start, stop   positions
@@ -197,7 +201,7 @@ def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "c
 
 
 def positions_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
-    """`positions` on any device.
+    """Return `positions` on any device.
 
     key           the mask's
     start, stop   positions
@@ -234,8 +238,8 @@ def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -
 
 
 def _positions_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
-    """`positions_torch` for all blocks of [start, stop) at once: draws (B, D), gaps by table, places by a cumulative
-    sum along D."""
+    """Return `positions_torch` for all blocks of [start, stop) at once: draws (B, D), gaps by table, places by a
+    cumulative sum along D."""
     table = torch.from_numpy(gap_table(density).astype(np.int64)).to(device)
     block_B1 = torch.arange(start // SPARSE_BLOCK, -(-stop // SPARSE_BLOCK), device=device)[:, None]
     place_B1 = torch.zeros_like(block_B1)
@@ -255,7 +259,7 @@ def _positions_device(key: Key, start: int, stop: int, density: float, device: A
 
 
 def _halves_device(key: Key, lane: int | torch.Tensor, start: int, stop: int, device: Any) -> torch.Tensor:
-    """The half-words of positions [start, stop); of lanes (n, 1) a row each."""
+    """Return the half-words of positions [start, stop); of lanes (n, 1) a row each."""
     first = start // 16
     index = torch.arange(first, -(-stop // 16), device=device)
     halves = _philox_device(key, index, torch.zeros_like(index), lane).view(torch.int16).flatten(-2)
@@ -263,7 +267,7 @@ def _halves_device(key: Key, lane: int | torch.Tensor, start: int, stop: int, de
 
 
 def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int | torch.Tensor) -> torch.Tensor:
-    """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words.
+    """Return Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words.
 
     Both halves of a round are one tensor, so that a GPU starts few kernels.
     """
@@ -287,7 +291,7 @@ def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int
 def _multiply(
     a: torch.Tensor, b: torch.Tensor, b_low: torch.Tensor, b_high: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 64 bits of the unsigned product, by the 32-bit limbs of b; sums wrap as two's complement."""
+    """Return high and low 64 bits of the unsigned product, by the 32-bit limbs of b; sums wrap as two's complement."""
     a_low, a_high = a & _MASK32, a >> 32 & _MASK32
     middle = (a_low * b_low >> 32 & _MASK32) + a_high * b_low
     cross = (middle & _MASK32) + a_low * b_high

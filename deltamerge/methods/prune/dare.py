@@ -33,7 +33,7 @@ def nodes(masking: Masking) -> Any:
 
 
 def loop(assembly: Assembly, node: Node, key: Key, density: float) -> None:
-    """The same as operations of the compiled loop."""
+    """Add the same to the compiled loop as operations."""
     if is_sparse(density):
         kept = assembly.keep(node, assembly.new_list())
         assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)

@@ -58,7 +58,7 @@ def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.ui
 
 
 def loop(assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True) -> None:
-    """The same as an operation of the compiled loop."""
+    """Add the same to the compiled loop as an operation."""
     form, lengths = assembly.form, list[int]()
     for length in form.row_lengths:
         limits, ratios = _limits(length, density, epsilon)

@@ -203,7 +203,7 @@ class Candidates:
 
     @property
     def one(self) -> bool:
-        """Whether one value stands for all that are inside the bracket."""
+        """Tell whether one value stands for all that are inside the bracket."""
         return self.values.size == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from itertools import combinations
@@ -190,6 +191,8 @@ def test_the_recipe_without_rows_runs(folder: Path, tmp_path: Path) -> None:
     found = recommend_merge([str(folder / n) for n in NAMES], str(folder / "base"), out=out, options=OPTIONS)
     assert found.method == "iso_c"
     assert not found.candidates
+    assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: iso_c>"
+    assert html.escape(found.why[0][:20]) in found._repr_html_()
     assert run(out, tmp_path / "merged").folder.is_dir()
 
 

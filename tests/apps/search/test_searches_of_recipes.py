@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,22 @@ from calls import call
 from conftest import load_tensors, tiny_bert_pair, write_json
 from running import run
 from safetensors.torch import load_file, save_file
+from word_tokenizer import write_tokenizer
 
+from deltamerge.apps.search import evaluate
 from deltamerge.apps.search.candidates import candidates_of
 from deltamerge.apps.search.judge import Walk
-from deltamerge.apps.search.outcome import Bench, Outcome, pareto, rank, value_of
-from deltamerge.apps.search.proposals import load_optuna, sampler
+from deltamerge.apps.search.outcome import Bench, Outcome, lm_eval_value, pareto, rank, value_of
+from deltamerge.apps.search.proposals import decode, load_optuna, sampler
+from deltamerge.apps.search.results import label
 from deltamerge.apps.search.search import search
+from deltamerge.apps.search.sweep import sweep
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.open_values import Range, settings_by_place, template_of
-from deltamerge.recipe.schema import Prune, Study, schema
+from deltamerge.recipe.schema import LmEval, Prune, Study, schema
 from deltamerge.recipe.yaml_source import loads as loads_yaml
 from deltamerge.run.options import Options
 
@@ -194,6 +200,193 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
         assert code in (1, 2)
         assert said in err, err
         assert "Traceback" not in err
+
+
+def test_eval_goes_on_and_checks_every_model_first(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    scored: list[int] = []
+    measure = evaluate.measured
+
+    def counted(sheets: Any, variants: Any) -> Any:
+        scored.append(len(variants))
+        if len(scored) == 2:
+            raise InputError("the power is out")
+        return measure(sheets, variants)
+
+    monkeypatch.setattr(evaluate, "measured", counted)
+    words = ("--head", "tuned", "--calibration", "calib.jsonl", "--length", "12", "--out", "scores.jsonl", "--json")
+    tensors = load_file(folder / "other" / "model.safetensors")
+    shutil.copytree("other", "cut")
+    lost = next(name for name in tensors if not name.startswith("classifier"))
+    save_file({n: t for n, t in tensors.items() if n != lost}, Path("cut/model.safetensors"), metadata={"format": "pt"})
+    code, _, err = call(capsys, "eval", "tuned", "other", "cut", *words)
+    assert code == 1
+    assert f"cut: lacks {lost}" in err
+    assert not scored  # nothing was computed before the last model was checked
+    code, _, err = call(capsys, "eval", "tuned", "other", *words)
+    assert (code, "the power is out" in err) == (1, True)
+    assert len(Path("scores.jsonl").read_text().splitlines()) == 1
+    with Path("scores.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')  # as a full disk leaves it
+    code, out, err = call(capsys, "eval", "tuned", "other", *words)
+    assert code == 0, err
+    assert len(scored) == 3  # the first model's scores were there
+    again = call(capsys, "eval", "tuned", "other", *words)[1]
+    assert (again, len(scored)) == (out, 3)
+    changed = {name: tensor + 0.5 for name, tensor in tensors.items()}
+    save_file(changed, folder / "other" / "model.safetensors", metadata={"format": "pt"})
+    code, moved, _ = call(capsys, "eval", "tuned", "other", *words)
+    assert (code, len(scored)) == (0, 4)
+    assert json.loads(moved)["models"][0] == json.loads(out)["models"][0]
+    assert json.loads(moved)["models"][1] != json.loads(out)["models"][1]
+    Path("notes.txt").write_text("mine\nand mine\n")
+    code, _, err = call(capsys, "eval", "tuned", *words[:-3], "--out", "notes.txt")
+    assert (code, "notes.txt:1: is no line of scores" in err) == (1, True)
+    code, _, err = call(capsys, "eval", "base", "tuned", *words[2:])
+    assert "hint: --head tuned" in err
+
+
+def test_tables_name_models_and_numbers_have_three_digits(
+    folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    text = MODELS.replace(", name: a", "").replace("%s", "{search: [0, 1]}") + "merge_method: task_arithmetic\n"
+    write(folder, text + "study: {objective: accuracy, trials: 3}\n", "open")
+    code, out, err = call(capsys, "search", "open.yaml")
+    assert code == 0, err
+    assert re.search(r"tuned +b\n.*weight +weight\n", out), out
+    assert "models[" not in out
+    assert "/tuned" not in out
+    best = yaml.safe_load((folder / "open.best.yaml").read_text())
+    found = json.loads((folder / "open-search" / "study.json").read_text())
+    assert all(value == float(f"{value:.3g}") for trial in found["trials"] for value in trial["values"].values())
+    chosen = found["trials"][found["best"]]["values"]
+    assert chosen == {f"models[{i}].parameters.weight": m["parameters"]["weight"] for i, m in enumerate(best["models"])}
+    page = (folder / "open-search" / "report.html").read_text()
+    assert "tuned: weight" in page
+    assert "models[" not in page
+    axis = Range(("a",), 0.12345, 0.12349)
+    assert decode([axis], {"a": 0.123456}) == {"a": 0.123456}  # rounded it would be outside
+    assert decode([Range(("a",), 0, 4, step=0.0625)], {"a": 1.0625}) == {"a": 1.0625}
+    assert label("models[1].prune.density[0]", ["x", "./y"]) == "y: prune.density[0]"
+    assert label("models[7].parameters.weight", ["x"]) == "models[7].parameters.weight"
+
+
+def test_a_sweep_scores_the_base_and_the_fine_tunes_by_its_objective(folder: Path, capsys) -> None:
+    write(
+        folder,
+        MODELS % ("{sweep: [0.5, 1.0]}", 0.5) + "merge_method: task_arithmetic\nstudy: {objective: agreement}\n",
+        "swept",
+    )
+    code, out, err = call(capsys, "sweep", folder / "swept.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["reference_objectives"] == {
+        "base": {"mean distance": 1.0}, "fine-tune": {"mean distance": pytest.approx(0.0, abs=1e-6)}
+    }  # fmt: skip
+    code, out, err = call(capsys, "sweep", folder / "swept.yaml")
+    assert re.search(r"\n +base +1 +1 +1\n", out), out
+
+
+def test_results_are_a_line_in_python_and_a_table_in_a_notebook(folder: Path) -> None:
+    text = (
+        MODELS % ("{search: [0, 1]}", 0.5) + "merge_method: task_arithmetic\nstudy: {objective: accuracy, trials: 2}\n"
+    )
+    found = search(read_template(write(folder, text, "open")), OPTIONS)
+    assert repr(found).startswith(f"<SearchResult {folder / 'open-search'}: trial {found.chosen.number} of 2, mean acc")
+    assert "<th>a: weight</th>" in found._repr_html_()
+    swept = sweep(read_template(write(folder, text.replace("search: [0, 1]", "sweep: [0.5, 1.0]"), "swept")), OPTIONS)
+    assert repr(swept).startswith(f"<SweepResult {folder / 'swept-sweep'}: 2 points, best a: weight ")
+    assert "swept.best.yaml" in swept._repr_html_()
+    scores = evaluate.Evaluation({"": 8}, (evaluate.ModelScores("m", {"": {"accuracy": 0.51234}}),))
+    assert repr(scores) == "<Evaluation of 1 models: 8 rows>"
+    assert "<th>m</th><td>accuracy 0.512</td>" in scores._repr_html_()
+
+
+def harness(scores: dict[str, Any], given: dict[str, Any]) -> ModuleType:
+    """Return a module with the two calls of lm_eval that are used."""
+    made, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
+
+    def simple_evaluate(**told: Any) -> dict[str, Any]:
+        print("a table")
+        given.update(told)
+        return {"results": scores}
+
+    made.simple_evaluate, made.tasks = simple_evaluate, tasks  # type: ignore[attr-defined]
+    tasks.TaskManager = dict  # type: ignore[attr-defined]
+    return made
+
+
+def test_tasks_of_lm_eval_are_an_objective(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    scores = {"toy": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "toy"}, "other": {"acc,none": 0.75}}
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    text = MODELS % ("{sweep: [0.5, 1.0]}", 0.5) + "merge_method: task_arithmetic\nstudy: {objective: {lm_eval: %s}}\n"
+    path = write(folder, text % "[toy, other]", "swept")
+    code, _, err = call(capsys, "sweep", path)
+    assert (code, "pip install 'deltamerge[lm-eval]'" in err) == (1, True)
+    made = harness(scores, given)
+    monkeypatch.setitem(sys.modules, "lm_eval", made)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", made.tasks)
+    code, out, err = call(capsys, "sweep", path, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["objectives"] == [{"name": "acc of toy, other", "less_is_better": False}]
+    assert [row["objectives"] for row in found["rows"]] == [[0.625], [0.625]]
+    assert given["tasks"] == ["toy", "other"]
+    assert not Path(given["model_args"]["pretrained"]).exists()  # the merged folder is gone when it is judged
+    write(folder, text % "{tasks: [toy], metric: f1}", "swept")
+    code, _, err = call(capsys, "sweep", path, "--force")
+    assert "lm_eval: toy has no f1" in err
+    write(folder, text % "{tasks: [toy], folder: tasks}", "swept")
+    code, _, err = call(capsys, "sweep", path, "--force")
+    assert "may run programs" in err
+    assert "--allow-command" in err
+
+
+TOY = """\
+task: toy
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{q}}"
+doc_to_target: "{{gold}}"
+doc_to_choice: "{{choices}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_itself_scores_a_local_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    import transformers
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["<unk>", "<s>", "</s>", "the", "sky", "is", "blue", "red"]
+    write_json(tmp_path / "words.json", {})
+    folder = tmp_path / "model"
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    write_tokenizer(folder, len(words))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = [{"q": "w3 w4", "choices": ["w5", "w6"], "gold": gold} for gold in (0, 1, 1, 1)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.json").write_text("".join(f"{json.dumps(row)}\n" for row in asked))
+    (tmp_path / "tasks" / "toy.yaml").write_text(TOY % (tmp_path / "tasks" / "rows.json"))
+    goal = LmEval.model_validate({"tasks": ["toy"], "folder": "tasks"})
+    found = lm_eval_value(goal, folder, tmp_path, "cpu")
+    losses = []
+    for choice in ("w5", "w6"):
+        ids = torch.tensor([tokenizer(f"w3 w4 {choice}")["input_ids"]])
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss) * (ids.shape[1] - 1))
+    assert found == (0.25 if losses[0] < losses[1] else 0.75)
 
 
 BAD = {

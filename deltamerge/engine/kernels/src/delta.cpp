@@ -1,4 +1,4 @@
-// Entry points of the delta codec and of low-rank products (models/delta_in_place.py, tensors/views.py).
+// Entry points of the delta codec and of low-rank products (models/delta_file.py, tensors/views.py).
 #define PY_SSIZE_T_CLEAN
 #include "check.h"
 #include "entries.h"
@@ -7,7 +7,7 @@ namespace deltamerge {
 
 namespace {
 
-constexpr i64 kPadding = 16;  // zeros after the stored bytes (formats/delta/stored.py)
+constexpr i64 kPadding = 16;  // zeros after the stored bytes (formats/delta/folder.py)
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const u8* stored, i64 size, const i64* n, Coded& coded) {

@@ -156,14 +156,14 @@ PyObject* replace_read(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"run", run_stream, METH_VARARGS, "Run a pass of a tensor (fused/program.py); whether everything could be read."},
-    {"digests", digests_of, METH_VARARGS, "Digests of pieces (files/pieces.py)."},
+    {"digests", digests_of, METH_VARARGS, "Digests of pieces (files/hashes.py)."},
     {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
 #ifdef DELTAMERGE_TEST_HOOKS
     {"replace_read", replace_read, METH_VARARGS, "Read files by the function at an address, which has pread's type."},
 #endif
-    {"put", delta_put, METH_VARARGS, "Put values at stored positions (models/delta_in_place.py)."},
+    {"put", delta_put, METH_VARARGS, "Put values at stored positions (models/delta_file.py)."},
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"scaled", scaled, METH_VARARGS, "Codes times scales (formats/quantised/grid.py)."},
@@ -171,7 +171,7 @@ PyMethodDef methods[] = {
     {"turned_pairs", turned_pairs, METH_VARARGS, "The same of a matrix stored transposed (io/quantised/mxfp4.py)."},
     {"turned_words", turned_words, METH_VARARGS, "Words of codes stored transposed (formats/quantised/gptq.py)."},
     {"coded", coded, METH_VARARGS, "Blocks of values as codes (formats/quantised/codes.py)."},
-    {"steps_pack", steps_pack, METH_VARARGS, "Numbers as bits (formats/delta/bit_lists.py)."},
+    {"steps_pack", steps_pack, METH_VARARGS, "Numbers as bits (formats/delta/steps.py)."},
     {"steps_unpack", steps_unpack, METH_VARARGS, "Numbers of their bits."},
     {"steps_count", steps_count, METH_VARARGS, "How many elements have each exponent (formats/delta/steps.py)."},
     {"steps_rank", steps_rank, METH_VARARGS, "How many elements of its group stand before each position."},

@@ -1,4 +1,4 @@
-// Entry points of the delta encoding `steps` (formats/delta/bit_lists.py, formats/delta/steps.py): lists of numbers as bits, and which
+// Entry points of the delta encoding `steps` (formats/delta/steps.py): lists of numbers as bits, and which
 // elements of a tile are of which group. They are scalar loops, the same at every level.
 #define PY_SSIZE_T_CLEAN
 #include <cstring>

@@ -1,4 +1,4 @@
-// Values as codes: divided by their scale, rounded to the nearest number, ties to even (formats/quantised/coder.py).
+// Values as codes: divided by their scale, rounded to the nearest number, ties to even (formats/quantised/codes.py).
 #pragma once
 
 #include "floats.h"
@@ -12,7 +12,7 @@ constexpr i64 kCodedRun = 512;
 // To the nearest integer, of magnitudes up to 2**22.
 inline float whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// Codes of small floats (formats/quantised/numbers.py), and stored value - value of each.
+// Codes of small floats (formats/quantised/codes.py), and stored value - value of each.
 void code_floats(const CodeForm& form, const float* x, float scale, u8* codes, float* lost, i64 count) {
   const u32 cut = u32(23 - form.mantissa), offset = u32(127 - form.bias) << form.mantissa;
   const u32 half = (u32(1) << (cut - 1)) - 1, first = u32(1) << form.mantissa, last = u32(form.last);

@@ -1,4 +1,4 @@
-// Quantised weights: codes less their zero, times their scale (formats/quantised/scaled.py).
+// Quantised weights: codes less their zero, times their scale (formats/quantised/grid.py).
 #pragma once
 
 #include "floats.h"

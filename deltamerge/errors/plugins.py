@@ -1,0 +1,76 @@
+"""Code of other packages: the entry points that they declare, and whose code failed.
+
+A package adds methods by the group `deltamerge.methods` and commands by `deltamerge.commands`. What cannot be used is a
+warning, so that one broken package stops no run of what does not need it.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+METHODS = "deltamerge.methods"
+COMMANDS = "deltamerge.commands"
+
+
+class PluginWarning(UserWarning):
+    """Says what another package declares and why it is left out."""
+
+
+def points(group: str) -> tuple[EntryPoint, ...]:
+    """Return the entry points of a group, by name; none is imported."""
+    from importlib.metadata import entry_points
+
+    return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, point.value)))
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name of the package that declares an entry point."""
+    return point.dist.name if point.dist is not None else "?"
+
+
+def refuse(point: EntryPoint, why: str) -> None:
+    """Warn that an entry point is left out."""
+    message = f"entry point {point.value} of {package_of(point)} is left out: {why}"
+    warnings.warn(f"{message}; update or remove {package_of(point)}", PluginWarning, stacklevel=2)
+
+
+def loaded(point: EntryPoint) -> Any:
+    """Return what an entry point names; None, and a warning, where it cannot be imported."""
+    try:
+        return point.load()
+    except Exception as error:  # whatever a package of somebody else raises while it is imported
+        refuse(point, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """A package of methods or commands whose code raised an error, and where."""
+
+    package: str
+    file: str
+    line: int
+    function: str
+
+
+def culprit(error: BaseException) -> Culprit | None:
+    """Return whose code an error went through last, of packages with entry points; None: of no such package."""
+    owners = {point.module.partition(".")[0]: package_of(point) for point in _all_points()}
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = owners.get(frame.f_globals.get("__name__", "").partition(".")[0])
+        if owner is not None:
+            found = Culprit(owner, frame.f_code.co_filename, line, frame.f_code.co_name)
+    return found
+
+
+def _all_points() -> Iterator[EntryPoint]:
+    for group in (METHODS, COMMANDS):
+        yield from (point for point in points(group) if point.module.partition(".")[0] != "deltamerge")

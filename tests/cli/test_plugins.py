@@ -1,0 +1,157 @@
+"""Packages that add commands and methods by entry points: used where they are named, left out where they are broken."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import make_checkpoint
+
+from deltamerge.cli import HELP, commands, main
+from deltamerge.errors.plugins import PluginWarning
+from deltamerge.methods import registry
+
+GRADE = """\
+import click
+@click.command("grade")
+@click.argument("name")
+def grade(name):
+    "Grade NAME."
+    if name == "bad":
+        raise ValueError("no grade for bad")
+    click.echo(f"{name}: A")
+"""
+TWICE = """\
+from deltamerge.methods.registry import delta_method
+@delta_method("base + 2 * the deltas")
+def twice(base, *deltas, tile):
+    raise KeyError("lost")
+"""
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Lays a package out as pip does: a module of its name, and its entry points by group."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+
+    def lay(package: str, code: str, **points: str) -> None:
+        (site / f"{package}.py").write_text(code)
+        info = site / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        groups = "".join(f"[deltamerge.{group}]\n{line}\n" for group, line in points.items())
+        (info / "entry_points.txt").write_text(groups)
+        forget()
+
+    def forget() -> None:
+        importlib.invalidate_caches()
+        for name in [name for name, module in sys.modules.items() if _is_in(site, module)]:
+            del sys.modules[name]
+        vars(commands).pop("others", None)
+        for name in commands.commands.keys() - HELP.keys():
+            del commands.commands[name]
+        registry._third_party.cache_clear()
+
+    yield lay
+    forget()
+
+
+def _is_in(folder: Path, module: object) -> bool:
+    return str(getattr(module, "__file__", None)).startswith(str(folder))
+
+
+def exits(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    return int(ended.value.code or 0)
+
+
+def test_a_command_of_another_package(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` lists it without importing it; called, it runs; its error is its own."""
+    install("grader", GRADE, commands="grade = grader:grade")
+    assert exits("--help") == 0
+    said = capsys.readouterr().out
+    assert "Of other packages:\n  grade" in said
+    assert "A command of grader." in said
+    assert "grader" not in sys.modules
+    assert exits("grade", "ann") == 0
+    assert capsys.readouterr().out == "ann: A\n"
+    assert exits("grade", "bad") == 3
+    said = capsys.readouterr().err
+    assert "bug in grader: ValueError: no grade for bad" in said
+    assert "at grader.py:7 in grade" in said
+    assert "authors of grader" in said
+    assert "bug in deltamerge" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "point", "why"),
+    [
+        ("raise RuntimeError('of old')", "grade = broken:grade", "left out: RuntimeError: of old"),
+        ("grade = 1", "grade = broken:grade", "left out: it is no command of click"),
+    ],
+)
+def test_a_broken_command_is_left_out(install: Install, code: str, point: str, why: str) -> None:
+    install("broken", code, commands=point)
+    assert commands.list_commands(click.Context(commands))[-1] == "grade"
+    with pytest.warns(PluginWarning, match=why):
+        assert exits("grade") == 2
+
+
+def test_a_command_of_a_taken_name_is_left_out(install: Install) -> None:
+    install("second", GRADE, commands="run = second:grade")
+    with pytest.warns(PluginWarning, match="there is another command run"):
+        assert "run" not in commands.others
+
+
+def test_a_warning_is_one_line(install: Install) -> None:
+    """As the command line prints it."""
+    install("missing", "import nothing_like_this", commands="grade = missing:grade")
+    with pytest.warns(PluginWarning) as caught:
+        assert exits("grade") == 2
+    (one,) = caught
+    assert warnings.formatwarning(one.message, one.category, one.filename, one.lineno) == (
+        "warning: entry point missing:grade of missing is left out: ModuleNotFoundError: No module named "
+        "'nothing_like_this'; update or remove missing\n"
+    )
+
+
+def models(folder: Path, method: str) -> Path:
+    for seed, name in enumerate(("base", "a")):
+        make_checkpoint(folder / name, {"w": torch.full((4, 4), float(seed))})
+    path = folder / "r.yaml"
+    path.write_text(f"base_model: ./base\nmodels: [{{model: ./a}}]\nmerge_method: {method}\n")
+    return path
+
+
+def test_a_broken_method_stops_no_run_that_names_another(install: Install, tmp_path: Path) -> None:
+    install("broken", "raise RuntimeError('of old')", methods="twice = broken:twice")
+    path = models(tmp_path, "task_arithmetic\nparameters: {weight: 1}")
+
+    def codes() -> list[int]:
+        ran = exits("run", str(path), "--out", str(tmp_path / "out"), "-q")
+        return [ran, exits("check", str(models(tmp_path, "twice")))]
+
+    with pytest.warns(PluginWarning, match="entry point broken:twice of broken is left out: RuntimeError: of old"):
+        found = codes()
+    assert found == [0, 1]
+
+
+def test_an_error_of_a_method_is_its_package_s(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("twices", TWICE, methods="twice = twices:twice")
+    assert exits("run", str(models(tmp_path, "twice")), "--out", str(tmp_path / "out"), "-q") == 3
+    said = capsys.readouterr().err
+    assert "bug in twices: KeyError: 'lost'" in said
+    assert "at twices.py:4 in twice" in said
+    assert not (tmp_path / "out").exists()
