@@ -53,6 +53,7 @@ SECTIONS = {
     "Run": {
         "run": "Merge the models of RECIPE into one that transformers loads.",
         "convert": "Write MODEL to OUT in another dtype or format, without merging.",
+        "serve": "Update a running vLLM server to the edited RECIPE.",
         "verify": "Check the output folder FOLDER against the hashes in its lock.",
         "diff": "Compare two checkpoints, or two locks.",
         "push": "Publish the output folder FOLDER on the hub as REPOSITORY.",
