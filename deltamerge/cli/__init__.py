@@ -51,6 +51,7 @@ SECTIONS = {
         "lock": "Write the lock of RECIPE beside it: its inputs by content, and its q's.",
     },
     "Run": {
+        "merge": "Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.",
         "run": "Merge the models of RECIPE into one that transformers loads.",
         "convert": "Write MODEL in another form into OUT, without a merge.",
         "verify": "Check FOLDER, which a run made, against the hashes in its lock.",
