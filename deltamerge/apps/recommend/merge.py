@@ -43,7 +43,7 @@ from deltamerge.run.options import Options
 
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-POINT = 0.01  # of a share: methods that are nearer are called equal
+NEAR = 0.02  # of a share: what 200 rows do not tell apart
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -425,14 +425,14 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
-    """Return the way of the largest expected share, and of those within a point of it the one that loses least.
+    """Return the way that loses least of those whose expected share is the largest, or as good as.
 
     Where rows do not tell shares, the distance of outputs decides alone.
     """
     lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
     shares = {way: mean_share(one.forecast) for way, one in judged.items()}
     most = max((share for share in shares.values() if share is not None), default=None)
-    near = [way for way, share in shares.items() if most is None or (share is not None and share >= most - POINT)]
+    near = [way for way, share in shares.items() if most is None or (share is not None and share >= most - NEAR)]
     way = min(near, key=lambda one: lost[one])
     best = judged[way]
     plain = {one: value for one, value in lost.items() if one.fitted is None}
