@@ -229,7 +229,7 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --probe --track --json --quiet "
     "--verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --verbose --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
