@@ -236,6 +236,7 @@ FLAGS = {
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
     "pin": "--release --quiet --help",
+    "serve": "--vllm --model --store --watch --undo --workers --json --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --after --as --density --method --q --values --lora --budget --ratio --for --whole "
     "--target --dora --calibration --text --sequences --length --device --workers --memory --resume --force "
