@@ -27,7 +27,7 @@ NAME = "convert"
 @click.option("--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Of all weights.")
 @click.option("--shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB; default: 5GB.")
 @click.option(
-    "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4"]),
+    "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4", "nvfp4", "mxfp4"]),
     help="Form of linear layers' weights: plain (the default), as they are, or of a scheme.",
 )  # fmt: skip
 @click.option("--gguf", type=click.Choice(["q8_0", "f16", "bf16"]), help="Write a GGUF file beside the checkpoint.")
