@@ -26,8 +26,8 @@ OPEN = """\
 base_model: ./base
 merge_method: task_arithmetic
 models:
-  - {model: ./sentiment, parameters: {weight: {search: [0, 1.5]}}}
-  - {model: ./intensity, parameters: {weight: {search: [0, 1.5]}}}
+  - {model: ./sentiment, name: sentiment, parameters: {weight: {search: [0, 1.5]}}}
+  - {model: ./intensity, name: intensity, parameters: {weight: {search: [0, 1.5]}}}
 calibration: {data: lines.txt, length: 40, sequences: 32}
 """
 PRUNED = """\

@@ -17,6 +17,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "terminal.svg"
 WIDTH = 88
+PROGRESS = re.compile(r"\w+ing .*: (\d+ %|\d+ of )")  # bars, on a terminal
 RECIPE = """\
 base_model: ./models/base
 merge_method: dare_ties
@@ -76,12 +77,13 @@ def made(folder: Path) -> Path:
 
 
 def output(command: str, folder: Path) -> list[str]:
-    """What a command prints."""
+    """Return what a command prints, without its progress."""
     words = command.split()
     run = [sys.executable, "-m", *words] if words[0] == "deltamerge" else words
     env = {**os.environ, "COLUMNS": str(WIDTH), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, check=True)
-    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    told = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]
+    return [line.replace(f"{folder}/", "") for line in (*done.stdout.splitlines(), *told)]
 
 
 if __name__ == "__main__":

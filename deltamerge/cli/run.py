@@ -33,12 +33,14 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
-from deltamerge.errors import app
+from deltamerge.errors import DeltamergeError, app
 
 if TYPE_CHECKING:
+    from deltamerge.apps.probe import Probe
     from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
     from deltamerge.run.options import Watch
+    from deltamerge.run.runner import Result
 
 WHOLE = 100  # percent
 PUBLISHED = "hf://"  # a recipe that someone pushed
@@ -47,12 +49,12 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @click.command("run")
 @click.argument("recipe", type=RecipePath())
 @click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
-@click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
+@click.option("--out", type=FOLDER, help="Output folder. Default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
-@click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option("--part", metavar="I/N", help="Write only part I of N. A part is one or more whole shards.")
+@click.option("--finish", is_flag=True, help="Assemble the output from all parts.")
 @click.option(
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
@@ -60,19 +62,24 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @RESUME
 @click.option(
     "--force", is_flag=True,
-    help="Make it again, over what another recipe or command made or someone changed; forget an interrupted run.",
+    help="Start over: replace an output of another recipe or command, or one that was changed; drop interrupted work.",
 )  # fmt: skip
-@click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
-@click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
+@click.option("--locked", is_flag=True, help="Fail if the recipe or its inputs differ from the lock beside the recipe.")
+@click.option(
+    "--lock", "lock_path", type=FILE, metavar="PATH", help="The same, with this lock, or that of an output folder."
+)
 @MERGEKIT_EXACT
 @NONFINITE
 @SET
 @PICKLES
-@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
+@click.option("--pictures", is_flag=True, help="Add pictures of the delta and the search to the model card.")
+@click.option("--probe", is_flag=True, help="Ask a merged language model and its parents a few prompts.")
 @TRACK
 @AS_JSON
 @QUIET
-@click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
+@click.option(
+    "-v", "--verbose", "--verbosity", count=True, help="Print the notes of `plan`, and of a LoRA a line per layer."
+)
 @mergekit_flags
 @click.pass_context
 def command(
@@ -95,6 +102,7 @@ def command(
     settings: dict[Loc, str],
     pickles: bool,
     pictures: bool,
+    probe: bool,
     track: str | None,
     as_json: bool,
     quiet: bool,
@@ -102,7 +110,7 @@ def command(
 ) -> None:
     """Merge the models of RECIPE into one that transformers loads.
 
-    Of several documents those with a name are made first, beside the output, where they would differ.
+    If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
 
     \b
     deltamerge run recipe.yaml --memory 2GB
@@ -110,8 +118,8 @@ def command(
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
     deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
-    Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
-    it stopped, from .NAME.partial beside its target, or is forgotten by --force.
+    Run again: a finished recipe is up to date, a changed one replaces its own result, and an interrupted one
+    continues from .NAME.partial beside its output. --force starts over.
     """
     from deltamerge.engine import kernels
     from deltamerge.files.descriptors import scratch
@@ -129,6 +137,8 @@ def command(
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
+    if probe and part is not None:
+        raise click.UsageError("--probe is for --finish, when every part is done")
     theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
@@ -185,9 +195,13 @@ def command(
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
+    seen = _probed(result, device) if probe else None
+    found |= {} if seen is None else {"probe": seen.describe()}
     for note in result.plan.notes if verbose and not (quiet or as_json) else ():
         tell(f"note: {note}")
     report_run(result, begun, as_json=as_json, quiet=quiet, verbose=bool(verbose), **found)
+    if seen is not None and not (quiet or as_json):
+        _tell_probe(seen)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
     if lock is not None and lock.content["outputs"] and not (quiet and not differing):
@@ -212,6 +226,37 @@ def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Pl
             log({"written/percent": percent, "written/bytes": done}, percent)
 
     return step
+
+
+def _probed(result: Result, device: str) -> Probe | None:
+    """Probe a finished merge and its parents. A warning: it cannot be probed; the merge stays."""
+    with app("probe"):
+        from deltamerge.apps.probe import probe_models
+        from deltamerge.apps.search.evaluate import open_model
+    from deltamerge.models.checkpoint import decoded
+
+    inputs = result.plan.inputs
+    parents = [*(() if inputs.base is None else (inputs.base,)), *inputs.tunes]
+    try:
+        models = {str(result.folder): open_model(str(result.folder), None)}
+        models |= {one.name: decoded(one.checkpoint) for one in parents}
+        return probe_models(models, device=device)
+    except DeltamergeError as error:
+        tell(f"warning: --probe: {error}")
+        return None
+
+
+def _tell_probe(found: Probe) -> None:
+    """Print perplexities and what is wrong with a merge."""
+    from deltamerge.cli.eval import wrong_with
+    from deltamerge.cli.layout import cell
+
+    models = (found.merge, *found.parents)
+    tell(f"perplexity: {', '.join(f'{one.model} {cell(one.perplexity)}' for one in models)}")
+    for prompt, answer in zip(found.prompts, found.merge.answers, strict=True):
+        tell(f"  {' '.join(prompt.split())} → {' '.join(answer.split()) or '(nothing)'}")
+    for line in wrong_with(found):
+        tell(line)
 
 
 def _drawing() -> Any:
