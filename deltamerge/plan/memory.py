@@ -151,10 +151,12 @@ def held_rounding(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     codings = [output.coding for output in outputs if output.coding is not None and output.coding.rounding is not None]
     if not codings:
         return 0
+    from deltamerge.formats.quantised.codes import BlockCoder
     from deltamerge.formats.quantised.feedback import ROOM
 
     moments = max(8 * coding.inputs**2 for coding in codings)
-    own = 3 * moments + 3 * max(coding.unit_bytes for coding in codings) + 12 * 8 * ROOM
+    blocks = [c.coder.block[0] * c.matrix[1] for c in codings if isinstance(c.coder, BlockCoder)]
+    own = 3 * moments + 3 * max(coding.unit_bytes for coding in codings) + 12 * 8 * max(ROOM, *blocks, 0)
     return BASELINE_BYTES["torch"] - BASELINE_BYTES["fused"] + workers * own
 
 
