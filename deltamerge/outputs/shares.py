@@ -241,8 +241,8 @@ class Sharing:
         """Make the parts of a tensor, as it was chosen."""
         choice = self.choices[name]
         moments = self._moments(name)
-        parts, stored = parts_of(delta, choice, self._vectors(name), moments)
         curve = self.curves[name]
+        parts, stored = parts_of(delta, choice, self._vectors(name), moments, choice.longer(curve.energy))
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
