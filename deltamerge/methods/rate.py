@@ -9,8 +9,8 @@ would gain more in another tensor.
 The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ C V̂ (V̂ᵀ C V̂)⁻¹, and
 are quantised too; the scales of the products are solved for together.
 
-What is left out makes the parts shorter than Δ. Least squares keeps them so; the fine-tune's outputs are nearer if the
-length is restored, as they are with a q below 1 for importance masks. Parts are therefore longer, by LONGEST at most.
+What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
+skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not.
 """
 
 from __future__ import annotations
@@ -164,10 +164,13 @@ class Choice:
     components: tuple[int, ...] = ()
     entries: tuple[int, int | None] | None = None
 
-    def longer(self, energy: float) -> float:
-        """By how much parts are longer than least squares makes them, of a tensor that has so much to lose."""
+    def longer(self, energy: float, length: float) -> float:
+        """By how much parts are longer than least squares makes them, of a tensor that has so much to lose.
+
+        `length` is 0 for not at all, 1 for as long as the delta; LONGEST at most.
+        """
         kept = 1 - self.lost / energy if energy else 1.0
-        return min(LONGEST, max(kept, 1e-9) ** -0.5)
+        return math.pow(min(LONGEST, max(kept, 1e-9) ** -0.5), length)
 
 
 def _entropy(p: float) -> float:
