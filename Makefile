@@ -13,8 +13,8 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
-	@$(DEMO_ENV) $(BIN)/python -m benchmarks.demo
+demo: .venv/.installed-demo  ## teach a small language model two skills, prune one, merge both, ask the merge; two minutes
+	@$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.demo
 
 test: .venv/.installed-dev  ## the quick tests: two thirds of them, in a quarter of the time; make check runs all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick -n 2 --dist worksteal
@@ -73,7 +73,7 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper table-3 learning-rates
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
-merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .demo keeps what is done
+merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .encoder keeps what is done
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
@@ -122,16 +122,17 @@ notes:  ## the release notes of the version: its section of CHANGELOG.md
 	@scripts/release.sh notes
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf dist .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
+	rm -rf dist .sanitize .venv .demo .encoder .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \
   deltamerge/engine/fused/codes.py
+.venv/.installed-demo: EXTRAS := gguf
 .venv/.installed-dev: EXTRAS := dev
 .venv/.installed-docs: EXTRAS := dev,docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz
 .venv/.installed-ray: EXTRAS := dev,ray
-.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
+.venv/.installed .venv/.installed-demo .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@echo 'installing deltamerge $(if $(EXTRAS),[$(EXTRAS)] )and what it needs into .venv' >&2

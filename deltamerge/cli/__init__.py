@@ -51,8 +51,10 @@ SECTIONS = {
         "lock": "Lock RECIPE: write the hashes of its inputs, and its q values, beside it.",
     },
     "Run": {
+        "merge": "Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.",
         "run": "Merge the models of RECIPE into one that transformers loads.",
         "convert": "Write MODEL to OUT in another dtype or format, without merging.",
+        "serve": "Update a running vLLM server to the edited RECIPE.",
         "verify": "Check the output folder FOLDER against the hashes in its lock.",
         "diff": "Compare two checkpoints, or two locks.",
         "push": "Publish the output folder FOLDER on the hub as REPOSITORY.",
@@ -61,6 +63,7 @@ SECTIONS = {
         "eval": "Score MODELS on labelled rows, side by side.",
         "sweep": "Try every combination of the values listed in RECIPE.",
         "search": "Search for the best values within the bounds given in RECIPE.",
+        "bisect": "Name the model, the layers and the tensors that cost a skill of RECIPE's merge most.",
     },
     "Deltas": {
         "extract": "Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.",

@@ -30,6 +30,7 @@ from deltamerge.cli.options import (
 from deltamerge.cli.output import of_command_line, say_json, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import after_folders, app
+from deltamerge.errors.shown import human
 
 
 @click.command("extract")
@@ -45,6 +46,10 @@ from deltamerge.errors import after_folders, app
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
     help="Preceding version in the chain. BASE may be its checkpoint or the chain's base.",
+)  # fmt: skip
+@click.option(
+    "--as", "style", type=click.Choice(["slime", "slime:overwrite", "skyrl"]),
+    help="Write OUT as another project's version. If MODEL is a chain: write those of its versions that OUT lacks.",
 )  # fmt: skip
 @click.option("--density", type=float, help="Fraction of the delta to keep. Default: all of it, exactly.")
 @click.option(
@@ -94,6 +99,7 @@ def command(
     base: str | None,
     out: Path | None,
     after: str | None,
+    style: str | None,
     density: float | None,
     method: str | None,
     q: float | None,
@@ -128,6 +134,7 @@ def command(
     deltamerge extract a b c --base base --out store
     deltamerge extract tuned --base base --lora 32 --for vllm
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
+    deltamerge extract run --as slime --out updates
     """
     with app("chain"):
         from deltamerge.apps.chain.extract import curve, name_in_store, name_of, pruning
@@ -149,6 +156,12 @@ def command(
         raise click.UsageError("Missing argument 'MODEL... [BASE]'.")
     if base is None and len(models) == 2:
         base, models = models[1], models[:1]
+    if style is not None:
+        others = (density, method, q, values, lora, calibration, *budgets, *ratios)
+        if len(models) > 1 or out is None or any(other is not None for other in others):
+            raise click.UsageError("--as is for one model or chain, with --out; what changed is exact")
+        _write_as(style, models[0], base, out, after, as_json=as_json, quiet=quiet, **options)
+        return
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
     sizes, size = _delta_sizes(lora, budgets, ratios), _lora_size(lora, budgets)
@@ -207,6 +220,33 @@ def command(
             report_run(result, begun, as_json=as_json, quiet=quiet, verbose=verbose, **chosen)
     if summaries:
         say_json({"results": summaries})
+
+
+def _write_as(
+    style: str,
+    model: str,
+    base: str | None,
+    out: Path,
+    after: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    from deltamerge.apps.chain.extract import extract_as
+    from deltamerge.engine.execute import default_workers
+
+    workers = options["workers"] or default_workers()
+    with of_command_line():
+        written = extract_as(style, model, base, out, after=after, workers=workers, pickles=options["pickles"])
+    if as_json:
+        found = [{"name": one.path.name, "tensors": one.tensors, "bytes": one.nbytes} for one in written]
+        say_json({"folder": str(out), "style": style, "versions": found})
+    elif not quiet:
+        for one in written:
+            tell(f"{one.path}: {one.tensors} tensors changed, {human(one.nbytes)}")
+        if not written:
+            tell(f"{out}: has all versions of {model}")
 
 
 def _delta_sizes(lora: str | None, budgets: Sequence[int], ratios: Sequence[float]) -> list[dict[str, Any]]:

@@ -12,8 +12,11 @@ import yaml
 
 from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError, UsageError
+from deltamerge.files.descriptors import flat
 from deltamerge.formats.delta.entry import hash_of
 from deltamerge.methods.registry import PRUNE
+from deltamerge.models.chain.dialect import Dialect
+from deltamerge.models.chain.diffs import CHECKSUMS
 from deltamerge.models.chain.folder import (
     NAME,
     Named,
@@ -23,6 +26,7 @@ from deltamerge.models.chain.folder import (
     base_contents,
     check_successor,
     contents,
+    head,
     is_chain,
     is_version,
     line,
@@ -33,8 +37,9 @@ from deltamerge.models.chain.folder import (
     stored_files,
     write_note,
 )
+from deltamerge.models.chain.mirror import Mirror, WrittenDiffs, style_of, write_difference
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.checkpoint import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
 from deltamerge.recipe.file import RecipeFile, read_text
@@ -183,6 +188,73 @@ def extract(
         return run(file, out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
+
+
+def extract_as(
+    style: str, model: str, base: str | None, out: Path, *, after: str | None, workers: int, pickles: bool = False
+) -> list[WrittenDiffs]:
+    """Write versions in another project's layout; return those that were written.
+
+    `style` is "slime", "slime:overwrite" or "skyrl". If `model` is a chain, `out` is the folder of its versions, and
+    gets those that it lacks. Else `out` is one version: the first over `base`, or the next `after` another beside it,
+    where `base` is what that makes, or the base of all.
+
+    UsageError: `out` or `after` is no name of such a version, or does not follow. InputError: a model cannot be read,
+    is quantised, or differs from its base in more than values. OutputError: the disk.
+    """
+    dialect, _ = style_of(style)
+    if is_chain(Path(model)):
+        if after is not None:
+            raise UsageError("--after is for a model: a chain has its own order")
+        versions = line(Path(model) / head(Path(model)))
+        origin = _plain(base or str(versions[0].delta.manifest.base), pickles)
+        with Mirror(out, style) as mirror, errors.context(model):
+            return mirror.catch_up(versions, origin, workers)
+    if base is None:
+        raise UsageError("name the base once: as BASE, or with --base")
+    number = dialect.number(out)
+    if number < 1:
+        raise UsageError(
+            f"--out {out}: is no version of {dialect.name}'s", hint=f"--out {out.parent}/{dialect.title(1)}"
+        )
+    with Mirror(out.parent, style) as mirror:
+        if number != mirror.newest + 1:
+            raise UsageError(f"--out {out}: the next version is {dialect.title(mirror.newest + 1)}")
+        previous = None if after is None else dialect.resolve(Path(after))
+        if (0 if previous is None else dialect.number(previous)) != number - 1 or (
+            previous is not None and previous.resolve().parent != out.resolve().parent
+        ):
+            hint = (
+                f"--after {out.parent / dialect.title(number - 1)}" if number > 1 else "the first comes after the base"
+            )
+            raise UsageError(f"--out {out}: does not come after {after or 'the base'}", hint=hint)
+        old = _plain(base, pickles)
+        if previous is not None and not _made_by(dialect, previous, old):
+            old = dialect.over(previous, old, f"{base}+{after}")
+        return [write_difference(mirror, old, _plain(model, pickles), workers)]
+
+
+def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
+    """Return whether a model is what a version makes, by the smallest tensor that its line changes."""
+    diffs = {name: diff for one in dialect.line(version) for name, diff in (one.diffs or {}).items()}
+    known = [name for name in diffs if name in model.tensors]
+    name = min(known, key=lambda name: math.prod(model.tensors[name].shape), default=None)
+    if name is None:
+        return True
+    with Reader() as reader:
+        bits = elements(reader, model.tensors[name])(0, math.prod(model.tensors[name].shape))
+    return CHECKSUMS[diffs[name].algorithm](flat(bits)) == diffs[name].checksum
+
+
+def _plain(reference: str, pickles: bool) -> Checkpoint:
+    """Return a model whose stored tensors are its own. InputError: it is quantised, or has several components."""
+    found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
+    with errors.context(reference):
+        if not found.is_simple:
+            raise InputError("has several components", hint="a folder of versions for each")
+        if decoded(found).quantised is not None:
+            raise InputError("is quantised, and other projects' versions of it are not written", hint="name it in bf16")
+    return found
 
 
 def curve(
