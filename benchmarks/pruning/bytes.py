@@ -376,16 +376,17 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     draw_lines(path, title, panels, "log2 of the ratio", ["log10 of the KL"] * len(panels))
 
 
-def page() -> None:
-    """Write tables between the marks of the page, and the picture beside it."""
-    found = json.loads(FILE.read_text(encoding="utf-8"))
-    cells = known(FILE)
-    text = PAGE.read_text(encoding="utf-8")
+def documented(text: str, file: Path = FILE) -> str:
+    """The page with the tables of the results between its marks."""
     before, _, rest = text.partition("<!-- tables -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    body = f"{before}<!-- tables -->\n\n{tables(cells, found['fine-tunes'])}\n<!-- end -->{after}"
-    PAGE.write_text(body, encoding="utf-8")
-    draw(cells, PAGE.parent / "pictures" / "bytes.svg")
+    found = json.loads(file.read_text(encoding="utf-8"))["fine-tunes"]
+    return f"{before}<!-- tables -->\n\n{tables(known(file), found)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
+def page() -> None:
+    """Write the page's tables, and the picture beside it."""
+    PAGE.write_text(documented(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(known(FILE), PAGE.parent / "pictures" / "bytes.svg")
 
 
 def main() -> None:
