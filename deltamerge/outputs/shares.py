@@ -212,14 +212,17 @@ class Sharing:
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
-        length = effective_prune(recipe, recipe.fine_tunes[0]).length
+        prune = effective_prune(recipe, recipe.fine_tunes[0])
+        length = prune.length
         self.searched = length is None and bool(self.planned.measured)
         self.length = length or 0.0
+        self.weighs = prune.weigh
 
     def measure(self, progress: Callable[[int], None]) -> None:
         """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
         left = [name for name in self.outputs if not self._restored(name)]
-        self._measure_inputs()
+        if self.weighs:
+            self._measure_inputs()
         affordable = self._affordable()
 
         def look(name: str, delta: Array) -> None:

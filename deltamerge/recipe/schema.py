@@ -131,6 +131,9 @@ class Prune(Keys):
     length: float | None = Field(
         None, ge=0, le=1, description="budget: how far a tensor gets its delta's length back. Default: by rows, or 0."
     )
+    weigh: bool | None = Field(
+        None, description="budget: weigh what is lost by the inputs of layers on the rows. Default: false."
+    )
     ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 
     @property

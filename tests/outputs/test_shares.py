@@ -308,7 +308,7 @@ def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
     plain = run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "plain", workers=1)
-    path = recipe(tmp_path, "bytes: 9001", rows)
+    path = recipe(tmp_path, "bytes: 9001, weigh: true", rows)
     weighed = run(path, tmp_path / "weighed", workers=1)
     assert (plain.lock["budget"]["of"], weighed.lock["budget"]["of"]) == (
         "delta's squares",
@@ -334,7 +334,9 @@ def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
     assert lost["weighed"] < 0.9 * lost["plain"]
     found: dict[Any, Path] = {}
     for length in (0, 0.5, 1):
-        made = run(recipe(tmp_path, f"bytes: 9001, length: {length}", rows), tmp_path / f"l{length}", workers=1)
+        made = run(
+            recipe(tmp_path, f"bytes: 9001, weigh: true, length: {length}", rows), tmp_path / f"l{length}", workers=1
+        )
         assert "divergence" not in made.lock["budget"]
         found[length] = made.folder
     found["chosen"] = tmp_path / "weighed"
