@@ -154,7 +154,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
         ("## diff", ("diff", "base", "base")),
         ("Two locks:", ("diff", "a-merged/recipe.lock", "c-merged/recipe.lock")),
         ("## run, extract and apply", ("run", "a.yaml", "--out", "a")),
-        ("## eval --probe", ("eval", "base", "tuned", "--probe", "--device", "cpu")),
+        ("## A probe", ("eval", "base", "tuned", "--probe", "--device", "cpu")),
         ("## merge", ("merge", "tuned", "other", "--base", "base", "--out", "both", "--dry-run")),
         ("## bisect", ("bisect", "both.yaml", "--rows", "rows.txt", "--sequences", "8", "--length", "8")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--values", "int8")),
@@ -179,7 +179,7 @@ def test_every_table_of_the_page_was_read():
     assert len(described("## plan")) == 48
     assert len(described("## diff")) == 19
     assert len(described("## run, extract and apply")) == 17
-    assert len(described("## eval --probe")) == 8
+    assert len(described("## A probe")) == 8
     assert len(described("## bisect")) == 16
     assert set(described("## merge")) == {"advice", "recipe", "run"}
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}
