@@ -29,6 +29,55 @@ def documented(found: dict[str, Any], page: str) -> str:
     return re.sub(r"(<!-- merging: (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
+def write_words(found: dict[str, Any]) -> None:
+    """Write the tables of words.py: of all experts of a family, and of pairs and triples of those reported."""
+    tables = {"words": words, "some": some_words}
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]](found)}{match[3]}"
+
+    pattern = r"(<!-- words: (\w+) -->)\n.*?(<!-- end -->)"
+    page = re.sub(pattern, table, PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def words(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, and the best mean of the λ tried, of the families of four."""
+    cells = {
+        family: {cell["merge"]: cell for cell in some.values() if len(cell["tasks"]) == 4}
+        for family, some in found["cells"].items()
+    }
+    chosen, reported = cells.get("choose", {}), cells.get("report", {})
+    lines = [["method", "λ of the rule", "reported", "by task", "at its best λ", "chosen on", "at its best λ"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, cell in sorted(reported.items(), key=lambda item: -item[1]["mean"]):
+        shares = ", ".join(f"{share:.0f}" for share in cell["shares"].values())
+        other = chosen.get(name)
+        before = ["–", "–"] if other is None else [f"{other['mean']} / {other['worst']}", f"{other['best']}"]
+        ends = f"{cell['mean']} / {cell['worst']}"
+        lines.append([name, f"{cell['lambda']:.3g}", ends, shares, f"{cell['best']}", *before])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def some_words(found: dict[str, Any]) -> str:
+    """Mean over the pairs, and over the triples, of the mean share at the rule's λ, and what the best λ had over it."""
+    by_merge: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for cell in found["cells"].get("report", {}).values():
+        by_merge.setdefault(cell["merge"], {}).setdefault(len(cell["tasks"]), []).append(cell)
+    lines = [["method", "pairs", "lost by the rule", "triples", "lost by the rule"], ["---"] * 5]
+    for name, sizes in by_merge.items():
+        if not {2, 3} <= sizes.keys():
+            continue
+        shown = []
+        for size in (2, 3):
+            cells = sizes[size]
+            lost = sum(cell["best"] - cell["mean"] for cell in cells) / len(cells)
+            mean, worst = (sum(cell[key] for cell in cells) / len(cells) for key in ("mean", "worst"))
+            shown += [f"{mean:.1f} / {worst:.1f}", f"{lost:.1f}"]
+        lines.append([name, *shown])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def ordered(found: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
     """Delta -> cell for each method, the best unpruned mean first."""
     by_merge: dict[str, dict[str, dict[str, Any]]] = {}

@@ -293,11 +293,25 @@ class Spec:
         return shared + memory(*parts, dense=self._dense)
 
     @property
+    def runs_together(self) -> bool:
+        """Tell whether rows of all fine-tunes run at once to fit coefficients: of language models merged whole. Not on
+        GPUs, where the sums would depend on their number."""
+        if not self.coefficients or self.source.device != "cpu":
+            return False
+        names = [{tensor.name for tensor in part.source.tensors} for part in self.parts]
+        if any(
+            own != names[0] or own != {one.stored for one in part.pruned}
+            for own, part in zip(names, self.parts, strict=True)
+        ):
+            return False
+        return any(EMBEDDING.search(name) for name in names[0]) and not any("encoder" in name for name in names[0])
+
+    @property
     def shares_weights(self) -> bool:
         """Tell whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
         coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
         number."""
-        if not self.coefficients or self.source.device != "cpu":
+        if not self.coefficients or self.source.device != "cpu" or self.runs_together:
             return False
         return self._shared_bytes + mask_bytes(self.pruned, self._dense) <= self.source.cache
 
