@@ -221,9 +221,10 @@ def balanced(deltas):
 
 
 def usual_lambda(method, models):
-    """λ of a merge of whole matrices that gives none: grows with the number of models, falls, or is 1."""
-    falls = method in ("tsv_m", "wudi")
-    return max(1, 0.8 * models**0.5) if method == "iso_c" else min(1, 2 / models**0.5) if falls else 1.0
+    """λ of a merge of whole matrices that gives none."""
+    if method == "iso_c":
+        return 2.25 if models > 1 else 1.0
+    return min(1, 2 / models**0.5) if method in ("tsv_m", "wudi") else 1.0
 
 
 def as_matrices(delta, stacked=False):

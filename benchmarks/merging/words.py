@@ -75,8 +75,8 @@ def of(method: str, rule: Callable[[int], float] | None = None, rows: bool = Fal
 
 TIES = {"density": 0.2}
 PACKAGE = (
-    of("task_arithmetic", falling(0.6)),
-    of("task_arithmetic", falling(1.2), balance="norm"),
+    of("task_arithmetic", falling(0.7)),
+    of("task_arithmetic", falling(0.8), balance="norm"),
     of("ties", falling(1.2), parameters=TIES),
     of("ties", falling(1.2), parameters=TIES, balance="norm"),
     of("iso_c"),

@@ -103,10 +103,9 @@ RowWeights = Annotated[tuple[float, ...], Param("weight of the model's rows", 1.
 # Of the merge.
 Normalize = Annotated[bool, Param("divide by the sum of the weights", kind="bool")]
 Lambda = Annotated[float, Param("factor of the merged delta")]
-# Of merges that leave the length of what they make open, n models: see docs/measurements/merging.md, "λ without rows".
-GrowingLambda = Annotated[
-    float,
-    Param("factor of the merged delta", rule=Rule("max(1, 0.8 sqrt(n))", lambda n: max(1.0, 0.8 * math.sqrt(n)))),
+# Of merges that leave the length of what they make open, n models: see docs/measurements/merging.md, "Words".
+LargeLambda = Annotated[
+    float, Param("factor of the merged delta", rule=Rule("2.25 of n > 1", lambda n: 2.25 if n > 1 else 1.0))
 ]
 FallingLambda = Annotated[
     float, Param("factor of the merged delta", rule=Rule("min(1, 2 / sqrt(n))", lambda n: min(1.0, 2.0 / math.sqrt(n))))
