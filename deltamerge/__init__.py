@@ -8,7 +8,8 @@ from deltamerge.version import __version__
 
 if TYPE_CHECKING:
     from deltamerge.api import apply, extract, inspect, load_recipe, merge, prune, recommend
-    from deltamerge.apps.chain.live import follow, load_delta
+    from deltamerge.apps.chain.follow import follow
+    from deltamerge.apps.chain.live import load_delta
     from deltamerge.apps.chain.switch import Switch
     from deltamerge.apps.serve.sglang import EngineSwitch
     from deltamerge.apps.train.adamr import AdamR
@@ -45,7 +46,7 @@ _HOME = {
     "Switch": "deltamerge.apps.chain.switch",
     "apply": "deltamerge.api",
     "extract": "deltamerge.api",
-    "follow": "deltamerge.apps.chain.live",
+    "follow": "deltamerge.apps.chain.follow",
     "inspect": "deltamerge.api",
     "load_delta": "deltamerge.apps.chain.live",
     "load_recipe": "deltamerge.api",

@@ -1,4 +1,4 @@
-"""Writes docs/reference/recipe.md, every key of a recipe and every method, from the schema and the registry."""
+"""Writes docs/reference/recipe.md from the schema, and methods.md from the registry."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ from typing import Any
 from deltamerge.methods.registry import MERGE, PRUNE, Param
 from deltamerge.recipe.schema import schema
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
+REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 HEAD = """\
 # The recipe
 
-Written by `python scripts/recipe_reference.py` from the schema; `deltamerge schema` prints that for editors.
-Unknown keys are errors. Any number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over
-the layers) or a list of `{filter, value}`. Values may be left open for `deltamerge sweep` and `deltamerge search`
-([sweep and search](../howto/sweep-and-search.md)).
+`python scripts/recipe_reference.py` writes this page from the schema, which `deltamerge schema` prints for editors.
+
+- Unknown keys are errors.
+- A number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over the layers) or a list of
+  `{filter, value}`.
+- The most specific level wins: source of a slice, slice, model, module, recipe.
+- Any value may be left open for `deltamerge sweep` and `search` ([sweep and search](../howto/sweep-and-search.md)).
+- Methods and their parameters have [a page of their own](methods.md).
+"""
+METHODS = """\
+# Methods
+
+`python scripts/recipe_reference.py` writes this page from the registry; `deltamerge methods NAME` prints one method.
+[Choose a method](../howto/choose.md) says when to use which. Δ_i is fine-tune i minus the base, w_i its weight, and
+λ the `lambda` of the sum.
 """
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",
@@ -28,20 +39,24 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[str, str]:
+    """The text of each page by its name."""
+    return {"recipe.md": recipe(), "methods.md": methods()}
+
+
+def recipe() -> str:
+    """The keys of a recipe."""
     described = schema()
     lines = [HEAD, *_table(described)]
     for name, title in SECTIONS.items():
-        lines += [
-            "",
-            f"## `{title}`",
-            "",
-            described["$defs"][name]["description"],
-            "",
-            *_table(described["$defs"][name]),
-        ]
-    lines += ["", "## Merge methods", ""]
+        part = described["$defs"][name]
+        lines += ["", f"## `{title}`", "", part["description"], "", *_table(part)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def methods() -> str:
+    """Merge and pruning methods with their parameters."""
+    lines = [METHODS, "## Merge methods", ""]
     for merge in MERGE.values():
         source = f" ({merge.paper})" if merge.paper else ""
         lines += [f"### {merge.name}", "", f"{merge.summary}{source}.", "", *_parameters(merge.parameters), ""]
@@ -50,14 +65,8 @@ def page() -> str:
         source = f" ({prune.paper})" if prune.paper else ""
         also = f" Also: {', '.join(f'`{key}`' for key in sorted(prune.options))}." if prune.options else ""
         groups = f" `group`: {', '.join(prune.groups)}." if prune.groups else ""
-        lines += [
-            f"### {prune.name}",
-            "",
-            f"{prune.summary}{source}.{groups}{also}",
-            "",
-            *_parameters(prune.parameters),
-            "",
-        ]
+        summary = f"{prune.summary}{source}.{groups}{also}"
+        lines += [f"### {prune.name}", "", summary, "", *_parameters(prune.parameters), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -124,4 +133,5 @@ def _parameters(parameters: dict[str, Param] | Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, text in pages().items():
+        (REFERENCE / name).write_text(text, encoding="utf-8")

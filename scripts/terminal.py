@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "terminal.svg"
 WIDTH = 88
+PROGRESS = re.compile(r"\w+ing .*: (\d+ %|\d+ of )")  # bars, on a terminal
 RECIPE = """\
 base_model: ./models/base
 merge_method: dare_ties
@@ -47,19 +49,22 @@ def main() -> None:
         for name, shown in NAMES.items():
             (here / "models" / shown).symlink_to((models / name).resolve())
         (here / "recipe.yaml").write_text(RECIPE)
-        console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-        for command, most in COMMANDS:
-            console.print(Text(f"$ {command}", style="bold green"))
-            lines = output(command, here)
-            for line in lines[:most]:
-                console.print(Text(line), highlight=False)
-            if most is not None and len(lines) > most:
-                console.print(Text("…", style="dim"))
-        drawn = console.export_svg(title="deltamerge", unique_id="deltamerge")
-        PICTURE.write_text(
-            re.sub(r"\s*@font-face \{.*?\n    \}\n", "\n", drawn, flags=re.DOTALL)
-        )  # nothing from the web
+        PICTURE.write_text(screen(COMMANDS, here))
     print(f"{PICTURE.relative_to(ROOT)}: written")
+
+
+def screen(commands: Sequence[tuple[str, int | None]], folder: Path) -> str:
+    """Run commands for real and draw what they print as SVG: of each at most so many lines."""
+    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    for command, most in commands:
+        console.print(Text(f"$ {command}", style="bold green"))
+        lines = output(command, folder)
+        for line in lines[:most]:
+            console.print(Text(line), highlight=False)
+        if most is not None and len(lines) > most:
+            console.print(Text("…", style="dim"))
+    drawn = console.export_svg(title="deltamerge", unique_id="deltamerge")
+    return re.sub(r"\s*@font-face \{.*?\n    \}\n", "\n", drawn, flags=re.DOTALL)  # nothing from the web
 
 
 def made(folder: Path) -> Path:
@@ -72,12 +77,13 @@ def made(folder: Path) -> Path:
 
 
 def output(command: str, folder: Path) -> list[str]:
-    """What a command prints."""
+    """Return what a command prints, without its progress."""
     words = command.split()
     run = [sys.executable, "-m", *words] if words[0] == "deltamerge" else words
     env = {**os.environ, "COLUMNS": str(WIDTH), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, check=True)
-    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    told = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]
+    return [line.replace(f"{folder}/", "") for line in (*done.stdout.splitlines(), *told)]
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.torch_bin import read_torch_header
 from deltamerge.formats.weight_files import RUNNING_SUM, shards_of, weight_source
-from deltamerge.models.chain import slime
 from deltamerge.models.chain.folder import head
+from deltamerge.models.chain.slime import SLIME
 from deltamerge.models.checkpoint import INDEX, decoded, open_checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.hub import open_model
@@ -447,7 +447,7 @@ class Targets:
         """The index of a version that slime wrote."""
         path = self._kept["slime"] / "weight_v000001" / INDEX
         path.write_bytes(data)
-        tolerates(lambda: slime.over(path.parent, open_checkpoint(self.place / "base"), "x"))
+        tolerates(lambda: SLIME.over(path.parent, open_checkpoint(self.place / "base"), "x"))
 
     def arrays(self, data: bytes) -> None:
         self.delta(data, "delta.safetensors")
@@ -612,7 +612,7 @@ class Targets:
         base = open_checkpoint(self.place / "base")
 
         def read() -> None:
-            found, old = values(slime.over(version, base, "x").tensors), values(base.tensors)
+            found, old = values(SLIME.over(version, base, "x").tensors), values(base.tensors)
             assert all(torch.equal(bits(found[name]), bits(old[name])) for name in old)  # its diff is of zeros
 
         tolerates(read)

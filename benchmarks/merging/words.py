@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,15 @@ PACKAGE = (
     of("wudi", balance="norm"),
     of("regmean", rows=True),
 )
-AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "tsv_m": 1.2, "wudi": 1.2}
+AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "tsv_m": 1.2, "wudi": 1.2, "tsv_m, balanced": 1.2}
 MERGES = (
     *PACKAGE,
     Merge("ace", falling(0.8), formula=tried.ace),
     Merge("ace, ε relative", falling(1.2), formula=lambda ds, base: tried.ace(ds, base, relative=True)),
     Merge("ortho", falling(4.0), formula=tried.ortho),
     *(Merge(f"{name}, then svc", falling(factor), after=name) for name, factor in AFTER.items()),
+    Merge("task_arithmetic, then aim", falling(0.7), after="task_arithmetic"),
+    Merge("tsv_m, balanced, then aim", usual("tsv_m"), after="tsv_m, balanced"),
 )
 
 
@@ -142,10 +144,13 @@ class Family:
             return self._run(merge, names)
         if merge.after is not None:
             before = next(one for one in MERGES if one.name == merge.after)
-            return {
-                key: tried.svc(tensor.double(), self._deltas(key, names)).float() if self._is_matrix(key) else tensor
-                for key, tensor in self._run(before, names).items()
-            }
+            found, loud = self._run(before, names), self._loudness(names) if merge.name.endswith("aim") else {}
+            for key, tensor in found.items():
+                if key in loud:
+                    found[key] = tried.aim(tensor.double(), loud[key]).float()
+                elif not loud and self._is_matrix(key):
+                    found[key] = tried.svc(tensor.double(), self._deltas(key, names)).float()
+            return found
         assert merge.formula is not None
         made = {}
         for key, tensor in self.weights.items():
@@ -153,6 +158,23 @@ class Family:
             mean = torch.stack(deltas).mean(0)
             made[key] = (merge.formula(deltas, tensor.double()) if self._is_matrix(key) else mean).float()
         return made
+
+    def _loudness(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean abs(x) of the inputs of every linear layer of the base, added up over batches of all tasks' rows."""
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str, module: Any, given: Any) -> None:
+            found[name] = found.get(name, torch.zeros(())) + given[0].double().abs().mean((0, 1))
+
+        layers = [(name, one) for name, one in self.model.named_modules() if isinstance(one, torch.nn.Linear)]
+        hooks = [one.register_forward_pre_hook(partial(hook, f"{name}.weight")) for name, one in layers]
+        self.model.load_state_dict(self.weights)
+        with torch.inference_mode():
+            for name in names:
+                self.model(**encoder.encode(self.tokenizer, rows_of(name, "train")[:CALIBRATED]))
+        for one in hooks:
+            one.remove()
+        return found
 
     def _deltas(self, key: str, names: Sequence[str]) -> list[Tensor]:
         return [self.deltas[name][key].double() for name in names]

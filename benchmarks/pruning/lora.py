@@ -1,6 +1,6 @@
 """What a LoRA keeps of a real fine-tune, by rank: plain SVD, weighed by inputs, and sparse deltas of the same bytes.
 
-    python -m benchmarks.pruning.lora --tasks .demo/tasks --out lora.json      # tasks: shared data's make_tasks.py
+    python -m benchmarks.pruning.lora --tasks .encoder/tasks --out lora.json      # tasks: shared data's make_tasks.py
     python -m benchmarks.pruning.lora --decoders reversal sorting --out lora-decoders.json    # of benchmarks/smollm2.py
 
 Encoders: accuracy or correlation in plain transformers and PEFT on the first 400 test rows. Decoders: exact match and

@@ -7,7 +7,7 @@
     python -m benchmarks.pruning.quality --authors --large     the same on random weights of BERT-base's shapes: memory
     python -m benchmarks.pruning.quality --docs [JSON...]      join results of other runs, and write the tables of docs/
 
-Models: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained. Calibration rows come from the validation
+Models: DELTAMERGE_SHARED or ../shared/data, else those of `benchmarks.encoder`. Calibration rows are of the validation
 part, which no fine-tune has seen. Random masks are drawn with 4 seeds. Results go to benchmarks/results/quality.json,
 quality.md and quality.svg after every cell.
 """

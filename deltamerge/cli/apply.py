@@ -15,7 +15,7 @@ from deltamerge.errors.shown import human
 @click.command("apply")
 @click.argument("delta", type=MODEL)
 @click.option(
-    "--base", required=True, type=MODEL, help="The checkpoint that the delta was made from: a folder, or a hub id."
+    "--base", required=True, type=MODEL, help="Checkpoint that the delta was made from: a folder or a hub id."
 )
 @click.option("--out", type=FOLDER, required=True, help="Folder to make.")
 @WORKERS
@@ -35,9 +35,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Put DELTA on its base again.
+    """Apply DELTA to its base.
 
-    Writes the whole checkpoint; every tensor is checked before and after by hash.
+    Writes the whole checkpoint. Every tensor is checked by hash before and after.
     """
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.apply import apply as apply_delta

@@ -35,9 +35,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Choose the q's of RECIPE on its calibration data, no more.
+    """Choose the q values of RECIPE on its calibration data.
 
-    Writes them to the lock beside RECIPE, for run --locked.
+    Writes them to the lock beside RECIPE, where `run --locked` reads them.
     """
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.options import Options

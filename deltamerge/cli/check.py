@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
-@click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
+@click.option("--offline", is_flag=True, help="Check the recipes alone: open no model, use no network.")
 @MERGEKIT_EXACT
 @SET
 @PICKLES
 @click.option(
     "--output-format", type=click.Choice(["text", "json", "github"]), default="text", show_default=True,
-    help="json: one object on stdout; github: annotations of a workflow's run.",
+    help="json: one object on stdout. github: annotations for GitHub Actions.",
 )  # fmt: skip
 @AS_JSON
-@click.option("-v", "--verbose", is_flag=True, help="Say what `plan` notes, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the notes of `plan` too.")
 def command(
     recipes: tuple[Path, ...],
     offline: bool,
@@ -41,9 +41,9 @@ def command(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Validate RECIPES and the headers of their models.
+    """Validate RECIPES, and the headers of the models they name.
 
-    Reads no weights; of hub models headers and tokenizers are fetched. Of a folder all recipes in it are checked; - is
+    Reads no weights; for hub models, fetches headers and tokenizers. RECIPES are files, folders of recipes, or - for
     stdin.
     """
     from deltamerge.run.check import check_recipe, recipes_in

@@ -18,9 +18,9 @@ NO_SPACE = {
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
-    """Print what makes SHELL complete commands and their values.
+    """Print the completion script for SHELL.
 
-    Options, methods, recipes, models and devices, too.
+    It completes commands, options, methods, recipes, models and devices.
 
     \b
     eval "$(deltamerge completion bash)"     # in ~/.bashrc; zsh likewise in ~/.zshrc

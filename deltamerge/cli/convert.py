@@ -24,14 +24,16 @@ NAME = "convert"
 @click.command(NAME)
 @click.argument("model", type=FILE)
 @click.argument("out", type=FOLDER)
-@click.option("--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Of all weights.")
-@click.option("--shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB; default: 5GB.")
+@click.option(
+    "--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Dtype of all weights."
+)
+@click.option("--shard-size", metavar="SIZE", help="Largest weight file, such as 2GB. Default: 5GB.")
 @click.option(
     "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4"]),
-    help="Form of linear layers' weights: plain (the default), as they are, or of a scheme.",
+    help="Linear layers. none: not quantized (default). keep: as they are. Others: quantized so.",
 )  # fmt: skip
 @click.option("--gguf", type=click.Choice(["q8_0", "f16", "bf16"]), help="Write a GGUF file beside the checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Show the plan, with what it takes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @DEVICE
 @WORKERS
 @MEMORY
@@ -54,11 +56,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Write MODEL in another form into OUT, without a merge.
+    """Write MODEL to OUT in another dtype or format, without merging.
 
-    MODEL is a folder, a weight file or a hub id: safetensors, torch's files, GGUF. The form is dtype, size of files,
-    quantised or plain: all that a merge reads and writes. Of torch's own files nothing is run. A weight whose form
-    stays keeps its bytes.
+    MODEL is a folder, a weight file or a hub id, in safetensors, torch's own format or GGUF. OUT may differ in dtype,
+    shard size and quantization. No code in torch's files is run. Weights whose dtype and format stay the same keep
+    their bytes.
 
     \b
     deltamerge convert ./old ./new                        # pytorch_model.bin to safetensors

@@ -20,7 +20,7 @@ from deltamerge.errors.shown import lines as one_a_line
 @PICKLES
 @AS_JSON
 def command(a: str, b: str, workers: int | None, pickles: bool, as_json: bool) -> None:
-    """Show what differs between two checkpoints or two locks.
+    """Compare two checkpoints, or two locks.
 
     A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
     """

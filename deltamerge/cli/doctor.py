@@ -19,7 +19,7 @@ from deltamerge.errors.shown import human
 from deltamerge.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
-EXTRAS = ("data", "gguf", "ray", "search", "vllm", "zstd")
+EXTRAS = ("data", "gguf", "lm-eval", "ray", "search", "trackio", "vllm", "wandb", "zstd")
 
 
 @click.command("doctor")
@@ -90,6 +90,8 @@ def _extra(name: str) -> str:
     except PackageNotFoundError:
         return "unknown: deltamerge runs from its sources, without an installation"
     wanted = [line for line in metadata if f'extra == "{name}"' in line.replace("'", '"')]
+    if not wanted:
+        return f"not known to the installed deltamerge: pip install 'deltamerge[{name}]'"
     names = [re.split(r"[;>=<!\[ ]", line)[0] for line in wanted]
     missing = [package for package in names if installed(package) is None]
     return f"lacks {', '.join(missing)}: pip install 'deltamerge[{name}]'" if missing else "installed"

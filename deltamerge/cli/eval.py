@@ -26,24 +26,26 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
 @click.option(
     "--calibration", type=FILE, metavar="FILE", help="Labelled rows: .jsonl, .csv, pictures, or a hub data set."
 )
-@click.option("--recipe", type=RECIPE, help="Take rows and heads from a recipe: each fine-tune's, by its own head.")
+@click.option(
+    "--recipe", type=RECIPE, help="Take the rows of each fine-tune from this recipe, and score them with its head."
+)
 @click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs.")
-@click.option("--label", metavar="KEY", help="Its field of the label; default: label.")
+@click.option("--label", metavar="KEY", help="Field of the rows that has the label. Default: label.")
 @click.option(
     "--task", type=click.Choice(["text-classification", "text-generation", "image-classification", "causal-lm"])
 )
-@click.option("--metric", "metrics", multiple=True, type=click.Choice(METRICS), help="Default: all that fit the head.")
+@click.option("--metric", "metrics", multiple=True, type=click.Choice(METRICS), help="Default: all that suit the head.")
 @click.option("--answer", metavar="PATTERN", help="exact_match: pattern of the answer in a text.")
-@click.option("--new-tokens", type=click.IntRange(1), help="exact_match: tokens generated for an answer, at most.")
-@click.option("--sequences", type=click.IntRange(1), help="Rows to use; default: all.")
-@click.option("--length", type=click.IntRange(1), help="Tokens a row; default: 128.")
-@click.option("--head", type=MODEL, help="Whose head answers, where a merge has another task's.")
-@click.option("--base", type=MODEL, help="The base of adapters and delta artifacts.")
+@click.option("--new-tokens", type=click.IntRange(1), help="exact_match: most tokens generated for an answer.")
+@click.option("--sequences", type=click.IntRange(1), help="Number of rows to use. Default: all.")
+@click.option("--length", type=click.IntRange(1), help="Tokens per row. Default: 128.")
+@click.option("--head", type=MODEL, help="Model whose head to use, if the merged model has the head of another task.")
+@click.option("--base", type=MODEL, help="Base of the adapters and delta artifacts among MODELS.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Keep scores there, a line of JSON each. Run again, known ones are not computed again.",
+    help="File that keeps the scores, one JSON line each. Run again, only missing ones are computed.",
 )
 @TRACK
 @DEVICE
@@ -73,7 +75,7 @@ def command(
 ) -> None:
     """Score MODELS on labelled rows, side by side.
 
-    Folders, hub ids, base+adapter, delta artifacts: what was merged, and what it was merged from.
+    MODELS are folders, hub ids, base+adapter, or delta artifacts.
 
     \b
     deltamerge eval ./merged ./models/math --calibration test.jsonl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deltamerge.cli.options import (
     NONFINITE,
     PICKLES,
     QUIET,
+    RATIO,
     RESUME,
     WORKERS,
     pruning_methods,
@@ -28,50 +30,58 @@ from deltamerge.cli.options import (
 from deltamerge.cli.output import of_command_line, say_json, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import after_folders, app
+from deltamerge.errors.shown import human
 
 
 @click.command("extract")
 @click.argument("models", type=MODEL, nargs=-1, metavar="MODEL... [BASE]")
-@click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
+@click.option(
+    "--base", type=MODEL, help="Model that MODEL was fine-tuned from: a folder or a hub id. May be given as BASE."
+)
 @click.option(
     "--out",
     type=FOLDER,
-    help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.",
+    help="Output folder; for several models, the store. Default: NAME-delta or NAME-lora here.",
 )
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
-    help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
+    help="Preceding version in the chain. BASE may be its checkpoint or the chain's base.",
 )  # fmt: skip
-@click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
+@click.option(
+    "--as", "style", type=click.Choice(["slime", "slime:overwrite", "skyrl"]),
+    help="Write OUT as another project's version. If MODEL is a chain: write those of its versions that OUT lacks.",
+)  # fmt: skip
+@click.option("--density", type=float, help="Fraction of the delta to keep. Default: all of it, exactly.")
 @click.option(
     "--method",
     shell_complete=pruning_methods,
-    help="How entries are chosen, as prune.method; default: what keeps most of a fine-tune, dare with sampling: "
-    "magnitude, or with --calibration magnitude. Methods with settings of their own take a recipe.",
+    help="Pruning method. Default: dare with sampling: magnitude, or magnitude with --calibration, which keep "
+    "most of a fine-tune. Methods with settings of their own need a recipe.",
 )
-@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes, or by --calibration.")
+@click.option("--q", type=float, help="Divisor of the kept entries. Default: as in recipes, or chosen on the rows.")
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
-    help="Store values to add, in this form; default: final values. Of a LoRA, of its factors.",
+    help="Store differences in this format. Default: final values. LoRA: dtype of the factors.",
 )
 @click.option(
     "--lora", is_flag=False, flag_value="", metavar="[RANK|energy:SHARE]",
-    help="Make a LoRA for PEFT: of this rank, of as many as keep a share of each delta, or alone with --budget.",
+    help="Write a LoRA: of this rank, of the ranks that keep a share of each delta, or without a value for --budget.",
 )  # fmt: skip
 @BUDGET
+@RATIO
 @click.option(
     "--for", "served_by", type=click.Choice(["vllm", "peft"]),
-    help="Of a LoRA: what is to load it. vllm takes factors alone; peft takes whole embeddings, norms and biases too. "
-    "Default: factors, and a task's head, which both load.",
+    help="LoRA: program that loads it. vllm: factors alone. peft: whole embeddings, norms and biases too. Default: "
+    "factors and a task's head.",
 )  # fmt: skip
 @click.option(
     "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
     help="Of a LoRA: what is stored whole, instead of --for. keep: all that changed and has no factors. heads: heads, "
     "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
 )  # fmt: skip
-@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
-@click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")
+@click.option("--dora", is_flag=True, help="LoRA: write a DoRA, with the norms of the weights' rows.")
 @rows_of_text
 @DEVICE
 @WORKERS
@@ -82,19 +92,21 @@ from deltamerge.errors import after_folders, app
 @PICKLES
 @AS_JSON
 @QUIET
-@click.option("-v", "--verbose", is_flag=True, help="Of a LoRA: a line for each layer.")
+@click.option("-v", "--verbose", is_flag=True, help="LoRA: print a line per layer.")
 @lora_flags
 def command(
     models: tuple[str, ...],
     base: str | None,
     out: Path | None,
     after: str | None,
+    style: str | None,
     density: float | None,
     method: str | None,
     q: float | None,
     values: str | None,
     lora: str | None,
-    budget: int | None,
+    budgets: tuple[int, ...],
+    ratios: tuple[float, ...],
     served_by: str | None,
     whole: str | None,
     targets: tuple[str, ...],
@@ -107,22 +119,26 @@ def command(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
+    """Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.
 
-    A delta holds what changed, exactly, or with a density what is kept of it; rows (--calibration, 50 without labels)
-    choose what that is divided by, which decides at a density of 0.01. Several models are done one by one; their deltas
-    in --out are a store, each under its model's name, where files that several have are there once.
+    Without a density the delta is exact. With one it is pruned, and calibration rows choose q, which matters most at
+    densities near 0.01; 50 unlabelled rows do. With --budget or --ratio it holds values to add in few bits, those that
+    lose least. Several models are extracted one by one into a store, where files that several deltas share are kept
+    once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
     deltamerge extract tuned --base base --density 0.01 --calibration rows.jsonl
+    deltamerge extract tuned --base base --budget 8MB
+    deltamerge extract tuned --base base --ratio 32,64,128,256
     deltamerge extract a b c --base base --out store
     deltamerge extract tuned --base base --lora 32 --for vllm
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
+    deltamerge extract run --as slime --out updates
     """
     with app("chain"):
+        from deltamerge.apps.chain.extract import curve, name_in_store, name_of, pruning
         from deltamerge.apps.chain.extract import extract as extract_delta
-        from deltamerge.apps.chain.extract import name_in_store, name_of, pruning
     from deltamerge.models.chain.publish import Sharing, is_store
     from deltamerge.run.options import Options
 
@@ -140,9 +156,15 @@ def command(
         raise click.UsageError("Missing argument 'MODEL... [BASE]'.")
     if base is None and len(models) == 2:
         base, models = models[1], models[:1]
+    if style is not None:
+        others = (density, method, q, values, lora, calibration, *budgets, *ratios)
+        if len(models) > 1 or out is None or any(other is not None for other in others):
+            raise click.UsageError("--as is for one model or chain, with --out; what changed is exact")
+        _write_as(style, models[0], base, out, after, as_json=as_json, quiet=quiet, **options)
+        return
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
-    size = _lora_size(lora, budget)
+    sizes, size = _delta_sizes(lora, budgets, ratios), _lora_size(lora, budgets)
     if served_by is not None and (size is None or whole is not None):
         raise click.UsageError(
             "--for needs --lora" if size is None else "--for and --whole both say what is stored whole"
@@ -155,8 +177,16 @@ def command(
     more = {key: value for key, value in more.items() if value is not None}
     if size is None and more:
         raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
+    if sizes and (density is not None or method is not None or q is not None or values is not None):
+        raise click.UsageError("--budget chooses the values, and takes no --density, --method, --q or --values")
     if size is not None and (density is not None or method is not None or q is not None):
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
+    if len(sizes) > 1:
+        if len(models) > 1 or after is not None:
+            raise click.UsageError("several sizes print what each would lose of one model, and make nothing")
+        points = curve(models[0], base, sizes, calibration=calibration, options=Options(**options))
+        _say_curve(points, as_json=as_json)
+        return
     store = out if size is None and out is not None and (len(models) > 1 or is_store(out)) else None
     names = [name_of(model, lora=size is not None) if store is None else name_in_store(model) for model in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -176,7 +206,7 @@ def command(
         with after_folders(done), of_command_line():
             result = extract_delta(
                 model, base, target, density=density, method=method, q=q, values=values, after=after,
-                lora=None if size is None else size | more,
+                lora=None if size is None else size | more, size=sizes[0] if sizes else None,
                 calibration=calibration,
                 options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
             )  # fmt: skip
@@ -192,13 +222,60 @@ def command(
         say_json({"results": summaries})
 
 
-def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
+def _write_as(
+    style: str,
+    model: str,
+    base: str | None,
+    out: Path,
+    after: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    from deltamerge.apps.chain.extract import extract_as
+    from deltamerge.engine.execute import default_workers
+
+    workers = options["workers"] or default_workers()
+    with of_command_line():
+        written = extract_as(style, model, base, out, after=after, workers=workers, pickles=options["pickles"])
+    if as_json:
+        found = [{"name": one.path.name, "tensors": one.tensors, "bytes": one.nbytes} for one in written]
+        say_json({"folder": str(out), "style": style, "versions": found})
+    elif not quiet:
+        for one in written:
+            tell(f"{one.path}: {one.tensors} tensors changed, {human(one.nbytes)}")
+        if not written:
+            tell(f"{out}: has all versions of {model}")
+
+
+def _delta_sizes(lora: str | None, budgets: Sequence[int], ratios: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the keys of a recipe's prune for --budget and --ratio; none of a LoRA."""
+    if lora is not None:
+        if ratios:
+            raise click.UsageError("--ratio is of a delta: --lora takes --budget 20MB")
+        return []
+    if budgets and ratios:
+        raise click.UsageError("--budget and --ratio both say the size: keep one of the two")
+    return [*({"bytes": size} for size in budgets), *({"ratio": ratio} for ratio in ratios)]
+
+
+def _say_curve(points: Sequence[tuple[int, float]], *, as_json: bool) -> None:
+    """Print the bytes of artifacts, and the share of the delta's squares that each would lose."""
+    if as_json:
+        say_json({"curve": [{"bytes": nbytes, "lost": float(f"{lost:.4g}")} for nbytes, lost in points]})
+        return
+    for nbytes, lost in points:
+        tell(f"{nbytes:>15,} bytes   {lost:.3f} of the squares lost")
+
+
+def _lora_size(text: str | None, budgets: Sequence[int]) -> dict[str, Any] | None:
     """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
     if text is None:
-        if budget is not None:
-            raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")
         return None
-    size: dict[str, Any] = {} if budget is None else {"budget": budget}
+    if len(budgets) > 1:
+        raise click.UsageError("--lora takes one --budget")
+    size: dict[str, Any] = {"budget": budgets[0]} if budgets else {}
     name, _, share = text.replace("=", ":").partition(":")
     if text and text.isdecimal():
         size["rank"] = int(text)

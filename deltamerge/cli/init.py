@@ -21,7 +21,7 @@ from deltamerge.errors import app
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Fraction of each delta to keep.  [default: 0.05 of one model, 0.2 of several]",
 )
-@click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
+@click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="File to write; - for stdout.")
 @DEVICE
 @WORKERS
 @PICKLES
@@ -39,8 +39,8 @@ def command(
 ) -> None:
     """Write a commented first recipe for MODELS and their base.
 
-    One model is pruned, several are merged; folders or hub ids. With --calibration `recommend` chooses each model's
-    pruning: its masks are drawn and measured on the rows, and the evidence stands in the recipe.
+    MODELS are folders or hub ids. One model is pruned, several are merged. With --calibration, `recommend` measures
+    prunings of each model on the rows, chooses one, and writes its figures into the recipe as comments.
 
     \b
     deltamerge init ./math ./code --base ./base

@@ -75,9 +75,9 @@ def command(
 ) -> None:
     """Measure the delta of MODEL: how large it is, and where.
 
-    Per tensor, layer and in all, and what pruning would keep. With --calibration also what the delta does to
-    activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
-    that a run made, --report draws what its lock says, too.
+    Reports norms and shares per tensor, per layer and in total, and what pruning would keep. With --calibration, also
+    what the delta does to activations: influence, coherence, massive activations, and DARE's bound and error. If MODEL
+    is an output of `run`, --report also draws the figures in its lock.
     """
     with app("inspect"):
         from deltamerge.apps.inspect.study import inspect as inspect_delta

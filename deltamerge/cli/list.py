@@ -16,12 +16,12 @@ from deltamerge.errors.shown import human, shown
 @click.argument("folder", type=FOLDER)
 @AS_JSON
 def command(folder: Path, as_json: bool) -> None:
-    """List the versions of the chain FOLDER, or the deltas of the store.
+    """List the versions of a chain, or the deltas of a store.
 
-    Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
+    Shows how much each changes, and its size. Files that several deltas share count once.
     """
     from deltamerge.errors import InputError
-    from deltamerge.models.chain.folder import described, head, is_chain, line
+    from deltamerge.models.chain.folder import described, head, is_chain, line, pinned
     from deltamerge.models.chain.publish import is_store
 
     if not is_chain(folder):
@@ -34,9 +34,10 @@ def command(folder: Path, as_json: bool) -> None:
         return
     versions = line(folder / head(folder))
     found: list[dict[str, Any]] = list(described(versions))
-    base = versions[0].delta.manifest.base
+    base, pin = versions[0].delta.manifest.base, pinned(folder)
     if as_json:
-        say_json({"folder": str(folder), "base": base.model_dump(), "state": versions[0].base, "versions": found})
+        whole = {"folder": str(folder), "base": base.model_dump(), "state": versions[0].base, "versions": found}
+        say_json(whole | {"pinned": pin})
         return
     size = human(sum(one["bytes"] for one in found))
     click.echo(f"{shown(str(folder))}: {len(found)} versions, {size}, of {shown(str(base))}")
@@ -44,7 +45,9 @@ def command(folder: Path, as_json: bool) -> None:
         step = "" if one["step"] is None else f"  step {one['step']}"
         folded = f"  {len(one['folded'])} folded" if one["folded"] else ""
         share = one["changed"] / max(1, one["elements"])
-        click.echo(f"{one['name']}  {human(one['bytes']):>8}  {share:7.3%} changed  {one['state'][:12]}{step}{folded}")
+        here = "  pinned" if one["name"] == pin else ""
+        line_of = f"{one['name']}  {human(one['bytes']):>8}  {share:7.3%} changed  {one['state'][:12]}"
+        click.echo(f"{line_of}{step}{folded}{here}")
 
 
 def _list_store(folder: Path, *, as_json: bool) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("lock")
 @click.argument("recipe", type=RECIPE)
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 where RECIPE or inputs differ from the lock.")
+@click.option("--check", is_flag=True, help="Write nothing. Exit 1 if RECIPE or its inputs differ from the lock.")
 @DEVICE
 @WORKERS
 @MEMORY
@@ -32,9 +32,9 @@ def command(
     settings: dict[Loc, str],
     **options: Any,
 ) -> None:
-    """Write the lock of RECIPE beside it: its inputs by content, and its q's.
+    """Lock RECIPE: write the hashes of its inputs, and its q values, beside it.
 
-    For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
+    `run --locked` then refuses a recipe or inputs that differ from the lock, on this machine or another.
 
     \b
     deltamerge lock recipe.yaml            # writes recipe.lock, to be kept in git
@@ -52,5 +52,5 @@ def command(
         tell(f"{file.lock_path}: up to date")
         return
     written = lock_recipe(file, chosen)
-    found = f", the q's of {len(written.calibration)} models" if written.calibration else ""
+    found = f", q values of {len(written.calibration)} models" if written.calibration else ""
     tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{found}")

@@ -32,9 +32,9 @@ def _names(context: click.Context, option: click.Parameter, incomplete: str) -> 
 @click.argument("name", required=False, shell_complete=_names)
 @AS_JSON
 def command(name: str | None, as_json: bool) -> None:
-    """List merge and pruning methods, a line each.
+    """List merge and pruning methods, one per line.
 
-    With NAME those called so: their parameters, defaults, ranges, and where they come from.
+    With NAME: its parameters, their defaults and ranges, and the paper.
     """
     found = catalogue(name)
     render = render_method if name else render_methods

@@ -82,12 +82,11 @@ FOLDER = FolderPath(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)
 DEVICE = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda[:N,M|:all]", help="Where tiles are computed.",
+    "--device", default="auto", metavar="auto|cpu|cuda[:N,M|:all]", help="Device that computes. auto: a GPU where it "
+    "is faster.",
     shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
-WORKERS = click.option(
-    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads; default: the cores of this machine."
-)
+WORKERS = click.option("--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core.")
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
@@ -99,41 +98,64 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
         raise click.BadParameter(f"{error}, got {text!r}") from error
 
 
-MEMORY = click.option(
-    "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
-)
+MEMORY = click.option("--memory", metavar="SIZE", callback=_size, help="Memory limit, such as 2GB.")
+
+
+def _sizes(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    found = (_size(context, option, one.strip()) for one in (text or "").split(",") if text is not None)
+    return tuple(size for size in found if size is not None)
+
+
+def _ratios(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return () if text is None else tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"no number: {text!r}") from None
+
+
 BUDGET = click.option(
     "--budget",
-    metavar="SIZE",
-    callback=_size,
-    help="Of a LoRA: its bytes, such as 20MB, shared out by what they keep.",
+    "budgets",
+    metavar="SIZE[,SIZE...]",
+    callback=_sizes,
+    help="Size of the delta, or of the LoRA's file, such as 20MB. Bytes go where they keep most. Several sizes print "
+    "what each would lose, and write nothing.",
+)
+RATIO = click.option(
+    "--ratio",
+    "ratios",
+    metavar="N[,N...]",
+    callback=_ratios,
+    help="Size of the delta as the checkpoint's divided by N, instead of --budget.",
 )
 FORCE = click.option(
-    "--force", is_flag=True, help="Replace what another command made or someone changed; never a version that others "
-    "follow, or a store's delta.",
+    "--force", is_flag=True, help="Replace an output of another command, or one that was changed. A version with "
+    "successors and a store's delta are never replaced.",
 )  # fmt: skip
 FORCE_FILES = click.option(
-    "--force", is_flag=True, help="Replace files in the way that were not written for RECIPE, or that someone changed."
+    "--force", is_flag=True, help="Replace existing files even if they were changed, or belong to another recipe."
 )
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 TRACK = click.option(
     "--track", metavar="TRACKER[:PROJECT]",
     help="Log figures as they come to trackio or wandb (extras of those names), project deltamerge if not given.",
     shell_complete=some("trackio", "wandb"),
 )  # fmt: skip
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the table to stdout as CSV, with all digits.")
 BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
-ROWS = "Rows of text: .jsonl, .csv, .txt, or a hub data set"
+ROWS = "Rows of text: a .jsonl, .csv or .txt file, or a hub data set"
 ROWS_OF_ONE = click.option("--calibration", type=FILE, metavar="FILE", help=f"{ROWS}.")
 ROWS_OF_EACH = click.option(
     "--calibration", type=FILE, multiple=True, metavar="FILE",
-    help=f"{ROWS}; of several models once, or once each in their order.",
+    help=f"{ROWS}. For several models: once, or once per model in the same order.",
 )  # fmt: skip
 ABOUT_ROWS = (
-    click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs."),
-    click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Rows to use."),
-    click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens a row."),
+    click.option(
+        "--text", multiple=True, metavar="KEY", help="Field of the rows that has the text. Twice for sentence pairs."
+    ),
+    click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Number of rows to use."),
+    click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens per row."),
 )
 
 
@@ -170,15 +192,17 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
     return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}
 
 
-RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, even with --force.")
+RESUME = click.option("--resume", is_flag=True, help="Continue an interrupted run, even with --force.")
 MERGEKIT_EXACT = click.option(
-    "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/howto/from-mergekit.md)."
+    "--mergekit-exact",
+    is_flag=True,
+    help="Use mergekit's defaults where they differ from ours (docs/howto/from-mergekit.md).",
 )
 PICKLES = click.option(
     "--allow-pickles", "pickles", is_flag=True,
-    help="Read pytorch_model.bin where there are no safetensors; nothing in it is run.",
+    help="Read pytorch_model.bin where there are no safetensors. No code in it is run.",
 )  # fmt: skip
-NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Allow NaN and infinity in the result.")
 
 
 def _parse(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
@@ -202,14 +226,14 @@ def _sweeps(context: click.Context, option: click.Parameter, texts: tuple[str, .
 
 SET_OR_SWEEP = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_sweeps,
-    help="Set a key of the recipe; several times, each value is tried.",
+    help="Set a key of the recipe. Given several times, each value is tried.",
 )  # fmt: skip
 SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_settings,
-    help="Set a key of the recipe: models.0.prune.density=0.01.",
+    help="Set a key of the recipe, such as models.0.prune.density=0.01.",
 )  # fmt: skip
 ALLOW_COMMAND = click.option(
-    "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
+    "--allow-command", is_flag=True, help="Allow the program in study.objective to run, with your permissions."
 )
 
 

@@ -56,9 +56,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what a run of RECIPE would do, and what it takes.
+    """Show what a run of RECIPE would do, and the disk, memory and time it needs.
 
-    The dry run: output, disk, memory, about how long, and the tensors by kind; reads no weights.
+    A dry run that reads no weights.
 
     \b
     deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines

@@ -84,7 +84,7 @@ def amount(phase: Phase) -> str:
     done = phase.reached
     if phase.total <= 0 and not done:
         return ""
-    of = "of ≤" if phase.bound else "of"
+    of = "of at most" if phase.bound else "of"
     if phase.unit == BYTES:
         return f"{human(done)} {of} {human(max(phase.total, done))}"
     return f"{int(done + 1e-6):,} {of} {int(max(phase.total, done)):,} {phase.unit}"
@@ -254,8 +254,8 @@ class BarLayout(NamedTuple):
 
 
 LAYOUTS = (
-    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(0, False, True),
-    BarLayout(0, False, False),
+    BarLayout(24, True, True), BarLayout(12, True, True), BarLayout(12, False, True), BarLayout(6, False, True),
+    BarLayout(0, False, True), BarLayout(0, False, False),
 )  # fmt: skip
 
 

@@ -14,14 +14,14 @@ from deltamerge.errors import GO_ON, interruptible
 @click.command("push")
 @click.argument("folder", type=FOLDER)
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="For everyone to see; without it the repository is private.")
+@click.option("--public", is_flag=True, help="Make the repository public. Default: private.")
 @WORKERS
 @AS_JSON
 def command(folder: Path, repository: str, public: bool, workers: int | None, as_json: bool) -> None:
-    """Publish FOLDER, which a run made, as REPOSITORY on the hub.
+    """Publish the output folder FOLDER on the hub as REPOSITORY.
 
-    Weights, card, recipe and lock. Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an
-    interruption: what has arrived stays.
+    Uploads weights, model card, recipe and lock. Log in first with `hf auth login`, or set HF_TOKEN. Run it again
+    after an interruption: files that have arrived are not sent again.
     """
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.publish import push as push_folder

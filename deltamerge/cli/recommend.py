@@ -60,12 +60,11 @@ def command(
     as_csv: bool,
     **options: Any,
 ) -> None:
-    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
+    """Recommend a pruning for the delta of one MODEL, or a merge method for several MODELS.
 
-    With evidence, and the recipe that does it.
-
-    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
-    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
+    Prints the evidence and the recipe. Without --calibration, statistics of the deltas decide. With rows of text, each
+    candidate is tried and measured on each model's rows: prunings of one model, or merges at several λ and with fitted
+    coefficients.
 
     \b
     deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl

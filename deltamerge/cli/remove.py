@@ -14,10 +14,10 @@ from deltamerge.cli.output import tell
 @click.argument("delta", type=FOLDER)
 @QUIET
 def command(delta: Path, quiet: bool) -> None:
-    """Remove DELTA, the newest version of a chain or a delta of a store.
+    """Remove DELTA: the newest version of a chain, or a delta of a store.
 
-    A version that another comes after stays: remove that first, or fold both with squash. A folder that holds what no
-    run wrote stays too.
+    A version with a successor is refused: remove the successor first, or fold both with `squash`. So is a folder with
+    files that no run wrote.
     """
     from deltamerge.models.chain.publish import remove_newest
 

@@ -82,7 +82,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
     elif not quiet:
         lost = ""
         for folder, made in result.intermediate.items():
-            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+            tell(f"{folder}: {'made' if made else 'up to date'}")
         if not result.made:
             tell(f"{result.folder}: up to date")
             return
@@ -93,6 +93,9 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
             if values is None:
                 how = f"final values, {'rounded once' if rounded else 'exact'}"
             lost = f", {delta.entries:,} entries: {how}"
+            if (budget := result.lock.get("budget")) is not None:
+                spent = ", ".join(f"{name} {human(size)}" for name, size in budget["spent"].items())
+                lost = f": {spent}; {budget['lost']:.3g} of the {budget['of']} are lost"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
         tell(f"{result.folder}: {result.name}, {human(result.size)} in {seconds:.1f} s{lost}")

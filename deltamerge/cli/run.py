@@ -47,12 +47,12 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @click.command("run")
 @click.argument("recipe", type=RecipePath())
 @click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
-@click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
+@click.option("--out", type=FOLDER, help="Output folder. Default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
-@click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option("--part", metavar="I/N", help="Write only part I of N. A part is one or more whole shards.")
+@click.option("--finish", is_flag=True, help="Assemble the output from all parts.")
 @click.option(
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
@@ -60,19 +60,23 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @RESUME
 @click.option(
     "--force", is_flag=True,
-    help="Make it again, over what another recipe or command made or someone changed; forget an interrupted run.",
+    help="Start over: replace an output of another recipe or command, or one that was changed; drop interrupted work.",
 )  # fmt: skip
-@click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
-@click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
+@click.option("--locked", is_flag=True, help="Fail if the recipe or its inputs differ from the lock beside the recipe.")
+@click.option(
+    "--lock", "lock_path", type=FILE, metavar="PATH", help="The same, with this lock, or that of an output folder."
+)
 @MERGEKIT_EXACT
 @NONFINITE
 @SET
 @PICKLES
-@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
+@click.option("--pictures", is_flag=True, help="Add pictures of the delta and the search to the model card.")
 @TRACK
 @AS_JSON
 @QUIET
-@click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
+@click.option(
+    "-v", "--verbose", "--verbosity", count=True, help="Print the notes of `plan`, and of a LoRA a line per layer."
+)
 @mergekit_flags
 @click.pass_context
 def command(
@@ -102,7 +106,7 @@ def command(
 ) -> None:
     """Merge the models of RECIPE into one that transformers loads.
 
-    Of several documents those with a name are made first, beside the output, where they would differ.
+    If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
 
     \b
     deltamerge run recipe.yaml --memory 2GB
@@ -110,8 +114,8 @@ def command(
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
     deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
-    Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
-    it stopped, from .NAME.partial beside its target, or is forgotten by --force.
+    Run again: a finished recipe is up to date, a changed one replaces its own result, and an interrupted one
+    continues from .NAME.partial beside its output. --force starts over.
     """
     from deltamerge.engine import kernels
     from deltamerge.files.descriptors import scratch

@@ -39,14 +39,14 @@ SHOWN_ERRORS = 5
 @click.command("search")
 @click.argument("recipe", type=RECIPE)
 @SET
-@click.option("--out", type=FOLDER, help="Folder of the study; default: NAME-search beside RECIPE.")
-@click.option("--trials", type=click.IntRange(1), help="Candidates to try in all; wins over study.trials.")
+@click.option("--out", type=FOLDER, help="Folder of the study. Default: NAME-search beside RECIPE.")
+@click.option("--trials", type=click.IntRange(1), help="Number of candidates to try. Overrides study.trials.")
 @click.option(
     "--keep",
     type=click.Choice(["best", "none"]),
     default="none",
     show_default=True,
-    help="Merged folder that is written.",
+    help="Merged model to write.",
 )
 @click.option(
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
@@ -58,7 +58,7 @@ SHOWN_ERRORS = 5
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget an earlier study; replace a changed NAME.best.yaml.")
+@click.option("--force", is_flag=True, help="Discard an earlier study; replace NAME.best.yaml even if it was changed.")
 @AS_JSON
 @QUIET
 @evolve_flags
@@ -76,11 +76,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Search the values that RECIPE leaves open for the best.
+    """Search for the best values within the bounds given in RECIPE.
 
-    Values are bounds or choices: weight: {search: [0, 1]}. Optuna proposes candidates, which are judged in memory as
-    `study` says; rows that no trial has seen decide. The best goes to NAME.best.yaml, with its lock. Run again, a study
-    goes on where it stopped, to more trials if there are to be more.
+    Write bounds or choices in the recipe: weight: {search: [0, 1]}. Optuna proposes candidates, which are scored in
+    memory as set in `study`. The best is chosen on rows that no trial has seen, and written to NAME.best.yaml with
+    its lock. Run again, a study continues; --trials may be larger.
 
     \b
     deltamerge search recipe.yaml --trials 200

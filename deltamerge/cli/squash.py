@@ -14,8 +14,8 @@ from deltamerge.errors.shown import human
 
 @click.command("squash")
 @click.argument("chain", type=FOLDER)
-@click.option("--keep", type=click.IntRange(0), required=True, help="How many of the newest versions stay as they are.")
-@click.option("--base", type=MODEL, help="What the chain's first version was made from; default: what it names.")
+@click.option("--keep", type=click.IntRange(0), required=True, help="Number of newest versions to leave as they are.")
+@click.option("--base", type=MODEL, help="Base of the chain's first version. Default: the one it names.")
 @WORKERS
 @PICKLES
 @AS_JSON
@@ -25,8 +25,8 @@ def command(
 ) -> None:
     """Fold the older versions of CHAIN into one.
 
-    It takes the place of the last of them in one step, and the others are removed; their names are refused from then
-    on, with the name of the one that they are in. Versions that come after stay as they are.
+    The result replaces the last of them in one step. The others are removed, and their names are refused from then on.
+    Newer versions stay as they are.
     """
     with app("chain"):
         from deltamerge.apps.chain.squash import squash as squash_chain

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 @click.command("sweep")
 @click.argument("recipe", type=RECIPE)
 @SET_OR_SWEEP
-@click.option("--out", type=FOLDER, help="Folder for what is found; default: NAME-sweep beside RECIPE.")
+@click.option("--out", type=FOLDER, help="Folder for the results. Default: NAME-sweep beside RECIPE.")
 @click.option(
     "--keep",
     type=click.Choice(["best", "all", "none"]),
     default="none",
     show_default=True,
-    help="Merged folders that are written.",
+    help="Merged models to write.",
 )
 @TRACK
 @DEVICE
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @MEMORY
 @PICKLES
 @ALLOW_COMMAND
-@click.option("--force", is_flag=True, help="Forget what an earlier sweep found; replace a changed NAME.best.yaml.")
+@click.option("--force", is_flag=True, help="Discard earlier results; replace NAME.best.yaml even if it was changed.")
 @AS_JSON
 @AS_CSV
 @QUIET
@@ -69,11 +69,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Try every combination of the values that RECIPE leaves open.
+    """Try every combination of the values listed in RECIPE.
 
-    Values are lists: density: {sweep: [0.1, 0.01]}. Candidates are judged in memory on the same rows, as `study` says;
-    a table, JSON and a picture go to NAME-sweep, the best recipe to NAME.best.yaml. Run again, it goes on where it
-    stopped.
+    Write the values as lists: density: {sweep: [0.1, 0.01]}. Candidates are scored in memory on the same rows, as set
+    in `study`. NAME-sweep gets a table, JSON and a picture, NAME.best.yaml the best recipe. Run again, it continues
+    where it stopped.
 
     \b
     deltamerge sweep recipe.yaml --keep best

@@ -14,16 +14,16 @@ from deltamerge.errors import app
 @click.command("verify")
 @click.argument("folder", type=FOLDER)
 @click.option(
-    "--base", type=MODEL, help="Check the base too: what a delta makes of it, or that the lock has its files."
+    "--base", type=MODEL, help="Check the base too: that a delta applies to it, or that the lock lists its files."
 )
 @WORKERS
 @PICKLES
 @AS_JSON
 def command(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
-    """Check FOLDER, which a run made, against the hashes in its lock.
+    """Check the output folder FOLDER against the hashes in its lock.
 
-    Of a chain, or a version of one, that each version was made from what the one before makes; of a store each of its
-    deltas.
+    For a chain or one of its versions, also checks that each version was made from the result of the one before. For a
+    store, checks each delta.
     """
     from deltamerge.engine.execute import default_workers
     from deltamerge.models.chain.folder import VERSION, is_chain
@@ -40,9 +40,9 @@ def command(folder: Path, base: str | None, workers: int | None, pickles: bool, 
             say_json({"folder": str(folder), "deltas": deltas, "base": base})
             return
         for delta in deltas:
-            tell(f"{folder / delta['name']}: {len(delta['files'])} files as the lock says")
+            tell(f"{folder / delta['name']}: {len(delta['files'])} files match the lock")
         if base is not None:
-            tell(f"{folder}: every tensor of every delta, from {base}, as the deltas say")
+            tell(f"{folder}: applied to {base}, every delta gives the tensors it promises")
         return
     if (folder / VERSION).is_file() or is_chain(folder):
         with app("chain"):
@@ -53,9 +53,9 @@ def command(folder: Path, base: str | None, workers: int | None, pickles: bool, 
             say_json({"folder": str(folder), "versions": versions, "base": base})
             return
         files = sum(len(version["files"]) for version in versions)
-        tell(f"{folder}: {len(versions)} versions, {files} files, each made from what the one before makes")
+        tell(f"{folder}: {len(versions)} versions, {files} files, each made from the result of the one before")
         if base is not None:
-            tell(f"{folder}: every tensor of every version, from {base}, as the deltas say")
+            tell(f"{folder}: applied to {base}, every version gives the tensors it promises")
         return
     names = verify_folder(folder, workers)
     about_base = None
@@ -66,6 +66,6 @@ def command(folder: Path, base: str | None, workers: int | None, pickles: bool, 
     if as_json:
         say_json({"folder": str(folder), "files": names, "base": about_base})
         return
-    tell(f"{folder}: {len(names)} files as the lock says")
+    tell(f"{folder}: {len(names)} files match the lock")
     if about_base is not None:
         tell(f"{folder}: {about_base}")

@@ -136,13 +136,16 @@ def open_weights(
     return source, join(dict(zip(shards, read(files), strict=True)), weight_map), files
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """A shard index: tensor name -> shard. InputError: no valid index, or a shard that is no plain file name."""
+def read_index(path: Path, *, empty: bool = False) -> dict[str, str]:
+    """A shard index: tensor name -> shard. `empty`: it may be of no tensor.
+
+    InputError: no valid index, or a shard that is no plain file name.
+    """
     index = read_json(path)
     suffix = ".bin" if ".bin.index" in path.name else ".safetensors"
     with errors.context(path.name):
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(weight_map, dict) or not (weight_map or empty):
             raise InputError("has no weight_map")
         for shard in {str(shard): shard for shard in weight_map.values()}.values():
             if not isinstance(shard, str) or not _is_plain(shard, suffix):

@@ -47,7 +47,7 @@ MERGE_ORDER = (
     "regmean_plus", "fisher",
 )  # fmt: skip
 PRUNE_ORDER = (
-    "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers",
+    "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers", "budget",
 )  # fmt: skip
 DECLARES = re.compile(r"^(@(merge|delta|prune)_method|\w+ = ((Merge|Prune)Method|like))\(", re.MULTILINE)
 
@@ -164,7 +164,8 @@ class PruneMethod:
     choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
     parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
     through the fine-tune first, for `Masking.norms`. Below the density `q_decides_below` the default q loses much of a
-    fine-tune that a calibrated q keeps (`recipe.prune` warns of it).
+    fine-tune that a calibrated q keeps (`recipe.prune` warns of it). `shares`: it shares out the bytes of a delta
+    artifact, and no entry is masked.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
     the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
@@ -184,6 +185,7 @@ class PruneMethod:
     needs_activations: bool = False
     nodes: Function = in_one_pass
     q_decides_below: float = 0.0
+    shares: bool = False
 
     @property
     def own_parameters(self) -> tuple[str, ...]:

@@ -62,13 +62,15 @@ def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
     is_simple = (
-        not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+        not (entry.has_steps or record.parts)
+        and record.k <= LARGEST_K
+        and (record.values is None or record.dtype in ("F32", "BF16"))
     )
     return is_simple and kernels.available()
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    record, kind = entry.record, entry.record.values
+    record, kind = entry.record, cast("Values | None", entry.record.values)
     coding = cast(Coding, record.encoding)
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)

@@ -189,6 +189,8 @@ def _entries(read: Read, tensor: Tensor, layer: Layer, start: int, stop: int) ->
     if entry.has_steps:
         yield from _steps(read, tensor, layer, start, stop)
         return
+    if entry.record.parts:
+        entry = layer.held.get((entry.name, "parts"), entry.with_parts)
     scales = entry.scale_values()
     if entry.index is None:
         pieces: Any = [(np.arange(start, stop), start)]

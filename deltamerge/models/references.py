@@ -4,7 +4,7 @@ chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
 base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
 base+delta            what any delta artifact makes of its base
-base+dir/weight_v000003   what a version that slime wrote makes of its base
+base+dir/weight_v000003   what a version that slime wrote makes of its base; or SkyRL, base+dir/delta-00000003
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Models:
                 path = _newest(whole)
             return open_checkpoint(path, reference=reference, pickles=pickles)
         from deltamerge.models import hub
-        from deltamerge.models.chain import slime
         from deltamerge.models.chain.folder import resolve
+        from deltamerge.models.chain.mirror import DIALECTS
 
         if "+" not in reference:
             with errors.context(reference):
@@ -69,15 +69,16 @@ class Models:
         for name, place in _splits(reference):
             with errors.context(reference):
                 there = Path(folder, os.path.expanduser(place))
-                version, theirs = resolve(there), slime.resolve(there)
-            if theirs is not None:
-                base = decoded(self.open(name, folder, weights=weights, pickles=pickles))
-                with errors.context(reference):
-                    return slime.over(theirs, base, reference)
+                version = resolve(there)
+                theirs = [] if version else [(d, at) for d in DIALECTS.values() if (at := d.resolve(there))]
             if version is not None:
                 base = self.open(name, folder, weights=weights, pickles=pickles)
                 with errors.context(reference):
                     return self.over(open_checkpoint(version, reference=reference), decoded(base))[0]
+            for dialect, found in theirs:
+                base = decoded(self.open(name, folder, weights=weights, pickles=pickles))
+                with errors.context(reference):
+                    return dialect.over(found, base, reference)
         return hub.open_model(reference, folder, weights=weights, pickles=pickles)
 
     def over(self, delta: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, DeltaFile]:

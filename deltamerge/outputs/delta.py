@@ -13,16 +13,18 @@ import numpy as np
 
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
+from deltamerge.errors import InputError
 from deltamerge.errors.shown import code
 from deltamerge.files.descriptors import flat
 from deltamerge.files.journal import Journal
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
-from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter, is_related
+from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, TensorWriter, is_related
 from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
+from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, SharesAccount, Sharing, bytes_of, refused, shared_outputs
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -66,6 +68,8 @@ class DeltaOutput(RunOutput):
 
     def settle(self, plan: Plan, job: WriteJob) -> Weights:
         """Write the artifact; of a budget, the artifact that fits it."""
+        if bytes_of(plan) is not None:
+            return write_shares(plan, job)
         return super().settle(plan, job) if budget_of(plan) is None else write_within_budget(plan, job)
 
     def belongs(self, plan: Plan, weights: Weights, name: str) -> bool:
@@ -128,10 +132,11 @@ def write_delta(
     progress: Callable[[int], None],
     known: Mapping[Node, Any],
     journal: Journal | None = None,
+    sharing: Sharing | None = None,
 ) -> tuple[dict[Node, Any], Summary]:
     """Execute `planned` and leave its delta in `folder`; return the values of shared nodes, and the summary.
 
-    Tensors that the journal has, whose entries are in `folder`, are not made again.
+    Tensors that the journal has, whose entries are in `folder`, are not made again. Those that share bytes get parts.
     """
     output, origin = planned.recipe.output, planned.inputs.origin
     assert origin is not None
@@ -160,13 +165,16 @@ def write_delta(
             **options,
         ) as writer,
     ):
-        tasks, targets = [], {}
+        tasks, targets, shared = [], {}, dict[str, TensorWriter]()
         for out in planned.outputs:
             info = infos.get(out.name)
             base = None if info is None else BaseTensor(info.name, info.dtype, info.shape, elements(reader, info))
             tensor = writer.tensor(out.name, out.dtype, out.shape, base)
             if tensor.is_done and out.elements:
                 progress(out.nbytes)
+                continue
+            if sharing is not None and out.name in sharing.outputs:
+                shared[out.name] = tensor
                 continue
             delta = _delta(out, info)
             targets[out.name] = _OpenTensor(tensor, out.dtype, delta is not None, out.elements)
@@ -185,7 +193,54 @@ def write_delta(
             tile_elements=planned.tile_elements,
             known=known,
         )
+        if sharing is not None:
+            values |= sharing.run([*shared], lambda name, d: shared[name].add_parts(*sharing.parts(name, d)), progress)
         return values, writer.finish()
+
+
+def write_shares(planned: Plan, job: WriteJob) -> Weights:
+    """Write the artifact of values to add whose bytes are shared out. InputError: they are too few."""
+    nbytes = bytes_of(planned)
+    assert nbytes is not None
+    outputs, rest = shared_outputs(planned)
+    job.work.empty()
+    sharing = Sharing(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
+    done = False
+    try:
+        with job.values(planned) as known:
+            sharing.known = known
+            with job.merging(planned) as progress:
+                sharing.measure(progress)
+            room = float(nbytes - HEADERS - rest)
+            best: tuple[int, float] | None = None
+            for attempt in range(TRIES + 1):
+                if attempt == TRIES and best is not None:
+                    room = best[1]
+                if room < 0:
+                    raise refused(planned, nbytes, math.ceil(nbytes - room))
+                sharing.choose(room)
+                for file in job.work.folder.glob("delta*"):
+                    file.unlink()
+                with job.merging(planned) as progress:
+                    values, summary = write_delta(planned, job.work.folder, progress, known, sharing=sharing)
+                if summary.nbytes <= nbytes and (best is None or summary.nbytes > best[0]):
+                    best = summary.nbytes, room
+                if NEAR * nbytes <= summary.nbytes <= nbytes or sharing.is_whole:
+                    break
+                if attempt == TRIES:
+                    if best is None:
+                        raise refused(planned, nbytes, summary.nbytes)
+                    break
+                room += 0.997 * nbytes - summary.nbytes
+        done = True
+    except InputError:
+        job.work.forget()
+        done = True
+        raise
+    finally:
+        sharing.spool.close(done=done)
+    account = SharesAccount(nbytes, sharing.made, sharing.lost, bool(sharing.moments), summary)
+    return Weights(planned, values, nonfinite=summary.nonfinite, account=account)
 
 
 def write_within_budget(planned: Plan, job: WriteJob) -> Weights:

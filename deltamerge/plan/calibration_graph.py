@@ -49,7 +49,8 @@ class StageMaker:
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
             stages = self._of_model(replace(deltas, stages=stages), index, tunes)
-        if not (deltas.recipe.output.lora and deltas.recipe.calibration is not None):
+        shares = any(PRUNE[prune.method].shares for prune in deltas.prunes)
+        if not ((deltas.recipe.output.lora or shares) and deltas.recipe.calibration is not None):
             return stages
         weights = (t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t))
         by_model: dict[int, list[Tuned]] = {}

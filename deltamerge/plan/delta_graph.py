@@ -126,6 +126,10 @@ class Deltas:
     def method_of(self, tuned: Tuned) -> PruneMethod:
         return PRUNE[self.prune_of(tuned).method]
 
+    def is_budgeted(self, tuned: Tuned) -> bool:
+        """Tell whether what is kept of a tensor depends on a budget for all."""
+        return self.prune_of(tuned).budget is not None or self.method_of(tuned).shares
+
     def prunes_by_name(self, tuned: Tuned) -> bool:
         """Tell whether the include and exclude lists of its model prune a tensor."""
         prune, name = self.prune_of(tuned), tuned.name
@@ -137,6 +141,8 @@ class Deltas:
         prune, merge = self.prune_of(tuned), tuned.merge
         if prune.method == "none" or not self.prunes_by_name(tuned):
             return None
+        if self.method_of(tuned).shares:
+            return 1.0
         if prune.budget is not None:
             assert self.densities is not None
             return self.densities[merge.name]

@@ -30,6 +30,7 @@ from deltamerge.plan.memory import (
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
 from deltamerge.plan.outputs import Outputs, OutputTensor, Row
 from deltamerge.plan.stack import Stack
+from deltamerge.plan.tensor_graph import Builder
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
 from deltamerge.plan.vocabulary import ChatTemplate, Vocabulary, choose_chat_template, edit_config, make_vocabulary
 from deltamerge.recipe import checks, prune
@@ -326,7 +327,7 @@ def _plan(
     outputs = tuple(row.output(layout) for row in rows)
     costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
     builder, stages = decided.builder, decided.builder.deltas.stages
-    held = _held(kind, recipe, inputs, outputs, options, stages, vocabulary)
+    held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
     mixture = decided.mixture(rows)
@@ -419,18 +420,31 @@ def _held(
     inputs: Inputs,
     outputs: tuple[OutputTensor, ...],
     options: PlanOptions,
-    stages: Stages,
+    builder: Builder,
     vocabulary: Vocabulary | None,
 ) -> Memory:
     """Return the memory that is held beside the tiles while tensors are merged."""
+    stages = builder.deltas.stages
     workers = options.workers
+    shared = {tuned.name for tuned in builder.budgeted if builder.deltas.method_of(tuned).shares}
     return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
         {
             "quantised_inputs": _kept(inputs),
             "quantised_outputs": held_coded(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
+            "sharing": _shared_bytes([out.shape for out in outputs if out.name in shared], workers, stages),
         }
     )
+
+
+def _shared_bytes(shapes: Sequence[tuple[int, ...]], workers: int, stages: Stages) -> int:
+    """Return the memory of deltas that share the bytes of an artifact, while they are factored and coded."""
+    if not shapes:
+        return 0
+    from deltamerge.formats.delta.parts import matrix_shape
+    from deltamerge.methods.rate import scratch
+
+    return scratch([matrix_shape(shape) for shape in shapes], workers, weighed=bool(stages.inputs))
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:

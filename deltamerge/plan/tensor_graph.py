@@ -84,8 +84,8 @@ class Builder:
         they are known, one for all tensors that would about fit."""
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
-        budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
-        if budgeted and deltas.densities is None:
+        budgeted = tuple(t for t in tunes if deltas.is_budgeted(t) and deltas.prunes_by_name(t))
+        if any(deltas.prune_of(t).budget is not None for t in budgeted) and deltas.densities is None:
             deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
         if deltas.have_stages:
             deltas = replace(deltas, stages=self.maker.make(deltas, merges))

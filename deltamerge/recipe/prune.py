@@ -16,7 +16,8 @@ from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc, place
 from deltamerge.tensors.names import TASK_HEAD
 
-OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget"})  # keys of a prune that no range is held to
+# keys of a prune that no range is held to
+OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Pruning:
     density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given
     q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
     parameters   the method's others
+    bytes, ratio   of method budget: the size of the artifact, or how many times smaller than the checkpoint it is
     include, exclude   patterns of tensor names
     """
 
@@ -39,6 +41,8 @@ class Pruning:
     parameters: Mapping[str, Value | None] = field(default_factory=dict)
     protect: Protect | None = None
     budget: int | None = None
+    bytes: int | None = None
+    ratio: float | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = (TASK_HEAD,)
 
@@ -95,6 +99,8 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         parameters={key: parameter(key) for key in (method.own_parameters if method else ())},
         protect=first("protect"),
         budget=first("budget"),
+        bytes=first("bytes"),
+        ratio=first("ratio"),
         include=first("include"),
         exclude=heads if exclude is None else exclude,
     )
@@ -124,7 +130,18 @@ def _divisor(
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield every fault of the recipe's pruning that the types of the keys cannot express."""
-    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data, _own_calibration)
+    checks = (
+        _prune_keys,
+        _pruning,
+        _calibrated,
+        _names,
+        _whole_merge,
+        _budget,
+        _shared,
+        _rows,
+        _data,
+        _own_calibration,
+    )
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -183,6 +200,9 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
         if method.factors:
             yield from _factors(recipe, i, loc)
+        elif method.shares:
+            if (effective.bytes is None) == (effective.ratio is None):
+                yield recipe.problem(loc, f"{method.name} needs bytes or a ratio", "bytes: 8MB, or ratio: 32")
         elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
         for name, value in effective.parameters.items():
@@ -286,6 +306,26 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     elif prune.protect.massive_activations is not None and not _has_rows(recipe, loc):
         place = (*loc, "protect", "massive_activations")
         yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
+
+
+def _shared(recipe: Recipe) -> Iterator[Problem]:
+    """Check that the method that shares out bytes is of the delta artifact of one fine-tune, which adds."""
+    output = recipe.output
+    for loc, prune in prunes(recipe):
+        method = PRUNE.get(prune.method or "")
+        if method is None or not method.shares:
+            continue
+        at = (*loc, "method")
+        if not output.rules.patches or output.semantics != "add":
+            hint = "output: {kind: delta, semantics: add}"
+            yield recipe.problem(at, f"{method.name} makes a delta artifact of values to add", hint)
+        elif output.values is not None:
+            yield recipe.problem(("output", "values"), f"are chosen by prune: {method.name}", "leave it out", key=True)
+        if len(recipe.fine_tunes) > 1:
+            yield recipe.problem(at, f"{method.name} needs a single fine-tune", "merge first: output: {kind: model}")
+        for i in recipe.fine_tunes:
+            if _density_given(recipe, i):
+                yield recipe.problem(at, f"{method.name} has no density", "leave density out")
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:

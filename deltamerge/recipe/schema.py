@@ -127,6 +127,8 @@ class Prune(Keys):
     epsilon: Value | None = Field(None, description="della: half the spread of the keep probabilities.")
     gamma: Value | None = Field(None, description="breadcrumbs: fraction of the largest entries dropped.")
     budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
+    bytes: Size | None = Field(None, description="budget: size of the delta artifact.")
+    ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 
     @property
     def calibrated_q(self) -> CalibratedQ | None:

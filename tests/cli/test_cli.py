@@ -235,9 +235,10 @@ FLAGS = {
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
+    "pin": "--release --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --lora --budget --for --whole --target --dora "
-    "--calibration --text --sequences --length --device --workers --memory --resume --force "
+    "extract": "--base --out --after --as --density --method --q --values --lora --budget --ratio --for --whole "
+    "--target --dora --calibration --text --sequences --length --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",

@@ -58,9 +58,9 @@ SAID = {
     "unknown": (Phase("hashing", 0, "bytes"), [(4, 2 * GB)], "hashing: 2.0 GB of 2.0 GB, 500.0 MB/s"),
     "passes": (
         Phase("calibrating m", 370, PASSES, bound=True), [(20, 20), (41, 41)],
-        "calibrating m: 41 of ≤ 370 passes, at most 5 min left",
+        "calibrating m: 41 of at most 370 passes, at most 5 min left",
     ),
-    "a part of a pass": (Phase("running", 370, PASSES, bound=True), [(1, 0.99)], "running: 0 of ≤ 370 passes"),
+    "a part of a pass": (Phase("running", 370, PASSES, bound=True), [(1, 0.99)], "running: 0 of at most 370 passes"),
     "tensors": (Phase("checking", 12_000, "tensors"), [(1, 1500)], "checking: 12 %, 1,500 of 12,000 tensors"),
 }  # fmt: skip
 
@@ -80,19 +80,19 @@ def test_times_are_in_the_units_that_people_use():
 
 STATES = [
     State("merging", 0.28, "2.8 GB of 10.0 GB", "889.6 MB/s", "about 8 s left"),
-    State("calibrating models/math", None, "28 of ≤ 370 passes", "", "at most 38 s left"),
+    State("calibrating models/math", None, "28 of at most 370 passes", "", "at most 38 s left"),
 ]
 DRAWN = {
     120: [
         "merging                  ━━━━━━╸                   28 %  2.8 GB of 10.0 GB  889.6 MB/s  about 8 s left",
-        "calibrating models/math                            28 of ≤ 370 passes  at most 38 s left",
+        "calibrating models/math                            28 of at most 370 passes  at most 38 s left",
     ],
     80: [
-        "merging                  ━━━           28 %  2.8 GB of 10.0 GB  about 8 s left",
-        "calibrating models/math                28 of ≤ 370 passes  at most 38 s left",
+        "merging                  ━╸      28 %  2.8 GB of 10.0 GB  about 8 s left",
+        "calibrating models/math          28 of at most 370 passes  at most 38 s left",
     ],
-    40: ["merging        28 %  2.8 GB of 10.0 GB", "calibrating …  28 of ≤ 370 passes"],
-    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of ≤ 370 pas…"],
+    40: ["merging        28 %  2.8 GB of 10.0 GB", "calibrating …  28 of at most 370 passes"],
+    24: ["merg…  28 %  2.8 GB of…", "cali…  28 of at most 3…"],
 }
 
 

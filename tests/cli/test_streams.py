@@ -48,11 +48,11 @@ def shell(folder: Path, script: str, **more: str) -> tuple[int, str]:
 CASES = {
     "closed stderr": ("$D check r.yaml 2>&-", 0, ""),
     "closed stderr, an error": ("$D check bad.yaml 2>&-", 1, ""),
-    "closed stderr, a run": ("rm -rf out; $D run r.yaml --out out 2>&- && $D verify out", 0, "as the lock says"),
+    "closed stderr, a run": ("rm -rf out; $D run r.yaml --out out 2>&- && $D verify out", 0, "match the lock"),
     "closed stdout, nothing for it": ("$D check r.yaml >&-", 0, "ok, 600 tensors"),
     "closed stdout": ("$D plan r.yaml >&-", 1, "output: Bad file descriptor"),
     "all closed": ("$D plan r.yaml >&- 2>&- <&-", 1, ""),
-    "all closed, a run": ("rm -rf out; $D run r.yaml --out out >&- 2>&- <&- && $D verify out", 0, "as the lock says"),
+    "all closed, a run": ("rm -rf out; $D run r.yaml --out out >&- 2>&- <&- && $D verify out", 0, "match the lock"),
     "help to nowhere": ("$D --help >&-", 1, "output: Bad file descriptor"),
     "full stdout": ("$D plan r.yaml >/dev/full", 1, "output: No space left on device"),
     "full stdout, json": ("$D plan r.yaml --json >/dev/full", 1, "output: No space left on device"),

@@ -448,7 +448,7 @@ def test_experts_in_other_tensors_are_refused_by_name(tmp_path: Path) -> None:
         (["layershuffle"], "slices"),
         (["multi"], "deltamerge run CONFIG --out OUT"),
         (["extract", "a", "b", "--lora", "3x"], "a rank such as 32"),
-        (["extract", "a", "--base", "b", "--budget", "1MB"], "--lora --budget 20MB"),
+        (["extract", "a", "--base", "b", "--lora", "--budget", "1MB,2MB"], "--lora takes one --budget"),
         (["extract", "a", "--base", "b", "--whole", "drop"], "--whole needs --lora"),
         (["extract", "a", "--base", "b", "--for", "vllm"], "--for needs --lora"),
         (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--whole", "drop"], "--for and --whole both say"),

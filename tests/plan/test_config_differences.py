@@ -459,7 +459,7 @@ def test_switch_warns_and_refuses(models, capsys):
     switch = dm.Switch(model)
     with pytest.warns(UserWarning, match="rope_theta is 10000.0 in the base, 1000000.0 in da"):
         switch.to(models / "da")
-    before = {name: tensor.clone() for name, tensor in load_tensors(models / "base").items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match="hidden_act is silu in the base, relu in db"):
         switch.to(models / "db")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

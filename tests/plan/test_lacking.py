@@ -71,7 +71,7 @@ def test_one_fine_tune_leaves_them_out(models, tmp_path, capsys, case):
     assert load_tensors(tmp_path / "out").keys() == expected.keys()
     (note,) = (note for note in result.plan.notes if note.startswith(f"left out, only in ./{case}: "))
     assert note in (tmp_path / "out" / "README.md").read_text()
-    code, _, err = call(capsys, "check", models / "r.yaml")
+    code, _, err = call(capsys, "check", "-v", models / "r.yaml")
     assert code == 0
     assert note in err
     assert note in make_plan(models / "r.yaml").describe()["notes"]

@@ -224,7 +224,7 @@ def test_two_places_for_one_model_are_refused(tmp_path: Path, capsys) -> None:
     omni = {f"{part}.{name}": tensor for part in ("talker", "thinker") for name, tensor in BASE.items()}
     write(tmp_path, omni, TUNES["a"], TUNES["b"])
     (tmp_path / "r.yaml").write_text(ONE)
-    code, _, err = call(capsys, "check", tmp_path / "r.yaml")
+    code, _, err = call(capsys, "check", "-v", tmp_path / "r.yaml")
     assert code == 1
     assert "./a and ./base: names match in two ways, * as talker.* or * as thinker.*" in err
     with pytest.raises(DeltamergeError):
@@ -243,5 +243,5 @@ def test_the_mapping_is_named(tmp_path: Path, capsys) -> None:
     run(tmp_path / "r.yaml", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "./b: names are matched: model" in card
-    code, _, err = call(capsys, "check", tmp_path / "r.yaml")
+    code, _, err = call(capsys, "check", "-v", tmp_path / "r.yaml")
     assert (code, "./b: names are matched" in err) == (0, True)

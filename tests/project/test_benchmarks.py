@@ -25,6 +25,7 @@ synthetic = importlib.import_module("benchmarks.synthetic")
 process = importlib.import_module("benchmarks.process")
 merge_speed = importlib.import_module("benchmarks.speed.merge_speed")
 quality = importlib.import_module("benchmarks.pruning.quality")
+pages = importlib.import_module("benchmarks.pages")
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +328,10 @@ def test_every_benchmark_starts(tmp_path: Path) -> None:
         [sys.executable, "-c", lines, *names], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_of_measurements_are_those_of_the_results() -> None:
+    texts = pages.marked()
+    assert len(texts) >= 3
+    for page, text in texts.items():
+        assert pages.documented(text) == text, f"{page.name}: run python -m benchmarks.pages"

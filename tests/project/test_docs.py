@@ -148,6 +148,7 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return here
 
 
+RUN_PYTHON = {"first-merge.md", "python.md"}
 OWN_TEST = {"add-a-method.md"}  # test_add_a_method.py
 RUN = [p for p in PAGES if p.name not in OWN_TEST and any(b.commands and b.mark is None for b in blocks(p))]
 README = ROOT / "README.md"
@@ -166,7 +167,7 @@ def test_the_commands_of_a_page_run_in_order(folder: Path, page: Path) -> None:
             assert block.commands, block.text
             for command in block.commands:
                 execute(command)
-        elif block.mark is None and block.kind == "python" and page.name == "python.md":
+        elif block.mark is None and block.kind == "python" and page.name in RUN_PYTHON:
             exec(compile(block.text, page.name, "exec"), namespace)
 
 
@@ -257,9 +258,22 @@ def test_the_recipe_reference_is_current() -> None:
     spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "scripts" / "recipe_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "reference" / "recipe.md").read_text() == module.page(), "run python scripts/recipe_reference.py"
+    for name, text in module.pages().items():
+        assert (DOCS / "reference" / name).read_text() == text, "run python scripts/recipe_reference.py"
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = " ".join(re.findall(r"```{toctree}.*?```", (DOCS / "index.md").read_text(), re.DOTALL))
     assert {title(p).removesuffix(".md") for p in PAGES if DOCS in p.parents} - {"index"} <= set(listed.split())
+
+
+def test_guides_are_short() -> None:
+    """At most 25,000 words outside the reference and the measurements."""
+    guides = [page for page in PAGES if DOCS in page.parents and page.parent.name not in ("reference", "measurements")]
+    assert len(guides) > 20
+    assert sum(len(page.read_text().split()) for page in guides) <= 25_000
+
+
+def test_every_page_is_of_one_kind() -> None:
+    kinds = {title(page).partition("/")[0] for page in PAGES if DOCS in page.parents}
+    assert kinds == {"index.md", "start", "howto", "reference", "why", "measurements"}

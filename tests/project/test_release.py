@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deltamerge.cli.doctor import EXTRAS
 from deltamerge.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +90,8 @@ def test_conda_forges_recipe_has_our_version_and_dependencies() -> None:
     theirs = dict(line.partition(" ")[::2] for line in recipe["requirements"]["run"])
     assert theirs == {"python": "", **wanted}
     assert recipe["context"]["version"] == __version__
+
+
+def test_doctor_asks_for_every_extra_but_those_of_developers() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS) == extras.keys() - {"dev", "docs", "fast", "fuzz"}

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import click
 import pytest
 
+import deltamerge
 from deltamerge.cli import commands
 
 pytestmark = pytest.mark.slow
@@ -134,6 +135,14 @@ def test_every_command_and_flag_is_on_the_page_of_commands(site: dict[str, Page]
                 assert flat(parameter.help or "") in shown, f"{path} {parameter.name}"
                 count += 1
     assert count > 150
+
+
+def test_every_public_name_is_on_the_page_of_python(site: dict[str, Page]) -> None:
+    page = site["reference/api.html"]
+    for name in deltamerge.__all__:
+        if name != "__version__":
+            assert f"deltamerge.{name}" in page.anchors, name
+            assert flat((getattr(deltamerge, name).__doc__ or "").split("\n")[0])[:30] in flat(page.text), name
 
 
 def flat(text: str) -> str:

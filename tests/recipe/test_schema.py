@@ -864,3 +864,12 @@ def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
     else:
         assert all(effective_prune(recipe, i) for i in range(len(recipe.models)))
     assert all(problem.line and problem.column for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("float8_e4m3fn", "a quantization: fp8"), ("flot64", "did you mean 'float64'?")]
+)
+def test_a_dtype_of_8_bits_is_a_quantisation(dtype: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load.loads(f"merge_method: linear\nmodels: [{{model: ./a, parameters: {{weight: 1}}}}]\ndtype: {dtype}\n")
+    assert hint in (caught.value.hint or "")

@@ -380,7 +380,7 @@ def test_code_is_copied_and_never_run(tmp_path: Path, capsys: pytest.CaptureFixt
             write(tmp_path / name / file, f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(7)\n")
     write(tmp_path / "r.yaml", MERGE)
     with pytest.raises(SystemExit) as left:
-        main(["check", str(tmp_path / "r.yaml")])
+        main(["check", "-v", str(tmp_path / "r.yaml")])
     assert left.value.code == 0
     note = "brings its own code (modeling_x.py, org/other--tok.py): copied, never run"
     assert note in capsys.readouterr().err

@@ -272,4 +272,4 @@ def test_the_commands_speak_of_every_document(folder, monkeypatch):
         "second",
     }
     assert "second: made" in runner.invoke(cli.commands, ["run", "r.yaml"]).output
-    assert "second: as it would be made, kept" in runner.invoke(cli.commands, ["run", "--force", "r.yaml"]).output
+    assert "second: up to date" in runner.invoke(cli.commands, ["run", "--force", "r.yaml"]).output

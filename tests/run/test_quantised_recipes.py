@@ -205,7 +205,7 @@ def test_what_a_plan_says_from_headers_alone(llamas, tmp_path, capsys):
     ]
     assert planned.nbytes == sizes[0]
     assert sum(sizes) - 4000 < planned.read_bytes <= sum(sizes)  # not the scales
-    code, _, err = call(capsys, "check", llamas / "r.yaml")
+    code, _, err = call(capsys, "check", "-v", llamas / "r.yaml")
     assert code == 0
     assert said in err
     run(llamas / "r.yaml", tmp_path / "out")

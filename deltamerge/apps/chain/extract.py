@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ import yaml
 
 from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError, UsageError
+from deltamerge.files.descriptors import flat
 from deltamerge.formats.delta.entry import hash_of
 from deltamerge.methods.registry import PRUNE
+from deltamerge.models.chain.dialect import Dialect
+from deltamerge.models.chain.diffs import CHECKSUMS
 from deltamerge.models.chain.folder import (
     NAME,
     Named,
@@ -23,6 +26,7 @@ from deltamerge.models.chain.folder import (
     base_contents,
     check_successor,
     contents,
+    head,
     is_chain,
     is_version,
     line,
@@ -33,13 +37,15 @@ from deltamerge.models.chain.folder import (
     stored_files,
     write_note,
 )
+from deltamerge.models.chain.mirror import Mirror, WrittenDiffs, style_of, write_difference
 from deltamerge.models.chain.publish import one_writer
-from deltamerge.models.checkpoint import decoded
+from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models
-from deltamerge.recipe.file import read_text
+from deltamerge.recipe.file import RecipeFile, read_text
 from deltamerge.recipe.prune import Advice, choose
 from deltamerge.run.options import Options
+from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result, run
 from deltamerge.tensors.reader import Reader, elements
 
@@ -133,25 +139,29 @@ def extract(
     values: str | None = None,
     after: str | None = None,
     lora: Mapping[str, Any] | None = None,
+    size: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> Result:
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. Without `density` everything that changed is kept, and stored as final values. `values` stores values to
-    add, in that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora
-    in this folder if not given. `options` are those of `run`.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
+    that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
+    folder if not given. `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
     the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
-    if lora is None and density is None and calibration is not None:
-        raise UsageError("--calibration is for --density, whose q it chooses, and --lora", hint="--density 0.01")
+    if lora is None and size is None and density is None and calibration is not None:
+        hint = "--density 0.01, or --budget 8MB"
+        raise UsageError("--calibration is for --density, whose q it chooses, --budget and --lora", hint=hint)
     if after is not None:
-        if values is not None or lora is not None or out is None:
-            raise UsageError("--after needs --out, and takes no --values and no --lora", hint="its values are final")
+        if values is not None or lora is not None or size is not None or out is None:
+            said = "--after needs --out, and takes no --values, --lora or --budget"
+            raise UsageError(said, hint="its values are final")
         link, options = Link.begin(after, out), options or Options()
         with one_writer(out.resolve().parent, "adding"):
             base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
@@ -171,14 +181,107 @@ def extract(
         recipe["calibration"] = dict(calibration)
     if density is not None:
         recipe["prune"] = pruning(density, method, q, rows=calibration is not None).prune
-    text = yaml.safe_dump(recipe, sort_keys=False)
+    if size is not None:
+        recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
     try:
-        file = replace(
-            read_text(text, Path.cwd() / "extract"), made_for="extract" if lora is None else "extract --lora"
-        )
+        file = replace(_file(recipe), made_for="extract" if lora is None else "extract --lora")
         return run(file, out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
+
+
+def extract_as(
+    style: str, model: str, base: str | None, out: Path, *, after: str | None, workers: int, pickles: bool = False
+) -> list[WrittenDiffs]:
+    """Write versions in another project's layout; return those that were written.
+
+    `style` is "slime", "slime:overwrite" or "skyrl". If `model` is a chain, `out` is the folder of its versions, and
+    gets those that it lacks. Else `out` is one version: the first over `base`, or the next `after` another beside it,
+    where `base` is what that makes, or the base of all.
+
+    UsageError: `out` or `after` is no name of such a version, or does not follow. InputError: a model cannot be read,
+    is quantised, or differs from its base in more than values. OutputError: the disk.
+    """
+    dialect, _ = style_of(style)
+    if is_chain(Path(model)):
+        if after is not None:
+            raise UsageError("--after is for a model: a chain has its own order")
+        versions = line(Path(model) / head(Path(model)))
+        origin = _plain(base or str(versions[0].delta.manifest.base), pickles)
+        with Mirror(out, style) as mirror, errors.context(model):
+            return mirror.catch_up(versions, origin, workers)
+    if base is None:
+        raise UsageError("name the base once: as BASE, or with --base")
+    number = dialect.number(out)
+    if number < 1:
+        raise UsageError(
+            f"--out {out}: is no version of {dialect.name}'s", hint=f"--out {out.parent}/{dialect.title(1)}"
+        )
+    with Mirror(out.parent, style) as mirror:
+        if number != mirror.newest + 1:
+            raise UsageError(f"--out {out}: the next version is {dialect.title(mirror.newest + 1)}")
+        previous = None if after is None else dialect.resolve(Path(after))
+        if (0 if previous is None else dialect.number(previous)) != number - 1 or (
+            previous is not None and previous.resolve().parent != out.resolve().parent
+        ):
+            hint = (
+                f"--after {out.parent / dialect.title(number - 1)}" if number > 1 else "the first comes after the base"
+            )
+            raise UsageError(f"--out {out}: does not come after {after or 'the base'}", hint=hint)
+        old = _plain(base, pickles)
+        if previous is not None and not _made_by(dialect, previous, old):
+            old = dialect.over(previous, old, f"{base}+{after}")
+        return [write_difference(mirror, old, _plain(model, pickles), workers)]
+
+
+def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
+    """Return whether a model is what a version makes, by the smallest tensor that its line changes."""
+    diffs = {name: diff for one in dialect.line(version) for name, diff in (one.diffs or {}).items()}
+    known = [name for name in diffs if name in model.tensors]
+    name = min(known, key=lambda name: math.prod(model.tensors[name].shape), default=None)
+    if name is None:
+        return True
+    with Reader() as reader:
+        bits = elements(reader, model.tensors[name])(0, math.prod(model.tensors[name].shape))
+    return CHECKSUMS[diffs[name].algorithm](flat(bits)) == diffs[name].checksum
+
+
+def _plain(reference: str, pickles: bool) -> Checkpoint:
+    """Return a model whose stored tensors are its own. InputError: it is quantised, or has several components."""
+    found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
+    with errors.context(reference):
+        if not found.is_simple:
+            raise InputError("has several components", hint="a folder of versions for each")
+        if decoded(found).quantised is not None:
+            raise InputError("is quantised, and other projects' versions of it are not written", hint="name it in bf16")
+    return found
+
+
+def curve(
+    model: str,
+    base: str,
+    sizes: Sequence[Mapping[str, Any]],
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> list[tuple[int, float]]:
+    """Return the bytes of each size (bytes or ratio), and about what share of the delta's squares it would lose."""
+    from deltamerge.outputs import shares
+
+    plans, options = [], replace(options or Options(), ending=None)
+    for size in sizes:
+        recipe: dict[str, Any] = {"base_model": base, "models": [{"model": model}]}
+        recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
+        recipe |= {} if calibration is None else {"calibration": dict(calibration)}
+        try:
+            plans.append(make_plans(_file(recipe), Path(name_of(model, lora=False)), options)[-1])
+        except RecipeError as error:
+            raise error.of("extract") from None
+    return shares.curve(plans[0], [nbytes for one in plans if (nbytes := shares.bytes_of(one)) is not None])
+
+
+def _file(recipe: Mapping[str, Any]) -> RecipeFile:
+    return read_text(yaml.safe_dump(dict(recipe), sort_keys=False), Path.cwd() / "extract")
 
 
 def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:

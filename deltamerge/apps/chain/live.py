@@ -1,40 +1,33 @@
-"""Apply deltas and versions of chains to tensors in memory, and follow a chain that is being written."""
+"""Apply deltas and versions of chains to tensors in memory, forwards and back."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.errors.shown import some
-from deltamerge.files.atomic import replace_file
+from deltamerge.errors import InputError
 from deltamerge.formats.delta.entry import Entry
 from deltamerge.formats.delta.positions import Array
 from deltamerge.models.chain.folder import (
     Content,
-    Note,
-    Opened,
     Version,
-    end_of,
-    folders,
-    is_version,
     line,
-    read_note,
-    resolve,
+    notes,
+    served,
     state_of,
-    without_folded,
 )
 from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import Patch, bits_of, digest_of, to_torch
+from deltamerge.models.references import open_origin
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.reader import Reader, elements
 
 DENSE = 8  # above one entry in so many the whole tensor is held, not positions and values
 INT32 = 1 << 31
@@ -60,11 +53,16 @@ def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
     base.
     """
     old = bits_of(tensor)
+    return _change(key, old, entry.size, entry.tiles(lambda start, stop: old[start:stop]))
+
+
+def _change(key: str, old: Array, size: int, tiles: Iterator[Array]) -> Change | None:
+    """Return the change from a tensor's bits `old` to `tiles`, whose elements are as many."""
     made: Array | None = None
     where: list[Array] = []
     values: list[Array] = []
     done = count = 0
-    for bits in entry.tiles(lambda start, stop: old[start:stop]):
+    for bits in tiles:
         end = done + bits.size
         if made is not None:
             made[done:end] = bits
@@ -73,7 +71,7 @@ def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
             count += positions.size
             where.append(positions + done)
             values.append(bits[positions])
-            if count * DENSE > entry.size:
+            if count * DENSE > size:
                 made = old.copy()
                 made[np.concatenate(where)] = np.concatenate(values)
         done = end
@@ -181,19 +179,24 @@ class Delta(Iterator[Patch]):
     def __repr__(self) -> str:
         return f"<Delta {self.path}>"
 
-    def apply_(self, state: State) -> int:
-        """Turn a state dict of the base, or of any version before this, into this version's, in place where possible.
+    def apply_(self, state: State, base: str | Path | None = None) -> int:
+        """Turn a state dict of the base, or of any version of the chain, into this version's, in place where possible.
 
-        Return how many versions were applied, 0 where it was this one's already.
+        Return how many versions were applied, 0 where it was this one's already, less than 0 where so many were taken
+        back. `base` is the chain's base, which going back reads: what the chain names if not given. If it is given,
+        the tensors may hold anything: also what a write that was killed left of two versions.
 
         Tensors are torch's, on any device; ones that the delta does not know are left alone. Everything is read and
         computed, and its hashes are checked, before the first tensor is written, so memory for the changes is needed.
         If a write fails, those before it are undone. InputError, with nothing changed: the state is none that leads
-        here, or the delta is damaged.
+        here, or the delta or the base is damaged.
         """
         with torch.no_grad(), errors.context(str(self.path)):
+            held = _Contents(state)
             sources = self._sources(state)
-            done = self._count_applied(state, sources)
+            done = self._count_applied(held, sources)
+            if done is None:
+                return self._take_back(state, held, sources, base)
             if done == len(self._versions):
                 return 0
             delta = folded(self._versions[done:])
@@ -219,37 +222,68 @@ class Delta(Iterator[Patch]):
         entries = self._versions[0].delta.entries
         return {name: entry.key_in(state) for name, entry in entries.items() if entry.record.base is not None}
 
-    def _count_applied(self, state: State, sources: Mapping[str, str]) -> int:
-        """Return how many of the versions the state has had applied.
-
-        InputError: none, and it is not the base either.
-        """
-        known: dict[str, Content | None] = {}
-
-        def content(key: str) -> Content | None:
-            if key not in known:
-                known[key] = _content(state.get(key))
-            return known[key]
-
+    def _count_applied(self, held: _Contents, sources: Mapping[str, str]) -> int | None:
+        """Return how many of the versions the state has had applied. None: it is no state that they go through."""
         for done in range(len(self._versions), 0, -1):
-            if all(content(name) == wanted for name, wanted in self._versions[done - 1].contents.items()):
+            if all(held[name] == wanted for name, wanted in self._versions[done - 1].contents.items()):
                 return done
+        entries = self._versions[0].delta.entries
+        return 0 if all(held[key] == _base_content(entries[name]) for name, key in sources.items()) else None
+
+    def _take_back(self, state: State, held: _Contents, sources: Mapping[str, str], base: str | Path | None) -> int:
+        """Make a state that has the tensors of this version, and other values, this version's.
+
+        Return how many versions were applied, as `apply_`. InputError: as there.
+        """
+        wanted = self._versions[-1].contents
+        alike = all((have := held[name]) is not None and have[:2] == want[:2] for name, want in wanted.items())
+        place = self._place({name: held[name] for name in wanted}) if alike else None
+        if not alike or (place is None and base is None):
+            self._refuse(held, sources)
+        first = self._versions[0].delta.manifest
+        origin = open_origin(str(first.base if base is None else base))
+        changes, delta = [], folded(self._versions)
+        kinds = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
+        with Reader() as reader:
+            for one in delta.result(kinds):
+                if one.entry is None or held[one.name] == wanted[one.name]:
+                    continue
+                info = None if one.base_name is None else origin.tensors[one.base_name]
+                tiles = one.entry.tiles(None if info is None else elements(reader, info))
+                with errors.context(one.name):
+                    change = _change(one.name, bits_of(state[one.name]), one.entry.size, tiles)
+                if change is not None:
+                    changes.append(change)
+        _write(state, changes, {}, set())
+        return len(self._versions) - (place or 0)
+
+    def _place(self, found: Mapping[str, Content | None]) -> int | None:
+        """Return the place in the chain, from 1, of the version that makes a state. None: no version does."""
+        state = state_of({name: content for name, content in found.items() if content is not None})
+        there = notes(self.path.parent)
+        at = next((note for note in there.values() if note is not None and note.state == state), None)
+        place = 0
+        while at is not None and place <= len(there):
+            place += 1
+            at = None if at.after is None else there.get(at.after.name)
+        return place or None
+
+    def _refuse(self, held: _Contents, sources: Mapping[str, str]) -> NoReturn:
+        """Raise the InputError of a state that does not lead to this version."""
         first = self._versions[0].delta
-        for name, key in sources.items():
-            entry = first.entries[name]
-            wanted = Content(*entry.base_kind, entry.record.base or "")
-            if (found := content(key)) == wanted:
-                continue
-            belongs = f"it belongs to {first.manifest.base}"
-            if found is None:
+        belongs = f"it belongs to {first.manifest.base}"
+        base = {key: _base_content(first.entries[name]) for name, key in sources.items()}
+        for key, wanted in base.items():
+            if (found := held[key]) is None:
                 raise InputError(f"{key} is not there, or of no known dtype", hint=belongs)
             if found[:2] != wanted[:2]:
                 is_now, was = (f"{c.dtype} {list(c.shape)}" for c in (found, wanted))
                 raise InputError(f"{key} is {is_now}, the delta was made from {was}", hint=belongs)
-            self._refuse_folded({n: c for n in self._versions[-1].contents if (c := content(n)) is not None})
+        for key in (key for key, wanted in base.items() if held[key] != wanted):
+            self._refuse_folded({n: c for n in self._versions[-1].contents if (c := held[n]) is not None})
             what = "the base's" if len(self._versions) == 1 else "the base's, nor any version's before this"
             raise InputError(f"{key} is not {what}", hint=belongs)
-        return 0
+        raise InputError("the tensors are those of no version of the chain", hint=f"{belongs}: apply_(state, base=…)")
 
     def _refuse_folded(self, found: Mapping[str, Content]) -> None:
         state = state_of(found)
@@ -258,12 +292,14 @@ class Delta(Iterator[Patch]):
                 if old.state == state:
                     raise InputError(
                         f"the tensors are those of version {old.name}, which squash has folded into {version.name}",
-                        hint="load the base again, and apply it to that",
+                        hint="load the base again, and apply it to that; or apply_(state, base=…)",
                     )
 
 
 def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Delta:
-    """Open the delta artifact, or the version of a chain, at `path`. Of a chain's own folder it is the newest.
+    """Open the delta artifact, or the version of a chain, at `path`.
+
+    Of a chain's own folder it is the version that is pinned, else the newest.
 
     Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
     comes before; `base` is that, a state dict or a folder, which tensors of encoding `steps` are decoded from and
@@ -271,7 +307,7 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
     not at the first patch. InputError: one is damaged, missing, or not made from the one before; or it holds values to
     add.
     """
-    versions = line(resolve(Path(path)) or Path(path))
+    versions = line(served(Path(path)) or Path(path))
     for version in versions:
         for name, entry in version.delta.entries.items():
             if entry.record.values is not None:
@@ -280,6 +316,22 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
                     hint="apply it to its base, or name it as a model of a recipe",
                 )
     return Delta(versions, base)
+
+
+class _Contents(dict[str, "Content | None"]):
+    """The contents of a state's tensors by key, each hashed when it is first asked for."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._state = state
+
+    def __missing__(self, key: str) -> Content | None:
+        self[key] = found = _content(self._state.get(key))
+        return found
+
+
+def _base_content(entry: Entry) -> Content:
+    return Content(*entry.base_kind, entry.record.base or "")
 
 
 def _content(tensor: Any) -> Content | None:
@@ -315,112 +367,3 @@ def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], 
             if state.get(name) is not tensor:
                 state[name] = tensor
         raise
-
-
-OPEN = 4096  # versions that stay open
-
-_Known = dict[tuple[str, int], Note | None]
-
-
-def follow(
-    chain: str | Path,
-    *,
-    after: str | None = None,
-    latest: bool = False,
-    poll: float = 1.0,
-    timeout: float | None = None,
-    marker: str | Path | None = None,
-) -> Iterator[Delta]:
-    """Yield the versions of a chain, each when it is published, the first ones at once.
-
-    after     begin behind the version of this name; None: at the first
-    latest    skip to the newest each time; `Delta.apply_` folds what was skipped
-    poll      seconds between looks at the folder, which need not be there yet
-    timeout   end when nothing new has come for so many seconds; None: never
-    marker    a file that has the name of the version last done, written when the next is asked for; it says where to go
-              on where it is there
-
-    A version that was yielded when the process died comes again, which `apply_` makes nothing of. Where squash has
-    folded the version last yielded, the one that it is folded into comes next, over the base (`after` is None).
-    InputError: a version is damaged or foreign, two come after the same one, or the marker file is no text.
-    """
-    path, opened, known = Path(chain), Opened(), dict[tuple[str, int], Note | None]()
-    if marker is not None:
-        after = _marked(Path(marker)) or after
-    waited = time.monotonic()
-    while True:
-        name = _next(path, known, after, latest=latest)
-        found = None if name is None else _open(path, name, opened)
-        if found is not None:
-            yield found
-            after, waited = found.name, time.monotonic()
-            if marker is not None:
-                replace_file(Path(marker), f"{after}\n")
-            continue
-        left = None if timeout is None else waited + timeout - time.monotonic()
-        if left is not None and left <= 0:
-            return
-        time.sleep(poll if left is None else min(poll, left))
-
-
-def _marked(marker: Path) -> str:
-    """Return the name in a marker file, "" where there is no file. InputError: it cannot be read, or is no text."""
-    try:
-        return marker.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
-        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
-        hint = "name a file that `follow` wrote, or remove it to begin at the first version"
-        raise InputError(f"{why}, so it names no version", hint=hint, where=str(marker)) from None
-
-
-def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str | None:
-    """Return the version that comes after one. None: none yet. InputError: two do."""
-    if not chain.is_dir():
-        return None
-    found = _notes(chain, known)
-    if after is None or after not in found:
-        folded = {one.name: name for name, note in found.items() if note is not None for one in note.folded}
-        firsts = [name for name, note in found.items() if note is None or note.after is None]
-        if after is not None and after not in folded and found:
-            raise InputError(f"{chain}: has no version {after}", hint="begin again: after=None, on the base")
-    else:
-        firsts = [
-            name for name, note in found.items() if note is not None and note.after is not None
-            and note.after.name == after
-        ]  # fmt: skip
-    if len(firsts) > 1:
-        raise InputError(f"{chain}: {some(firsts)} all come after {after or 'the base'}")
-    if not firsts or not latest:
-        return firsts[0] if firsts else None
-    return end_of(chain, found)
-
-
-def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
-    """Return the notes of all versions. Those of folders that are `known` are not read again."""
-    there = folders(chain)
-    for name, number in there:
-        if (name, number) not in known and is_version(chain / name):
-            try:
-                known[name, number] = read_note(chain / name)
-            except DeltamergeError:
-                if folders(chain) == there:
-                    raise
-                return _notes(chain, known)  # one was folded while it was read
-    for gone in known.keys() - {*there}:
-        del known[gone]
-    return without_folded({name: known[name, number] for name, number in there if (name, number) in known})
-
-
-def _open(chain: Path, name: str, opened: Opened) -> Delta | None:
-    """Open a version with all before it. None: one was folded meanwhile."""
-    if len(opened.versions) > OPEN:
-        opened.versions.clear()
-    before = folders(chain)
-    try:
-        return Delta(line(chain / name, opened))
-    except DeltamergeError:
-        if folders(chain) == before:
-            raise
-        return None

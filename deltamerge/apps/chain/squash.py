@@ -30,7 +30,7 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.layers import check_complete, folded
-from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, remove
+from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, refuse_pinned, remove
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.delta_over_base import check
@@ -69,6 +69,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         before = sum(map(_bytes, versions))
         if len(old) < 2:
             return SquashResult(None, (), before, before)
+        refuse_pinned(chain, (version.name for version in old[:-1]))
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest

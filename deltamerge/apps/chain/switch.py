@@ -13,7 +13,7 @@ from deltamerge.apps.chain.live import Change, Delta, Write, change_of, whole_of
 from deltamerge.errors import InputError
 from deltamerge.formats.components import CONFIG, read_config
 from deltamerge.formats.delta.entry import OTHER_BASE, Entry
-from deltamerge.models.chain.folder import Stamp, Version, line, resolve, stamp
+from deltamerge.models.chain.folder import Stamp, Version, line, served, stamp
 from deltamerge.models.chain.layers import folded
 from deltamerge.models.config_differences import differences
 from deltamerge.models.delta_file import DeltaFile, digest_of
@@ -48,35 +48,41 @@ class Switch:
         self._known = DeltaCache(keep, self._prepare)
         self._hashes: dict[str, str] = {}
         self._undo: list[Write] = []
+        self._writes: tuple[Write, ...] = ()
         self.at: str | Path | Delta | None = None
 
     def __repr__(self) -> str:
         return f"<Switch at {'the base' if self.at is None else self.at}, {len(self._known)} deltas known>"
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None: the base.
+        """Make the model that of `delta`: an artifact, a version of a chain, or a chain. None: the base.
+
+        A chain is its pinned version, else its newest.
 
         InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes;
         or its config.json gives places in the weights another meaning. A module computes with its own config: a warning
-        (`UserWarning`) says where the delta's says otherwise. Whatever fails, the model is its base afterwards.
+        (`UserWarning`) says where the delta's says otherwise. Whatever fails, the model is afterwards what it was.
         """
-        self._back()
-        if delta is None:
-            return
+        before, writes = self.at, self._writes
         with torch.no_grad():
-            writes = self._known.get(delta)
             try:
-                for write in writes:
-                    self._undo.append(write.kept())
-                    write.put()
+                self._back()
+                self._put(() if delta is None else self._known.get(delta), delta)
             except BaseException:
                 self._back()
+                self._put(writes, before)
                 raise
-        self.at = delta
+
+    def _put(self, writes: tuple[Write, ...], delta: str | Path | Delta | None) -> None:
+        """Write a delta's changes into the base."""
+        for write in writes:
+            self._undo.append(write.kept())
+            write.put()
+        self.at, self._writes = delta, writes
 
     def _back(self) -> None:
         """Restore the base, the last write first. It can be called again if it is interrupted."""
-        self.at = None
+        self.at, self._writes = None, ()
         while self._undo:
             self._undo[-1].put()
             self._undo.pop()
@@ -101,11 +107,11 @@ class DeltaCache(Generic[T]):
         return len(self._made)
 
     def get(self, delta: str | Path | Delta) -> T:
-        """Return the value of an artifact, a version of a chain, or a chain (its newest).
+        """Return the value of an artifact, a version of a chain, or a chain (its pinned version, else its newest).
 
         InputError: one is damaged.
         """
-        path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
+        path = delta.path if isinstance(delta, Delta) else (served(Path(delta)) or Path(delta)).resolve()
         key, held = str(path), stamp(path)
         if (found := self._made.get(key)) is None or found[0] != held:
             self._made.pop(key, None)

@@ -312,7 +312,8 @@ class StudyJudge:
         """Run the stages of a candidate that no other has run: activations, q's."""
         if any(node not in self.known for node in candidate.stages):
             found = shared_values(candidate.stages, self.known)
-            self.known |= {node: found[node] for node in candidate.stages}
+            spools = {node: value for node, value in found.items() if isinstance(value, Spooled)}
+            self.known |= {node: found[node] for node in candidate.stages} | spools
 
     def _sheet(self, part: Part) -> dict[int, Sheet]:
         """Return the rows of a part, and the fine-tunes' own outputs on them."""

@@ -38,19 +38,28 @@ class EngineSwitch:
     def to(self, delta: str | Path | Delta | None) -> None:
         """Make the engine's model the one of `delta`: an artifact, a version of a chain, or a chain (its newest).
 
-        None: the base. InputError, with nothing sent: the delta is damaged or of another base, or makes tensors of
-        other names, dtypes or shapes. OutputError: SGLang has not taken them. The next `to` then sends every tensor.
+        A chain in which a version is pinned is that version. None: the base. InputError, with nothing sent: the delta
+        is damaged or of another base, or makes tensors of other names, dtypes or shapes. OutputError: SGLang has not
+        taken them; what it held is then sent in the same update, and if that is refused too, the next `to` sends all.
         """
         changes = self._served.changes(delta)
         if names := self._served.touched(changes):
-            weights = list(self._served.weights(changes, names))
+            weights, before = list(self._served.weights(changes, names)), self._served.at
             self._served.at = None
             _check(self._engine.begin_weight_update())
             try:
-                _check(self._engine.update_weights_from_tensor(weights, flush_cache=False))
+                self._send(weights)
+            except BaseException:
+                if before is not None:
+                    self._send(list(self._served.weights(before, names)))
+                    self._served.at = before
+                raise
             finally:
                 _check(self._engine.end_weight_update())
         self._served.at = changes
+
+    def _send(self, weights: list[tuple[str, Any]]) -> None:
+        _check(self._engine.update_weights_from_tensor(weights, flush_cache=False))
 
 
 def _check(answer: tuple[bool, str]) -> None:

@@ -3,9 +3,9 @@
     init_weight_transfer_engine({"base": "./base"})       the served model's own folder or hub id if it is not given
     start_weight_update(); update_weights({"delta": "deltas/math"}); finish_weight_update()
 
-`delta` is an artifact, a version of a chain, or a chain (its newest version); None: the base. Every worker reads it,
-and checks it and the base by hash before anything is written. vLLM does not undo a write that fails: the next update
-then writes every tensor.
+`delta` is an artifact, a version of a chain, or a chain (its pinned version, else its newest); None: the base. Every
+worker reads it, and checks it and the base by hash before anything is written. If a write fails, the layers that it was
+for are loaded as they were; if that fails too, the next update writes every tensor.
 
 Of a model that keeps its weights as they are loaded only the positions that change are written, where they are few.
 Some layers are loaded anew, from the base's file: those where most of a tensor changes, and those whose weights vLLM
@@ -87,12 +87,19 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
             raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
         changes = self._served.changes(update_info.delta)
         patches = self._patches(changes) if self._in_place else []
-        anew = {*self._served.touched(changes)} - {patch.name for patch in patches}
+        touched, before = {*self._served.touched(changes)}, self._served.at
+        anew = touched - {patch.name for patch in patches}
         self._served.at = None
-        if patches:
-            load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
-        if anew:
-            self._load(changes, anew)
+        try:
+            if patches:
+                load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
+            if anew:
+                self._load(changes, anew)
+        except BaseException:
+            if before is not None:
+                self._load(before, touched)
+                self._served.at = before
+            raise
         self._served.at = changes
 
     def _patches(self, changes: Changes) -> list[CheckpointWeightPatch]:

@@ -34,6 +34,7 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.layers import check_complete, folded
+from deltamerge.models.chain.mirror import Mirror, notes_of
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
@@ -64,6 +65,8 @@ class DeltaWriter:
         model   an nn.Module, whose `state_dict()` is written; None: every `write` is given one
         base    the checkpoint that the chain's first version is made from, a folder or hub id; where it is not given,
                 what the model's `name_or_path` says
+        mirrors folders that get every version too, in other projects' layouts: {"updates": "slime"}, as of `extract
+                --as`; those that one lacks are written at once
         log     is given the figures of each version once it is there, on the thread that calls, as `wandb.log` and
                 `trackio.log` take them: its step, changed entries, their share, bytes
 
@@ -82,6 +85,7 @@ class DeltaWriter:
         model: Any = None,
         *,
         base: str | Path | None = None,
+        mirrors: Mapping[str | Path, str] | None = None,
         log: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.chain, self._model, self._log = Path(chain), model, log
@@ -92,7 +96,7 @@ class DeltaWriter:
         try:
             versions, origin = self._open(None if not named else os.fspath(named))
             self._last = versions[-1] if versions else None
-            self._base, self._assets = base_of(origin), _assets(origin)
+            self._origin, self._base, self._assets = origin, base_of(origin), _assets(origin)
             self._bits = _read(origin, versions)
             self._spare: Bits = {}
             self._shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
@@ -100,6 +104,9 @@ class DeltaWriter:
                 self._shapes = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
             if model is not None:
                 _match(self._shapes, model.state_dict())
+            self._mirrors = [self._held.enter_context(Mirror(Path(f), s)) for f, s in (mirrors or {}).items()]
+            for mirror in self._mirrors:
+                _catch_up(mirror, versions, origin)
         except BaseException:
             self._held.close()
             raise
@@ -204,9 +211,23 @@ class DeltaWriter:
             )
             write_note(folder, note)
         self._last = open_version(self.chain / name)
-        self._spare, self._bits = self._bits, new
+        before_bits, self._spare, self._bits = self._bits, self._bits, new
+        for mirror in self._mirrors:
+            if mirror.is_at(None if before is None else before.state):
+                kinds = self._shapes.items()
+                mirror.write((mirror.code(n, *kind, before_bits[n], new[n]) for n, kind in kinds), notes_of(self._last))
+            else:  # it failed at the version before
+                mirror.catch_up(line(self._last.path), self._origin, workers=1)
         size = sum(bits.size for bits in new.values())
         return WrittenVersion(self.chain / name, summary.entries, size, summary.nbytes)
+
+
+def _catch_up(mirror: Mirror, versions: Sequence[Version], origin: Checkpoint) -> None:
+    """Write those versions that a mirror lacks. InputError: it is of another chain."""
+    if versions:
+        mirror.catch_up(versions, origin, workers=1)
+    elif mirror.newest:
+        raise InputError(f"{mirror.folder}: has versions, and the chain none", hint="a mirror in a new folder")
 
 
 def _slices(bits: Array) -> Read:

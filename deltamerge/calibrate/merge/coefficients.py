@@ -43,6 +43,7 @@ Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
 RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
 PATIENCE = 5  # looks in a row that are no better, after which a fit ends
+TOGETHER, ALONE = 32, 16  # rows of a batch: of all fine-tunes, of one
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
@@ -169,8 +170,8 @@ class _Rows:
         return self.groups[(number - 1) % len(self.groups)]
 
 
-def _rows(subject: Subject, step: int) -> _Rows:
-    batches, groups, stop = subject.steps(step)
+def _rows(subject: Subject, size: int) -> _Rows:
+    batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
     return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
 
 
@@ -225,7 +226,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
-    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, COEFFICIENT_STEP)))
+    size = max(1, TOGETHER // len(merge.subjects)) if merge.spec.runs_together else ALONE
+    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
     leaves, named = _leaves(merge.spec.scope, start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from typing import cast as typed
 
@@ -18,6 +18,7 @@ from blake3 import blake3
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat
 from deltamerge.formats.delta.manifest import Record, groups
+from deltamerge.formats.delta.parts import PartSum, matrix_shape, sum_of
 from deltamerge.formats.delta.positions import Array, Coding, Sliced, decode
 from deltamerge.formats.delta.steps import STEP_TILE, decode_tile, starts_of, tiles_of
 from deltamerge.formats.delta.values import scale_values
@@ -32,13 +33,17 @@ Read = Callable[[int, int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of an artifact: its record, and its stored arrays (bits; None where nothing is stored)."""
+    """A tensor of an artifact: its record, and its stored arrays (bits; None where nothing is stored).
+
+    `made` are its parts, once they are in memory.
+    """
 
     name: str
     record: Record
     values: Sliced
     index: Sliced | None = None
     scales: Sliced | None = None
+    made: PartSum | None = None
 
     @property
     def size(self) -> int:
@@ -91,9 +96,20 @@ class Entry:
             return np.empty(0, np.float32)
         return scale_values(self.scales[:], groups(record), record.unit, record.ranks)
 
+    def with_parts(self) -> Entry:
+        """The same with its parts in memory, if it has parts. InputError: they are damaged."""
+        if not self.record.parts or self.made is not None:
+            return self
+        with damage_told():
+            return replace(self, made=sum_of(self.record.parts, self.values, *matrix_shape(self.record.shape)))
+
     def codes(self, start: int, stop: int) -> Array:
         """Values [start, stop) before scaling: bits of final values, float32, int8, or int8 ±1 for signs."""
         coding = self.record.values
+        if coding == "parts":
+            made = self.with_parts().made
+            assert made is not None
+            return made.values(start, stop)
         if coding == "sign":
             bits = np.unpackbits(self.values[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
             return 1 - (bits[start & 7 :][: stop - start] << 1)
@@ -134,9 +150,9 @@ class Entry:
                 yield positions + start, values
             return
         with damage_told():
-            scales, done = self.scale_values(), 0
+            own, scales, done = self.with_parts(), self.scale_values(), 0
             for positions in self.positions():
-                yield positions, self.values_at(positions, done, scales)
+                yield positions, own.values_at(positions, done, scales)
                 done += positions.size
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -19,9 +21,18 @@ from pydantic import ValidationError
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import Descriptors, flat, input_error, read_at
-from deltamerge.files.strict_json import read_json
+from deltamerge.files.strict_json import MAX_BYTES, parse_json, read_json
 from deltamerge.formats.delta.entry import Entry
-from deltamerge.formats.delta.manifest import FORMAT, VERSIONS, Manifest, check_record, groups, stored_arrays
+from deltamerge.formats.delta.manifest import (
+    FORMAT,
+    VERSIONS,
+    Manifest,
+    check_record,
+    groups,
+    parts_bytes,
+    stored_arrays,
+)
+from deltamerge.formats.delta.parts import PARTS, TABLE
 from deltamerge.formats.delta.positions import Array, Sliced, most_bytes
 from deltamerge.formats.delta.steps import most_step_bytes
 from deltamerge.formats.safetensors import read_header
@@ -117,7 +128,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
     """The manifest, the entries in its order, and the artifact's files. InputError: it does not follow the format."""
-    manifest = _manifest(folder)
+    raw = _raw_manifest(folder)
     stored: dict[str, TensorInfo] = {}
     shards = _files(folder)
     opened = StoredFiles({})
@@ -125,6 +136,8 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
         header = read_header(folder / file)
         stored |= header.tensors
         opened.sizes[folder / file] = header.size
+    manifest = _manifest(raw, stored, opened)
+    sums = _Parts(_bytes_array(PARTS, stored.pop(PARTS), opened) if PARTS in stored else None)
     entries = {}
     for name, record in manifest.tensors.items():
         with errors.context(f"{MANIFEST}: {name}"):
@@ -144,9 +157,14 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
                 most = most_bytes(record.encoding, record.count, size, record.k)
             if index is not None and record.encoding != "indices" and index.size > most:
                 raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
+            if record.parts:
+                if manifest.version < 3:
+                    raise InputError(f"parts are of version 3, this is version {manifest.version}")
+                values = sums.next(parts_bytes(record))
             if scales is not None and scales.size > (most := -(-groups(record) * len(record.ranks or "0000") // 8)):
                 raise InputError(f"scales of {scales.size} bytes, at most {most} can be needed")
         entries[name] = Entry(name, record, values, index, scales)
+    sums.end()
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
     files = (MANIFEST, *(() if shards == [SINGLE] else (INDEX,)), *shards)
@@ -164,25 +182,71 @@ def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None,
     return StoredArray(opened, info.path, info.begin, info.shape[0], kind)
 
 
-def _manifest(folder: Path) -> Manifest:
+def _bytes_array(name: str, info: TensorInfo, opened: StoredFiles) -> StoredArray:
+    """An array of bytes. InputError: it is another."""
+    return _array(name, ("U8", None), info, opened)
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The array of all tensors' parts, given out from its beginning."""
+
+    stored: StoredArray | None
+    at: int = 0
+
+    def next(self, nbytes: int) -> StoredArray:
+        """The next bytes. InputError: there are fewer."""
+        whole = self.stored
+        if whole is None or self.at + nbytes > whole.size:
+            raise InputError(f"its parts end at byte {self.at + nbytes} of {0 if whole is None else whole.size}")
+        self.at += nbytes
+        return StoredArray(whole.files, whole.path, whole.begin + self.at - nbytes, nbytes, whole.dtype)
+
+    def end(self) -> None:
+        """InputError: some bytes are of no tensor."""
+        if self.stored is not None and self.at != self.stored.size:
+            raise InputError(f"the array {PARTS} has {self.stored.size} bytes, the tensors have {self.at}")
+
+
+def _raw_manifest(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(folder / MANIFEST):
         what = f"has no {MANIFEST}" if folder.is_dir() else "is not there"
         raise InputError(what, hint="name the folder of a delta, as deltamerge extract makes it")
-    raw = read_json(folder / MANIFEST)
+    raw: dict[str, Any] = read_json(folder / MANIFEST)
     with errors.context(MANIFEST):
         if raw.get("format") != FORMAT:
             raise InputError("is not the manifest of a deltamerge delta")
         if raw.get("version") not in VERSIONS or isinstance(raw["version"], bool):
             raise InputError(
-                f"has version {raw.get('version')!r}, this deltamerge reads versions {VERSIONS[0]} and {VERSIONS[1]}",
+                f"has version {raw.get('version')!r}, this deltamerge reads versions {VERSIONS[0]} to {VERSIONS[-1]}",
                 hint="upgrade deltamerge",
             )
+    return raw
+
+
+def _manifest(raw: dict[str, Any], stored: dict[str, TensorInfo], opened: StoredFiles) -> Manifest:
+    """The manifest; of version 3 its records may be an array of the artifact, which leaves `stored`."""
+    with errors.context(MANIFEST):
+        if raw["version"] == 3 and "tensors" not in raw and TABLE in stored:
+            raw |= {"tensors": _table(_bytes_array(TABLE, stored.pop(TABLE), opened))}
         try:
             return Manifest.model_validate(raw)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise InputError(f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def _table(stored: StoredArray) -> Any:
+    """The records in a zlib stream of JSON. InputError: it is none, or longer than MAX_BYTES."""
+    inflate = zlib.decompressobj()
+    try:
+        text = inflate.decompress(stored[:].tobytes(), MAX_BYTES)
+    except zlib.error as error:
+        raise InputError(f"the array {TABLE} is no zlib stream: {error}") from None
+    if not inflate.eof or inflate.unused_data:
+        raise InputError(f"the array {TABLE} is cut short, followed by something, or above {MAX_BYTES} bytes")
+    return parse_json(text)
 
 
 def _files(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import is_plain_folder
 from deltamerge.formats.components import MAX_COMPONENTS, Component
+from deltamerge.formats.delta.parts import MOST_RANK, EntriesPart, Part, matrix_shape
 from deltamerge.formats.delta.positions import CODINGS, LARGEST_K, Coding, index_itemsize
 from deltamerge.formats.delta.steps import MANTISSA
 from deltamerge.formats.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
@@ -21,7 +22,7 @@ from deltamerge.formats.safetensors import MAX_DIMENSIONS
 from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, PACKED
 
 FORMAT = "deltamerge-delta"
-VERSIONS = (1, 2)  # the second has steps; without them the first is written
+VERSIONS = (1, 2, 3)  # the second has steps, the third parts; the first that will do is written
 LARGEST_SIZE = 1 << 61
 SHARD_SIZE = 5 * 10**9
 STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "sign": "U8"}
@@ -58,6 +59,7 @@ class Record(Strict):
     encoding, k    how positions are stored, and rice's k; "steps": positions and values, given the base's
     count          number of entries; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
+    parts          of values "parts": what is added up
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
     ranks          scale codes, the most common first, where scales are stored as ranks; None: as four bits each
     error          ‖v − stored v‖ / ‖v‖ of a lossy coding
@@ -70,7 +72,8 @@ class Record(Strict):
     encoding: Encoding
     k: Annotated[int, Field(ge=0, le=LARGEST_K)] = 0
     count: Natural
-    values: Values | None = None
+    values: Values | Literal["parts"] | None = None
+    parts: Annotated[list[Part], Field(max_length=8)] = []
     group: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = 1
     unit: int = 0
     ranks: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,16}$")] | None = None
@@ -102,7 +105,7 @@ class Manifest(Strict):
     """
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = 1
     semantics: Literal["replace", "add"]
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
@@ -130,10 +133,16 @@ def groups(record: Record) -> int:
     return -(-math.prod(record.shape) // record.group)
 
 
+def parts_bytes(record: Record) -> int:
+    """The stored bytes of a tensor's parts."""
+    m, n = matrix_shape(record.shape)
+    return sum(part.nbytes(m, n) for part in record.parts)
+
+
 def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
     """The stored arrays of a tensor: suffix of the name -> (dtype, length; None if only decoding determines it)."""
     count, size = record.count, math.prod(record.shape)
-    if not count:
+    if not count or record.values == "parts":
         return {}
     if record.encoding == "steps":
         return {".steps": ("U8", None)}
@@ -175,10 +184,29 @@ def check_record(record: Record) -> None:
     adds_or_casts = record.values is not None or base_dtype != record.dtype
     if adds_or_casts and not {base_dtype, record.dtype} <= FLOATING:
         raise InputError(f"cannot make {record.dtype} of {base_dtype}: not both are floating")
+    if (record.values == "parts") != bool(record.parts):
+        raise InputError("values are parts where there are parts, and only there")
+    if record.parts:
+        _check_parts(record)
     if record.values in SCALED:
         lowest, highest = UNITS
         if not lowest <= record.unit <= highest:
             raise InputError(f"unit must be in [{lowest}, {highest}], got {record.unit}")
+
+
+def _check_parts(record: Record) -> None:
+    size = math.prod(record.shape)
+    if record.encoding != "dense" or not record.count:
+        raise InputError("parts are dense, of one element at least")
+    for part in record.parts:
+        if isinstance(part, EntriesPart):
+            if part.count is None:
+                if part.k or part.positions:
+                    raise InputError("a part of all entries lists no positions")
+            elif part.count > size:
+                raise InputError(f"a part has {part.count} entries, the tensor has {size} elements")
+        elif part.rank > MOST_RANK:
+            raise InputError(f"a part has rank {part.rank}, at most {MOST_RANK} can be added exactly")
 
 
 def _check_growth(old: list[int], new: list[int]) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from deltamerge.files.work_folder import SPOOL as SPOOL
 from deltamerge.formats.audit import NonFinite, count_nonfinite
 from deltamerge.formats.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.formats.delta.manifest import Encoding, Record, stored_arrays
+from deltamerge.formats.delta.parts import PARTS, Part
 from deltamerge.formats.delta.positions import Array, ChosenCoding, Positions, choose, encode
 from deltamerge.formats.delta.steps import MANTISSA, STEP_TILE, encode_tile, most_step_bytes, table_bytes
 from deltamerge.formats.delta.values import (
@@ -290,6 +292,22 @@ class TensorWriter:
                 self._values.append(values)
             else:
                 self._append_coded(encode_values(values, positions, 1, 1, self._storing.values))
+
+    def add_parts(self, parts: Sequence[Part], stored: Array) -> None:
+        """Finish a tensor with parts, of so many `stored` bytes (uint8); reads the base for the hashes."""
+        with self._lock, errors.context(self._name):
+            if self._base is None or self._done or self._listed.count or self._record is not None:
+                raise ValueError("no parts can be added to it")
+            if not self._size or not parts:
+                self._finish_add()
+                return
+            self._append(stored)
+            record = self._new_record("dense", values="parts", parts=list(parts))
+            entry = Entry(self._name, record, stored)
+            for bits in entry.tiles(self._read_base, check=False):
+                self._saw(bits)
+            self.stored.append(StoredTensor(PARTS, "U8", stored.size, self.path, 0))
+            self._finished(self._new_record("dense", values="parts", parts=list(parts)))
 
     def finish(self) -> None:
         """Finish a tensor written with `add`, or one that equals the base's; reads the base for the hashes."""

@@ -7,6 +7,7 @@ files are joined.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from deltamerge.files.journal import Journal
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.folder import INDEX, MANIFEST
-from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, parts_of
+from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, Record, parts_of
+from deltamerge.formats.delta.parts import TABLE
 from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, StoredTensor, Storing, TensorWriter
 from deltamerge.formats.delta.values import Values, relative_error
 from deltamerge.formats.safetensors import FileLayout, Layout, plan_layout
@@ -104,10 +106,16 @@ class ArtifactWriter:
         """Write the files, once every tensor is finished. RuntimeError: one is not (a bug)."""
         tensors = self._tensors.values()
         records = {name: tensor.record for name, tensor in self._tensors.items()}
-        version = 2 if any(record.encoding == "steps" for record in records.values()) else 1
+        has_parts = any(record.parts for record in records.values())
+        version = 3 if has_parts else 2 if any(record.encoding == "steps" for record in records.values()) else 1
         manifest = self._manifest.model_copy(update={"version": version, "tensors": records})
         stored = [array for tensor in tensors for array in tensor.stored]
-        layout = plan_layout([(a.name, a.dtype, (a.length,)) for a in stored], self._shard_size)
+        if has_parts:
+            stored.append(self._table(records))
+        lengths: dict[tuple[str, str], int] = {}
+        for array in stored:
+            lengths[array.name, array.dtype] = lengths.get((array.name, array.dtype), 0) + array.length
+        layout = plan_layout([(*kind, (length,)) for kind, length in lengths.items()], self._shard_size)
         with errors.context(str(self._folder)), writing():
             files = [self._write_file(file, layout, stored) for file in layout.files]
             if layout.indexes:
@@ -118,7 +126,7 @@ class ArtifactWriter:
                 files.append(self._folder / INDEX)
                 files[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             files.append(self._folder / MANIFEST)
-            files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
+            files[-1].write_text(_manifest_text(manifest, table=not has_parts), encoding="utf-8")
         self._finished = True
         return Summary(
             sum(file.stat().st_size for file in files),
@@ -128,15 +136,26 @@ class ArtifactWriter:
             _stored_bytes(tensors),
         )
 
+    def _table(self, records: Mapping[str, Record]) -> StoredTensor:
+        """Write the records as zlib's stream of their JSON into the spool."""
+        path = self.storing.spool.folder / "table"
+        data = zlib.compress(("{" + _records_text(records, ",") + "}").encode(), 9)
+        with errors.context(str(self._folder)), writing():
+            path.write_bytes(data)
+        return StoredTensor(TABLE, "U8", len(data), path, 0)
+
     def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[StoredTensor]) -> Path:
         path = self._folder / _renamed(file.name)
         with path.open("xb", buffering=0) as target:
             write_at(target.fileno(), 0, memoryview(file.header))
+            done: Counter[str] = Counter()  # of an array that several tensors share
             for array in stored:
-                place = layout.tensors[array.name]
-                if place.file == file.name and place.nbytes:
+                place, nbytes = layout.tensors[array.name], array.length * ITEMSIZE[array.dtype]
+                if place.file == file.name and nbytes:
+                    at = place.offset + done[array.name]
                     with array.path.open("rb", buffering=0) as source:
-                        copy_at(source.fileno(), array.offset, place.nbytes, target.fileno(), place.offset)
+                        copy_at(source.fileno(), array.offset, nbytes, target.fileno(), at)
+                    done[array.name] += nbytes
         return path
 
 
@@ -153,15 +172,24 @@ def _renamed(file: str) -> str:
     return file.replace("model", "delta", 1)
 
 
-def _manifest_text(manifest: Manifest) -> str:
-    """The manifest with a line for each field and tensor, so that artifacts can be compared by line;
-    without defaults."""
+def _manifest_text(manifest: Manifest, *, table: bool) -> str:
+    """The manifest with a line for each field and tensor, so that artifacts can be compared by line; without defaults.
+
+    Without `table` it has no records.
+    """
     fields = manifest.model_dump(exclude_defaults=True, exclude={"tensors"})
     fields = {"format": manifest.format, "version": manifest.version} | fields
     lines = [f"{_compact(key)}: {_compact(value)}" for key, value in fields.items()]
-    records = {name: record.model_dump(exclude_defaults=True) for name, record in manifest.tensors.items()}
-    tensors = ",\n".join(f"{_compact(name)}: {_compact(record)}" for name, record in records.items())
-    return "{\n" + ",\n".join([*lines, '"tensors": {\n' + tensors + "\n}"]) + "\n}\n"
+    if table:
+        lines.append('"tensors": {\n' + _records_text(manifest.tensors, ",\n") + "\n}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _records_text(records: Mapping[str, Record], between: str) -> str:
+    """Names and records as JSON, without defaults."""
+    dumped = {name: record.model_dump(exclude_defaults=True) for name, record in records.items()}
+    colon = ": " if "\n" in between else ":"
+    return between.join(f"{_compact(name)}{colon}{_compact(record)}" for name, record in dumped.items())
 
 
 def _compact(value: Any) -> str:

@@ -5,7 +5,8 @@
 
 docs/reference/delta-format.md describes a version. Without version.json, or without `after`, it is made from the base.
 A *state* is the content of all tensors of a model: one hash over their names, dtypes, shapes and hashes.
-A name that begins with a dot is of something unfinished, or a lock, and of no version.
+A name that begins with a dot is of something unfinished, or a lock, and of no version. A file `pinned` beside the
+versions has the name of the one that servers go to, whatever is newer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.names import natural
 
 VERSION = "version.json"
+PINNED = "pinned"
 FORMAT = "deltamerge-version"
 NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 FOREIGN = "the version was changed, renamed or put in from elsewhere: copy the chain again"
@@ -395,6 +397,25 @@ def resolve(path: Path) -> Path | None:
     if not any(os.path.isfile(chain / name / VERSION) for name, _ in folders(chain)):
         return None  # a folder of deltas that are no chain may be missing something else
     raise _missing(chain, path.name)
+
+
+def pinned(chain: Path) -> str | None:
+    """The name of the version that servers go to; None: the newest. InputError: the file that says so is damaged."""
+    try:
+        name = (chain / PINNED).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if not NAME.fullmatch(name):
+        raise InputError(f"{chain / PINNED}: names no version", hint=f"deltamerge pin {chain} --release")
+    return name
+
+
+def served(path: Path) -> Path | None:
+    """As `resolve`, but the version that is pinned where `path` is a chain in which one is."""
+    name = pinned(path) if is_chain(path) else None
+    return resolve(path) if name is None else resolve(path / name)
 
 
 def _missing(chain: Path, name: str) -> InputError:

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,22 @@ from typing import Any, Literal
 from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
-from deltamerge.files.atomic import exchange
+from deltamerge.files.atomic import exchange, replace_file
 from deltamerge.files.descriptors import files_of, is_inside, leads_out, lock, sync_path, writing
 from deltamerge.files.hashes import hash_output
 from deltamerge.files.ownership import HIDDEN, LOCK_NAME, MADE_BY, read_lock
-from deltamerge.models.chain.folder import VERSION, base_contents, is_chain, is_version, names, notes, read_note
+from deltamerge.models.chain.folder import (
+    PINNED,
+    VERSION,
+    base_contents,
+    is_chain,
+    is_version,
+    line,
+    names,
+    notes,
+    pinned,
+    read_note,
+)
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import nbytes_of
 
@@ -308,8 +319,41 @@ def remove_newest(path: Path) -> None:
         after = [name for name, note in notes.items() if note and note.after and note.after.name == resolved.name]
         if after:
             raise OutputError(f"{path}: {some(after)} comes after it", hint=f"deltamerge remove {chain / after[0]}")
+        refuse_pinned(chain, [resolved.name])
         refuse_foreign(resolved)
         remove(chain, resolved.name)
+
+
+def pin(version: Path) -> None:
+    """Let the servers of a chain go to a version, and stay there, in one step. The chain may be written on meanwhile.
+
+    InputError: it is no version of a chain. OutputError: another process folds versions, or the disk.
+    """
+    resolved = Path(os.path.realpath(version))
+    chain, name = resolved.parent, resolved.name
+    if not is_version(resolved) or not is_chain(chain) or is_store(chain):
+        raise InputError(f"{version}: is no version of a chain", hint="deltamerge pin chain/000119")
+    with one_writer(chain, "folding"):
+        line(resolved)
+        replace_file(chain / PINNED, f"{name}\n")
+
+
+def release(chain: Path) -> None:
+    """Let the servers of a chain go on to its newest version. InputError: no chain. OutputError: the disk."""
+    if not is_chain(chain):
+        raise InputError(f"{chain}: is no chain", hint="deltamerge pin chain --release")
+    with writing(chain):
+        (chain / PINNED).unlink(missing_ok=True)
+        sync_path(chain)
+
+
+def refuse_pinned(chain: Path, names: Iterable[str]) -> None:
+    """OutputError: a version that is to go away is the one that servers go to."""
+    if (name := pinned(chain)) in {*names}:
+        raise OutputError(
+            f"{chain / str(name)}: is pinned: servers go to it",
+            hint=f"deltamerge pin {chain} --release, or pin another",
+        )
 
 
 def remove(chain: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A writer and a reader of a chain, killed at any moment: fifty times each."""
+"""A writer, a reader and a server of a chain, killed at any moment: fifty times each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from test_chain import same
 import deltamerge as dm
 from deltamerge.apps.chain.squash import verify_chain
 from deltamerge.models.chain.folder import head, line, names
+from deltamerge.models.chain.publish import pin
 
 pytestmark = pytest.mark.slow
 KILLS = 50
@@ -113,3 +114,38 @@ def test_a_killed_reader_goes_on(tmp_path: Path) -> None:
     for version in dm.follow(tmp_path / "chain", timeout=0):
         version.apply_(state)
     assert same(state, states(int(head(tmp_path / "chain"))))
+
+
+def shared(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights in memory that outlives a process."""
+    return {
+        name: torch.from_file(str(folder / name), shared=True, size=one.numel(), dtype=one.dtype).view(one.shape)
+        for name, one in states(0).items()
+    }
+
+
+def serve_on(folder: Path) -> None:
+    weights = shared(folder)
+    for version in dm.follow(folder / "chain", poll=0.001, marker=folder / "marker"):
+        version.apply_(weights, base=folder / "base")
+
+
+def test_a_killed_server_goes_to_the_pinned_version(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "base", states(0))
+    for name, tensor in states(0).items():
+        (tmp_path / name).write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    with dm.DeltaWriter(tmp_path / "chain", base=tmp_path / "base") as writer:
+        for number in range(1, 9):
+            writer.write(states(number))
+    draw, marker, between = random.Random(2), tmp_path / "marker", 0
+    for _ in range(KILLS):
+        pin(tmp_path / "chain" / f"{draw.randint(1, 8):06d}")
+        killed(lambda: serve_on(tmp_path), lambda: marker.exists() and marker.read_text(), 0.02 * draw.random())
+        between += len(marker.read_text().split()) == 2
+        wanted = draw.randint(1, 8)
+        pin(tmp_path / "chain" / f"{wanted:06d}")
+        weights = shared(tmp_path)
+        for version in dm.follow(tmp_path / "chain", timeout=0, marker=marker):
+            version.apply_(weights, base=tmp_path / "base")
+        assert same(weights, states(wanted))
+    assert between > KILLS // 10  # it died on its way

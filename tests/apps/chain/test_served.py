@@ -76,7 +76,8 @@ class Engine:
         self, weights: dict[str, torch.Tensor], quantization: str | None = None, *, prefixes: bool = False
     ) -> None:
         self.server_args = SimpleNamespace(quantization=quantization, disable_radix_cache=not prefixes)
-        self.weights, self.open, self.sent, self.refuses = weights, False, 0, False
+        self.weights, self.open, self.sent = weights, False, 0
+        self.refuses = 0  # updates
 
     def begin_weight_update(self) -> tuple[bool, str]:
         was_open, self.open = self.open, True
@@ -87,10 +88,11 @@ class Engine:
     ) -> tuple[bool, str]:
         assert self.open
         assert not flush_cache  # which may fail when the weights are written
-        for name, tensor in named_tensors[: 1 if self.refuses else None]:
+        refuses, self.refuses = self.refuses > 0, self.refuses - 1
+        for name, tensor in named_tensors[: 1 if refuses else None]:
             self.weights[name].copy_(tensor)
             self.sent += 1
-        return not self.refuses, "no memory is left"
+        return not refuses, "no memory is left"
 
     def end_weight_update(self) -> tuple[bool, str]:
         was_open, self.open = self.open, False
@@ -110,14 +112,19 @@ def test_an_sglang_engine_is_switched(made: Path) -> None:
     with pytest.raises(InputError, match=r"has no delta\.json"):
         switch.to(made / "base")
     assert engine.sent == sent
-    engine.refuses = True
+    engine.refuses = 1
+    with pytest.raises(OutputError, match="SGLang: no memory is left"):
+        switch.to(made / "store" / "many")
+    assert not engine.open
+    assert bits(engine.weights) == wanted[made / "store" / "few"]  # what it held is sent again
+    engine.refuses = 2
     with pytest.raises(OutputError, match="SGLang: no memory is left"):
         switch.to(None)
     assert not engine.open
-    engine.refuses = False
+    sent, engine.refuses = engine.sent, 0
     switch.to(None)  # every tensor
     assert bits(engine.weights) == wanted[None]
-    assert engine.sent == sent + 1 + len(engine.weights)
+    assert engine.sent == sent + len(engine.weights)
     with pytest.raises(InputError, match="are packed, fp8"):
         EngineSwitch(Engine({}, "fp8"), made / "base")
     with pytest.raises(InputError, match="keeps what its weights have computed"):

@@ -122,7 +122,7 @@ def test_a_store_is_verified_delta_by_delta(tmp_path: Path, monkeypatch: pytest.
     assert (found["folder"], found["base"]) == ("store", "base")
     assert all("delta.safetensors" in one["files"] for one in found["deltas"])
     _, _, err = call("verify", "store", "--base", "base")
-    assert "store: every tensor of every delta, from base, as the deltas say" in err
+    assert "store: applied to base, every delta gives the tensors it promises" in err
 
 
 def test_each_damaged_delta_of_a_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,13 +146,15 @@ def test_what_does_not_fit_is_refused_before_a_write(made: Path, tmp_path: Path,
         assert (switch.at, bits(state)) == (None, before)
 
 
-def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [None, "few"])
+def test_any_failure_leaves_what_was_there(made: Path, monkeypatch: pytest.MonkeyPatch, at: str | None) -> None:
     state = load_tensors(made / "base")
-    base, switch = bits(state), dm.Switch(state)
-    switch.to(made / "store" / "many")
+    switch, held = dm.Switch(state, keep=1), None if at is None else made / "store" / at
+    switch.to(held)
+    before = bits(state)
     with pytest.raises(InputError):
         switch.to(made / "store" / "none")
-    assert bits(state) == base
+    assert (switch.at, bits(state)) == (held, before)
     put, left = Write.put, [0]
 
     def failing(write: Any) -> None:
@@ -163,11 +165,19 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
         put(write)
 
     monkeypatch.setattr(Write, "put", failing)
-    for after in (1, 2, 9):
+    for after in (1, 2, 9, 40):
         left[0] = after
         with pytest.raises(KeyboardInterrupt):
             switch.to(made / "store" / "many")
-        assert (switch.at, bits(state)) == (None, base)
+        assert (switch.at, bits(state)) == (held, before)
+    if held is not None:
+        left[0] = 3
+        with pytest.raises(KeyboardInterrupt):
+            switch.to(None)
+        assert (switch.at, bits(state)) == (held, before)
+    left[0] = 0
+    switch.to(made / "store" / "many")
+    assert bits(state) == bits(load_tensors(made / "many"))
 
 
 def test_a_tensor_that_would_be_another_object_is_refused(tmp_path: Path) -> None:

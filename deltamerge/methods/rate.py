@@ -1,0 +1,302 @@
+"""A delta Δ (m, n) in few bytes: what it may be stored as, at what price, and the parts that are made of it.
+
+With σ_k u_k v_kᵀ the singular triples of Δ (of Δ C^½ where the inputs' second moments C are known), a component whose
+two vectors have levels of relative distortion D loses σ_k² (1 - (1 - D)²), and takes m + n codes and a byte. Entries of
+one row have a scale; entries of distortion D lose D times their squares. A multiplier λ chooses for each tensor what
+makes distortion + λ bytes least. One λ for all tensors is a point of their common lower convex hull: at the end no byte
+would gain more in another tensor.
+
+The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ C V̂ (V̂ᵀ C V̂)⁻¹, and
+are quantised too; the scales of the products are solved for together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.formats.delta.parts import LEVELS, Part, packed_bytes, store_entries, store_factors
+from deltamerge.methods.low_rank import scratch_bytes
+from deltamerge.tensors.dtypes import Array
+from deltamerge.tensors.lazy import torch
+
+Floats = NDArray[np.float64]
+
+FACTOR_LEVELS = (2, 3, 4, 8, 16, 255)
+ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
+LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
+ROUNDS = 3  # of fitting a scale and choosing codes in turns
+BINS = 1 << 11  # of squares of entries: the exponent and three bits of the mantissa
+BLOCK = 1 << 20  # elements that are quantised at once
+HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
+TORCH = 170_000_000  # of torch, beside the compiled loops
+FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
+USUAL = 256  # components that a tensor is factored into, about
+OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The levels of a quantiser, in units of the standard deviation of a unit Gaussian, and what it loses of one."""
+
+    levels: Floats
+    distortion: float
+
+    @property
+    def edges(self) -> Floats:
+        """Where one level ends and the next begins."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
+
+@cache
+def table(count: int) -> Table:
+    """The table of so many levels, scaled so that a unit Gaussian loses least."""
+    x = np.linspace(-8, 8, 64001)
+    weights = np.exp(-x * x / 2)
+    weights /= weights.sum()
+    levels = LEVELS[count].astype(np.float64)
+    scale = 1.224 if count == 3 else 3.0 / levels[-1]
+    for _ in range(200):
+        nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x / scale)]
+        scale = float((weights * nearest * x).sum() / (weights * nearest * nearest).sum())
+    lost = float((weights * (x - scale * nearest) ** 2).sum())
+    return Table(levels * scale, lost)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What the parts of a tensor (m, n) may take and lose.
+
+    gains    the squares σ² of its components, descending; those beyond the last have no factors
+    energy   what is lost if nothing is stored
+    counts   how many entries have squares of each bin, the largest first
+    squares  their weighed sums
+    """
+
+    m: int
+    n: int
+    gains: Floats
+    energy: float
+    counts: Floats
+    squares: Floats
+
+    def choice(self, price: float) -> Choice:
+        """What makes distortion + price · bytes least."""
+        costs = self._fixed[1] + price * self._fixed[0]
+        best = int(costs.argmin())
+        if min(self.m, self.n) > 1:
+            factors = self._factors(price)
+            if factors.lost + price * factors.nbytes < costs[best]:
+                return factors
+        return self._choices[best]
+
+    @cached_property
+    def _choices(self) -> list[Choice]:
+        """What does not depend on the price: nothing, all entries, and so many of the largest."""
+        found = [Choice(0.0, self.energy)]
+        for levels in ENTRY_LEVELS:
+            nbytes = packed_bytes(self.m * self.n, levels) + self.m + OVERHEAD
+            found.append(Choice(nbytes, self.energy * table(levels).distortion, entries=(levels, None)))
+        return [*found, *self._listed()]
+
+    @cached_property
+    def _fixed(self) -> tuple[Floats, Floats]:
+        """Bytes and losses of these."""
+        return np.array([one.nbytes for one in self._choices]), np.array([one.lost for one in self._choices])
+
+    def _factors(self, price: float) -> Choice:
+        best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
+        nbytes = np.zeros_like(self.gains)
+        for levels in FACTOR_LEVELS:
+            each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
+            gain = self.gains * (1 - table(levels).distortion) ** 2
+            better = gain - price * each > best - price * nbytes
+            best, nbytes = np.where(better, gain, best), np.where(better, each, nbytes)
+            which[better] = levels
+        if not which.any():
+            return Choice(0.0, self.energy)
+        return Choice(float(nbytes.sum()) + OVERHEAD, self.energy - float(best.sum()), components=tuple(which.tolist()))
+
+    def _listed(self) -> Iterator[Choice]:
+        size = self.m * self.n
+        kept, inside = np.cumsum(self.counts), np.cumsum(self.squares)
+        steps: Array = np.unique(np.searchsorted(kept, np.geomspace(1, size / 3, 24))) if size > 8 else np.empty(0)
+        for at in steps:
+            if at >= kept.size:
+                continue
+            count = float(kept[at])
+            density = min(count / size, 1.0)
+            place = _entropy(density) / density
+            for levels in LISTED_LEVELS:
+                lost = self.energy - float(inside[at]) + self._coded(int(at), levels)
+                nbytes = count * (place * 1.03 + math.log2(levels)) / 8 + self.m + OVERHEAD
+                yield Choice(nbytes, lost, entries=(levels, int(count)))
+
+    def _coded(self, at: int, levels: int) -> float:
+        """What the entries of the bins up to `at` lose by their codes."""
+        counts, squares = self.counts[: at + 1], self.squares[: at + 1]
+        whole = float(squares.sum())
+        if levels > 2:
+            return whole * table(levels).distortion
+        mean = float((np.sqrt(squares * counts)).sum()) / float(counts.sum())
+        return max(0.0, whole - mean * mean * float(counts.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a tensor is stored as, in about so many bytes, and what is lost.
+
+    components  the levels of each component, 0: it is left out
+    entries     levels, and how many of the largest entries have them; None: all
+    """
+
+    nbytes: float
+    lost: float
+    components: tuple[int, ...] = ()
+    entries: tuple[int, int | None] | None = None
+
+
+def _entropy(p: float) -> float:
+    return 0.0 if p in (0.0, 1.0) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+def share(curves: Sequence[Curve], nbytes: float) -> tuple[float, list[Choice]]:
+    """The multiplier, and a choice for each tensor, that together take at most about `nbytes`."""
+    low, high = -80.0, 80.0
+    choices = [curve.choice(2.0**high) for curve in curves]
+    for _ in range(48):
+        middle = (low + high) / 2
+        found = [curve.choice(2.0**middle) for curve in curves]
+        if sum(choice.nbytes for choice in found) > nbytes:
+            low = middle
+        else:
+            high, choices = middle, found
+    return 2.0**high, _filled(curves, choices, nbytes, high)
+
+
+def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price: float) -> list[Choice]:
+    """Choices that take what is left of the bytes: one tensor after another gets them at a lower price, the largest
+    gain a byte first."""
+    room = nbytes - sum(choice.nbytes for choice in choices)
+    better: list[tuple[float, int, Choice]] = []
+    for number, (curve, choice) in enumerate(zip(curves, choices, strict=True)):
+        for step in range(1, FILLS):
+            other = curve.choice(2.0 ** (price - step / 16))
+            if choice.nbytes < other.nbytes <= choice.nbytes + room and other.lost < choice.lost:
+                better.append(((choice.lost - other.lost) / (other.nbytes - choice.nbytes), number, other))
+    for _, number, other in sorted(better, key=lambda one: -one[0]):
+        more = other.nbytes - choices[number].nbytes
+        if 0 < more <= room and other.lost < choices[number].lost:
+            choices[number], room = other, room - more
+    return choices
+
+
+def histogram(delta: Array, weights: Array | float) -> tuple[Floats, Floats]:
+    """How many entries have squares of each bin, and their sums, by bin; to be added up."""
+    squares = (np.square(delta, dtype=np.float64) * weights).reshape(-1)
+    bins = squares.astype(np.float32).view(np.uint32) >> 20
+    counts = np.bincount(bins, minlength=BINS).astype(np.float64)
+    return counts, np.bincount(bins, squares, BINS).astype(np.float64)
+
+
+def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:
+    """The curve of a tensor from the gains of its components and its histogram."""
+    filled = np.flatnonzero(squares)[::-1]
+    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
+
+
+def parts_of(delta: Array, choice: Choice, vectors: Array | None, moments: Array | None) -> tuple[list[Part], Array]:
+    """The parts that a choice is for a delta (m, n) float32, and their bytes.
+
+    `vectors` are its right vectors (k, n), the most important first, `moments` C (n, n).
+    """
+    if any(choice.components) and vectors is not None:
+        part, stored = _factors(delta, vectors, np.array(choice.components), moments)
+        return [part], stored
+    if choice.entries is not None:
+        levels, count = choice.entries
+        part, stored = _entries(delta, levels, count)
+        return [part], stored
+    return [], np.empty(0, np.uint8)
+
+
+def quantise(vectors: Array, levels: int) -> tuple[Array, Floats]:
+    """Codes of each row, and the scale of a unit of the integer levels that loses least; in blocks of rows."""
+    codes, scales = np.empty(vectors.shape, np.uint8), np.empty(len(vectors))
+    step = max(1, BLOCK // max(1, vectors.shape[1]))
+    for at in range(0, len(vectors), step):
+        block = np.asarray(vectors[at : at + step], np.float64)
+        codes[at : at + step], scales[at : at + step] = _quantised(block, levels)
+    return codes, scales
+
+
+def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
+    values = LEVELS[levels].astype(np.float64)
+    scale = np.sqrt(np.mean(np.square(vectors), axis=1)) * (table(levels).levels[-1] / values[-1])
+    edges = (values[1:] + values[:-1]) / 2
+    codes = np.zeros(vectors.shape, np.uint8)
+    for _ in range(ROUNDS):
+        codes = np.searchsorted(edges, vectors / np.where(scale > 0, scale, 1.0)[:, None]).astype(np.uint8)
+        taken = values[codes]
+        scale = np.einsum("ij,ij->i", taken, vectors) / np.maximum(np.einsum("ij,ij->i", taken, taken), 1.0)
+    return codes, np.maximum(scale, 0.0)
+
+
+def scratch(shapes: Sequence[tuple[int, int]], workers: int, *, weighed: bool) -> int:
+    """About the bytes of deltas (m, n) that are collected, factored and coded at one time."""
+    held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
+    work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=weighed) for m, n in shapes), reverse=True)
+    return TORCH + sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
+
+
+def _factors(delta: Array, vectors: Array, components: Array, moments: Array | None) -> tuple[Part, Array]:
+    kept = np.flatnonzero(components)
+    kept = kept[np.argsort(components[kept], kind="stable")]
+    counts = components[kept]
+    groups = [levels for levels in FACTOR_LEVELS if (counts == levels).any()]
+    d = torch.from_numpy(np.asarray(delta, np.float64))
+    right = np.asarray(vectors[kept], np.float64)
+    v_codes = {levels: quantise(right[counts == levels], levels)[0] for levels in groups}
+    v = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[v_codes[levels]] for levels in groups]))
+    seen = v if moments is None else v @ torch.from_numpy(np.asarray(moments, np.float64))
+    inner = v @ seen.T
+    image = d @ seen.T
+    left = _solve(inner, image.T).numpy()
+    u_codes = {levels: quantise(left[counts == levels], levels)[0] for levels in groups}
+    u = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[u_codes[levels]] for levels in groups]))
+    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0)
+    made = [(levels, u_codes[levels], v_codes[levels], scales[counts == levels]) for levels in groups]
+    return store_factors(made)
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The least-squares solution for a positive semi-definite matrix, with a touch of a ridge."""
+    ridge = 1e-9 * float(torch.mean(torch.diagonal(matrix))) + 1e-300
+    found: torch.Tensor = torch.linalg.solve(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype), right)
+    return found
+
+
+def _entries(delta: Array, levels: int, count: int | None) -> tuple[Part, Array]:
+    m, n = delta.shape
+    if count is None:
+        codes, scales = quantise(delta, levels)
+        return store_entries(levels, codes.reshape(-1), scales, "row", None, m * n)
+    flat = delta.reshape(-1)
+    count = min(count, flat.size)
+    where = np.sort(np.argpartition(-np.abs(flat), count - 1)[:count]).astype(np.int64)
+    rows, values = where // n, flat[where].astype(np.float64)
+    table_of = LEVELS[levels].astype(np.float64)
+    edges = (table_of[1:] + table_of[:-1]) / 2
+    squares = np.bincount(rows, values * values, m)
+    scale = np.sqrt(squares / np.maximum(np.bincount(rows, minlength=m), 1)) * (table(levels).levels[-1] / table_of[-1])
+    codes = np.zeros(count, np.uint8)
+    for _ in range(ROUNDS):
+        codes = np.searchsorted(edges, values / np.where(scale > 0, scale, 1.0)[rows]).astype(np.uint8)
+        taken = table_of[codes]
+        scale = np.bincount(rows, taken * values, m) / np.maximum(np.bincount(rows, taken * taken, m), 1.0)
+    return store_entries(levels, codes, np.maximum(scale, 0.0), "row", where, m * n)

@@ -1,0 +1,407 @@
+"""A delta artifact of so many bytes: every tensor's curve, one multiplier for all, and the parts that are made.
+
+Deltas are computed twice. The first time each is factored and counted, and its factors wait in the spool of the work
+folder, where a crash leaves them; the second time parts are made of it for the artifact. Where the artifact takes more
+than its bytes, or much less, the second time is repeated with what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.calibrate.merge.second_moments import measure
+from deltamerge.engine.backends import single_threaded
+from deltamerge.engine.execute import execute, shared_values
+from deltamerge.engine.worker import Task
+from deltamerge.errors import InputError
+from deltamerge.errors.shown import human
+from deltamerge.files.descriptors import flat, writing
+from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
+from deltamerge.formats.delta.tensor_writer import Spool, is_related
+from deltamerge.formats.delta.writer import Summary
+from deltamerge.methods.low_rank import Factors, Wanted, factor
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.rate import HELD, Choice, Curve, curve_of, histogram, parts_of, share
+from deltamerge.methods.registry import PRUNE
+from deltamerge.outputs.output import Account
+from deltamerge.plan.outputs import OutputTensor
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe.prune import effective_prune
+from deltamerge.tensors.dtypes import Array
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
+
+LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
+MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
+NEAR, TRIES = 0.99, 5
+# Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
+# about 60 times the KL that it loses for those of weights.
+VECTORS = 64.0
+SHRINKAGE = 0.5  # of second moments towards a multiple of the identity: the rows are few, other inputs will come
+HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
+FORMS = ("nothing", "factors", "entries")
+
+
+def bytes_of(planned: Plan) -> int | None:
+    """Return the bytes that the artifact of a plan may take, where a method shares them out."""
+    recipe = planned.recipe
+    if not recipe.output.rules.patches or not recipe.fine_tunes:
+        return None
+    prune = effective_prune(recipe, recipe.fine_tunes[0])
+    if prune.method == "none" or not PRUNE[prune.method].shares:
+        return None
+    if prune.bytes is not None:
+        return prune.bytes
+    assert prune.ratio is not None
+    return math.floor(planned.nbytes / prune.ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShare:
+    """What a tensor of the artifact got: its form, its bytes, and the share of its squares that is lost."""
+
+    form: str
+    nbytes: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class SharesAccount(Account):
+    """What the bytes of an artifact were spent on.
+
+    nbytes    the budget
+    tensors   what each tensor got
+    lost      the share of all squares that is lost, as predicted
+    weighed   whether squares are those of the outputs of layers on calibration rows
+    """
+
+    nbytes: int
+    tensors: Mapping[str, TensorShare]
+    lost: float
+    weighed: bool
+    delta: Summary
+
+    def spent(self) -> dict[str, int]:
+        """Return the bytes of each form of parts, and those of all else: final values, records and headers."""
+        spent: Counter[str] = Counter()
+        for one in self.tensors.values():
+            spent[one.form.partition(" ")[0]] += one.nbytes
+        rest = self.delta.nbytes - sum(spent.values())
+        return {**{form: spent[form] for form in FORMS[1:] if spent[form]}, "records and whole tensors": rest}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the keys that it adds to a lock."""
+        lost = float(f"{self.lost:.4g}")
+        return {"budget": {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "of": self.squares}}
+
+    @property
+    def squares(self) -> str:
+        """What squares are of, in words."""
+        return "squares of the layers' outputs" if self.weighed else "delta's squares"
+
+    def line(self) -> str:
+        """Return the size, what is lost, and where bytes went, in one line."""
+        spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
+        return (
+            f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the {self.squares} are lost"
+        )
+
+    def card(self, plan: Plan) -> list[str]:
+        """Return what the artifact holds."""
+        origin = plan.inputs.origin
+        assert origin is not None
+        return ["## Delta artifact", "", f"Values to add to the base, as sums of parts: {self.line()}.", ""]
+
+    def table(self) -> list[str]:
+        """Return what each tensor got."""
+        rows = [f"| {name} | {one.form} | {one.nbytes:,} | {one.lost:.3g} |" for name, one in self.tensors.items()]
+        return ["## Bytes", "", "| tensor | form | bytes | lost |", "|---|---|---|---|", *rows, ""]
+
+
+@dataclass(slots=True)
+class _Collection:
+    matrix: Array
+    missing: int
+
+
+@dataclass(eq=False)
+class Collector:
+    """Collects whole float32 deltas (m, n) from the engine's tiles, and hands each on in the thread that ended it."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    folder: Path
+    use: Callable[[str, Array], None]
+    progress: Callable[[int], None]
+    sizes: Mapping[str, int]
+    open: dict[str, _Collection] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        """Take the values from byte `offset` on."""
+        values = np.frombuffer(flat(data), np.float32)
+        with self.lock:
+            collected = self.open.get(name)
+            if collected is None:
+                collected = self.open[name] = self._begun(name)
+        collected.matrix.reshape(-1)[offset // 4 : offset // 4 + values.size] = values
+        with self.lock:
+            collected.missing -= values.size
+            complete = not collected.missing
+        if complete:
+            del self.open[name]
+            self.use(name, collected.matrix)
+            del collected
+            self._path(name).unlink(missing_ok=True)
+            self.progress(self.sizes[name])
+
+    def _begun(self, name: str) -> _Collection:
+        m, n = self.shapes[name]
+        if 4 * m * n <= HELD:
+            return _Collection(np.empty((m, n), np.float32), m * n)
+        with writing():
+            held = np.memmap(self._path(name), np.float32, "w+", shape=(m, n))
+        return _Collection(held, m * n)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{COLLECTED + list(self.shapes).index(name):07d}"
+
+
+@dataclass(eq=False)
+class Sharing:
+    """The tensors that share the bytes of an artifact: measured once, and then made for a multiplier."""
+
+    planned: Plan
+    spool: Spool
+    outputs: dict[str, OutputTensor]
+    nbytes: int
+    known: Mapping[Node, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    made: dict[str, TensorShare] = field(default_factory=dict)
+    moments: dict[str, Path] = field(default_factory=dict)
+    weight: float = 1.0  # of squares of tensors whose inputs were not measured
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """Number the tensors, and find the matrices that they are."""
+        self.numbers = {name: number for number, name in enumerate(self.outputs)}
+        self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
+
+    def measure(self, progress: Callable[[int], None]) -> None:
+        """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
+        left = [name for name in self.outputs if not self._restored(name)]
+        self._measure_inputs()
+        affordable = self._affordable()
+
+        def look(name: str, delta: Array) -> None:
+            self._look(name, delta, affordable)
+
+        progress(sum(out.nbytes for name, out in self.outputs.items() if name not in left))
+        self.run(left, look, progress)
+
+    def run(
+        self, names: list[str], use: Callable[[str, Array], None], progress: Callable[[int], None]
+    ) -> dict[Node, Any]:
+        """Compute deltas and hand each whole to `use`; return the values of shared nodes."""
+        planned, sizes = self.planned, {name: out.nbytes for name, out in self.outputs.items()}
+        tasks = []
+        for name in names:
+            piece = self.outputs[name].pieces[0]
+            assert piece.built.delta is not None
+            tasks.append(Task(name, piece.built.delta, piece.backend))
+        sink = Collector(self.shapes, self.spool.folder, use, progress, sizes)
+        with Reader() as reader, single_threaded({"torch"}):
+            return execute(
+                tasks,
+                reader,
+                sink,
+                device=planned.device,
+                workers=planned.workers,
+                tile_elements=planned.tile_elements,
+                known=self.known,
+            )
+
+    def choose(self, room: float) -> None:
+        """Share out so many bytes. InputError: they are too few for the records alone."""
+        names = list(self.curves)
+        _, choices = share([self.curves[name] for name in names], room)
+        self.choices = dict(zip(names, choices, strict=True))
+
+    def parts(self, name: str, delta: Array) -> tuple[list[Part], Array]:
+        """Make the parts of a tensor, as it was chosen."""
+        choice = self.choices[name]
+        moments = self._moments(name)
+        parts, stored = parts_of(delta, choice, self._vectors(name), moments)
+        curve = self.curves[name]
+        lost = choice.lost / curve.energy if curve.energy else 0.0
+        with self.lock:
+            self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
+        return parts, stored
+
+    def lost_at(self, nbytes: float) -> float:
+        """Return the share of all squares that would be lost of so many bytes."""
+        self.choose(nbytes)
+        return self.lost
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no more bytes would be taken."""
+        return all(curve.choice(1e-30) == self.choices[name] for name, curve in self.curves.items())
+
+    @property
+    def lost(self) -> float:
+        """The share of all squares that is lost, as predicted."""
+        whole = sum(curve.energy for curve in self.curves.values())
+        return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
+
+    def _measure_inputs(self) -> None:
+        """Measure the second moments of the inputs of linear layers, if calibration has rows."""
+        for one in self.planned.measured:
+            by_stored = {stored: name for name, stored in one.names.items() if name in self.outputs}
+
+            def keep(stored: str, c: Array, by_stored: Mapping[str, str] = by_stored) -> None:
+                name = by_stored[stored]
+                if len(c) != self.shapes[name][1] or len(self.outputs[name].shape) != 2:
+                    return
+                path = self.spool.folder / f"{MOMENTS + self.numbers[name]:07d}"
+                with writing():
+                    c.tofile(path)
+                self.moments[name] = path
+
+            measure(one, set(by_stored), keep)
+        scales = [float(np.trace(c)) / len(c) for name in self.moments if (c := self._moments(name)) is not None]
+        if scales:
+            self.weight = math.exp(sum(math.log(max(scale, 1e-30)) for scale in scales) / len(scales))
+
+    def _moments(self, name: str) -> Array | None:
+        if name not in self.moments:
+            return None
+        n = self.shapes[name][1]
+        c = np.fromfile(self.moments[name], np.float64).reshape(n, n)
+        shrunk: Array = (1 - SHRINKAGE) * c + SHRINKAGE * np.trace(c) / n * np.eye(n)
+        return shrunk
+
+    def _affordable(self) -> int:
+        """The rank that all bytes would buy everywhere at one bit a number."""
+        sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
+        return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
+
+    def _look(self, name: str, delta: Array, affordable: int) -> None:
+        m, n = self.shapes[name]
+        if not np.isfinite(delta).all():
+            message = f"{name}: its delta is not finite"
+            raise InputError(message, hint="repair the fine-tune, or exclude the tensor from pruning")
+        moments = self._moments(name)
+        found: Factors | None = None
+        if min(m, n) > 1:
+            key = mask_key(self.planned.recipe.seed, "budget", name)
+            found = factor(delta, Wanted(min(m, n, affordable)), key, moments)
+        own = self.weight * (VECTORS if min(m, n) == 1 else 1.0)
+        weights: Array | float = own if moments is None else np.diag(moments)[None, :]
+        counts, squares = _counted(delta, weights)
+        total = float(squares.sum())
+        energy = total if found is None else found.gain * (own if moments is None else 1.0)
+        if found is not None and total:
+            squares = squares * (energy / total)
+        with writing():
+            self._path(name).write_bytes(b"" if found is None else np.ascontiguousarray(found.a, np.float32).tobytes())
+        state = {
+            "gains": [] if found is None else (found.gains * (own if moments is None else 1.0)).tolist(),
+            "energy": energy, "nbytes": 0 if found is None else 4 * found.rank * n,
+            "counts": counts.tolist(), "squares": squares.tolist(),
+        }  # fmt: skip
+        with self.lock:
+            self.curves[name] = self._curve(name, state)
+        self.spool.finished(f"curve {name}", self._path(name), {"bytes": state["nbytes"], "curve": state})
+
+    def _restored(self, name: str) -> bool:
+        """Take over what an interrupted run has measured."""
+        kept = self.spool.kept(f"curve {name}")
+        path = self._path(name)
+        if kept is None or not path.is_file() or path.stat().st_size != kept["bytes"]:
+            return False
+        self.curves[name] = self._curve(name, kept["curve"])
+        return True
+
+    def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
+        m, n = self.shapes[name]
+        counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
+
+    def _vectors(self, name: str) -> Array | None:
+        """The right vectors (k, n)."""
+        n, rank = self.shapes[name][1], self.curves[name].gains.size
+        return np.fromfile(self._path(name), np.float32).reshape(rank, n) if rank else None
+
+    def _path(self, name: str) -> Path:
+        return self.spool.folder / f"{self.numbers[name]:07d}"
+
+
+def curve(planned: Plan, sizes: Sequence[int]) -> list[tuple[int, float]]:
+    """Return about the share of all squares that is lost of artifacts of so many bytes; nothing is left behind."""
+    outputs, rest = shared_outputs(planned)
+    with TemporaryDirectory(prefix="deltamerge-") as folder:
+        spool = Spool(Path(folder), None)
+        sharing = Sharing(planned, spool, outputs, max(sizes), shared_values(planned.stages, {}))
+        sharing.measure(lambda _: None)
+        least = HEADERS + rest
+        if min(sizes) < least:
+            raise refused(planned, min(sizes), least)
+        return [(nbytes, sharing.lost_at(nbytes - least)) for nbytes in sizes]
+
+
+def shared_outputs(planned: Plan) -> tuple[dict[str, OutputTensor], int]:
+    """Return the tensors that share the bytes of an artifact, and about the bytes of all others."""
+    names = {tensor.name for tensor in planned.budgeted}
+    outputs = {out.name: out for out in planned.outputs if out.name in names and _is_shared(planned, out)}
+    return outputs, sum(out.delta_bytes(None) for out in planned.outputs if out.name not in outputs)
+
+
+def _is_shared(planned: Plan, out: OutputTensor) -> bool:
+    """Return whether a tensor's delta can be a sum of parts: it has the base's shape, and is made in one piece."""
+    origin, name = planned.inputs.origin, planned.inputs.canonical.get(out.name, out.name)
+    info = None if origin is None else origin.get(name)
+    if info is None or not out.elements or len(out.pieces) > 1 or out.pieces[0].built.delta is None:
+        return False
+    return info.shape == out.shape and is_related(info.dtype, info.shape, out.dtype, out.shape)
+
+
+def _counted(delta: Array, weights: Array | float) -> tuple[Array, Array]:
+    """The histogram of a delta, block by block of its rows."""
+    m, n = delta.shape
+    step = max(1, (1 << 22) // max(1, n))
+    pairs = [histogram(delta[at : at + step], weights) for at in range(0, m, step)]
+    counts, squares = (np.sum([pair[i] for pair in pairs], axis=0) for i in (0, 1))
+    return counts, squares
+
+
+def _form(parts: list[Part]) -> str:
+    """What the parts of a tensor are, in a few words."""
+    words = []
+    for part in parts:
+        if isinstance(part, EntriesPart):
+            count = "all" if part.count is None else f"{part.count:,}"
+            words.append(f"entries {count} of {part.levels} levels")
+        else:
+            ranks = ", ".join(f"{rank} of {levels}" for levels, rank in part.ranks.items())
+            words.append(f"factors of rank {part.rank}: {ranks} levels")
+    return " and ".join(words) or FORMS[0]
+
+
+def refused(planned: Plan, nbytes: int, needed: int) -> InputError:
+    """Return the error of a budget that is too small for what it has to hold."""
+    with errors.context("prune.method budget"):
+        return InputError(
+            f"{nbytes:,} bytes are too few: names, hashes and tensors that stay whole take {needed:,}",
+            hint="give more bytes, or prune more tensors (include, exclude)",
+        )

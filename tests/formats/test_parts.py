@@ -1,0 +1,256 @@
+"""Parts: the documented reader finds the same values; ranges are parts of the whole; damage is refused; vectors."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from format_reader import documented
+from safetensors.numpy import load_file, save_file
+
+from deltamerge.errors import InputError
+from deltamerge.formats.delta import parts
+from deltamerge.formats.delta.manifest import Base
+from deltamerge.formats.delta.parts import LEVELS, pack, packed_bytes, store_entries, store_factors, unpack
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import ArtifactWriter
+from deltamerge.models.delta_file import DeltaFile
+
+Array = np.ndarray[Any, Any]
+VECTORS = Path(__file__).with_name("parts")
+SHAPES = {
+    "matrix": ("BF16", (37, 50)),
+    "vector": ("F32", (64,)),
+    "stack": ("F16", (2, 9, 11)),
+    "same": ("BF16", (4, 4)),
+}
+
+
+def mixed(count: int, most: int, salt: int) -> Array:
+    """Integers from 0 to most - 1, by a formula."""
+    i = np.arange(count, dtype=np.uint64) + np.uint64(salt * 977)
+    return ((i * 2654435761 >> np.uint64(7)) % np.uint64(most)).astype(np.int64)
+
+
+def base_of(name: str) -> Array:
+    """The base's bits, by a formula: exponents near 1, so that no sum overflows."""
+    dtype, shape = SHAPES[name]
+    u = mixed(math.prod(shape), 1 << 16, 5).astype(np.uint32)
+    if dtype == "F32":
+        return u << 7 | 0x3F000000
+    return ((u & 0x83FF) | (0x3C00 if dtype == "BF16" else 0x3000)).astype(np.uint16)
+
+
+def made_of(name: str) -> tuple[list[parts.Part], Array]:
+    """Parts of every kind, each with every number of levels somewhere."""
+    shape = SHAPES[name][1]
+    m, n = parts.matrix_shape(shape)
+    found: list[tuple[parts.Part, Array]] = []
+    groups = []
+    for levels, rank in ((2, 2), (3, 3), (4, 5), (8, 1), (16, 2), (255, 1)):
+        u, v = (mixed(rank * side, levels, levels + side).reshape(rank, side) for side in (m, n))
+        groups.append((levels, u, v, 1e-4 * (1.0 + mixed(rank, 50, levels))))
+    found.append(store_factors(groups))
+    for levels, along, count in ((4, "row", 9), (3, "column", None), (255, "all", 5), (8, "row", None)):
+        where = None if count is None else np.unique(mixed(count, m * n, levels))
+        number = m * n if where is None else where.size
+        scales = 1e-3 * (1.0 + mixed(parts.scales_of(along, m, n), 9, levels))  # type: ignore[arg-type]
+        codes = mixed(number, levels, levels)
+        found.append(store_entries(levels, codes, scales, along, where, m * n))  # type: ignore[arg-type]
+    return [part for part, _ in found], np.concatenate([stored for _, stored in found])
+
+
+def write(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with ArtifactWriter(folder, Base(id="formula"), semantics="add") as writer:
+        for name, (dtype, shape) in SHAPES.items():
+            bits = base_of(name)
+            base = BaseTensor(name, dtype, shape, lambda start, stop, bits=bits: bits[start:stop])  # type: ignore[misc]
+            tensor = writer.tensor(name, dtype, shape, base)
+            tensor.add_parts(*(([], np.empty(0, np.uint8)) if name == "same" else made_of(name)))
+        writer.finish()
+
+
+def floats(bits: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """Bits of float32 values in a dtype, rounded to the nearest, ties to even; no NaN."""
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32).astype(np.uint64)
+    return (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1)) >> np.uint64(16)).astype(np.uint16)
+
+
+def records(folder: Path) -> dict[str, Any]:
+    arrays = load_file(folder / "delta.safetensors")
+    found: dict[str, Any] = json.loads(zlib.decompress(arrays["tensors"].tobytes()))
+    return found
+
+
+@pytest.mark.parametrize("levels", [*LEVELS])
+def test_codes_are_packed_and_unpacked(levels: int) -> None:
+    for count in (1, 7, 8, 9, 41):
+        codes = mixed(3 * count, levels, count).reshape(3, count)
+        packed = pack(codes, levels)
+        assert packed.shape == (3, packed_bytes(count, levels))
+        assert (unpack(packed, count, levels) == LEVELS[levels][codes]).all()
+
+
+@pytest.mark.parametrize("folder", ["made", "kept"])
+def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str) -> None:
+    made = VECTORS if folder == "kept" else tmp_path / "made"
+    if folder == "made":
+        write(made)
+        assert [(made / f).read_bytes() for f in ("delta.json",)] == [(VECTORS / "delta.json").read_bytes()]
+        assert load_file(made / "delta.safetensors")["parts"].tobytes() == (
+            load_file(VECTORS / "delta.safetensors")["parts"].tobytes()
+        )
+    reader: dict[str, Any] = {}
+    exec(documented("def positions"), reader)
+    exec(documented("def sum_of_parts"), reader)
+    stored, at = load_file(made / "delta.safetensors")["parts"], 0
+    opened = DeltaFile.open(made)
+    assert list(opened.entries) == list(SHAPES)
+    for name, record in records(made).items():
+        entry, bits = opened.entries[name], base_of(name)
+        dtype, shape = SHAPES[name]
+        ours = entry.whole(lambda start, stop, bits=bits: bits[start:stop])  # type: ignore[misc]
+        if name == "same":
+            assert (ours == bits).all()
+            continue
+        m, n = parts.matrix_shape(shape)
+        size = sum(part.nbytes(m, n) for part in entry.record.parts)
+        added = reader["sum_of_parts"](record, stored[at : at + size]).reshape(-1)
+        at += size
+        expected = rounded(floats(bits, dtype) + added, dtype)
+        assert (ours == expected).all()
+        assert blake3(expected.tobytes()).hexdigest(length=16) == record["result"]
+        assert not (ours == bits).all()
+    assert at == stored.size
+
+
+def test_any_range_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = DeltaFile.open(VECTORS).entries["matrix"].with_parts()
+    whole = entry.codes(0, entry.size)
+    for step in (1, 49, 50, 613):
+        ranges = [entry.codes(at, min(at + step, entry.size)) for at in range(0, entry.size, step)]
+        assert (np.concatenate(ranges) == whole).all()
+    monkeypatch.setattr(parts, "ROWS", 100)
+    assert (entry.codes(0, entry.size) == whole).all()
+
+
+def test_it_is_the_same_in_any_order_of_the_sum() -> None:
+    """Sums of factors are integers below 2**53, so that float64 adds them exactly in any order."""
+    rng = np.random.default_rng(0)
+    groups = [(16, rng.integers(0, 16, (300, 20)), rng.integers(0, 16, (300, 30)), rng.random(300))]
+    part, stored = store_factors(groups)
+    made = parts.sum_of([part], stored, 20, 30)
+    order = rng.permutation(300)
+    (factors,) = made.parts
+    assert isinstance(factors, parts._Factors)
+    exact = sum(
+        int(s) * np.outer(u, v).astype(object)
+        for s, u, v in zip(
+            factors.scales[order], factors.left[order].astype(int), factors.right[order].astype(int), strict=True
+        )
+    )
+    found = made.values(0, 600).reshape(20, 30)
+    assert (found == np.ldexp(exact.astype(np.float64), part.unit).astype(np.float32)).all()
+
+
+def damaged(tmp_path: Path, change: Any) -> Path:
+    """A copy of the vectors with other records, or other bytes."""
+    arrays = load_file(VECTORS / "delta.safetensors")
+    found = records(VECTORS)
+    manifest = json.loads((VECTORS / "delta.json").read_text())
+    change(manifest, found, arrays)
+    if "tensors" in arrays and arrays["tensors"].size:
+        arrays["tensors"] = np.frombuffer(zlib.compress(json.dumps(found).encode()), np.uint8)
+    (tmp_path / "delta.json").write_text(json.dumps(manifest))
+    save_file(arrays, tmp_path / "delta.safetensors")
+    return tmp_path
+
+
+def no_table(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    del arrays["tensors"]
+
+
+def old_version(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    manifest |= {"version": 2, "tensors": found}
+    del arrays["tensors"]
+
+
+def short(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    arrays["parts"] = arrays["parts"][:-1].copy()
+
+
+def long(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    arrays["parts"] = np.append(arrays["parts"], np.uint8(0))
+
+
+def huge_rank(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    found["vector"]["parts"][0]["ranks"]["2"] = 1 << 30
+
+
+def contradiction(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    found["vector"]["values"] = "bfloat16"
+
+
+def too_many(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    found["vector"]["parts"][1]["count"] = 65
+
+
+def positions_of_all(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+    del found["vector"]["parts"][1]["count"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (no_table, "tensors: field required"),
+        (old_version, "parts are of version 3, this is version 2"),
+        (short, "its parts end at byte"),
+        (long, "the tensors have"),
+        (huge_rank, "less than or equal to 262144"),
+        (contradiction, "values are parts where there are parts"),
+        (too_many, "65 entries, the tensor has 64"),
+        (positions_of_all, "lists no positions"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        DeltaFile.open(damaged(tmp_path, change))
+
+
+def test_a_code_of_no_level_is_refused() -> None:
+    with pytest.raises(InputError, match="3 levels have a byte 243, 242 is the largest"):
+        unpack(np.array([243], np.uint8), 5, 3)
+    with pytest.raises(InputError, match="255 levels have a byte 255, 254 is the largest"):
+        unpack(np.array([255], np.uint8), 1, 255)
+
+
+def test_a_table_that_is_no_zlib_stream_is_refused(tmp_path: Path) -> None:
+    def change(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+        arrays["tensors"] = np.empty(0, np.uint8)
+
+    folder = damaged(tmp_path, change)
+    with pytest.raises(InputError, match="the array tensors is cut short"):
+        DeltaFile.open(folder)
+
+
+if __name__ == "__main__":
+    for file in VECTORS.glob("delta*"):
+        file.unlink()
+    write(VECTORS)

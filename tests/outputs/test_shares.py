@@ -1,0 +1,412 @@
+"""Bytes that are shared out: the artifact fits, is as good as its parts can be, applies by hash, and comes again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calls import call
+from conftest import load_tensors, make_checkpoint, tiny_llama
+from running import make_plan, run
+
+from deltamerge.errors import InputError
+from deltamerge.formats.delta.parts import LEVELS, matrix_shape, sum_of
+from deltamerge.methods.low_rank import Wanted, factor
+from deltamerge.methods.rate import (
+    FACTOR_LEVELS,
+    Choice,
+    Curve,
+    curve_of,
+    histogram,
+    parts_of,
+    quantise,
+    share,
+    table,
+)
+from deltamerge.models.delta_file import DeltaFile
+from deltamerge.run.apply import apply
+
+Array = np.ndarray[Any, Any]
+RECIPE = """
+base_model: base
+models: [tuned]
+merge_method: task_arithmetic
+prune: {{method: budget, {size}}}
+output: {{kind: delta, semantics: add}}
+"""
+SHAPES = {"a.weight": (96, 160), "b.weight": (160, 64), "c.weight": (3, 40, 24), "d.bias": (160,), "head": (24, 30)}
+
+
+def spectrum(m: int, n: int, seed: int, power: float = 1.0) -> Array:
+    """A delta whose singular values fall as 1/k to a power."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((side, min(m, n))))[0] for side in (m, n))
+    found: Array = ((u / (1.0 + np.arange(min(m, n))) ** power) @ v.T).astype(np.float32)
+    return found
+
+
+def pair(folder: Path, scale: float = 3.0) -> None:
+    rng = np.random.default_rng(3)
+    base = {name: torch.tensor(rng.standard_normal(shape), dtype=torch.bfloat16) for name, shape in SHAPES.items()}
+    tuned = {}
+    for seed, (name, tensor) in enumerate(base.items()):
+        m, n = matrix_shape(tuple(tensor.shape))
+        delta = scale * spectrum(m, n, seed) if min(m, n) > 1 else 0.02 * scale * rng.standard_normal((m, n))
+        tuned[name] = (tensor.float() + torch.tensor(delta).reshape(tensor.shape).float()).bfloat16()
+    make_checkpoint(folder / "base", base)
+    make_checkpoint(folder / "tuned", tuned)
+
+
+def recipe(folder: Path, size: str, more: str = "") -> Path:
+    path = folder / f"{size.replace(': ', '-')}.yaml"
+    path.write_text(RECIPE.format(size=size) + more)
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("delta*")}
+
+
+# ---- quantisers and curves
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 8, 16])
+def test_the_distortion_of_a_table_is_that_of_a_gaussian(levels: int) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 400_000))
+    codes, scale = quantise(x, levels)
+    lost = float(((x - scale[:, None] * LEVELS[levels][codes]) ** 2).mean())
+    assert lost == pytest.approx(table(levels).distortion, rel=0.02)
+    best = {2: 0.3634, 3: 0.1902, 4: 0.1175, 8: 0.03454, 16: 0.009497}[levels]  # Max 1960
+    assert table(levels).distortion == pytest.approx(best, rel=0.003)
+
+
+def test_a_scale_is_the_best_for_its_codes() -> None:
+    x = np.random.default_rng(1).standard_normal((5, 300)) * np.arange(1, 6)[:, None]
+    codes, scale = quantise(x, 4)
+    values = LEVELS[4][codes]
+    np.testing.assert_allclose(scale, (values * x).sum(1) / (values**2).sum(1), rtol=1e-12)
+
+
+def reference_factors(delta: Array, vectors: Array, levels: list[int], c: Array) -> Array:
+    """Right vectors quantised, the best left ones for them, these quantised, scales solved for: float64 numpy."""
+    d = delta.astype(np.float64)
+
+    def rounded(x: Array, count: int) -> Array:
+        found = LEVELS[count].astype(np.float64)
+        scale = np.sqrt((x**2).mean()) * table(count).levels[-1] / found[-1]
+        for _ in range(3):
+            nearest = found[np.abs(x[:, None] / scale - found).argmin(1)]
+            scale = (nearest * x).sum() / (nearest**2).sum()
+        return nearest
+
+    v = np.stack([rounded(x.astype(np.float64), count) for x, count in zip(vectors, levels, strict=True)])
+    u = d @ c @ v.T @ np.linalg.inv(v @ c @ v.T)
+    u = np.stack([rounded(x, count) for x, count in zip(u.T, levels, strict=True)])
+    design = np.stack([np.outer(x, y) @ np.linalg.cholesky(c) for x, y in zip(u, v, strict=True)])
+    flat = design.reshape(len(u), -1)
+    scales = np.linalg.lstsq(flat.T, (d @ np.linalg.cholesky(c)).reshape(-1), rcond=None)[0]
+    return np.einsum("k,ki,kj->ij", scales, u, v)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(40, 60), (70, 30)])
+def test_factors_are_those_of_float64(m: int, n: int, weighed: bool) -> None:
+    delta, rng = spectrum(m, n, 5), np.random.default_rng(6)
+    x = rng.standard_normal((4 * n, n)) * np.exp(0.5 * rng.standard_normal(n))
+    c = x.T @ x / len(x) if weighed else np.eye(n)
+    vectors = factor(delta, Wanted(12), (1, 2), c if weighed else None).a
+    levels = [16, 8, 8, 4, 4, 4, 3, 2]
+    parts, stored = parts_of(delta, Choice(0, 0, (*levels, 0, 0)), vectors, c if weighed else None)
+    found = sum_of(parts, stored, m, n).values(0, m * n).reshape(m, n)
+    order = sorted(range(8), key=lambda i: levels[i])
+    expected = reference_factors(delta, vectors[order], [levels[i] for i in order], c)
+    assert np.abs(found - expected).max() <= 0.04 * np.abs(expected).max()  # scales have 5 bits
+
+    def lost(product: Array) -> float:
+        return float(np.trace((delta - product) @ c @ (delta - product).T))
+
+    assert lost(found) <= lost(expected) * 1.01
+    assert lost(found) < 0.5 * lost(np.zeros_like(found))
+
+
+def curve(delta: Array) -> Curve:
+    m, n = delta.shape
+    gains = factor(delta, Wanted(), (1, 2)).gains if min(m, n) > 1 else np.zeros(0)
+    return curve_of(m, n, gains, float((delta.astype(np.float64) ** 2).sum()), *histogram(delta, 1.0))
+
+
+def test_what_is_predicted_is_about_what_is_lost() -> None:
+    for delta in (spectrum(96, 160, 1), spectrum(64, 64, 2, 0.5), np.random.default_rng(3).standard_cauchy((60, 80))):
+        delta = delta.astype(np.float32)
+        made = curve(delta)
+        vectors = factor(delta, Wanted(), (1, 2)).a
+        forms = set()
+        for price in made.energy * 2.0 ** -np.arange(4, 22):
+            choice = made.choice(price)
+            parts, stored = parts_of(delta, choice, vectors, None)
+            m, n = delta.shape
+            lost = ((delta - sum_of(parts, stored, m, n).values(0, m * n).reshape(m, n)) ** 2).sum() if parts else None
+            assert (lost is None) == (choice.nbytes == 0)
+            if lost is not None:
+                forms.add("factors" if choice.components else "entries")
+                assert lost <= 1.15 * choice.lost + 0.01 * made.energy
+                assert stored.size <= choice.nbytes * 1.03
+        assert forms
+
+
+def test_no_other_choices_of_the_same_bytes_lose_less() -> None:
+    deltas = [scale * spectrum(48, 80, seed) for seed, scale in enumerate((1.0, 0.3, 2.0))]
+    curves = [curve(delta) for delta in deltas]
+    _, chosen = share(curves, 4000)
+    taken, lost = sum(one.nbytes for one in chosen), sum(one.lost for one in chosen)
+    assert 3600 <= taken <= 4000
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        prices = 2.0 ** rng.uniform(-24, 0, 3)
+        other = [one.choice(price) for one, price in zip(curves, prices, strict=True)]
+        if sum(one.nbytes for one in other) <= taken:
+            assert sum(one.lost for one in other) >= lost * (1 - 1e-9)
+
+
+def test_a_flat_spectrum_is_stored_as_entries_and_a_steep_one_as_factors() -> None:
+    rng = np.random.default_rng(0)
+    flat = curve(rng.standard_normal((64, 64)).astype(np.float32)).choice(1e-3)
+    assert flat.entries is not None
+    few = np.zeros((64, 64), np.float32)
+    few[rng.integers(0, 64, 20), rng.integers(0, 64, 20)] = rng.standard_normal(20)
+    listed = curve(few).choice(1e-3)
+    assert listed.entries is not None
+    assert listed.entries[1] is not None
+    steep = curve(spectrum(64, 64, 1, 2.0)).choice(1e-4)
+    assert set(steep.components) <= {0, *FACTOR_LEVELS}
+    assert any(steep.components)
+
+
+# ---- artifacts
+
+
+@pytest.mark.parametrize("size", ["bytes: 6kB", "ratio: 12"])
+def test_the_artifact_fits_and_applies_by_hash(tmp_path: Path, size: str) -> None:
+    pair(tmp_path)
+    made = run(recipe(tmp_path, size), tmp_path / "out", workers=1)
+    written = sum(len(data) for data in files_of(tmp_path / "out").values())
+    whole = sum(tensor.numel() * 2 for tensor in load_tensors(tmp_path / "base").values())
+    wanted = 6000 if size.startswith("bytes") else math.floor(whole / 12)
+    assert 0.97 * wanted <= written <= wanted
+    assert made.lock["budget"]["bytes"] == written
+    assert sum(made.lock["budget"]["spent"].values()) == written
+    apply(str(tmp_path / "out"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
+    result, tuned, base = (load_tensors(tmp_path / name) for name in ("applied", "tuned", "base"))
+    lost = sum(float(((result[n].float() - tuned[n].float()) ** 2).sum()) for n in tuned)
+    energy = sum(float(((base[n].float() - tuned[n].float()) ** 2).sum()) for n in tuned)
+    assert lost < 0.6 * energy
+    assert lost / energy == pytest.approx(made.lock["budget"]["lost"], abs=0.1)
+
+
+def test_the_same_bytes_from_other_threads_tiles_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path)
+    path = recipe(tmp_path, "bytes: 6kB")
+    for name, workers in (("one", 1), ("two", 2)):
+        run(path, tmp_path / name, workers=workers, memory=None if workers == 1 else 700_000_000)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    again = run(path, tmp_path / "one", workers=1, locked=False)
+    assert not again.made
+
+
+def test_every_reader_finds_the_same_weights(tmp_path: Path) -> None:
+    """A recipe's model, a state dict in place, a switched module, a server's patches, and what merges of it."""
+    from deltamerge.apps.chain.switch import Switch
+    from deltamerge.apps.serve.fine_tunes import ServedModel
+
+    tiny_llama(tmp_path / "base", seed=0)
+    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2)
+    run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "out", workers=1)
+    apply(str(tmp_path / "out"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
+    expected, base = load_tensors(tmp_path / "applied"), load_tensors(tmp_path / "base")
+    assert any(entry.record.parts for entry in DeltaFile.open(tmp_path / "out").entries.values())
+
+    def same(found: Mapping[str, torch.Tensor]) -> bool:
+        return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    DeltaFile.open(tmp_path / "out").apply_to(state, check=True)
+    assert same(state)
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    switch = Switch(state)
+    switch.to(tmp_path / "out")
+    assert same(state)
+    switch.to(None)
+    assert all(torch.equal(state[name], base[name]) for name in base)
+    served = ServedModel(tmp_path / "base")
+    for patch in served.patches(served.changes(tmp_path / "out")):
+        where = slice(None) if patch.indices is None else patch.indices.long()
+        state[patch.name].view(-1)[where] = patch.values
+    assert same(state)
+    path = tmp_path / "model.yaml"
+    path.write_text("base_model: base\nmerge_method: task_arithmetic\nmodels: [out]\ndtype: bfloat16\n")
+    run(path, tmp_path / "merged", workers=2)
+    assert same(load_tensors(tmp_path / "merged"))
+
+
+def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> None:
+    pair(tmp_path)
+    text = RECIPE.replace("{size}}}", "{size}, exclude: [head]}}")
+    lost = []
+    for number, nbytes in enumerate((7000, 12000, 30000)):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text.format(size=f"bytes: {nbytes}"))
+        made = run(path, tmp_path / f"out{number}", workers=1)
+        lost.append(made.lock["budget"]["lost"])
+        opened = DeltaFile.open(tmp_path / f"out{number}")
+        assert opened.entries["head"].record.values is None
+        assert (
+            "head"
+            not in (tmp_path / f"out{number}" / "README.md").read_text().partition("## Bytes")[2].partition("```")[0]
+        )
+    assert lost == sorted(lost, reverse=True)
+    apply(str(tmp_path / "out0"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
+    assert torch.equal(load_tensors(tmp_path / "applied")["head"], load_tensors(tmp_path / "tuned")["head"])
+
+
+def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
+    """On the rows the layers' outputs change less than of a delta made without rows."""
+    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2, tokenizer=True)
+    texts = [" ".join(f"w{4 + 7 * j % 92}" for j in range(10))] * 12
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
+    plain = run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "plain", workers=1)
+    path = recipe(tmp_path, "bytes: 9001", rows)
+    weighed = run(path, tmp_path / "weighed", workers=1)
+    assert (plain.lock["budget"]["of"], weighed.lock["budget"]["of"]) == (
+        "delta's squares",
+        "squares of the layers' outputs",
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    ids = tokenizer(texts[:1], return_tensors="pt", truncation=True, max_length=12)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith("proj"):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({f"{name}.weight": x[0][0]}))
+    with torch.no_grad():
+        model(**ids)
+    tuned = load_tensors(tmp_path / "tuned")
+    lost = {}
+    for kind in ("plain", "weighed"):
+        apply(str(tmp_path / kind), str(tmp_path / "base"), tmp_path / f"{kind}-applied", workers=1)
+        found = load_tensors(tmp_path / f"{kind}-applied")
+        lost[kind] = sum(float(((x @ (found[n] - tuned[n]).float().T) ** 2).sum()) for n, x in inputs.items())
+    assert lost["weighed"] < 0.9 * lost["plain"]
+
+
+def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before a crash is not measured again, and the bytes are the same."""
+    from deltamerge.outputs import shares
+
+    pair(tmp_path)
+    path = recipe(tmp_path, "bytes: 6kB")
+    run(path, tmp_path / "whole", workers=1)
+    monkeypatch.setattr("deltamerge.formats.delta.tensor_writer.SECONDS", -1.0)
+    own, seen = shares.Sharing._look, list[str]()
+
+    def look(self: Any, name: str, delta: Array, affordable: int) -> None:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(name)
+        own(self, name, delta, affordable)
+
+    monkeypatch.setattr(shares.Sharing, "_look", look)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path / "out", workers=1)
+    first, seen[:] = [*seen], []
+    monkeypatch.setattr(shares.Sharing, "_look", lambda *a: (seen.append(a[1]), own(*a))[1])
+    run(path, tmp_path / "out", workers=1, resume=True)
+    assert len(first) == 3
+    assert not {*first} & {*seen}
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+# ---- what is refused
+
+
+def test_too_few_bytes_are_refused(tmp_path: Path) -> None:
+    pair(tmp_path)
+    with pytest.raises(InputError, match="300 bytes are too few"):
+        run(recipe(tmp_path, "bytes: 300"), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    pair(tmp_path)
+    tensors = load_tensors(tmp_path / "tuned")
+    tensors["b.weight"][3, 4] = math.nan
+    make_checkpoint(tmp_path / "tuned", tensors)
+    with pytest.raises(InputError, match=r"b\.weight: its delta is not finite"):
+        run(recipe(tmp_path, "bytes: 6kB"), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("output: {kind: delta, semantics: add}", "output: {kind: delta}", "makes a delta artifact of values to add"),
+        ("output: {kind: delta, semantics: add}", "output: {kind: model}", "makes a delta artifact of values to add"),
+        ("semantics: add", "semantics: add, values: int8", "are chosen by prune: budget"),
+        ("bytes: 6kB", "bytes: 6kB, ratio: 8", "needs bytes or a ratio"),
+        ("method: budget, bytes: 6kB", "method: budget", "needs bytes or a ratio"),
+        ("bytes: 6kB", "ratio: 0.5", "greater than 1"),
+        ("bytes: 6kB", "bytes: 6kB, density: 0.1", "has no effect with method budget"),
+        ("models: [tuned]", "models: [tuned, other]", "needs a single fine-tune"),
+        (
+            "method: budget, bytes: 6kB",
+            "method: dare, density: 0.1, bytes: 6kB",
+            "has no effect with method dare",
+        ),
+    ],
+)
+def test_recipes_that_mean_nothing_are_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = recipe(tmp_path, "bytes: 6kB")
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(Exception, match=said):
+        make_plan(path, tmp_path / "out")
+
+
+# ---- the command
+
+
+def test_extract_takes_a_budget_or_a_ratio(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(
+        capsys, "extract", "tuned", "--base", "base", "--budget", "6kB", "--out", "out", "--workers", "1"
+    )
+    assert code == 0
+    assert "factors" in err
+    assert "of the delta's squares are lost" in err
+    assert (tmp_path / "out" / "delta.json").is_file()
+    code, out, _ = call(capsys, "extract", "tuned", "--base", "base", "--ratio", "8,16", "--json", "--workers", "1")
+    points = json.loads(out)["curve"]
+    assert code == 0
+    assert [one["bytes"] for one in points] == sorted((one["bytes"] for one in points), reverse=True)
+    assert points[0]["lost"] < points[1]["lost"]
+    assert not (tmp_path / "tuned-delta").exists()
+    for arguments, said in (
+        (["--budget", "300"], "are too few"),
+        (["--budget", "6kB", "--ratio", "8"], "keep one of the two"),
+        (["--ratio", "x"], "no number"),
+        (["--budget", "6kB", "--density", "0.1"], "takes no --density"),
+        (["--lora", "--ratio", "8"], "--ratio is of a delta"),
+    ):
+        code, _, err = call(capsys, "extract", "tuned", "--base", "base", "--out", "no", *arguments)
+        assert code != 0
+        assert said in err
+        assert not (tmp_path / "no").exists()
