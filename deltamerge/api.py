@@ -117,27 +117,43 @@ def merge(
     models: Sequence[Reference | Mapping[str, Any]],
     out: Reference,
     *,
-    method: str,
+    method: str | None = None,
     base: Reference | None = None,
+    rows: Rows | Sequence[Rows] | None = None,
     device: str = "auto",
     workers: int | None = None,
     memory: int | None = None,
     force: bool = False,
     **keys: Any,
 ) -> Result:
-    """Merge models into the folder `out`, as the same recipe would.
+    """Merge models into the folder `out`: by a method, as the same recipe would, or by the one that suits them.
 
         models         folders, hub ids, or items of a recipe's `models`: {"model": …, "parameters": {…}}
         method, base   `merge_method` and `base_model` of a recipe
-        keys           its other keys: parameters, prune, calibration, dtype, tokenizer_source, output, …
+        rows           without a method: rows of text for all models, or one each, by which it is chosen
+        keys           other keys of the recipe: parameters, prune, calibration, dtype, tokenizer_source, output, …
+
+    Without a method it is chosen, and its recipe written to OUT.yaml, as `deltamerge merge` does.
 
     RecipeError: the recipe is refused. DeltamergeError: whatever `deltamerge run` would print and exit for.
     """
+    options = Options(device=device, workers=workers, memory=memory, force=force)
+    if method is None:
+        named = [str(one) for one in models if not isinstance(one, Mapping)]
+        if base is None or len(named) < len(models):
+            raise UsageError("without a method merge needs a base, and models by name", hint='method="ties"')
+        with app("recommend"):
+            from deltamerge.apps.recommend.advised import advised_merge
+
+        several = [] if rows is None else [rows] if isinstance(rows, Mapping) else list(rows)
+        return advised_merge(named, str(base), Path(out), rows=several, keys=keys, options=options).run()
+    if rows is not None:
+        raise UsageError("rows choose a method, and one is given", hint="calibration={…} for a method that takes rows")
     items = [dict(one) if isinstance(one, Mapping) else {"model": str(one)} for one in models]
     recipe = {"merge_method": method, **({} if base is None else {"base_model": str(base)}), "models": items, **keys}
     try:
         file = replace(read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / "merge"), made_for="merge")
-        return run_recipe(file, Path(out), Options(device=device, workers=workers, memory=memory, force=force))
+        return run_recipe(file, Path(out), options)
     except RecipeError as error:
         raise error.of("merge") from None
 

@@ -51,8 +51,10 @@ SECTIONS = {
         "lock": "Lock RECIPE: write the hashes of its inputs, and its q values, beside it.",
     },
     "Run": {
+        "merge": "Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.",
         "run": "Merge the models of RECIPE into one that transformers loads.",
         "convert": "Write MODEL to OUT in another dtype or format, without merging.",
+        "serve": "Update a running vLLM server to the edited RECIPE.",
         "verify": "Check the output folder FOLDER against the hashes in its lock.",
         "diff": "Compare two checkpoints, or two locks.",
         "push": "Publish the output folder FOLDER on the hub as REPOSITORY.",

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, cell, stacked, table
+from deltamerge.cli.layout import Column, Row, cell, paragraph, stacked, table
 from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, TRACK, calibration_of, tracked
 from deltamerge.cli.output import say, say_csv, say_json
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
+    from deltamerge.apps.probe import Probe
     from deltamerge.apps.search.evaluate import Evaluation
 
 
@@ -47,6 +48,7 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
     metavar="FILE",
     help="File that keeps the scores, one JSON line each. Run again, only missing ones are computed.",
 )
+@click.option("--probe", is_flag=True, help="In short: answers, perplexity, what is wrong with the first of MODELS.")
 @TRACK
 @DEVICE
 @PICKLES
@@ -67,6 +69,7 @@ def command(
     head: str | None,
     base: str | None,
     out: Path | None,
+    probe: bool,
     track: str | None,
     device: str,
     pickles: bool,
@@ -80,7 +83,18 @@ def command(
     \b
     deltamerge eval ./merged ./models/math --calibration test.jsonl
     deltamerge eval ./merged ./models/* --recipe recipe.yaml    # every task, by its own head
+    deltamerge eval ./merged ./models/* --probe    # a few prompts: is the merge of language models whole?
     """
+    if probe:
+        asked = (recipe, text, label, task, metrics, answer, new_tokens, sequences, length, head, out, track)
+        if any(one is not None and one != () for one in asked) or as_csv:
+            raise click.UsageError("--probe takes MODELS, --calibration, --base and --json")
+        with app("probe"):
+            from deltamerge.apps.probe import probe as ask
+
+        seen = ask(models[0], models[1:], rows=calibration, base=base, device=device, pickles=pickles)
+        say_json(seen.describe()) if as_json else say(render_probe(seen, streams.columns()))
+        return
     with app("search"):
         from deltamerge.apps.search.evaluate import LabelledRows, evaluate, questions_of
     from deltamerge.recipe.file import read_recipe
@@ -108,6 +122,26 @@ def command(
         say_csv([{"model": one.model, **_flat(one.scores)} for one in found.models])
     else:
         say_json(found.describe()) if as_json else say(render(found, streams.columns()))
+
+
+def render_probe(found: Probe, width: int) -> str:
+    """Return perplexities, every prompt with the answers to it, and what is wrong with the merge."""
+    models = (found.merge, *found.parents)
+    columns = [Column("perplexity"), Column("empty\nanswers"), Column("repeat\nthemselves")]
+    rows: list[Row] = [(one.model, [cell(one.perplexity), str(one.empty), str(one.loops)]) for one in models]
+    lines = [*table(columns, [rows], width), "", f"{found.texts} texts, {len(found.prompts)} prompts"]
+    for i, prompt in enumerate(found.prompts):
+        lines += ["", *paragraph(" ".join(prompt.split()), width)]
+        for one in models:
+            said = " ".join(one.answers[i].split()) or "(nothing)"
+            lines += paragraph(f"{one.model}: {said}", width, first="  ", then="    ")
+    return one_a_line([*lines, "", *wrong_with(found)])
+
+
+def wrong_with(found: Probe) -> list[str]:
+    """Return a line for each thing that is wrong with a merge, or one that nothing is."""
+    name = found.merge.model
+    return [f"wrong with {name}: {one}" for one in found.remarks] or [f"nothing wrong with {name} was seen"]
 
 
 def _flat(scores: Any) -> dict[str, float]:

@@ -102,7 +102,7 @@ COMMANDS: dict[str, tuple[dict[str, str], str]] = {
 _SHORT_OF = {"-k": "--k"}  # short options of mergekit's commands
 # Commands that other tools have, and ours.
 SYNONYMS = {
-    "merge": "run", "evaluate": "eval", "quantize": "convert", "validate": "check", "upload": "push", "tune": "search",
+    "evaluate": "eval", "quantize": "convert", "validate": "check", "upload": "push", "tune": "search",
     "version": "--version", "help": "--help",
 }  # fmt: skip
 SHORT = {

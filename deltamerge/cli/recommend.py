@@ -16,7 +16,9 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.recommend.merge import Conflict, MergeAdvice, MergeCandidate
+    from deltamerge.apps.recommend.forecast import SkillForecast
+    from deltamerge.apps.recommend.meeting import Conflict
+    from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
 
 
@@ -32,6 +34,18 @@ ABOUT_MERGES = (
     "→: recommended. lost: of the fine-tunes' effect on held-out outputs, mean and worst; alike: rows that the merge "
     "answers as the model does; λ: factor of the merged delta"
 )
+MOST_PAIRS = 15
+ABOUT_PAIRS = (
+    "equal signs: of entries that both change (unrelated: a half); overlap: of the layers' leading subspaces; "
+    "disturbs, disturbed: what the first does to the second's inputs, and the second to the first's, beside their own"
+)
+ABOUT_SHARES = {
+    "weights": "Shares are of each fine-tune's score: what this method kept of the benchmarks' skills. Weights alone "
+    "do not tell this merge's; rows do.",
+    "answers": "Shares are of each fine-tune's score, told from its answers on held-out rows.",
+    "numbers": "Shares are of each fine-tune's score, told from its answers on held-out rows.",
+    "texts": "Shares are of each fine-tune's score: rows whose completion comes out token by token as its own.",
+}
 
 
 @click.command("recommend")
@@ -138,7 +152,7 @@ def _candidate(one: PruneCandidate) -> list[str]:
 
 
 def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
-    """Return how the deltas meet, the candidates, the recommendation and its recipe."""
+    """Return how the deltas meet, the candidates, the recommendation, what it keeps, and its recipe."""
     lines = [f"{len(answer.models)} models on {answer.base}", *_meeting(answer.models, answer.evidence, width), ""]
     if answer.candidates:
         judged = [one for one in answer.candidates if one.error is None]
@@ -151,23 +165,58 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
             "",
             *paragraph(f"rows: {_rows(answer.search)} to choose λ, {_rows(answer.held_out)} to decide", width),
         ]
-    said = [("recommended", f"{answer.method}: {answer.why[0]}"), *(("", line) for line in answer.why[1:])]
-    for title, words in [*said, *(("warning", warning) for warning in answer.warnings)]:
+    lines += _skills(answer.forecast, width)
+    said = [("recommended", f"{answer.method}, λ = {answer.factor:.3g}: {answer.why[0]}")]
+    said += [("", line) for line in answer.why[1:]] + [("lost skills", line) for line in answer.rescue[:1]]
+    said += [("", line) for line in answer.rescue[1:]] + [("warning", warning) for warning in answer.warnings]
+    for title, words in said:
         lines += paragraph(words, width, first=f"{title:<15}", then=" " * 15)
     return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])
 
 
 def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
-    """Return how deltas meet: means over pairs, and the pair that opposes most."""
-    overlap = "" if found.overlap_mean is None else f"; overlap {found.overlap_mean:.3f} (by chance {found.chance:.3f})"
-    pairs = [(i, j) for i in range(len(models)) for j in range(i)]
-    i, j = max(pairs, key=lambda pair: found.opposed[pair[0]][pair[1]])
-    most = f" (most: {models[j]} and {models[i]}, {found.opposed[i][j]:.1%})" if len(pairs) > 1 else ""
-    norms = ", ".join(cell(norm) for norm in found.relative_norm)
-    return [
-        *paragraph(f"cosine {found.cosine_mean:.3f}; opposite signs {found.opposed_mean:.1%}{most}{overlap}", width),
-        *paragraph(f"‖Δ‖/‖W‖ {norms}", width),
+    """Return how deltas meet: a row for each pair, the most alike first, and the two at the ends by name."""
+    pairs = sorted(
+        ((i, j) for j in range(len(models)) for i in range(j)), key=lambda pair: -found.cosine[pair[0]][pair[1]]
+    )
+    columns = [
+        Column("cosine"),
+        Column("equal\nsigns"),
+        Column("overlap"),
+        Column("disturbs", 1),
+        Column("disturbed", 1),
     ]
+    rows: list[Row] = []
+    for i, j in pairs[:MOST_PAIRS]:
+        figures = [f"{found.cosine[i][j]:.3f}", f"{1 - found.opposed[i][j]:.1%}", cell(found.overlap[i][j])]
+        rows.append(
+            (f"{models[i]} – {models[j]}", [*figures, cell(found.disturbance[j][i]), cell(found.disturbance[i][j])])
+        )
+    lines = ["", *table(columns, [rows], width), ""]
+    if len(pairs) > MOST_PAIRS:
+        lines += paragraph(f"and {len(pairs) - MOST_PAIRS} less alike pairs: --json has them", width)
+    if len(pairs) > 1:
+        (a, b), (c, d) = found.most_alike, found.most_opposed
+        least = found.cosine[c][d]
+        ends = f"most alike: {models[a]} and {models[b]}; {'most opposed' if least < 0 else 'least alike'}: "
+        lines += paragraph(f"{ends}{models[c]} and {models[d]}", width)
+    chance = "" if found.chance is None else f"; random subspaces overlap by {found.chance:.3f}"
+    norms = ", ".join(f"{name} {cell(norm)}" for name, norm in zip(models, found.relative_norm, strict=True))
+    return [*lines, *paragraph(f"‖Δ‖/‖W‖ {norms}{chance}", width), *paragraph(ABOUT_PAIRS, width)]
+
+
+def _skills(forecast: Sequence[SkillForecast], width: int) -> list[str]:
+    """Return what the merge will keep of each model's score."""
+    if not forecast:
+        return []
+    columns = [Column("expected\nshare"), Column("9 in 10\nbetween"), Column("most disturbed by", 1)]
+    rows: list[Row] = []
+    for one in forecast:
+        known = one.share is not None and one.low is not None and one.high is not None
+        share, between = (f"{one.share:.0%}", f"{one.low:.0%} – {one.high:.0%}") if known else ("–", "–")
+        rival = "" if one.rival is None else f"{one.rival}, {cell(one.disturbance)}"
+        rows.append((one.model, [share, between, rival]))
+    return ["", *table(columns, [rows], width), "", *paragraph(ABOUT_SHARES[forecast[0].by], width), ""]
 
 
 def _merge(one: MergeCandidate) -> list[str]:

@@ -33,12 +33,14 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
-from deltamerge.errors import app
+from deltamerge.errors import DeltamergeError, app
 
 if TYPE_CHECKING:
+    from deltamerge.apps.probe import Probe
     from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
     from deltamerge.run.options import Watch
+    from deltamerge.run.runner import Result
 
 WHOLE = 100  # percent
 PUBLISHED = "hf://"  # a recipe that someone pushed
@@ -71,6 +73,7 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @SET
 @PICKLES
 @click.option("--pictures", is_flag=True, help="Add pictures of the delta and the search to the model card.")
+@click.option("--probe", is_flag=True, help="Ask a merged language model and its parents a few prompts.")
 @TRACK
 @AS_JSON
 @QUIET
@@ -99,6 +102,7 @@ def command(
     settings: dict[Loc, str],
     pickles: bool,
     pictures: bool,
+    probe: bool,
     track: str | None,
     as_json: bool,
     quiet: bool,
@@ -133,6 +137,8 @@ def command(
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
+    if probe and part is not None:
+        raise click.UsageError("--probe is for --finish, when every part is done")
     theirs = given_flags(context)
     if target is not None and out is not None:
         raise click.UsageError("OUT and --out name the output twice")
@@ -189,9 +195,13 @@ def command(
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
+    seen = _probed(result, device) if probe else None
+    found |= {} if seen is None else {"probe": seen.describe()}
     for note in result.plan.notes if verbose and not (quiet or as_json) else ():
         tell(f"note: {note}")
     report_run(result, begun, as_json=as_json, quiet=quiet, verbose=bool(verbose), **found)
+    if seen is not None and not (quiet or as_json):
+        _tell_probe(seen)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
     if lock is not None and lock.content["outputs"] and not (quiet and not differing):
@@ -216,6 +226,37 @@ def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Pl
             log({"written/percent": percent, "written/bytes": done}, percent)
 
     return step
+
+
+def _probed(result: Result, device: str) -> Probe | None:
+    """Probe a finished merge and its parents. A warning: it cannot be probed; the merge stays."""
+    with app("probe"):
+        from deltamerge.apps.probe import probe_models
+        from deltamerge.apps.search.evaluate import open_model
+    from deltamerge.models.checkpoint import decoded
+
+    inputs = result.plan.inputs
+    parents = [*(() if inputs.base is None else (inputs.base,)), *inputs.tunes]
+    try:
+        models = {str(result.folder): open_model(str(result.folder), None)}
+        models |= {one.name: decoded(one.checkpoint) for one in parents}
+        return probe_models(models, device=device)
+    except DeltamergeError as error:
+        tell(f"warning: --probe: {error}")
+        return None
+
+
+def _tell_probe(found: Probe) -> None:
+    """Print perplexities and what is wrong with a merge."""
+    from deltamerge.cli.eval import wrong_with
+    from deltamerge.cli.layout import cell
+
+    models = (found.merge, *found.parents)
+    tell(f"perplexity: {', '.join(f'{one.model} {cell(one.perplexity)}' for one in models)}")
+    for prompt, answer in zip(found.prompts, found.merge.answers, strict=True):
+        tell(f"  {' '.join(prompt.split())} → {' '.join(answer.split()) or '(nothing)'}")
+    for line in wrong_with(found):
+        tell(line)
 
 
 def _drawing() -> Any:

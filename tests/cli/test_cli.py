@@ -229,13 +229,14 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --track --json --quiet "
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --probe --track --json --quiet "
     "--verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --verbose --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --force --help",
     "remove": "--quiet --help",
     "pin": "--release --quiet --help",
+    "serve": "--vllm --model --store --watch --undo --workers --json --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --after --as --density --method --q --values --lora --budget --ratio --for --whole "
     "--target --dora --calibration --text --sequences --length --device --workers --memory --resume --force "

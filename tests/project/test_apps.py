@@ -71,6 +71,7 @@ def test_a_merge_without_apps_has_the_bytes_of_one_with_them(place: Path, tmp_pa
 NEEDS = {
     "recommend a --base base --density 0.1": "recommend",
     "recommend a b --base base": "recommend",
+    "merge a b --base base --out ab": "recommend",
     "init a --base base --out -": "recommend",
     "inspect a --base base": "inspect",
     "diff a b": "inspect",

@@ -21,7 +21,9 @@ from deltamerge.apps.inspect.statistics import (
     Statistics,
     TensorStatistics,
 )
-from deltamerge.apps.recommend.merge import Conflict, MergeAdvice, MergeCandidate, MergeTrial
+from deltamerge.apps.recommend.forecast import SkillForecast
+from deltamerge.apps.recommend.meeting import Conflict
+from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate, MergeTrial
 from deltamerge.apps.recommend.prune import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
@@ -43,6 +45,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     Paper,
     MergeAdvice,
     Conflict,
+    SkillForecast,
     MergeCandidate,
     MergeTrial,
 )
@@ -77,6 +80,7 @@ def _type(annotation: object) -> str:
     for module in (
         "deltamerge.apps.inspect.statistics.",
         "deltamerge.apps.recommend.merge.",
+        "deltamerge.apps.recommend.forecast.",
         "deltamerge.run.calibration_record.",
         "typing.",
     ):

@@ -1,9 +1,5 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
-`measure` says how deltas meet: their signs, their angles, the subspaces that their layers share. Tensors are read tile
-by tile. Of linear layers, a second pass holds one whole delta and the leading directions of the others. Counts are
-integers, and sums of products are those of `spans.gram`: none depends on tiles.
-
 From the weights alone the angles decide. With rows, every method of `WAYS` is tried at several λ. Candidates are judged
 as in a search: in memory, on each fine-tune's own rows and by its own head. The λ of each method is chosen on the rows
 that are searched on, the method on others. `lost` is the distance of a merge's outputs from the fine-tune's, divided by
@@ -12,7 +8,6 @@ the base's. An agreement is how often it answers as the fine-tune does.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,190 +18,40 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import Figures, parse
+from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
+from deltamerge.apps.recommend.meeting import Conflict, measure
 from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME
+from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, ScoredTask
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
-from deltamerge.calibrate.rows.rows import has_head, task_of
-from deltamerge.engine import backends
-from deltamerge.engine.execute import Task, execute
+from deltamerge.calibrate.q.objectives import is_regression
+from deltamerge.calibrate.rows.rows import LANGUAGE, has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
-from deltamerge.methods.low_rank import Wanted, factor
-from deltamerge.methods.merge.matrices import Form
-from deltamerge.methods.merge.spans import add_up, gram
-from deltamerge.methods.merge.task_arithmetic import task_arithmetic
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
-from deltamerge.tensors.dtypes import nbytes_of
-from deltamerge.tensors.lazy import torch
-from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.schedule import depth_first
-from deltamerge.tensors.tensor import Graph, Node
-from deltamerge.tensors.tiles import Tile, Whole, densify
-from deltamerge.tensors.traits import traits
-
-Floats = NDArray[np.float64]
-DIRECTIONS = 16  # of a layer that are compared; a quarter of its smaller side where that is less
-
-
-class Conflict(Figures):
-    """How the models' deltas meet. Matrices have a row and a column for each model, in their order."""
-
-    relative_norm: list[float | None] = Field(description="‖Δ‖/‖W‖ of each model; null where the base is zero.")
-    cosine: list[list[float]] = Field(description="Of two deltas, flat: 1 the same direction, 0 unrelated.")
-    opposed: list[list[float]] = Field(
-        description="Of the entries that both change, the share that they change in opposite ways; unrelated: 0.5."
-    )
-    overlap: list[list[float | None]] = Field(
-        description="Mean over linear layers of ‖UᵢᵀUⱼ‖²/k and ‖VᵢᵀVⱼ‖²/k, U and V the k ≤ 16 leading directions of a "
-        "delta's outputs and inputs: 1 the same subspace; null without a linear layer that both change."
-    )
-    chance: float | None = Field(description="The overlap of random subspaces of these layers.")
-    cosine_mean: float = Field(description="Over pairs of models.")
-    opposed_mean: float = Field(description="Over pairs.")
-    overlap_mean: float | None = Field(description="Over pairs.")
-
-
-def signs(*deltas: Any, tile: Tile) -> NDArray[np.int64]:
-    """Return, for each pair i < j, how many entries of a tile both change, and how many in opposite ways."""
-    ways = [torch.sign(densify(delta, tile.size)) for delta in deltas]
-    found = []
-    for i, j in _different(len(ways)):
-        product = ways[i] * ways[j]
-        found.append([int((product != 0).sum()), int((product < 0).sum())])
-    return np.array(found, np.int64)
-
-
-def overlaps_needs(*, form: Form, transposed: bool = False) -> tuple[int, float]:
-    """Return the memory of `overlaps`: a delta, and twice its size while its directions are found."""
-    _, rows, columns = form
-    small = min(rows, columns)
-    return 16 * rows * columns + 24 * small**2, 2.0 * form[0] * rows * columns * small
-
-
-@traits(needs=overlaps_needs)
-def overlaps(*deltas: Whole, form: Form, transposed: bool = False) -> Floats:
-    """Return, for each pair i < j, sums over a tensor's matrices: float64 (pairs, 3).
-
-    They are of both overlaps, of the overlaps of random subspaces, and of the number of overlaps.
-    """
-    count, rows, columns = form
-    k = max(1, min(DIRECTIONS, min(rows, columns) // 4))
-    found = np.zeros((len(_different(len(deltas))), 3))
-    values = torch.empty(rows * columns, dtype=torch.float32, device=deltas[0].device)
-    for one in range(count):
-        sides = []
-        for i, delta in enumerate(deltas):
-            delta.fill(one * rows * columns, values)
-            made = factor(values.view(rows, columns).cpu().numpy(), Wanted(rank=k), (i, one))
-            sides.append([_unit(made.b), _unit(made.a.T)])
-        for at, (i, j) in enumerate(_different(len(deltas))):
-            for u, v in zip(sides[i], sides[j], strict=True):
-                least = min(u.shape[1], v.shape[1])
-                if least:
-                    chance = max(u.shape[1], v.shape[1]) / len(u)
-                    found[at] += [float(np.sum((u.T @ v) ** 2)) / least, chance, 1]
-    return found
-
-
-def _unit(vectors: Any) -> Floats:
-    """Scale orthogonal columns to length 1. Columns of length 0 are left out."""
-    wide = np.asarray(vectors, np.float64)
-    lengths = np.linalg.norm(wide, axis=0)
-    return np.asarray(wide[:, lengths > 0] / lengths[lengths > 0])
-
-
-def _different(count: int) -> list[tuple[int, int]]:
-    return list(combinations(range(count), 2))
-
-
-def measured(*found: Any) -> tuple[Any, ...]:
-    """Return the results of a tensor's reductions: signs, Gram matrices and, of matrices, overlaps."""
-    return found
-
-
-def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict:
-    """Return the conflict of the deltas in the nodes of a merge by `iso_c`, by tensor."""
-    graph, wanted, count, size = Graph(), {}, 0, 0
-    for name, root in roots.items():
-        base, deltas, form = _parts(root)
-        parts = [
-            graph.node(signs, deltas, kind="sum", shape=root.shape),
-            graph.node(gram, [base, *deltas], kind="concat", shape=root.shape),
-        ]
-        if form is not None:
-            parts.append(graph.node(overlaps, deltas, kind="whole", shape=root.shape, form=form))
-        wanted[name] = graph.node(measured, parts, kind="small", shape=root.shape, dtype=root.dtype)
-        count, size = len(deltas), size + nbytes_of(root.dtype, root.shape)
-    tasks = [Task(name, node, backends.choose(node, device)) for name, node in wanted.items()]
-    with Reader() as reader, progress.phase("comparing", size) as comparing:
-        values = execute(tasks, reader, None, device=device, workers=workers, progress=comparing.step)
-    found = [values[node] for node in wanted.values()]
-    return _conflict(count, [one[0] for one in found], [one[1] for one in found], [x for one in found for x in one[2:]])
-
-
-def _parts(root: Node) -> tuple[Node, list[Node], Form | None]:
-    """Return the base, the deltas, and the matrix form of a tensor that iso_c merges. None: it is no matrix."""
-    mean = f"{task_arithmetic.__module__}:{task_arithmetic.__qualname__}"
-    nodes = depth_first(root)
-    whole = next((node for node in nodes if node.kind == "whole"), None)
-    over = next(node for node in nodes if whole in node.inputs or node.function == mean)
-    if whole is None:
-        return over.inputs[0], list(over.inputs[1:]), None
-    form: Form = whole.parameter("form")
-    return over.inputs[0], list(whole.inputs), form
-
-
-def _conflict(count: int, counts: list[Any], grams: list[Floats], shared: list[Floats]) -> Conflict:
-    changed, opposite = np.sum(counts, axis=0).T
-    products = [add_up(one, count=count + 1) for one in grams]
-    total = np.array([[math.fsum(one[i, j] for one in products) for j in range(count + 1)] for i in range(count + 1)])
-    norms = np.sqrt(np.diagonal(total))
-    size = np.outer(norms, norms)
-    cosine = np.divide(total, size, out=np.zeros_like(total), where=size > 0)[1:, 1:]
-    both = np.sum(shared, axis=0) if shared else np.zeros((len(changed), 3))
-    opposed = np.divide(opposite, changed, out=np.zeros(len(changed)), where=changed > 0)
-    overlap = [float(a / n) if n else None for a, _, n in both]
-    some = [one for one in overlap if one is not None]
-    chance = both[:, 1].sum() / both[:, 2].sum() if some else None
-    return Conflict(
-        relative_norm=[float(norm / norms[0]) if norms[0] else None for norm in norms[1:]],
-        cosine=cosine.tolist(),
-        opposed=_square(count, opposed.tolist(), 0.0),
-        overlap=_square(count, overlap, 1.0),
-        chance=chance,
-        cosine_mean=float(np.mean([cosine[i, j] for i, j in _different(count)])),
-        opposed_mean=float(opposed.mean()),
-        overlap_mean=float(np.mean(some)) if some else None,
-    )
-
-
-def _square(count: int, of_pairs: list[Any], own: float) -> list[list[Any]]:
-    """Return a symmetric matrix from values of pairs, with `own` on its diagonal."""
-    made = [[own] * count for _ in range(count)]
-    for (i, j), value in zip(_different(count), of_pairs, strict=True):
-        made[i][j] = made[j][i] = value
-    return made
-
 
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-SPREAD = 0.8  # of sqrt(n): λ of iso_c was best at 1.5 of three fine-tunes and 2.25 of nine
-LITTLE_KEPT = 0.6  # of a model's effect that is lost
+NEAR = 0.02  # of a share: what 200 rows do not tell apart
 LAMBDA = "lambda"
+EACH = (
+    "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
+    "parameters: {task: 1}"
+)
+ROWS_SAVE = (
+    "to save a skill: about 50 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
+)
 STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
 
 
@@ -232,12 +77,13 @@ class Way:
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
 ISO_C = Way("iso_c", "iso_c", first=1.5)
+TSV_M = Way("tsv_m", "tsv_m")
 WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
-    Way("tsv_m", "tsv_m"),
+    TSV_M,
     WUDI,
     Way("regmean", "regmean"),
 )
@@ -268,6 +114,7 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
+    forecast: list[SkillForecast] = Field(description="What it will keep of each model, by its answers on these rows.")
     tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
@@ -279,7 +126,10 @@ class MergeAdvice(Figures):
     base: str
     method: str = Field(description="The name of the recommended candidate.")
     why: list[str]
+    factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
+    forecast: list[SkillForecast] = Field(description="What the recommended merge will keep of each model.")
+    rescue: list[str] = Field(description="For skills that may be lost: what would save them.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that λ is chosen on.")
     held_out: dict[str, int] = Field(description="Rows of each that decide.")
@@ -312,27 +162,47 @@ def recommend_merge(
 ) -> MergeAdvice:
     """Return the recommended merge of `models` over `base`, with its recipe.
 
-    It is written to `out`, a new file, if given.
+    It is written to `out`, a new file, if given. The others are those of `merge_advice`.
+
+    OutputError: `out` exists.
+    """
+    if out is not None and os.path.lexists(out):
+        raise OutputError(f"{out}: exists", hint="choose another name with --out")
+    folder = None if out is None else out.parent
+    answer = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
+    if out is not None:
+        replace_file(out, answer.recipe, new=True)
+    return answer
+
+
+def merge_advice(
+    models: Sequence[str],
+    base: str,
+    *,
+    calibration: Sequence[Mapping[str, Any]] = (),
+    fit: bool = True,
+    folder: Path | None = None,
+    keys: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> MergeAdvice:
+    """Return the recommended merge of `models` over `base`, with its recipe as a file in `folder` would have it.
 
         models, base   folders or hub ids
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
         fit            whether coefficients are fitted, too
+        folder         of the recipe; default: the current one
+        keys           more keys of the recipe
 
-    UsageError: fewer than two models, or another number of `calibration`. OutputError: `out` exists. InputError: what a
-    run, or a search, of these models would refuse.
+    UsageError: fewer than two models, or another number of `calibration`. InputError: what a run, or a search, of these
+    models would refuse.
     """
-    if out is not None and os.path.lexists(out):
-        raise OutputError(f"{out}: exists", hint="choose another name with --out")
     options = options or Options()
     setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
     found, way, factor = _Adviser(setting, options).advice(fit=fit)
-    folder = Path.cwd() if out is None else out.resolve().parent
-    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(folder, one))
+    place = Path.cwd() if folder is None else folder.resolve()
+    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
     head = [f"{found.method}, by `deltamerge recommend`:", *found.why]
-    answer = found.model_copy(update={"recipe": with_comment(head, recipe)})
-    if out is not None:
-        replace_file(out, answer.recipe, new=True)
-    return answer
+    return found.model_copy(update={"recipe": with_comment(head, recipe)})
 
 
 def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
@@ -340,6 +210,12 @@ def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str
         hint = "give one for all models, or one for each in their order"
         raise UsageError(f"--calibration: {len(calibration)} files for {len(models)} models", hint=hint)
     return tuple(calibration) * (len(models) if len(calibration) == 1 else 1)
+
+
+def names_of(models: Sequence[str]) -> list[str]:
+    """Return the last part of every model's path, with its number where that is not its own."""
+    last = [one.rstrip("/").rpartition("/")[2] or one for one in models]
+    return [one if last.count(one) == 1 else f"{one}-{i}" for i, one in enumerate(last, 1)]
 
 
 @dataclass(frozen=True)
@@ -363,8 +239,7 @@ class _Setting:
     @cached_property
     def names(self) -> list[str]:
         """Return the last part of every model's path, with its number where that is not its own."""
-        last = [one.rstrip("/").rpartition("/")[2] or one for one in self.models]
-        return [one if last.count(one) == 1 else f"{one}-{i}" for i, one in enumerate(last, 1)]
+        return names_of(self.models)
 
     def recipe(
         self, way: Way, factor: float, *, judged: bool = False, seen: Callable[[str], str] = str
@@ -403,28 +278,35 @@ class _Adviser:
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
+        count, talks = len(self.setting.models), all(has_head(t.checkpoint.config, "causal-lm") for t in inputs.tunes)
         conflict = measure(roots, device=planning.device, workers=planning.workers)
         found: dict[Way, MergeCandidate] = {}
+        classes: dict[str, int | None] = {}
         search: dict[str, int] = {}
         held: dict[str, int] = {}
         if self.setting.rows:
-            with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start))) as judge:
-                found = self._judge(judge, FITTED if fit else ())
+            with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,))) as judge:
+                classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 search, held = judge.rows("search"), judge.rows("held")
+                found = self._judge(judge, FITTED if fit else (), conflict, classes, held)
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
         if found and not judged:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
         if judged:
             way, factor, why = with_rows(judged)
+            forecast = judged[way].forecast
         else:
-            talks = all(has_head(tune.checkpoint.config, "causal-lm") for tune in inputs.tunes)
-            way, factor, why = without_rows(conflict, len(self.setting.models), talks=talks)
+            way, factor, why = without_rows(conflict, count, talks=talks)
+            forecast = of_weights(self.setting.names, conflict, way.method)
         advice = MergeAdvice(
             models=list(self.setting.names),
             base=self.setting.base,
             method=way.name,
             why=why,
+            factor=factor,
             evidence=conflict,
+            forecast=forecast,
+            rescue=rescue(self.setting.names, conflict, forecast, rows=bool(self.setting.rows)),
             candidates=list(found.values()),
             search=search,
             held_out=held,
@@ -448,7 +330,14 @@ class _Adviser:
                 goals.append(Goal.model_validate({"measure": SAME, "of": tune.name}))
         return goals
 
-    def _judge(self, judge: StudyJudge, fitted: Sequence[Way]) -> dict[Way, MergeCandidate]:
+    def _judge(
+        self,
+        judge: StudyJudge,
+        fitted: Sequence[Way],
+        conflict: Conflict,
+        classes: Mapping[str, int | None],
+        rows: Mapping[str, int],
+    ) -> dict[Way, MergeCandidate]:
         """Return every way at its best λ, on held-out rows."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
@@ -464,8 +353,10 @@ class _Adviser:
         for way, scores in zip(good, judge.scores(made, "held"), strict=True):
             lost = {name: own[DISTANCE] for name, own in scores.items()}
             same = {name: own[SAME] for name, own in scores.items() if SAME in own}
+            texts = {name: own[TEXTS] for name, own in scores.items() if TEXTS in own}
             worth = {"lost": lost, "lost_mean": fmean(lost.values()), "lost_worst": max(lost.values())}
-            found[way] = found[way].model_copy(update=worth | {"agreement": same})
+            skills = of_answers(self.setting.names, conflict, same, classes, rows, texts)
+            found[way] = found[way].model_copy(update={**worth, "agreement": same, "forecast": skills})
         return found
 
     def _best(self, judge: StudyJudge, way: Way, first: float, steps: int) -> MergeCandidate:
@@ -493,6 +384,7 @@ class _Adviser:
             lost_mean=None,
             lost_worst=None,
             agreement={},
+            forecast=[],
             tried=[MergeTrial(factor=one, lost=tried[one]) for one in sorted(tried)],
             error=error,
         )
@@ -508,6 +400,13 @@ class _Adviser:
         return dict(zip(rounded, found, strict=True))
 
 
+def _classes(task: ScoredTask) -> int | None:
+    """Return the number of a classifier's classes. 1: numbers; None: a language model."""
+    if task.kind in LANGUAGE:
+        return None
+    return 1 if is_regression(task.config) else int(task.config.num_labels)
+
+
 def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
     """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
     said = f"the deltas' mean cosine is {conflict.cosine_mean:.2g}"
@@ -521,22 +420,20 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
         return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
-    factor = float(f"{SPREAD * math.sqrt(count):.3g}")
-    return (
-        ISO_C,
-        factor,
-        [
-            f"{said}: without data iso_c keeps most of unlike fine-tunes (docs/measurements/merging.md)",
-            f"λ = {SPREAD} sqrt(n), between what was best of three and of nine fine-tunes",
-            more,
-        ],
-    )
+    kept = "without data tsv_m keeps most of unlike fine-tunes, or is near it"
+    return TSV_M, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
-    """Return the way that loses least on held-out rows."""
+    """Return the way that loses least of those whose expected share is the largest, or as good as.
+
+    Where rows do not tell shares, the distance of outputs decides alone.
+    """
     lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
-    way = min(lost, key=lambda one: lost[one])
+    shares = {way: mean_share(one.forecast) for way, one in judged.items()}
+    most = max((share for share in shares.values() if share is not None), default=None)
+    near = [way for way, share in shares.items() if most is None or (share is not None and share >= most - NEAR)]
+    way = min(near, key=lambda one: lost[one])
     best = judged[way]
     plain = {one: value for one, value in lost.items() if one.fitted is None}
     others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []
@@ -549,7 +446,35 @@ def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[st
         why.append(
             f"it answers as the fine-tunes do on {mean:.1%} of their rows, as {worst} on {best.agreement[worst]:.1%}"
         )
-    if (best.lost_worst or 0.0) > LITTLE_KEPT:
-        worst = max(best.lost, key=lambda name: best.lost[name])
-        why.append(f"of {worst} it loses {best.lost[worst]:.1%}: where the task is known, emr makes a model of each")
     return way, best.factor or 1.0, why
+
+
+def mean_share(forecast: Sequence[SkillForecast]) -> float | None:
+    """Return the mean of expected shares. None: one is not known."""
+    shares = [one.share for one in forecast]
+    known = [share for share in shares if share is not None]
+    return fmean(known) if known and len(known) == len(shares) else None
+
+
+def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillForecast], *, rows: bool) -> list[str]:
+    """Return how each skill that may be lost is in danger, and then, from SAVED on, what would save it."""
+    said = []
+    for one in forecast:
+        if one.loss not in ("probable", "possible"):
+            continue
+        how = "will probably be lost" if one.loss == "probable" else "may be lost"
+        kept = "" if one.by == "weights" else f", {one.share:.0%} of its score is expected and {one.low:.0%} at worst"
+        rival = ""
+        if one.rival is not None and (one.disturbance or 0.0) >= DANGER:
+            rival = (
+                f": {one.rival} does {one.disturbance:.2g} times as much to its inputs as its own delta; leave it out"
+            )
+        said.append(f"{one.model} {how}{kept}{rival}")
+    if not rows:
+        for i, j in combinations(range(len(names)), 2):
+            if conflict.cosine[i][j] >= ALIKE > conflict.cosine_mean:
+                alike = f"{names[i]} and {names[j]} are alike (cosine {conflict.cosine[i][j]:.2g}), the others not"
+                said.append(f"{alike}: together they outweigh these; leave one of them out")
+        if any(one.loss == "unknown" for one in forecast) and forecast[0].low is not None:
+            said.append("any of these skills may be lost: of the benchmarks' decoders a quarter kept less than half")
+    return [*said, EACH, *([] if rows else [ROWS_SAVE])] if said else []

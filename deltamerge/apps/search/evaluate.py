@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 
 from deltamerge import errors
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
-from deltamerge.calibrate.model.passes import stored
+from deltamerge.calibrate.model.passes import COMPARED, stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.rows.rows import (
@@ -55,6 +55,8 @@ from deltamerge.version import __version__
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
 SAME = "same_answers"
+TEXTS = "same_texts"
+"""Of rows with a completion: the share whose every token is answered as the fine-tune does. No recipe names it."""
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
@@ -157,6 +159,8 @@ class ScoredTask:
                 measures[DISTANCE] = self._agreement(made.inputs)
             if SAME in compared:
                 measures[SAME] = self._same_answers(made.inputs)
+            if TEXTS in compared and self.kind in LANGUAGE and all(COMPARED in batch for batch in made.inputs):
+                measures[TEXTS] = O.SameTexts.of(self.model, self.own, made.inputs, regression=False)
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 

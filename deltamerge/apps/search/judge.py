@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Generic, Literal, TypeVar
 
@@ -235,11 +235,19 @@ class StudyJudge:
     """Judges the candidates of a recipe by the measures of its `study`.
 
     start       a candidate; all others are of the same fine-tunes
+    also        measures without labels beside those of the goals
     references  what the base and the fine-tunes themselves score, by part of the rows
     """
 
-    def __init__(self, candidates: RecipeCandidates, recipe: Recipe, study: Study, goals: Sequence[Goal]) -> None:
-        self.candidates, self.study = candidates, study
+    def __init__(
+        self,
+        candidates: RecipeCandidates,
+        recipe: Recipe,
+        study: Study,
+        goals: Sequence[Goal],
+        also: Collection[str] = (),
+    ) -> None:
+        self.candidates, self.study, self.also = candidates, study, frozenset(also)
         self.device = candidates.options.device
         self._held = ExitStack()
         self.reader = self._held.enter_context(Reader())
@@ -360,14 +368,13 @@ class StudyJudge:
             self._rows[index] = {"first": few, "search": search, "held": held}
         return self._rows[index]
 
-    @staticmethod
-    def _measures(task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
+    def _measures(self, task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
         """Return the metrics that a fine-tune is judged by, and the measures without labels."""
         asked = [goal.by for goal in goals if goal.of_folder is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
         metrics = list(dict.fromkeys(named))
         refuse_unknown(metrics, task)
-        return metrics, UNLABELLED & set(asked)
+        return metrics, (UNLABELLED & set(asked)) | self.also
 
     def _resident(self) -> int:
         """Return the bytes of the stored tensors and deltas of one part, and of those outside blocks."""

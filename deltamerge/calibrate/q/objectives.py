@@ -366,6 +366,20 @@ class SameAnswers:
         return discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
 
 
+class SameTexts(SameAnswers):
+    """1 − the share of rows of a language model whose every compared token is answered as the fine-tune does."""
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        """Return, of each row, whether any of its answers differs. Rows without a compared token are left out."""
+        differs = self._answers(batch, output) != self.targets[batch]
+        rows = np.nonzero(_compared(self.batches[batch]).cpu().numpy())[0]
+        numbers, place = np.unique(rows, return_inverse=True)
+        return np.bincount(place, differs, len(numbers)) > 0
+
+    def value(self, parts: Sequence[Any]) -> float:
+        return float(np.mean(np.concatenate(parts)))
+
+
 def is_regression(config: Any) -> bool:
     """Tell whether a head's logits are numbers rather than the classes of one distribution (regression, several
     labels)."""
@@ -373,11 +387,16 @@ def is_regression(config: Any) -> bool:
     return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
 
 
+def _compared(inputs: Inputs) -> Any:
+    """Return (B, T) whether a place's answer is compared. None: all are."""
+    return inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
+
+
 def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     """Return (tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the
     latter."""
     flat = values.reshape(-1, values.shape[-1])
-    mask = inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
+    mask = _compared(inputs)
     if mask is None or mask.numel() != len(flat):
         return flat
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]

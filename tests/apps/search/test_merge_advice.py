@@ -19,18 +19,22 @@ from conftest import load_tensors, tiny_bert_pair
 from running import run
 from safetensors.torch import load_file, save_file
 
+import deltamerge
 from deltamerge.apps.recommend import merge as merge_advice
+from deltamerge.apps.recommend.advised import rows_in
+from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
+from deltamerge.apps.recommend.meeting import DIRECTIONS, Conflict
 from deltamerge.apps.recommend.merge import (
     ARITHMETIC,
-    DIRECTIONS,
     FITTED,
     ISO_C,
+    TSV_M,
     WAYS,
     WUDI,
-    Conflict,
     MergeCandidate,
     Way,
     recommend_merge,
+    rescue,
     with_rows,
     without_rows,
 )
@@ -94,6 +98,16 @@ def test_evidence_is_that_of_float64(folder: Path) -> None:
             if ds[i][key].any() and ds[j][key].any():
                 shared += [np.sum((a.T @ b) ** 2) / k for a, b in ((u[:, :k], x[:, :k]), (v[:k].T, y[:k].T))]
         assert found.overlap[i][j] == pytest.approx(np.mean(shared), abs=1e-4)
+    for i, own in enumerate(ds):
+        moved = np.zeros(3)
+        for key in matrices:
+            k = max(1, min(DIRECTIONS, min(base[key].shape) // 4))
+            v = np.linalg.svd(own[key])[2][:k].T if own[key].any() else np.zeros((base[key].shape[1], 1))
+            moved += [np.sum((one[key] @ v) ** 2) for one in ds]
+        np.testing.assert_allclose(found.disturbance[i], moved / moved[i], rtol=1e-3)
+    cosines = {pair: found.cosine[pair[0]][pair[1]] for pair in combinations(range(3), 2)}
+    assert tuple(found.most_alike) == max(cosines, key=cosines.__getitem__)
+    assert tuple(found.most_opposed) == min(cosines, key=cosines.__getitem__)
     assert found.overlap_mean == pytest.approx(found.chance, abs=0.1)  # the deltas are random
     assert found.opposed_mean == pytest.approx(0.5, abs=0.02)
 
@@ -189,29 +203,35 @@ def test_a_merge_is_recommended_and_runs(
 def test_the_recipe_without_rows_runs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "merge.yaml"
     found = recommend_merge([str(folder / n) for n in NAMES], str(folder / "base"), out=out, options=OPTIONS)
-    assert found.method == "iso_c"
+    assert (found.method, found.factor) == ("tsv_m", 1.0)
     assert not found.candidates
-    assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: iso_c>"
+    assert [one.by for one in found.forecast] == ["weights"] * 3
+    assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: tsv_m>"
     assert html.escape(found.why[0][:20]) in found._repr_html_()
     assert run(out, tmp_path / "merged").folder.is_dir()
 
 
 def candidate(name: str, lost: dict[str, float]) -> MergeCandidate:
     return MergeCandidate(
-        name=name, method=name, parameters={}, factor=0.5, coefficients=None, lost=lost, agreement={}, tried=[],
+        name=name, method=name, parameters={}, factor=0.5, coefficients=None, lost=lost, agreement={}, forecast=[],
         lost_mean=float(np.mean(list(lost.values()))), lost_worst=max(lost.values()), error=None,
+        tried=[],
+    )  # fmt: skip
+
+
+def meeting(disturbance: float = 0.2) -> Conflict:
+    return Conflict(
+        relative_norm=[0.1, 0.1], cosine=[[1, 0], [0, 1]], opposed=[[0, 0.5], [0.5, 0]], overlap=[[1, None], [None, 1]],
+        chance=None, cosine_mean=0.0, opposed_mean=0.5, overlap_mean=None, most_alike=[0, 1], most_opposed=[0, 1],
+        disturbance=[[1.0, disturbance], [0.3, 1.0]],
     )  # fmt: skip
 
 
 def test_the_decision() -> None:
-    meeting = Conflict(
-        relative_norm=[0.1, 0.1], cosine=[[1, 0], [0, 1]], opposed=[[0, 0.5], [0.5, 0]], overlap=[[1, None], [None, 1]],
-        chance=None, cosine_mean=0.0, opposed_mean=0.5, overlap_mean=None,
-    )  # fmt: skip
-    way, factor, _ = without_rows(meeting, 4, talks=False)
-    assert (way, factor) == (ISO_C, 1.6)
-    assert without_rows(meeting, 4, talks=True)[:2] == (WUDI, 1.0)
-    way, factor, _ = without_rows(meeting.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
+    met = meeting()
+    assert without_rows(met, 4, talks=False)[:2] == (TSV_M, 1.0)
+    assert without_rows(met, 4, talks=True)[:2] == (WUDI, 1.0)
+    way, factor, _ = without_rows(met.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
     assert (way, factor) == (ARITHMETIC, 0.25)
     judged = {
         ARITHMETIC: candidate("task_arithmetic", {"a": 0.2, "b": 0.7}),
@@ -220,8 +240,53 @@ def test_the_decision() -> None:
     way, factor, why = with_rows(judged)
     assert (way, factor) == (ISO_C, 0.5)
     assert "task_arithmetic 45.0%" in why[0]
-    _, _, why = with_rows({ARITHMETIC: judged[ARITHMETIC]})
-    assert "of b it loses 70.0%" in why[-1]
+
+
+def test_rows_decide_by_expected_shares_and_near_ones_by_distance() -> None:
+    def told(lost: float, share: float) -> MergeCandidate:
+        skill = SkillForecast(
+            model="a", share=share, low=0, high=1, by="answers", loss="none", rival=None, disturbance=None
+        )
+        return candidate("x", {"a": lost}).model_copy(update={"forecast": [skill]})
+
+    assert with_rows({ARITHMETIC: told(0.2, 0.8), ISO_C: told(0.4, 0.9)})[0] == ISO_C
+    assert with_rows({ARITHMETIC: told(0.2, 0.885), ISO_C: told(0.4, 0.9)})[0] == ARITHMETIC
+
+
+def test_shares_that_answers_tell() -> None:
+    names, alike = ["a", "b"], {"a": 0.6, "b": 0.3}
+    rows = {"a": 100, "b": 100}
+    a, b = of_answers(names, meeting(), alike, {"a": 4, "b": 1}, rows, {})
+    assert a.share == pytest.approx(0.6 * 0.75 + 0.25)  # of 4 classes a chance of a quarter
+    assert (b.share, b.by, b.loss) == (0.3, "numbers", "probable")
+    assert (a.rival, a.disturbance) == ("b", 0.2)
+    assert 0.5 < a.low < a.share < a.high
+    few = of_answers(names, meeting(), alike, {"a": 4, "b": 1}, {"a": 10, "b": 10}, {})[0]
+    assert few.low < a.low
+    a, b = of_answers(names, meeting(), alike, {"a": None, "b": None}, rows, {"a": 0.9})
+    assert (a.share, a.by, a.loss) == (0.9, "texts", "none")
+    assert (b.share, b.loss) == (None, "unknown")
+
+
+def test_a_drowned_skill_and_what_would_save_it() -> None:
+    names = ["a", "b"]
+    quiet, uneasy, drowned = (of_weights(names, meeting(by), "tsv_m") for by in (0.2, 0.7, 1.4))
+    assert [[one.loss for one in some] for some in (quiet, uneasy, drowned)] == [
+        ["none", "none"], ["possible", "none"], ["probable", "none"]
+    ]  # fmt: skip
+    assert not rescue(names, meeting(), quiet, rows=False)
+    first, *more = rescue(names, meeting(1.4), drowned, rows=False)
+    assert first == ("a will probably be lost: b does 1.4 times as much to its inputs as its own delta; leave it out")
+    assert "emr" in more[0]
+    assert "--calibration" in more[1]
+    decoder = of_weights(names, meeting(), "wudi")
+    assert [one.loss for one in decoder] == ["unknown", "unknown"]
+    assert rescue(names, meeting(), decoder, rows=False)[0].startswith("any of these skills may be lost")
+    assert [one.loss for one in of_weights(names, meeting(), "task_arithmetic")] == ["unknown", "unknown"]
+    alike = meeting().model_copy(update={"cosine": [[1, 0.75], [0.75, 1]]})
+    assert rescue(names, alike, quiet, rows=False)[0].startswith("a and b are alike (cosine 0.75), the others not")
+    alone = meeting().model_copy(update={"cosine": [[1, 0.75], [0.75, 1]], "cosine_mean": 0.75})
+    assert not rescue(names, alone, quiet, rows=False)
 
 
 REFUSED = {
@@ -263,3 +328,81 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
         recommend_merge(["a", "b"], "base", out=tmp_path / "there.yaml", options=OPTIONS)
+
+
+def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    out = tmp_path / "new" / "merged"
+    asked = ["merge", *NAMES, "--base", "base", "--out", out, "--workers", "1", "--device", "cpu"]
+    code, said, err = call(capsys, *asked, "--dry-run")
+    assert code == 0, err
+    heads = ("chosen: tsv_m, λ = 1, in ", "why: ", "keeps: tuned 93% (81% to 100%), ", "in danger: ", "what helps: ")
+    assert len(said.splitlines()) == 5
+    assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
+    recipe = out.with_name("merged.yaml")
+    assert yaml.safe_load(recipe.read_text())["merge_method"] == "tsv_m"
+    assert not out.exists()
+    code, _, err = call(capsys, *asked)
+    assert (code, out.exists()) == (1, False)
+    assert f"{recipe}: a recipe is there" in err
+    code, said, err = call(capsys, *asked, "--force", "--json")
+    assert code == 0, err
+    assert json.loads(said)["run"]["out"] == str(out)
+    assert json.loads(said)["advice"]["method"] == "tsv_m"
+    again = run(recipe, tmp_path / "again").folder
+    made, same = (load_file(one / "model.safetensors") for one in (out, again))
+    assert all(torch.equal(made[name], same[name]) for name in same)
+    code, _, err = call(capsys, "run", recipe, "--out", out)
+    assert (code, "up to date" in err) == (0, True)
+
+
+def test_merge_from_python_without_a_method(folder: Path, tmp_path: Path) -> None:
+    models, base = [folder / name for name in NAMES], folder / "base"
+    made = deltamerge.merge(models, tmp_path / "out", base=base, device="cpu", workers=1, dtype="float16")
+    assert yaml.safe_load((tmp_path / "out.yaml").read_text())["dtype"] == "float16"
+    assert made.lock["outputs"]
+    with pytest.raises(UsageError, match="a base"):
+        deltamerge.merge(models, tmp_path / "other")
+    with pytest.raises(UsageError, match="rows choose a method"):
+        deltamerge.merge(models, tmp_path / "other", method="ties", base=base, rows={"data": "x.jsonl"})
+
+
+def test_rows_of_each_model_lie_in_a_folder_by_name(folder: Path, tmp_path: Path) -> None:
+    for name in NAMES[:2]:
+        rows(tmp_path / f"{name}.jsonl", 3)
+    models = ["./tuned", str(folder / "other")]
+    found = rows_in(tmp_path, models, sequences=8)
+    assert found == [{"data": str(tmp_path / f"{name}.jsonl"), "sequences": 8} for name in NAMES[:2]]
+    assert rows_in(tmp_path / "tuned.jsonl", models) == [{"data": str(tmp_path / "tuned.jsonl")}]
+    with pytest.raises(InputError, match=r"has no third\.jsonl"):
+        rows_in(tmp_path, [*models, "third"])
+    (tmp_path / "other.csv").write_text("text\nx\n")
+    with pytest.raises(InputError, match=r"has other\.csv and other\.jsonl"):
+        rows_in(tmp_path, models)
+    with pytest.raises(InputError, match="no such folder"):
+        rows_in(tmp_path / "gone", models)
+
+
+MERGES = {
+    "a recipe": (["r.yaml"], "deltamerge run r.yaml"),
+    "no base": (["tuned", "other", "--out", "x"], "Missing option '--base BASE'"),
+    "no output": (["tuned", "other", "--base", "base"], "Missing option '--out OUT'"),
+    "one model": (["tuned", "--base", "base", "--out", "x"], "two models"),
+    "rows that are not there": (
+        ["tuned", "other", "--base", "base", "--out", "x", "--rows", "gone"],
+        "gone: no such folder",
+    ),
+    "a model that is not there": (["tuned", "gone", "--base", "base", "--out", "x"], "gone"),
+}
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_a_merge_that_is_refused_says_one_line_and_writes_nothing(folder: Path, monkeypatch, capsys, case: str) -> None:
+    arguments, said = MERGES[case]
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    code, out, err = call(capsys, "merge", *arguments)
+    assert (code in (1, 2), out) == (True, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert sorted(folder.iterdir()) == before

@@ -1,0 +1,115 @@
+"""Merge fine-tunes as `recommend` advises: the recipe is written beside the output, and run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge.apps.recommend.forecast import SkillForecast
+from deltamerge.apps.recommend.merge import EACH, ROWS_SAVE, MergeAdvice, merge_advice, names_of
+from deltamerge.calibrate.rows.rows import FILES
+from deltamerge.errors import InputError, OutputError
+from deltamerge.files.atomic import replace_file
+from deltamerge.recipe.file import read_recipe
+from deltamerge.run.options import Options
+from deltamerge.run.runner import Result
+from deltamerge.run.runner import run as run_recipe
+
+
+@dataclass(frozen=True, slots=True)
+class AdvisedMerge:
+    """A merge as it was advised, in the file `recipe`, which `run` makes in the folder `out`."""
+
+    advice: MergeAdvice
+    recipe: Path
+    out: Path
+    options: Options
+
+    def run(self) -> Result:
+        """Make the merge, as `deltamerge run` would."""
+        return run_recipe(read_recipe(self.recipe), self.out, self.options)
+
+
+def advised_merge(
+    models: Sequence[str],
+    base: str,
+    out: Path,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    fit: bool = True,
+    keys: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> AdvisedMerge:
+    """Choose the merge of `models` over `base`, and write its recipe to OUT.yaml beside the folder `out`.
+
+        models, base, rows, fit   as `merge_advice` takes them
+        keys                      more keys of the recipe: dtype, tokenizer_source, output, …
+
+    Nothing is measured where OUT or OUT.yaml is in the way; `Options.force` replaces them. OutputError: it is.
+    """
+    options = options or Options()
+    recipe = out.with_name(f"{out.name}.yaml")
+    if not options.force:
+        _refuse_other(recipe, out)
+    advice = merge_advice(models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options)
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(recipe, advice.recipe, new=not options.force)
+    return AdvisedMerge(advice, recipe, out, options)
+
+
+def _refuse_other(recipe: Path, out: Path) -> None:
+    if os.path.lexists(recipe):
+        hint = f"deltamerge run {recipe} --out {out} makes it; --force chooses anew"
+        raise OutputError(f"{recipe}: a recipe is there", hint=hint)
+    if os.path.lexists(out):
+        raise OutputError(f"{out}: is there already", hint="another --out, or --force")
+
+
+def rows_in(folder: Path, models: Sequence[str], **keys: Any) -> list[dict[str, Any]]:
+    """Return the rows of each model, a file named as the last part of its path: math.jsonl, .csv or .txt.
+
+    A file in the place of the folder holds rows for all. `keys` are more keys of a recipe's `calibration`.
+    InputError: a model has no file, or two.
+    """
+    if folder.is_file():
+        return [{"data": str(folder), **keys}]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder", hint="--rows takes a folder of NAME.jsonl, a file for each model")
+    made = []
+    for name in names_of(models):
+        files = [path for ending in sorted(FILES) if (path := folder / f"{name}{ending}").is_file()]
+        if len(files) != 1:
+            wrong = f"has no {name}.jsonl" if not files else f"has {files[0].name} and {files[1].name}"
+            raise InputError(f"{folder}: {wrong}", hint=f"one file of rows for each of {', '.join(names_of(models))}")
+        made.append({"data": str(files[0]), **keys})
+    return made
+
+
+def in_five_lines(made: AdvisedMerge) -> list[str]:
+    """Return what was chosen, why, what each skill should keep, what is in danger, and what would save it."""
+    advice = made.advice
+    savers = [line for line in advice.rescue if line in (EACH, ROWS_SAVE)]
+    dangers = [line for line in advice.rescue if line not in savers]
+    told = all(one.loss != "unknown" for one in advice.forecast)
+    doubt = (
+        "no skill is expected to be lost"
+        if told
+        else "not known: give --rows, of a language model prompt and completion"
+    )
+    helps = "; ".join(line.removeprefix("to save a skill: ") for line in savers)
+    return [
+        f"chosen: {advice.method}, λ = {advice.factor:.3g}, in {made.recipe}",
+        f"why: {'; '.join(advice.why)}",
+        f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
+        f"in danger: {'; '.join(dangers) or doubt}",
+        f"what helps: {helps or 'deltamerge eval scores the merge beside its models'}",
+    ]
+
+
+def _kept(one: SkillForecast) -> str:
+    if one.share is None or one.low is None or one.high is None:
+        return f"{one.model} ?"
+    return f"{one.model} {one.share:.0%} ({one.low:.0%} to {one.high:.0%})"

@@ -1,0 +1,123 @@
+"""Forecast how much of each fine-tune's skill a merge keeps: from the weights alone, or from answers on rows.
+
+A share is the merge's score over the fine-tune's own. docs/measurements/merging.md has what forecasts are worth.
+
+From weights no share of a single skill can be told; the forecast is what the method kept of the benchmarks' skills. But
+a skill is in danger where another delta does more to its inputs than its own does (`Conflict.disturbance`).
+
+From answers: a classifier that differs from its fine-tune may still be right, by chance 1 in the number of classes. Of
+numbers the correlation is the share. Of a language model a row is kept where every token of its completion is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from deltamerge.apps.inspect.statistics import Figures
+from deltamerge.apps.recommend.meeting import Conflict
+
+LOST = 0.5  # of a share: below it a skill is called lost
+SURE = 1.96  # standard deviations
+Rival = tuple[str | None, float | None]
+DROWNED, DANGER = 1.0, 0.6  # disturbances from which on a skill will probably, or may, be lost
+KEPT = {"tsv_m": (0.93, 0.81, 1.0), "wudi": (0.68, 0.0, 0.94)}
+"""Mean share of the benchmarks' skills, and where 9 in 10 lay: tsv_m of encoders, wudi of decoders."""
+ANSWERS_MARGIN = 0.05  # beside the margin of sampling rows
+
+
+class SkillForecast(Figures):
+    """What a merge will probably keep of one fine-tune."""
+
+    model: str
+    share: float | None = Field(
+        description="Its score over the fine-tune's own; null: these rows do not tell (give prompt and completion)."
+    )
+    low: float | None = Field(description="Nine in ten lie above, as far as the benchmarks show.")
+    high: float | None = Field(description="Nine in ten lie below.")
+    by: Literal["weights", "answers", "numbers", "texts"] = Field(description="Evidence: see docs/howto/inspect.md.")
+    loss: Literal["none", "possible", "probable", "unknown"] = Field(
+        description="Of its skill, less than half kept: probable by the share, possible by `low`; without rows by a "
+        "disturbance from 1 and from 0.6 on. unknown: the evidence does not tell."
+    )
+    rival: str | None = Field(description="The model whose delta changes most of what it needs.")
+    disturbance: float | None = Field(description="By how much, beside its own change.")
+
+
+def of_weights(names: Sequence[str], conflict: Conflict, method: str) -> list[SkillForecast]:
+    """Return the forecasts for a merge by `method` without rows."""
+    made = []
+    for i, name in enumerate(names):
+        rival = _rival(names, conflict, i)
+        share, low, high = KEPT.get(method, (None, None, None))
+        by = rival[1] or 0.0
+        loss = "probable" if by >= DROWNED else "possible" if by >= DANGER else "unknown"
+        if loss == "unknown" and low is not None and low >= LOST:
+            loss = "none"
+        made.append(_made(name, (share, low, high), "weights", loss, rival))
+    return made
+
+
+def of_answers(
+    names: Sequence[str],
+    conflict: Conflict,
+    alike: Mapping[str, float],
+    classes: Mapping[str, int | None],
+    rows: Mapping[str, int],
+    texts: Mapping[str, float],
+) -> list[SkillForecast]:
+    """Return the forecasts from answers on held-out rows.
+
+    alike     by model: share of its answers that the merge gives, or their correlation
+    classes   number of a classifier's classes; 1: numbers; None: a language model
+    rows      that were compared
+    texts     by language model: share of its completions of which every token is alike
+    """
+    made = []
+    for i, name in enumerate(names):
+        rival, kinds = _rival(names, conflict, i), classes.get(name)
+        share, by, slope = alike.get(name), "answers", 1.0
+        if kinds is None:
+            share, by = texts.get(name), "texts"
+        elif kinds == 1:
+            by = "numbers"
+        elif share is not None:
+            slope = 1 - 1 / kinds
+            share = share * slope + 1 / kinds
+        if share is None:
+            margin = 0.0
+        elif by == "numbers":
+            margin = SURE * (1 - share * share) / math.sqrt(max(1, rows[name]))
+        else:
+            seen = (share - 1 + slope) / slope
+            margin = SURE * slope * math.sqrt(max(0.0, seen * (1 - seen)) / max(1, rows[name]))
+        made.append(_forecast(name, share, margin + ANSWERS_MARGIN, by, rival))
+    return made
+
+
+def _forecast(name: str, share: float | None, margin: float, by: str, rival: Rival) -> SkillForecast:
+    """Return the forecast of a share with its margin on both sides. None: the rows do not tell."""
+    if share is None:
+        return _made(name, (None, None, None), by, "unknown", rival)
+    share = min(1.0, max(0.0, share))
+    low, high = max(0.0, share - margin), min(1.0, share + margin)
+    loss = "probable" if share < LOST else "possible" if low < LOST else "none"
+    return _made(name, (share, low, high), by, loss, rival)
+
+
+def _made(name: str, shares: Sequence[float | None], by: str, loss: str, rival: Rival) -> SkillForecast:
+    figures = dict(zip(("share", "low", "high"), shares, strict=True))
+    told = {"by": by, "loss": loss, "rival": rival[0], "disturbance": rival[1]}
+    return SkillForecast.model_validate({"model": name, **figures, **told})
+
+
+def _rival(names: Sequence[str], conflict: Conflict, i: int) -> Rival:
+    """Return the model that disturbs model i most, and by how much."""
+    others = {j: value for j, value in enumerate(conflict.disturbance[i]) if j != i and value is not None}
+    if not others:
+        return None, None
+    j = max(others, key=lambda one: others[one])
+    return names[j], others[j]

@@ -1,0 +1,401 @@
+"""Hot merge: a running model follows edits of the recipe that it was merged by.
+
+Two plans are compared, the one that made the model's folder and the one of the edited recipe. A tensor of the output
+changes where its nodes do: other functions, parameters or files. Those tensors alone are computed and written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge import errors
+from deltamerge.apps.chain.live import Change, Write, write_of
+from deltamerge.engine.execute import execute
+from deltamerge.errors import InputError, OutputError
+from deltamerge.errors.shown import some
+from deltamerge.files.descriptors import flat
+from deltamerge.files.ownership import LOCK_NAME, read_lock
+from deltamerge.formats.delta.entry import TILE
+from deltamerge.formats.delta.positions import Array
+from deltamerge.formats.delta.tensor_writer import BaseTensor
+from deltamerge.formats.delta.writer import ArtifactWriter
+from deltamerge.models.chain.folder import is_version
+from deltamerge.models.chain.publish import one_writer, publishing
+from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.models.delta_file import to_torch
+from deltamerge.outputs.delta import base_of
+from deltamerge.plan.finite import set_aside
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe.file import RecipeFile, read_recipe, read_text
+from deltamerge.run.options import Options
+from deltamerge.run.plans import RECIPE, Planner
+from deltamerge.tensors.dtypes import PLAIN, bits_type, code_of, nbytes_of
+from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.reader import Reader, elements
+from deltamerge.tensors.tensor import Node
+from deltamerge.version import __version__
+
+Key = tuple[Any, ...]
+Keys = Mapping[str, Key]
+BASE = "base"  # the weight version of a server that holds the folder's own weights
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """What an edit of a recipe changed in a running model: the tensors that were written, of how many, and seconds."""
+
+    tensors: tuple[str, ...]
+    of: int
+    seconds: float
+
+
+class Identities:
+    """Numbers of nodes: equal for nodes of any plans that compute the same values of the same files.
+
+    A file is the same while its inode, size and time of change are; they are looked at for every plan anew.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Key, int] = {}
+        self._alone: list[Node] = []  # whose ids are in `_numbers`, and stay theirs
+
+    def keys(self, plan: Plan) -> dict[str, Key]:
+        """Return what decides every tensor of a plan's output, by name."""
+        known: dict[Node, int] = {}
+        return {
+            output.name: (
+                output.dtype,
+                output.shape,
+                *((self._of(piece.built.root, known), piece.offset) for piece in output.pieces),
+            )
+            for output in plan.outputs
+        }
+
+    def _of(self, root: Node, known: dict[Node, int]) -> int:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+            elif missing := [source for source in node.inputs if source not in known]:
+                stack += missing
+            else:
+                known[stack.pop()] = self._number(node, [known[source] for source in node.inputs])
+        return known[root]
+
+    def _number(self, node: Node, sources: list[int]) -> int:
+        held = signature(node.path) if node.kind == "stored" else None
+        key = (node.function, tuple(sources), node.parameters, node.shape, node.dtype, node.kind, held)
+        try:
+            return self._numbers.setdefault(key, len(self._numbers))
+        except TypeError:  # a parameter that cannot be compared is no other's
+            self._alone.append(node)
+            return self._numbers.setdefault((id(node),), len(self._numbers))
+
+
+def signature(path: Path) -> tuple[int, int, int] | None:
+    """Return which file a path is now: inode, size and time of change. None: it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class EditedMerge:
+    """The result of a run, and what edits of its recipe change of it.
+
+    folder   the result: a checkpoint, not quantised, with the recipe.yaml and the lock of its run
+    recipe   the file that is edited; relative references start at its folder
+
+    InputError: the folder is no such result, or its inputs have changed since.
+    """
+
+    def __init__(self, folder: str | Path, recipe: str | Path, *, workers: int | None = None) -> None:
+        self.folder, self.recipe = Path(folder), Path(recipe)
+        self._options = Options() if workers is None else Options(workers=workers)
+        self._identities = Identities()
+        with errors.context(str(self.folder)):
+            lock = read_lock(self.folder / LOCK_NAME)
+            if lock.get("deltamerge") != __version__:
+                raise InputError(f"was made by deltamerge {lock.get('deltamerge')}", hint="run the recipe again")
+            text = (self.folder / RECIPE).read_text(encoding="utf-8")
+        self.base: Checkpoint = open_checkpoint(self.folder)
+        self._files = {info.path: signature(info.path) for info in self.base.tensors.values()}
+        plan = self._plan(read_text(text, self.recipe))
+        self._refuse_changed(plan)
+        self.keys: Keys = self._identities.keys(plan)
+        self._refuse_others(plan)
+
+    def plan(self) -> tuple[Plan, Keys]:
+        """Return the plan of the recipe as it is now, and what decides each tensor.
+
+        RecipeError, InputError: it is wrong, calibrates, or makes other tensors than the folder has.
+        """
+        plan = self._plan(read_recipe(self.recipe))
+        self._refuse_others(plan)
+        return plan, self._identities.keys(plan)
+
+    def refuse_stale(self, plan: Plan, keys: Keys) -> None:
+        """InputError: files that a plan reads have changed since it was made."""
+        if self._identities.keys(plan) != keys:
+            raise InputError(f"{self.recipe}: models have changed since, and it cannot be made again", hint="update()")
+
+    def values(self, plan: Plan, keys: Keys, names: Iterable[str]) -> dict[str, Array]:
+        """Return the bits of tensors of a plan: read from the folder where it has them, else computed.
+
+        OutputError: values are not finite.
+        """
+        wanted = [*names]
+        found = {name: self.own(name) for name in wanted if keys[name] == self.keys[name]}
+        made = {name for name in wanted if name not in found}
+        part = set_aside(replace(plan, outputs=tuple(output for output in plan.outputs if output.name in made)))
+        sink = _Buffers({output.name: nbytes_of(output.dtype, output.shape) for output in part.outputs})
+        with Reader() as reader:
+            execute(
+                part.tasks, reader, sink, device=part.device, workers=part.workers, tile_elements=part.tile_elements
+            )
+        for output in part.outputs:
+            bits = sink.buffers[output.name].view(bits_type(output.dtype))
+            if output.name not in part.alike and not _is_finite(bits, output.dtype):
+                raise OutputError(f"{output.name} would hold values that are not finite", hint="nothing was written")
+            found[output.name] = bits
+        return found
+
+    def own(self, name: str) -> Array:
+        """Return the bits of a tensor of the folder. InputError: its file was replaced."""
+        info = self.base.tensors[name]
+        if signature(info.path) != self._files[info.path]:
+            raise InputError(f"{info.path}: was replaced meanwhile", hint="load the model again")
+        with Reader() as reader:
+            bits: Array = elements(reader, info)(0, info.tensor.size)
+        return bits
+
+    def _plan(self, file: RecipeFile) -> Plan:
+        if len(file.documents) > 1:
+            raise InputError(f"{self.recipe}: has several documents", hint="run it, and load the result")
+        planner = Planner(file, self.folder, self._options)
+        plan = planner.fetched(file.output, planner.plans()[-1], {})
+        kind = plan.recipe.output.kind
+        if kind != "model" or plan.codings:
+            what = "a quantised checkpoint" if plan.codings else f"output {kind}"
+            raise InputError(f"{self.recipe}: makes {what}, which is not merged hot", hint="a plain checkpoint")
+        if plan.chosen or plan.rows is not None or plan.budgeted or plan.weighing is not None or plan.measured:
+            raise InputError(
+                f"{self.recipe}: is calibrated or has a budget, and is not merged hot",
+                hint="write the q's and densities that a run chose into the recipe",
+            )
+        return plan
+
+    def _refuse_others(self, plan: Plan) -> None:
+        """InputError: a plan makes other tensors than the folder has."""
+        made = {output.name: (output.dtype, tuple(output.shape)) for output in plan.outputs}
+        own = {name: (info.dtype, tuple(info.shape)) for name, info in self.base.tensors.items()}
+        if other := sorted(name for name in {*made, *own} if made.get(name) != own.get(name)):
+            raise InputError(
+                f"{self.recipe}: makes other tensors than {self.folder} has: {some(other)}",
+                hint="run it, and load the result",
+            )
+
+    def _refuse_changed(self, plan: Plan) -> None:
+        """InputError: files that the folder was made of were written after it."""
+        made = (self.folder / LOCK_NAME).stat().st_mtime_ns
+        files = {leaf.path for output in plan.outputs for piece in output.pieces for leaf in piece.built.root.leaves()}
+        if later := sorted(str(file) for file in files if file.stat().st_mtime_ns > made):
+            raise InputError(f"{self.folder}: is older than what it was made of: {some(later)}", hint="run it again")
+
+
+class HotMerge:
+    """A model in this process that follows edits of the recipe that it was merged by.
+
+    model    a torch module, or a state dict of torch tensors on any device, loaded from `folder` in its dtypes. It is
+             written in place, and nobody else may write to it
+    folder   the result of `deltamerge run recipe`
+    recipe   the file that is edited
+    """
+
+    def __init__(self, model: Any, folder: str | Path, recipe: str | Path, *, workers: int | None = None) -> None:
+        state = model.state_dict() if hasattr(model, "state_dict") else model
+        self._merge = EditedMerge(folder, recipe, workers=workers)
+        self._state: dict[str, Any] = {}
+        for name, info in self._merge.base.tensors.items():
+            tensor = state.get(name)
+            found = None if tensor is None else (code_of(tensor.dtype), tuple(tensor.shape))
+            if found != (info.dtype, tuple(info.shape)):
+                said = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
+                raise InputError(
+                    f"{name} {said} in the model, and in {folder} {info.dtype} {list(info.shape)}",
+                    hint="load the model from that folder, in its dtypes",
+                )
+            self._state[name] = tensor
+        self._now: Keys = self._merge.keys
+        self._before: list[tuple[Plan, Keys] | None] = []
+        self._plan: tuple[Plan, Keys] | None = None
+
+    def update(self) -> Patched:
+        """Make the model what the recipe, as its file says now, merges. All or nothing.
+
+        RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, calibrates, makes other
+        tensors, or values that are not finite.
+        """
+        begun = time.monotonic()
+        plan, keys = self._merge.plan()
+        done = self._go(plan, keys, begun)
+        self._before.append(self._plan)
+        self._plan = plan, keys
+        return done
+
+    def undo(self) -> Patched:
+        """Make the model exactly what it was before the last `update` that is not undone. InputError: there is none."""
+        if not self._before:
+            raise InputError("there is nothing to undo", hint="update() first")
+        begun, target = time.monotonic(), self._before[-1]
+        if target is not None:
+            self._merge.refuse_stale(*target)
+        plan, keys = (None, self._merge.keys) if target is None else target
+        done = self._go(plan, keys, begun)
+        self._plan = self._before.pop()
+        return done
+
+    def _go(self, plan: Plan | None, keys: Keys, begun: float) -> Patched:
+        names = [name for name in self._merge.keys if keys[name] != self._now[name]]
+        if plan is None:
+            values = {name: self._merge.own(name) for name in names}
+        else:
+            values = self._merge.values(plan, keys, names)
+        with torch.no_grad():
+            writes = [write_of(Change(name, None, values[name]), self._state[name]) for name in names]
+            undo = list[Write]()
+            try:
+                for write in writes:
+                    undo.append(write.kept())
+                    write.put()
+            except BaseException:
+                for write in reversed(undo):
+                    write.put()
+                raise
+        self._now = keys
+        return Patched(tuple(names), len(keys), time.monotonic() - begun)
+
+
+class HotServer:
+    """A vLLM server that follows edits of the recipe that its model was merged by.
+
+    url      where it answers, with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend": "deltamerge"}'
+    folder   the model that it serves, as the server's machine names it too
+    recipe   the file that is edited
+    store    where the changes are written for it, a folder that it sees; None: FOLDER-hot
+    """
+
+    def __init__(
+        self,
+        url: str,
+        folder: str | Path,
+        recipe: str | Path,
+        *,
+        store: str | Path | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self._url, self._merge = url.rstrip("/"), EditedMerge(folder, recipe, workers=workers)
+        where = self._merge.folder.resolve()
+        self.store = Path(store).resolve() if store is not None else where.with_name(f"{where.name}-hot")
+
+    def update(self) -> Patched:
+        """Make the server's model what the recipe, as its file says now, merges.
+
+        RecipeError, InputError, OutputError: the recipe is wrong, calibrates, or makes other tensors; the server does
+        not answer, or has not taken the change: it then holds what it held.
+        """
+        begun = time.monotonic()
+        plan, keys = self._merge.plan()
+        names = [name for name, key in self._merge.keys.items() if keys[name] != key]
+        path = self._written(plan, keys, names) if names else None
+        self._send(path)
+        return Patched(tuple(names), len(keys), time.monotonic() - begun)
+
+    def undo(self) -> Patched:
+        """Make the server's model what its folder has, exactly."""
+        begun = time.monotonic()
+        self._send(None)
+        return Patched((), len(self._merge.keys), time.monotonic() - begun)
+
+    def _written(self, plan: Plan, keys: Keys, names: list[str]) -> Path:
+        """Return the artifact that makes a plan's tensors of the folder's, written where it is not there."""
+        values = self._merge.values(plan, keys, names)
+        digest = blake3()
+        for name in names:
+            digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
+            digest.update(flat(values[name]))
+        path = self.store / digest.hexdigest()[:16]
+        with one_writer(self.store, "adding"):
+            if is_version(path):
+                return path
+            origin = replace(self._merge.base, reference=str(self._merge.folder.resolve()))
+            with (
+                publishing(self.store, path.name, "adding") as folder,
+                Reader() as reader,
+                ArtifactWriter(folder, base_of(origin), codings=()) as writer,
+            ):
+                for name in names:
+                    info = origin.tensors[name]
+                    base = BaseTensor(name, info.dtype, info.shape, elements(reader, info))
+                    tensor = writer.tensor(name, info.dtype, info.shape, base)
+                    for start in range(0, values[name].size, TILE):
+                        tensor.write(start, values[name][start : start + TILE])
+                writer.finish()
+        return path
+
+    def _send(self, delta: Path | None) -> None:
+        held = self._ask("GET", "/weight_info").get("weight_version")
+        version = BASE if delta is None else delta.name
+        if held == version:
+            return
+        if held != BASE and not (isinstance(held, str) and is_version(self.store / held)):
+            folder = str(self._merge.folder.resolve())
+            self._ask("POST", "/init_weight_transfer_engine", {"init_info": {"base": folder}})
+        self._ask("POST", "/pause?mode=wait")
+        try:
+            self._ask("POST", "/start_weight_update")
+            self._ask("POST", "/update_weights", {"update_info": {"delta": None if delta is None else str(delta)}})
+            self._ask("POST", "/finish_weight_update", {"weight_version": version})
+        finally:
+            self._ask("POST", "/resume")
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=3600) as answer:
+                found: dict[str, Any] = json.loads(answer.read() or b"{}")
+                return found
+        except urllib.error.HTTPError as error:
+            hint = "VLLM_SERVER_DEV_MODE=1 serves these routes" if error.code == 404 else None
+            said = error.read().decode("utf-8", "replace")[:400]
+            raise OutputError(f"{self._url}{path}: {error.code} {said}", hint=hint) from None
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self._url}{path}: {error}", hint="is it the address of a vLLM server?") from None
+
+
+def _is_finite(bits: Array, dtype: str) -> bool:
+    return dtype not in PLAIN or bool(to_torch(bits, dtype).isfinite().all())
+
+
+class _Buffers:
+    """A sink that holds whole tensors."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.buffers: dict[str, Array] = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        self.buffers[name][offset : offset + data.nbytes] = data.view(np.uint8).reshape(-1)
