@@ -183,12 +183,12 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
     method, parameters, prune = FITS[scope]
     path = recipe(models, f"fitted-{scope}", method, FITTED % scope + prune, parameters)
     (stage,) = make_plan(path).describe()["stages"]
-    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 120)
+    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 60)
     result = run(path, tmp_path / "out")
     found = result.lock["calibration"]["merge"]
     assert found["chosen"] == "calibrated", found["why"]
     assert found["held_out"]["calibrated"] < found["held_out"]["plain"]
-    assert found["forward_passes"] <= 120
+    assert found["forward_passes"] <= 60
     assert "share of the base's" in found["held_out"]["measure"]
     folder, numbers = result.folder, dict(found["q"])
     if scope == "row":
