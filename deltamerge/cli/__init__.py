@@ -63,6 +63,7 @@ SECTIONS = {
         "eval": "Score MODELS on labelled rows, side by side.",
         "sweep": "Try every combination of the values listed in RECIPE.",
         "search": "Search for the best values within the bounds given in RECIPE.",
+        "bisect": "Name the model, the layers and the tensors that cost a skill of RECIPE's merge most.",
     },
     "Deltas": {
         "extract": "Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.",

@@ -79,6 +79,8 @@ NEEDS = {
     "squash a --keep 1": "chain",
     "eval a --calibration rows.jsonl": "search",
     "sweep study.yaml": "search",
+    "bisect r.yaml --rows rows.jsonl": "search",
+    "eval a --probe": "probe",
     "search study.yaml": "search",
     "plan study.yaml": "search",
     "check moe.yaml": "moe",

@@ -292,7 +292,7 @@ class StudyJudge:
 
     def rows(self, part: Part) -> dict[str, int]:
         """Return the number of rows of each fine-tune."""
-        return {self.tasks[index].name: sheet.rows for index, sheet in self._sheet(part).items()}
+        return {self.tasks[index].name: sheet.rows for index, sheet in self.sheet(part).items()}
 
     def scores(self, candidates: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
         """Return the measures of every candidate. `study.together` of them share a walk."""
@@ -302,7 +302,7 @@ class StudyJudge:
         return found
 
     def _walk(self, some: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
-        sheets = self._sheet(part)
+        sheets = self.sheet(part)
         for candidate in some:
             self.prepare(candidate)
         walk = Walk(some, self.reader, self.known, self.device, self.budget, self.dtype)
@@ -323,7 +323,7 @@ class StudyJudge:
             spools = {node: value for node, value in found.items() if isinstance(value, Spooled)}
             self.known |= {node: found[node] for node in candidate.stages} | spools
 
-    def _sheet(self, part: Part) -> dict[int, Sheet]:
+    def sheet(self, part: Part) -> dict[int, Sheet]:
         """Return the rows of a part, and the fine-tunes' own outputs on them."""
         if part not in self._sheets:
             made = {}

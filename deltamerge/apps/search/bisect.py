@@ -1,0 +1,253 @@
+"""Find what costs a skill in a merge: the model, the layers, the tensors. Nothing is written; no merge is made twice.
+
+One fine-tune's rows run through the merge, by that fine-tune's head. Tensors of the merge are exchanged, in memory, for
+the fine-tune's own, first runs of layers, then layers, then the tensors of the worst layer: what the distance of
+outputs falls by is what these tensors cost. Then each other model is left out of the recipe in turn.
+
+Distances are shares of the base's: 0 is the fine-tune, 1 is the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamerge.apps.inspect.statistics import parse
+from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, columns, picture
+from deltamerge.apps.search.candidates import RecipeCandidate, candidates_in
+from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, ScoredTask, measured
+from deltamerge.apps.search.judge import StudyJudge, Walk
+from deltamerge.apps.search.outcome import one_line
+from deltamerge.calibrate.model.blocks import Weights
+from deltamerge.engine import backends
+from deltamerge.errors import DeltamergeError, InputError, UsageError
+from deltamerge.files import progress
+from deltamerge.recipe.file import RecipeFile
+from deltamerge.recipe.schema import Goal, Recipe, Study
+from deltamerge.run.options import Options
+from deltamerge.tensors.names import block_name, natural
+
+MOST = 40  # forward passes over the rows of the skill
+BEGIN = 4  # of them: the fine-tune's outputs, the base and the fine-tune as references, the merge
+TENSORS = 12  # of them for tensors of the worst layer
+MODELS = 12  # and for models that are left out
+SHOWN = 8
+TOGETHER = 8
+GOAL = Goal.model_validate({"measure": AGREEMENT})
+STUDY = Study.model_validate({"together": 1})
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A part of the merge: `lost` without it, and what is `won` so. `size` counts its tensors or models."""
+
+    name: str
+    lost: float
+    won: float
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bisection:
+    """What costs one skill of a merge most, the worst first.
+
+    lost      by model, of the merge
+    skill     the model whose skill it is
+    models    that were left out of the recipe
+    layers    whose tensors were exchanged for the skill's own; layers whose runs were better are not tried alone
+    tensors   of the worst layer
+    notes     what could not be tried
+    """
+
+    skill: str
+    lost: Mapping[str, float]
+    models: tuple[Suspect, ...]
+    layers: tuple[Suspect, ...]
+    tensors: tuple[Suspect, ...]
+    passes: int
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return asdict(self)
+
+    def picture(self) -> str:
+        """Draw what each layer, tensor and model costs, as SVG."""
+        order = sorted(self.layers, key=lambda one: natural(one.name))
+        numbers = [Point(_short(one.name), max(0.0, one.won)) for one in order]
+        panels = [Panel("won back by exchanging a layer", "by its number or name", columns("layers", numbers))]
+        for title, some in (("… a tensor of the worst layer", self.tensors), ("… by leaving a model out", self.models)):
+            points = [Point(one.name, max(0.0, one.won)) for one in some[:SHOWN]]
+            panels += [Panel(title, "of the base's distance", bars(title, points))] if points else []
+        worst = self.layers[0].name if self.layers else "no layer"
+        title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst} costs it most"
+        return picture([[panel] for panel in panels], STYLE, title)
+
+
+def _short(name: str) -> str:
+    last = name.rpartition(".")[2]
+    return last if last.isdigit() else name
+
+
+def bisect(
+    file: RecipeFile,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    skill: str | None = None,
+    options: Options | None = None,
+) -> Bisection:
+    """Return what costs a skill of a recipe's merge most.
+
+        rows    as `calibration` in a recipe: one for all models, one each in their order, or none: the recipe's own
+        skill   name of the model whose skill it is; default: the one that loses most
+
+    UsageError: no model of that name, or another number of `rows`. InputError: what a search would refuse.
+    """
+    data = _with_rows(file.output.recipe, rows)
+    options = options or Options()
+    candidates = candidates_in(file.folder, options, pickles=bool(data.get("pickles")) or options.pickles)
+    recipe = parse(data)
+    with closing(StudyJudge(candidates, recipe, STUDY, [GOAL])) as judge:
+        names = {task.name: index for index, task in judge.tasks.items()}
+        if skill is not None and skill not in names:
+            alike = [name for name in names if name.rpartition("/")[2] == skill]
+            if len(alike) != 1:
+                raise UsageError(f"no model is named {skill}", hint=f"--of {' | --of '.join(names)}")
+            skill = alike[0]
+        merge = judge.start
+        (scores,) = judge.scores([merge], "search")
+        lost = {name: own[DISTANCE] for name, own in scores.items()}
+        worst = skill or max(lost, key=lambda name: lost[name])
+        search = _Search(judge, names[worst], lost[worst])
+        others = [index for index in names.values() if index != names[worst]][:MODELS]
+        layers = search.narrow(_layers(merge.places[names[worst]]), MOST - search.passes - TENSORS - len(others))
+        tensors: list[Suspect] = []
+        if layers:
+            (run,) = [one for one in _layers(merge.places[names[worst]]) if one[0] == layers[0].name]
+            tensors = search.narrow([(name, [name]) for name in run[1]], MOST - search.passes - len(others))
+        models = [search.without(data, index, recipe.names[index]) for index in others]
+        found = sorted((one for one in models if one is not None), key=lambda one: -one.won)
+        return Bisection(worst, lost, tuple(found), tuple(layers), tuple(tensors), search.passes, tuple(search.notes))
+
+
+def _with_rows(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a recipe's data with rows beside its models."""
+    data = {key: value for key, value in recipe.source.data.items() if key != "study"}
+    if not rows:
+        return data
+    models = data.get("models")
+    if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
+        raise UsageError("--rows is for recipes whose models are listed at the top", hint="calibration beside models")
+    if len(rows) not in (1, len(models)):
+        raise UsageError(f"{len(rows)} files of rows for {len(models)} models", hint="one for all, or one each")
+    each = list(rows) * (len(models) if len(rows) == 1 else 1)
+    beside = [one | {"calibration": dict(own)} for one, own in zip(models, each, strict=True)]
+    return data | {"models": beside}
+
+
+Run = tuple[str, list[str]]
+"""A part of the model: its name, and the skill's own names of its tensors."""
+
+
+def _layers(places: Mapping[str, str]) -> list[Run]:
+    """Return the merged tensors by layer, in order. Outside layers each is a part of its own."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(places, key=natural):
+        found.setdefault(block_name(name) or name, []).append(name)
+    return list(found.items())
+
+
+@dataclass(eq=False)
+class _Search:
+    """The passes of one skill's rows, and what was lost with each exchange."""
+
+    judge: StudyJudge
+    index: int
+    lost: float
+    passes: int = BEGIN
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def task(self) -> ScoredTask:
+        return self.judge.tasks[self.index]
+
+    def narrow(self, runs: Sequence[Run], room: int) -> list[Suspect]:
+        """Return the parts that were exchanged alone, the worst first, in at most `room` passes.
+
+        Where there are more parts than that, runs of them are exchanged first, and the best of these looked into.
+        """
+        if room < 1 or not runs:
+            return []
+        if len(runs) <= room:
+            lost = self._measure([self._restored(names) for _, names in runs])
+            made = [
+                Suspect(name, value, self.lost - value, len(names))
+                for (name, names), value in zip(runs, lost, strict=True)
+            ]
+            return sorted(made, key=lambda one: -one.won)
+        size = math.ceil(len(runs) / max(2, room // 2))
+        several = [list(runs[at : at + size]) for at in range(0, len(runs), size)]
+        lost = self._measure([self._restored([n for _, names in some for n in names]) for some in several])
+        room -= len(several)
+        best: list[Run] = []
+        for value, some in sorted(zip(lost, several, strict=True), key=lambda one: one[0]):
+            if best and len(best) + len(some) > room:
+                break
+            best += some
+            del value
+        return self.narrow(best, room)
+
+    def without(self, data: Mapping[str, Any], index: int, name: str) -> Suspect | None:
+        """Return a model as it is when the recipe lacks it. None, and a note: the others cannot be merged."""
+        if self.passes >= MOST:
+            return None
+        models = [one for i, one in enumerate(data["models"]) if i != index] if "models" in data else []
+        try:
+            if len(models) < 1:
+                raise InputError("its models are not listed at the top of the recipe")
+            candidate = self.judge.candidates.of(parse({**data, "models": models}))
+            self.judge.prepare(candidate)
+            place = self.index - (index < self.index)
+            (lost,) = self._measure([self._walk(candidate).weights(0, place, self.task)])
+        except DeltamergeError as error:
+            self.notes.append(f"{name} cannot be left out: {one_line(error)}")
+            return None
+        return Suspect(name, lost, self.lost - lost)
+
+    def _walk(self, candidate: RecipeCandidate) -> Walk:
+        judge = self.judge
+        return Walk([candidate], judge.reader, judge.known, judge.device, judge.budget, judge.dtype)
+
+    def _restored(self, names: Sequence[str]) -> Weights:
+        """Return the merge's weights with these tensors the skill's own."""
+        merged, own = self._walk(self.judge.start).weights(0, self.index, self.task), frozenset(names)
+
+        def of(wanted: Sequence[str]) -> dict[str, Any]:
+            kept, others = [n for n in wanted if n in own], [n for n in wanted if n not in own]
+            return {**self.task.own(kept), **merged(others)}
+
+        return of
+
+    def _measure(self, variants: Sequence[Weights]) -> list[float]:
+        """Return what each variant loses."""
+        sheet = self.judge.sheet("search")[self.index]
+        base = self.judge.references["search"]["base"][self.task.name][DISTANCE]
+        found: list[float] = []
+        with progress.phase("exchanging", len(variants), progress.PASSES) as passing:
+            for at in range(0, len(variants), TOGETHER):
+                some = variants[at : at + TOGETHER]
+                with backends.quiet_allocator(whole=True):
+                    (scores,) = measured([(self.task, sheet)], [some])
+                found += [one[DISTANCE] / base if base > 0 else one[DISTANCE] for one in scores]
+                passing.step(len(some))
+        self.passes += len(variants)
+        return found
+
+
+def draw(found: Bisection, path: Path) -> None:
+    """Write the picture of a bisection."""
+    path.write_text(found.picture() + "\n", encoding="utf-8")
