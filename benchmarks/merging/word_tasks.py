@@ -58,13 +58,13 @@ def rows(task: str, part: tasks.Part, home: Path = HOME) -> list[Row]:
     return tasks.rows(task, part, folder)
 
 
-def expert(task: str, base: Path, home: Path = HOME) -> Path:
+def expert(task: str, base: Path, home: Path = HOME, *, seed: int = 0) -> Path:
     """The folder of the task's fine-tune with its head, trained on first use."""
-    out = home / "experts" / f"{task}-{TASKS[task].lr:g}-{STEPS}"
+    out = home / "experts" / f"{task}-{TASKS[task].lr:g}-{STEPS}{f'-{seed}' if seed else ''}"
     if not out.exists():
         rows(task, "train", home)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            encoder.fine_tune(base, TASKS[task], out, steps=STEPS, rows=home / "tasks")
+            encoder.fine_tune(base, TASKS[task], out, steps=STEPS, seed=seed, rows=home / "tasks")
     return out
 
 

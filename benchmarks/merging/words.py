@@ -102,12 +102,13 @@ MERGES = (
 class Family:
     """Experts side by side, on rows of one part of their tasks."""
 
-    def __init__(self, names: Sequence[str], part: Part, count: int) -> None:
+    def __init__(self, names: Sequence[str], part: Part, count: int, seed: int = 0) -> None:
         folder = tasks.models_folder()
         self.names = tuple(names)
         self.base = nine_tasks.headless(folder / "base", word_tasks.HOME / "base")
         self.folders = {
-            name: folder / name if name in tasks.TASKS else word_tasks.expert(name, folder / "base") for name in names
+            name: folder / name if name in tasks.TASKS else word_tasks.expert(name, folder / "base", seed=seed)
+            for name in names
         }
         self.weights = encoder_of(self.base)
         self.deltas = {
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("family", nargs="?", choices=FAMILIES)
     parser.add_argument("names", nargs="*", help="methods, or how they begin; default: all")
     parser.add_argument("--some", action="store_true", help="pairs and triples too, at the rule's λ and the next ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the experts of words; others' results stand apart")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     asked = parser.parse_args()
     if asked.family and not asked.docs:
@@ -261,7 +263,8 @@ def measured(asked: argparse.Namespace) -> None:
 
     quiet()
     torch.set_num_threads(1)
-    family = Family(FAMILIES[asked.family], *SEEN[asked.family])
+    family = Family(FAMILIES[asked.family], *SEEN[asked.family], asked.seed)
+    kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
     sets: list[tuple[str, ...]] = [family.names]
     if asked.some:
         sets += [some for size in (2, 3) for some in combinations(family.names, size)]
@@ -271,9 +274,10 @@ def measured(asked: argparse.Namespace) -> None:
             if asked.names and not merge.name.startswith(tuple(asked.names)):
                 continue
             made = cell(family, merge, names, AROUND if names == family.names else (0.7, 1.0, 1.4))
-            known["cells"].setdefault(asked.family, {})[f"{merge.name} of {', '.join(names)}"] = made
+            known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(names)}"] = made
             print(f"{merge.name} of {', '.join(names)}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
-            known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
+            if not asked.seed:
+                known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
             write(FILE, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
 
 
