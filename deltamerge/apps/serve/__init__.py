@@ -9,10 +9,18 @@ ENGINE = "deltamerge"
 
 
 def register() -> None:
-    """Name the engine "deltamerge" to vLLM, whose processes all call this. Leave a vLLM without such engines alone."""
+    """Name the engine "deltamerge" to vLLM, whose processes all call this, and a trainer itself.
+
+    Leave a vLLM without such engines alone.
+    """
     try:
-        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        from vllm.distributed import weight_transfer
     except ImportError:
         return
-    if ENGINE not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(ENGINE, "deltamerge.apps.serve.vllm", "DeltaEngine")
+    for factory, module, name in (
+        ("WeightTransferEngineFactory", "vllm", "DeltaEngine"),
+        ("WeightTransferTrainerFactory", "vllm_trainer", "DeltaTrainerEngine"),
+    ):
+        found = getattr(weight_transfer, factory, None)
+        if found is not None and ENGINE not in found._registry:
+            found.register_engine(ENGINE, f"deltamerge.apps.serve.{module}", name)

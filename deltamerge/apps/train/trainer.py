@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -94,10 +94,10 @@ class DeltaWriter:
         self._held.enter_context(one_writer(self.chain, "adding"))
         self._pending: Future[WrittenVersion] | None = None
         try:
-            versions, origin = self._open(None if not named else os.fspath(named))
+            versions, origin = open_chain(self.chain, None if not named else os.fspath(named))
             self._last = versions[-1] if versions else None
-            self._origin, self._base, self._assets = origin, base_of(origin), _assets(origin)
-            self._bits = _read(origin, versions)
+            self._origin, self._base, self._assets = origin, base_of(origin), assets_of(origin)
+            self._bits = dict(weights_of(origin, versions))
             self._spare: Bits = {}
             self._shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
             if self._last is not None:
@@ -140,7 +140,7 @@ class DeltaWriter:
             state = self._model.state_dict()
         new = _copy(self._shapes, state, self._spare)
         self._spare = {}
-        number = max(0 if self._last is None else _number(self._last.name) + 1, step or 0, 1)
+        number = next_number(self._last, step)
         future: Future[WrittenVersion] = Future()
         self._pending = future
 
@@ -175,18 +175,6 @@ class DeltaWriter:
         finally:
             self._held.close()
 
-    def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
-        """Return the versions of the chain, and its base."""
-        versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
-        if versions:
-            base = base or str(versions[0].delta.manifest.base)
-        if not base:
-            raise InputError(f"{self.chain}: has no version yet, and no base", hint="DeltaWriter(chain, model, base=…)")
-        origin = open_origin(base)
-        if not origin.is_simple:
-            raise InputError(f"{base}: has several components", hint="a chain of each")
-        return versions, origin
-
     def _publish(self, name: str, new: Bits, step: int | None) -> WrittenVersion:
         before = self._last
         with publishing(self.chain, name, "adding") as folder:
@@ -198,18 +186,7 @@ class DeltaWriter:
                     for start in range(0, old.size, TILE):
                         target.write(start, new[tensor][start : start + TILE])
                 summary = writer.finish()
-            assets = self._assets if before is None else {n: p for n, p in self._assets.items() if n == "config.json"}
-            write_files({**assets}, folder)
-            opened = DeltaFile.open(folder)
-            note = Note(
-                name=name,
-                base=state_of(base_contents(opened.manifest)) if before is None else before.base,
-                state=state_of(contents(opened.manifest)),
-                after=None if before is None else Named(name=before.name, state=before.state),
-                step=step,
-                files=stored_files(folder, [*opened.files, *(folder / name for name in assets)]),
-            )
-            write_note(folder, note)
+            note_version(folder, name, before, self._assets, step)
         self._last = open_version(self.chain / name)
         before_bits, self._spare, self._bits = self._bits, self._bits, new
         for mirror in self._mirrors:
@@ -220,6 +197,35 @@ class DeltaWriter:
                 mirror.catch_up(line(self._last.path), self._origin, workers=1)
         size = sum(bits.size for bits in new.values())
         return WrittenVersion(self.chain / name, summary.entries, size, summary.nbytes)
+
+
+def open_chain(chain: Path, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
+    """Return the versions of the chain, and its base."""
+    versions = line(chain / head(chain)) if names(chain) else ()
+    if versions:
+        base = base or str(versions[0].delta.manifest.base)
+    if not base:
+        raise InputError(f"{chain}: has no version yet, and no base", hint="DeltaWriter(chain, model, base=…)")
+    origin = open_origin(base)
+    if not origin.is_simple:
+        raise InputError(f"{base}: has several components", hint="a chain of each")
+    return versions, origin
+
+
+def note_version(folder: Path, name: str, before: Version | None, assets: Mapping[str, Path], step: int | None) -> None:
+    """Put files beside the weights and version.json to the artifact in `folder`, the version that will be `name`."""
+    assets = assets if before is None else {n: p for n, p in assets.items() if n == "config.json"}
+    write_files({**assets}, folder)
+    opened = DeltaFile.open(folder)
+    note = Note(
+        name=name,
+        base=state_of(base_contents(opened.manifest)) if before is None else before.base,
+        state=state_of(contents(opened.manifest)),
+        after=None if before is None else Named(name=before.name, state=before.state),
+        step=step,
+        files=stored_files(folder, [*opened.files, *(folder / name for name in assets)]),
+    )
+    write_note(folder, note)
 
 
 def _catch_up(mirror: Mirror, versions: Sequence[Version], origin: Checkpoint) -> None:
@@ -234,6 +240,11 @@ def _slices(bits: Array) -> Read:
     return lambda start, stop: bits[start:stop]
 
 
+def next_number(last: Version | None, step: int | None) -> int:
+    """Return the number of the next version: at least the step's."""
+    return max(0 if last is None else _number(last.name) + 1, step or 0, 1)
+
+
 def _number(name: str) -> int:
     digits = name.rpartition("-")[2]
     if not digits.isdigit():
@@ -243,18 +254,19 @@ def _number(name: str) -> int:
     return int(digits)
 
 
-def _assets(origin: Checkpoint) -> dict[str, Path]:
+def assets_of(origin: Checkpoint) -> dict[str, Path]:
     """Config and tokenizer files of the base, which the first version has too."""
     folder = origin.path if origin.path.is_dir() else origin.path.parent
     return {name: path for name, path in copied_files(folder).items() if name != RECIPE}
 
 
-def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
-    """Return the weights of the newest version, or of the base, checked by hash if they are a version's."""
-    found: Bits = {}
+def weights_of(origin: Checkpoint, versions: Sequence[Version]) -> Iterator[tuple[str, Array]]:
+    """Yield the weights of the newest version, or of the base, checked by hash if they are a version's."""
     with Reader() as reader:
         if not versions:
-            return {name: elements(reader, info)(0, math.prod(info.shape)) for name, info in origin.tensors.items()}
+            for name, stored in origin.tensors.items():
+                yield name, elements(reader, stored)(0, math.prod(stored.shape))
+            return
         check_complete(versions[0], origin)
         delta = folded(versions)
         shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
@@ -262,8 +274,7 @@ def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
             for one in delta.result(shapes):
                 info = None if one.base_name is None else origin.tensors[one.base_name]
                 assert one.entry is not None
-                found[one.name] = one.entry.whole(None if info is None else elements(reader, info))
-    return found
+                yield one.name, one.entry.whole(None if info is None else elements(reader, info))
 
 
 def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
@@ -275,7 +286,7 @@ def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str
             raise InputError(f"the model has no {name}, which the base has", hint=hint)
         if hasattr(tensor, "full_tensor"):
             raise InputError(
-                f"{name} is spread over processes", hint="gather it: write(full_state_dict) on one of them"
+                f"{name} is spread over processes", hint="ShardedDeltaWriter, or write(full_state_dict) on one of them"
             )
         code = code_of(tensor.dtype)
         if tuple(tensor.shape) != shape:

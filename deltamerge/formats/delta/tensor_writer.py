@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,20 +48,23 @@ SECONDS = 2.0  # between two entries in the journal: syncing each tensor alone w
 
 
 class Spool:
-    """A folder with a file for each tensor, beside the journal, or in `folder` without one. OutputError: the disk."""
+    """A folder with a file for each tensor, beside the journal, or in `folder` without one.
 
-    def __init__(self, folder: Path, journal: Journal | None) -> None:
+    `kept` are the states of tensors that other processes have finished there. OutputError: the disk.
+    """
+
+    def __init__(self, folder: Path, journal: Journal | None, kept: Mapping[str, Any] | None = None) -> None:
         self.folder = (folder if journal is None else journal.path.parent) / SPOOL
         self._journal = journal
         records = [] if journal is None else journal.records
         self._kept: dict[str, Any] = {
             name: state for record in records for name, state in record.get("tensors", {}).items()
-        }
+        } | dict(kept or {})
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[Path, Any]] = {}
         self._saved = time.monotonic()
         with writing():
-            self.folder.mkdir(exist_ok=journal is not None)
+            self.folder.mkdir(exist_ok=journal is not None or kept is not None)
 
     def kept(self, name: str) -> Any:
         """The state of a tensor that an earlier run had finished; None if it had not."""

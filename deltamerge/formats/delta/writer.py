@@ -49,6 +49,7 @@ class ArtifactWriter:
         shard_size   of the artifact's own files, and of the checkpoint that is made from it
         components   the folders of the checkpoint that is made from it
         journal      lists the finished tensors, which are kept beside it, so that a run can be resumed after a crash
+        kept         states of tensors that other processes have finished in the spool in `folder`
 
     The bytes depend only on what is written and on the order of the calls of `tensor`. OutputError: the disk.
     """
@@ -65,6 +66,7 @@ class ArtifactWriter:
         removed: Sequence[str] = (),
         components: Sequence[Component] = (Component(),),
         journal: Journal | None = None,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
         self._manifest = Manifest(
@@ -79,7 +81,7 @@ class ArtifactWriter:
         self._tensors: dict[str, TensorWriter] = {}
         self._finished = False
         with errors.context(str(folder)):
-            spool = Spool(folder, journal)
+            spool = Spool(folder, journal, kept)
         self.storing = Storing(values, frozenset({*codings, "dense", "indices"}), spool)
 
     def __enter__(self) -> ArtifactWriter:
