@@ -30,8 +30,8 @@ def documented(found: dict[str, Any], page: str) -> str:
 
 
 def write_words(found: dict[str, Any]) -> None:
-    """Write the tables of words.py: of all experts of a family, and of pairs and triples of those reported."""
-    tables = {"words": words, "some": some_words}
+    """Write the tables of words.py: of both families, and of the reported experts of every seed."""
+    tables = {"words": words, "seeds": seeds_of_words}
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]](found)}{match[3]}"
@@ -59,22 +59,17 @@ def words(found: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def some_words(found: dict[str, Any]) -> str:
-    """Mean over the pairs, and over the triples, of the mean share at the rule's λ, and what the best λ had over it."""
-    by_merge: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for cell in found["cells"].get("report", {}).values():
-        by_merge.setdefault(cell["merge"], {}).setdefault(len(cell["tasks"]), []).append(cell)
-    lines = [["method", "pairs", "lost by the rule", "triples", "lost by the rule"], ["---"] * 5]
-    for name, sizes in by_merge.items():
-        if not {2, 3} <= sizes.keys():
-            continue
-        shown = []
-        for size in (2, 3):
-            cells = sizes[size]
-            lost = sum(cell["best"] - cell["mean"] for cell in cells) / len(cells)
-            mean, worst = (sum(cell[key] for cell in cells) / len(cells) for key in ("mean", "worst"))
-            shown += [f"{mean:.1f} / {worst:.1f}", f"{lost:.1f}"]
-        lines.append([name, *shown])
+def seeds_of_words(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ and the best mean, of the reported experts of every seed."""
+    seeds = {"0": found["cells"].get("report", {})}
+    seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
+    heads = [words for seed in seeds for words in (f"seed {seed}", "at its best λ")]
+    lines = [["method", *heads], ["---"] * (1 + len(heads))]
+    for name in seeds["0"]:
+        if all(name in cells for cells in seeds.values()):
+            of_seeds = [cells[name] for cells in seeds.values()]
+            shown = [words for c in of_seeds for words in (f"{c['mean']} / {c['worst']}", f"{c['best']}")]
+            lines.append([of_seeds[0]["merge"], *shown])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

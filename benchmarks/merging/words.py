@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +219,12 @@ def head_of(folder: Path) -> list[Tensor]:
     return [tensors[f"{layer}.{kind}"].float() for layer in HEAD for kind in ("weight", "bias")]
 
 
-def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[float]) -> dict[str, Any]:
+def cell(family: Family, merge: Merge, names: Sequence[str]) -> dict[str, Any]:
     """Mean and worst share at the rule's λ, and at λ around it."""
     start, rule = time.process_time(), merge.rule(len(names))
     added = family.merged(merge, names)
     took, found = time.process_time() - start, {}
-    for factor in around:
+    for factor in AROUND:
         weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
         found[factor] = family.shares(weights, names)
     tried_ = {f"{rule * f:.3g}": [round(float(np.mean(s)), 1), round(min(s), 1)] for f, s in found.items()}
@@ -246,7 +245,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", choices=FAMILIES)
     parser.add_argument("names", nargs="*", help="methods, or how they begin; default: all")
-    parser.add_argument("--some", action="store_true", help="pairs and triples too, at the rule's λ and the next ones")
     parser.add_argument("--seed", type=int, default=0, help="of the experts of words; others' results stand apart")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     asked = parser.parse_args()
@@ -265,20 +263,16 @@ def measured(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     family = Family(FAMILIES[asked.family], *SEEN[asked.family], asked.seed)
     kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
-    sets: list[tuple[str, ...]] = [family.names]
-    if asked.some:
-        sets += [some for size in (2, 3) for some in combinations(family.names, size)]
     known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"cells": {}, "own": {}}
-    for names in sets:
-        for merge in MERGES:
-            if asked.names and not merge.name.startswith(tuple(asked.names)):
-                continue
-            made = cell(family, merge, names, AROUND if names == family.names else (0.7, 1.0, 1.4))
-            known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(names)}"] = made
-            print(f"{merge.name} of {', '.join(names)}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
-            if not asked.seed:
-                known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
-            write(FILE, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
+    for merge in MERGES:
+        if asked.names and not merge.name.startswith(tuple(asked.names)):
+            continue
+        made = cell(family, merge, family.names)
+        known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
+        print(f"{merge.name}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
+        if not asked.seed:
+            known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
+        write(FILE, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
 
 
 if __name__ == "__main__":
