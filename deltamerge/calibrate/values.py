@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QValue = float | NDArray[np.float32]
 FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
+MOMENTS = 7_000_000  # of those of a result's moments, which are there beside others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,10 +157,11 @@ class Spooled:
     files: dict[tuple[str, int], Path] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
     owner: tempfile.TemporaryDirectory[str] | None = None  # of a folder of their own
+    first: int = FIRST
 
     def begun(self, name: str, model: int) -> Path:
         """Return the path of a new file, of a tensor in a model."""
-        path = self.folder / f"{FIRST + len(self.files):07d}"
+        path = self.folder / f"{self.first + len(self.files):07d}"
         self.files[name, model] = path
         return path
 

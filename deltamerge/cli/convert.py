@@ -29,7 +29,7 @@ NAME = "convert"
 )
 @click.option("--shard-size", metavar="SIZE", help="Largest weight file, such as 2GB. Default: 5GB.")
 @click.option(
-    "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4"]),
+    "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4", "nvfp4", "mxfp4"]),
     help="Linear layers. none: not quantized (default). keep: as they are. Others: quantized so.",
 )  # fmt: skip
 @click.option("--gguf", type=click.Choice(["q8_0", "f16", "bf16"]), help="Write a GGUF file beside the checkpoint.")

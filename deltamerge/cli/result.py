@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.cli.output import say_json, tell
@@ -64,6 +64,7 @@ def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
         "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
         "warnings": list(result.plan.warnings),
         **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
+        **({} if not (measured := _of_rounding(quantised)) else {"rounding": measured}),
         **({} if delta is None else _of_delta(delta)),
         **({} if result.lora is None else {"lora": result.lora.describe()}),
         **more,
@@ -98,6 +99,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
                 lost = f": {spent}; {budget['lost']:.3g} of the {budget['of']} are lost"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
+            lost += of_rounding(quantised)
         tell(f"{result.folder}: {result.name}, {human(result.size)} in {seconds:.1f} s{lost}")
         if result.lora is not None:
             tell(of_lora(result.lora))
@@ -107,6 +109,20 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
             tell(line)
         for note in result.remarks:
             tell(f"note: {note}")
+
+
+def _of_rounding(quantised: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (quantised or {}).items() if key in ("delta", "outputs", "unseen")}
+
+
+def of_rounding(quantised: Mapping[str, Any]) -> str:
+    """Return what a rounding measured: the loss of the layers' outputs, and the share of the delta; "" for nothing."""
+    outputs, found = quantised.get("outputs"), ""
+    if outputs is not None:
+        found = f", of outputs {outputs['relative_error']:.3g} (nearest codes {outputs['nearest']:.3g})"
+    shares = {"of the delta": quantised, "of its effect": outputs or {}}
+    kept = [f"{part['delta']['share']:.3g} {what}" for what, part in shares.items() if "delta" in part]
+    return found + (f"; {' and '.join(kept)} survives" if kept else "")
 
 
 def of_lora(lora: LowRankSummary) -> str:

@@ -74,10 +74,14 @@ def _is_record(record: Any) -> bool:
     return all(type(span) is list and len(span) == 2 and all(type(x) is int and x >= 0 for x in span) for span in spans)
 
 
+SUMS = (2, 9)  # numbers of a coded unit: plain, and with what a rounding measures (formats/quantised/feedback.py)
+
+
 def _is_sums(start: Any, sums: Any) -> bool:
-    """Return whether a unit of a coded weight has its start, and two sums."""
+    """Return whether a unit of a coded weight has its start, and two sums, or those of a rounding."""
     whole = type(start) is str and start.isdecimal() and len(start) < 20
-    return whole and type(sums) is list and len(sums) == 2 and all(type(x) is float and 0 <= x < math.inf for x in sums)
+    some = type(sums) is list and len(sums) in SUMS
+    return whole and some and all(type(x) is float and 0 <= x < math.inf for x in sums)
 
 
 def _is_part(part: dict[str, Any]) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.values import Spooled, of_layer
+from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
 from deltamerge.engine.worker import on_gpu
@@ -24,6 +27,7 @@ from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from deltamerge.formats.quantised.writer import CodedWriter, Losses
@@ -49,6 +53,7 @@ class CheckpointOutput(RunOutput):
         with (
             job.values(plan) as known,
             job.merging(mine) as progress,
+            single_threaded({"torch"} if _adjusts(mine) else ()),
             Reader(job.pieces) as reader,
             Writer(
                 job.work.folder, plan.layout, files=job.files, journal=job.work.journal,
@@ -56,7 +61,7 @@ class CheckpointOutput(RunOutput):
                 allocate=pinned_memory(mine),
             ) as writer,
         ):  # fmt: skip
-            coded = _coded(writer, mine, reader, job)
+            coded = _coded(writer, mine, reader, job, known)
             sink = coded or writer
             execute(
                 sorted(mine.tasks, key=lambda task: sink.where(task.name, task.offset)),
@@ -80,7 +85,7 @@ class CheckpointOutput(RunOutput):
 
     def join(self, parts: Sequence[Mapping[str, Any]]) -> Account:
         """Return what quantisation lost in all parts."""
-        losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
+        losses = {name: tuple(sums) for part in parts for name, sums in part.get("losses", {}).items()}
         return QuantisedAccount(losses)
 
     def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
@@ -131,13 +136,28 @@ def pinned_memory(plan: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
 # -- quantised weights
 
 
-def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob) -> CodedWriter | None:
+def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob, known: Mapping[Node, Any]) -> CodedWriter | None:
     """Return what codes the weights that are stored quantised and hands the rest to `writer`; None: there are none."""
     if not plan.codings:
         return None
     from deltamerge.formats.quantised.writer import CodedWriter
 
-    return CodedWriter(writer, plan.codings, reader, job.work.folder)
+    moments = _none if plan.moments is None else partial(_moments, known[plan.moments])
+    return CodedWriter(writer, plan.codings, reader, job.work.folder, moments)
+
+
+def _none(name: str, matrix: int) -> None:
+    """Return no moments."""
+
+
+def _moments(spooled: Spooled, name: str, matrix: int) -> NDArray[np.float64] | None:
+    """Return the second moments of the inputs of a weight's matrix; None: no row has reached it."""
+    return of_layer(spooled, name=name).read(matrix)
+
+
+def _adjusts(plan: Plan) -> bool:
+    """Tell whether codes are chosen or measured by torch."""
+    return any(coding.rounding is not None for coding in plan.codings.values())
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,19 @@ class QuantisedAccount(Account):
         said = errors_of(self.losses)
         worst = max(said["tensors"], key=lambda name: said["tensors"][name])
         text = f"{len(self.losses)} weights are quantised: relative error {said['relative_error']:.3g} of the merge in"
-        return ["## Quantisation", "", f"{text} float32, at most {said['tensors'][worst]:.3g} ({code(worst)}).", ""]
+        lines = [f"{text} float32, at most {said['tensors'][worst]:.3g} ({code(worst)}).", ""]
+        if "outputs" in said:
+            outputs = said["outputs"]
+            lines += [
+                f"The layers' outputs on the calibration rows: relative error {outputs['relative_error']:.3g}, "
+                f"with the nearest codes {outputs['nearest']:.3g}.",
+                "",
+            ]
+        for where, share in (("the merged delta", said), ("what it changes in the outputs", said.get("outputs", {}))):
+            if "delta" in share:
+                kept, along = share["delta"]["share"], share["delta"]["projection"]
+                lines += [f"Of {where} {kept:.3g} survives (squared cosine; projection {along:.3g}).", ""]
+        return ["## Quantisation", "", *lines]
 
 
 def errors_of(losses: Losses) -> dict[str, Any]:
@@ -172,7 +204,36 @@ def errors_of(losses: Losses) -> dict[str, Any]:
     from deltamerge.formats.quantised.writer import relative_error
 
     tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
-    return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
+    found: dict[str, Any] = {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
+    full = {name: sums for name, sums in losses.items() if len(sums) > 2}  # of a rounding, which measures more
+    if not full:
+        return found
+    from deltamerge.formats.quantised.feedback import Sums, total
+
+    sums = total(list(full.values()))
+    found |= _of_delta(sums.lost, sums.delta, sums.written)
+    if sums.norm_outputs:
+        found["outputs"] = {
+            "relative_error": _rounded((sums.lost_outputs / sums.norm_outputs) ** 0.5),
+            "nearest": _rounded((sums.nearest_outputs / sums.norm_outputs) ** 0.5),
+            **_of_delta(sums.lost_outputs, sums.delta_outputs, sums.written_outputs),
+        }
+        if unseen := [name for name, own in full.items() if not Sums(*own).norm_outputs]:
+            found["unseen"] = unseen
+    return found
+
+
+def _of_delta(lost: float, delta: float, written: float) -> dict[str, Any]:
+    """Return what survives of a delta Δ where Q is stored, from ‖W − Q‖², ‖Δ‖² and ‖Q − base‖².
+
+    projection   ⟨Q − base, Δ⟩ / ‖Δ‖²
+    share        ⟨Q − base, Δ⟩² / (‖Q − base‖² ‖Δ‖²): how much of what is written is the delta; the rest is noise
+    """
+    if not delta:
+        return {}
+    along = (written + delta - lost) / 2
+    share = along * along / (written * delta) if written else 0.0
+    return {"delta": {"projection": _rounded(along / delta), "share": _rounded(min(1.0, share))}}
 
 
 def _rounded(value: float) -> float:

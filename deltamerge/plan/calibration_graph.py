@@ -10,7 +10,7 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.calibrate import reductions, stage
 from deltamerge.calibrate.merge import coefficients, second_moments
-from deltamerge.calibrate.merge.second_moments import InputMeasurement, squares
+from deltamerge.calibrate.merge.second_moments import InputMeasurement, Wanted, squares
 from deltamerge.calibrate.reductions import model_cut
 from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
@@ -148,6 +148,26 @@ class StageMaker:
         inputs = [filled, *(merged_delta(m, deltas.recipe.seed) for m in merges), *deltas.stages.of_deltas]
         parts = self._shares(deltas, merges, 1)
         return deltas.graph.node(second_moments.merged, inputs, kind="stage", parts=parts, wanted=_layers(merges))
+
+    def of_result(
+        self, deltas: Deltas, template: Input, roots: Mapping[str, Node], wanted: Mapping[str, Wanted]
+    ) -> Node:
+        """Return the stage that measures the inputs of the result's layers `wanted`; it runs as `template` does."""
+        calibration, checkpoint, stages = deltas.recipe.calibration, template.checkpoint, deltas.stages
+        assert calibration is not None
+        refuse_unrunnable(template.name, checkpoint)
+        refuse_changed_config(template)
+        source = CalibrationInput(
+            template.name, checkpoint.path, tuple(checkpoint.tensors.values()), (), calibration, self.folder,
+            deltas.recipe.seed, self.device, False,
+        )  # fmt: skip
+        source = within(source, self.memory)
+        shared = (n for n in (stages.rows, stages.totals, stages.together) if n is not None)
+        inputs = [deltas.graph.node(spool, kind="small"), *roots.values(), *shared, *stages.of_deltas]
+        names, layers = tuple(roots), tuple(wanted.items())
+        return deltas.graph.node(
+            second_moments.of_result, inputs, kind="stage", source=source, names=names, wanted=layers
+        )
 
     def fitted(
         self,
@@ -385,6 +405,12 @@ def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list
     if stages.rows is not None:
         found.append(second_moments.memory(stages.rows.parameter("parts")))
     return found + [memory(Share(source)) for source in sources.values()]
+
+
+def result_bytes(stage: Node) -> int:
+    """Return the bytes of the stage that measures the inputs of a result's layers, beside the process."""
+    source, names = stage.parameter("source"), {name: name for name, _ in stage.parameter("wanted")}
+    return InputMeasurement(source, names).memory + memory(Share(source))
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:

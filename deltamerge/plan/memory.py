@@ -146,6 +146,20 @@ def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     return 2 * (workers + 1) * min(max(units), LARGE) + workers * (max(units) // 2 + CODING_BYTES)
 
 
+def held_rounding(outputs: tuple[OutputTensor, ...], workers: int) -> int:
+    """Return the bytes by which workers choose or measure the codes of weights: torch, moments, factors, and rows."""
+    codings = [output.coding for output in outputs if output.coding is not None and output.coding.rounding is not None]
+    if not codings:
+        return 0
+    from deltamerge.formats.quantised.codes import BlockCoder
+    from deltamerge.formats.quantised.feedback import ROOM
+
+    moments = max(8 * coding.inputs**2 for coding in codings)
+    blocks = [c.coder.block[0] * c.matrix[1] for c in codings if isinstance(c.coder, BlockCoder)]
+    own = 3 * moments + 3 * max(coding.unit_bytes for coding in codings) + 12 * 8 * max(ROOM, *blocks, 0)
+    return BASELINE_BYTES["torch"] - BASELINE_BYTES["fused"] + workers * own
+
+
 def tiles(
     outputs: tuple[OutputTensor, ...],
     costs: Mapping[Node, Cost],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.engine import backends
+from deltamerge.errors import InputError
 from deltamerge.formats.components import folders_of, split
 from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Merge
@@ -35,7 +36,7 @@ from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.names import LM_HEAD, layer_index
-from deltamerge.tensors.tensor import Graph, TensorInfo
+from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.views import cut
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Outputs:
         self.left_plain: list[str] = []
         self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
         self.coded = copies(inputs)
+        self.moments: Node | None = None
 
     def rows(self) -> list[Row]:
         """What becomes of every tensor, in order; empty if there are problems."""
@@ -156,6 +158,7 @@ class Outputs:
         self.merges = [part.merge for part in parts if isinstance(part, Merged)]
         self.builder = self.builder.prepared(self.merges)
         built = [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        self.moments = self._moments(built)
         rows = [stored for row in built for stored in self._stored(row)]
         rows += [self._copied(info) for info in self.quantising.more()]
         plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
@@ -165,6 +168,31 @@ class Outputs:
         if self.recipe.output.scheme == "none":
             self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows
+
+    def _moments(self, rows: Sequence[Row]) -> Node | None:
+        """Return the stage that measures the inputs of the coded weights; None: codes are chosen without it.
+
+        InputError: the result does not run as its template does.
+        """
+        codings = {row.name: row.coding for row in rows if row.coding is not None and row.coding.rounding is not None}
+        if self.recipe.calibration is None or not codings:
+            return None
+        moved = self.resized or (self.vocabulary is not None and self.vocabulary.changes)
+        if self.stacks or moved or any(len(row.pieces) > 1 for row in rows):
+            what = "layers are stacked" if self.stacks else "the vocabulary changes"
+            message = f"output.rounding: {what}, so that {self.inputs.template.name}'s config does not run the result"
+            raise InputError(message, hint="merge in one document, and quantise its result in the next")
+        from deltamerge.calibrate.merge.second_moments import Wanted
+        from deltamerge.formats.quantised.scheme import Adjustable
+
+        wanted = {
+            name: Wanted(coding.inputs, isinstance(coding.coder, Adjustable) and coding.coder.turned)
+            for name, coding in codings.items()
+        }
+        roots = {row.name: row.pieces[0].built.root for row in rows}
+        rows_said = f"{self.recipe.calibration.sequences} rows through the merge as it is before"
+        self.notes.append(f"rounding: the inputs of {len(wanted)} quantised weights are measured, {rows_said}")
+        return self.builder.maker.of_result(self.builder.deltas, self.inputs.template, roots, wanted)
 
     def mixture(self, rows: list[Row]) -> None:
         """Return nothing: a merge has no experts."""
@@ -240,6 +268,10 @@ class Outputs:
             return None
         present = [(model, info) for model, info in found if info is not None]
         coding = self.quantising.coding(target, tensor.shape, dtype)
+        if coding is not None and self.recipe.output.rounding is not None:
+            base = next((info for model, info in present if model.index is None and info.shape == coding.shape), None)
+            with errors.context(stored):
+                coding = coding.rounded(self.recipe.output.rounding, base)
         dtype = "F32" if coding is not None else dtype
         if self.recipe.output.rules.accumulates and not is_buffer(tensor):
             if lacking:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from deltamerge import errors
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
@@ -24,6 +25,7 @@ from deltamerge.plan.memory import (
     check_size,
     cost,
     held_coded,
+    held_rounding,
     largest,
     tiles,
 )
@@ -141,6 +143,7 @@ class Plan:
     weighing: Node | None = None
     measured: tuple[InputMeasurement, ...] = ()
     rows: Node | None = None
+    moments: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     left_plain: tuple[str, ...] = ()
@@ -329,7 +332,9 @@ def _plan(
     builder, stages = decided.builder, decided.builder.deltas.stages
     held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
+    moments = decided.moments if isinstance(decided, Outputs) else None
     sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
+    of_result = () if moments is None else _of_result(moments, inputs, check=options.data)
     mixture = decided.mixture(rows)
     read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
     tokenizers = Differences() if own is not None else _tokenizers(recipe, inputs, decided, rows, vocabulary)
@@ -343,14 +348,15 @@ def _plan(
         layout=layout,
         notes=tuple(_notes(kind, recipe, inputs, options, decided, outputs, tokenizers, calibrates=bool(sources))),
         tile_elements=tile,
-        memory=largest(merging, *_before(stages, sources, mixture)) + read,
+        memory=largest(merging, *_before(stages, sources, mixture, moments)) + read,
         costs=costs,
         stages=stages.calibrations,
-        sources=tuple(sources.values()),
+        sources=(*sources.values(), *of_result),
         budgeted=tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
         weighing=next(iter(stages.weighing.values()), None),
         measured=tuple(stages.inputs.values()),
         rows=stages.rows,
+        moments=moments,
         cut_bytes=_read_before(stages),
         config=decided.config,
         left_plain=tuple(decided.left_plain) if isinstance(decided, Outputs) else (),
@@ -431,6 +437,7 @@ def _held(
         {
             "quantised_inputs": _kept(inputs),
             "quantised_outputs": held_coded(outputs, workers),
+            "rounding": held_rounding(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
             "sharing": _shared_bytes([out.shape for out in outputs if out.name in shared], workers, stages),
         }
@@ -459,14 +466,29 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
     return sources
 
 
-def _before(stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None) -> Iterator[Memory]:
+def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
+    """Return the rows on which the inputs of the result's layers are measured. InputError: the rows are not there."""
+    from deltamerge.calibrate.rows.rows import split
+
+    source: CalibrationInput = moments.parameter("source")
+    if check:
+        with errors.context("calibration of the merge"):
+            split(source.calibration, source.folder, source.seed, inputs.template.checkpoint.config, labelled=False)
+    return (source,)
+
+
+def _before(
+    stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None, moments: Node | None
+) -> Iterator[Memory]:
     """Yield the memory of each stage before the first tile; they run one after another."""
-    if not sources and mixture is None:
+    if not sources and mixture is None and moments is None:
         return
     from deltamerge.calibrate.spec import BASELINE_BYTES
-    from deltamerge.plan.calibration_graph import stage_bytes
+    from deltamerge.plan.calibration_graph import result_bytes, stage_bytes
 
     process = Memory({"process": BASELINE_BYTES})
+    if moments is not None:
+        yield process + Memory({"calibration": result_bytes(moments)})
     for size in stage_bytes(stages, sources):
         yield process + Memory({"calibration": size})
     if mixture is not None:

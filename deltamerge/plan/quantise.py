@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
 SHOWN = 3  # names in a remark
+FIXED = {"nvfp4": 16, "mxfp4": 32}  # columns of a group of these schemes
 GROUPS = (128, 64, 32)  # columns of a group that vLLM's kernels take
 # Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
 # that see and hear.
@@ -182,7 +183,7 @@ class NewQuantisation(Quantiser):
             self.fused.append(target.stored)
         if dtype not in FLOATING or not _is_linear(self.template, target.stored, shape, target.tensor):
             return None
-        from deltamerge.formats.quantised import fp8, int8, packed  # only where codes are written
+        from deltamerge.formats.quantised import fp8, int8, mxfp4, nvfp4, packed  # only where codes are written
 
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
@@ -195,7 +196,10 @@ class NewQuantisation(Quantiser):
             if shape[1] % self.group:
                 self.unfit.append(name)
                 return None
-            coding = packed.write_int4(name, shape, self.group, _scale(dtype), self.template.checkpoint.path)
+            if wanted.scheme == "int4":
+                coding = packed.write_int4(name, shape, self.group, _scale(dtype), self.template.checkpoint.path)
+            else:
+                coding = {"nvfp4": nvfp4.write, "mxfp4": mxfp4.write}[wanted.scheme](name, shape)
         else:
             write = {"fp8": fp8.write_rows, "int8": int8.write_rows}[wanted.scheme]
             coding = write(name, shape, _scale(dtype))
@@ -253,6 +257,8 @@ def _group_for(wanted: Quantization, template: Input) -> int:
     """
     if wanted.group is not None:
         return wanted.group
+    if wanted.scheme in FIXED:
+        return FIXED[wanted.scheme]
     columns = {
         info.shape[1]
         for name, info in template.tensors.items()

@@ -316,24 +316,40 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(("output", "kind"), "a LoRA needs base_model", "name what the output is a change of")
 
 
+FIXED_GROUPS = ("nvfp4", "mxfp4")
+
+
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
     """Check that only models are quantised, and that a scheme has no keys of another."""
     wanted, kind, rules = recipe.output.scheme, recipe.output.kind, recipe.output.rules
     if wanted != "none" and not rules.standalone:
         message = f"a {kind} is not quantised" + (": its values have codings of their own" if rules.patches else "")
         yield recipe.problem(("output", "quantization"), message, "output: {kind: model}", key=True)
+    yield from _rounding(recipe)
     if recipe.output.gguf is not None and not rules.standalone:
         yield recipe.problem(("output", "gguf"), f"a {kind} is no GGUF file", "output: {kind: model}", key=True)
     if not isinstance(wanted, Quantization):
         return
-    ways = {"fp8": ("block", "channel"), "int8": ("channel",), "int4": ("group",)}[wanted.scheme]
+    ways = {"fp8": ("block", "channel"), "int8": ("channel",)}.get(wanted.scheme, ("group",))
     if wanted.by not in ways:
         message = f"{wanted.scheme} has a scale a {' or '.join(ways)}, got {show(wanted.strategy)}"
         yield recipe.problem(("output", "quantization", "strategy"), message)
     for key, way in (("block", "block"), ("group", "group")):
-        if getattr(wanted, key) is not None and (wanted.by != way or way not in ways):
+        fixed = key == "group" and wanted.scheme in FIXED_GROUPS
+        if getattr(wanted, key) is not None and (fixed or wanted.by != way or way not in ways):
             message = f"is not for {wanted.scheme} with a scale a {wanted.by}"
             yield recipe.problem(("output", "quantization", key), message, key=True)
+
+
+def _rounding(recipe: Recipe) -> Iterator[Problem]:
+    """Check that a rounding has something to round, and inputs if it needs them."""
+    rounding, loc = recipe.output.rounding, ("output", "rounding")
+    if rounding is None:
+        return
+    if recipe.output.scheme == "none":
+        yield recipe.problem(loc, "nothing is quantised", "output: {quantization: int4}", key=True)
+    elif rounding == "inputs" and recipe.calibration is None:
+        yield recipe.problem(loc, "inputs needs calibration", "calibration: {data: calib.jsonl}, or rounding: nearest")
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:

@@ -52,14 +52,16 @@ def _block(value: tuple[int, ...]) -> tuple[int, ...]:
 class Quantization(Keys):
     """The form in which weights of linear layers are written."""
 
-    scheme: Literal["fp8", "int8", "int4"] = Field(description="The numbers that weights are stored as.")
+    scheme: Literal["fp8", "int8", "int4", "nvfp4", "mxfp4"] = Field(
+        description="The numbers that weights are stored as."
+    )
     block: Annotated[Items[int], AfterValidator(_block)] | None = Field(
         None, description="fp8: [rows, columns] that share a scale, as DeepSeek-V3 stores them. Default: [128, 128]."
     )
     strategy: Literal["block", "channel", "group"] | None = Field(
         None,
         description="What has a scale: a block (fp8), an output channel (fp8, int8), or a group of columns of a "
-        "channel (int4). Default: block for fp8.",
+        "channel (int4, nvfp4, mxfp4). Default: block for fp8.",
     )
     group: Positive | None = Field(
         None, le=1 << 20, description="int4: columns of a group. Default: of 128, 64 and 32 the largest that fits all."
@@ -68,14 +70,14 @@ class Quantization(Keys):
     @property
     def by(self) -> str:
         """The unit that has a scale."""
-        return self.strategy or {"fp8": "block", "int8": "channel", "int4": "group"}[self.scheme]
+        return self.strategy or {"fp8": "block", "int8": "channel"}.get(self.scheme, "group")
 
 
 def _shape(value: Any) -> str:
     return "(scheme)" if isinstance(value, dict | Quantization) else "(name)"
 
 
-Named = Literal["none", "keep", "fp8", "int8", "int4"]
+Named = Literal["none", "keep", "fp8", "int8", "int4", "nvfp4", "mxfp4"]
 Quantized = Annotated[
     Annotated[Named, Tag("(name)")] | Annotated[Quantization, Tag("(scheme)")],
     Discriminator(_shape),
@@ -124,6 +126,11 @@ class Output(Keys):
         "none",
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
         "in that of a scheme.",
+    )
+    rounding: Literal["nearest", "inputs"] | None = Field(
+        None,
+        description="With a quantization: the nearest codes, or those by which the outputs of layers change least on "
+        "the calibration rows. Both measure what survives of the merged delta, and with rows what the outputs lose.",
     )
     gguf: Literal["q8_0", "f16", "bf16"] | None = Field(
         None, description="model: a GGUF file for llama.cpp beside the checkpoint, with matrices of this type."

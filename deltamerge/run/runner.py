@@ -371,30 +371,34 @@ def make_weights(
 
     @contextmanager
     def values(plan: Plan) -> Iterator[dict[Node, Any]]:
-        with _rows(plan, work) as rows:
-            yield {**rows, **calibrated(plan, work, options.lock, facts, alone=alone, known=rows)}
+        with _spooled(plan.rows, work, {}) as rows:
+            found = {**rows, **calibrated(plan, work, options.lock, facts, alone=alone, known=rows)}
+            with _spooled(plan.moments, work, found, second=True) as moments:
+                yield {**found, **moments}
 
     files = part.files(planned.layout) if part else None
     return output_of(planned).settle(planned, WriteJob(work, pieces, values, options.merging, options.lock, files))
 
 
 @contextmanager
-def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
-    """Give what the merge method needs of every model's rows, by its node.
+def _spooled(
+    node: Node | None, work: Workspace, known: Mapping[Node, Any], *, second: bool = False
+) -> Iterator[dict[Node, Any]]:
+    """Give what a stage measures on rows, by its node; nothing where there is none.
 
-    Its files lie in the work folder meanwhile.
+    Its files lie in the work folder meanwhile, those of a `second` stage beside the first's.
     """
-    if (node := planned.rows) is None:
+    if node is None:
         yield {}
         return
-    from deltamerge.calibrate.values import Spooled
+    from deltamerge.calibrate.values import FIRST, MOMENTS, Spooled
 
     folder = work.state / SPOOL
     with writing():
         folder.mkdir(exist_ok=True)
-    found = Spooled(folder)
+    found = Spooled(folder, first=MOMENTS if second else FIRST)
     try:
-        yield shared_values([node], {node.inputs[0]: found})
+        yield shared_values([node], {**known, node.inputs[0]: found})
     finally:
         found.remove()
 

@@ -282,6 +282,9 @@ def test_a_server_is_updated(folder: Path, url: str, monkeypatch: pytest.MonkeyP
     assert Server.calls[-1] == "/resume"
     assert bits(Server.weights) == bits(load_tensors(folder / "full-2"))
     Server.fails = False
+    calls = len(Server.calls)
+    assert serve("--store", "other") == 1  # the server's weights are not of that store
+    assert len(Server.calls) == calls
     assert serve("--undo") == 0
     assert bits(Server.weights) == bits(load_tensors(folder / "merged"))
     assert Server.version == "base"

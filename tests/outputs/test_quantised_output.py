@@ -338,6 +338,8 @@ WRITTEN = {
     "int8": ("weight_scale", 0.008),
     "{scheme: int4, group: 16}": ("weight_packed", 0.09),
     "int4": ("weight_packed", 0.11),
+    "nvfp4": ("weight_packed", 0.11),
+    "mxfp4": ("weight_packed", 0.14),
 }
 
 

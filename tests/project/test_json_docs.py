@@ -174,5 +174,5 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 def test_every_table_of_the_page_was_read():
     assert len(described("## plan")) == 48
     assert len(described("## diff")) == 19
-    assert len(described("## run, extract and apply")) == 16
+    assert len(described("## run, extract and apply")) == 17
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# below, in tests/run/ of quantised and packed merges, of quantised outputs and of mixtures, in tests/apps/search/
-ELSEWHERE = {"moe.yaml", "diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml"}
+# below, in tests/run/ of quantised and packed merges, of quantised outputs, rounding, mixtures, in tests/apps/search/
+ELSEWHERE = {"moe.yaml", "diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml",
+             "int4-inputs.yaml"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

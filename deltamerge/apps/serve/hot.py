@@ -47,6 +47,7 @@ from deltamerge.version import __version__
 
 Key = tuple[Any, ...]
 Keys = Mapping[str, Key]
+UNNAMED = "default"  # vLLM's name of the weights that a server starts with
 BASE = "base"  # the weight version of a server that holds the folder's own weights
 
 
@@ -332,7 +333,7 @@ class HotServer:
     def _written(self, plan: Plan, keys: Keys, names: list[str]) -> Path:
         """Return the artifact that makes a plan's tensors of the folder's, written where it is not there."""
         values = self._merge.values(plan, keys, names)
-        digest = blake3()
+        digest = blake3((self._merge.folder / LOCK_NAME).read_bytes())  # what the tensors are changes of
         for name in names:
             digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
             digest.update(flat(values[name]))
@@ -360,7 +361,12 @@ class HotServer:
         version = BASE if delta is None else delta.name
         if held == version:
             return
-        if held != BASE and not (isinstance(held, str) and is_version(self.store / held)):
+        if held not in (None, UNNAMED, BASE) and not is_version(self.store / str(held)):
+            raise OutputError(
+                f"{self._url}: holds weights named {str(held)!r}, which are not of {self.store}",
+                hint="name their --store, or start the server again",
+            )
+        if held in (None, UNNAMED):
             folder = str(self._merge.folder.resolve())
             self._ask("POST", "/init_weight_transfer_engine", {"init_info": {"base": folder}})
         self._ask("POST", "/pause?mode=wait")

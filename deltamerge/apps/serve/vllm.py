@@ -63,8 +63,14 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: DeltaInit) -> None:
-        """Open the base, which the model has to hold now. InputError: it is no checkpoint."""
+        """Open the base, which the model has to hold when this is first called. InputError: it is no checkpoint.
+
+        Called again while the model holds a delta, the next update writes every tensor.
+        """
+        before = getattr(self, "_served", None)
         self._served = ServedModel(init_info.base or self.model_config.model, keep=init_info.keep)
+        if before is not None and before.at != {}:
+            self._served.at = None
         self._in_place = keeps_weights(self) if init_info.in_place is None else init_info.in_place
 
     def start_weight_update(self) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,6 +195,143 @@ def _onward(subject: Subject, part: Share, first: Subject, of_first: Share) -> W
 def _kept(found: Spooled, names: Mapping[str, str], model: int) -> Keep:
     by_stored = {stored: name for name, stored in names.items()}
     return lambda stored, moments: found.keep(by_stored[stored], model, moments)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A weight whose matrices' inputs are measured: how many there are, and whether it is stored (in, out)."""
+
+    inputs: int
+    transposed: bool
+
+
+def of_result(
+    *inputs: Node,
+    known: Mapping[Node, Any],
+    source: CalibrationInput,
+    names: tuple[str, ...],
+    wanted: tuple[tuple[str, Wanted], ...],
+) -> Spooled:
+    """Return the second moments of the inputs that a merge's own layers get, as it is before it is quantised.
+
+    inputs   the spool; the tensors of the result in the order of `names`; stages that they need
+    source   the template, which runs with the result's weights, and the rows
+    wanted   the weights that are quantised, by name
+
+    InputError: a weight whose inputs the model does not show.
+    """
+    from deltamerge.calibrate.q.subject import Subject
+
+    found: Spooled = known[inputs[0]]
+    roots = dict(zip(names, inputs[1 : 1 + len(names)], strict=True))
+    with calibrating("the merge", 1, MEASURING, device=source.device), Reader() as reader:
+        subject = Subject(source, reader)
+        subject.model.entering = lambda part, weights: None
+        batches = subject.batches["search"].inputs
+        weights = _result(subject, roots, reader, known)
+        watch = MatrixMoments(batches, dict(wanted), found)
+        subject.model.run(batches, [weights], lambda batch, output: None, watch=watch)
+        subject.count(batches)
+        subject.forget()
+    return found
+
+
+def _result(subject: Subject, roots: Mapping[str, Node], reader: Reader, known: Mapping[Node, Any]) -> Weights:
+    """Return the weights of a merge, computed as they are asked for; what it has not is the template's."""
+    import torch
+
+    from deltamerge.engine.execute import computed
+    from deltamerge.tensors.dtypes import TORCH_NAMES
+
+    def weights(asked: Sequence[str]) -> dict[str, Tensor]:
+        some = {name: roots[name] for name in asked if name in roots}
+        made = computed(some, reader, device=subject.source.device, known=known) if some else {}
+        found = dict(subject.tune([name for name in asked if name not in roots]))
+        for name, node in some.items():
+            dtype = getattr(torch, TORCH_NAMES[node.dtype])
+            found[name] = torch.from_numpy(made.pop(name)).view(dtype).reshape(node.shape)
+        return found
+
+    return weights
+
+
+class MatrixMoments:
+    """A watch that sums x xᵀ over the real tokens of every matrix in `wanted`, block by block, into `found`.
+
+    Products are float32, sums float64. Of experts each has those of the tokens that it gets; their sums lie in files.
+    """
+
+    def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, Wanted], found: Spooled) -> None:
+        from deltamerge.calibrate.model.activations import masks_of
+
+        self.masks = masks_of(batches)
+        self.wanted, self.found = wanted, found
+        self.sums: dict[tuple[str, int], Any] = {}
+        self.counts: dict[tuple[str, int], int] = {}
+        self.last: tuple[int, Tensor, NDArray[np.float64], int] | None = None
+        self.written: tuple[NDArray[np.float64], Path] | None = None
+
+    def enter(self, layers: Sequence[Linear]) -> None:
+        self.sums, self.counts, self.last = {}, {}, None
+
+    def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
+        from deltamerge.calibrate.model.activations import tokens_of
+        from deltamerge.calibrate.model.layers import Linear
+
+        layer, cut = (seen, None) if isinstance(seen, Linear) else (seen.layer, seen)
+        wanted = self.wanted.get(layer.name)
+        if wanted is None:
+            return
+        if seen.transposed != wanted.transposed:
+            raise InputError(f"{layer.name}: a scale is of several inputs' outputs", hint="output: {rounding: nearest}")
+        if cut is not None:
+            tokens = _of_matrix(cut, x, wanted.inputs).float()
+            self._add((layer.name, cut.lead), (tokens.T @ tokens).double().cpu().numpy(), len(tokens), in_file=True)
+            return
+        if self.last is None or self.last[0] != batch or self.last[1] is not x:
+            tokens = tokens_of(x, self.masks[batch]).float()
+            self.last = batch, x, (tokens.T @ tokens).double().cpu().numpy(), len(tokens)
+        self._add((layer.name, 0), self.last[2], self.last[3])
+
+    def _add(self, key: tuple[str, int], product: NDArray[np.float64], count: int, *, in_file: bool = False) -> None:
+        if key not in self.sums:
+            self.sums[key] = np.zeros_like(product)
+            if in_file:
+                path = self.found.begun(*key)
+                with writing():
+                    self.sums[key] = np.memmap(path, np.float64, "w+", shape=product.shape)
+        self.sums[key] += product
+        self.counts[key] = self.counts.get(key, 0) + count
+
+    def leave(self, layers: Sequence[Linear]) -> bool:
+        for key, total in self.sums.items():
+            total /= max(1, self.counts[key])
+            if isinstance(total, np.memmap):
+                with writing():
+                    total.flush()
+            elif self.written is not None and np.array_equal(self.written[0], total):  # another layer's input too
+                self.found.files[key] = self.written[1]
+            else:
+                self.found.keep(*key, total)
+                self.written = total, self.found.files[key]
+        self.enter(layers)
+        return False
+
+
+def _of_matrix(cut: MatrixCut, x: Tensor, inputs: int) -> Tensor:
+    """Return x (N, inputs) in the order of the file. InputError: only some of the inputs are multiplied at once."""
+    import torch
+
+    def numbers(index: slice | Tensor, size: int) -> Tensor:
+        return index if isinstance(index, torch.Tensor) else torch.arange(size)[index]
+
+    places = numbers(cut.inputs, inputs)
+    if len(places) != inputs:
+        message = f"{cut.layer.name}: its inputs are multiplied in parts, so that they cannot be measured"
+        raise InputError(message, hint="output: {rounding: nearest}, without calibration")
+    found = torch.empty(len(x), inputs, dtype=x.dtype, device=x.device)
+    found[:, places] = x[:, numbers(cut.features, x.shape[1])]
+    return found
 
 
 FORWARDS = 4  # passes of a row: forward, again from the checkpoints, backward

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from deltamerge.engine import kernels
-from deltamerge.formats.quantised.scheme import CHUNK, EXPONENTS, Array, CodedParts, Coder, Floats
+from deltamerge.formats.quantised.scheme import (
+    CHUNK,
+    EXPONENTS,
+    Adjustable,
+    Array,
+    CodedParts,
+    Doubles,
+    Floats,
+)
 from deltamerge.tensors.dtypes import NUMPY, PLAIN, narrow, widen
 from deltamerge.tensors.tensor import Read
 
@@ -303,6 +311,39 @@ Choices = Callable[[Floats], Iterator[ScaleChoice]]
 """Proposes scales for blocks (a, m, b, n)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The numbers that a matrix may be stored as.
+
+    numbers   of the codes
+    block     rows and columns that share a scale
+    choices   proposes scales for blocks
+    scales    returns stored scales in float32
+    """
+
+    numbers: Numbers
+    block: tuple[int, int]
+    choices: Choices
+    scales: Callable[[Array], Floats]
+
+    def nearest(self, values: Floats, weights: Doubles | None = None) -> CodedMatrix:
+        """Return a matrix with every value at its nearest number; `weights` of columns count when scales are chosen."""
+        return code_grid(values, self.numbers, self.block, self.choices, weights)
+
+
+class Rounding(Protocol):
+    """Chooses codes and scales of matrices whose columns are the inputs of a layer."""
+
+    def code(self, values: Floats, lattice: Lattice) -> CodedMatrix:
+        """Return `values` coded with numbers of `lattice`."""
+
+    def turned(self) -> Rounding:
+        """Return the same for the transpose of the matrix."""
+
+    def of_columns(self, order: Array) -> Rounding:
+        """Return the same for the matrix with its columns in another order."""
+
+
 class CodedBlocks(NamedTuple):
     """Codes (a, m, b, n), scales, zeros and biases as stored (a, b), and Σ (x − stored)² of each block."""
 
@@ -313,11 +354,16 @@ class CodedBlocks(NamedTuple):
     lost: Array
 
 
-def best(blocks: Floats, numbers: Numbers, choices: Iterable[ScaleChoice]) -> CodedBlocks:
-    """Return blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals."""
+def best(
+    blocks: Floats, numbers: Numbers, choices: Iterable[ScaleChoice], weights: Doubles | None = None
+) -> CodedBlocks:
+    """Return blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals.
+
+    `weights` (b, n) multiply the squares of what is lost.
+    """
     found: CodedBlocks | None = None
     for choice in choices:
-        made = coded(blocks, numbers, choice)
+        made = coded(blocks, numbers, choice) if weights is None else _coded(blocks, numbers, choice, weights)
         if found is None:
             found = made
         elif (better := made.lost < found.lost * MARGIN).any():
@@ -338,7 +384,7 @@ def coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks:
     return _coded(blocks, numbers, choice)
 
 
-def _coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks:
+def _coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice, weights: Doubles | None = None) -> CodedBlocks:
     over = choice.scales[:, None, :, None]
     bias = None if choice.bias is None else choice.bias[0][:, None, :, None]
     quotient = blocks / over if bias is None else (blocks - bias) / over
@@ -355,7 +401,10 @@ def _coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks
     if bias is not None:
         back += bias
     back -= blocks
-    lost = np.einsum("ambn,ambn->ab", back, back, dtype=np.float64, casting="safe")
+    if weights is None:
+        lost = np.einsum("ambn,ambn->ab", back, back, dtype=np.float64, casting="safe")
+    else:
+        lost = np.einsum("ambn,ambn,bn->ab", back, back, weights, dtype=np.float64, casting="safe")
     return CodedBlocks(codes, choice.stored, choice.zeros, None if choice.bias is None else choice.bias[1], lost)
 
 
@@ -379,11 +428,13 @@ class CodedMatrix(NamedTuple):
     lost: float
 
 
-def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices) -> CodedMatrix:
+def code_grid(
+    values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices, weights: Doubles | None = None
+) -> CodedMatrix:
     """Return a matrix coded with a scale for each block of (rows, columns), cut at the edges.
 
     `choices` proposes scales for blocks (a, m, b, n); the best is taken. Of a block too large for the cache the first
-    is taken, and `choices` gets its extremes.
+    is taken, and `choices` gets its extremes. `weights` of the columns multiply the squares of what is lost.
     """
     rows, columns = values.shape
     m, n = block[0], min(block[1], columns)
@@ -394,7 +445,10 @@ def code_grid(values: Floats, numbers: Numbers, block: tuple[int, int], choices:
         if m * n > WIDE:
             found = _wide(chunk, into, numbers, choices)
         else:
-            found = best(blocks := blocks_of(chunk, m, n), numbers, choices(blocks))
+            of_columns = (
+                None if weights is None else np.pad(weights[left:right], (0, (left - right) % n)).reshape(-1, n)
+            )
+            found = best(blocks := blocks_of(chunk, m, n), numbers, choices(blocks), of_columns)
             into[...] = flat_of(found.codes)[: bottom - top, : right - left]
         at = slice(top // m, -(-bottom // m)), slice(left // n, -(-right // n))
         for i, part in enumerate(found[1:4]):
@@ -421,7 +475,7 @@ def _wide(block: Floats, into: Array, numbers: Numbers, choices: Choices) -> Cod
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCoder:
+class BlockCoder(Adjustable):
     """Codes with a scale for each block of `block` (rows, columns).
 
     code_ij = round(x_ij / s), s = max |x| / largest number of the block; with `zeros` code_ij = round(x_ij / s) + z,
@@ -442,8 +496,8 @@ class BlockCoder:
     packing: Packing = "bytes"
     least_zero: int | None = None
 
-    def encode(self, values: Floats, read: Read) -> CodedParts:
-        made = self.matrix(values)
+    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
+        made = self.matrix(values, rounding)
         arrays = [packed(made.codes, self.numbers, self.packing), made.scales]
         if made.zeros is not None:
             stored = made.zeros.view(np.uint8)
@@ -452,9 +506,10 @@ class BlockCoder:
             arrays.append(stored)
         return CodedParts(tuple(arrays), made.lost)
 
-    def matrix(self, values: Floats) -> CodedMatrix:
+    def matrix(self, values: Floats, rounding: Rounding | None = None) -> CodedMatrix:
         """Return a matrix coded, codes not yet packed."""
-        return code_grid(values, self.numbers, self.block, self._choices)
+        lattice = Lattice(self.numbers, self.block, self._choices, partial(scales_of, dtype=self.scale))
+        return lattice.nearest(values) if rounding is None else rounding.code(values, lattice)
 
     def _choices(self, blocks: Floats) -> Iterator[ScaleChoice]:
         """Yield scales for blocks, by their extremes."""
@@ -482,13 +537,15 @@ class BlockCoder:
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnCoder:
+class ColumnCoder(Adjustable):
     """Codes the columns of a whole matrix as rows."""
 
-    coder: Coder
+    turned: ClassVar[bool] = True
+    coder: BlockCoder
 
-    def encode(self, values: Floats, read: Read) -> CodedParts:
-        return self.coder.encode(np.ascontiguousarray(values.T), read)
+    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
+        turned = None if rounding is None else rounding.turned()
+        return self.coder.encode(np.ascontiguousarray(values.T), read, turned)
 
 
 def shares_of(numbers: Numbers) -> tuple[float, ...]:

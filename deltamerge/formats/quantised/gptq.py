@@ -17,11 +17,12 @@ import numpy as np
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import WORD, BlockCoder, Integers, pack_words, unpack
+from deltamerge.formats.quantised.codes import WORD, BlockCoder, Integers, Rounding, pack_words, unpack
 from deltamerge.formats.quantised.scheme import (
     CHUNK,
     TURNED_ACROSS,
     TURNED_ALONG,
+    Adjustable,
     Array,
     CodedParts,
     CodedRows,
@@ -202,7 +203,7 @@ class Gptq(TurnedWords):
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedCoder:
+class TurnedCoder(Adjustable):
     """Writes codes, zeros and scales of a whole weight, its inputs in the groups that `like` has them in.
 
     With `sym` all zeros are the middle of the range. No zero is 0 where zero − 1 is stored.
@@ -211,7 +212,7 @@ class TurnedCoder:
     like: TurnedWords
     sym: bool
 
-    def encode(self, values: Floats, read: Read) -> CodedParts:
+    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
         like, middle = self.like, 1 << self.like.width - 1
         order = like.places(read)
         sizes = np.bincount(order, minlength=like.scales.shape[0])
@@ -224,13 +225,15 @@ class TurnedCoder:
         coder = BlockCoder(numbers, block, scale, how, search=like.width < 8, least_zero=like.plus)
         outputs, inputs = values.shape
         step = max(like.align, CHUNK // inputs // like.align * like.align)
+        if rounding is not None:
+            step, rounding = outputs, rounding.of_columns(sorted_by)
         codes = np.empty(like.codes.shape, np.int32)
         scales = np.empty((len(sizes), outputs), bits_type(scale))
         zeros = np.full((len(sizes), outputs), middle, np.int16)
         lost = 0.0
         for top in range(0, outputs, step):
             rows = np.ascontiguousarray(values[top : top + step])
-            made = coder.matrix(np.ascontiguousarray(rows[:, sorted_by]))
+            made = coder.matrix(np.ascontiguousarray(rows[:, sorted_by]), rounding)
             found = made.codes + np.uint8(middle) & np.uint8(2 * middle - 1) if self.sym else made.codes
             unsorted = np.empty_like(found)
             unsorted[:, sorted_by] = found

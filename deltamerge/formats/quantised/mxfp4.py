@@ -29,6 +29,7 @@ from deltamerge.formats.quantised.scheme import (
     Floats,
     Part,
     Shape,
+    StoredPart,
     StoredWeight,
     as_one,
     bits,
@@ -38,6 +39,7 @@ from deltamerge.formats.quantised.scheme import (
     fill_bands,
     finite,
     held_columns,
+    unit_rows,
     weight,
     whole,
 )
@@ -129,6 +131,17 @@ class Mxfp4Experts(CodedWeight):
 
 def _coder(group: int) -> BlockCoder:
     return BlockCoder(E2M1, (1, group), "U8", search=True, packing="nibbles")
+
+
+def write(name: str, shape: Shape) -> Coding:
+    """Return the coding of a matrix as compressed-tensors' mxfp4-pack-quantized stores it."""
+    rows, columns = shape
+    module = name.removesuffix("weight")
+    parts = (
+        StoredPart(f"{module}weight_packed", "U8", (rows, columns // 2)),
+        StoredPart(f"{module}weight_scale", "U8", (rows, columns // GROUP)),
+    )
+    return Coding(shape, _coder(GROUP), (rows, columns), unit_rows(rows, columns, 1), parts)
 
 
 def read(stored: StoredWeight) -> TensorInfo:

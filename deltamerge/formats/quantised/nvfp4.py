@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +21,9 @@ from deltamerge.formats.quantised.codes import (
     E2M1,
     E4M3,
     SHARES,
+    Lattice,
+    Rounding,
     ScaleChoice,
-    code_grid,
     extremes,
     float32,
     packed,
@@ -31,6 +33,8 @@ from deltamerge.formats.quantised.codes import (
 from deltamerge.formats.quantised.grid import Tabled
 from deltamerge.formats.quantised.scheme import (
     EXPONENTS,
+    Adjustable,
+    Array,
     CodedParts,
     Coding,
     Floats,
@@ -89,7 +93,7 @@ class Nvfp4(Tabled):
 
 
 @dataclass(frozen=True, slots=True)
-class Nvfp4Coder:
+class Nvfp4Coder(Adjustable):
     """Writes E2M1 codes with an E4M3 scale for `group` columns, and one float32 for the whole weight.
 
     The scales are multiplied by the float32, or divided (`over`); `single`: there is none. It is
@@ -99,13 +103,14 @@ class Nvfp4Coder:
     group: int
     apply: Literal["times", "over", "single"]
 
-    def encode(self, values: Floats, read: Read) -> CodedParts:
+    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
         most = np.float32(max(float(values.max()), -float(values.min())))
         factor = np.float32(1)
         if self.apply != "single" and most > 0:
             factor = most / WHOLE_RANGE if self.apply == "times" else WHOLE_RANGE / most
             factor = factor if np.isfinite(factor) and factor > 0 else np.float32(1)
-        made = code_grid(values, E2M1, (1, self.group), lambda blocks: self._choices(blocks, factor))
+        lattice = Lattice(E2M1, (1, self.group), partial(self._choices, factor=factor), partial(self._scales, factor))
+        made = lattice.nearest(values) if rounding is None else rounding.code(values, lattice)
         single = () if self.apply == "single" else (np.full(1, factor, np.float32),)
         return CodedParts((packed(made.codes, E2M1, "nibbles"), made.scales, *single), made.lost)
 
@@ -115,8 +120,23 @@ class Nvfp4Coder:
         exact = most * factor if self.apply == "over" else most / factor
         for share in SHARES:
             stored = np.maximum(E4M3.codes(float32(exact * np.float32(share))), np.uint8(1))
-            scales = E4M3.values(stored)
-            yield ScaleChoice(scales / factor if self.apply == "over" else scales * factor, stored)
+            yield ScaleChoice(self._scales(factor, stored), stored)
+
+    def _scales(self, factor: np.float32, stored: Array) -> Floats:
+        scales = E4M3.values(stored)
+        return scales / factor if self.apply == "over" else scales * factor
+
+
+def write(name: str, shape: Shape) -> Coding:
+    """Return the coding of a matrix as compressed-tensors' nvfp4-pack-quantized stores it."""
+    rows, columns = shape
+    module = name.removesuffix("weight")
+    parts = (
+        StoredPart(f"{module}weight_packed", "U8", (rows, columns // 2)),
+        StoredPart(f"{module}weight_scale", "F8_E4M3", (rows, columns // GROUP)),
+        StoredPart(f"{module}weight_global_scale", "F32", (1,), rows),
+    )
+    return Coding(shape, Nvfp4Coder(GROUP, "over"), (rows, columns), rows, parts)
 
 
 def read(stored: StoredWeight) -> TensorInfo:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +51,15 @@ FORMATS = frozenset({
     "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized", "mixed-precision",
     "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense", "fakequant",
 })  # fmt: skip
+# Of the schemes that are written: bits, the library's format, its type of numbers.
+FORM_OF = {
+    "fp8": (8, "float-quantized", "float"),
+    "int8": (8, "int-quantized", "int"),
+    "int4": (4, "pack-quantized", "int"),
+    "nvfp4": (4, "nvfp4-pack-quantized", "float"),
+    "mxfp4": (4, "mxfp4-pack-quantized", "float"),
+}
+SCALE_OF = {"nvfp4": ("tensor_group", "torch.float8_e4m3fn"), "mxfp4": ("group", "torch.uint8")}
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
@@ -151,18 +160,20 @@ def write_int4(name: str, shape: Shape, group: int, scale: str, path: Path) -> C
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts, (whole,))
 
 
-def settings_of(scheme: Literal["fp8", "int8", "int4"], by: str, size: int, plain: Sequence[str]) -> dict[str, Any]:
+def settings_of(scheme: str, by: str, size: int, plain: Sequence[str]) -> dict[str, Any]:
     """Return config.json's settings of weights with a scale a group (of `size`), channel or tensor.
 
     8 bits round activations token by token, 4 bits leave them plain. Modules `plain` are not coded.
     """
-    bits = 4 if scheme == "int4" else 8
-    common = {"num_bits": bits, "type": "float" if scheme == "fp8" else "int", "symmetric": True}
+    bits, form, kind = FORM_OF[scheme]
+    common = {"num_bits": bits, "type": kind, "symmetric": True}
     weights = {**common, "dynamic": False, "strategy": by, "observer": "minmax"}
     if by == "group":
         weights["group_size"] = size
+    if scheme in SCALE_OF:
+        strategy, dtype = SCALE_OF[scheme]
+        weights |= {"strategy": strategy, "scale_dtype": dtype, "zp_dtype": dtype}
     tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
-    form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[scheme]
     group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
     return {
         "config_groups": {"group_0": group},

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Shape = tuple[int, ...]
 Rows = Callable[[int, int, Floats], None]
 Part: TypeAlias = Tensor | TensorInfo
@@ -163,10 +164,27 @@ class CodedParts(NamedTuple):
 
 
 class Coder(Protocol):
-    """Codes rows of a weight. Implementations are plain data."""
+    """Codes rows of a weight. Implementations are plain data.
+
+    An `Adjustable` one lets a `Rounding` choose the codes.
+    """
 
     def encode(self, values: Floats, read: Read) -> CodedParts:
         """Return finite `values` (rows, columns) as they are stored."""
+
+
+class Adjustable:
+    """A coder whose `encode` takes a third argument, a `Rounding` (codes.py).
+
+    turned   whether the columns of the values are coded as rows
+    """
+
+    __slots__ = ()
+    turned: ClassVar[bool] = False
+
+    def encode(self, values: Floats, read: Read, rounding: Any = None) -> CodedParts:
+        """Return finite `values` (rows, columns) as they are stored."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +226,8 @@ class Coding:
     copied      further tensors that belong to it and are copied
     like        the weight as another model has it, in the same form: a unit that equals it gets its bytes, which are
                 in `like_parts`
+    rounding    how codes are chosen, and what they keep of the difference from `base` is measured; None: the nearest
+    base        the weight of the base model
     """
 
     shape: Shape
@@ -218,6 +238,25 @@ class Coding:
     copied: tuple[TensorInfo, ...] = ()
     like: TensorInfo | None = None
     like_parts: tuple[TensorInfo, ...] = ()
+    rounding: Literal["nearest", "inputs"] | None = None
+    base: TensorInfo | None = None
+
+    def rounded(self, rounding: Literal["nearest", "inputs"], base: TensorInfo | None) -> Coding:
+        """Return the coding with another choice of codes, for all rows with the same inputs together.
+
+        InputError: its coder cannot choose.
+        """
+        if not isinstance(self.coder, Adjustable):
+            raise InputError("output.rounding: is not for its form", hint="leave output.rounding out")
+        unit, own = self.matrix[0], self.shape[-2]  # of all experts, or of one
+        if self.unit < unit and not any(own % part.rows for part in self.parts):
+            unit = own
+        return replace(self, unit=unit, rounding=rounding, base=base)
+
+    @property
+    def inputs(self) -> int:
+        """Return the inputs of the layer, where codes may be chosen by them."""
+        return self.shape[-2] if isinstance(self.coder, Adjustable) and self.coder.turned else self.shape[-1]
 
     @property
     def matrices(self) -> int:

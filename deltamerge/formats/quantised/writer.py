@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.files.descriptors import flat, output_error, reserve
-from deltamerge.formats.quantised.scheme import Coding, Unit
+from deltamerge.formats.quantised.feedback import Feedback, total
+from deltamerge.formats.quantised.scheme import Adjustable, Coding, Doubles, Unit, bits
 from deltamerge.formats.safetensors import Writer
-from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.dtypes import ITEMSIZE, widen
 from deltamerge.tensors.tensor import Read
 
 LARGE = 1 << 26  # bytes; larger units are collected in a file, which the system may page out
 NOT_FINITE = "write it plain, with output.quantization: none"
 
-Losses = dict[str, tuple[float, float]]
-"""(Σ (x − stored)², Σ x²) of coded weights, by name."""
+Squares = tuple[float, ...]
+Losses = dict[str, Squares]
+"""(Σ (x − stored)², Σ x²) of coded weights by name, or with a `rounding` all `Sums` of feedback.py."""
+MomentsOf = Callable[[str, int], Doubles | None]
+"""Returns the second moments of the inputs of a weight's matrix, by its name and number; None: there are none."""
 
 
 @dataclass(eq=False)
@@ -49,9 +53,10 @@ class CodedWriter:
     codings: Mapping[str, Coding]
     reader: Read
     folder: Path
-    found: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    moments: MomentsOf = lambda name, matrix: None
+    found: dict[str, dict[int, Squares]] = field(default_factory=dict)
     _open: dict[tuple[str, int], _OpenUnit] = field(default_factory=dict)
-    _fresh: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    _fresh: dict[str, dict[int, Squares]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -139,19 +144,40 @@ class CodedWriter:
 
     def _code(self, name: str, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> None:
         with errors.context(name):
+            rounding = self._rounding(name, coding, unit, values)
             if coding.like is not None and self._unchanged(coding, unit, values):
-                self._note(name, unit, (0.0, _square(values)))
+                if rounding is not None:
+                    rounding.keep(values.reshape(-1, coding.matrix[1]))
+                self._note(name, unit, (0.0, _square(values)) if rounding is None else total(rounding.sums))
                 self._copy(coding, unit)
                 return
             if not np.isfinite(values).all():
                 count = len(values) - int(np.isfinite(values).sum())
                 raise OutputError(f"{count} values are not finite, and cannot be quantised", hint=NOT_FINITE)
-            arrays, lost = coding.coder.encode(values.reshape(-1, coding.matrix[1]), self.reader)
-            self._note(name, unit, (lost, _square(values)))
+            matrix = values.reshape(-1, coding.matrix[1])
+            if rounding is None:
+                arrays, lost = coding.coder.encode(matrix, self.reader)
+                self._note(name, unit, (lost, _square(values)))
+            else:
+                assert isinstance(coding.coder, Adjustable)
+                arrays, _ = coding.coder.encode(matrix, self.reader, rounding)
+                self._note(name, unit, total(rounding.sums))
             for (part, begin, end), array in zip(coding.places(unit), arrays, strict=True):
                 if array.nbytes != end - begin:
                     raise RuntimeError(f"{part.name}: {array.nbytes} bytes coded, {end - begin} planned")
                 self.writer.write(part.name, begin, np.ascontiguousarray(array))
+
+    def _rounding(self, name: str, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> Feedback | None:
+        """Return what chooses the codes of a unit, or measures them; None: they are the nearest, and not measured."""
+        if coding.rounding is None:
+            return None
+        rows, columns = coding.shape[-2:]
+        first = unit.start // (rows * columns)
+        delta = None
+        if coding.base is not None:
+            delta = values - widen(bits(self.reader, coding.base, unit.start, len(values)), coding.base.dtype)
+            delta = delta.reshape(-1, columns) if np.isfinite(delta).all() else None
+        return Feedback(lambda number: self.moments(name, first + number), rows, delta, coding.rounding == "inputs")
 
     def _unchanged(self, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> bool:
         """Return whether the values are those of the model that the form is taken from; the first row tells most."""
@@ -172,7 +198,7 @@ class CodedWriter:
             self.reader.read_into(source, begin // ITEMSIZE[source.dtype], data)
             self.writer.write(part.name, begin, data)
 
-    def _note(self, name: str, unit: Unit, sums: tuple[float, float]) -> None:
+    def _note(self, name: str, unit: Unit, sums: Squares) -> None:
         with self._lock:
             self.found.setdefault(name, {})[unit.start] = sums
             self._fresh.setdefault(name, {})[unit.start] = sums
@@ -184,16 +210,15 @@ class CodedWriter:
         return {"coded": fresh} if fresh else {}
 
 
-def relative_error(sums: Iterable[tuple[float, float]]) -> float:
+def relative_error(sums: Iterable[Squares]) -> float:
     """Return ‖x − stored‖ / ‖x‖ of weights; 0 where nothing is lost."""
     pairs = list(sums)
-    lost, norm = fsum(a for a, _ in pairs), fsum(b for _, b in pairs)
+    lost, norm = fsum(own[0] for own in pairs), fsum(own[1] for own in pairs)
     return float((lost / norm) ** 0.5) if lost and norm else 0.0
 
 
-def _summed(units: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
-    pairs = list(units.values())
-    return fsum(a for a, _ in pairs), fsum(b for _, b in pairs)
+def _summed(units: Mapping[int, Squares]) -> Squares:
+    return tuple(fsum(own) for own in zip(*units.values(), strict=True))
 
 
 def _square(values: NDArray[np.float32]) -> float:

@@ -125,6 +125,16 @@ def test_a_server_that_died_on_its_way_goes_on(chain: Path, tmp_path: Path, pinn
         assert marker.read_text() == f"{NAMES[1 if pinned else 3]}\n"
 
 
+@pytest.mark.parametrize("held", [2, 4])
+def test_a_server_that_died_on_its_way_back_comes_up_again(chain: Path, tmp_path: Path, held: int) -> None:
+    wanted, marker = states(4), tmp_path / "at"
+    marker.write_text(f"{NAMES[3]} {NAMES[1]}\n")  # from the newest to the second; the pin was released since
+    state = copied(wanted[held])
+    for version in dm.follow(chain, timeout=0, marker=marker):
+        version.apply_(state)
+    assert same(state, wanted[4])
+
+
 def test_a_state_ahead_of_its_marker_goes_back(chain: Path, tmp_path: Path) -> None:
     wanted, marker = states(4), tmp_path / "at"
     marker.write_text(f"{NAMES[1]}\n")  # the process died when it had the third, and had not said so

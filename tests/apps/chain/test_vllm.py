@@ -243,3 +243,17 @@ def test_a_worker_whose_write_fails_holds_what_it_held(vllm: None, made: Path, i
         assert same(model.state, found[0 if held is None else held + 1])
     engine.update_weights({"delta": str(made / "run")})
     assert same(model.state, found[3])
+
+
+def test_a_worker_that_is_begun_again_writes_every_tensor(vllm: None, made: Path) -> None:
+    from deltamerge.apps.serve.vllm import DeltaInit
+
+    found = states(3)
+    with dm.DeltaWriter(made / "run", base=made / "base") as writer:
+        for state in found[1:]:
+            writer.write(state)
+    engine, model = served(made, in_place=False)
+    engine.update_weights({"delta": str(made / "run" / NAMES[0])})
+    engine.init_transfer_engine(DeltaInit(base=str(made / "base")))
+    engine.update_weights({"delta": None})
+    assert same(model.state, found[0])
