@@ -309,28 +309,28 @@ METHODS: dict[str, Make] = {
 CALIBRATED = ("DAREx-q", "magnitude q_e")
 
 
-def known() -> list[Cell]:
-    if not FILE.exists():
+def known(file: Path) -> list[Cell]:
+    if not file.exists():
         return []
-    return [Cell(**one) for one in json.loads(FILE.read_text(encoding="utf-8"))["cells"]]
+    return [Cell(**one) for one in json.loads(file.read_text(encoding="utf-8"))["cells"]]
 
 
-def keep(cell: Cell, whole: float) -> None:
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"fine-tunes": {}, "cells": []}
+def keep(file: Path, cell: Cell, whole: float) -> None:
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"fine-tunes": {}, "cells": []}
     found["fine-tunes"][cell.model] = round(whole, 2)
     found["cells"].append(cell._asdict())
-    part = FILE.with_suffix(".part")
+    part = file.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    part.replace(FILE)
+    part.replace(file)
 
 
-def measure(names: Iterable[str], ratios: Iterable[int], methods: Sequence[str], count: int) -> None:
+def measure(file: Path, names: Iterable[str], ratios: Iterable[int], methods: Sequence[str], count: int) -> None:
     for name in names:
         one = subject(name, count)
         whole = (one.tuned / "model.safetensors").stat().st_size
         for ratio in ratios:
             for method in methods:
-                done = {(cell.model, cell.ratio, cell.method) for cell in known()}
+                done = {(cell.model, cell.ratio, cell.method) for cell in known(file)}
                 if (name, ratio, method) in done or (method == "BitDelta" and ratio != 16):
                     continue
                 if method in CALIBRATED and isinstance(one, Decoder):
@@ -343,7 +343,7 @@ def measure(names: Iterable[str], ratios: Iterable[int], methods: Sequence[str],
                         print(f"{name} 1/{ratio} {method}: does not fit", flush=True)
                         continue
                     kl, score = one.measure(state)
-                keep(Cell(name, ratio, method, nbytes, float(f"{kl:.4g}"), round(score, 2)), one.score)
+                keep(file, Cell(name, ratio, method, nbytes, float(f"{kl:.4g}"), round(score, 2)), one.score)
                 print(f"{name} 1/{ratio} {method}: {nbytes:,} bytes, KL {kl:.4g}, {score:.1f} of {one.score:.1f}, "
                       f"{time.perf_counter() - begun:.0f} s", flush=True)  # fmt: skip
 
@@ -376,16 +376,17 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     draw_lines(path, title, panels, "log2 of the ratio", ["log10 of the KL"] * len(panels))
 
 
-def page() -> None:
-    """Write tables between the marks of the page, and the picture beside it."""
-    found = json.loads(FILE.read_text(encoding="utf-8"))
-    cells = known()
-    text = PAGE.read_text(encoding="utf-8")
+def documented(text: str, file: Path = FILE) -> str:
+    """The page with the tables of the results between its marks."""
     before, _, rest = text.partition("<!-- tables -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    body = f"{before}<!-- tables -->\n\n{tables(cells, found['fine-tunes'])}\n<!-- end -->{after}"
-    PAGE.write_text(body, encoding="utf-8")
-    draw(cells, PAGE.parent / "pictures" / "bytes.svg")
+    found = json.loads(file.read_text(encoding="utf-8"))["fine-tunes"]
+    return f"{before}<!-- tables -->\n\n{tables(known(file), found)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
+def page() -> None:
+    """Write the page's tables, and the picture beside it."""
+    PAGE.write_text(documented(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(known(FILE), PAGE.parent / "pictures" / "bytes.svg")
 
 
 def main() -> None:
@@ -394,10 +395,11 @@ def main() -> None:
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--rows", type=int, default=1500, help="test rows of encoders; decoders take 100 at most")
+    parser.add_argument("--out", type=Path, default=FILE, help="results that cells are added to")
     parser.add_argument("--page", action="store_true", help="write docs/measurements/bytes.md and its picture")
     asked = parser.parse_args()
     quality.quiet()
-    measure(asked.models, asked.ratios, asked.methods, asked.rows)
+    measure(asked.out, asked.models, asked.ratios, asked.methods, asked.rows)
     if asked.page:
         page()
 

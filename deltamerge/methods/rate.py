@@ -8,6 +8,9 @@ would gain more in another tensor.
 
 The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ C V̂ (V̂ᵀ C V̂)⁻¹, and
 are quantised too; the scales of the products are solved for together.
+
+What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
+skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ BINS = 1 << 11  # of squares of entries: the exponent and three bits of the mant
 BLOCK = 1 << 20  # elements that are quantised at once
 HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
 TORCH = 170_000_000  # of torch, beside the compiled loops
+LONGEST = 2.0
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
@@ -160,6 +164,14 @@ class Choice:
     components: tuple[int, ...] = ()
     entries: tuple[int, int | None] | None = None
 
+    def longer(self, energy: float, length: float) -> float:
+        """By how much parts are longer than least squares makes them, of a tensor that has so much to lose.
+
+        `length` is 0 for not at all, 1 for as long as the delta; LONGEST at most.
+        """
+        kept = 1 - self.lost / energy if energy else 1.0
+        return math.pow(min(LONGEST, max(kept, 1e-9) ** -0.5), length)
+
 
 def _entropy(p: float) -> float:
     return 0.0 if p in (0.0, 1.0) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)
@@ -210,17 +222,20 @@ def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squar
     return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
 
 
-def parts_of(delta: Array, choice: Choice, vectors: Array | None, moments: Array | None) -> tuple[list[Part], Array]:
+def parts_of(
+    delta: Array, choice: Choice, vectors: Array | None, moments: Array | None, longer: float = 1.0
+) -> tuple[list[Part], Array]:
     """The parts that a choice is for a delta (m, n) float32, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first, `moments` C (n, n).
+    `vectors` are its right vectors (k, n), the most important first, `moments` C (n, n). Values are `longer` than those
+    of least squares.
     """
     if any(choice.components) and vectors is not None:
-        part, stored = _factors(delta, vectors, np.array(choice.components), moments)
+        part, stored = _factors(delta, vectors, np.array(choice.components), moments, longer)
         return [part], stored
     if choice.entries is not None:
         levels, count = choice.entries
-        part, stored = _entries(delta, levels, count)
+        part, stored = _entries(delta, levels, count, longer)
         return [part], stored
     return [], np.empty(0, np.uint8)
 
@@ -254,7 +269,9 @@ def scratch(shapes: Sequence[tuple[int, int]], workers: int, *, weighed: bool) -
     return TORCH + sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
 
 
-def _factors(delta: Array, vectors: Array, components: Array, moments: Array | None) -> tuple[Part, Array]:
+def _factors(
+    delta: Array, vectors: Array, components: Array, moments: Array | None, longer: float
+) -> tuple[Part, Array]:
     kept = np.flatnonzero(components)
     kept = kept[np.argsort(components[kept], kind="stable")]
     counts = components[kept]
@@ -269,7 +286,7 @@ def _factors(delta: Array, vectors: Array, components: Array, moments: Array | N
     left = _solve(inner, image.T).numpy()
     u_codes = {levels: quantise(left[counts == levels], levels)[0] for levels in groups}
     u = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[u_codes[levels]] for levels in groups]))
-    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0)
+    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0) * longer
     made = [(levels, u_codes[levels], v_codes[levels], scales[counts == levels]) for levels in groups]
     return store_factors(made)
 
@@ -281,11 +298,11 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _entries(delta: Array, levels: int, count: int | None) -> tuple[Part, Array]:
+def _entries(delta: Array, levels: int, count: int | None, longer: float) -> tuple[Part, Array]:
     m, n = delta.shape
     if count is None:
         codes, scales = quantise(delta, levels)
-        return store_entries(levels, codes.reshape(-1), scales, "row", None, m * n)
+        return store_entries(levels, codes.reshape(-1), scales * longer, "row", None, m * n)
     flat = delta.reshape(-1)
     count = min(count, flat.size)
     where = np.sort(np.argpartition(-np.abs(flat), count - 1)[:count]).astype(np.int64)
@@ -299,4 +316,4 @@ def _entries(delta: Array, levels: int, count: int | None) -> tuple[Part, Array]
         codes = np.searchsorted(edges, values / np.where(scale > 0, scale, 1.0)[rows]).astype(np.uint8)
         taken = table_of[codes]
         scale = np.bincount(rows, taken * values, m) / np.maximum(np.bincount(rows, taken * taken, m), 1.0)
-    return store_entries(levels, codes, np.maximum(scale, 0.0), "row", where, m * n)
+    return store_entries(levels, codes, np.maximum(scale, 0.0) * longer, "row", where, m * n)

@@ -24,7 +24,7 @@ from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
-from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, SharesAccount, Sharing, bytes_of, refused, shared_outputs
+from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, Sharing, bytes_of, refused, shared_outputs
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -49,11 +49,14 @@ class DeltaOutput(RunOutput):
         """Return how values are stored, and about how many bytes they take, for `plan --json`."""
         sizes = {output.name: output.delta_bytes(plan.delta_values) for output in plan.outputs}
         how = {"semantics": "add" if plan.delta_values else "replace", "values": plan.delta_values}
+        if (nbytes := bytes_of(plan)) is not None:
+            how["values"], whole = "parts", max(1, sum(sizes.values()))
+            sizes = {name: size * nbytes // whole for name, size in sizes.items()}
         return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
     def expected_bytes(self, plan: Plan) -> int:
         """Return about the bytes of the artifact."""
-        return sum(output.delta_bytes(plan.delta_values) for output in plan.outputs)
+        return bytes_of(plan) or sum(output.delta_bytes(plan.delta_values) for output in plan.outputs)
 
     def budget(self, plan: Plan) -> int | None:
         """Return the bytes that the recipe allows, if it says them instead of a density."""
@@ -211,27 +214,36 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
             sharing.known = known
             with job.merging(planned) as progress:
                 sharing.measure(progress)
-            room = float(nbytes - HEADERS - rest)
-            best: tuple[int, float] | None = None
-            for attempt in range(TRIES + 1):
-                if attempt == TRIES and best is not None:
-                    room = best[1]
+
+            def write(room: float) -> tuple[dict[Node, Any], Summary]:
                 if room < 0:
                     raise refused(planned, nbytes, math.ceil(nbytes - room))
                 sharing.choose(room)
                 for file in job.work.folder.glob("delta*"):
                     file.unlink()
                 with job.merging(planned) as progress:
-                    values, summary = write_delta(planned, job.work.folder, progress, known, sharing=sharing)
-                if summary.nbytes <= nbytes and (best is None or summary.nbytes > best[0]):
-                    best = summary.nbytes, room
-                if NEAR * nbytes <= summary.nbytes <= nbytes or sharing.is_whole:
-                    break
-                if attempt == TRIES:
-                    if best is None:
-                        raise refused(planned, nbytes, summary.nbytes)
+                    return write_delta(planned, job.work.folder, progress, known, sharing=sharing)
+
+            room = fitting = float(nbytes - HEADERS - rest)
+            best = 0
+            for _ in range(TRIES):
+                values, summary = write(room)
+                if best < summary.nbytes <= nbytes:
+                    best, fitting = summary.nbytes, room
+                if best >= NEAR * nbytes or (best and sharing.is_whole):
                     break
                 room += 0.997 * nbytes - summary.nbytes
+            if not best:
+                raise refused(planned, nbytes, summary.nbytes)
+            if summary.nbytes != best:
+                values, summary = write(fitting)
+            if sharing.searched:
+                sharing.find_length(job.work.folder)
+                while sharing.length:
+                    values, summary = write(fitting)
+                    if summary.nbytes <= nbytes:
+                        break
+                    fitting -= summary.nbytes - nbytes + 16
         done = True
     except InputError:
         job.work.forget()
@@ -239,7 +251,7 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
         raise
     finally:
         sharing.spool.close(done=done)
-    account = SharesAccount(nbytes, sharing.made, sharing.lost, bool(sharing.moments), summary)
+    account = sharing.account(summary)
     return Weights(planned, values, nonfinite=summary.nonfinite, account=account)
 
 

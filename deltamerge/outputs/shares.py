@@ -20,6 +20,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
+from deltamerge.calibrate.q.variants import Change, divergences
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
@@ -33,17 +34,21 @@ from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.rate import HELD, Choice, Curve, curve_of, histogram, parts_of, share
 from deltamerge.methods.registry import PRUNE
+from deltamerge.models.delta_file import DeltaFile
 from deltamerge.outputs.output import Account
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.tensors.dtypes import Array
+from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.views import floats
 
 LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
 NEAR, TRIES = 0.99, 5
+LENGTHS = (0.0, 0.5, 1.0)  # that rows choose among
 # Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
 # about 60 times the KL that it loses for those of weights.
 VECTORS = 64.0
@@ -83,6 +88,8 @@ class SharesAccount(Account):
     tensors   what each tensor got
     lost      the share of all squares that is lost, as predicted
     weighed   whether squares are those of the outputs of layers on calibration rows
+    length    how far tensors have the lengths of their deltas
+    divergence   of the outputs from the fine-tune's on the rows, where they chose the length
     """
 
     nbytes: int
@@ -90,6 +97,8 @@ class SharesAccount(Account):
     lost: float
     weighed: bool
     delta: Summary
+    length: float = 0.0
+    divergence: float | None = None
 
     def spent(self) -> dict[str, int]:
         """Return the bytes of each form of parts, and those of all else: final values, records and headers."""
@@ -102,7 +111,10 @@ class SharesAccount(Account):
     def describe(self) -> dict[str, Any]:
         """Return the keys that it adds to a lock."""
         lost = float(f"{self.lost:.4g}")
-        return {"budget": {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "of": self.squares}}
+        found = {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "of": self.squares}
+        found |= {"length": self.length}
+        kl = {} if self.divergence is None else {"divergence": float(f"{self.divergence:.4g}")}
+        return {"budget": found | kl}
 
     @property
     def squares(self) -> str:
@@ -112,9 +124,11 @@ class SharesAccount(Account):
     def line(self) -> str:
         """Return the size, what is lost, and where bytes went, in one line."""
         spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
-        return (
+        kl = "" if self.divergence is None else f"; divergence on the rows {self.divergence:.3g}"
+        said = (
             f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the {self.squares} are lost"
         )
+        return said + kl
 
     def card(self, plan: Plan) -> list[str]:
         """Return what the artifact holds."""
@@ -189,6 +203,7 @@ class Sharing:
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
     moments: dict[str, Path] = field(default_factory=dict)
+    divergence: float | None = None  # on the rows, of the length that was chosen
     weight: float = 1.0  # of squares of tensors whose inputs were not measured
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -196,11 +211,18 @@ class Sharing:
         """Number the tensors, and find the matrices that they are."""
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
+        recipe = self.planned.recipe
+        prune = effective_prune(recipe, recipe.fine_tunes[0])
+        length = prune.length
+        self.searched = length is None and bool(self.planned.measured)
+        self.length = length or 0.0
+        self.weighs = prune.weigh
 
     def measure(self, progress: Callable[[int], None]) -> None:
         """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
         left = [name for name in self.outputs if not self._restored(name)]
-        self._measure_inputs()
+        if self.weighs:
+            self._measure_inputs()
         affordable = self._affordable()
 
         def look(name: str, delta: Array) -> None:
@@ -241,12 +263,40 @@ class Sharing:
         """Make the parts of a tensor, as it was chosen."""
         choice = self.choices[name]
         moments = self._moments(name)
-        parts, stored = parts_of(delta, choice, self._vectors(name), moments)
         curve = self.curves[name]
+        parts, stored = parts_of(delta, choice, self._vectors(name), moments, choice.longer(curve.energy, self.length))
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
+
+    def find_length(self, folder: Path) -> None:
+        """Choose the length whose outputs are nearest to the fine-tune's on the rows; 0 is that of the artifact."""
+        opened = DeltaFile.open(folder)
+        tensors = {one.tune.name: one for one in self.planned.budgeted if one.name in self.outputs}
+
+        def of_length(length: float) -> Change:
+            def change(stored: str, tensor: Any) -> Any:
+                if (one := tensors.get(stored)) is None:
+                    return tensor
+                values = floats(reader, one.base, 0, one.size)
+                entry, curve = opened.entries[one.name], self.curves[one.name]
+                if entry.record.count:
+                    longer = self.choices[one.name].longer(curve.energy, length)
+                    values = values + longer * entry.codes(0, one.size)
+                return torch.from_numpy(np.asarray(values, np.float32)).reshape(tensor.shape).to(tensor.device)
+
+            return change
+
+        with Reader() as reader:
+            found = divergences(self.planned.measured[0], [of_length(length) for length in LENGTHS])
+        self.divergence, self.length = min(zip(found, LENGTHS, strict=True))
+        self.searched = False
+
+    def account(self, summary: Summary) -> SharesAccount:
+        """Return what there is to say of the artifact that was written last."""
+        weighed = bool(self.moments)
+        return SharesAccount(self.nbytes, self.made, self.lost, weighed, summary, self.length, self.divergence)
 
     def lost_at(self, nbytes: float) -> float:
         """Return the share of all squares that would be lost of so many bytes."""

@@ -64,7 +64,7 @@ def pair(folder: Path, scale: float = 3.0) -> None:
 
 
 def recipe(folder: Path, size: str, more: str = "") -> Path:
-    path = folder / f"{size.replace(': ', '-')}.yaml"
+    path = folder / f"{size.replace(': ', '-').replace(', ', '-')}.yaml"
     path.write_text(RECIPE.format(size=size) + more)
     return path
 
@@ -194,19 +194,45 @@ def test_a_flat_spectrum_is_stored_as_entries_and_a_steep_one_as_factors() -> No
 @pytest.mark.parametrize("size", ["bytes: 6kB", "ratio: 12"])
 def test_the_artifact_fits_and_applies_by_hash(tmp_path: Path, size: str) -> None:
     pair(tmp_path)
+    size += ", length: 1"
+    planned = make_plan(recipe(tmp_path, size), tmp_path / "out").describe()["delta"]
     made = run(recipe(tmp_path, size), tmp_path / "out", workers=1)
     written = sum(len(data) for data in files_of(tmp_path / "out").values())
     whole = sum(tensor.numel() * 2 for tensor in load_tensors(tmp_path / "base").values())
     wanted = 6000 if size.startswith("bytes") else math.floor(whole / 12)
     assert 0.97 * wanted <= written <= wanted
     assert made.lock["budget"]["bytes"] == written
+    assert planned["values"] == "parts"
+    assert 0.95 * wanted <= planned["estimated_bytes"] <= wanted
     assert sum(made.lock["budget"]["spent"].values()) == written
     apply(str(tmp_path / "out"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
     result, tuned, base = (load_tensors(tmp_path / name) for name in ("applied", "tuned", "base"))
-    lost = sum(float(((result[n].float() - tuned[n].float()) ** 2).sum()) for n in tuned)
-    energy = sum(float(((base[n].float() - tuned[n].float()) ** 2).sum()) for n in tuned)
+    lost = energy = 0.0
+    for name, tensor in base.items():
+        whole, found = (other[name].double() - tensor.double() for other in (tuned, result))
+        square = float((whole**2).sum()) * (64 if whole.ndim < 2 else 1)
+        length = float((found**2).sum())
+        alike = float((whole * found).sum()) ** 2 / (length * float((whole**2).sum())) if length else 0.0
+        lost, energy = lost + (1 - alike) * square, energy + square
+        if whole.ndim == 2:
+            assert length == pytest.approx(float((whole**2).sum()), rel=0.1)  # as long as the delta
+    assert lost / energy == pytest.approx(made.lock["budget"]["lost"], abs=0.05)
     assert lost < 0.6 * energy
-    assert lost / energy == pytest.approx(made.lock["budget"]["lost"], abs=0.1)
+
+
+def test_parts_are_as_long_as_is_asked(tmp_path: Path) -> None:
+    """0, the default without rows: least squares; 1: as the delta."""
+    pair(tmp_path)
+    lengths = []
+    for size in ("bytes: 1500, length: 0", "bytes: 1500, length: 0.5", "bytes: 1500, length: 1", "bytes: 1500"):
+        run(recipe(tmp_path, size), tmp_path / "out", workers=1, force=True)
+        entry = DeltaFile.open(tmp_path / "out").entries["a.weight"].with_parts()
+        lengths.append(float(np.linalg.norm(entry.codes(0, entry.size))))
+    tuned, base = (load_tensors(tmp_path / name)["a.weight"].double() for name in ("tuned", "base"))
+    assert lengths[2] == pytest.approx(float((tuned - base).norm()), rel=0.03)
+    assert lengths[1] == pytest.approx(math.sqrt(lengths[0] * lengths[2]), rel=0.03)
+    assert lengths[0] < 0.95 * lengths[2]
+    assert lengths[3] == lengths[0]
 
 
 def test_the_same_bytes_from_other_threads_tiles_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +308,7 @@ def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
     plain = run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "plain", workers=1)
-    path = recipe(tmp_path, "bytes: 9001", rows)
+    path = recipe(tmp_path, "bytes: 9001, weigh: true", rows)
     weighed = run(path, tmp_path / "weighed", workers=1)
     assert (plain.lock["budget"]["of"], weighed.lock["budget"]["of"]) == (
         "delta's squares",
@@ -306,6 +332,57 @@ def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
         found = load_tensors(tmp_path / f"{kind}-applied")
         lost[kind] = sum(float(((x @ (found[n] - tuned[n]).float().T) ** 2).sum()) for n, x in inputs.items())
     assert lost["weighed"] < 0.9 * lost["plain"]
+    found: dict[Any, Path] = {}
+    for length in (0, 0.5, 1):
+        made = run(
+            recipe(tmp_path, f"bytes: 9001, weigh: true, length: {length}", rows), tmp_path / f"l{length}", workers=1
+        )
+        assert "divergence" not in made.lock["budget"]
+        found[length] = made.folder
+    found["chosen"] = tmp_path / "weighed"
+    target = logits(tmp_path / "tuned", ids)
+    distances = {}
+    for length, folder in found.items():
+        apply(str(folder), str(tmp_path / "base"), tmp_path / f"a{length}", workers=1)
+        other = logits(tmp_path / f"a{length}", ids)
+        distances[length] = float((target.exp() * (target - other)).sum(-1).mean())
+    assert distances["chosen"] <= 1.1 * min(distances.values())
+    assert distances[weighed.lock["budget"]["length"]] == pytest.approx(distances["chosen"], rel=0.1)
+    assert weighed.lock["budget"]["divergence"] == pytest.approx(distances["chosen"], rel=0.35)
+
+
+def test_rows_choose_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest outputs win; the fine-tune itself is at no distance, and what is farther from it is farther."""
+    from deltamerge.outputs import shares
+
+    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2, tokenizer=True)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"w5 w{i} w9 w7"}) + "\n" for i in range(10, 30)))
+    rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
+    path = recipe(tmp_path, "bytes: 9kB", rows)
+    found = shares.divergences(
+        make_plan(path, tmp_path / "out").measured[0],
+        [lambda name, tensor: tensor, lambda name, tensor: tensor * 1.02, lambda name, tensor: tensor * 1.1],
+    )
+    assert abs(found[0]) < 1e-6
+    assert 1e-6 < found[1] < found[2]
+    monkeypatch.setattr(shares, "divergences", lambda *_: [0.3, 0.1, 0.2])
+    made = run(path, tmp_path / "out", workers=1)
+    assert (made.lock["budget"]["length"], made.lock["budget"]["divergence"]) == (0.5, 0.1)
+    run(recipe(tmp_path, "bytes: 9kB, length: 0", rows), tmp_path / "plain", workers=1)
+    entries = [DeltaFile.open(tmp_path / name).entries for name in ("plain", "out")]
+    names = [name for name, entry in entries[0].items() if entry.record.parts and entries[1][name].record.parts]
+    lengths = [[np.linalg.norm(one[name].with_parts().codes(0, one[name].size)) for name in names] for one in entries]
+    assert sum(lengths[1]) > 1.02 * sum(lengths[0])
+
+
+def logits(folder: Path, ids: Any) -> torch.Tensor:
+    """Log-probabilities of a tiny model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(**ids).logits[0]
+    return found.double().log_softmax(-1)
 
 
 def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +441,7 @@ def test_a_delta_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ("bytes: 6kB", "bytes: 6kB, ratio: 8", "needs bytes or a ratio"),
         ("method: budget, bytes: 6kB", "method: budget", "needs bytes or a ratio"),
         ("bytes: 6kB", "ratio: 0.5", "greater than 1"),
+        ("bytes: 6kB", "bytes: 6kB, length: 2", "must be at most 1"),
         ("bytes: 6kB", "bytes: 6kB, density: 0.1", "has no effect with method budget"),
         ("models: [tuned]", "models: [tuned, other]", "needs a single fine-tune"),
         (

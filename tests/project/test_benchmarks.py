@@ -25,6 +25,7 @@ synthetic = importlib.import_module("benchmarks.synthetic")
 process = importlib.import_module("benchmarks.process")
 merge_speed = importlib.import_module("benchmarks.speed.merge_speed")
 quality = importlib.import_module("benchmarks.pruning.quality")
+budgets = importlib.import_module("benchmarks.pruning.bytes")
 pages = importlib.import_module("benchmarks.pages")
 
 
@@ -160,6 +161,12 @@ def test_quality_tables_of_the_docs_are_those_of_the_results(page: Path) -> None
     text = page.read_text()
     assert "<!-- quality: " in text
     assert quality.documented(found, text) == text, "run python -m benchmarks.pruning.quality --docs"
+
+
+def test_tables_of_bytes_are_those_of_the_results() -> None:
+    text = budgets.PAGE.read_text()
+    assert "| ours | " in text
+    assert budgets.documented(text) == text, "run python -m benchmarks.pruning.bytes --page"
 
 
 def test_results_of_several_runs_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

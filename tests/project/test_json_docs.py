@@ -133,6 +133,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
     base = tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
     tiny_llama(tmp_path / "tuned", seed=1, base=base, tokenizer=True)
+    tiny_llama(tmp_path / "other", seed=2, base=base, tokenizer=True)
     (tmp_path / "rows.txt").write_text("\n".join(f"w{i} w7" for i in range(9, 49)))
     monkeypatch.chdir(tmp_path)
     recipe = "base_model: ./base\nmodels: [{{model: ./tuned, prune: {{method: dare, density: 0.5{}}}}}]\n"
@@ -153,6 +154,9 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
         ("## diff", ("diff", "base", "base")),
         ("Two locks:", ("diff", "a-merged/recipe.lock", "c-merged/recipe.lock")),
         ("## run, extract and apply", ("run", "a.yaml", "--out", "a")),
+        ("## A probe", ("eval", "base", "tuned", "--probe", "--device", "cpu")),
+        ("## merge", ("merge", "tuned", "other", "--base", "base", "--out", "both", "--dry-run")),
+        ("## bisect", ("bisect", "both.yaml", "--rows", "rows.txt", "--sequences", "8", "--length", "8")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--values", "int8")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--density", "0.5", "--out", "half")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--lora", "2", "--whole", "drop")),
@@ -174,5 +178,8 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 def test_every_table_of_the_page_was_read():
     assert len(described("## plan")) == 48
     assert len(described("## diff")) == 19
-    assert len(described("## run, extract and apply")) == 17
+    assert len(described("## run, extract and apply")) == 18
+    assert len(described("## A probe")) == 8
+    assert len(described("## bisect")) == 16
+    assert set(described("## merge")) == {"advice", "recipe", "run"}
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

@@ -78,19 +78,27 @@ class Bisection:
     def picture(self) -> str:
         """Draw what each layer, tensor and model costs, as SVG."""
         order = sorted(self.layers, key=lambda one: natural(one.name))
-        numbers = [Point(_short(one.name), max(0.0, one.won)) for one in order]
-        panels = [Panel("won back by exchanging a layer", "by its number or name", columns("layers", numbers))]
-        for title, some in (("… a tensor of the worst layer", self.tensors), ("… by leaving a model out", self.models)):
+        numbers = [Point(_number(one.name), max(0.0, one.won)) for one in order if _number(one.name)]
+        panels = []
+        if numbers:
+            chart = columns("layers", numbers, form=".1%")
+            panels.append(Panel("won by exchanging a layer for its own", "of the base's distance", chart))
+        for title, some in (
+            ("… a part outside layers", [one for one in self.layers if not _number(one.name)]),
+            ("… a tensor of the worst", self.tensors),
+            ("… by leaving a model out", self.models),
+        ):
             points = [Point(one.name, max(0.0, one.won)) for one in some[:SHOWN]]
-            panels += [Panel(title, "of the base's distance", bars(title, points))] if points else []
+            panels += [Panel(title, "of the base's distance", bars(title, points, form=".1%"))] if points else []
         worst = self.layers[0].name if self.layers else "no layer"
         title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst} costs it most"
         return picture([[panel] for panel in panels], STYLE, title)
 
 
-def _short(name: str) -> str:
+def _number(name: str) -> str:
+    """Return the number of a layer. "": it is a part outside layers."""
     last = name.rpartition(".")[2]
-    return last if last.isdigit() else name
+    return last if last.isdigit() else ""
 
 
 def bisect(
@@ -142,10 +150,11 @@ def _with_rows(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     models = data.get("models")
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise UsageError("--rows is for recipes whose models are listed at the top", hint="calibration beside models")
-    if len(rows) not in (1, len(models)):
-        raise UsageError(f"{len(rows)} files of rows for {len(models)} models", hint="one for all, or one each")
-    each = list(rows) * (len(models) if len(rows) == 1 else 1)
-    beside = [one | {"calibration": dict(own)} for one, own in zip(models, each, strict=True)]
+    tunes = recipe.fine_tunes
+    if len(rows) not in (1, len(tunes)):
+        raise UsageError(f"{len(rows)} files of rows for {len(tunes)} models", hint="one for all, or one each")
+    own = dict(zip(tunes, list(rows) * (len(tunes) if len(rows) == 1 else 1), strict=True))
+    beside = [one | ({"calibration": dict(own[i])} if i in own else {}) for i, one in enumerate(models)]
     return data | {"models": beside}
 
 

@@ -9,6 +9,6 @@ budget = PruneMethod(
     "budget",
     None,
     "the delta artifact of so many bytes that loses least: low rank and entries, in 1 to 8 bits a number",
-    options=frozenset({"bytes", "ratio"}),
+    options=frozenset({"bytes", "ratio", "length", "weigh"}),
     shares=True,
 )

@@ -1,0 +1,46 @@
+"""The share of completions that a merge says token by token as the fine-tune, against transformers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import tiny_llama
+
+from deltamerge.apps.search.evaluate import TEXTS, ScoredTask, measured, open_model, under_head
+from deltamerge.calibrate.rows.rows import read
+from deltamerge.recipe.schema import Calibration
+from deltamerge.tensors.reader import Reader
+
+
+def test_texts_are_the_same_where_every_token_is(tmp_path: Path) -> None:
+    import transformers
+
+    base = tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32, tokenizer=True)
+    tiny_llama(tmp_path / "a", seed=1, base=base, sigma=0.004, dtype=torch.float32, tokenizer=True)
+    numbers = torch.randint(4, 96, (40, 8), generator=torch.Generator().manual_seed(3)).tolist()
+    texts = [[f"w{number}" for number in row] for row in numbers]
+    lengths = [1 + i % 4 for i in range(len(texts))]
+    rows = [
+        {"prompt": " ".join(words[:-n]), "completion": " " + " ".join(words[-n:])}
+        for words, n in zip(texts, lengths, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / one).eval() for one in ("a", "base")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    same = []
+    for words, n in zip(texts, lengths, strict=True):
+        encoded = tokenizer(" ".join(words), return_tensors="pt")
+        with torch.no_grad():
+            said, other = (model(**encoded).logits[0].argmax(-1)[-n - 1 : -1] for model in models)
+        same.append(bool((said == other).all()))
+    with Reader() as reader:
+        settings = Calibration.model_validate({"data": "rows.jsonl", "length": 16, "precision": "float32"})
+        task = ScoredTask("a", open_model(str(tmp_path / "a"), None), settings, tmp_path, reader, "cpu")
+        sheet = task.sheet(read("rows.jsonl", folder=tmp_path), [], {TEXTS})
+        others = under_head(task, open_model(str(base), None), "base")
+        ((own, found),) = measured([(task, sheet)], [[task.own, others]])
+    assert own[TEXTS] == 1
+    assert 0.1 < sum(same) / len(same) < 0.9
+    assert found[TEXTS] == sum(same) / len(same)
