@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.merging import rounding
 from benchmarks.pruning import defaults
 from benchmarks.serving import steps
 from benchmarks.speed import closed_form, merge_speed
@@ -51,6 +52,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "closed_form": ("closed_form", lambda found: f"{closed_form.markdown(found['methods'])}\n{dated(found)}"),
     "steps": ("steps", lambda found: "\n".join(steps.lines(found))),
     "defaults": ("defaults", defaults.markdown),
+    "rounding": ("rounding", lambda found: f"{rounding.table(found)}\n{dated(found)}"),
 }
 
 
