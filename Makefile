@@ -75,6 +75,8 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
 merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .encoder keeps what is done
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
+	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.words choose
+	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.words report
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
 	$(BIN)/python tests/torture.py

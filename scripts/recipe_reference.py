@@ -125,7 +125,7 @@ def _parameters(parameters: dict[str, Param] | Any) -> list[str]:
     if not parameters:
         return ["No parameters."]
     rows = [
-        f"| `{name}` | {param.wanted()} | {'must be given' if param.default is None else f'`{param.default}`'} "
+        f"| `{name}` | {param.wanted()} | {'must be given' if param.default is None else f'`{param.shown_default}`'} "
         f"| {'a model or all' if param.per_model else 'all'} | {param.summary} |"
         for name, param in parameters.items()
     ]

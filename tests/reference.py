@@ -213,6 +213,20 @@ def della_probability(delta, density, epsilon):
     return spread.reshape(delta.shape)
 
 
+def balanced(deltas):
+    """Deltas of one tensor, of the mean length of those that are not 0."""
+    lengths = [np.linalg.norm(d) for d in deltas]
+    mean = sum(lengths) / max(1, np.count_nonzero(lengths))
+    return [d * (mean / length) if length else d for d, length in zip(deltas, lengths, strict=True)]
+
+
+def usual_lambda(method, models):
+    """λ of a merge of whole matrices that gives none."""
+    if method == "iso_c":
+        return 2.25 if models > 1 else 1.0
+    return min(1, 2 / models**0.5) if method in ("tsv_m", "wudi") else 1.0
+
+
 def as_matrices(delta, stacked=False):
     """(matrices, rows, columns) of a weight: stacked experts are several, a convolution has the rows of its outputs."""
     return delta if stacked else delta.reshape(1, delta.shape[0], -1)

@@ -660,7 +660,8 @@ def emr(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) ->
 
 def whole_matrices(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) -> Wanted:
     """The formulas of `reference`, of matrices that have directions for all models; of other tensors the mean."""
-    n, factor = len(ds), recipe.parameter("lambda", place)
+    n = len(ds)
+    factor = recipe.parameter("lambda", place, default=reference.usual_lambda(recipe.method, n))
     es = [recipe.parameter("weight", place, model) * d for model, d in zip(place.models, ds, strict=True)]
     rows, columns = (base.shape[0], int(np.prod(base.shape[1:]))) if base.ndim > 1 else (0, 0)
     if (

@@ -29,6 +29,50 @@ def documented(found: dict[str, Any], page: str) -> str:
     return re.sub(r"(<!-- merging: (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
+def write_words(found: dict[str, Any]) -> None:
+    """Write the tables of words.py: of both families, and of the reported experts of every seed."""
+    tables = {"words": words, "seeds": seeds_of_words}
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]](found)}{match[3]}"
+
+    pattern = r"(<!-- words: (\w+) -->)\n.*?(<!-- end -->)"
+    page = re.sub(pattern, table, PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def words(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, and the best mean of the λ tried, of the families of four."""
+    cells = {
+        family: {cell["merge"]: cell for cell in some.values() if len(cell["tasks"]) == 4}
+        for family, some in found["cells"].items()
+    }
+    chosen, reported = cells.get("choose", {}), cells.get("report", {})
+    lines = [["method", "λ of the rule", "reported", "by task", "at its best λ", "chosen on", "at its best λ"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, cell in sorted(reported.items(), key=lambda item: -item[1]["mean"]):
+        shares = ", ".join(f"{share:.0f}" for share in cell["shares"].values())
+        other = chosen.get(name)
+        before = ["–", "–"] if other is None else [f"{other['mean']} / {other['worst']}", f"{other['best']}"]
+        ends = f"{cell['mean']} / {cell['worst']}"
+        lines.append([name, f"{cell['lambda']:.3g}", ends, shares, f"{cell['best']}", *before])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def seeds_of_words(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ and the best mean, of the reported experts of every seed."""
+    seeds = {"0": found["cells"].get("report", {})}
+    seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
+    heads = [words for seed in seeds for words in (f"seed {seed}", "at its best λ")]
+    lines = [["method", *heads], ["---"] * (1 + len(heads))]
+    for name in seeds["0"]:
+        if all(name in cells for cells in seeds.values()):
+            of_seeds = [cells[name] for cells in seeds.values()]
+            shown = [words for c in of_seeds for words in (f"{c['mean']} / {c['worst']}", f"{c['best']}")]
+            lines.append([of_seeds[0]["merge"], *shown])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def ordered(found: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
     """Delta -> cell for each method, the best unpruned mean first."""
     by_merge: dict[str, dict[str, dict[str, Any]]] = {}

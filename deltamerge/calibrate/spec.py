@@ -104,7 +104,7 @@ PASSED = 1 + SCANNED  # the base, and further points compared where a metric fin
 WALKED = 4  # candidates in one walk through the blocks; their hidden states are held
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
-FITTED_PASSES = 60  # over each fine-tune's rows, to fit coefficients
+FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # of masks that are kept; masks beyond them are drawn again
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
@@ -293,11 +293,25 @@ class Spec:
         return shared + memory(*parts, dense=self._dense)
 
     @property
+    def runs_together(self) -> bool:
+        """Tell whether rows of all fine-tunes run at once to fit coefficients: of language models merged whole. Not on
+        GPUs, where the sums would depend on their number."""
+        if not self.coefficients or self.source.device != "cpu":
+            return False
+        names = [{tensor.name for tensor in part.source.tensors} for part in self.parts]
+        if any(
+            own != names[0] or own != {one.stored for one in part.pruned}
+            for own, part in zip(names, self.parts, strict=True)
+        ):
+            return False
+        return any(EMBEDDING.search(name) for name in names[0]) and not any("encoder" in name for name in names[0])
+
+    @property
     def shares_weights(self) -> bool:
         """Tell whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
         coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
         number."""
-        if not self.coefficients or self.source.device != "cpu":
+        if not self.coefficients or self.source.device != "cpu" or self.runs_together:
             return False
         return self._shared_bytes + mask_bytes(self.pruned, self._dense) <= self.source.cache
 

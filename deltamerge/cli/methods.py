@@ -68,7 +68,7 @@ def _merge(method: MergeMethod) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "source": method.paper,
-        "parameters": {key: _parameter(param, param.default) for key, param in method.parameters.items()},
+        "parameters": {key: _parameter(param, param.shown_default) for key, param in method.parameters.items()},
         "base": "needed" if method.needs_base else "optional" if method.takes_base else "a model",
         "needs": ["base"] * method.needs_base + ["rows"] * (method.rows is not None),
         "models": [method.minimum, method.maximum],
@@ -95,7 +95,8 @@ def _prune(method: PruneMethod) -> dict[str, Any]:
 
 def _parameter(param: Param, default: Any) -> dict[str, Any]:
     described = asdict(param)
-    described.pop("prunes")
+    for key in ("prunes", "rule"):
+        described.pop(key)
     return described | {"default": default, "required": default is None, "range": param.wanted()}
 
 

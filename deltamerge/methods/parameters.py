@@ -7,16 +7,25 @@ signature says summary, bounds and default.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+
+class Rule(NamedTuple):
+    """A default by the number of models, as `text` says it."""
+
+    text: str
+    value: Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
     """A parameter of a method: what it may be and what it is when not given.
 
-    `default` None: it must be given (`alone`: what a single fine-tune has instead). `per_model` parameters may be set
+    `default` None: it must be given (`alone`: what a single fine-tune has instead); `rule` says it by the number of
+    models. `per_model` parameters may be set
     beside a model or for all of them, the others only for the whole merge or slice. `scalar`: no gradient or filters.
     `prunes`: it is for the pruning that comes first, and not handed to the function that combines.
     """
@@ -31,9 +40,17 @@ class Param:
     alone: float | None = None
     scalar: bool = False
     prunes: bool = False
+    rule: Rule | None = None
+
+    @property
+    def shown_default(self) -> float | bool | str | None:
+        """Return the default for people: its value, or how it follows from the number of models."""
+        return self.default if self.rule is None else self.rule.text
 
     def default_for(self, models: int) -> float | bool | None:
         """Return the value when not given, with that many models to combine; None: it must be given."""
+        if self.rule is not None:
+            return self.rule.value(models)
         return self.alone if self.default is None and models == 1 else self.default
 
     def wanted(self) -> str:
@@ -86,6 +103,13 @@ RowWeights = Annotated[tuple[float, ...], Param("weight of the model's rows", 1.
 # Of the merge.
 Normalize = Annotated[bool, Param("divide by the sum of the weights", kind="bool")]
 Lambda = Annotated[float, Param("factor of the merged delta")]
+# Of merges that leave the length of what they make open, n models: see docs/measurements/merging.md, "Words".
+LargeLambda = Annotated[
+    float, Param("factor of the merged delta", rule=Rule("2.25 of n > 1", lambda n: 2.25 if n > 1 else 1.0))
+]
+FallingLambda = Annotated[
+    float, Param("factor of the merged delta", rule=Rule("min(1, 2 / sqrt(n))", lambda n: min(1.0, 2.0 / math.sqrt(n))))
+]
 TaskNumber = Annotated[
     int, Param("number of the model whose task is kept, from 1", None, "integer", low=1, scalar=True)
 ]

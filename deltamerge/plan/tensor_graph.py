@@ -320,6 +320,18 @@ class Builder:
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
+        """Return the pruned, rescaled and balanced delta of one fine-tune, and its description ("" if it is whole)."""
+        node, text = self._pruned(tuned, seed)
+        others = tuned.merge.tunes
+        if self.recipe.balance is None or len(others) == 1:
+            return node, text
+        from deltamerge.methods.prune.rescale import balanced
+
+        deltas = [self._pruned(one, seed)[0] for one in others]
+        number = next(i for i, one in enumerate(others) if one.index == tuned.index)
+        return balanced(self.graph.node, deltas, number), f"{text} balanced"
+
+    def _pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
         """Return the pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         if self.deltas.prune_of(tuned).method == "none":
             return self._trimmed(tuned)

@@ -42,7 +42,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _mixture(recipe)
         return
     checks = (
-        _inputs, _slices, _merge_method, _parameters, _required, _template, _config, _tokens,
+        _inputs, _slices, _merge_method, _balance, _parameters, _required, _template, _config, _tokens,
         prune.problems, _output, _adapter, _running_sum, _study, _only_of_mixtures,
     )  # fmt: skip
     yield from (problem for check in checks for problem in check(recipe))
@@ -121,6 +121,14 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
         if method.maximum is not None and count > method.maximum:
             message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}{besides}, got {count}"
             yield recipe.problem(loc, message)
+
+
+def _balance(recipe: Recipe) -> Iterator[Problem]:
+    """Check that lengths are of deltas."""
+    method = known_method(recipe)
+    if recipe.balance is not None and method is not None and not method.deltas:
+        hint = "merge_method: task_arithmetic, or another that works on deltas"
+        yield recipe.problem(("balance",), f"is of the deltas of a base, {method.name} has none", hint)
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:

@@ -331,6 +331,9 @@ class Recipe(Keys):
     )
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
     prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
+    balance: Literal["norm"] | None = Field(
+        None, description="norm: deltas of one length, their mean, tensor by tensor, before weights and method."
+    )
     calibration: Calibration | None = Field(None, description="Data for calibrated q, wanda and protect.")
     dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
     out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")

@@ -18,6 +18,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from deltamerge.calibrate.model import candidates
 from deltamerge.calibrate.model.candidates import combined
 from deltamerge.calibrate.values import Spooled, of_tensor
 from deltamerge.engine.execute import shared_values
@@ -144,9 +145,13 @@ def test_rows_are_needed(models: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (5, 1), (1, 4)], ids=str)
-@pytest.mark.parametrize("sparse", [False, True])
-def test_the_gradient_of_a_sum_of_deltas(shape: tuple[int, ...], sparse: bool) -> None:
-    """That of the written-out sum, in float64."""
+@pytest.mark.parametrize("kind", ["dense", "sparse", "slabs"])
+def test_the_gradient_of_a_sum_of_deltas(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], kind: str) -> None:
+    """That of the written-out sum, in float64; of a large delta, slab by slab."""
+    sparse, shown = kind == "sparse", []
+    monkeypatch.setattr(candidates, "SLAB", 8 if kind == "slabs" else 1 << 22)
+    slabs = candidates._slabs
+    monkeypatch.setattr(candidates, "_slabs", lambda *given: shown.append([*slabs(*given)]) or iter(shown[-1]))
     generator = torch.Generator().manual_seed(3)
     base, *deltas = (torch.randn(5, 4, generator=generator) for _ in range(4))
     deltas = [torch.where(delta > 0, delta, 0.0) for delta in deltas]
@@ -161,6 +166,7 @@ def test_the_gradient_of_a_sum_of_deltas(shape: tuple[int, ...], sparse: bool) -
     made.backward(pull)
     wanted.backward(pull.double())
     torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5)
+    assert {len(some) for some in shown} == ({3} if kind == "slabs" else set() if sparse and not shape else {1})
 
 
 FITTED = "calibration: {data: a.jsonl, per: merge, coefficients: %s, sequences: 8, length: 12}\n"
@@ -177,12 +183,12 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
     method, parameters, prune = FITS[scope]
     path = recipe(models, f"fitted-{scope}", method, FITTED % scope + prune, parameters)
     (stage,) = make_plan(path).describe()["stages"]
-    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 120)
+    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 60)
     result = run(path, tmp_path / "out")
     found = result.lock["calibration"]["merge"]
     assert found["chosen"] == "calibrated", found["why"]
     assert found["held_out"]["calibrated"] < found["held_out"]["plain"]
-    assert found["forward_passes"] <= 120
+    assert found["forward_passes"] <= 60
     assert "share of the base's" in found["held_out"]["measure"]
     folder, numbers = result.folder, dict(found["q"])
     if scope == "row":
@@ -218,27 +224,42 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
 
 
 @pytest.mark.parametrize("scope", ["model", "row"])
-def test_shared_weights_change_no_coefficient(models: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
-    """Gradients that are summed before they reach the coefficients are those that reach them one by one."""
+def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    """Rows of all models at once, gradients that are summed before they reach the coefficients, and those that reach
+    them one by one are the same sums. Weights are made in fewer calls."""
+    from deltamerge.calibrate.merge import coefficients
     from deltamerge.calibrate.spec import Spec
 
-    found = []
-    for shares in (True, False):
+    found, calls = [], []
+    weights = coefficients._Merge.weights
+    for together, shares in ((True, False), (False, True), (False, False)):
         path = recipe(models, "shared", "task_arithmetic", FITTED % scope, "lambda: 0.1")
         plan = make_plan(path)
         ((stage, spec),) = plan.specs.items()
-        assert spec.shares_weights
-        assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
-            np.prod(one.shape) for one in spec.pruned
-        )
+        assert spec.runs_together
+        assert not spec.shares_weights
+        monkeypatch.setattr(Spec, "runs_together", property(lambda _, together=together: together))
+        if not together:
+            assert spec.shares_weights
+            assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
+                np.prod(one.shape) for one in spec.pruned
+            )
         monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
+        count: list[int] = []
+        monkeypatch.setattr(
+            coefficients._Merge, "weights", lambda *given, count=count: count.append(1) or weights(*given)
+        )
         found.append(shared_values([stage], {})[stage])
+        calls.append(len(count))
         monkeypatch.undo()
-    ours, theirs = (one.q for one in found)
+    assert found[0].record["forward_passes"] == found[2].record["forward_passes"]
+    assert calls[0] <= 0.6 * calls[2]
+    ours, *others = (one.q for one in found)
     assert ours
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    for theirs in others:
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_coefficients_in_bfloat16(models: Path) -> None:

@@ -30,6 +30,7 @@ SHAPES = {
     "scalar": (),
     "empty.weight": (0, 4),
 }
+Q = "layers.0.q.weight"
 MATRICES = {"q", "up", "down", "square", "experts", "conv"}
 
 
@@ -87,8 +88,13 @@ def entries(formula):
     return lambda by_name: {name: formula(deltas) for name, deltas in by_name.items()}
 
 
+def of_one_length(formula):
+    return lambda by_name: formula({name: reference.balanced(deltas) for name, deltas in by_name.items()})
+
+
+BALANCE = "balance: norm"
 METHODS = {
-    "iso_c": (text("iso_c"), whole(reference.iso_c)),
+    "iso_c": (text("iso_c"), whole(reference.iso_c, 2.25)),
     "iso_c-scaled": (
         text("iso_c", "lambda: 1.3", "ab", ", parameters: {weight: 0.5}"),
         whole(lambda ds: reference.iso_c([0.5 * d for d in ds[:2]]), 1.3),
@@ -108,6 +114,15 @@ METHODS = {
         entries(lambda ds: np.where(reference.tall_mask(ds, 1, 0.8), sum(ds), 0)),
     ),
     "emr": (text("emr", "task: 3"), lambda by_name: reference.emr(by_name, 2)),
+    "emr-balanced": (text("emr", "task: 3", more=BALANCE), of_one_length(lambda by_name: reference.emr(by_name, 2))),
+    "wudi-balanced": (
+        text("wudi", "rho: 0.05", more=BALANCE),
+        of_one_length(whole(lambda ds: reference.wudi(ds, 0.05))),
+    ),
+    "task_arithmetic-balanced": (
+        text("task_arithmetic", "weight: 0.5", more=BALANCE),
+        of_one_length(entries(lambda ds: 0.5 * sum(ds))),
+    ),
 }
 
 
@@ -181,7 +196,7 @@ def test_iso_c_of_low_rank_counts_what_is_left_out_as_zeros(pair, tmp_path, shap
     draw = np.random.default_rng(3)
     low = [draw.integers(-3, 4, (shape[0], k)) @ draw.integers(-3, 4, (k, shape[1])) / 64.0 for k in ranks]
     folder = pair(*(torch.from_numpy(delta).float() for delta in low))
-    got = added(merge(folder, tmp_path, text("iso_c", names="ab")), folder / "base", "layers.0.q.weight")
+    got = added(merge(folder, tmp_path, text("iso_c", "lambda: 1", "ab")), folder / "base", "layers.0.q.weight")
     values = np.linalg.svd(sum(low), compute_uv=False)
     there = int((values > 2.0**-20 * values[0]).sum())
     np.testing.assert_allclose(got, reference.iso_c(low), atol=5e-7 * np.abs(got).max())
@@ -217,7 +232,7 @@ def test_singular_vectors_of_a_weight_that_is_stored_turned(pair, tmp_path, name
     got = added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", name)
     turned = [d.double().numpy().swapaxes(-1, -2) for d in deltas]
     wanted = reference.by_matrix(turned, getattr(reference, method), stacked=len(shape) == 3).swapaxes(-1, -2)
-    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    np.testing.assert_allclose(got, reference.usual_lambda(method, 2) * wanted, atol=1e-6)
 
 
 @TURNED
@@ -262,3 +277,43 @@ def test_a_task_s_artifact_makes_its_model(models, tmp_path, method):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_tensors(tmp_path / "applied").items())
     with pytest.raises(DeltamergeError, match="task 4: the recipe merges 3 models"):
         merge(models, tmp_path, text(method, "task: 4"))
+
+
+def test_a_delta_that_is_zero_has_no_part_in_the_balance(pair, tmp_path):
+    large, nothing = torch.eye(4) * 3.0, torch.zeros(4, 4)
+    folder = pair(large, nothing)
+    recipe = text("task_arithmetic", "weight: 1", "ab", more=BALANCE)
+    merged = merge(folder, tmp_path, recipe)
+    np.testing.assert_array_equal(added(merged, folder / "base", "layers.0.q.weight"), large.numpy())
+
+
+def test_balanced_deltas_are_as_long_after_pruning(pair, tmp_path):
+    """The lengths are of what pruning keeps, and the weights come after them."""
+    deltas = [torch.diag(torch.tensor([8.0, 0.1, 0.1, 0.1])), torch.diag(torch.tensor([0.0, 0.0, 0.1, 2.0])).flip(1)]
+    folder = pair(*deltas)
+    models = "models:\n  - {model: ./a, parameters: {weight: 1}}\n  - {model: ./b, parameters: {weight: 3}}\n"
+    recipe = f"merge_method: task_arithmetic\nbase_model: ./base\n{models}{BALANCE}\n"
+    merged = merge(folder, tmp_path, recipe + "prune: {method: magnitude, density: 0.0625}\n")
+    wanted = 5.0 * (deltas[0] > 1) + 15.0 * (deltas[1] > 1)
+    np.testing.assert_allclose(added(merged, folder / "base", "layers.0.q.weight"), wanted.numpy(), rtol=1e-6)
+
+
+def test_balance_needs_deltas(models, tmp_path):
+    recipe = text("linear", "weight: 1", "ab", more=BALANCE)
+    with pytest.raises(DeltamergeError, match=r"balance: is of the deltas of a base, linear has none"):
+        merge(models, tmp_path, recipe)
+
+
+@pytest.mark.parametrize(("method", "factor"), [("iso_c", 2.25), ("tsv_m", 2 / 5**0.5), ("wudi", 2 / 5**0.5)])
+def test_the_usual_lambda_follows_the_number_of_models(pair, tmp_path, method, factor):
+    """Of one model it is 1; of five, what was measured to be near the best."""
+    generator = torch.Generator().manual_seed(3)
+    folder = pair(*torch.randn(2, 12, 12, generator=generator))
+    for name in "cde":
+        make_checkpoint(folder / name, {"layers.0.q.weight": torch.randn(12, 12, generator=generator)})
+    for names, expected in (("a", 1.0), ("abcde", factor)):
+        usual, plain = (
+            added(merge(folder, tmp_path, text(method, given, names), name=f"{names}{k}"), folder / "base", Q)
+            for k, given in enumerate(("", "lambda: 1"))
+        )
+        np.testing.assert_allclose(usual, expected * plain, rtol=1e-6)

@@ -342,3 +342,29 @@ def test_the_tables_of_measurements_are_those_of_the_results() -> None:
     assert len(texts) >= 3
     for page, text in texts.items():
         assert pages.documented(text) == text, f"{page.name}: run python -m benchmarks.pages"
+
+
+def test_words_have_equal_classes_and_no_part_shares_a_word() -> None:
+    from benchmarks.merging import word_tasks
+
+    words = {f"w{i}": float(i % 3 if i < 900 else 0) for i in range(1500)}
+    parts = word_tasks.split({"name": words})["name"]
+    texts = {part: {row.text for row in rows} for part, rows in parts.items()}
+    assert sum(map(len, texts.values())) == len(set().union(*texts.values())) == 900
+    labels = [row.label for rows in parts.values() for row in rows]
+    assert [labels.count(k) for k in (0, 1, 2)] == [300, 300, 300]
+
+
+def test_merges_that_were_tried_give_back_what_their_papers_say() -> None:
+    from benchmarks.merging import tried
+
+    delta = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(tried.svc(3 * delta, [delta] * 3), delta)
+    loud = torch.tensor([1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(tried.aim(delta, loud, kept=0.2), delta * torch.tensor([0.8, 0.6, 0.2, 1.0]))
+    base = torch.eye(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(tried.ortho([delta], base, rest=1.0), delta)  # no row conflicts: the rest is all of it
+    one = delta - delta.mean(0)
+    gram = one.T @ one + 0.01 * torch.eye(4, dtype=torch.float64)
+    whole = gram + (one.T @ one).mean(0)
+    torch.testing.assert_close(tried.ace([delta], base), one @ gram @ torch.linalg.inv(whole))

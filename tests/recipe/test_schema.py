@@ -275,9 +275,9 @@ def test_what_is_no_size(text: object) -> None:
 
 REFUSED: dict[str, list[str]] = {
     "a: 1": [
-        "r.yaml:1:1: a: unknown key\nhint: known here: architecture, base_model, calibration, chat_template, config, "
-        "dtype, experts, experts_per_token, gate_mode, merge_method, mergekit, models, modules, name, out_dtype, "
-        "output, parameters, pickles, prune, seed, shared_experts, slices, study, template, tokenizer, "
+        "r.yaml:1:1: a: unknown key\nhint: known here: architecture, balance, base_model, calibration, chat_template, "
+        "config, dtype, experts, experts_per_token, gate_mode, merge_method, mergekit, models, modules, name, "
+        "out_dtype, output, parameters, pickles, prune, seed, shared_experts, slices, study, template, tokenizer, "
         "tokenizer_source",
         "r.yaml:1:1: needs models\nhint: models: a list of {model: path or hub id}",
     ],

@@ -6,30 +6,34 @@ rows; the objective is the sum of theirs.
 Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
 distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The distances are
 shares of the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
-then freed. Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
+then freed. Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all.
+Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
 are added up in their order on the first. A plan names the functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine.devices import torch_devices
+from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.calibrate.model.blocks import Weights
+    from deltamerge.calibrate.model.blocks import BlockModel
     from deltamerge.calibrate.model.candidates import Shared
+    from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Weights
     from deltamerge.calibrate.q.choices import Qs
     from deltamerge.calibrate.q.objectives import Distribution
     from deltamerge.calibrate.q.search import Minima
@@ -39,6 +43,7 @@ Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
 RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
 PATIENCE = 5  # looks in a row that are no better, after which a fit ends
+TOGETHER, ALONE = 32, 16  # rows of a batch: of all fine-tunes, of one
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
@@ -104,8 +109,6 @@ class _Merge:
     def start(self) -> dict[str, Tensor]:
         """Return the recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of
         theirs."""
-        import torch
-
         from deltamerge.calibrate.q.learned import row_shape
 
         first, layers = self.subjects[0], self.subjects[0].layers
@@ -121,6 +124,11 @@ class _Merge:
     def nothing(self) -> dict[str, Tensor]:
         """Return coefficients of 0, which give the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
+
+    @property
+    def model(self) -> BlockModel:
+        """Return the model that runs the rows of all fine-tunes, where they run together."""
+        return self.subjects[0].model
 
     def weights(self, task: int, coefficients: Coefficients, shared: Shared | None = None) -> Weights:
         """Return the merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients,
@@ -157,10 +165,53 @@ class _Rows:
     groups: list[list[int]]
     stop: Distribution
 
+    def step(self, number: int) -> list[int]:
+        """Return the indices of the batches of a step, from 1."""
+        return self.groups[(number - 1) % len(self.groups)]
 
-def _rows(subject: Subject, step: int) -> _Rows:
-    batches, groups, stop = subject.steps(step)
+
+def _rows(subject: Subject, size: int) -> _Rows:
+    batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
     return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
+
+
+def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
+    """Return one batch of the rows of several, padded to the longest."""
+    from torch.nn.functional import pad as padded
+
+    from deltamerge.calibrate.model.passes import COMPARED
+
+    if any(COMPARED in batch for batch in batches):
+        batches = [{COMPARED: batch["attention_mask"].bool(), **batch} for batch in batches]
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    return {
+        name: torch.cat(
+            [
+                padded(batch[name], (0, longest - batch[name].shape[1]), value=pad if name == "input_ids" else 0)
+                for batch in batches
+            ]
+        )
+        for name in batches[0]
+    }
+
+
+def _cut(where: tuple[slice, ...], values: Tensor) -> Tensor:
+    return values[where]
+
+
+def _apart(output: BlockOutput, batches: Sequence[Inputs]) -> Iterator[BlockOutput]:
+    """Yield of the output for a joined batch each batch's own."""
+    from deltamerge.calibrate.model.passes import BlockOutput, taken
+    from deltamerge.calibrate.q.objectives import per_token
+
+    first = 0
+    for batch in batches:
+        rows, tokens = batch["input_ids"].shape
+        own, scores = slice(first, first + rows), output.scores
+        first += rows
+        if scores is not None:
+            scores = taken(scores, partial(_cut, (own, slice(tokens)) if per_token(scores) else (own,)))
+        yield BlockOutput(output.hidden[own, :tokens], scores)
 
 
 def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
@@ -170,14 +221,13 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     A look comes before the first step and after every turn through the rows.
     PATIENCE of them in a row that are no better end it.
     """
-    import torch
-
     from deltamerge.calibrate.model.candidates import Shared
     from deltamerge.calibrate.model.spread import add_gradients, in_turns
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
-    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, COEFFICIENT_STEP)))
+    size = max(1, TOGETHER // len(merge.subjects)) if merge.spec.runs_together else ALONE
+    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
     leaves, named = _leaves(merge.spec.scope, start)
@@ -190,9 +240,28 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         values = _values(merge, [task.stop for task in tasks], of_name())
         return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
 
+    def descend_all(step: int) -> None:
+        """Run the rows of all fine-tunes at once: the first batch of each, the second, …"""
+        of_step = [task.step(step) for task in tasks]
+        sizes = [
+            sum(map(task.learned.count, group)) * scale * len(tasks)
+            for task, group, scale in zip(tasks, of_step, scales, strict=True)
+        ]
+        pad = merge.subjects[0].reads.pad_token_id or 0
+        for some in zip_longest(*of_step):
+            there = [(i, batch) for i, batch in enumerate(some) if batch is not None]
+            batches = [tasks[i].learned.batches[batch] for i, batch in there]
+            weights = merge.weights(0, of_name())
+            output = merge.model.differentiable(_joined(batches, pad), weights, merge.model.precision)
+            total = torch.zeros((), device=merge.places[0].device)
+            for (i, batch), own in zip(there, _apart(output, batches), strict=True):
+                total = total + tasks[i].learned.loss(batch, own)[0] / sizes[i]
+                merge.subjects[i].count([tasks[i].learned.batches[batch]], 3)
+            torch.autograd.backward(total)
+
     def descend_task(step: int, shared: Shared | None, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
         task, subject = tasks[i], merge.subjects[i]
-        group = task.groups[(step - 1) % len(task.groups)]
+        group = task.step(step)
         size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
         weights = merge.weights(i, named(copies), shared)
         for batch in group:
@@ -204,7 +273,9 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
         optimiser.zero_grad()
-        if merge.spec.shares_weights:
+        if merge.spec.runs_together:
+            descend_all(step)
+        elif merge.spec.shares_weights:
             (place,) = merge.places
             shared = Shared(place.device)
             for i in every:
@@ -250,9 +321,28 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
 def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
     """Return the value of each fine-tune's objective."""
     from deltamerge.calibrate.model.spread import in_turns
+    from deltamerge.calibrate.q.objectives import Generation
 
+    if merge.spec.runs_together and not any(isinstance(one, Generation) for one in objectives):
+        return _values_together(merge, objectives, coefficients)
     every = range(len(objectives))
     return list(in_turns(merge.places, every, lambda _, i: _value(merge, i, objectives[i], coefficients)))
+
+
+def _values_together(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
+    """Return the same by one walk over the rows of all fine-tunes."""
+    detached = {name: value.detach() for name, value in coefficients.items()}
+    places = [(i, batch) for i, one in enumerate(objectives) for batch in range(len(one.batches))]
+
+    def reduce(number: int, output: BlockOutput) -> tuple[int, Any]:
+        i, batch = places[number]
+        return i, objectives[i].reduce(batch, output)
+
+    batches = [objectives[i].batches[batch] for i, batch in places]
+    (found,) = merge.model.run(batches, [merge.weights(0, detached)], reduce)
+    for subject, objective in zip(merge.subjects, objectives, strict=True):
+        subject.count(objective.batches)
+    return [one.value([part for k, part in found if k == i]) for i, one in enumerate(objectives)]
 
 
 def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:

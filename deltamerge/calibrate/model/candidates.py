@@ -7,7 +7,7 @@ its gradients.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ Q = float | Tensor
 """One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
 or (E, m, 1) for stacked experts."""
 T = TypeVar("T")
+SLAB = 1 << 22  # entries of a delta that are widened to float32 at once
 
 
 class Cache(Generic[T]):
@@ -177,9 +178,11 @@ class _Sum(torch.autograd.Function):
                 values = delta.values.to(total.device) * factor
                 total.view(-1).index_add_(0, delta.positions.to(total.device), values)
             elif single:
-                total.add_(_placed(delta, total), alpha=float(factor))
+                for rows, part in _slabs(delta, total):
+                    total[rows].add_(part, alpha=float(factor))
             else:
-                total.addcmul_(_placed(delta, total), factor)
+                for rows, part in _slabs(delta, total):
+                    total[rows].addcmul_(part, factor[rows] if len(factor) == len(total) else factor)
         return total
 
     @staticmethod
@@ -193,10 +196,34 @@ class _Sum(torch.autograd.Function):
                 at = grad.reshape(-1)[delta.positions.to(grad.device)]
                 found.append(torch.dot(at, delta.values.to(grad.device)))
             elif not ctx.of_one:
-                found.append(torch.dot(grad.reshape(-1), _placed(delta, grad).reshape(-1)))
+                dots = [torch.dot(grad[rows].reshape(-1), part.reshape(-1)) for rows, part in _slabs(delta, grad)]
+                found.append(torch.stack(dots).sum() if len(dots) > 1 else dots[0])
             else:
-                found.append((grad * _placed(delta, grad)).sum_to_size(ctx.of_one))
+                found.append(_summed(grad, delta, ctx.of_one))
         return None, torch.stack(found), None
+
+
+def _summed(grad: Tensor, delta: Masked, size: Sequence[int]) -> Tensor:
+    """Return grad · delta, summed to the size of the coefficients."""
+    of_rows = size[0] == len(grad)
+    parts = []
+    for rows, part in _slabs(delta, grad):
+        some = grad[rows]
+        parts.append((some * part).sum_to_size((len(some), *size[1:]) if of_rows else size))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if of_rows else torch.stack(parts).sum(0)
+
+
+def _slabs(delta: Masked, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a delta in float32, of a large one so many at a time that little memory is needed."""
+    if isinstance(delta, Kept) or like.dim() < 2 or like.numel() <= SLAB:
+        yield slice(None), _placed(delta, like)
+        return
+    step = max(1, SLAB * len(like) // like.numel())
+    for start in range(0, len(like), step):
+        rows = slice(start, start + step)
+        yield rows, delta[rows].to(like.device, torch.float32)
 
 
 class Shared:

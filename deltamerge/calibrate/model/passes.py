@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltamerge.calibrate.model.layers import Linear, MatrixCut
 from deltamerge.errors import InputError
@@ -82,6 +83,26 @@ def pieces(scores: Tensor | LazyLogits) -> Iterator[tuple[slice, Tensor]]:
     for x in scores.split(len(scores.weight)):
         yield slice(start, start + len(x)), replace(scores, x=x).logits
         start += len(x)
+
+
+def of_pieces(scores: Tensor | LazyLogits, value: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
+    """Return `value` of rows and their logits, piece by piece.
+
+    Where gradients are wanted the logits of a `LazyLogits` are made again in the backward pass, so that no more than a
+    piece of them is held.
+    """
+    if not isinstance(scores, LazyLogits) or not torch.is_grad_enabled():
+        return [value(rows, some) for rows, some in pieces(scores)]
+    found, start = [], 0
+    for x in scores.split(len(scores.weight)):
+        rows = slice(start, start + len(x))
+        start += len(x)
+
+        def made(x: Tensor, rows: slice = rows) -> Tensor:
+            return value(rows, replace(scores, x=x).logits)
+
+        found.append(checkpoint(made, x, use_reentrant=False, preserve_rng_state=False))
+    return found
 
 
 def at(scores: Tensor | LazyLogits, index: Tensor) -> Tensor:

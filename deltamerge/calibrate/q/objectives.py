@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights
-from deltamerge.calibrate.model.passes import COMPARED, LazyLogits, at, pieces, taken
+from deltamerge.calibrate.model.passes import COMPARED, LazyLogits, at, of_pieces, pieces, taken
 from deltamerge.calibrate.rows.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
@@ -297,12 +297,14 @@ class Distribution:
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
-        found: list[Tensor] = []
-        for rows, some in pieces(_scores(output, self.batches[batch])):
+
+        def divergences(rows: slice, some: Tensor) -> Tensor:
             logs = some.log_softmax(-1)
             if index is not None:
                 logs = _with_rest(logs.gather(-1, index[rows]))
-            found.append(F.kl_div(logs, target[rows], reduction="none", log_target=True).sum(-1))
+            return F.kl_div(logs, target[rows], reduction="none", log_target=True).sum(-1)
+
+        found = of_pieces(_scores(output, self.batches[batch]), divergences)
         return torch.cat(found).sum(), len(target)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:

@@ -393,13 +393,15 @@ class Subject:
     def _has_head(self) -> bool:
         return has_head(self.settings, self.task)
 
-    def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
-        """Return batches to learn on, the batch indices of each step of so many rows, and batches that decide when to
-        stop."""
+    def steps(
+        self, step: int = STEP_ROWS, size: int = 16
+    ) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+        """Return batches of `size` rows to learn on, the batch indices of each step of so many rows, and batches that
+        decide when to stop."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
-        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step)
+        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step, size=size)
         return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 
     def values(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamerge.methods.merge.matrices import each, inverse, multiply, needs, nodes, spectrum
-from deltamerge.methods.parameters import DeltaFactors, Lambda
+from deltamerge.methods.parameters import DeltaFactors, LargeLambda
 from deltamerge.methods.registry import delta_method
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
     needs=needs_of,
 )
 def iso_c(
-    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, transposed: bool = False
+    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: LargeLambda = 1.0, transposed: bool = False
 ) -> torch.Tensor:
     """Return the mean (S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
 

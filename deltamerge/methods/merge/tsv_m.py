@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deltamerge.methods.merge.matrices import each, needs, nodes
 from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
-from deltamerge.methods.parameters import DeltaFactors, Lambda
+from deltamerge.methods.parameters import DeltaFactors, FallingLambda
 from deltamerge.methods.registry import delta_method
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
     needs=needs_of,
 )
 def tsv_m(
-    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: Lambda = 1.0, transposed: bool = False
+    *sources: Whole, form: Form, weights: DeltaFactors, lambda_: FallingLambda = 1.0, transposed: bool = False
 ) -> torch.Tensor:
     """Return U⊥ diag(S) V⊥ᵀ of the top r / n triplets of each of n w_i Δ_i, side by side (Algorithm 1).
 

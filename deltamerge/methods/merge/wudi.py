@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 from deltamerge.methods.merge.matrices import each, nodes
-from deltamerge.methods.parameters import DeltaFactors, Lambda
+from deltamerge.methods.parameters import DeltaFactors, FallingLambda
 from deltamerge.methods.registry import Param, delta_method
 from deltamerge.tensors.lazy import torch
 
@@ -84,7 +84,7 @@ def wudi(
     *sources: Whole,
     form: Form,
     weights: DeltaFactors,
-    lambda_: Lambda = 1.0,
+    lambda_: FallingLambda = 1.0,
     steps: Steps = 0,
     rho: Rho = 1.0,
     transposed: bool = False,

@@ -1,8 +1,9 @@
-"""The divisor of a mask's kept entries: q, or mergekit's ratio of norms."""
+"""The divisor of a mask's kept entries, q or mergekit's ratio of norms; the factors that give deltas one length."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -140,3 +141,21 @@ def matched(make: Make, whole: Any, kept: Any, kind: str) -> Any:
     """Make the node of mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
     norms = [make(norm, [node], kind="concat", shape=node.shape, norm=kind) for node in (kept, whole)]
     return make(divide, [kept, make(ratio, norms, kind="small", norm=kind)], shape=whole.shape)
+
+
+def share(*squares: np.ndarray[Any, Any], number: int) -> float:
+    """Return mean ‖Δ‖ / ‖Δ_number‖, from the squares of every delta by block.
+
+    The mean is over deltas that are not 0. 1 where the delta is 0, or a length is not finite.
+    """
+    lengths = [math.sqrt(math.fsum(some)) if np.isfinite(some).all() else math.inf for some in squares]
+    some = [length for length in lengths if length > 0]
+    own = lengths[number]
+    return math.fsum(some) / len(some) / own if own > 0 and math.isfinite(sum(some)) else 1.0
+
+
+def balanced(make: Make, deltas: Sequence[Any], number: int) -> Any:
+    """Make the node of one of a tensor's deltas with the mean length of all."""
+    squares = [make(norm, [delta], kind="concat", shape=delta.shape, norm="l2") for delta in deltas]
+    factor = make(share, squares, kind="small", number=number)
+    return make(multiply, [deltas[number], factor], shape=deltas[number].shape)

@@ -1,0 +1,279 @@
+"""What merges keep of encoders' experts, at the λ of a rule that was chosen on other experts than are reported.
+
+    python -m benchmarks.merging.words choose        four experts: sentiment and intensity (shared/data), two of words
+    python -m benchmarks.merging.words report        four others, of other data: looked at once rules and list stood
+    python -m benchmarks.merging.words report wudi   methods whose names begin so
+    python -m benchmarks.merging.words --docs        only the tables of docs/measurements/merging.md
+
+The experts are those of word_tasks.py and of the demo, each scored with its own head. λ is tried in memory around the
+rule's: on validation rows for `choose`, on test rows for `report`, where the other λ only say what the rule misses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from benchmarks import RESULTS, encoder, tasks
+from benchmarks.merging import nine_tasks, tried, word_tasks
+from benchmarks.merging.scores import HEAD, Weights, encoder_of, write
+from benchmarks.tasks import Part, Row
+from deltamerge.api import load_recipe
+from deltamerge.methods.registry import MERGE
+
+FILE = RESULTS / "merging_words.json"
+FAMILIES = {
+    "choose": ("sentiment", "intensity", "name", "part-of-speech"),
+    "report": ("continent", "syllables", "language", "frequency"),
+}
+SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 500)}
+AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)  # times the rule's λ
+CALIBRATED = 50  # rows a task, of methods that look at rows
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A method of the package as a recipe has it, or a formula of `tried`; `rule` is its λ by the number of models."""
+
+    name: str
+    rule: Callable[[int], float]
+    recipe: dict[str, Any] | None = None
+    rows: bool = False
+    formula: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
+    after: str | None = None
+
+
+def usual(method: str) -> Callable[[int], float]:
+    """The λ that a recipe without one has."""
+    return lambda models: float(MERGE[method].parameters["lambda"].default_for(models) or 1.0)
+
+
+def falling(factor: float) -> Callable[[int], float]:
+    return lambda models: factor / models**0.5
+
+
+def of(method: str, rule: Callable[[int], float] | None = None, rows: bool = False, **keys: Any) -> Merge:
+    balanced = ", balanced" if "balance" in keys else ""
+    return Merge(f"{method}{balanced}", rule or usual(method), {"merge_method": method, **keys}, rows)
+
+
+TIES = {"density": 0.2}
+PACKAGE = (
+    of("task_arithmetic", falling(0.7)),
+    of("task_arithmetic", falling(0.8), balance="norm"),
+    of("ties", falling(1.2), parameters=TIES),
+    of("ties", falling(1.2), parameters=TIES, balance="norm"),
+    of("iso_c"),
+    of("iso_c", balance="norm"),
+    of("tsv_m"),
+    of("tsv_m", balance="norm"),
+    of("wudi"),
+    of("wudi", balance="norm"),
+    of("regmean", rows=True),
+)
+AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "tsv_m": 1.2, "wudi": 1.2, "tsv_m, balanced": 1.2}
+MERGES = (
+    *PACKAGE,
+    Merge("ace", falling(0.8), formula=tried.ace),
+    Merge("ace, ε relative", falling(1.2), formula=lambda ds, base: tried.ace(ds, base, relative=True)),
+    Merge("ortho", falling(4.0), formula=tried.ortho),
+    *(Merge(f"{name}, then svc", falling(factor), after=name) for name, factor in AFTER.items()),
+    Merge("task_arithmetic, then aim", falling(0.7), after="task_arithmetic"),
+    Merge("tsv_m, balanced, then aim", usual("tsv_m"), after="tsv_m, balanced"),
+)
+
+
+class Family:
+    """Experts side by side, on rows of one part of their tasks."""
+
+    def __init__(self, names: Sequence[str], part: Part, count: int, seed: int = 0) -> None:
+        folder = tasks.models_folder()
+        self.names = tuple(names)
+        self.base = nine_tasks.headless(folder / "base", word_tasks.HOME / "base")
+        self.folders = {
+            name: folder / name if name in tasks.TASKS else word_tasks.expert(name, folder / "base", seed=seed)
+            for name in names
+        }
+        self.weights = encoder_of(self.base)
+        self.deltas = {
+            name: {key: tensor - self.weights[key] for key, tensor in encoder_of(path).items()}
+            for name, path in self.folders.items()
+        }
+        self.rows = {name: rows_of(name, part)[:count] for name in names}
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = AutoModel.from_pretrained(self.base, add_pooling_layer=False).float().train(False)
+        self.heads = {name: head_of(path) for name, path in self.folders.items()}
+        self.own = {name: self.score(encoder_of(path), name) for name, path in self.folders.items()}
+
+    def score(self, weights: Weights, name: str) -> float:
+        rows, task = sorted(self.rows[name], key=lambda row: len(row.text)), task_of(name)
+        self.model.load_state_dict(weights)
+        pool, pool_bias, last, last_bias = self.heads[name]
+        found = []
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(rows), 64):
+                batch = encoder.encode(self.tokenizer, rows[start : start + 64])
+                found.append(self.model(**batch).last_hidden_state[:, 0].float())
+        logits = torch.tanh(torch.cat(found) @ pool.T + pool_bias) @ last.T + last_bias
+        predicted = logits[:, 0] if task.labels == 1 else logits.argmax(1)
+        label = np.array([row.label for row in rows], np.float64)
+        return 100 * encoder.METRICS[task.metric](predicted.double().numpy(), label)
+
+    def shares(self, weights: Weights, names: Sequence[str]) -> list[float]:
+        """Scores in % of the experts' own."""
+        return [100 * self.score(weights, name) / self.own[name] for name in names]
+
+    def merged(self, merge: Merge, names: Sequence[str]) -> Weights:
+        """What the merge adds to the base at λ = 1."""
+        if merge.recipe is not None:
+            return self._run(merge, names)
+        if merge.after is not None:
+            before = next(one for one in MERGES if one.name == merge.after)
+            found, loud = self._run(before, names), self._loudness(names) if merge.name.endswith("aim") else {}
+            for key, tensor in found.items():
+                if key in loud:
+                    found[key] = tried.aim(tensor.double(), loud[key]).float()
+                elif not loud and self._is_matrix(key):
+                    found[key] = tried.svc(tensor.double(), self._deltas(key, names)).float()
+            return found
+        assert merge.formula is not None
+        made = {}
+        for key, tensor in self.weights.items():
+            deltas = self._deltas(key, names)
+            mean = torch.stack(deltas).mean(0)
+            made[key] = (merge.formula(deltas, tensor.double()) if self._is_matrix(key) else mean).float()
+        return made
+
+    def _loudness(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Mean abs(x) of the inputs of every linear layer of the base, added up over batches of all tasks' rows."""
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str, module: Any, given: Any) -> None:
+            found[name] = found.get(name, torch.zeros(())) + given[0].double().abs().mean((0, 1))
+
+        layers = [(name, one) for name, one in self.model.named_modules() if isinstance(one, torch.nn.Linear)]
+        hooks = [one.register_forward_pre_hook(partial(hook, f"{name}.weight")) for name, one in layers]
+        self.model.load_state_dict(self.weights)
+        with torch.inference_mode():
+            for name in names:
+                self.model(**encoder.encode(self.tokenizer, rows_of(name, "train")[:CALIBRATED]))
+        for one in hooks:
+            one.remove()
+        return found
+
+    def _deltas(self, key: str, names: Sequence[str]) -> list[Tensor]:
+        return [self.deltas[name][key].double() for name in names]
+
+    def _is_matrix(self, key: str) -> bool:
+        return self.weights[key].dim() == 2 and "embeddings" not in key
+
+    def _run(self, merge: Merge, names: Sequence[str]) -> Weights:
+        assert merge.recipe is not None
+        method = MERGE[merge.recipe["merge_method"]]
+        parameters: dict[str, Any] = {"lambda": 1.0, **merge.recipe.get("parameters", {})}
+        if "weight" in method.parameters and method.parameters["weight"].default is None:
+            parameters["weight"] = 1.0
+        with tempfile.TemporaryDirectory(dir=word_tasks.HOME) as work:
+            models: list[dict[str, Any]] = []
+            for name in names:
+                models.append({"model": str(self.folders[name]), "name": name})
+                if merge.rows:
+                    path = Path(work) / f"{name}.jsonl"
+                    texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * CALIBRATED]]
+                    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+                    models[-1] |= {"calibration": {"data": str(path), "sequences": CALIBRATED, "length": 40}}
+            recipe = {**merge.recipe, "base_model": str(self.base), "models": models, "parameters": parameters}
+            path = Path(work) / "recipe.yaml"
+            path.write_text(yaml.safe_dump(recipe | {"dtype": "float32"}), encoding="utf-8")
+            load_recipe(path, workers=1).run(Path(work) / "out")
+            made = encoder_of(Path(work) / "out")
+        return {key: tensor - self.weights[key] for key, tensor in made.items()}
+
+
+@cache
+def rows_of(name: str, part: Part) -> list[Row]:
+    return tasks.rows(name, part) if name in tasks.TASKS else word_tasks.rows(name, part)
+
+
+def task_of(name: str) -> tasks.Task:
+    return tasks.TASKS.get(name) or word_tasks.TASKS[name]
+
+
+def head_of(folder: Path) -> list[Tensor]:
+    tensors = load_file(folder / "model.safetensors")
+    return [tensors[f"{layer}.{kind}"].float() for layer in HEAD for kind in ("weight", "bias")]
+
+
+def cell(family: Family, merge: Merge, names: Sequence[str]) -> dict[str, Any]:
+    """Mean and worst share at the rule's λ, and at λ around it."""
+    start, rule = time.process_time(), merge.rule(len(names))
+    added = family.merged(merge, names)
+    took, found = time.process_time() - start, {}
+    for factor in AROUND:
+        weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
+        found[factor] = family.shares(weights, names)
+    tried_ = {f"{rule * f:.3g}": [round(float(np.mean(s)), 1), round(min(s), 1)] for f, s in found.items()}
+    return {
+        "merge": merge.name,
+        "tasks": list(names),
+        "lambda": round(rule, 4),
+        "mean": round(float(np.mean(found[1.0])), 1),
+        "worst": round(min(found[1.0]), 1),
+        "shares": {name: round(share, 1) for name, share in zip(names, found[1.0], strict=True)},
+        "tried": tried_,
+        "best": max(mean for mean, _ in tried_.values()),
+        "cpu_s": round(took, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", choices=FAMILIES)
+    parser.add_argument("names", nargs="*", help="methods, or how they begin; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the experts of words; others' results stand apart")
+    parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
+    asked = parser.parse_args()
+    if asked.family and not asked.docs:
+        measured(asked)
+    from benchmarks.merging import pages
+
+    pages.write_words(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def measured(asked: argparse.Namespace) -> None:
+    from benchmarks.process import surroundings
+    from benchmarks.pruning.quality import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    family = Family(FAMILIES[asked.family], *SEEN[asked.family], asked.seed)
+    kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
+    known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"cells": {}, "own": {}}
+    for merge in MERGES:
+        if asked.names and not merge.name.startswith(tuple(asked.names)):
+            continue
+        made = cell(family, merge, family.names)
+        known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
+        print(f"{merge.name}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
+        if not asked.seed:
+            known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
+        write(FILE, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
+
+
+if __name__ == "__main__":
+    main()
