@@ -229,8 +229,9 @@ def test_parts_are_as_long_as_is_asked(tmp_path: Path) -> None:
         entry = DeltaFile.open(tmp_path / "out").entries["a.weight"].with_parts()
         lengths.append(float(np.linalg.norm(entry.codes(0, entry.size))))
     tuned, base = (load_tensors(tmp_path / name)["a.weight"].double() for name in ("tuned", "base"))
-    assert lengths[2] == pytest.approx(float((tuned - base).norm()), rel=0.03)
-    assert lengths[1] == pytest.approx(math.sqrt(lengths[0] * lengths[2]), rel=0.03)
+    step = 1 / 16  # of a scale, whose mantissa has four bits
+    assert lengths[2] == pytest.approx(float((tuned - base).norm()), rel=step)
+    assert lengths[1] == pytest.approx(math.sqrt(lengths[0] * lengths[2]), rel=step)
     assert lengths[0] < 0.95 * lengths[2]
     assert lengths[3] == lengths[0]
 

@@ -5,10 +5,10 @@ Arrays are read from their files when sliced. A truncated file is an error, wher
 
 from __future__ import annotations
 
+import bz2
 import math
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -238,12 +238,12 @@ def _manifest(raw: dict[str, Any], stored: dict[str, TensorInfo], opened: Stored
 
 
 def _table(stored: StoredArray) -> Any:
-    """The records in a zlib stream of JSON. InputError: it is none, or longer than MAX_BYTES."""
-    inflate = zlib.decompressobj()
+    """The records in a bzip2 stream of JSON. InputError: it is none, or longer than MAX_BYTES."""
+    inflate = bz2.BZ2Decompressor()
     try:
         text = inflate.decompress(stored[:].tobytes(), MAX_BYTES)
-    except zlib.error as error:
-        raise InputError(f"the array {TABLE} is no zlib stream: {error}") from None
+    except OSError as error:
+        raise InputError(f"the array {TABLE} is no bzip2 stream: {error}") from None
     if not inflate.eof or inflate.unused_data:
         raise InputError(f"the array {TABLE} is cut short, followed by something, or above {MAX_BYTES} bytes")
     return parse_json(text)

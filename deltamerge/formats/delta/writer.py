@@ -6,8 +6,8 @@ files are joined.
 
 from __future__ import annotations
 
+import bz2
 import json
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,9 +139,10 @@ class ArtifactWriter:
         )
 
     def _table(self, records: Mapping[str, Record]) -> StoredTensor:
-        """Write the records as zlib's stream of their JSON into the spool."""
+        """Write the records into the spool: JSON in a bzip2 stream."""
         path = self.storing.spool.folder / "table"
-        data = zlib.compress(("{" + _records_text(records, ",") + "}").encode(), 9)
+        # zlib's bytes differ by version, bzip2's do not.
+        data = bz2.compress(("{" + _records_text(records, ",") + "}").encode(), 9)
         with errors.context(str(self._folder)), writing():
             path.write_bytes(data)
         return StoredTensor(TABLE, "U8", len(data), path, 0)
