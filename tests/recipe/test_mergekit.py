@@ -422,7 +422,7 @@ def test_a_command_of_mergekits_is_refused_with_the_whole_line_to_type(capsys, t
     assert (leaving.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("merge", "run"), ("quantize", "convert"), ("chekc", "check")])
+@pytest.mark.parametrize(("typed", "meant"), [("evaluate", "eval"), ("quantize", "convert"), ("chekc", "check")])
 def test_a_command_that_there_is_not_gets_a_hint(capsys, typed, meant):
     with pytest.raises(SystemExit) as leaving:
         main([typed, "x"])
