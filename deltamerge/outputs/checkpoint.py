@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.values import Spooled, of_layer
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
@@ -30,6 +29,7 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 
 if TYPE_CHECKING:
+    from deltamerge.calibrate.values import Spooled
     from deltamerge.formats.quantised.writer import CodedWriter, Losses
 
 WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
@@ -152,6 +152,8 @@ def _none(name: str, matrix: int) -> None:
 
 def _moments(spooled: Spooled, name: str, matrix: int) -> NDArray[np.float64] | None:
     """Return the second moments of the inputs of a weight's matrix; None: no row has reached it."""
+    from deltamerge.calibrate.values import of_layer
+
     return of_layer(spooled, name=name).read(matrix)
 
 
