@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -59,7 +59,8 @@ STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
 class Way:
     """A merge that is tried: `first` is the λ in the middle of those tried, `over_models` whether over their number.
 
-    fitted   the scope of fitted coefficients, from task arithmetic at its best λ
+    fitted     the scope of fitted coefficients, from task arithmetic at its best λ
+    balanced   whether its recipe has `balance: norm`
     """
 
     name: str
@@ -68,6 +69,7 @@ class Way:
     first: float = 1.0
     over_models: bool = False
     fitted: str | None = None
+    balanced: bool = False
 
     @property
     def needs_rows(self) -> bool:
@@ -77,12 +79,13 @@ class Way:
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
 ISO_C = Way("iso_c", "iso_c", first=1.5)
-TSV_M = Way("tsv_m", "tsv_m")
+TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
 WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
+    Way("tsv_m", "tsv_m"),
     TSV_M,
     WUDI,
     Way("regmean", "regmean"),
@@ -103,6 +106,7 @@ class MergeCandidate(Figures):
     name: str
     method: str
     parameters: dict[str, Any] = Field(description="Of its recipe, but for λ.")
+    balance: Literal["norm"] | None = Field(None, description="Of its recipe.")
     factor: float | None = Field(description="λ; of fitted coefficients where fitting starts.")
     coefficients: str | None = Field(description="Scope of the fitted coefficients, if they are fitted.")
     lost: dict[str, float] = Field(
@@ -261,6 +265,8 @@ class _Setting:
         }
         if way.fitted is not None:
             made["calibration"] = {"per": "merge", "coefficients": way.fitted}
+        if way.balanced:
+            made["balance"] = "norm"
         return made | ({"pickles": True} if self.pickles else {})
 
 
@@ -378,6 +384,7 @@ class _Adviser:
             name=way.name,
             method=way.method,
             parameters=dict(way.parameters),
+            balance="norm" if way.balanced else None,
             factor=factor,
             coefficients=way.fitted,
             lost={},
@@ -420,7 +427,7 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
         return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
-    kept = "without data tsv_m keeps most of unlike fine-tunes, or is near it"
+    kept = "without data tsv_m of balanced deltas keeps most of unlike fine-tunes, or is near it"
     return TSV_M, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
 
 

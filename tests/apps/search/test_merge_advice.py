@@ -203,10 +203,11 @@ def test_a_merge_is_recommended_and_runs(
 def test_the_recipe_without_rows_runs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "merge.yaml"
     found = recommend_merge([str(folder / n) for n in NAMES], str(folder / "base"), out=out, options=OPTIONS)
-    assert (found.method, found.factor) == ("tsv_m", 1.0)
+    assert (found.method, found.factor) == ("tsv_m, balanced", 1.0)
+    assert yaml.safe_load(found.recipe)["balance"] == "norm"
     assert not found.candidates
     assert [one.by for one in found.forecast] == ["weights"] * 3
-    assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: tsv_m>"
+    assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: tsv_m, balanced>"
     assert html.escape(found.why[0][:20]) in found._repr_html_()
     assert run(out, tmp_path / "merged").folder.is_dir()
 
@@ -336,7 +337,7 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     asked = ["merge", *NAMES, "--base", "base", "--out", out, "--workers", "1", "--device", "cpu"]
     code, said, err = call(capsys, *asked, "--dry-run")
     assert code == 0, err
-    heads = ("chosen: tsv_m, λ = 1, in ", "why: ", "keeps: tuned 93% (81% to 100%), ", "in danger: ", "what helps: ")
+    heads = ("chosen: tsv_m, balanced, λ = 1, in ", "why: ", "keeps: tuned 89% (65% to 100%), ", "in danger: ", "what helps: ")
     assert len(said.splitlines()) == 5
     assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
     recipe = out.with_name("merged.yaml")
@@ -348,7 +349,7 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     code, said, err = call(capsys, *asked, "--force", "--json")
     assert code == 0, err
     assert json.loads(said)["run"]["out"] == str(out)
-    assert json.loads(said)["advice"]["method"] == "tsv_m"
+    assert json.loads(said)["advice"]["method"] == "tsv_m, balanced"
     again = run(recipe, tmp_path / "again").folder
     made, same = (load_file(one / "model.safetensors") for one in (out, again))
     assert all(torch.equal(made[name], same[name]) for name in same)
