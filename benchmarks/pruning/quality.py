@@ -428,8 +428,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     least = densities[0] if len(densities) < 2 else densities[1]
     means = {n: statistics.fmean(own[n][least] for own in shares.values()) for n in names
              if all(least in own[n] for own in shares.values())}  # fmt: skip
-    best = max(means, key=lambda name: means[name])
-    title = f"At density {least:g}, {best} keeps {means[best]:.0f} % of the score"
+    title = "Share of the fine-tune's score"  # no method has been scored on every task
+    if best := max(means, key=lambda name: means[name], default=None):
+        title = f"At density {least:g}, {best} keeps {means[best]:.0f} % of the score"
     if "DARE" in means:
         title += f"; plain DARE keeps {means['DARE']:.0f} %"
     if len(densities) == 1:
