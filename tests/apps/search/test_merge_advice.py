@@ -337,7 +337,8 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     asked = ["merge", *NAMES, "--base", "base", "--out", out, "--workers", "1", "--device", "cpu"]
     code, said, err = call(capsys, *asked, "--dry-run")
     assert code == 0, err
-    heads = ("chosen: tsv_m, balanced, λ = 1, in ", "why: ", "keeps: tuned 89% (65% to 100%), ", "in danger: ", "what helps: ")
+    keeps = "keeps: tuned 89% (65% to 100%), "
+    heads = ("chosen: tsv_m, balanced, λ = 1, in ", "why: ", keeps, "in danger: ", "what helps: ")
     assert len(said.splitlines()) == 5
     assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
     recipe = out.with_name("merged.yaml")
