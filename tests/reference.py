@@ -224,6 +224,8 @@ def usual_lambda(method, models):
     """λ of a merge of whole matrices that gives none."""
     if method == "iso_c":
         return 2.25 if models > 1 else 1.0
+    if method == "svc":
+        return min(1, 1.2 / models**0.5)
     return min(1, 2 / models**0.5) if method in ("tsv_m", "wudi") else 1.0
 
 
@@ -273,6 +275,18 @@ def tsv_m(deltas):
     parts = [(u[:, :own], s[:own], vt[:own]) for u, s, vt in map(_svd, deltas)]
     left, values, right = (np.concatenate(x, axis) for x, axis in zip(zip(*parts, strict=True), (1, 0, 0), strict=True))
     return nearest_orthonormal(left) @ np.diag(values) @ nearest_orthonormal(right)
+
+
+def svc(deltas):
+    merged = tsv_m(deltas)
+    left, values, _ = _svd(merged)
+    found = np.zeros_like(merged)
+    for u, sigma in zip(left.T, values, strict=True):
+        if sigma > 1e-6 * values[0]:
+            rows = [u @ delta for delta in deltas]
+            shares = [(u @ merged) @ row / (row @ row) if row.any() else 0.0 for row in rows]
+            found += np.outer(u, u @ merged) * len(deltas) / sum(max(0.1, share) for share in shares)
+    return found
 
 
 def wudi(deltas, rho):

@@ -695,6 +695,7 @@ MATRICES: dict[str, Callable[[Recipe, Place], Callable[[list[np.ndarray]], np.nd
     "iso_c": lambda recipe, place: reference.iso_c,
     "iso_cts": lambda recipe, place: lambda es: reference.iso_cts(es, recipe.parameter("common", place)),
     "tsv_m": lambda recipe, place: reference.tsv_m,
+    "svc": lambda recipe, place: reference.svc,
     "wudi": wudi,
 }
 MERGES: dict[str, Callable[[Recipe, Place, Any, list[np.ndarray]], Wanted]] = {

@@ -110,6 +110,10 @@ LargeLambda = Annotated[
 FallingLambda = Annotated[
     float, Param("factor of the merged delta", rule=Rule("min(1, 2 / sqrt(n))", lambda n: min(1.0, 2.0 / math.sqrt(n))))
 ]
+CalibratedLambda = Annotated[
+    float,
+    Param("factor of the merged delta", rule=Rule("min(1, 1.2 / sqrt(n))", lambda n: min(1.0, 1.2 / math.sqrt(n)))),
+]
 TaskNumber = Annotated[
     int, Param("number of the model whose task is kept, from 1", None, "integer", low=1, scalar=True)
 ]

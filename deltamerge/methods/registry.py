@@ -43,8 +43,8 @@ NO_EFFECT_KEYS = frozenset(
 MERGE_ORDER = (
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
     "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "sce", "ram", "ramplus_tl",
-    "arcee_fusion", "passthrough", "iso_c", "iso_cts", "tsv_m", "wudi", "consensus", "tall_masks", "emr", "regmean",
-    "regmean_plus", "fisher",
+    "arcee_fusion", "passthrough", "iso_c", "iso_cts", "tsv_m", "svc", "wudi", "consensus", "tall_masks", "emr",
+    "regmean", "regmean_plus", "fisher",
 )  # fmt: skip
 PRUNE_ORDER = (
     "none", "dare", "magnitude", "wanda", "structured", "della", "breadcrumbs", "magnitude_outliers", "budget",

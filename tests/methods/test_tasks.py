@@ -102,6 +102,7 @@ METHODS = {
     "iso_cts": (text("iso_cts"), whole(reference.iso_cts)),
     "iso_cts-apart": (text("iso_cts", "common: 0"), whole(lambda ds: reference.iso_cts(ds, 0))),
     "tsv_m": (text("tsv_m"), whole(reference.tsv_m)),
+    "svc": (text("svc"), whole(reference.svc, 1.2 / 3**0.5)),
     "wudi": (text("wudi", "rho: 0.05"), whole(lambda ds: reference.wudi(ds, 0.05))),
     "wudi-steps": (text("wudi", "steps: 4"), whole(lambda ds: reference.wudi_steps(ds, 4))),
     "consensus": (text("consensus"), entries(reference.consensus)),
@@ -204,7 +205,7 @@ def test_iso_c_of_low_rank_counts_what_is_left_out_as_zeros(pair, tmp_path, shap
     np.testing.assert_allclose(np.linalg.svd(got, compute_uv=False), expected, atol=1e-5 * values.mean())
 
 
-@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "svc", "wudi"])
 def test_nothing_changed_and_what_is_not_finite(pair, tmp_path, method):
     folder = pair(torch.zeros(24, 40), torch.zeros(24, 40))
     assert not added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", "layers.0.q.weight").any()
@@ -225,7 +226,7 @@ TURNED = pytest.mark.parametrize(
 
 
 @TURNED
-@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "svc"])
 def test_singular_vectors_of_a_weight_that_is_stored_turned(pair, tmp_path, name, shape, config, method):
     deltas = [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     folder = pair(*deltas, name=name, config=config)
@@ -248,7 +249,7 @@ def test_inputs_of_a_weight_that_is_stored_turned_are_its_rows(pair, tmp_path, n
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "svc", "wudi"])
 def test_whole_matrices_count_in_memory(tmp_path, method):
     for model in ("base", "a", "b"):
         make_checkpoint(
@@ -304,7 +305,17 @@ def test_balance_needs_deltas(models, tmp_path):
         merge(models, tmp_path, recipe)
 
 
-@pytest.mark.parametrize(("method", "factor"), [("iso_c", 2.25), ("tsv_m", 2 / 5**0.5), ("wudi", 2 / 5**0.5)])
+def test_svc_of_equal_deltas_is_one(pair, tmp_path):
+    """Whose sum is too long by their number: their directions are taken once."""
+    delta = 0.1 * torch.randn(20, 1, generator=torch.Generator().manual_seed(4)) @ torch.ones(1, 30)
+    folder = pair(delta, delta)
+    got = added(merge(folder, tmp_path, text("svc", "lambda: 1", "ab")), folder / "base", Q)
+    np.testing.assert_allclose(got, delta.double().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"), [("iso_c", 2.25), ("svc", 1.2 / 5**0.5), ("tsv_m", 2 / 5**0.5), ("wudi", 2 / 5**0.5)]
+)
 def test_the_usual_lambda_follows_the_number_of_models(pair, tmp_path, method, factor):
     """Of one model it is 1; of five, what was measured to be near the best."""
     generator = torch.Generator().manual_seed(3)

@@ -204,10 +204,10 @@ def each(
 
 
 def multiply(matrix: Tall, right: Tensor, out: Tensor) -> None:
-    """Set out = A · right, where `out` lies as A does: turned if its rows are fewer than its columns."""
+    """Set out = A · right in its dtype, where `out` lies as A does: turned if its rows are fewer than its columns."""
     out = out.T if out.shape[0] < out.shape[1] else out
     for part, block in matrix.blocks():
-        out[part] = (block @ right).to(torch.float32)
+        out[part] = (block @ right).to(out.dtype)
 
 
 def needs(
