@@ -46,7 +46,7 @@ def command(
     deltamerge serve merge.yaml --vllm http://localhost:8000 --undo
     """
     with app("serve"):
-        from deltamerge.apps.serve.hot import HotServer, Patched
+        from deltamerge.apps.serve.hot import HotServer, HotUpdate
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.plans import target_of
 
@@ -55,7 +55,7 @@ def command(
     path = Path(recipe)
     server = HotServer(url, folder or target_of(read_recipe(path), None), path, store=store, workers=workers)
 
-    def say(done: Patched) -> None:
+    def say(done: HotUpdate) -> None:
         if as_json:
             say_json({"tensors": list(done.tensors), "of": done.of, "seconds": round(done.seconds, 3)})
         elif not quiet:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 
-class Rule(NamedTuple):
+class UsualValue(NamedTuple):
     """A default by the number of models, as `text` says it."""
 
     text: str
@@ -40,7 +40,7 @@ class Param:
     alone: float | None = None
     scalar: bool = False
     prunes: bool = False
-    rule: Rule | None = None
+    rule: UsualValue | None = None
 
     @property
     def shown_default(self) -> float | bool | str | None:
@@ -105,14 +105,17 @@ Normalize = Annotated[bool, Param("divide by the sum of the weights", kind="bool
 Lambda = Annotated[float, Param("factor of the merged delta")]
 # Of merges that leave the length of what they make open, n models: see docs/measurements/merging.md, "Words".
 LargeLambda = Annotated[
-    float, Param("factor of the merged delta", rule=Rule("2.25 of n > 1", lambda n: 2.25 if n > 1 else 1.0))
+    float, Param("factor of the merged delta", rule=UsualValue("2.25 of n > 1", lambda n: 2.25 if n > 1 else 1.0))
 ]
 FallingLambda = Annotated[
-    float, Param("factor of the merged delta", rule=Rule("min(1, 2 / sqrt(n))", lambda n: min(1.0, 2.0 / math.sqrt(n))))
+    float,
+    Param("factor of the merged delta", rule=UsualValue("min(1, 2 / sqrt(n))", lambda n: min(1.0, 2.0 / math.sqrt(n)))),
 ]
 CalibratedLambda = Annotated[
     float,
-    Param("factor of the merged delta", rule=Rule("min(1, 1.2 / sqrt(n))", lambda n: min(1.0, 1.2 / math.sqrt(n)))),
+    Param(
+        "factor of the merged delta", rule=UsualValue("min(1, 1.2 / sqrt(n))", lambda n: min(1.0, 1.2 / math.sqrt(n)))
+    ),
 ]
 TaskNumber = Annotated[
     int, Param("number of the model whose task is kept, from 1", None, "integer", low=1, scalar=True)

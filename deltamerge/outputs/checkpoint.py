@@ -210,7 +210,7 @@ def errors_of(losses: Losses) -> dict[str, Any]:
     full = {name: sums for name, sums in losses.items() if len(sums) > 2}  # of a rounding, which measures more
     if not full:
         return found
-    from deltamerge.formats.quantised.feedback import Sums, total
+    from deltamerge.formats.quantised.feedback import SquareSums, total
 
     sums = total(list(full.values()))
     found |= _of_delta(sums.lost, sums.delta, sums.written)
@@ -220,7 +220,7 @@ def errors_of(losses: Losses) -> dict[str, Any]:
             "nearest": _rounded((sums.nearest_outputs / sums.norm_outputs) ** 0.5),
             **_of_delta(sums.lost_outputs, sums.delta_outputs, sums.written_outputs),
         }
-        if unseen := [name for name, own in full.items() if not Sums(*own).norm_outputs]:
+        if unseen := [name for name, own in full.items() if not SquareSums(*own).norm_outputs]:
             found["unseen"] = unseen
     return found
 

@@ -24,7 +24,7 @@ from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
-from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, Sharing, bytes_of, refused, shared_outputs
+from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, ByteShares, bytes_of, refused, shared_outputs
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -135,7 +135,7 @@ def write_delta(
     progress: Callable[[int], None],
     known: Mapping[Node, Any],
     journal: Journal | None = None,
-    sharing: Sharing | None = None,
+    sharing: ByteShares | None = None,
 ) -> tuple[dict[Node, Any], Summary]:
     """Execute `planned` and leave its delta in `folder`; return the values of shared nodes, and the summary.
 
@@ -207,7 +207,7 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
     assert nbytes is not None
     outputs, rest = shared_outputs(planned)
     job.work.empty()
-    sharing = Sharing(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
+    sharing = ByteShares(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
     done = False
     try:
         with job.values(planned) as known:

@@ -191,7 +191,7 @@ class Collector:
 
 
 @dataclass(eq=False)
-class Sharing:
+class ByteShares:
     """The tensors that share the bytes of an artifact: measured once, and then made for a multiplier."""
 
     planned: Plan
@@ -402,7 +402,7 @@ def curve(planned: Plan, sizes: Sequence[int]) -> list[tuple[int, float]]:
     outputs, rest = shared_outputs(planned)
     with TemporaryDirectory(prefix="deltamerge-") as folder:
         spool = Spool(Path(folder), None)
-        sharing = Sharing(planned, spool, outputs, max(sizes), shared_values(planned.stages, {}))
+        sharing = ByteShares(planned, spool, outputs, max(sizes), shared_values(planned.stages, {}))
         sharing.measure(lambda _: None)
         least = HEADERS + rest
         if min(sizes) < least:

@@ -10,7 +10,7 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.calibrate import reductions, stage
 from deltamerge.calibrate.merge import coefficients, second_moments
-from deltamerge.calibrate.merge.second_moments import InputMeasurement, Wanted, squares
+from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
 from deltamerge.calibrate.reductions import model_cut
 from deltamerge.calibrate.rows.rows import split
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
@@ -150,7 +150,7 @@ class StageMaker:
         return deltas.graph.node(second_moments.merged, inputs, kind="stage", parts=parts, wanted=_layers(merges))
 
     def of_result(
-        self, deltas: Deltas, template: Input, roots: Mapping[str, Node], wanted: Mapping[str, Wanted]
+        self, deltas: Deltas, template: Input, roots: Mapping[str, Node], wanted: Mapping[str, MeasuredInput]
     ) -> Node:
         """Return the stage that measures the inputs of the result's layers `wanted`; it runs as `template` does."""
         calibration, checkpoint, stages = deltas.recipe.calibration, template.checkpoint, deltas.stages

@@ -182,11 +182,11 @@ class Outputs:
             what = "layers are stacked" if self.stacks else "the vocabulary changes"
             message = f"output.rounding: {what}, so that {self.inputs.template.name}'s config does not run the result"
             raise InputError(message, hint="merge in one document, and quantise its result in the next")
-        from deltamerge.calibrate.merge.second_moments import Wanted
+        from deltamerge.calibrate.merge.second_moments import MeasuredInput
         from deltamerge.formats.quantised.scheme import Adjustable
 
         wanted = {
-            name: Wanted(coding.inputs, isinstance(coding.coder, Adjustable) and coding.coder.turned)
+            name: MeasuredInput(coding.inputs, isinstance(coding.coder, Adjustable) and coding.coder.turned)
             for name, coding in codings.items()
         }
         roots = {row.name: row.pieces[0].built.root for row in rows}

@@ -394,7 +394,7 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = recipe(tmp_path, "bytes: 6kB")
     run(path, tmp_path / "whole", workers=1)
     monkeypatch.setattr("deltamerge.formats.delta.tensor_writer.SECONDS", -1.0)
-    own, seen = shares.Sharing._look, list[str]()
+    own, seen = shares.ByteShares._look, list[str]()
 
     def look(self: Any, name: str, delta: Array, affordable: int) -> None:
         if len(seen) == 3:
@@ -402,11 +402,11 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(name)
         own(self, name, delta, affordable)
 
-    monkeypatch.setattr(shares.Sharing, "_look", look)
+    monkeypatch.setattr(shares.ByteShares, "_look", look)
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "out", workers=1)
     first, seen[:] = [*seen], []
-    monkeypatch.setattr(shares.Sharing, "_look", lambda *a: (seen.append(a[1]), own(*a))[1])
+    monkeypatch.setattr(shares.ByteShares, "_look", lambda *a: (seen.append(a[1]), own(*a))[1])
     run(path, tmp_path / "out", workers=1, resume=True)
     assert len(first) == 3
     assert not {*first} & {*seen}

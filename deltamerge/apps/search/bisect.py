@@ -130,7 +130,7 @@ def bisect(
         (scores,) = judge.scores([merge], "search")
         lost = {name: own[DISTANCE] for name, own in scores.items()}
         worst = skill or max(lost, key=lambda name: lost[name])
-        search = _Search(judge, names[worst], lost[worst])
+        search = _Bisection(judge, names[worst], lost[worst])
         others = [index for index in names.values() if index != names[worst]][:MODELS]
         layers = search.narrow(_layers(merge.places[names[worst]]), MOST - search.passes - TENSORS - len(others))
         tensors: list[Suspect] = []
@@ -171,7 +171,7 @@ def _layers(places: Mapping[str, str]) -> list[Run]:
 
 
 @dataclass(eq=False)
-class _Search:
+class _Bisection:
     """The passes of one skill's rows, and what was lost with each exchange."""
 
     judge: StudyJudge

@@ -52,7 +52,7 @@ BASE = "base"  # the weight version of a server that holds the folder's own weig
 
 
 @dataclass(frozen=True, slots=True)
-class Patched:
+class HotUpdate:
     """What an edit of a recipe changed in a running model: the tensors that were written, of how many, and seconds."""
 
     tensors: tuple[str, ...]
@@ -161,7 +161,7 @@ class EditedMerge:
         found = {name: self.own(name) for name in wanted if keys[name] == self.keys[name]}
         made = {name for name in wanted if name not in found}
         part = set_aside(replace(plan, outputs=tuple(output for output in plan.outputs if output.name in made)))
-        sink = _Buffers({output.name: nbytes_of(output.dtype, output.shape) for output in part.outputs})
+        sink = _ModelBuffers({output.name: nbytes_of(output.dtype, output.shape) for output in part.outputs})
         with Reader() as reader:
             execute(
                 part.tasks, reader, sink, device=part.device, workers=part.workers, tile_elements=part.tile_elements
@@ -243,7 +243,7 @@ class HotMerge:
         self._before: list[tuple[Plan, Keys] | None] = []
         self._plan: tuple[Plan, Keys] | None = None
 
-    def update(self) -> Patched:
+    def update(self) -> HotUpdate:
         """Make the model what the recipe, as its file says now, merges. All or nothing.
 
         RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, calibrates, makes other
@@ -256,7 +256,7 @@ class HotMerge:
         self._plan = plan, keys
         return done
 
-    def undo(self) -> Patched:
+    def undo(self) -> HotUpdate:
         """Make the model exactly what it was before the last `update` that is not undone. InputError: there is none."""
         if not self._before:
             raise InputError("there is nothing to undo", hint="update() first")
@@ -268,7 +268,7 @@ class HotMerge:
         self._plan = self._before.pop()
         return done
 
-    def _go(self, plan: Plan | None, keys: Keys, begun: float) -> Patched:
+    def _go(self, plan: Plan | None, keys: Keys, begun: float) -> HotUpdate:
         names = [name for name in self._merge.keys if keys[name] != self._now[name]]
         if plan is None:
             values = {name: self._merge.own(name) for name in names}
@@ -286,7 +286,7 @@ class HotMerge:
                     write.put()
                 raise
         self._now = keys
-        return Patched(tuple(names), len(keys), time.monotonic() - begun)
+        return HotUpdate(tuple(names), len(keys), time.monotonic() - begun)
 
 
 class HotServer:
@@ -311,7 +311,7 @@ class HotServer:
         where = self._merge.folder.resolve()
         self.store = Path(store).resolve() if store is not None else where.with_name(f"{where.name}-hot")
 
-    def update(self) -> Patched:
+    def update(self) -> HotUpdate:
         """Make the server's model what the recipe, as its file says now, merges.
 
         RecipeError, InputError, OutputError: the recipe is wrong, calibrates, or makes other tensors; the server does
@@ -322,13 +322,13 @@ class HotServer:
         names = [name for name, key in self._merge.keys.items() if keys[name] != key]
         path = self._written(plan, keys, names) if names else None
         self._send(path)
-        return Patched(tuple(names), len(keys), time.monotonic() - begun)
+        return HotUpdate(tuple(names), len(keys), time.monotonic() - begun)
 
-    def undo(self) -> Patched:
+    def undo(self) -> HotUpdate:
         """Make the server's model what its folder has, exactly."""
         begun = time.monotonic()
         self._send(None)
-        return Patched((), len(self._merge.keys), time.monotonic() - begun)
+        return HotUpdate((), len(self._merge.keys), time.monotonic() - begun)
 
     def _written(self, plan: Plan, keys: Keys, names: list[str]) -> Path:
         """Return the artifact that makes a plan's tensors of the folder's, written where it is not there."""
@@ -397,7 +397,7 @@ def _is_finite(bits: Array, dtype: str) -> bool:
     return dtype not in PLAIN or bool(to_torch(bits, dtype).isfinite().all())
 
 
-class _Buffers:
+class _ModelBuffers:
     """A sink that holds whole tensors."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:

@@ -198,7 +198,7 @@ def _kept(found: Spooled, names: Mapping[str, str], model: int) -> Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class MeasuredInput:
     """A weight whose matrices' inputs are measured: how many there are, and whether it is stored (in, out)."""
 
     inputs: int
@@ -210,7 +210,7 @@ def of_result(
     known: Mapping[Node, Any],
     source: CalibrationInput,
     names: tuple[str, ...],
-    wanted: tuple[tuple[str, Wanted], ...],
+    wanted: tuple[tuple[str, MeasuredInput], ...],
 ) -> Spooled:
     """Return the second moments of the inputs that a merge's own layers get, as it is before it is quantised.
 
@@ -261,7 +261,7 @@ class MatrixMoments:
     Products are float32, sums float64. Of experts each has those of the tokens that it gets; their sums lie in files.
     """
 
-    def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, Wanted], found: Spooled) -> None:
+    def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, MeasuredInput], found: Spooled) -> None:
         from deltamerge.calibrate.model.activations import masks_of
 
         self.masks = masks_of(batches)

@@ -32,7 +32,7 @@ ROOM = 1 << 21  # elements of the rows that are coded together, in float64
 OTHER_ROWS = "give other rows (calibration), or rounding: nearest"
 
 
-class Sums(NamedTuple):
+class SquareSums(NamedTuple):
     """Squares of a weight and its delta Δ = W − base, as norms and as the squares E‖· x‖² of the layer's outputs.
 
     lost      of W − Q;  norm  of W;  delta  of Δ;  written  of Q − base
@@ -50,9 +50,9 @@ class Sums(NamedTuple):
     nearest_outputs: float = 0.0
 
 
-def total(sums: Sequence[Sequence[float]]) -> Sums:
+def total(sums: Sequence[Sequence[float]]) -> SquareSums:
     """Return the sums of several parts."""
-    return Sums(*(fsum(own) for own in zip(*sums, strict=True))) if sums else Sums(0.0, 0.0)
+    return SquareSums(*(fsum(own) for own in zip(*sums, strict=True))) if sums else SquareSums(0.0, 0.0)
 
 
 class Factor(NamedTuple):
@@ -95,7 +95,7 @@ class Feedback:
     height: int
     delta: Floats | None
     feeds: bool
-    sums: list[Sums] = field(default_factory=list)
+    sums: list[SquareSums] = field(default_factory=list)
 
     def turned(self) -> Feedback:
         """Return the same for the transpose of the one matrix."""
@@ -251,10 +251,12 @@ def _by_block(values: Doubles, m: int) -> Doubles:
 
 def _sums(
     values: Floats, lost: Doubles, seen: Doubles, nearest: Doubles, delta: Floats | None, moments: Doubles | None
-) -> Sums:
+) -> SquareSums:
     """Return the sums of rows; `seen` and `nearest` are what is lost of their outputs."""
     of_values = float(_outputs(values, moments).sum())
-    found = Sums(_square(lost), _square(values), 0.0, 0.0, float(seen.sum()), of_values, 0.0, 0.0, float(nearest.sum()))
+    found = SquareSums(
+        _square(lost), _square(values), 0.0, 0.0, float(seen.sum()), of_values, 0.0, 0.0, float(nearest.sum())
+    )
     if delta is None:
         return found
     written = (delta - lost).astype(np.float32)

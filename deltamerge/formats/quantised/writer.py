@@ -27,7 +27,7 @@ NOT_FINITE = "write it plain, with output.quantization: none"
 
 Squares = tuple[float, ...]
 Losses = dict[str, Squares]
-"""(Σ (x − stored)², Σ x²) of coded weights by name, or with a `rounding` all `Sums` of feedback.py."""
+"""(Σ (x − stored)², Σ x²) of coded weights by name, or with a `rounding` all `SquareSums` of feedback.py."""
 MomentsOf = Callable[[str, int], Doubles | None]
 """Returns the second moments of the inputs of a weight's matrix, by its name and number; None: there are none."""
 

@@ -31,7 +31,7 @@ STATE = "deltamerge_state"
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
-class Entry(BaseModel):
+class SkyrlEntry(BaseModel):
     """A tensor in a manifest, as far as it is used."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -44,13 +44,13 @@ class Entry(BaseModel):
     sha256: str | None = None
 
 
-class Manifest(BaseModel):
+class SkyrlManifest(BaseModel):
     """manifest.json, as far as it is used."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     version: Count
     base_version: Count
-    tensors: Annotated[list[Entry], Field(max_length=1_000_000)] = Field(default_factory=list)
+    tensors: Annotated[list[SkyrlEntry], Field(max_length=1_000_000)] = Field(default_factory=list)
     deltamerge_state: str | None = None
 
 
@@ -78,7 +78,7 @@ class SkyRL(Dialect):
             raw = read_json(path / MANIFEST)
             with errors.context(MANIFEST):
                 try:
-                    manifest = Manifest.model_validate(raw)
+                    manifest = SkyrlManifest.model_validate(raw)
                 except ValidationError as error:
                     first = error.errors(include_url=False, include_input=False)[0]
                     raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
