@@ -45,7 +45,7 @@ OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what 
 
 
 @dataclass(frozen=True, slots=True)
-class Quantiser:
+class LevelTable:
     """The levels of a quantiser, in units of the standard deviation of a unit Gaussian, and what it loses of one."""
 
     levels: Floats
@@ -58,7 +58,7 @@ class Quantiser:
 
 
 @cache
-def table(count: int) -> Quantiser:
+def table(count: int) -> LevelTable:
     """The table of so many levels, scaled so that a unit Gaussian loses least."""
     x = np.linspace(-8, 8, 64001)
     weights = np.exp(-x * x / 2)
@@ -69,7 +69,7 @@ def table(count: int) -> Quantiser:
         nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x / scale)]
         scale = float((weights * nearest * x).sum() / (weights * nearest * nearest).sum())
     lost = float((weights * (x - scale * nearest) ** 2).sum())
-    return Quantiser(levels * scale, lost)
+    return LevelTable(levels * scale, lost)
 
 
 @dataclass(frozen=True, eq=False)
