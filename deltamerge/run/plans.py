@@ -206,4 +206,3 @@ def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
     file = template.config_file or (CONFIG if template.config else "")
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
                       components=template.components, config_file=file, running_sum=summed)  # fmt: skip
-

@@ -19,7 +19,7 @@ parameters: {weight: 0.5, density: 0.5}
 """
 LOADED = (
     "import sys\nfrom deltamerge.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as left:\n"
-    "    assert not left.code\nprint(*sorted(m for m in sys.modules if m.startswith('deltamerge')), *{'numpy'} & set(sys.modules))"
+    "    assert not left.code\nprint(*(m for m in sys.modules if m.startswith('deltamerge') or m == 'numpy'))"
 )
 # A command -> the modules that it imports at most. A lower number may be written here, a higher one never.
 MOST = {"check": 106, "run": 113}
