@@ -242,9 +242,14 @@ class Commands(click.Group):
         if point is None:
             return None
         found = plugins.loaded(point)
-        if found is None or isinstance(found, click.Command):
-            return found
-        plugins.refuse(point, "it is no command of click")
+        if isinstance(found, click.Command):
+            names = [param.name or "" for param in found.params if param.expose_value]
+            misfit = None if found.callback is None else plugins.misfit(found.callback, (), names)
+            if misfit is None:
+                return found
+            plugins.refuse(point, misfit)
+        elif found is not None:
+            plugins.refuse(point, "it is no command of click")
         return None
 
     def invoke(self, ctx: click.Context) -> Any:
