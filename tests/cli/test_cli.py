@@ -225,8 +225,8 @@ FLAGS = {
     "pin": "--release --quiet --help",
     "serve": "--vllm --model --store --watch --undo --workers --json --quiet --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --as --density --method --q --values --lora --budget --ratio --for --whole "
-    "--target --dora --calibration --text --sequences --length --device --workers --memory --resume --force "
+    "extract": "--base --out --after --as --quantized --density --method --q --values --lora --budget --ratio --for "
+    "--whole --target --dora --calibration --text --sequences --length --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --verbose --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",
