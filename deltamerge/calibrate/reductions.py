@@ -18,11 +18,12 @@ from deltamerge.calibrate.values import ModelCut
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, computed, default_workers, execute
 from deltamerge.methods.prune import select
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Graph, Node
 from deltamerge.tensors.tiles import Tile
 from deltamerge.tensors.traits import Function, traits
-from deltamerge.tensors.views import Array, ordered_product
+from deltamerge.tensors.views import ordered_product
 
 if TYPE_CHECKING:
     import torch

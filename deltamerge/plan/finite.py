@@ -6,9 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine import backends
 from deltamerge.errors.shown import some
 from deltamerge.formats.audit import NonFinite
@@ -18,6 +15,8 @@ from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import is_buffer
 from deltamerge.tensors.dtypes import FLOATING, bits_type
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, name_of, view, viewed
@@ -137,9 +136,6 @@ def _rewritten(root: Tensor, tensors: Mapping[Tensor, Tensor]) -> Tensor:
     return done[id(root)]
 
 
-Mask = NDArray[np.bool_]
-
-
 @view()
 def finite_part(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
     """Take the first input, with zeros where all others hold the same infinity or NaN."""
@@ -165,10 +161,10 @@ def places(models: Sequence[Tensor]) -> Tensor:
     return viewed(alike_places, models, models[0].shape, "U8")
 
 
-def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> Mask:
+def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> NDArray[np.bool_]:
     """Tell of `count` elements from `start` where all models hold the same float32 bits, and these are not finite."""
     first = floats(read, models[0], start, count)
-    mask: Mask = ~np.isfinite(first)
+    mask: NDArray[np.bool_] = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():
         mask &= floats(read, info, start, count).view(np.uint32) == first.view(np.uint32)
     return mask

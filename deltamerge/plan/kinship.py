@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import front_matter
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.names import TASK_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo

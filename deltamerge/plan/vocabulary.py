@@ -7,10 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeAlias
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.models.checkpoint import Tokens
@@ -25,13 +22,15 @@ from deltamerge.models.tokenizer_files import (
 from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows, input_named, sizes
 from deltamerge.recipe.output_keys import BUILT_IN, ModelToken, Token, ZeroToken, is_literal
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import gather
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400
 
-Rows = NDArray[np.int32]
+Rows: TypeAlias = "NDArray[np.int32]"
 
 
 @dataclass(frozen=True, slots=True)

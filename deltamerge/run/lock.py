@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
@@ -25,6 +23,8 @@ from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.hashes import DATA, describe_files
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import Node
 from deltamerge.version import __version__
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
-Rows = Mapping[str, NDArray[np.float32]]
+Rows: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 """The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
 ROUTERS = "routers"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import files_of, writing
 from deltamerge.files.hashes import Pieces, seal
@@ -20,15 +20,15 @@ from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.safetensors import write_index
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.outputs.assets import asset_files, write_files
+from deltamerge.outputs.assets import RECIPE, asset_files, write_files
 from deltamerge.outputs.output import Weights, WriteJob, output_of
 from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.file import Document, RecipeFile
+from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.card import render
-from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock
+from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock, verify
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import (
     Part,
@@ -38,9 +38,10 @@ from deltamerge.run.partition import (
     gather_parts,
     shared_calibration,
 )
-from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
+from deltamerge.run.plans import Planner, check_places, guard_of, target_of
 from deltamerge.run.reading import InputFiles, check_deltas, places
 from deltamerge.tensors.tensor import Node
+from deltamerge.version import __version__
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
@@ -154,6 +155,25 @@ def _current(output: Document, planned: Plan, target: Path, options: Options) ->
     if options.lock is not None:
         options.lock.check_inputs(lock["inputs"])
     return lock
+
+
+def is_current(document: Document, planned: Plan, folder: Path) -> bool:
+    """Return whether `folder` holds the result of the document: recipe, version, inputs and outputs agree."""
+    try:
+        lock = read_lock(folder / LOCK_NAME)
+        before = read_recipe(folder / RECIPE).output.recipe.source.data
+        if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
+            return False
+        if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
+            return False
+        verify(folder, planned.workers)
+        for name, content in output_of(planned).files(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
+    except DeltamergeError:
+        return False
 
 
 def _make_result(
@@ -276,7 +296,7 @@ def _complete(
     write_files(files, folder)
     if ending is not None:
         ending(folder)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / RECIPE).write_text(text, encoding="utf-8")
     planned = replace(planned, notes=planned.notes + output.add(planned, folder))
     found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import ref
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.tensors.dtypes import DTYPES, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.traits import Function as Function
 from deltamerge.tensors.traits import function_of as function_of
 from deltamerge.tensors.traits import name_of as name_of

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine.fused import codes
 from deltamerge.files.descriptors import Descriptor
 from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node, Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
