@@ -32,7 +32,6 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +140,8 @@ class Workspace:
         OutputError: a file differs, and is removed so that the next run makes it again; the target may not be replaced,
         or has changed since the command began.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         self.guard.check(force=self.force, changed=True)
         self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge import errors
 from deltamerge.engine import backends
@@ -17,12 +17,13 @@ from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.output_config import settle
+from deltamerge.plan.output_config import OutputConfig, settle
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks
 from deltamerge.plan.stack import (
     ModuleFinder,
     Spares,
+    Stack,
     Target,
     behind,
     is_buffer,
@@ -35,8 +36,11 @@ from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.names import LM_HEAD, layer_index
 from deltamerge.tensors.tensor import Graph, Node, TensorInfo
+from deltamerge.tensors.traits import function_of
 from deltamerge.tensors.views import cut
 
 if TYPE_CHECKING:
@@ -425,3 +429,63 @@ class Outputs:
 def _some(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# Mixtures of experts. The app `moe` makes them; a table names it, and it is imported for a mixture alone.
+
+PLANNERS = {"moe": "deltamerge.apps.moe.outputs:MixtureOutputs"}  # an app, and the class that plans its outputs
+
+
+class Mixture(Protocol):
+    """A mixture: its layout, experts by name, numbers of parameters, and the node that makes its routers."""
+
+    @property
+    def layout(self) -> Any: ...
+    @property
+    def sizes(self) -> Any: ...
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def routers(self) -> Node: ...
+    @property
+    def memory(self) -> int: ...
+
+    def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Any:
+        """Return the routers of a lock. VerifyError: it has none that fit."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the mixture as `deltamerge plan --json` prints it."""
+
+
+class AppOutputs(Protocol):
+    """The output tensors of an app's plan, which `Outputs` decides about in a merge."""
+
+    builder: Builder
+    problems: list[str]
+    hint: str
+    notes: list[str]
+    stacks: list[Stack]
+    config: dict[str, Any]
+    settled: OutputConfig
+    merges: list[Merge]
+    averaged: dict[str, str]
+
+    def rows(self) -> list[Row]:
+        """Return the tensors of the output, in the base's order."""
+
+    def mixture(self, rows: Sequence[Row]) -> Mixture:
+        """Return the mixture of these tensors."""
+
+
+def mixture_outputs(recipe: Recipe, inputs: Inputs, device: str, folder: Path, memory: int | None) -> AppOutputs:
+    """Return the outputs of a mixture. InputError: the app is not installed, or no mixture is made of these models."""
+    with errors.app("moe"):
+        make = function_of(PLANNERS["moe"])
+    outputs: AppOutputs = make(recipe, inputs, device, folder, memory)
+    return outputs

@@ -30,7 +30,7 @@ from deltamerge.plan.memory import (
     tiles,
 )
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
-from deltamerge.plan.outputs import Outputs, OutputTensor, Row
+from deltamerge.plan.outputs import AppOutputs, Mixture, Outputs, OutputTensor, Row, mixture_outputs
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from deltamerge.formats.peft.config import Adapter
     from deltamerge.formats.quantised.scheme import Coding
     from deltamerge.formats.running_sum import RunningSum
-    from deltamerge.plan.mixture import AppOutputs, Mixture
 
 SHOWN_PROBLEMS = 8
 PRUNED_ADAPTER = "adapter"
@@ -390,8 +389,6 @@ def _decided(
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
-        from deltamerge.plan.mixture import mixture_outputs
-
         return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
