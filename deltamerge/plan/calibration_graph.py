@@ -363,7 +363,7 @@ def factor_calibration(
 
 
 def refuse_changed_config(tune: Input) -> None:
-    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    """Raise InputError: an adapter changes the config, which calibration reads from the base's folder."""
     checkpoint = tune.checkpoint
     if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
         message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
@@ -371,7 +371,8 @@ def refuse_changed_config(tune: Input) -> None:
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
+    """Raise InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own
+    vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
@@ -392,7 +393,7 @@ def _is_weight(tuned: Tuned) -> bool:
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """InputError: a pattern of protected columns that no pruned linear weight matches."""
+    """Raise InputError: a pattern of protected columns matches no pruned linear weight."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
@@ -429,7 +430,7 @@ def result_bytes(stage: Node) -> int:
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
+    """Raise InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):

@@ -205,7 +205,7 @@ def _held_whole(costs: Sequence[Cost], workers: int) -> int:
 
 
 def check_size(inputs: Inputs) -> None:
-    """InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
+    """Raise InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
     tensors = len(inputs.template.tensors)
     stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
     count = 0

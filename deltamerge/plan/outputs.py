@@ -74,7 +74,7 @@ class OutputTensor:
         return math.prod(self.shape)
 
     def delta_bytes(self, values: str | None) -> int:
-        """About the bytes of this tensor in a delta artifact, if changed entries are at random positions.
+        """Estimate the bytes of this tensor in a delta artifact, with changed entries at random positions.
 
         `values` is the coding of added values; None: final values.
         """
@@ -103,7 +103,7 @@ class Row:
         return tuple((part.name, part.dtype, part.shape) for part in self.coding.parts)
 
     def output(self, layout: Layout) -> OutputTensor:
-        """The tensor with its file."""
+        """Return the tensor with its file."""
         nbytes = sum(nbytes_of(dtype, shape) for _, dtype, shape in self.stored)
         first, dtype, _ = self.stored[0]
         return OutputTensor(self.name, self.shape, dtype, nbytes, self.pieces, layout.tensors[first].file, self.coding)
@@ -155,7 +155,7 @@ class Outputs:
         self.moments: Node | None = None
 
     def rows(self) -> list[Row]:
-        """What becomes of every tensor, in order; empty if there are problems."""
+        """Decide about every tensor, in order. Return nothing if there are problems."""
         parts = list(self._tensors())
         if self.problems:
             return []
@@ -202,7 +202,7 @@ class Outputs:
         """Return nothing: a merge has no experts."""
 
     def _stored(self, row: Row) -> Iterator[Row]:
-        """A row, or the rows of what stores it and is copied."""
+        """Yield a row, or the rows of its stored parts where they are copied."""
         coding = row.coding
         if coding is None:
             yield row
@@ -240,7 +240,7 @@ class Outputs:
         self._left_out()
 
     def _by_folder(self, copied: list[str]) -> list[str]:
-        """Copied tensors, those of components that are copied whole by their folder."""
+        """Return copied tensors by name; components that are copied whole are named by their folder."""
         folders = folders_of(self.inputs.template.checkpoint.components)
         counts = Counter(split(target.stored, folders)[0] for target in self.targets)
         ours = Counter(split(name, folders)[0] for name in copied)
@@ -249,8 +249,8 @@ class Outputs:
         return shown + [name for name in copied if split(name, folders)[0] not in whole]
 
     def _check_vocabulary(self) -> None:
-        """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
-        base's."""
+        """Note a problem where rows move: some tensor must have a row per token. Deltas and adapters have their
+        base's vocabulary."""
         wanted, changes = self.recipe.output, self.vocabulary is not None and self.vocabulary.changes
         if not wanted.rules.standalone and (changes or self.resized):
             self.problems.append(f"output.kind {wanted.kind} cannot change the vocabulary of its base")
@@ -317,15 +317,17 @@ class Outputs:
 
     @staticmethod
     def _own_dtype(target: Target, dtype: str) -> str:
-        """The dtype of an output where none is asked for: float8 without scales is how a fine-tune was stored, so that
-        it takes the base's."""
+        """Return the dtype of an output where none is asked for.
+
+        Float8 without scales is only how a fine-tune was stored: the output takes the base's dtype.
+        """
         if dtype not in FLOATING - PLAIN:
             return dtype
         base = next((info for model, name in target.sources if model.index is None and (info := model.get(name))), None)
         return base.output_dtype if base is not None and base.output_dtype in PLAIN else dtype
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
-        """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
+        """Return the models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
         if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
             return present
         self.remapped = True
@@ -362,7 +364,7 @@ class Outputs:
     def _rows(
         self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
-        """The inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
+        """Return the inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
         name, stored, template = target.name, target.stored, self.inputs.template
         compared = [*present, *([(template, like)] if like is not None else [])]
         shapes = {info.shape for _, info in compared}
@@ -394,7 +396,8 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if there is one.
+        """Return the head that the template's config ties to its embedding although its file holds both; None: there is
+        none.
 
         Not one with other values than the embedding: not every class of transformers ties where the config says so.
         """

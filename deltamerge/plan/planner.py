@@ -225,7 +225,8 @@ class Plan:
 
     @property
     def made_bytes(self) -> int:
-        """Bytes that the engine makes, which it counts as it goes: those, but of coded weights what is coded."""
+        """Return the total of the progress bar in bytes. Quantised outputs count 4 bytes an element, before
+        quantisation."""
         return sum(4 * output.elements if output.coding is not None else output.nbytes for output in self.outputs)
 
     @property
@@ -252,7 +253,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """The plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
+        """Return the plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -528,8 +529,6 @@ def _notes(
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
-    if stages.calibrations:
-        pass
     for node in stages.calibrations:
         if remark := node.parameter("spec").remark:
             yield remark
@@ -566,7 +565,7 @@ def _tokenizers(
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
-    """What "auto" leaves to the GPU, and why, in a line."""
+    """Say in a line what "auto" leaves to the GPU, and why."""
     pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
@@ -578,5 +577,5 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
 
 
 def _blocks(source: CalibrationInput) -> int:
-    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
+    """Return the number of blocks that calibration runs one by one, from names; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

@@ -155,7 +155,7 @@ class Vocabulary:
         return self._picked[key]
 
     def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
-        """(tokens, models) rows whose mean is used for tokens that a model lacks."""
+        """Return (tokens, models) the rows whose mean stands for tokens that a model lacks."""
         picks = where.copy()
         if base is not None:
             known = where[:, base] >= 0

@@ -182,7 +182,7 @@ class Lock:
         )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
+        """Raise VerifyError: the lock is of another recipe. Comments, and where named models lie, do not count."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
                 f"{recipe.source.path} changed after {self.path.name} was written",

@@ -341,7 +341,7 @@ def lock(file: RecipeFile, options: Options | None = None) -> Lock:
 
 
 def check_lock(file: RecipeFile, options: Options | None = None) -> None:
-    """VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    """Raise VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
     found = Lock.read(file.lock_path)
     found.check_recipe(file.output.recipe)
     planner, planned = _alone(file, options)
