@@ -548,7 +548,7 @@ def mark(state: Path) -> None:
 def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
     """Remove run files from the work folder `state`. OSError: some could not be removed.
 
-    Journals go first, since they describe the other files; of these the one that says that all is done goes last.
+    Journals go first, since they describe the other files. The journal that says that all is done goes last of them.
     """
     with opened(state, _FOLDER) as folder:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}

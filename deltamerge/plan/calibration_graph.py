@@ -335,8 +335,10 @@ def factor_calibration(
     deltas: Deltas,
     index: int,
 ) -> Node:
-    """Return the stage that calibrates an adapter's own A and B: masks and q are those of their product, the update of
-    the weight."""
+    """Return the stage that calibrates an adapter's own A and B.
+
+    Masks and q are those of their product, the update of the weight.
+    """
     method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
     random, node = PRUNE[method].random, deltas.graph.node
 

@@ -37,10 +37,9 @@ Place = tuple[Section, str]
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
     """Return the (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
-    A section is a nested config; if the prefix names one, only that one counts, and those inside it. For an encoder or
-    decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones, except for a
-    decoder that is not `alone`, since the usual ones are then the encoder's. Without any of them a list of every
-    layer's kind counts.
+    A section is a nested config; if the prefix names one, only that section and those inside it count. An encoder or
+    decoder has keys that name it (`encoder_layers`, `num_decoder_layers`), and the usual ones. A decoder that is not
+    `alone` has no usual ones: those are the encoder's. Without any of them a list of every layer's kind counts.
     """
     words = _words(prefix)
     sections = dict(_sections(config))

@@ -29,7 +29,8 @@ CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of anonymous memory, by what takes them. `+` is for what is held at one time, `largest` for what is not."""
+    """Bytes of anonymous memory, by what takes them. `+` adds what is held at one time, `largest` takes the most of
+    stages."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
 

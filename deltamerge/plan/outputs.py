@@ -58,8 +58,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the output; with a `coding` a weight, made in float32, that its files store as several tensors, of
-    which the first has the dtype."""
+    """One tensor of the output.
+
+    With a `coding` it is a weight, made in float32, that files store as several tensors; `dtype` is the first one's.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -316,7 +316,7 @@ def _plan(
 ) -> Plan:
     """Return the plan of opened models.
 
-    `densities` are those of the tensors that a budget is for; without them each is planned with the same.
+    `densities` are given for the tensors of a budget; without them each is planned with the same density.
     """
     output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)

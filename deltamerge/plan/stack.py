@@ -151,9 +151,9 @@ _OTHER = re.compile(r"vision|visual|image|audio|video|speech|projector|connector
 class ModuleFinder:
     """The module of every tensor of a model, by its name in the files.
 
-    A tensor belongs to the module whose name is the first component of its own that is one, or another name of the same
-    part, if the file has no such component. A language model without a module of its own (Qwen2-VL: `model.layers`
-    beside `visual`) is what stands beside its token embedding. The head belongs to the decoder.
+    The first component of the tensor's name that is a module, or another name of the same part, decides. A language
+    model without a module of its own (Qwen2-VL: `model.layers` beside `visual`) is what stands beside its token
+    embedding. The head belongs to the decoder.
     """
 
     def __init__(self, wanted: Iterable[str | None], names: Iterable[str]) -> None:

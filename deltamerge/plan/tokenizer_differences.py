@@ -117,7 +117,7 @@ class _Finding:
 
 
 def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
-    """Return the names of the models of whose tables of tokens (embedding, head) something is in the output.
+    """Return the names of the models whose token tables (embedding, head) the output takes something from.
 
     A model whose weight is zero there, or which the arc of slerp does not leave, lends nothing.
     """
@@ -364,8 +364,11 @@ def _compared(base: Words, words: Words, limit: int) -> _Apart:
 
 
 def _as_rows_of(base: Words, words: Words) -> tuple[Mapping[int, str], bool]:
-    """Return the rows of a vocabulary; those of SentencePiece's own file beside a tokenizer.json moved on by as much as
-    a family's ids are apart from its pieces."""
+    """Return the rows of a vocabulary.
+
+    In a SentencePiece file beside a tokenizer.json they are moved by the distance between a family's ids and its
+    pieces.
+    """
     if base.file == words.file or not {base.file, words.file} & {*SENTENCEPIECE}:
         return words.rows, False
     ids = {token: i for i, token in base.rows.items()}

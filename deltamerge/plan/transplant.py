@@ -568,8 +568,10 @@ METHODS: dict[str, Callable[..., Any]] = {"omp": pursuit, "common": nearest}
 
 
 class SharedBlocks:
-    """Blocks of a table that threads compute as they come: one that finds its block in another's hands takes the next
-    that is free, and waits only where none is."""
+    """Blocks of a table that threads compute as they come.
+
+    A thread whose block another one computes takes the next free block. It waits only where none is free.
+    """
 
     def __init__(self, count: int, compute: Any) -> None:
         self.compute = compute
