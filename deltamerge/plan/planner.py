@@ -468,7 +468,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
 
 def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
     """Return the rows on which the inputs of the result's layers are measured. InputError: the rows are not there."""
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     source: CalibrationInput = moments.parameter("source")
     if check:
