@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
-    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.quantised.coder import Coding
     from deltamerge.formats.running_sum import RunningSum
     from deltamerge.plan.mixture import AppOutputs, Mixture
 

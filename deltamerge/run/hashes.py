@@ -171,7 +171,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
     """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
-    codes = source.streamed if backend == "fused" else None
+    codes = source.coded if backend == "fused" else None
     if codes is not None:
         return codes.codes.tensor if codes.bits else None
     return source if source.kind == "stored" else None
