@@ -361,7 +361,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
     from deltamerge.formats.quantised.scheme import StoredWeight
 
-    decoders = {name: _decoder(scheme, name, checkpoint.tensors[parts[0]]) for name, parts in scheme.weights.items()}
+    decoders = {name: _decoder(scheme, name) for name in scheme.weights}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
     companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
@@ -397,14 +397,14 @@ def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo]:
+def _decoder(scheme: Scheme, weight: str) -> Callable[[StoredWeight], TensorInfo]:
     """Return the reader of one weight. InputError: none reads it, or config.json names a scheme of other forms."""
     kind = scheme.kinds[weight]
     if not kind and scheme.name in SCHEMES:
         scales = weight.endswith(("_scale", "_scales", "_scale_inv"))
         what = f"{weight} belongs to no weight" if scales else f"the scales of {weight} are missing"
         raise InputError(f"is quantised ({scheme}): {what}", hint="download the model again")
-    read = reader_of(kind, scheme.name, codes)
+    read = reader_of(kind, scheme.name)
     if read is None:
         raise _unknown(scheme, weight)
     return read

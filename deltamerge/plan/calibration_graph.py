@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import reductions, stage
+from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.reductions import model_cut
-from deltamerge.calibrate.rows.rows import split
+from deltamerge.calibrate.rows import split
 from deltamerge.calibrate.spec import (
     CalibrationInput,
     ModelTensors,
@@ -218,7 +217,7 @@ class StageMaker:
         """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
         whole, names = [deltas.whole(t) for t in pruned], tuple(t.name for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return deltas.graph.node(model_cut, whole, kind="stage", names=names, k=k, device=self.device)
+        return deltas.graph.node(stage.model_cut, whole, kind="stage", names=names, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
@@ -350,8 +349,8 @@ def factor_calibration(
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(reductions.whole, [factor, *shared], kind="stage", shape=info.shape))
-        return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
+            factors.append(node(stage.whole, [factor, *shared], kind="stage", shape=info.shape))
+        return node(stage.product, factors, shape=update.shape, **dict(update.parameters))
 
     pruned, masked, seeds = [], list[Node](), mask_seeds(source, method, q)
     for product in products:

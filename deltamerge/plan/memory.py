@@ -152,7 +152,7 @@ def held_rounding(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     codings = [output.coding for output in outputs if output.coding is not None and output.coding.rounding is not None]
     if not codings:
         return 0
-    from deltamerge.formats.quantised.codes import BlockCoder
+    from deltamerge.formats.quantised.coder import BlockCoder
     from deltamerge.formats.quantised.feedback import ROOM
 
     moments = max(8 * coding.inputs**2 for coding in codings)

@@ -44,7 +44,7 @@ from deltamerge.tensors.traits import function_of
 from deltamerge.tensors.views import cut
 
 if TYPE_CHECKING:
-    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.quantised.coder import Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class Outputs:
             message = f"output.rounding: {what}, so that {self.inputs.template.name}'s config does not run the result"
             raise InputError(message, hint="merge in one document, and quantise its result in the next")
         from deltamerge.calibrate.merge.second_moments import MeasuredInput
-        from deltamerge.formats.quantised.scheme import Adjustable
+        from deltamerge.formats.quantised.coder import Adjustable
 
         wanted = {
             name: MeasuredInput(coding.inputs, isinstance(coding.coder, Adjustable) and coding.coder.turned)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
     from deltamerge.formats.peft.config import Adapter
-    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.quantised.coder import Coding
     from deltamerge.formats.running_sum import RunningSum
 
 SHOWN_PROBLEMS = 8
@@ -466,7 +466,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
 
 def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
     """Return the rows on which the inputs of the result's layers are measured. InputError: the rows are not there."""
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     source: CalibrationInput = moments.parameter("source")
     if check:

@@ -225,7 +225,7 @@ class Builder:
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """Return the node of the sums that the merge method needs over all tensors."""
-        from deltamerge.calibrate.reductions import totals
+        from deltamerge.calibrate.stage import totals
 
         function, parts, names = self.recipe.method.totals, [], []
         assert function is not None

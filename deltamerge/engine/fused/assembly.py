@@ -19,6 +19,7 @@ from deltamerge.tensors.tensor import Node, Tensor
 from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 if TYPE_CHECKING:
+    from deltamerge.formats.quantised.codes import CodedRows
     from deltamerge.formats.quantised.scheme import CodedWeight
 
 
@@ -35,8 +36,13 @@ class StoredSource:
 
     @classmethod
     def of(cls, source: Tensor, reader: Reader) -> StoredSource:
-        coded: CodedWeight | None = source.streamed
+        coded: CodedWeight | None = source.coded
         return cls(source, reader.stored(source if coded is None else coded.codes), coded)
+
+    def rows(self, reader: Reader, start: int, stop: int) -> CodedRows | None:
+        """Return the codes of elements [start, stop); None: the loop is given their values."""
+        coded = self.coded
+        return None if coded is None or not coded.is_one(start, stop) else coded.rows(reader, start, stop)
 
     @property
     def path(self) -> Path:
