@@ -301,7 +301,7 @@ class Spec:
         if self.parts:
             return len(self.parts) * (1 + one + self.seeds)
         if self.objective == "layer_mse":
-            return 3
+            return 2
         if self.search == "gradient":
             stops = STOP_SHARE * (STEPS + SHORTLIST + 3) + 1
             return 3 + by_model + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
@@ -310,7 +310,7 @@ class Spec:
             found = math.ceil((high - low) / grid_step(low)) + EVALUATIONS
             one = self.seeds * (found if self.scope == "global" else EVALUATIONS)
         families = 2 if self.random and self.scope != "global" else 1
-        statistics = 0 if self.scope == "global" else 2
+        statistics = 0 if self.scope == "global" else 1
         return 1 + statistics + families * one + self.seeds
 
     @property

@@ -80,8 +80,10 @@ class Builder:
         return StageMaker(self.folder, self.device, self.memory)
 
     def prepared(self, merges: Sequence[Merge]) -> Builder:
-        """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
-        they are known, one for all tensors that would about fit."""
+        """Return this builder with the stages that `merges` need, and with the densities of a budget.
+
+        Until those are known, one density that would about fit stands for all tensors.
+        """
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
         budgeted = tuple(t for t in tunes if deltas.is_budgeted(t) and deltas.prunes_by_name(t))
@@ -223,7 +225,7 @@ class Builder:
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """Return the node of the sums that the merge method needs over all tensors."""
-        from deltamerge.calibrate.reductions import totals
+        from deltamerge.calibrate.stage import totals
 
         function, parts, names = self.recipe.method.totals, [], []
         assert function is not None

@@ -71,7 +71,7 @@ def _with_models(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
-    """Return the positions at and below a place, as those of an item of a list there."""
+    """Return the positions at and below a place, moved to an item of a list there."""
     n = len(at)
     return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
@@ -198,8 +198,8 @@ def _ranges(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A model, the number of the item that it is of, where the recipe has that, and the series that it is one of, which
-    had `of` models before its window."""
+    """A model of a recipe: the number of its item, the item's place, and its series, with `of` models before the
+    window."""
 
     model: Model
     item: int
@@ -271,9 +271,9 @@ def weigh(
 ) -> tuple[list[Member], list[Series]]:
     """Return the models of one part with the weights of their schedules, and their series.
 
-    A series alone in a merge that divides by the sum of its weights gets those of `series.running`, which later
-    checkpoints leave as they are; so do models of a running sum (`is_sum`), and what follows one goes on with the
-    sum's. Else weights add up to those that the item has.
+    Weights add up to the item's own. There are two exceptions in a merge that divides by the sum of its weights. A
+    series alone, and models of a running sum (`is_sum`), get the weights of `series.running`, which later checkpoints
+    leave as they are. Models after a running sum continue its weights.
     """
     summed = next((member.summed for member in several if member.summed is not None), None)
     by_item: dict[int, list[Member]] = {}

@@ -52,7 +52,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
 
 
 def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
-    """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
+    """Hash the unknown pieces of a file outside some ranges of its bytes. Return what is known then."""
     try:
         known = pieces.of(path)
         wanted = ~(known.there | inside(known, but))
@@ -221,7 +221,7 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     root = source.folder / data
@@ -254,7 +254,7 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _data_facts(source: CalibrationInput) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}

@@ -29,7 +29,7 @@ NEVER = (
     "formats.quantised.awq", "formats.quantised.codes", "formats.quantised.scheme", "formats.quantised.writer",
     "methods.low_rank", "models.adapter", "models.chain",
     "models.delta_file", "models.delta_over_base", "models.gguf_tokenizer", "models.hub", "models.hub_client",
-    "outputs.delta", "outputs.gguf", "outputs.lora", "plan.calibration_graph", "plan.mixture", "plan.transplant",
+    "outputs.delta", "outputs.gguf", "outputs.lora", "plan.calibration_graph", "plan.transplant",
     "run.ray",
 )  # fmt: skip
 

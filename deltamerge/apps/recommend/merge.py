@@ -29,7 +29,7 @@ from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, Sc
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
-from deltamerge.calibrate.rows.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file

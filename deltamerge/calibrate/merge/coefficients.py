@@ -222,7 +222,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     PATIENCE of them in a row that are no better end it.
     """
     from deltamerge.calibrate.model.candidates import Shared
-    from deltamerge.calibrate.model.spread import add_gradients, in_turns
+    from deltamerge.calibrate.model.devices import add_gradients, in_turns
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
@@ -320,7 +320,7 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
 
 def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
     """Return the value of each fine-tune's objective."""
-    from deltamerge.calibrate.model.spread import in_turns
+    from deltamerge.calibrate.model.devices import in_turns
     from deltamerge.calibrate.q.objectives import Generation
 
     if merge.spec.runs_together and not any(isinstance(one, Generation) for one in objectives):
@@ -356,7 +356,7 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
     """Return the judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
-    from deltamerge.calibrate.model.spread import in_turns
+    from deltamerge.calibrate.model.devices import in_turns
 
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
     objectives = [judge.objective for judge in judges]

@@ -13,19 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.model.activations import Draw, collect
-from deltamerge.calibrate.model.ahead import Ahead, Resident
+from deltamerge.calibrate.batches import Batches, check_new_tokens, config_of
+from deltamerge.calibrate.batches import RowReader as Rows
 from deltamerge.calibrate.model.blocks import BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.model.devices import Ahead, Resident, spread
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.model.passes import Weights, from_reader, sequences, stored
-from deltamerge.calibrate.model.spread import spread
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.calibrate.q.learned import Learner
-from deltamerge.calibrate.rows.batches import Batches, check_new_tokens, config_of
-from deltamerge.calibrate.rows.batches import RowReader as Rows
-from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect
+from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput, ModelTensors
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed
@@ -454,8 +452,8 @@ class Subject:
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first
         mask."""
-        draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
+        draw = self.masks[0] if drawn else None
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
-        self.count(inputs, 2 if drawn else 1)
+        self.count(inputs)
         return found
