@@ -243,6 +243,14 @@ def unpack_awq(words: Array) -> Array:
     return unpack(words, 4).reshape(*words.shape[:-1], -1, 8)[..., AWQ_PLACES].reshape(*words.shape[:-1], -1)
 
 
+def pack_awq(codes: Array) -> Array:
+    """Return rows of integers of four bits in words in AWQ's order."""
+    groups = codes.reshape(len(codes), -1, 8)
+    placed = np.empty_like(groups)
+    placed[:, :, AWQ_PLACES] = groups
+    return pack_words(placed.reshape(codes.shape), 4)
+
+
 def packed(codes: Array, numbers: Numbers, packing: Packing) -> Array:
     """Return codes (rows, columns) of a byte each as they are stored."""
     if packing == "bytes":
