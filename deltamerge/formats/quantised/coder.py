@@ -18,7 +18,6 @@ from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.codes import (
     EXPONENTS,
-    Array,
     Doubles,
     Floats,
     Integers,
@@ -30,7 +29,7 @@ from deltamerge.formats.quantised.codes import (
     scales_in,
     scales_of,
 )
-from deltamerge.tensors.dtypes import nbytes_of
+from deltamerge.tensors.dtypes import Array, nbytes_of
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache

@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deltamerge.engine import kernels
-from deltamerge.tensors.dtypes import NUMPY, PLAIN, narrow, widen
+from deltamerge.tensors.dtypes import NUMPY, PLAIN, Array, narrow, widen
 from deltamerge.tensors.tensor import Tensor, TensorInfo
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Shape = tuple[int, ...]

@@ -28,7 +28,6 @@ from deltamerge.formats.quantised.codes import (
     TURNED_ACROSS,
     TURNED_ALONG,
     WORD,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -53,7 +52,7 @@ from deltamerge.formats.quantised.scheme import (
     weight,
     whole,
 )
-from deltamerge.tensors.dtypes import PLAIN, bits_type, widen
+from deltamerge.tensors.dtypes import PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 WIDTHS = (2, 3, 4, 8)

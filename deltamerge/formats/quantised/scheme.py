@@ -32,7 +32,6 @@ from deltamerge.formats.quantised.codes import (
     PAIRS,
     SWAPPED_PAIRS,
     WORD,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -47,7 +46,7 @@ from deltamerge.formats.quantised.codes import (
     values_of,
     zero_scale,
 )
-from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, widen
+from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 AGAIN = "download the model again"
