@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.calibrate.model.transformers_code import quiet
-from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, rounded
+from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, models_of, rounded
 from deltamerge.calibrate.values import Calibrated, QValue
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
 from deltamerge.files import progress
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.q.choices import QPoint, Qs
@@ -33,24 +33,26 @@ ACTIVATIONS = "measuring activations of"
 LONG = 40  # characters of a model's name beside its progress
 
 
-def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
+def activations(*inputs: Tensor, known: Mapping[Tensor, Any], source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Return the statistics of the linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        (tensors,) = models_of(inputs, [source])
+        subject = Subject(source, tensors, reader)
         found = subject.statistics(drawn=False)
         subject.forget()
         return found
 
 
-def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
+def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calibrated:
     """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
     from deltamerge.calibrate.q.choices import Rounds, Searches, by_metric, compare
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        subject = Subject(spec.source, reader, spec.masked(inputs), known, spec.protected(inputs))
+        (tensors,) = spec.models(inputs)
+        subject = Subject(spec.source, tensors, reader, known)
         plain: Qs = {p.stored: p.plain for p in spec.pruned}
         rounds = Rounds(subject, plain)
         searches = Searches(spec, subject, rounds)

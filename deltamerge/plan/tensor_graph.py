@@ -308,9 +308,9 @@ class Builder:
             if param.per_model:
                 own = tuple(param.typed(self._value(name, merge, tuned)) for tuned in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
-                values[f"{name}s"] = own
+                values[param.argument(name)] = own
             else:
-                values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
+                values[param.argument(name)] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
             from deltamerge.plan.running_sum import counts
 

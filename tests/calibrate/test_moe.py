@@ -18,7 +18,7 @@ import torch
 import transformers
 from calibration_rows import rows
 from conftest import load_tensors, write_tokenizer
-from running import make_plan, run
+from running import activations_of, make_plan, run
 from safetensors.numpy import load_file as load_rows
 from safetensors.torch import load_file, save_file
 from test_families import small
@@ -28,7 +28,6 @@ from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.layers import MatrixCut
 from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
 from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
-from deltamerge.calibrate.stage import activations
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbers_as_stars, stacked_transposed
 
@@ -300,7 +299,7 @@ def test_wanda_takes_each_experts_own_inputs(tmp_path: Path, kind: str) -> None:
     base, tune, merged = (load_tensors(tmp_path / name) for name in ("base", "tuned", "out"))
     names = [name for name, tensor in tune.items() if is_expert(name, tensor)]
     assert len(names) == 4
-    found = activations(source=make_plan(tmp_path / "recipe.yaml", device="cpu", workers=1).sources[0])
+    found = activations_of(tmp_path / "recipe.yaml")
     for name in names:
         delta = tune[name].double() - base[name].double()
         norms = torch.from_numpy(found[name].norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.calibrate.q.subject import Subject
-from deltamerge.calibrate.spec import HELD_OUT, CalibrationInput, Spec
+from deltamerge.calibrate.spec import HELD_OUT, Spec
 from deltamerge.calibrate.stage import ACTIVATIONS, calibrating
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -65,16 +65,16 @@ class MaskEvidence:
     forward_passes: int
 
 
-def influence(source: CalibrationInput, stage: Node | None = None) -> dict[str, LayerStatistics]:
-    """Return statistics of the fine-tune's linear layers over the search rows, by its tensor names.
+def influence(stage: Node, *, drawn: bool = True) -> dict[str, LayerStatistics]:
+    """Return statistics of the linear layers of a calibration stage's fine-tune over its search rows, by tensor names.
 
-    With a calibration `stage` of that source, whose masks need no activations, they include its first mask.
+    `drawn`: with those of the first mask, which must need no activations.
     """
-    masks = [] if stage is None else [_first_masks(stage)]
-    most = 1 if stage is None else 2
-    with calibrating(source.model, most, ACTIVATIONS, device=source.device), Reader() as reader:
-        found = Subject(source, reader, masks).statistics(drawn=stage is not None)
-        return {name: layer for name, layer in found.items() if stage is None or layer.power is not None}
+    spec: Spec = stage.parameter("spec")
+    source, tensors = spec.source, replace(spec.models(stage.inputs)[0], protected={})
+    with calibrating(source.model, 1 + drawn, ACTIVATIONS, device=source.device), Reader() as reader:
+        found = Subject(source, tensors, reader).statistics(drawn=drawn)
+        return {name: layer for name, layer in found.items() if not drawn or layer.power is not None}
 
 
 def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
@@ -82,13 +82,15 @@ def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
     specs: list[Spec] = [stage.parameter("spec") for stage in stages]
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
-        found = Subject(source, reader).statistics(drawn=False)
-        transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
-        pairs = [(spec, stage) for spec, stage in zip(specs, stages, strict=True) if not (spec.shared and transposed)]
-        usable, masks = [spec for spec, _ in pairs], [_first_masks(stage) for _, stage in pairs]
+        models = [spec.models(stage.inputs)[0] for spec, stage in zip(specs, stages, strict=True)]
+        found = Subject(source, models[0], reader).statistics(drawn=False)
+        transposed = any(layer.transposed for layer in Subject(source, models[0], reader).layers.values())
+        some = [i for i, spec in enumerate(specs) if not (spec.shared and transposed)]
+        usable, masks = [specs[i] for i in some], tuple(models[i].masks[0] for i in some)
         # WANDA's activations
-        known = {node: found for spec, stage in pairs for node in stage.inputs[len(stage.inputs) - spec.shared :]}
-        comparison = _Comparison(Subject(source, reader, masks, known), usable)
+        known = {node: found for i in some for node in specs[i].shared_inputs(stages[i].inputs)}
+        tensors = replace(models[0], masks=masks, protected={})
+        comparison = _Comparison(Subject(source, tensors, reader, known), usable)
         losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
         lost, metric = comparison.nothing()
         return MaskEvidence(
@@ -101,12 +103,6 @@ def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
             comparison.subject.counts[1],
             comparison.subject.passes,
         )
-
-
-def _first_masks(stage: Node) -> dict[str, Node]:
-    """Return the masked deltas of a stage's first mask seed."""
-    spec: Spec = stage.parameter("spec")
-    return spec.masked(stage.inputs)[0]
 
 
 def passes(specs: Sequence[Spec]) -> int:

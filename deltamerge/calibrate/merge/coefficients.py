@@ -56,14 +56,14 @@ def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrate
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         devices = torch_devices(spec.source.device)[: len(spec.parts)]
         share = math.ceil(len(spec.parts) / len(devices))
-        subjects = []
+        subjects, models = [], spec.models(inputs)
         for i, part in enumerate(spec.parts):
             source, reads = replace(part.source, share=share), i < len(devices)
             if len(devices) > 1:
                 cache = spec.source.cache if reads else source.cache
                 source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
-            masks = spec.masked(inputs, i) if reads else ()
-            subjects.append(Subject(source, reader, masks, known, halved=spec.halved))
+            tensors = models[i] if reads else replace(models[i], masks=())
+            subjects.append(Subject(source, tensors, reader, known, halved=spec.halved))
         merge = _Merge(spec, subjects, subjects[: len(devices)])
         start = merge.start()
         fitted, path = _fit(merge, start)
@@ -380,7 +380,10 @@ def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Ca
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        subjects = [Subject(part.source, reader, spec.masked(inputs, i), known) for i, part in enumerate(spec.parts)]
+        subjects = [
+            Subject(part.source, tensors, reader, known)
+            for part, tensors in zip(spec.parts, spec.models(inputs), strict=True)
+        ]
         assert spec.bounds is not None
         low, high = spec.bounds
         result, evaluate = _search_factor(subjects, spec.objective, low, high)

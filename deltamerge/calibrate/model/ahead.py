@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from deltamerge.engine.devices import KEPT_SHARE, Room, free_bytes, new_stream, pinned_tensor
 from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor
 
 T = TypeVar("T")
 
@@ -26,13 +25,13 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """`read`, which may have begun: what is begun and not asked for is held until others have been begun twice."""
 
-    def __init__(self, read: Callable[[TensorInfo], T]) -> None:
+    def __init__(self, read: Callable[[Tensor], T]) -> None:
         self._read = read
         self._thread: ThreadPoolExecutor | None = None
-        self._before: dict[TensorInfo, Future[T]] = {}
-        self._begun: dict[TensorInfo, Future[T]] = {}
+        self._before: dict[Tensor, Future[T]] = {}
+        self._begun: dict[Tensor, Future[T]] = {}
 
-    def begin(self, infos: Iterable[TensorInfo]) -> None:
+    def begin(self, infos: Iterable[Tensor]) -> None:
         """Read these in this order; those of the last time are asked for now, those before that are forgotten."""
         _cancel(self._before)
         self._before, self._begun = self._begun, {}
@@ -40,7 +39,7 @@ class Ahead(Generic[T]):
             self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
-    def __call__(self, info: TensorInfo) -> T:
+    def __call__(self, info: Tensor) -> T:
         """Return the tensor; the caller reads what the thread has not come to."""
         begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
@@ -58,7 +57,7 @@ class Ahead(Generic[T]):
             self._thread = None
 
 
-def _cancel(futures: dict[TensorInfo, Future[T]]) -> None:
+def _cancel(futures: dict[Tensor, Future[T]]) -> None:
     for future in futures.values():
         future.cancel()
     futures.clear()
@@ -71,10 +70,10 @@ SLAB = 1 << 26
 class Arriving:
     """A flat tensor on a GPU, whose values are there after `event`."""
 
-    tensor: Tensor
+    tensor: torch.Tensor
     event: Any
 
-    def here(self) -> Tensor:
+    def here(self) -> torch.Tensor:
         """Return the tensor, for use on this thread's stream."""
         stream = torch.cuda.current_stream(self.tensor.device)
         stream.wait_event(self.event)
@@ -91,7 +90,7 @@ class Arrivals:
         self._slabs = [_Slab(), _Slab()]
         self._lock = threading.Lock()
 
-    def send(self, info: TensorInfo) -> Arriving:
+    def send(self, info: Tensor) -> Arriving:
         """Read a tensor and send it, as it is stored."""
         with self._lock, torch.no_grad(), torch.cuda.stream(self.stream):
             made = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
@@ -111,7 +110,7 @@ class _Slab:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.sent: Any = None
 
-    def room(self, nbytes: int) -> Tensor:
+    def room(self, nbytes: int) -> torch.Tensor:
         if self.sent is not None:
             self.sent.synchronize()
         if len(self.memory) < nbytes:
@@ -125,13 +124,13 @@ class Resident:
     def __init__(self, reader: Reader, device: torch.device, share: int = 1) -> None:
         self.device = device
         self.room = Room(free_bytes(device) // (KEPT_SHARE * share))
-        self.there: dict[TensorInfo, Tensor] = {}
-        self.passing: dict[TensorInfo, Tensor] = {}
+        self.there: dict[Tensor, torch.Tensor] = {}
+        self.passing: dict[Tensor, torch.Tensor] = {}
         self.ahead = Ahead(Arrivals(reader, device).send)
-        self._next: set[TensorInfo] = set()
+        self._next: set[Tensor] = set()
         self._entered: Any = None
 
-    def begin(self, infos: Iterable[TensorInfo]) -> None:
+    def begin(self, infos: Iterable[Tensor]) -> None:
         """Send what the next block needs, while the one that is entered is computed; free what was left before."""
         self.passing = {info: tensor for info, tensor in self.passing.items() if info in self._next}
         self._next = {info for info in infos if info not in self.there}
@@ -140,7 +139,7 @@ class Resident:
         self._entered = torch.cuda.current_stream(self.device).record_event()
         self.ahead.begin(info for info in self._next if info not in self.passing)
 
-    def stored(self, info: TensorInfo) -> Tensor:
+    def stored(self, info: Tensor) -> torch.Tensor:
         """Return a flat stored tensor on the GPU, which stays if there is room."""
         for kept in (self.there, self.passing):
             if info in kept:

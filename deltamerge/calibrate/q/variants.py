@@ -23,7 +23,7 @@ def divergences(measured: InputMeasurement, variants: Sequence[Change]) -> list[
 
     source = measured.source
     with calibrating(source.model, 1 + len(variants), COMPARING, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        subject = Subject(source, measured.tensors, reader)
 
         def weights(change: Change) -> Callable[[Sequence[str]], Mapping[str, Tensor]]:
             return lambda names: {name: change(name, tensor) for name, tensor in subject.tune(names).items()}
