@@ -24,22 +24,11 @@ from typing import Any
 from benchmarks.synthetic import SIZES
 
 
-def config_of(size: str) -> Any:
-    from transformers import LlamaConfig
-
-    found = SIZES[size]
-    return LlamaConfig(
-        hidden_size=found.hidden, intermediate_size=found.inner, num_hidden_layers=found.layers,
-        num_attention_heads=found.heads, num_key_value_heads=found.kv_heads, vocab_size=found.vocab,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-
-
 def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
     """One process's training."""
     import torch
     from torch.distributed.fsdp import fully_shard
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from deltamerge.apps.train.sharded import ShardedDeltaWriter
 
@@ -48,7 +37,8 @@ def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
     rank = torch.distributed.get_rank()
     if not rank and not (folder / "base").exists():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config_of(size)).bfloat16().save_pretrained(folder / "base")
+        config = LlamaConfig(**SIZES[size].config())
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / "base")
     torch.distributed.barrier()
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
@@ -67,19 +57,18 @@ def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
                     if parameter.grad is not None:
                         parameter.add_(parameter.grad.sign_(), alpha=-1e-6)
                         parameter.grad = None
-            trained, waited = time.perf_counter(), 0.0
+            trained, used, waited = time.perf_counter(), time.process_time() - used, 0.0
             written = number % 2 == 0
             if written:
-                writer.write(step=number)
+                writing = writer.write(step=number)
                 waited = time.perf_counter() - trained
-                if number == 2 * rounds:  # the last: alone
-                    made = writer._pending.result()
             rows.append({
                 "written": written, "seconds": time.perf_counter() - begun, "step": trained - begun, "waited": waited,
-                "processor": time.process_time() - used,
+                "processor": used,
             })  # fmt: skip
             if not rank:
                 print(json.dumps(rows[-1]), flush=True)
+        made = writing.result()
         if not rank:
             found = {"rows": rows, "changed": made.changed, "elements": made.elements, "bytes": made.nbytes}
             (folder / "sharded.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -108,8 +97,10 @@ def main() -> None:
         alone = statistics.median(row[what] for row in rows if row["written"])
         print(f"{what}: {alone:.2f} s alone, {beside:.2f} s beside the writing of a version, {beside / alone - 1:+.1%}")
     waited = statistics.median(row["waited"] for row in found["rows"] if row["written"])
-    print(f"waited for in the training thread: {waited:.2f} s; changed {found['changed'] / found['elements']:.2%}, "
-          f"{found['bytes'] / 1e6:.1f} MB of {2 * found['elements'] / 1e6:.0f}")
+    print(
+        f"waited for in the training thread: {waited:.2f} s; changed {found['changed'] / found['elements']:.2%}, "
+        f"{found['bytes'] / 1e6:.1f} MB of {2 * found['elements'] / 1e6:.0f}"
+    )
 
 
 if __name__ == "__main__":

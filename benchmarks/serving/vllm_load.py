@@ -104,7 +104,7 @@ class Server:
 class Load:
     """Clients that ask without pause, and what they were told that no version says."""
 
-    def __init__(self, server: Server, wanted: dict[str, list[set[str]]]) -> None:
+    def __init__(self, server: Any, wanted: dict[str, list[set[str]]]) -> None:
         self.server, self.wanted = server, wanted
         self.served, self.done = ["base"], 0  # versions in order, and which of them the server has for certain
         self.asked, self.wrong = 0, list[str]()
