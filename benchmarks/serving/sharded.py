@@ -24,6 +24,15 @@ from typing import Any
 from benchmarks.synthetic import SIZES
 
 
+def moved(parameter: Any) -> None:
+    """Move a parameter against its gradient's signs, and let the gradient go."""
+    import torch
+
+    with torch.no_grad():
+        parameter.add_(parameter.grad.sign_(), alpha=-1e-6)
+    parameter.grad = None
+
+
 def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
     """One process's training."""
     import torch
@@ -45,6 +54,8 @@ def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(moved)
     generator, rows = torch.Generator().manual_seed(rank), list[dict[str, Any]]()
     with ShardedDeltaWriter(folder / "run", model, base=folder / "base") as writer:
         for number in range(2 * rounds + 1):
@@ -52,11 +63,6 @@ def train(folder: Path, size: str, tokens: int, rounds: int) -> None:
             torch.distributed.barrier()
             begun, used = time.perf_counter(), time.process_time()
             model(input_ids=ids, labels=ids).loss.backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter.add_(parameter.grad.sign_(), alpha=-1e-6)
-                        parameter.grad = None
             trained, used, waited = time.perf_counter(), time.process_time() - used, 0.0
             written = number % 2 == 0
             if written:
