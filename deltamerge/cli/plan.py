@@ -326,20 +326,6 @@ def _shorten(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
 
-def _line(label: str, text: str, width: int) -> Iterator[str]:
-    """Yield lines of `width` with the label before the first."""
-    room = max(20, width - LABEL)
-    for i, part in enumerate(_wrap(shown(text), room)):
-        yield f"{label if i == 0 else '':<{LABEL}}{part}"
-
-
-def _wrap(text: str, room: int) -> Iterator[str]:
-    """Yield the text in lines, broken at spaces. A longer word has a line of its own."""
-    line = ""
-    for word in text.split(" "):
-        if line and len(line) + 1 + len(word) > room:
-            yield line
-            line = word
-        else:
-            line = f"{line} {word}" if line else word
-    yield line
+def _line(label: str, text: str, width: int) -> list[str]:
+    """Return lines of `width` with the label before the first."""
+    return paragraph(shown(text), max(20 + LABEL, width), first=f"{label:<{LABEL}}", then=" " * LABEL)
