@@ -517,8 +517,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     adapter = tune.checkpoint.adapter
     if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
         return None
-    from deltamerge.formats.peft.config import DERIVED
-    from deltamerge.formats.peft.parts import factor_names
+    from deltamerge.formats.peft.adapter import DERIVED, factor_names
 
     if base.checkpoint.path != tune.checkpoint.path:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"

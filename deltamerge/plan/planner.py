@@ -45,9 +45,9 @@ from deltamerge.tensors.traits import traits_of
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
-    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.components import RunningSum
+    from deltamerge.formats.peft.adapter import Adapter
     from deltamerge.formats.quantised.coder import Coding
-    from deltamerge.formats.running_sum import RunningSum
 
 SHOWN_PROBLEMS = 8
 PRUNED_ADAPTER = "adapter"

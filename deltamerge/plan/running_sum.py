@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.running_sum import RunningSum
+from deltamerge.formats.components import RunningSum
 from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.recipe import series

@@ -38,7 +38,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
 if TYPE_CHECKING:
-    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.peft.adapter import Adapter
     from deltamerge.plan.outputs import Outputs, Row
 
 SHARE = 100  # a merge is refused where more than one row in so many means other tokens

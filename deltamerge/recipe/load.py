@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.formats.components import RUNNING_SUM
 from deltamerge.methods.registry import MERGE
 from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.problems import place_of, problem_of, without
@@ -23,7 +23,7 @@ from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 from deltamerge.tensors import patterns
 
 if TYPE_CHECKING:
-    from deltamerge.formats.running_sum import RunningSum
+    from deltamerge.formats.components import RunningSum
 
 MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 MAX_PROBLEMS = 200  # shown for one recipe
@@ -213,7 +213,7 @@ def _summed(folder: Path) -> RunningSum | None:
     """Return the running sum that a folder holds, if it does."""
     if not os.path.isfile(folder / RUNNING_SUM):
         return None
-    from deltamerge.formats.running_sum import read_running_sum
+    from deltamerge.formats.components import read_running_sum
 
     return read_running_sum(folder)
 
