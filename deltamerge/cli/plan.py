@@ -13,7 +13,7 @@ import click
 from deltamerge import errors
 from deltamerge.cli import streams
 from deltamerge.cli.layout import align, paragraph
-from deltamerge.cli.options import AS_JSON, DEVICE, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.options import AS_JSON, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET
 from deltamerge.cli.output import say, say_json
 from deltamerge.errors.shown import human, shown
 from deltamerge.errors.shown import lines as one_a_line
@@ -36,9 +36,7 @@ OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 @click.command("plan")
 @click.argument("recipe", type=RECIPE)
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
