@@ -154,6 +154,25 @@ class Scores:
         return float(np.mean(ours.argmax(1) == own.argmax(1)))
 
 
+def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForecast]]:
+    """The merge that `recommend` names with so many rows a model, and what it expects of it.
+
+    A third of the rows decides, as where a file has no more; λ of each method is chosen on the others.
+    """
+    names, search, held = scores.case.tasks, slice(rows // 3, rows), slice(rows // 3)
+    classes = {task: words.task_of(task).labels for task in names}
+    judged = {}
+    for method in METHODS:
+        lost = {f: fmean(scores.lost((method, f), t, search) for t in names) for f in FACTORS}
+        merge = method, min(lost, key=lambda f: lost[f])
+        alike = {task: scores.alike(merge, task, held) for task in names}
+        own = {task: scores.lost(merge, task, held) for task in names}
+        skills = of_answers(names, ALONE, alike, classes, dict.fromkeys(names, held.stop), {})
+        judged[merge] = candidate(method, merge[1], own, alike, skills)
+    chosen, _, _ = with_rows(judged)
+    return chosen, judged[chosen].forecast
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
