@@ -17,14 +17,19 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from benchmarks import RESULTS
-from benchmarks.merging import word_tasks, words
+from benchmarks.merging import pages, word_tasks, words
+from benchmarks.merging.scores import write
+from benchmarks.process import surroundings
+from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
+from deltamerge.apps.recommend.meeting import Conflict
+from deltamerge.apps.recommend.merge import WAYS, MergeCandidate, with_rows, without_rows
 from deltamerge.calibrate.q.objectives import discord, divergence
 from deltamerge.methods.merge.core_space import Held
 from deltamerge.methods.registry import MERGE
@@ -162,15 +167,62 @@ def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForeca
     names, search, held = scores.case.tasks, slice(rows // 3, rows), slice(rows // 3)
     classes = {task: words.task_of(task).labels for task in names}
     judged = {}
-    for method in METHODS:
-        lost = {f: fmean(scores.lost((method, f), t, search) for t in names) for f in FACTORS}
-        merge = method, min(lost, key=lambda f: lost[f])
+    for way in (way for way in WAYS if way.name in METHODS):
+        lost = {f: fmean(scores.lost((way.name, f), t, search) for t in names) for f in FACTORS}
+        factor = min(lost, key=lambda f: lost[f])
+        merge = way.name, factor
         alike = {task: scores.alike(merge, task, held) for task in names}
         own = {task: scores.lost(merge, task, held) for task in names}
-        skills = of_answers(names, ALONE, alike, classes, dict.fromkeys(names, held.stop), {})
-        judged[merge] = candidate(method, merge[1], own, alike, skills)
-    chosen, _, _ = with_rows(judged)
-    return chosen, judged[chosen].forecast
+        skills = of_answers(names, apart(names), alike, classes, dict.fromkeys(names, held.stop), {})
+        judged[way] = MergeCandidate(
+            name=way.name, method=way.method, parameters={}, factor=factor, coefficients=None, lost=own,
+            lost_mean=fmean(own.values()), lost_worst=max(own.values()), agreement=alike, forecast=skills, tried=[],
+            error=None,
+        )  # fmt: skip
+    way, factor, _ = with_rows(judged)
+    return (way.name, factor), judged[way].forecast
+
+
+def apart(names: Sequence[str]) -> Conflict:
+    """Deltas that go different ways: as these do, whose cosines are below 0.2."""
+    size = len(names)
+    unit, none = np.eye(size).tolist(), [[None] * size] * size
+    return Conflict(
+        relative_norm=[None] * size, cosine=unit, opposed=unit, overlap=none, chance=None, disturbance=none,
+        most_alike=[0, 1], most_opposed=[0, 1], cosine_mean=0.0, opposed_mean=0.5, overlap_mean=None,
+    )  # fmt: skip
+
+
+def summary(case: Case) -> dict[str, Any]:
+    """What each merge keeps of the case, what is advised with and without rows, and what is expected."""
+    scores = Scores(case)
+    shares = {method: {task: scores.share((method, 1.0), task) for task in case.tasks} for method in METHODS}
+    means = {merge: scores.mean(merge) for merge in scores.merges}
+    way, _, _ = without_rows(apart(case.tasks), len(case.tasks), talks=False)
+    chosen, forecast = told(scores, ROWS)
+    expected = of_weights(case.tasks, apart(case.tasks), way.method)
+    return {
+        "family": case.family,
+        "seed": case.seed,
+        "tasks": list(case.tasks),
+        "mean": {method: round(means[method, 1.0], 1) for method in METHODS},
+        "worst": {method: round(min(of.values()), 1) for method, of in shares.items()},
+        "best": round(max(means.values()), 1),
+        "without rows": _advised(scores, (way.name, 1.0), expected),
+        "with rows": _advised(scores, chosen, forecast),
+    }
+
+
+def _advised(scores: Scores, merge: tuple[str, float], forecast: Sequence[SkillForecast]) -> dict[str, Any]:
+    shares = [scores.share(merge, task) for task in scores.case.tasks]
+    expected = [100 * (one.share or 0.0) for one in forecast]
+    return {
+        "merge": merge[0],
+        "factor": merge[1],
+        "mean": round(fmean(shares), 1),
+        "expected": round(fmean(expected), 1),
+        "errors": [round(ours - own, 1) for ours, own in zip(expected, shares, strict=True)],
+    }
 
 
 def main() -> None:
@@ -182,15 +234,19 @@ def main() -> None:
 
     quiet()
     torch.set_num_threads(1)
+    every = list(cases(list(FAMILIES)))
     families: dict[tuple[str, int], words.Family] = {}
-    for case in cases(asked.families or list(FAMILIES)):
-        if case.path.exists():
+    for case in every:
+        if asked.docs or case.path.exists() or (asked.families and case.family not in asked.families):
             continue
         key = case.family, case.seed
         if key not in families:
             families[key] = words.Family(FAMILIES[case.family], "test", TEST, case.seed)
         measure(families[key], case)
         print(case.name, file=sys.stderr, flush=True)
+    found = [summary(case) for case in every if case.path.exists()]
+    write(FILE, surroundings({"python": sys.executable}) | {"cases": found})
+    pages.write_cases(found)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.merging.loras FOLDER                 of SMOLLM2/base (or .smollm2/base), three LoRAs of rank 16
     python -m benchmarks.merging.loras FOLDER iso_c svc       some methods
 
-The LoRAs are random, of every linear layer. Each is also merged into a float32 copy of the base, which leaves nothing to
+The LoRAs are random, of every linear layer. Each is also merged into a float32 copy of the base, with nothing to
 round; a merge is a process of `deltamerge run` on one thread.
 """
 

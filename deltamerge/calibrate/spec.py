@@ -186,8 +186,8 @@ class Spec:
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
     fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these, each of which is
-    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope. `differences` of
-    them are what two files give.
+    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope. So many of
+    them as `differences` says are what two files give.
     """
 
     source: CalibrationInput

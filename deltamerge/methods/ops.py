@@ -44,7 +44,7 @@ def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str])
 
 
 def is_difference(node: Node) -> bool:
-    """Tell whether a node is the difference of two tensors as files have them, which costs no more than to read them."""
+    """Tell whether a node is the difference of two tensors as files have them: no more work than to read them."""
     stored = all(one.kind == "stored" for one in node.inputs)
     return stored and node.function == name_of(subtract)
 

@@ -78,17 +78,19 @@ class Way:
 
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
-ISO_C = Way("iso_c", "iso_c", first=1.5)
+ISO_C = Way("iso_c, balanced", "iso_c", first=1.5, balanced=True)
 WHOLE = Way("iso_cts", "iso_cts")  # whose nodes have whole deltas, of LoRAs too
 TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
+SVC = Way("svc, balanced", "svc", first=0.7, balanced=True)
 WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
-    Way("tsv_m", "tsv_m"),
     TSV_M,
+    SVC,
     WUDI,
+    Way("wudi, balanced", "wudi", balanced=True),
     Way("regmean", "regmean"),
 )
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
