@@ -17,7 +17,7 @@ from deltamerge.tensors.tiles import row_length_of as row_length_of
 from deltamerge.tensors.traits import name_of, traits
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.fused.operations import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 

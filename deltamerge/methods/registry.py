@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from deltamerge.errors import plugins
 from deltamerge.methods.parameters import KEPT, Q, parameters_of
 from deltamerge.methods.parameters import Param as Param
-from deltamerge.tensors.traits import traits
+from deltamerge.tensors.traits import function_of, traits
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -351,8 +352,35 @@ def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
             method = _entry(one)
             if method is None:
                 plugins.refuse(point, "it is no MergeMethod or PruneMethod")
+            elif (why := _misfit(method)) is not None:
+                plugins.refuse(point, why)
             else:
                 yield point, method
+
+
+def _misfit(method: MergeMethod | PruneMethod) -> str | None:
+    """Return why a method's function, or its `nodes`, cannot be called as a plan calls it; None: it can."""
+    function, inputs, named = method.nodes or method.function, ["masking"], list[str]()
+    if isinstance(method, MergeMethod):
+        named = [param.argument(key) for key, param in method.parameters.items() if not param.prunes]
+        if method.nodes is None:
+            models = ["delta" if method.deltas else "model"] * method.minimum
+            inputs = ["base"] * method.needs_base + models
+            inputs += ["totals"] * (method.totals is not None) + ["rows"] * (method.rows is not None)
+            named = ["tile", *named]
+        else:
+            inputs, named = ["make", "function", "inputs", "shape"], ["based", *named]
+            named += ["form", "transposed"] * method.matrices
+    elif method.nodes is in_one_pass:
+        function, inputs = method.function, ["delta"]
+        named = ["tile", "density", *["key"] * method.random, *method.own_parameters]
+    elif isinstance(function, partial) and function.func is _with_parameters:
+        function, named = function.args[0], list(function.args[1])
+    if isinstance(function, str):
+        if function.partition(":")[0] not in sys.modules:
+            return None  # it is imported when it runs
+        function = function_of(function)
+    return None if function is None else plugins.misfit(function, inputs, named)
 
 
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)

@@ -83,8 +83,10 @@ class Builder:
         return StageMaker(self.folder, self.device, self.memory)
 
     def prepared(self, merges: Sequence[Merge]) -> Builder:
-        """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
-        they are known, one for all tensors that would about fit."""
+        """Return this builder with the stages that `merges` need, and with the densities of a budget.
+
+        Until those are known, one density that would about fit stands for all tensors.
+        """
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
         budgeted = tuple(t for t in tunes if deltas.is_budgeted(t) and deltas.prunes_by_name(t))
@@ -226,7 +228,7 @@ class Builder:
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """Return the node of the sums that the merge method needs over all tensors."""
-        from deltamerge.calibrate.reductions import totals
+        from deltamerge.calibrate.stage import totals
 
         function, parts, names = self.recipe.method.totals, [], []
         assert function is not None
@@ -341,9 +343,9 @@ class Builder:
             if param.per_model:
                 own = tuple(param.typed(self._value(name, merge, tuned)) for tuned in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
-                values[f"{name}s"] = own
+                values[param.argument(name)] = own
             else:
-                values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
+                values[param.argument(name)] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
             from deltamerge.plan.running_sum import counts
 

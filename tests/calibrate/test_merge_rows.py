@@ -87,7 +87,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     """The merged tensors, from transformers' own forward of whole models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
@@ -336,7 +336,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
 def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
     path = recipe(folder, "fisher", "fisher")

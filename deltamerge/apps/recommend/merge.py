@@ -23,15 +23,14 @@ from pydantic import Field
 from deltamerge.apps.inspect.statistics import Figures, parse
 from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict, measure
-from deltamerge.apps.recommend.prune import seen_from, with_comment
+from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, ScoredTask
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
-from deltamerge.calibrate.rows.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
-from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.registry import MERGE
@@ -126,7 +125,7 @@ class MergeCandidate(Figures):
     error: str | None = Field(description="Why it could not be judged.")
 
 
-class MergeAdvice(Figures):
+class MergeAdvice(Conclusion):
     """What `deltamerge recommend --json` prints of several models."""
 
     models: list[str]
@@ -143,15 +142,6 @@ class MergeAdvice(Figures):
     forward_passes: int = Field(description="Over the rows that are searched on, of each model; without fitting.")
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not that of the models.")
-
-    def __repr__(self) -> str:
-        return shown(f"<MergeAdvice {self._what}: {self.method}>")
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
-        return as_html(self._what, {"method": self.method, "why": why})
 
     @property
     def _what(self) -> str:
