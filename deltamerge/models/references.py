@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.components import CONFIG
-from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.formats.components import CONFIG, RUNNING_SUM
 from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 
 if TYPE_CHECKING:

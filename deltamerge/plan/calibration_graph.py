@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import reductions, stage
+from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.reductions import model_cut
-from deltamerge.calibrate.rows.rows import split
+from deltamerge.calibrate.rows import split
 from deltamerge.calibrate.spec import (
     CalibrationInput,
     ModelTensors,
@@ -29,7 +28,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
@@ -197,6 +196,7 @@ class StageMaker:
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
             "gradient", None, len(shared), (first, *others), names, tuple(starts),
+            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names),
         )  # fmt: skip
         inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)
@@ -218,7 +218,7 @@ class StageMaker:
         """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
         whole, names = [deltas.whole(t) for t in pruned], tuple(t.name for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return deltas.graph.node(model_cut, whole, kind="stage", names=names, k=k, device=self.device)
+        return deltas.graph.node(stage.model_cut, whole, kind="stage", names=names, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
@@ -335,8 +335,10 @@ def factor_calibration(
     deltas: Deltas,
     index: int,
 ) -> Node:
-    """Return the stage that calibrates an adapter's own A and B: masks and q are those of their product, the update of
-    the weight."""
+    """Return the stage that calibrates an adapter's own A and B.
+
+    Masks and q are those of their product, the update of the weight.
+    """
     method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
     random, node = PRUNE[method].random, deltas.graph.node
 
@@ -348,8 +350,8 @@ def factor_calibration(
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(reductions.whole, [factor, *shared], kind="stage", shape=info.shape))
-        return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
+            factors.append(node(stage.whole, [factor, *shared], kind="stage", shape=info.shape))
+        return node(stage.product, factors, shape=update.shape, **dict(update.parameters))
 
     pruned, masked, seeds = [], list[Node](), mask_seeds(source, method, q)
     for product in products:
@@ -363,7 +365,7 @@ def factor_calibration(
 
 
 def refuse_changed_config(tune: Input) -> None:
-    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    """Raise InputError: an adapter changes the config, which calibration reads from the base's folder."""
     checkpoint = tune.checkpoint
     if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
         message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
@@ -371,7 +373,8 @@ def refuse_changed_config(tune: Input) -> None:
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
+    """Raise InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own
+    vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
@@ -392,7 +395,7 @@ def _is_weight(tuned: Tuned) -> bool:
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """InputError: a pattern of protected columns that no pruned linear weight matches."""
+    """Raise InputError: a pattern of protected columns matches no pruned linear weight."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
@@ -429,7 +432,7 @@ def result_bytes(stage: Node) -> int:
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
+    """Raise InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):

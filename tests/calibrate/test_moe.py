@@ -23,11 +23,10 @@ from safetensors.numpy import load_file as load_rows
 from safetensors.torch import load_file, save_file
 from test_families import small
 
-from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.layers import MatrixCut
-from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
-from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect, drawn
+from deltamerge.calibrate.rows import LANGUAGE_HEADS
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbers_as_stars, stacked_transposed
 
@@ -205,7 +204,7 @@ def check_loading(folder: Path, reference: Any, config: Any) -> None:
     seen = {name for name, _ in caught.inputs} | caught.whole
     assert any(is_expert(name, tensors[name]) and "shared" not in name for name in seen), "no expert has had an input"
     masked = {name: d * (torch.arange(d.numel()).view(d.shape) % 3 == 0) for name, d in delta.items()}
-    found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=lambda name, _: masked[name])
+    found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=masked.__getitem__)
     check_statistics(found, caught, delta, masked)
     hidden = config.get_text_config().hidden_size
     for name, turned in model.turned.items():

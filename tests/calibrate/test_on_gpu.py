@@ -22,7 +22,7 @@ from test_stage import RUNS, recipe
 
 from deltamerge.apps.inspect import study
 from deltamerge.apps.recommend.prune import recommend_prune
-from deltamerge.calibrate.model.ahead import Ahead, Arrivals, Resident
+from deltamerge.calibrate.model.devices import Ahead, Arrivals, Resident
 from deltamerge.calibrate.q import subject as subjects
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main

@@ -25,8 +25,9 @@ from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.tensor_writer import BaseTensor, TensorWriter
 from deltamerge.formats.delta.writer import ArtifactWriter
+from deltamerge.formats.quantised.coder import Coding
 from deltamerge.formats.quantised.detect import keys_of
-from deltamerge.formats.quantised.scheme import Coding, coding_like
+from deltamerge.formats.quantised.scheme import coding_like
 from deltamerge.models.chain.folder import Named, Version, head, is_chain, line, names, open_version
 from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.mirror import BATCH, Kind, WrittenDiffs

@@ -9,11 +9,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q import statistics as statistics
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.spec import HELD_OUT, Spec
 from deltamerge.calibrate.stage import ACTIVATIONS, calibrating
@@ -72,7 +71,7 @@ def influence(stage: Node, *, drawn: bool = True) -> dict[str, LayerStatistics]:
     """
     spec: Spec = stage.parameter("spec")
     source, tensors = spec.source, replace(spec.models(stage.inputs)[0], protected={})
-    with calibrating(source.model, 1 + drawn, ACTIVATIONS, device=source.device), Reader() as reader:
+    with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
         found = Subject(source, tensors, reader).statistics(drawn=drawn)
         return {name: layer for name, layer in found.items() if not drawn or layer.power is not None}
 
@@ -109,7 +108,7 @@ def passes(specs: Sequence[Spec]) -> int:
     """Return the most forward passes over the rows that `measure_influence` takes."""
     calibration = specs[0].source.calibration
     held = math.ceil(max(HELD_OUT, calibration.sequences) / calibration.sequences)
-    each = 2 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
+    each = 1 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
     return 3 + held + len(specs) * each + 3 * held  # activations, outputs to compare with; the base, the metric
 
 
@@ -146,8 +145,8 @@ class _Comparison:
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
         inputs = subject.batches["search"].inputs
-        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=lambda name, _: mask(name))
-        subject.count(inputs, 2)
+        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=mask)
+        subject.count(inputs)
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)
         points = [float(f"{q:.6g}") for q in np.geomspace(density, 1.0, POINTS)]

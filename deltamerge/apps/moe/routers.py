@@ -187,7 +187,7 @@ def _record(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Ro
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
-    from deltamerge.calibrate.rows.batches import tokenizer_of
+    from deltamerge.calibrate.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)
     start, rows = tokenizer.bos_token or "", spec.vocabulary
@@ -261,9 +261,9 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 def _states(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """Return (layers, hidden) of every prompt."""
+    from deltamerge.calibrate.batches import config_of
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
     from deltamerge.calibrate.model.passes import stored
-    from deltamerge.calibrate.rows.batches import config_of
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
 
@@ -326,13 +326,12 @@ class _Watch:
     def see(self, layer: Any, x: Any, batch: int) -> None:
         """Linear layers are of no use here."""
 
-    def leave(self, layers: Sequence[Any]) -> bool:
+    def leave(self, layers: Sequence[Any]) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks, self.part = [], self.part + 1
         if self.part == len(self.places) and all(self.found):
             raise _Enough
-        return False
 
     def _keep(self, layer: int, module: Any, args: Any) -> None:
         """Keep what a module of a layer is given: (B, T, H), padded on the right."""

@@ -85,7 +85,7 @@ class MomentSums:
     """
 
     def __init__(self, batches: Sequence[Inputs], wanted: Collection[str], keep: Keep) -> None:
-        from deltamerge.calibrate.model.activations import masks_of
+        from deltamerge.calibrate.q.statistics import masks_of
 
         self.masks = masks_of(batches)
         self.wanted, self.keep = wanted, keep
@@ -96,8 +96,8 @@ class MomentSums:
         self.sums, self.last = {}, None
 
     def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
-        from deltamerge.calibrate.model.activations import tokens_of
         from deltamerge.calibrate.model.layers import Linear
+        from deltamerge.calibrate.q.statistics import tokens_of
 
         if not isinstance(seen, Linear) or seen.name not in self.wanted:
             return
@@ -112,11 +112,10 @@ class MomentSums:
             before[1].add_(product)
             self.sums[seen.name] = before[0] + count, before[1]
 
-    def leave(self, layers: Sequence[Linear]) -> bool:
+    def leave(self, layers: Sequence[Linear]) -> None:
         for name, (count, total) in self.sums.items():
             self.keep(name, (total / max(1, count)).numpy())
         self.enter(layers)
-        return False
 
 
 def memory(parts: Sequence[Share]) -> int:
@@ -266,7 +265,7 @@ class MatrixMoments:
     """
 
     def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, MeasuredInput], found: Spooled) -> None:
-        from deltamerge.calibrate.model.activations import masks_of
+        from deltamerge.calibrate.q.statistics import masks_of
 
         self.masks = masks_of(batches)
         self.wanted, self.found = wanted, found
@@ -279,8 +278,8 @@ class MatrixMoments:
         self.sums, self.counts, self.last = {}, {}, None
 
     def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
-        from deltamerge.calibrate.model.activations import tokens_of
         from deltamerge.calibrate.model.layers import Linear
+        from deltamerge.calibrate.q.statistics import tokens_of
 
         layer, cut = (seen, None) if isinstance(seen, Linear) else (seen.layer, seen)
         wanted = self.wanted.get(layer.name)
@@ -307,7 +306,7 @@ class MatrixMoments:
         self.sums[key] += product
         self.counts[key] = self.counts.get(key, 0) + count
 
-    def leave(self, layers: Sequence[Linear]) -> bool:
+    def leave(self, layers: Sequence[Linear]) -> None:
         for key, total in self.sums.items():
             total /= max(1, self.counts[key])
             if isinstance(total, np.memmap):
@@ -319,7 +318,6 @@ class MatrixMoments:
                 self.found.keep(*key, total)
                 self.written = total, self.found.files[key]
         self.enter(layers)
-        return False
 
 
 def _of_matrix(cut: MatrixCut, x: Tensor, inputs: int) -> Tensor:
@@ -427,7 +425,7 @@ def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
     """Return log p of the tokens of the row, each given those before it."""
     import torch.nn.functional as F
 
-    from deltamerge.calibrate.rows.batches import said
+    from deltamerge.calibrate.batches import said
 
     assert output.logits is not None
     labels = said(dict(batch)).to(output.logits.device)

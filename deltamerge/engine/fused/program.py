@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
-from deltamerge.engine.fused.operations import store
+from deltamerge.engine.fused.operations import Assembly, Form, StoredSource, store
 from deltamerge.files.hashes import PIECE_BYTES, Pieces
 from deltamerge.tensors.lazy import NDArray
 from deltamerge.tensors.lazy import numpy as np
@@ -19,7 +18,7 @@ from deltamerge.tensors.tiles import RUN, SPARSE_BLOCK
 from deltamerge.tensors.traits import Traits, is_sparse, traits_of
 
 if TYPE_CHECKING:
-    from deltamerge.formats.quantised.scheme import CodedRows
+    from deltamerge.formats.quantised.codes import CodedRows
 
 # The structures of kernels/src/program.h.
 OPERATION = [("fields", "i8", 6), ("key", "u8", 2), ("scalars", "f4", 2), ("models", "i8"), ("first", "i8")]
@@ -62,7 +61,7 @@ class Program:
         sums = np.empty((self.summed, blocks), np.float64)
         listed = np.empty((len(self.listed), stop - start + 2 * blocks + codes.SLACK), np.uint32)
         used = np.zeros(len(self.listed), np.int64)
-        coded = [None if place.coded is None else place.coded.part(self.reader, start, stop) for place in self.sources]
+        coded = [place.rows(self.reader, start, stop) for place in self.sources]
         memory = [
             self._made(place, start, stop) if place.file is None or (place.coded and part is None) else None
             for place, part in zip(self.sources, coded, strict=True)

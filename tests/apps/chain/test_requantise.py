@@ -17,7 +17,7 @@ import deltamerge as dm
 from deltamerge.apps.chain.requantise import QuantisedChain, extract_quantised
 from deltamerge.apps.serve.fine_tunes import ServedModel
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import BlockCoder
+from deltamerge.formats.quantised.coder import BlockCoder
 from deltamerge.models.chain.folder import line, read_note
 from deltamerge.models.references import open_model
 
