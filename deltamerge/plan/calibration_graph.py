@@ -28,7 +28,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
@@ -196,6 +196,7 @@ class StageMaker:
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
             "gradient", None, len(shared), (first, *others), names, tuple(starts),
+            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names),
         )  # fmt: skip
         inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)

@@ -525,6 +525,8 @@ def _notes(
     for index, node in stages.cuts.items():
         tensors = f"{len(node.inputs)} tensors of {recipe.names[index]}"
         yield f"group: model: one threshold over {tensors}, found in two or three passes before"
+    if cores := [one.built.core for output in outputs for one in output.pieces if one.built.core]:
+        yield f"{len(cores)} matrices: LoRAs are merged in their core of at most {max(cores)} directions, expanded once"
     if options.device == AUTO:
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
