@@ -130,6 +130,8 @@ class Tensor:
         if self.kind == "view" and (codes := VIEWS[self.function].codes) is not None:
             read = codes(self)
             return self.nbytes if read is None else read.nbytes
+        if self.kind == "view" and VIEWS[self.function].whole_inputs:
+            return sum([one.read_nbytes for one in self.inputs])
         return self.nbytes
 
     @property
@@ -193,6 +195,7 @@ class View:
     entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
     moves       its rows are not those of the file, in order
     codes       codes(tensor): the stored codes that are read for its values; None where there are none
+    whole_inputs   all bytes of its inputs are read for its values, once
     streamed    streamed(tensor): its `CodedWeight`, if the compiled loop reads the codes itself
     keeps       keeps(tensor): whether a reader keeps slabs of what it reads
     """
@@ -200,6 +203,7 @@ class View:
     fill: Callable[..., None]
     entrywise: bool = False
     moves: bool = False
+    whole_inputs: bool = False
     codes: Callable[[Tensor], Tensor | None] | None = None
     streamed: Callable[[Tensor], Any] | None = None
     keeps: Callable[[Tensor], bool] | None = None
