@@ -7,6 +7,7 @@ soup, read one after the other, cost one patch each.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,10 @@ from deltamerge.tensors.dtypes import bits_type
 from deltamerge.tensors.reader import Reader, RecentParts, elements
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, part_of, view, viewed
 
-DECODED = 128 << 20  # bytes of decoded positions and parts that a reader keeps
-TILES = 16  # tiles of steps, and of versions below others, that it keeps
+PARTS = 128 << 20  # bytes of decoded parts that a reader keeps
+POSITIONS = 32 << 20  # bytes of decoded positions that it keeps
+TILES = max(4, os.cpu_count() or 1)  # tiles of steps of an artifact that it keeps, one for each worker
+VERSIONS = 4 * TILES  # tiles of versions over others that it keeps
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -226,8 +229,10 @@ def _below(tensor: Tensor) -> Tensor | None:
 
 def _decoder(read: Read, tensor: Tensor, stored: Sequence[Tensor]) -> Decoder:
     def make() -> Decoder:
-        recent = read.once("decoded deltas", lambda: RecentParts(DECODED, _weigh))
-        return Decoder(entry_of(tensor.name, tensor.parameter("record"), stored, read), recent)
+        record = tensor.parameter("record")
+        kind, most = ("parts", PARTS) if record.parts else ("positions", POSITIONS)
+        recent = read.once(f"{kind} of deltas", lambda: RecentParts(most, _weigh))
+        return Decoder(entry_of(tensor.name, record, stored, read), recent)
 
     found: Decoder = read.once(tensor, make)
     return found
@@ -239,20 +244,26 @@ def _weigh(decoded: Any) -> int:
 
 def _tile(read: Read, tensor: Tensor, start: int) -> Array:
     """Return the tile of STEP_TILE elements that begins at `start`."""
-    kept: RecentParts = read.once("tiles of versions", lambda: RecentParts(TILES))
-    made: Array | None = kept.known((tensor, start))
-    stack = [tensor]
+    stack, made = [tensor], _kept(read, tensor).known((tensor, start))
     while made is None and (below := _below(stack[-1])) is not None:
         stack.append(below)
-        made = kept.known((below, start))
+        made = _kept(read, below).known((below, start))
     if made is not None:
         stack.pop()
     while stack:
         one = stack.pop()
         stop = min(start + STEP_TILE, one.size)
-        made = kept.get((one, start), partial(_made, read, one, start, stop, made))
-    assert made is not None
-    return made
+        made = _kept(read, one).get((one, start), partial(_made, read, one, start, stop, made))
+    found: Array = made
+    return found
+
+
+def _kept(read: Read, tensor: Tensor) -> RecentParts:
+    """Return the tiles that are kept of an artifact over a base; all versions over others share them."""
+    is_first = _below(tensor) is None
+    key = ("tiles of a delta", tensor.path) if is_first else "tiles of versions"
+    kept: RecentParts = read.once(key, lambda: RecentParts(TILES if is_first else VERSIONS))
+    return kept
 
 
 def _made(read: Read, tensor: Tensor, start: int, stop: int, below: Array | None) -> Array:

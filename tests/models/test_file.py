@@ -344,7 +344,9 @@ def test_sum_round_trip(tmp_path: Path, values: str, density: float, base_dtype:
     streamed = apply_streamed(tmp_path, base)
     for name, tensor in base.items():
         entry = delta.entries[name]
-        stored = np.concatenate([np.empty(0, np.float32), *[v for _, v in Decoder(entry).changes(0, entry.size, NOTHING)]])
+        stored = np.concatenate(
+            [np.empty(0, np.float32), *[v for _, v in Decoder(entry).changes(0, entry.size, NOTHING)]]
+        )
         positions, exact = deltas[name]
         expected = tensor.clone().float().flatten()
         expected[positions] += torch.from_numpy(stored)

@@ -181,6 +181,7 @@ class Decoder:
     entry: Entry
     recent: RecentParts = field(default_factory=lambda: RecentParts(1))
     seen: int = 0
+    _key: object = field(default_factory=object)
 
     @property
     def record(self) -> Record:
@@ -214,7 +215,7 @@ class Decoder:
         """Values [start, stop) before scaling: bits of final values, float32, int8, or int8 ±1 for signs."""
         coding, stored = self.record.values, self.entry.values
         if coding == "parts":
-            return self.recent.get((self, "parts"), self._parts).values(start, stop)
+            return self.recent.get(self._key, self._parts).values(start, stop)
         if coding == "sign":
             bits = np.unpackbits(stored[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
             return 1 - (bits[start & 7 :][: stop - start] << 1)

@@ -255,7 +255,7 @@ class Listing:
         self, coding: Coding, stored: Sliced, count: int, size: int, k: int = 0, recent: RecentParts | None = None
     ) -> None:
         self._coding, self._stored, self._count, self._size, self._k = coding, stored, count, size, k
-        self._recent = recent or RecentParts(1)
+        self._recent, self._key = recent or RecentParts(1), object()  # a key that is no cycle
         self._adding = threading.Lock()
         packed_at, begin, self._step = 0, 0, SPAN
         if coding == "rice":
@@ -299,7 +299,7 @@ class Listing:
                 return None
         if self._places[number].at >= self._stored.size:
             return None
-        return self._recent.get((self, number), partial(self._decode, number))
+        return self._recent.get((self._key, number), partial(self._decode, number))
 
     def _decode(self, number: int) -> Array:
         place = self._places[number]
