@@ -20,7 +20,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.calibrate.merge.second_moments import measure
-from deltamerge.calibrate.q.variants import Change, divergences
+from deltamerge.calibrate.stage import Change, divergences
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
@@ -290,7 +290,8 @@ class ByteShares:
             return change
 
         with Reader() as reader:
-            found = divergences(self.planned.measured[0], [of_length(length) for length in LENGTHS])
+            measured = self.planned.measured[0]
+            found = divergences(measured.source, measured.tensors, [of_length(length) for length in LENGTHS])
         self.divergence, self.length = min(zip(found, LENGTHS, strict=True))
         self.searched = False
 

@@ -362,8 +362,10 @@ def test_rows_choose_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"w5 w{i} w9 w7"}) + "\n" for i in range(10, 30)))
     rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
     path = recipe(tmp_path, "bytes: 9kB", rows)
+    measured = make_plan(path, tmp_path / "out").measured[0]
     found = shares.divergences(
-        make_plan(path, tmp_path / "out").measured[0],
+        measured.source,
+        measured.tensors,
         [lambda name, tensor: tensor, lambda name, tensor: tensor * 1.02, lambda name, tensor: tensor * 1.1],
     )
     assert abs(found[0]) < 1e-6
