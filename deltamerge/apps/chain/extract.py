@@ -91,7 +91,11 @@ class Link:
         differing = [n for n in end if in_base[n] in origin and end[n] != origin[in_base[n]]] or list(end)[:1]
         found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
         with errors.context(reference):
-            tensors = decoded(found).tensors
+            form = decoded(found)
+            tensors = form.tensors
+            if as_made_from(form, self.versions[0].delta) is not form:
+                hint = "extract RUN --quantized, of the plain model's chain"
+                raise InputError(f"{self.after} has its codes, and --after makes versions of weights", hint=hint)
         name = min(differing, key=lambda name: math.prod(end[name].shape), default="")
         if not name:
             return reference
