@@ -26,6 +26,7 @@ from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.formats.delta.parts import Part
 from deltamerge.models.chain import folder as folders
 from deltamerge.models.chain.folder import VERSION, between, line
+from deltamerge.models.references import Models
 
 NAMES = ["000001", "000002", "000003", "000004"]
 Tensors = dict[str, torch.Tensor]
@@ -393,6 +394,24 @@ def test_extract_refuses_what_would_not_be_a_chain(made: Path, chain: Path) -> N
     state = load_tensors(made / "base")
     assert dm.load_delta(chain).apply_(state) == 5
     assert same(state, load_tensors(made / "tuned-1"))
+
+
+def test_tensors_are_views_of_what_is_stored(made: Path) -> None:
+    """Opened twice, they are the same; they count the bytes of the base and of every version that changes them."""
+    reference = f"{made}/base+{made}/chain/{NAMES[3]}"
+    first, again, before = (
+        Models().open(one, made, weights=True).tensors for one in (reference, reference, reference[:-1] + "3")
+    )
+    assert all(first[name].tensor is again[name].tensor for name in first)
+    view = first["a"].tensor
+    assert view.inputs[0] is before["a"].tensor
+    assert first["kept"].kind == "stored"
+    leaves = list(view.leaves())
+    assert {leaf.path for leaf in leaves} == {
+        made / "base" / "model.safetensors",
+        *(made / "chain" / name / "delta.safetensors" for name in NAMES),
+    }
+    assert view.read_nbytes == sum(leaf.nbytes for leaf in leaves)
 
 
 FEW = ("--ratio", 4), ("--density", 0.3, "--values", "int8"), ()
