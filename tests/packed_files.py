@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deltamerge.engine import kernels
 from deltamerge.engine.execute import computed
-from deltamerge.engine.fused.assembly import StoredSource
+from deltamerge.engine.fused.operations import StoredSource
 from deltamerge.methods.merge.linear import linear
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Graph, TensorInfo

@@ -236,7 +236,8 @@ class Spec:
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
     fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these, each of which is
-    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope.
+    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope. So many of
+    them as `differences` says are what two files give.
     """
 
     source: CalibrationInput
@@ -251,6 +252,7 @@ class Spec:
     parts: tuple[Share, ...] = ()
     coefficients: tuple[str, ...] = ()
     starts: tuple[float, ...] = ()
+    differences: int = 0
 
     @property
     def seeds(self) -> int:
@@ -341,7 +343,7 @@ class Spec:
         """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
-        return shared + memory(*parts, dense=self._dense)
+        return shared + memory(*parts, dense=self._dense, held=self._held)
 
     @property
     def runs_together(self) -> bool:
@@ -364,7 +366,7 @@ class Spec:
         number."""
         if not self.coefficients or self.source.device != "cpu" or self.runs_together:
             return False
-        return self._shared_bytes + mask_bytes(self.pruned, self._dense) <= self.source.cache
+        return self._shared_bytes + self._held * mask_bytes(self.pruned, self._dense) <= self.source.cache
 
     @property
     def _shared_bytes(self) -> int:
@@ -380,6 +382,12 @@ class Spec:
     def _dense(self) -> int:
         """Return the bytes of an entry of a dense masked delta."""
         return 2 if self.halved else 4
+
+    @property
+    def _held(self) -> float:
+        """Return the share of masked deltas that are kept: differences of files are read anew where `halved`."""
+        anew = self.differences if self.halved and self.source.device == "cpu" else 0
+        return 1 - anew / max(1, len(self.coefficients))
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
@@ -497,13 +505,13 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(*parts: Share, dense: int = 4) -> int:
+def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
     """Return about the anonymous bytes that a stage takes, with these fine-tunes side by side.
 
-    They are masks, of `dense` bytes an entry where they are dense; what comes and goes with a walk; and freed blocks
-    that wait in the heap.
+    They are masks, of which a share is `held`, of `dense` bytes an entry where they are dense; what comes and goes with
+    a walk; and freed blocks that wait in the heap.
     """
-    masks = sum(min(math.ceil(mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
+    masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
     return masks + passing + min(passing // 2, WAITING_BYTES)
 

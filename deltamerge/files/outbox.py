@@ -65,9 +65,9 @@ class Sent:
 class Outbox:
     """Writes to existing files of full size in `folder`, from any number of threads.
 
-    The disk reads a buffer's memory itself, so nothing is copied into the page cache, which on a machine with little
-    memory would cost more time than the merge. Where that is impossible (a file system in memory, a system other than
-    Linux, the partial pages at a buffer's ends) the page cache is used.
+    The disk reads a buffer's memory itself. A copy in the page cache would cost more time than the merge where memory
+    is short. The page cache serves where direct writes are impossible: a file system in memory, a system other than
+    Linux, the partial pages at a buffer's ends.
 
         wrote(file, position, nbytes)   is called with what has been written
         reach(file, position)           returns up to where the bytes that follow have been written

@@ -71,8 +71,10 @@ class MergeMethod:
     function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.spans.nodes`.
     `matrices`: it works on whole matrices, and its `nodes` gets `form` and `transposed` besides (see
     `methods.merge.matrices.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
-    which have no form, it takes the mean. `totals` is a function of the same tiles that gives numbers, (blocks, k)
-    float64, whose sums over all tensors of the merge the function gets as its last input.
+    which have no form, it takes the mean. `in_core(**parameters)` tells whether it gives the same in other orthonormal
+    bases: LoRAs are then merged in their core (`methods.merge.core_space`); without it none are. `totals` is a function
+    of the same tiles that gives numbers, (blocks, k) float64, whose sums over all tensors of the merge the function
+    gets as its last input.
     `rows` says what rows of each model's own are measured for before the first tile, which the function, or `nodes`,
     gets as its last input: "inputs" of linear layers, those that the "merged" layers before them make, or "gradients".
     `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
@@ -93,6 +95,7 @@ class MergeMethod:
     maximum: int | None = None
     nodes: Function | None = None
     matrices: bool = False
+    in_core: Function | None = None
     totals: Function | None = None
     rows: Literal["inputs", "merged", "gradients"] | None = None
     keeps_single: Function | None = None

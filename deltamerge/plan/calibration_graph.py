@@ -29,7 +29,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
@@ -193,6 +193,7 @@ class StageMaker:
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
             "gradient", None, len(shared), (first, *others), names, tuple(starts),
+            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names),
         )  # fmt: skip
         inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)
@@ -355,8 +356,10 @@ def factor_calibration(
     deltas: Deltas,
     index: int,
 ) -> Node:
-    """Return the stage that calibrates an adapter's own A and B: masks and q are those of their product, the update of
-    the weight."""
+    """Return the stage that calibrates an adapter's own A and B.
+
+    Masks and q are those of their product, the update of the weight.
+    """
     node, stages = deltas.graph.node, deltas.stages
     shared = [known[index] for known in (stages.activations, stages.cuts) if index in known]
     random, seeds = _masks(deltas, source, q, index)
@@ -381,7 +384,7 @@ def factor_calibration(
 
 
 def refuse_changed_config(tune: Input) -> None:
-    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    """Raise InputError: an adapter changes the config, which calibration reads from the base's folder."""
     checkpoint = tune.checkpoint
     if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
         message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
@@ -389,7 +392,8 @@ def refuse_changed_config(tune: Input) -> None:
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
+    """Raise InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own
+    vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
@@ -410,7 +414,7 @@ def _is_weight(tuned: Tuned) -> bool:
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """InputError: a pattern of protected columns that no pruned linear weight matches."""
+    """Raise InputError: a pattern of protected columns matches no pruned linear weight."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
@@ -452,7 +456,7 @@ def result_bytes(stage: Node) -> int:
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
+    """Raise InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):

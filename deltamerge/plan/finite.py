@@ -26,11 +26,11 @@ SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
 def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
-    """The plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
+    """Return the plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
 
-    It searches the small tensors, or those of `names` whatever their size. Such entries are limits of activations or
-    masks. Of a copied tensor they are those that the base of a delta has too, or without one a buffer's or a single
-    number's.
+    Such entries are limits of activations, or masks. Only small tensors are searched, or those of `names` whatever
+    their size. In a copied tensor, the base of a delta must hold them too; without a base, only buffers and single
+    numbers may.
     """
     outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
     origin = planned.inputs.origin
@@ -52,7 +52,7 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
 
 
 def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, NonFinite]:
-    """The counts of what is not finite in the result beyond what all models hold alike."""
+    """Return the counts of what is not finite in the result beyond what all models hold alike."""
     left = {}
     for name, found in nonfinite.items():
         known = planned.alike.get(name, NonFinite(0, 0))

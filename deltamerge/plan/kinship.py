@@ -135,7 +135,7 @@ def _unrelated(first: Input, other: Input, kin: Kin, *, is_base: bool) -> str:
 
 
 def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
-    """Pairs of the larger matrices, evenly through the model."""
+    """Return pairs of the larger matrices, spread evenly through the model."""
     pairs = []
     for name, tensor in other.tensors.items():
         twin = first.get(name)
@@ -151,7 +151,7 @@ def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
 
 
 def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[float, float] | None:
-    """‖Δ‖/‖W‖ and the cosine of the sampled elements; None where one model's are all zero, or some are not finite."""
+    """Return ‖Δ‖/‖W‖ and the cosine of the sampled elements. None: one model's are all zero, or some are not finite."""
     size = math.prod(first.shape)
     count = min(RUN, size // PLACES)
     starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]

@@ -155,7 +155,7 @@ class Vocabulary:
         return self._picked[key]
 
     def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
-        """(tokens, models) rows whose mean is used for tokens that a model lacks."""
+        """Return (tokens, models) the rows whose mean stands for tokens that a model lacks."""
         picks = where.copy()
         if base is not None:
             known = where[:, base] >= 0
@@ -273,8 +273,7 @@ def _end(ids: Mapping[str, int]) -> int:
 def _missing(
     first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Return the entries that the output's tokenizer adds to the first one's, and those of them that are new tokens, by
-    id.
+    """Return, by id, the entries that the output's tokenizer adds to the first one's, and the new tokens among them.
 
     A plain token of the first that is an added token of another becomes an added one under its id.
     """

@@ -52,7 +52,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
 
 
 def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
-    """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
+    """Hash the unknown pieces of a file outside some ranges of its bytes. Return what is known then."""
     try:
         known = pieces.of(path)
         wanted = ~(known.there | inside(known, but))

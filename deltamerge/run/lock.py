@@ -182,7 +182,7 @@ class Lock:
         )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
+        """Raise VerifyError: the lock is of another recipe. Comments, and where named models lie, do not count."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
                 f"{recipe.source.path} changed after {self.path.name} was written",
@@ -199,9 +199,9 @@ class Lock:
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs that are not the ones that it was made from, naming each file that differs.
+        """Raise VerifyError: the inputs are not those of the lock. It names each file that differs.
 
-        An input of another reference is taken for the one of the lock that has the same content.
+        An input whose content the lock has under another reference counts as that one.
         """
         wrong: list[str] = []
         known, inputs = self.content.get("inputs") or {}, dict(inputs)

@@ -54,7 +54,8 @@ class Planner:
         return tuple(plans)
 
     def result(self, document: Document, planned: Plan) -> Checkpoint:
-        """Return what a document makes: what is in its folder, if that is as planned, else what it promises."""
+        """Return what a document makes: the content of its folder, if that is as planned, else what the plan
+        promises."""
         return result_of(planned, self.folder(document), document.name)
 
     # A document is planned a second time where headers do not tell all: where another's result was only promised, and
@@ -179,9 +180,10 @@ def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextMan
 
 
 def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
-    """Return the checkpoint that a run of `plan` to `folder` leaves, known before it is there.
+    """Return the checkpoint that a run of `plan` will leave in `folder`.
 
-    Until it is made, its files but weights and config are those that it copies. Tokens and chat template are planned.
+    Until it is made, all its files but weights and config are taken from the models that they are copied from. Tokens
+    and chat template are planned.
     """
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files

@@ -50,11 +50,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, what its lock says, what a delta artifact takes, and what is not finite; of
-    a file of several documents the output's.
+    """A finished run: folder, plan, lock, size of a delta artifact, and what is not finite.
 
-    `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
-    `made` is False where the folder was there and current itself.
+    Of a file of several documents it is the output's. `intermediate` are the folders of the other documents, and
+    whether each was made now. `made` is False where the folder was already there and current.
     """
 
     folder: Path
@@ -108,12 +107,12 @@ def run(
 ) -> Result:
     """Run a recipe file; the target, `out` if given, appears under its name only when complete.
 
-    Nothing is done where the target holds just what would be made. An earlier result of the same recipe that is as its
-    lock says is replaced; what somebody changed, or another recipe or command made, only as `force` allows; a version
-    that others follow, a member of a store and what no run made never.
+    A target that is up to date stays. An earlier result of the same recipe is replaced if it is as its lock says. What
+    somebody changed, or another recipe or command made, is replaced only with `force`. Never replaced are a version
+    that others follow, a member of a store, and what no run made.
 
-    Of several documents those that others need are made first, unless their folders hold just what would be made. With
-    `part` only that part's shards are written, to the work folder, for `finish`.
+    Documents that others need are made first, unless their folders are up to date. With `part` only that part's shards
+    are written, to the work folder, for `finish`.
     """
     options = options or Options()
     if not (options.force or options.pins is not None):
@@ -341,7 +340,7 @@ def lock(file: RecipeFile, options: Options | None = None) -> Lock:
 
 
 def check_lock(file: RecipeFile, options: Options | None = None) -> None:
-    """VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    """Raise VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
     found = Lock.read(file.lock_path)
     found.check_recipe(file.output.recipe)
     planner, planned = _alone(file, options)
@@ -406,7 +405,7 @@ def _spooled(
 ) -> Iterator[dict[Node, Any]]:
     """Give what a stage measures on rows, by its node; nothing where there is none.
 
-    Its files lie in the work folder meanwhile, those of a `second` stage beside the first's.
+    Its files lie in the work folder meanwhile; files of a `second` stage have names of their own.
     """
     if node is None:
         yield {}

@@ -126,8 +126,12 @@ class Tensor:
     @property
     def read_nbytes(self) -> int:
         """Return the bytes of files that are read for its elements: of a quantised weight its codes."""
-        coded = self.coded
-        return self.nbytes if coded is None else coded.codes.nbytes
+        if (coded := self.coded) is not None:
+            found: int = coded.codes.nbytes
+            return found
+        if self.kind == "view" and VIEWS[self.function].whole_inputs:
+            return sum([one.read_nbytes for one in self.inputs])
+        return self.nbytes
 
     @property
     def coded(self) -> Any:
@@ -189,6 +193,7 @@ class View:
 
     entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
     moves       its rows are not those of the file, in order
+    whole_inputs   all bytes of its inputs are read for its values, once
     coded       coded(tensor): its `CodedWeight`, of which the compiled loop reads the codes itself
     keeps       keeps(tensor): whether a reader keeps slabs of what it reads
     """
@@ -196,6 +201,7 @@ class View:
     fill: Callable[..., None]
     entrywise: bool = False
     moves: bool = False
+    whole_inputs: bool = False
     coded: Callable[[Tensor], Any] | None = None
     keeps: Callable[[Tensor], bool] | None = None
 

@@ -21,7 +21,7 @@ from packed_files import CASES, Packed, check_the_loop
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from deltamerge.engine import kernels
-from deltamerge.engine.fused.assembly import StoredSource
+from deltamerge.engine.fused.operations import StoredSource
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised import detect, scheme
 from deltamerge.formats.quantised.detect import FORMATS, reader_of

@@ -25,11 +25,11 @@ LOADED = (
 MOST = {"check": 106, "run": 113}
 # What a merge of plain checkpoints never needs, whole packages and single modules.
 NEVER = (
-    "apps", "calibrate", "formats.dcp", "formats.delta", "formats.gguf", "formats.peft", "formats.pickle_reader",
+    "apps", "calibrate", "formats.dcp", "formats.delta", "formats.gguf", "formats.peft", "formats.torch_bin",
     "formats.quantised.awq", "formats.quantised.codes", "formats.quantised.scheme", "formats.quantised.writer",
-    "formats.running_sum", "formats.torch_bin", "methods.low_rank", "models.adapter", "models.chain",
+    "methods.low_rank", "models.adapter", "models.chain",
     "models.delta_file", "models.delta_over_base", "models.gguf_tokenizer", "models.hub", "models.hub_client",
-    "outputs.delta", "outputs.gguf", "outputs.lora", "plan.calibration_graph", "plan.mixture", "plan.transplant",
+    "outputs.delta", "outputs.gguf", "outputs.lora", "plan.calibration_graph", "plan.transplant",
     "run.ray",
 )  # fmt: skip
 

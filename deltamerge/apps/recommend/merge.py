@@ -77,16 +77,19 @@ class Way:
 
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
-ISO_C = Way("iso_c", "iso_c", first=1.5)
+ISO_C = Way("iso_c, balanced", "iso_c", first=1.5, balanced=True)
+WHOLE = Way("iso_cts", "iso_cts")  # whose nodes have whole deltas, of LoRAs too
 TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
+SVC = Way("svc, balanced", "svc", first=0.7, balanced=True)
 WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
-    Way("tsv_m", "tsv_m"),
     TSV_M,
+    SVC,
     WUDI,
+    Way("wudi, balanced", "wudi", balanced=True),
     Way("regmean", "regmean"),
 )
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
@@ -270,7 +273,7 @@ class _Adviser:
 
     def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
         """Return the advice without its recipe, and the input of the recipe."""
-        start, planning = self._recipe(ISO_C, 1.0), self.candidates.options
+        start, planning = self._recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots

@@ -224,7 +224,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
-    size = max(1, TOGETHER // len(merge.subjects)) if merge.spec.runs_together else ALONE
+    size = _batch_rows(len(merge.subjects)) if merge.spec.runs_together else ALONE
     tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
@@ -292,6 +292,12 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             elif step >= best + PATIENCE * turn:
                 break
     return {name: value.cpu() for name, value in kept.items()}, path
+
+
+def _batch_rows(models: int) -> int:
+    """Return the rows of each of `models` that run together: as few as the batches of a step of TOGETHER allow."""
+    batches = math.ceil(COEFFICIENT_STEP / max(1, TOGETHER // models))
+    return math.ceil(COEFFICIENT_STEP / batches)
 
 
 def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:

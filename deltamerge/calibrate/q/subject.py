@@ -27,7 +27,7 @@ from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Calib
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed
 from deltamerge.files import progress
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Graph, Tensor
 from deltamerge.tensors.tiles import Kept
@@ -65,8 +65,11 @@ class Tensors:
             room = min(room, free_bytes(self.device) // (KEPT_SHARE * source.share))
         kept = part if self.resident is None else 0  # there it is by another name
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
+        anew = [halved and self.resident is None and all(map(is_difference, some.values())) for some in tensors.masks]
+        pinned = max(0, room - part) // max(1, anew.count(False))
         self.masks = [
-            Cache(partial(self._masked, n), part, max(0, room - part) // len(tensors.masks)) for n in tensors.masks
+            Cache(partial(self._masked, nodes), *((0, 0) if one else (part, pinned)))
+            for nodes, one in zip(tensors.masks, anew, strict=True)
         ]
         model.entering = self._read_ahead
         model.relieved = self._relieve
@@ -147,8 +150,12 @@ class Tensors:
         """Return the masked deltas of tensors, None where a tensor is not pruned."""
         found: dict[str, Masked | None] = dict.fromkeys(names)
         pruned = {name: nodes[name] for name in names if name in nodes}
-        roots = {name: Graph().node(dense, [node], shape=node.shape) for name, node in pruned.items()}
+        read = [name for name, node in pruned.items() if is_difference(node)] if self.resident is None else []
+        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if n not in read}
         made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
+        for name in read:
+            tune, base = (stored(self.reader, one).float() for one in pruned[name].inputs)
+            found[name] = self._kept(name, tune.sub_(base).flatten().numpy())
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:

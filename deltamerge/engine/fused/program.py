@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
-from deltamerge.engine.fused.operations import store
+from deltamerge.engine.fused.operations import Assembly, Form, StoredSource, store
 from deltamerge.files.hashes import PIECE_BYTES, Pieces
 from deltamerge.tensors.lazy import NDArray
 from deltamerge.tensors.lazy import numpy as np

@@ -31,7 +31,6 @@ from deltamerge.formats.quantised.coder import (
 )
 from deltamerge.formats.quantised.codes import (
     FORMS,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -44,6 +43,7 @@ from deltamerge.formats.quantised.codes import (
 )
 from deltamerge.formats.quantised.detect import MOST_STATE
 from deltamerge.formats.quantised.scheme import AGAIN, CodedWeight, StoredWeight, Tabled, bits, expect, floats, weight
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, TensorInfo
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import CHUNK, BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.coder import CHUNK, BlockCoder, Coding, StoredPart, by_rows
 from deltamerge.formats.quantised.codes import (
     E4M3,
     E5M2,
@@ -32,7 +32,6 @@ from deltamerge.formats.quantised.codes import (
     PAIRS,
     SWAPPED_PAIRS,
     WORD,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -47,7 +46,7 @@ from deltamerge.formats.quantised.codes import (
     values_of,
     zero_scale,
 )
-from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, widen
+from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 AGAIN = "download the model again"
@@ -511,7 +510,8 @@ class Scaled(CodedWeight):
             parts.append(StoredPart.like(self.zeros, per))
         packing: Packing = "words" if packed else "bytes"
         coder = BlockCoder(numbers, (grid.m, grid.n), self.scales.dtype, how, packed and self.width < 8, packing)
-        return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
+        coding = by_rows((rows, columns), coder, *parts, multiple=multiple)
+        return replace(coding, shape=shape)
 
 
 class Tabled(CodedWeight):
