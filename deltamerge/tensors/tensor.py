@@ -142,8 +142,8 @@ class Tensor:
     @property
     def keeps(self) -> bool:
         """Tell whether a reader keeps slabs of what it reads for it."""
-        keeps = VIEWS[self.function].keeps if self.kind == "view" else None
-        return keeps is not None and keeps(self)
+        coded = self.coded
+        return (self.kind == "view" and VIEWS[self.function].keeps) or (coded is not None and bool(coded.keeps))
 
     def leaves(self) -> Iterator[Tensor]:
         """Yield the stored tensors that it is computed from, each once."""
@@ -195,7 +195,7 @@ class View:
     moves       its rows are not those of the file, in order
     whole_inputs   all bytes of its inputs are read for its values, once
     coded       coded(tensor): its `CodedWeight`, of which the compiled loop reads the codes itself
-    keeps       keeps(tensor): whether a reader keeps slabs of what it reads
+    keeps       a reader keeps slabs of what it reads
     """
 
     fill: Callable[..., None]
@@ -203,7 +203,7 @@ class View:
     moves: bool = False
     whole_inputs: bool = False
     coded: Callable[[Tensor], Any] | None = None
-    keeps: Callable[[Tensor], bool] | None = None
+    keeps: bool = False
 
 
 VIEWS: dict[str, View] = {}

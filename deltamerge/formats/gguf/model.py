@@ -83,7 +83,7 @@ def log_of_negative(read: Read, tensor: Tensor, start: int, out: memoryview) -> 
     np.log(-values, out=values)
 
 
-@view(keeps=lambda _: True)
+@view(keeps=True)
 def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
     """Transpose a matrix (rows, columns), as GPT-2's Conv1D has its weights."""
     (source,) = tensor.inputs

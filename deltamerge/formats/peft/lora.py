@@ -16,16 +16,7 @@ from deltamerge.errors import InputError
 from deltamerge.formats.peft.adapter import BY_PEFT, DERIVED, factors_of, scale_of
 from deltamerge.tensors.dtypes import PLAIN, Array, bits_type, narrow
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
-from deltamerge.tensors.views import (
-    CHUNK,
-    base_rows,
-    fill_lines,
-    fill_rows,
-    flat_rows,
-    floats,
-    product,
-    zeros_like,
-)
+from deltamerge.tensors.views import CHUNK, base_rows, fill_lines, fill_rows, flat_rows, floats, product, zeros_like
 
 Config = Mapping[str, Any]
 

@@ -15,15 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import (
-    CHUNK,
-    Adjustable,
-    BlockCoder,
-    CodedParts,
-    Coding,
-    Rounding,
-    as_one,
-)
+from deltamerge.formats.quantised.coder import CHUNK, Adjustable, BlockCoder, CodedParts, Coding, Rounding, as_one
 from deltamerge.formats.quantised.codes import (
     TURNED_ACROSS,
     TURNED_ALONG,

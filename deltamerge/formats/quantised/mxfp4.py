@@ -14,14 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import (
-    BlockCoder,
-    Coding,
-    ColumnCoder,
-    StoredPart,
-    as_one,
-    by_rows,
-)
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, ColumnCoder, StoredPart, as_one, by_rows
 from deltamerge.formats.quantised.codes import (
     E2M1,
     EXPONENTS,
