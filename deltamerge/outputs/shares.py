@@ -27,6 +27,7 @@ from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import flat, writing
+from deltamerge.formats.delta.entry import Decoder
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
@@ -283,7 +284,7 @@ class ByteShares:
                 entry, curve = opened.entries[one.name], self.curves[one.name]
                 if entry.record.count:
                     longer = self.choices[one.name].longer(curve.energy, length)
-                    values = values + longer * entry.codes(0, one.size)
+                    values = values + longer * Decoder(entry).codes(0, one.size)
                 return torch.from_numpy(np.asarray(values, np.float32)).reshape(tensor.shape).to(tensor.device)
 
             return change

@@ -16,6 +16,7 @@ from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import make_plan, run
 
 from deltamerge.errors import InputError
+from deltamerge.formats.delta.entry import Decoder
 from deltamerge.formats.delta.parts import LEVELS, matrix_shape, sum_of
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.rate import (
@@ -226,8 +227,8 @@ def test_parts_are_as_long_as_is_asked(tmp_path: Path) -> None:
     lengths = []
     for size in ("bytes: 1500, length: 0", "bytes: 1500, length: 0.5", "bytes: 1500, length: 1", "bytes: 1500"):
         run(recipe(tmp_path, size), tmp_path / "out", workers=1, force=True)
-        entry = DeltaFile.open(tmp_path / "out").entries["a.weight"].with_parts()
-        lengths.append(float(np.linalg.norm(entry.codes(0, entry.size))))
+        entry = DeltaFile.open(tmp_path / "out").entries["a.weight"]
+        lengths.append(float(np.linalg.norm(Decoder(entry).codes(0, entry.size))))
     tuned, base = (load_tensors(tmp_path / name)["a.weight"].double() for name in ("tuned", "base"))
     step = 1 / 16  # of a scale, whose mantissa has four bits
     assert lengths[2] == pytest.approx(float((tuned - base).norm()), rel=step)
@@ -375,7 +376,7 @@ def test_rows_choose_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run(recipe(tmp_path, "bytes: 9kB, length: 0", rows), tmp_path / "plain", workers=1)
     entries = [DeltaFile.open(tmp_path / name).entries for name in ("plain", "out")]
     names = [name for name, entry in entries[0].items() if entry.record.parts and entries[1][name].record.parts]
-    lengths = [[np.linalg.norm(one[name].with_parts().codes(0, one[name].size)) for name in names] for one in entries]
+    lengths = [[np.linalg.norm(Decoder(one[name]).codes(0, one[name].size)) for name in names] for one in entries]
     assert sum(lengths[1]) > 1.02 * sum(lengths[0])
 
 

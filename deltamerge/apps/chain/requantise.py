@@ -29,10 +29,10 @@ from deltamerge.formats.quantised.coder import Coding
 from deltamerge.formats.quantised.detect import keys_of
 from deltamerge.formats.quantised.scheme import coding_like
 from deltamerge.models.chain.folder import Named, Version, head, is_chain, line, names, open_version
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.mirror import BATCH, Kind, WrittenDiffs
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint, decoded
+from deltamerge.models.delta_over_base import check_complete, folded
 from deltamerge.models.references import open_model, open_origin
 from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import bits_type, widen

@@ -15,8 +15,8 @@ from test_chain import same
 import deltamerge as dm
 from deltamerge.errors import InputError, OutputError
 from deltamerge.models.chain.folder import line
-from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import bits_of
+from deltamerge.models.delta_over_base import folded
 from deltamerge.models.references import open_model
 from deltamerge.tensors.reader import Reader
 
