@@ -309,9 +309,6 @@ def init(
     tell(f"{path}: written; next: deltamerge plan {path}")
 
 
-RECIPES = (".yaml", ".yml")
-
-
 @click.command("merge")
 @click.argument("models", type=MODEL, nargs=-1, required=True)
 @click.option("--base", type=MODEL, help="What MODELS were fine-tuned from.")
@@ -352,7 +349,7 @@ def merge(
     deltamerge merge ./math ./code --base ./base --out merged
     deltamerge merge ./math ./code --base ./base --out merged --rows rows    # rows/math.jsonl, rows/code.jsonl
     """
-    if len(models) == 1 and models[0].endswith(RECIPES):
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {models[0]}")
     for name, value in (("--base BASE", base), ("--out OUT", out)):
         if value is None:
