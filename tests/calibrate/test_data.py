@@ -201,7 +201,7 @@ def tokenizer(folder: Path, **special: str) -> Path:
 def reader(folder: Path, architecture: str, task: str, length: int = 8, **settings: Any) -> Any:
     import transformers
 
-    from deltamerge.calibrate.batches import RowReader
+    from deltamerge.calibrate.rows.batches import RowReader
 
     family = getattr(transformers, architecture.partition("For")[0] + "Config")
     config = family(architectures=[architecture], max_position_embeddings=16, **settings)

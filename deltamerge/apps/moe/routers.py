@@ -187,7 +187,7 @@ def _record(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Ro
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
-    from deltamerge.calibrate.batches import tokenizer_of
+    from deltamerge.calibrate.rows.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)
     start, rows = tokenizer.bos_token or "", spec.vocabulary
@@ -261,9 +261,9 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 def _states(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """Return (layers, hidden) of every prompt."""
-    from deltamerge.calibrate.batches import config_of
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
     from deltamerge.calibrate.model.passes import stored
+    from deltamerge.calibrate.rows.batches import config_of
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
 

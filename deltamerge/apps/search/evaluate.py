@@ -15,7 +15,6 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from deltamerge import errors
-from deltamerge.calibrate.batches import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import COMPARED, stored
 from deltamerge.calibrate.q import objectives as O
@@ -32,6 +31,7 @@ from deltamerge.calibrate.rows import (
     select,
     task_of,
 )
+from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device

@@ -424,7 +424,7 @@ def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
     """Return log p of the tokens of the row, each given those before it."""
     import torch.nn.functional as F
 
-    from deltamerge.calibrate.batches import said
+    from deltamerge.calibrate.rows.batches import said
 
     assert output.logits is not None
     labels = said(dict(batch)).to(output.logits.device)

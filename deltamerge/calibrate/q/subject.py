@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.batches import Batches, RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.model.blocks import BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.model.devices import Ahead, Resident, spread
@@ -23,6 +22,7 @@ from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.learned import Learner
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect
 from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of, without
+from deltamerge.calibrate.rows.batches import Batches, RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput, ModelTensors
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed
