@@ -84,14 +84,14 @@ def learn(
     optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
 
     first = Learner(model, objective, base, masked)
-    places, subset = [first, *others(objective)], _subset(objective, held_out)
+    places, held = [first, *others(objective)], subset(objective, held_out)
 
     def weights(at: Learner, some: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
         q = {name: some[name].exp() for name in names if name in some}
         return pruned(at.base, at.masked, {**(fixed or {}), **q})(names)
 
     def look() -> float:
-        return subset.value(model.run(subset.batches, [partial(weights, first, logs)], subset.reduce)[0])
+        return held.value(model.run(held.batches, [partial(weights, first, logs)], held.reduce)[0])
 
     def descend_batch(count: int, at: Learner, batch: int, copies: Sequence[Tensor]) -> None:
         own = dict(zip(logs, copies, strict=True))
@@ -156,7 +156,8 @@ def _copy(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: log.detach().exp().cpu() for name, log in logs.items()}
 
 
-def _subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+def subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+    """Return the objective on some of its batches."""
     return Distribution(
         [objective.batches[b] for b in batches], [objective.targets[b] for b in batches], objective.regression
     )
