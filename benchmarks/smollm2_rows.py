@@ -22,6 +22,10 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "reversal": ("word_sequence_reversal", {"min_words": 3, "max_words": 6}),
     "family": ("family_relationships", {}),
     "spelling": ("spell_backward", {"min_word_len": 3, "max_word_len": 6}),
+    "needle": ("needle_haystack", {"min_num_statements": 3, "max_num_statements": 5}),
+    "filtering": ("number_filtering", NUMBERS),
+    "legs": ("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 6}),
+    "cube": ("color_cube_rotation", {"min_rotations": 1, "max_rotations": 1}),
 }
 PARTS = {"test": (400, 103), "validation": (400, 102), "train": (12000, 101)}  # rows, seed
 
@@ -44,7 +48,11 @@ def rows(task: str, count: int, seed: int, taken: set[str]) -> list[dict[str, st
 def prompt(question: str) -> str:
     """The question's own lines, without instructions that are the same in every question of its task."""
     text = re.sub(r"\nPlease follow the instruction below:.*", "", question, flags=re.S)
-    text = re.sub(r"^.*(?=Reverse this list of words)", "", text, flags=re.S)
+    text = re.sub(r"^.*(?=Reverse this list of words)|^Your task is .*(?=how many legs)", "", text, flags=re.S)
+    text = re.sub(
+        r"\s(Reply only with a name|Return the new list in the same format|Provide only the color.*)\.?$", "", text
+    )
+    text = re.sub(r"\['(.*)'\]", lambda found: found[1].replace("', '", ", "), text)
     text = re.sub(r"State the final answer to the following arithmetic problem: ", "", text)
     text = re.sub(r"(?<=\d)\.0\b", "", text)
     return f"{text.strip()}\nAnswer:"
@@ -58,6 +66,8 @@ def answer(text: str) -> str:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
+        if all((folder / f"{task}.{part}.jsonl").exists() for part in PARTS):
+            continue
         taken: set[str] = set()
         for part, (count, seed) in PARTS.items():
             found = rows(task, count, seed, taken)

@@ -41,18 +41,18 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from deltamerge.apps.chain.live import load_delta
 from deltamerge.apps.train.trainer import DeltaWriter as ChainWriter
-from deltamerge.calibrate.rows.rows import read as read_rows
+from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.engine import kernels
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.files.ownership import LOCK_NAME
+from deltamerge.formats.components import RUNNING_SUM, RunningSum, read_running_sum
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.steps import decode_tile, encode_tile
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.formats.running_sum import RunningSum, read_running_sum
 from deltamerge.formats.safetensors import read_header
 from deltamerge.formats.torch_bin import read_torch_header
-from deltamerge.formats.weight_files import RUNNING_SUM, shards_of, weight_source
+from deltamerge.formats.weight_files import shards_of, weight_source
 from deltamerge.models.chain.folder import head
 from deltamerge.models.chain.slime import SLIME
 from deltamerge.models.checkpoint import INDEX, decoded, open_checkpoint

@@ -10,6 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from deltamerge.engine import kernels
+from deltamerge.engine.execute import computed
+from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.methods.merge.linear import linear
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Graph, TensorInfo
+
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 MLX = (
     Path(__file__).parent / "formats" / "mlx.safetensors"
@@ -22,6 +29,17 @@ class Packed(NamedTuple):
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
     values: dict[str, np.ndarray]
+
+
+def check_the_loop(info: TensorInfo, reader: Reader, values: np.ndarray) -> None:
+    """A compiled pass reads the codes of a quantised weight itself, and makes these values of them."""
+    tensor = info.tensor
+    if not kernels.available() or not tensor.size or tensor.dtype != "F32":
+        return
+    assert StoredSource.of(tensor, reader).coded is not None
+    once = Graph().node(linear, [tensor], shape=tensor.shape, weights=(1.0,), normalize=False)
+    found = computed({"x": once}, reader, workers=1)["x"].view(np.float32)
+    assert np.array_equal(found, values.reshape(-1), equal_nan=True)
 
 
 def float64(tensor: torch.Tensor) -> np.ndarray:

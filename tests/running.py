@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.report.pictures import drawing
+from deltamerge.engine.execute import shared_values
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.run import plans, runner
@@ -15,6 +16,7 @@ from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part
 from deltamerge.run.runner import Result
+from deltamerge.tensors.schedule import depth_first
 
 
 def _read(
@@ -44,6 +46,14 @@ def make_plans(path: Path, out: Path | None = None, *, data: bool = True, **opti
     """Without `data` calibration rows are not read, as if their q's were in a lock."""
     file, asked = _read(path, **options)
     return plans.make_plans(file, out, asked if data else replace(asked, lock=Lock(file.lock_path, {})))
+
+
+def activations_of(path: Path) -> dict[str, Any]:
+    """What the stage of a recipe that measures activations finds, by the fine-tune's tensor names."""
+    tasks = make_plan(path, device="cpu", workers=1).tasks
+    stage = next(node for task in tasks for node in depth_first(task.root) if node.function.endswith(":activations"))
+    found: dict[str, Any] = shared_values([stage], {})[stage]
+    return found
 
 
 def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:

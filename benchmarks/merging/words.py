@@ -84,9 +84,11 @@ PACKAGE = (
     of("tsv_m", balance="norm"),
     of("wudi"),
     of("wudi", balance="norm"),
+    of("svc"),
+    of("svc", balance="norm"),
     of("regmean", rows=True),
 )
-AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "tsv_m": 1.2, "wudi": 1.2, "tsv_m, balanced": 1.2}
+AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "wudi": 1.2}
 MERGES = (
     *PACKAGE,
     Merge("ace", falling(0.8), formula=tried.ace),
@@ -121,18 +123,20 @@ class Family:
         self.own = {name: self.score(encoder_of(path), name) for name, path in self.folders.items()}
 
     def score(self, weights: Weights, name: str) -> float:
-        rows, task = sorted(self.rows[name], key=lambda row: len(row.text)), task_of(name)
+        return score_of(name, self.outputs(weights, name, self.rows[name]), self.rows[name])
+
+    def outputs(self, weights: Weights, name: str, rows: Sequence[Row]) -> Tensor:
+        """Logits of the rows, with the task's own head."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].text))
         self.model.load_state_dict(weights)
         pool, pool_bias, last, last_bias = self.heads[name]
         found = []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for start in range(0, len(rows), 64):
-                batch = encoder.encode(self.tokenizer, rows[start : start + 64])
+                batch = encoder.encode(self.tokenizer, [rows[i] for i in order[start : start + 64]])
                 found.append(self.model(**batch).last_hidden_state[:, 0].float())
         logits = torch.tanh(torch.cat(found) @ pool.T + pool_bias) @ last.T + last_bias
-        predicted = logits[:, 0] if task.labels == 1 else logits.argmax(1)
-        label = np.array([row.label for row in rows], np.float64)
-        return 100 * encoder.METRICS[task.metric](predicted.double().numpy(), label)
+        return logits[torch.tensor(order).argsort()]
 
     def shares(self, weights: Weights, names: Sequence[str]) -> list[float]:
         """Scores in % of the experts' own."""
@@ -212,6 +216,13 @@ def rows_of(name: str, part: Part) -> list[Row]:
 
 def task_of(name: str) -> tasks.Task:
     return tasks.TASKS.get(name) or word_tasks.TASKS[name]
+
+
+def score_of(name: str, logits: Tensor, rows: Sequence[Row]) -> float:
+    task = task_of(name)
+    predicted = logits[:, 0] if task.labels == 1 else logits.argmax(1)
+    label = np.array([row.label for row in rows], np.float64)
+    return 100 * encoder.METRICS[task.metric](predicted.double().numpy(), label)
 
 
 def head_of(folder: Path) -> list[Tensor]:

@@ -15,7 +15,7 @@ from benchmarks.drawing import draw_lines
 from benchmarks.paper import digits
 from benchmarks.paper.frame import Experiment, Record, Setting, spread, table
 from deltamerge import AdamR
-from deltamerge.calibrate.q import closed_forms as S
+from deltamerge.calibrate.q import statistics as S
 
 Vector = NDArray[np.float64]
 

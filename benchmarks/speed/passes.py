@@ -37,7 +37,8 @@ def measured(path: Path, precision: str) -> dict[str, Any]:
     spec = replace(spec, source=replace(spec.source, calibration=calibration))
     found: dict[str, Any] = {"precision": spec.source.precision, "sequences": calibration.sequences}
     with calibrating(spec.name, spec.passes, device="cpu"), Reader() as reader:
-        subject = Subject(spec.source, reader, spec.masked(stage.inputs)[:1])
+        (tensors,) = spec.models(stage.inputs)
+        subject = Subject(spec.source, replace(tensors, masks=tensors.masks[:1]), reader)
         searches = Searches(spec, subject)
         found["q"] = searches.run()[0].numbers["q"]
         some = [dict.fromkeys(searches.layers, q) for q in CANDIDATES]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.search.evaluate import LOSS, ScoredTask, measured, open_model
-from deltamerge.calibrate.rows.rows import POSITIONS, DataRow, has_head, read
+from deltamerge.calibrate.rows import POSITIONS, DataRow, has_head, read
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
@@ -18,6 +18,7 @@ from deltamerge.recipe.schema import CalibratedQ, Calibration
 from deltamerge.tensors.names import (
     EMBEDDING,
     TASK_HEAD,
+    Shaped,
     block_sizes,
     is_linear,
     is_stacked,
@@ -26,7 +27,7 @@ from deltamerge.tensors.names import (
     outside_blocks,
     resident_size,
 )
-from deltamerge.tensors.tensor import Node, TensorInfo
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +38,7 @@ FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
 LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
 
 
-class Sized(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def precision_of(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
+def precision_of(asked: str, device: str, tensors: Iterable[Shaped]) -> Precision:
     """Return the precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at
     it."""
     if asked != "auto":
@@ -115,19 +111,33 @@ WAITING_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """Name, shape and bytes of a model's tensor. The tensor itself is an input of the stage."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def headers(tensors: Iterable[TensorInfo]) -> tuple[TensorHeader, ...]:
+    """Return the headers of tensors."""
+    return tuple([TensorHeader(one.name, one.shape, one.nbytes) for one in tensors])
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationInput:
     """A fine-tune and the data that it runs on.
 
     tensors   all of the fine-tune's
-    pairs     the fine-tune's and the base's tensor of each pruned one, cut to the rows that both have
+    pairs     the pruned ones, cut to the rows that the base has too
     cache     bytes of masks that are kept
     share     how many fine-tunes are on a device at one time
     """
 
     model: str
     checkpoint: Path
-    tensors: tuple[TensorInfo, ...]
-    pairs: tuple[tuple[TensorInfo, TensorInfo], ...]
+    tensors: tuple[TensorHeader, ...]
+    pairs: tuple[TensorHeader, ...]
     calibration: Calibration
     folder: Path
     seed: int
@@ -164,9 +174,45 @@ class Pruned:
     guarded: bool = False
 
 
-def masked(inputs: Sequence[Node], pruned: Sequence[Pruned], count: int) -> list[dict[str, Node]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelTensors:
+    """The tensors that calibration reads of a fine-tune, by its names.
+
+    own         all of its own
+    pairs       of each pruned one its own and the base's
+    masks       of each mask seed, or delta of a merge, the masked deltas
+    protected   the columns that masks leave out
+    """
+
+    own: Mapping[str, Tensor]
+    pairs: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: tuple[Mapping[str, Tensor], ...] = ()
+    protected: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, own: Iterable[TensorInfo], pairs: Iterable[tuple[TensorInfo, TensorInfo]] = ()) -> ModelTensors:
+        """Return a fine-tune's tensors, and its pairs."""
+        return cls({t.name: t.tensor for t in own}, {t.name: (t.tensor, base.tensor) for t, base in pairs})
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Return the last inputs of a stage that runs the fine-tune: `own` and `pairs`."""
+        return (*self.own.values(), *(tensor for pair in self.pairs.values() for tensor in pair))
+
+
+def models_of(inputs: Sequence[Tensor], sources: Sequence[CalibrationInput]) -> list[ModelTensors]:
+    """Return the models that a stage runs, from its last inputs, which are the `ModelTensors.inputs` of each."""
+    count = sum(len(source.tensors) + 2 * len(source.pairs) for source in sources)
+    last = iter(inputs[len(inputs) - count :])
+    return [
+        ModelTensors({t.name: next(last) for t in s.tensors}, {t.name: (next(last), next(last)) for t in s.pairs})
+        for s in sources
+    ]
+
+
+def masked(inputs: Sequence[Tensor], pruned: Sequence[Pruned], count: int) -> tuple[dict[str, Tensor], ...]:
     """Return the masked deltas that are a stage's first inputs, `count` for each of `pruned`, by its names."""
-    return [{one.stored: inputs[count * i + k] for i, one in enumerate(pruned)} for k in range(count)]
+    return tuple({one.stored: inputs[count * i + k] for i, one in enumerate(pruned)} for k in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +227,13 @@ class Share:
 class Spec:
     """A search for q: which tensors it divides, and how it is searched.
 
-    The inputs of its stage are: of each of `pruned` its masked deltas, one by seed; the columns of those guarded; and
-    `shared` measurements and thresholds that the masks need.
+    The inputs of its stage are: of each of `pruned` its masked deltas, one a seed; the columns of the guarded ones;
+    `shared` measurements and thresholds that the masks need; and the tensors of the fine-tunes that run.
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
     fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these, each of which is
-    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope.
+    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope. So many of
+    them as `differences` says are what two files give.
     """
 
     source: CalibrationInput
@@ -201,21 +248,27 @@ class Spec:
     parts: tuple[Share, ...] = ()
     coefficients: tuple[str, ...] = ()
     starts: tuple[float, ...] = ()
+    differences: int = 0
 
     @property
     def seeds(self) -> int:
         """Return the number of masks that the search averages over."""
         return 1 if self.coefficients else self.pruned[0].masks
 
-    def masked(self, inputs: Sequence[Node], part: int = 0) -> list[dict[str, Node]]:
-        """Return of each mask seed, or delta of a merge, the masked deltas of a fine-tune, by its own names."""
-        own = self.parts[part].pruned if self.parts else self.pruned
-        return masked(inputs, own, self.pruned[0].masks)
-
-    def protected(self, inputs: Sequence[Node]) -> dict[str, Node]:
-        """Return the input with the protected columns of each tensor that has some, by the fine-tune's names."""
+    def models(self, inputs: Sequence[Tensor]) -> list[ModelTensors]:
+        """Return the tensors of the fine-tunes from the inputs of the stage."""
         first = sum(one.masks for one in self.pruned)
-        return dict(zip((one.stored for one in self.pruned if one.guarded), inputs[first:], strict=False))
+        columns = dict(zip((one.stored for one in self.pruned if one.guarded), inputs[first:], strict=False))
+        own = [part.pruned for part in self.parts] or [self.pruned]
+        return [
+            replace(model, masks=masked(inputs, some, self.pruned[0].masks), protected=columns)
+            for model, some in zip(models_of(inputs, self.sources), own, strict=True)
+        ]
+
+    def shared_inputs(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the measurements and thresholds that the masks need."""
+        first = sum(one.masks + one.guarded for one in self.pruned)
+        return inputs[first : first + self.shared]
 
     @property
     def passes(self) -> int:
@@ -250,7 +303,7 @@ class Spec:
         if self.parts:
             return len(self.parts) * (1 + one + self.seeds)
         if self.objective == "layer_mse":
-            return 3
+            return 2
         if self.search == "gradient":
             stops = STOP_SHARE * (STEPS + SHORTLIST + 3) + 1
             return 3 + by_model + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
@@ -259,7 +312,7 @@ class Spec:
             found = math.ceil((high - low) / grid_step(low)) + EVALUATIONS
             one = self.seeds * (found if self.scope == "global" else EVALUATIONS)
         families = 2 if self.random and self.scope != "global" else 1
-        statistics = 0 if self.scope == "global" else 2
+        statistics = 0 if self.scope == "global" else 1
         return 1 + statistics + families * one + self.seeds
 
     @property
@@ -290,7 +343,7 @@ class Spec:
         """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
-        return shared + memory(*parts, dense=self._dense)
+        return shared + memory(*parts, dense=self._dense, held=self._held)
 
     @property
     def runs_together(self) -> bool:
@@ -313,7 +366,7 @@ class Spec:
         number."""
         if not self.coefficients or self.source.device != "cpu" or self.runs_together:
             return False
-        return self._shared_bytes + mask_bytes(self.pruned, self._dense) <= self.source.cache
+        return self._shared_bytes + self._held * mask_bytes(self.pruned, self._dense) <= self.source.cache
 
     @property
     def _shared_bytes(self) -> int:
@@ -329,6 +382,12 @@ class Spec:
     def _dense(self) -> int:
         """Return the bytes of an entry of a dense masked delta."""
         return 2 if self.halved else 4
+
+    @property
+    def _held(self) -> float:
+        """Return the share of masked deltas that are kept: differences of files are read anew where `halved`."""
+        anew = self.differences if self.halved and self.source.device == "cpu" else 0
+        return 1 - anew / max(1, len(self.coefficients))
 
     @property
     def sources(self) -> tuple[CalibrationInput, ...]:
@@ -422,10 +481,11 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(*parts: Share, dense: int = 4) -> int:
+def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
     """Return about the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry
-    where they are dense; what comes and goes with a walk; and once what waits of it in the heap."""
-    masks = sum(min(math.ceil(mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
+    where they are dense, of which a share is `held`; what comes and goes with a walk; and once what waits of it in the
+    heap."""
+    masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
     return masks + passing + min(passing // 2, WAITING_BYTES)
 
@@ -435,7 +495,7 @@ def _passing(source: CalibrationInput) -> int:
     candidates; of pruned deltas of the largest while it is drawn."""
     found = 2 * resident(source.tensors) + ahead(source.tensors) + WALKED * hidden(source)
     if source.pairs:
-        found += 5 * max(math.prod(tune.shape) for tune, _ in source.pairs)
+        found += 5 * max(math.prod(tune.shape) for tune in source.pairs)
     return found
 
 
@@ -447,7 +507,7 @@ def hidden(source: CalibrationInput) -> int:
     return rows * source.calibration.length * width * 4
 
 
-def ahead(tensors: Sequence[TensorInfo]) -> int:
+def ahead(tensors: Sequence[TensorHeader]) -> int:
     """Return the bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stored = {tensor.name: tensor.nbytes for tensor in tensors}
@@ -461,7 +521,7 @@ def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
     )
 
 
-def resident(tensors: Sequence[TensorInfo]) -> int:
+def resident(tensors: Sequence[TensorHeader]) -> int:
     """Return the bytes in float32 of a model's largest block and of what is outside its blocks."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})

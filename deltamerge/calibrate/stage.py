@@ -1,56 +1,80 @@
-"""The calibration stages of a graph: one measures activations, the other chooses a fine-tune's q's.
+"""The stages before the first tile: activations, a fine-tune's q's, the threshold of `group: model`, a merge's totals.
 
-The minima that a search found are compared with each other and with the plain choice, the method without calibration.
-This is done on rows that the search has not seen and, where the model has a head, by another measure (`Subject.judge`).
-Where all minima predict as the base does, other points that the search evaluated are compared too.
+The minima that a search of q found are compared with each other and with the plain choice, the method without
+calibration. This is done on rows that the search has not seen and, where the model has a head, by another measure
+(`Subject.judge`). Where all minima predict as the base does, other points that the search evaluated are compared too.
 
 A plan names these functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge import errors
 from deltamerge.calibrate.model.transformers_code import quiet
-from deltamerge.calibrate.spec import CLOSER, LAST_ROUND, MORE_ROUNDS, CalibrationInput, Spec, rounded
-from deltamerge.calibrate.values import Calibrated, QValue
+from deltamerge.calibrate.spec import (
+    CLOSER,
+    LAST_ROUND,
+    MORE_ROUNDS,
+    CalibrationInput,
+    Spec,
+    models_of,
+    rounded,
+)
+from deltamerge.calibrate.values import Calibrated, ModelCut, QValue
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
+from deltamerge.engine.execute import computed, default_workers, execute
+from deltamerge.engine.worker import Task
 from deltamerge.errors.shown import shown
 from deltamerge.files import progress
+from deltamerge.methods.prune import select
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.tensor import Graph, Tensor
+from deltamerge.tensors.tiles import Tile
+from deltamerge.tensors.traits import Function, traits
+from deltamerge.tensors.views import ordered_product
 
 if TYPE_CHECKING:
+    import torch
+
     from deltamerge.calibrate.q.choices import QPoint, Qs
-    from deltamerge.calibrate.q.closed_forms import LayerStatistics
+    from deltamerge.calibrate.q.statistics import LayerStatistics
     from deltamerge.calibrate.q.subject import HeldOutMeasure
 
 ACTIVATIONS = "measuring activations of"
+TOGETHER = 32  # tensors whose histograms are held before they are added
 LONG = 40  # characters of a model's name beside its progress
 
 
-def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
+def activations(*inputs: Tensor, known: Mapping[Tensor, Any], source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Return the statistics of the linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        (tensors,) = models_of(inputs, [source])
+        subject = Subject(source, tensors, reader)
         found = subject.statistics(drawn=False)
         subject.forget()
         return found
 
 
-def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
+def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calibrated:
     """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
     from deltamerge.calibrate.q.choices import Rounds, Searches, by_metric, compare
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        subject = Subject(spec.source, reader, spec.masked(inputs), known, spec.protected(inputs))
+        (tensors,) = spec.models(inputs)
+        subject = Subject(spec.source, tensors, reader, known)
         plain: Qs = {p.stored: p.plain for p in spec.pruned}
         rounds = Rounds(subject, plain)
         searches = Searches(spec, subject, rounds)
@@ -173,3 +197,100 @@ def _output(q: Qs, names: dict[str, str]) -> dict[str, QValue]:
 def _range(values: Sequence[float]) -> float | list[float]:
     low, high = min(values), max(values)
     return low if low == high else [low, high]
+
+
+@traits(reads=2)
+def model_cut(*inputs: Tensor, known: Mapping[Tensor, Any], names: tuple[str, ...], k: int, device: str) -> ModelCut:
+    """Return the cut that keeps the k largest magnitudes of all deltas, which are the inputs, by `names`.
+
+    Equal ones are kept from the first tensor on, in flat order.
+    """
+    deltas = list(zip(names, inputs, strict=True))
+    if k == 0:
+        nothing = select.nothing()
+        return ModelCut(nothing.threshold, dict.fromkeys(names, (0, 0)))
+    with Reader() as reader:
+
+        def reduced(make: Callable[[Graph, Tensor], Tensor], given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+            graph = Graph()
+            values = {**known, **{_small(graph, name): value for name, value in given.items()}}
+            return _in_turns([(name, make(graph, delta)) for name, delta in deltas], values, reader, device)
+
+        def total(make: Callable[[Graph, Tensor], Tensor], given: Mapping[str, Any]) -> Any:
+            return sum(values for _, values in reduced(make, given))
+
+        high = select.pick_bin(total(lambda g, d: _sum(g, select.high_histogram, d), {}), k=k)
+        low = total(lambda g, d: _sum(g, select.low_histogram, d, _small(g, "bin")), {"bin": high})
+        cut = select.pick_cut(low, high)
+        if cut.equal_kept == cut.equal_total:
+            return ModelCut(cut.threshold, dict.fromkeys(names, (0, 0)))
+        counts = {name: int(np.sum(count)) for name, count in reduced(_equals, {"cut": cut})}
+    left, equal = cut.equal_kept, {}
+    for name in names:
+        equal[name] = (min(left, counts[name]), counts[name])
+        left -= equal[name][0]
+    return ModelCut(cut.threshold, equal)
+
+
+def _sum(graph: Graph, function: Function, delta: Tensor, *more: Tensor) -> Tensor:
+    return graph.node(function, [delta, *more], kind="sum", shape=delta.shape)
+
+
+def _equals(graph: Graph, delta: Tensor) -> Tensor:
+    return graph.node(select.equal_counts, [delta, _small(graph, "cut")], kind="concat", shape=delta.shape)
+
+
+def _small(graph: Graph, name: str) -> Tensor:
+    """Return a node for a value that is passed when the graph runs."""
+    return graph.node(name, kind="small")
+
+
+def _in_turns(
+    roots: Sequence[tuple[str, Tensor]], known: Mapping[Tensor, Any], reader: Reader, device: str
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the value of each reduction, by the names of their tensors."""
+    for start in range(0, len(roots), TOGETHER):
+        some = roots[start : start + TOGETHER]
+        tasks = [Task(name, root, backends.choose(root, device)) for name, root in some]
+        values = execute(tasks, reader, None, device=device, workers=default_workers(), known=known)
+        yield from ((name, values[root]) for name, root in some)
+
+
+@traits(reads=1)
+def totals(*inputs: Tensor, known: Mapping[Tensor, Any], names: tuple[str, ...], device: str) -> tuple[float, ...]:
+    """Return the sums of the numbers of all blocks of all tensors, each exact and rounded once.
+
+    The inputs are a reduction to (blocks, k) float64 for each of `names`, and what they need.
+    """
+    roots = list(zip(names, inputs, strict=False))
+    with Reader() as reader:
+        found = [one for _, one in _in_turns(roots, known, reader, device)]
+    columns = np.concatenate([one for one in found if one.size] or [np.zeros((0, 0))]).T
+    return tuple(math.fsum(column) if np.isfinite(column).all() else float(column.sum()) for column in columns)
+
+
+def whole(*inputs: Tensor, known: Mapping[Tensor, Any]) -> Array:
+    """Return the whole value of the first input, a small tensor: float32 on the CPU, in its shape."""
+    with Reader() as reader:
+        made = computed({"factor": inputs[0]}, reader, workers=1, known=known)["factor"]
+    return made.view(np.float32).reshape(inputs[0].shape)
+
+
+def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:
+    """Return s · B A, or its transpose, of masked factors, on a tile of the weight: flat float32.
+
+    a            (r, in) masked
+    b            (out, r) masked
+    tile         the part of the weight
+    scale        s
+    transposed   whether the weight is stored (in, out)
+    """
+    import torch
+
+    left, right = (a.T, b.T) if transposed else (b, a)
+    top, bottom = tile.start // tile.columns, math.ceil(tile.stop / tile.columns)
+    out = np.empty((bottom - top, tile.columns), np.float32)
+    ordered_product(left[top:bottom], right, out)
+    out *= np.float32(scale)
+    first = tile.start - top * tile.columns
+    return torch.from_numpy(out.reshape(-1)[first : first + tile.size])

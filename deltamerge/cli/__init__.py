@@ -1,8 +1,8 @@
 """The command line: its table of commands, exit codes and errors. No other package prints or exits.
 
-A command is one file here: `deltamerge.cli.run` holds the options and the output of `run`, as `command`. It is imported
-when the command is called. Other packages add commands by an entry point of the group `deltamerge.commands`, which is
-looked up for names that are not in the table, and in `--help`.
+A command stands in the file of its name, or in one that `FILES` names: its options and what it prints. The file is
+imported when the command is called. Other packages add commands by an entry point of the group `deltamerge.commands`,
+which is looked up for names that are not in the table, and in `--help`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,18 @@ SECTIONS = {
     },
 }
 HELP = {name: line for section in SECTIONS.values() for name, line in section.items()}
+# Files that hold several commands.
+FILES = {
+    "chain": ("list", "pin", "squash", "remove"),
+    "doctor": ("completion",),
+    "extract": ("apply",),
+    "folders": ("verify", "diff", "push"),
+    "lock": ("calibrate",),
+    "methods": ("schema",),
+    "recommend": ("init", "merge"),
+    "search": ("sweep", "bisect"),
+}
+FILE_OF = {name: file for file, names in FILES.items() for name in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,15 +248,20 @@ class Commands(click.Group):
     def _imported(self, name: str) -> click.Command | None:
         """Return a command. None, and a warning: it is of another package, and cannot be used."""
         if name in HELP:
-            own: click.Command = importlib.import_module(f"{__name__}.{name}").command
-            return own
+            file = importlib.import_module(f"{__name__}.{FILE_OF.get(name, name)}")
+            return next(one for one in vars(file).values() if isinstance(one, click.Command) and one.name == name)
         point = self.others.get(name)
         if point is None:
             return None
         found = plugins.loaded(point)
-        if found is None or isinstance(found, click.Command):
-            return found
-        plugins.refuse(point, "it is no command of click")
+        if isinstance(found, click.Command):
+            names = [param.name or "" for param in found.params if param.expose_value]
+            misfit = None if found.callback is None else plugins.misfit(found.callback, (), names)
+            if misfit is None:
+                return found
+            plugins.refuse(point, misfit)
+        elif found is not None:
+            plugins.refuse(point, "it is no command of click")
         return None
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -1,4 +1,4 @@
-"""The command doctor."""
+"""Commands on this installation: doctor, completion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
 from deltamerge.cli.options import AS_JSON
 from deltamerge.cli.output import say, say_json
@@ -24,7 +25,7 @@ EXTRAS = ("data", "gguf", "lm-eval", "ray", "search", "trackio", "vllm", "wandb"
 
 @click.command("doctor")
 @AS_JSON
-def command(as_json: bool) -> None:
+def doctor(as_json: bool) -> None:
     """Show what deltamerge finds on this machine.
 
     Versions, compiled kernels, devices, memory, disk, the hub's cache, and which extras are installed. Paste it into a
@@ -95,3 +96,32 @@ def _extra(name: str) -> str:
     names = [re.split(r"[;>=<!\[ ]", line)[0] for line in wanted]
     missing = [package for package in names if installed(package) is None]
     return f"lacks {', '.join(missing)}: pip install 'deltamerge[{name}]'" if missing else "installed"
+
+
+# No space after a folder, since more will be typed; fish does this by itself.
+NO_SPACE = {
+    "bash": ("COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == */ ]] && compopt -o nospace"),
+    "zsh": (
+        'completions+=("$key")',
+        'if [[ "$key" == */ ]]; then compadd -U -V folders -S \'\' -- "$key"; else completions+=("$key"); fi',
+    ),
+}
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL.
+
+    It completes commands, options, methods, recipes, models and devices.
+
+    \b
+    eval "$(deltamerge completion bash)"     # in ~/.bashrc; zsh likewise in ~/.zshrc
+    deltamerge completion fish > ~/.config/fish/completions/deltamerge.fish
+    """
+    from deltamerge.cli import commands
+
+    found = get_completion_class(shell)
+    assert found is not None  # click supports these three
+    script = found(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE").source()
+    click.echo(script.replace(*NO_SPACE[shell]) if shell in NO_SPACE else script)

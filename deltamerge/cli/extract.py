@@ -1,4 +1,4 @@
-"""The command extract."""
+"""The commands extract and apply: a delta of two models, and the model of a delta."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ from deltamerge.errors.shown import human
     "--as", "style", type=click.Choice(["slime", "slime:overwrite", "skyrl"]),
     help="Write OUT as another project's version. If MODEL is a chain: write those of its versions that OUT lacks.",
 )  # fmt: skip
+@click.option(
+    "--quantized", type=MODEL, metavar="MODEL",
+    help="Quantised checkpoint of the base. Write those versions of the chain MODEL that OUT lacks as deltas of it, "
+    "with the bytes of a full quantisation.",
+)  # fmt: skip
 @click.option("--density", type=float, help="Fraction of the delta to keep. Default: all of it, exactly.")
 @click.option(
     "--method",
@@ -94,12 +99,13 @@ from deltamerge.errors.shown import human
 @QUIET
 @click.option("-v", "--verbose", is_flag=True, help="LoRA: print a line per layer.")
 @lora_flags
-def command(
+def extract(
     models: tuple[str, ...],
     base: str | None,
     out: Path | None,
     after: str | None,
     style: str | None,
+    quantized: str | None,
     density: float | None,
     method: str | None,
     q: float | None,
@@ -135,6 +141,7 @@ def command(
     deltamerge extract tuned --base base --lora 32 --for vllm
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     deltamerge extract run --as slime --out updates
+    deltamerge extract run --quantized base-fp8 --out run-fp8
     """
     with app("chain"):
         from deltamerge.apps.chain.extract import curve, name_in_store, name_of, pruning
@@ -156,11 +163,16 @@ def command(
         raise click.UsageError("Missing argument 'MODEL... [BASE]'.")
     if base is None and len(models) == 2:
         base, models = models[1], models[:1]
-    if style is not None:
+    if style is not None or quantized is not None:
         others = (density, method, q, values, lora, calibration, *budgets, *ratios)
+        if style is not None and quantized is not None:
+            raise click.UsageError("--quantized makes a chain: then extract that one --as")
         if len(models) > 1 or out is None or any(other is not None for other in others):
-            raise click.UsageError("--as is for one model or chain, with --out; what changed is exact")
-        _write_as(style, models[0], base, out, after, as_json=as_json, quiet=quiet, **options)
+            flag = "--as is for one model or chain" if style is not None else "--quantized is for one chain"
+            raise click.UsageError(f"{flag}, with --out; what changed is exact")
+        if quantized is not None and after is not None:
+            raise click.UsageError("--after is for a model: a chain has its own order")
+        _write_as(style, quantized, models[0], base, out, after, as_json=as_json, quiet=quiet, **options)
         return
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
@@ -223,7 +235,8 @@ def command(
 
 
 def _write_as(
-    style: str,
+    style: str | None,
+    quantized: str | None,
     model: str,
     base: str | None,
     out: Path,
@@ -234,14 +247,21 @@ def _write_as(
     **options: Any,
 ) -> None:
     from deltamerge.apps.chain.extract import extract_as
+    from deltamerge.apps.chain.requantise import extract_quantised
     from deltamerge.engine.execute import default_workers
 
     workers = options["workers"] or default_workers()
     with of_command_line():
-        written = extract_as(style, model, base, out, after=after, workers=workers, pickles=options["pickles"])
+        pickles = options["pickles"]
+        if style is not None:
+            written = extract_as(style, model, base, out, after=after, workers=workers, pickles=pickles)
+        else:
+            assert quantized is not None
+            written = extract_quantised(model, quantized, out, base=base, workers=workers, pickles=pickles)
     if as_json:
         found = [{"name": one.path.name, "tensors": one.tensors, "bytes": one.nbytes} for one in written]
-        say_json({"folder": str(out), "style": style, "versions": found})
+        how = {"style": style} if style is not None else {"quantized": quantized}
+        say_json({"folder": str(out), **how, "versions": found})
     elif not quiet:
         for one in written:
             tell(f"{one.path}: {one.tensors} tensors changed, {human(one.nbytes)}")
@@ -289,3 +309,52 @@ def _lora_size(text: str | None, budgets: Sequence[int]) -> dict[str, Any] | Non
     if not size:
         raise click.UsageError("--lora needs a rank, energy:0.95, or --budget 20MB")
     return size
+
+
+@click.command("apply")
+@click.argument("delta", type=MODEL)
+@click.option(
+    "--base", required=True, type=MODEL, help="Checkpoint that the delta was made from: a folder or a hub id."
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder to make.")
+@WORKERS
+@MEMORY
+@FORCE
+@PICKLES
+@AS_JSON
+@QUIET
+def apply(
+    delta: str,
+    base: str,
+    out: Path,
+    workers: int | None,
+    memory: int | None,
+    force: bool,
+    pickles: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Apply DELTA to its base.
+
+    Writes the whole checkpoint. Every tensor is checked by hash before and after.
+    """
+    from deltamerge.engine.execute import default_workers
+    from deltamerge.run.apply import apply as apply_delta
+
+    begun = time.monotonic()
+    done = apply_delta(
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles
+    )
+    seconds = time.monotonic() - begun
+    if as_json:
+        summary = {
+            "out": str(done.folder),
+            "bytes": done.nbytes,
+            "tensors": done.tensors,
+            "seconds": round(seconds, 3),
+            "lock": done.lock,
+        }
+        say_json(summary)
+    elif not quiet:
+        size = human(done.nbytes)
+        tell(f"{done.folder}: {done.tensors} tensors, {size} in {seconds:.1f} s")

@@ -1,14 +1,17 @@
-"""The command lock."""
+"""The commands lock and calibrate: what a recipe's inputs and rows give, written beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.options import DEVICE, FORCE_FILES, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
-from deltamerge.cli.output import tell
+from deltamerge.cli.options import AS_JSON, DEVICE, FORCE_FILES, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.output import say, say_json, tell
+from deltamerge.errors import app
+from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 @SET
 @PICKLES
 @FORCE_FILES
-def command(
+def lock(
     recipe: Path,
     check: bool,
     force: bool,
@@ -54,3 +57,67 @@ def command(
     written = lock_recipe(file, chosen)
     found = f", q values of {len(written.calibration)} models" if written.calibration else ""
     tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{found}")
+
+
+@click.command("calibrate")
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@SET
+@PICKLES
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
+@FORCE_FILES
+@AS_JSON
+def calibrate(
+    recipe: Path,
+    settings: dict[Loc, str],
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Choose the q values of RECIPE on its calibration data.
+
+    Writes them to the lock beside RECIPE, where `run --locked` reads them.
+    """
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
+    from deltamerge.run.runner import calibrate as calibrate_recipe
+
+    file = read_recipe(recipe, settings=settings)
+    if plot is not None:
+        with app("report"):
+            from deltamerge.apps.report.pictures import check_plot, draw
+
+        check_plot(plot, file.path.name, force=force)
+    found = calibrate_recipe(file, Options(force=force, **options))
+    if plot is not None:
+        draw(found, plot, file.path.name, force=force)
+    say_json(found) if as_json else say(render_calibration(found))
+    tell(f"{file.lock_path}: written")
+
+
+def render_calibration(found: Mapping[str, Any]) -> str:
+    """Return the chosen q of every model, its search path, and the q of every tensor that has its own."""
+    lines = []
+    for model, entry in found.items():
+        path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]
+        lines += [
+            f"model           {model}",
+            f"objective       {entry['objective']}, scope {entry['scope']}, search {entry['search']}",
+            f"chosen          {entry['chosen']}: {entry['why']}",
+            *(f"candidate       {_candidate(candidate)}" for candidate in entry["candidates"]),
+            f"value           {entry['value']:.6g}, without calibration {entry['plain']['value']:.6g}",
+            f"forward passes  {entry['forward_passes']} of {entry['sequences']} sequences",
+            *(["search path", *path] if path else []),
+            *(f"q               {q:<10.6g} {name}" for name, q in entry["q"].items()),
+            *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
+        ]
+    return one_a_line(lines)
+
+
+def _candidate(candidate: dict[str, Any]) -> str:
+    named = {name: x for name, x in candidate.items() if name not in ("value", "held_out")}
+    text = " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in named.items())
+    return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"

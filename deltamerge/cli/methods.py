@@ -1,7 +1,8 @@
-"""The command methods: the tables of merge and pruning methods, as text or as plain data."""
+"""The commands methods and schema: what a recipe may say."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from deltamerge.errors.shown import lines as one_a_line
 if TYPE_CHECKING:
     from deltamerge.methods.registry import MergeMethod, Param, PruneMethod
 
-
 METHODS = (("merge_method", "merge"), ("prune.method", "prune"))
 
 
@@ -31,7 +31,7 @@ def _names(context: click.Context, option: click.Parameter, incomplete: str) -> 
 @click.command("methods")
 @click.argument("name", required=False, shell_complete=_names)
 @AS_JSON
-def command(name: str | None, as_json: bool) -> None:
+def methods(name: str | None, as_json: bool) -> None:
     """List merge and pruning methods, one per line.
 
     With NAME: its parameters, their defaults and ranges, and the paper.
@@ -141,3 +141,11 @@ def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
 
 def _default(value: Any) -> str:
     return "must be given" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+@click.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from deltamerge.recipe.schema import schema as recipe_schema
+
+    say(json.dumps(recipe_schema(), indent=2))

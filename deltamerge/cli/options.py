@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -150,7 +150,7 @@ ROWS_OF_EACH = click.option(
     "--calibration", type=FILE, multiple=True, metavar="FILE",
     help=f"{ROWS}. For several models: once, or once per model in the same order.",
 )  # fmt: skip
-ABOUT_ROWS = (
+_ABOUT_ROWS = (
     click.option(
         "--text", multiple=True, metavar="KEY", help="Field of the rows that has the text. Twice for sentence pairs."
     ),
@@ -177,9 +177,29 @@ def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable
         more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
         command(calibration=made(calibration, lambda one: calibration_of(one, text, **more)), **options)
 
-    for option in reversed((data, *ABOUT_ROWS)):
-        with_rows = option(with_rows)
-    return with_rows
+    shown: Callable[..., None] = data(about_rows(with_rows))
+    return shown
+
+
+def about_rows(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options `text`, `sequences` and `length`."""
+    for option in reversed(_ABOUT_ROWS):
+        command = option(command)
+    return command
+
+
+def rows_in_folder(
+    folder: Path | None, models: Sequence[str], *, text: tuple[str, ...], sequences: int, length: int
+) -> list[dict[str, Any]]:
+    """Return the recipe's `calibration` of each model, whose rows lie in `folder` under its name. []: no folder."""
+    if folder is None:
+        calibration_of(None, text)
+        return []
+    with app("recommend"):
+        from deltamerge.apps.recommend.advised import rows_in
+
+    fields = {key: value for key, value in (calibration_of(".", text) or {}).items() if key != "data"}
+    return rows_in(folder, models, sequences=sequences, length=length, **fields)
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:

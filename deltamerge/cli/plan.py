@@ -182,10 +182,8 @@ def seconds(described: Mapping[str, Any]) -> float:
 
 def copy_rate() -> float:
     """Measure the bytes a second of a copy in memory: the best of a few of 16 MB."""
-    import numpy as np
-
-    source = np.ones(1 << 24, np.uint8)
-    target, best = np.empty_like(source), float("inf")
+    source = b"\1" * (1 << 24)
+    target, best = memoryview(bytearray(source)), float("inf")
     for _ in range(4):
         begun = time.perf_counter()
         target[:] = source
@@ -263,7 +261,7 @@ def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
 
 
 def _mixture(mixture: Mapping[str, Any]) -> str:
-    """Layout, experts, routers and parameters of a mixture."""
+    """Describe a mixture: layout, experts, routers and parameters."""
     count, shared = len(mixture["experts"]), len(mixture["shared_experts"])
     experts = f"{count} experts of width {mixture['expert_size']}, {mixture['experts_per_token']} a token"
     prompts = f" from {mixture['prompts']} prompts" if mixture["prompts"] else ""
@@ -275,7 +273,7 @@ def _mixture(mixture: Mapping[str, Any]) -> str:
 
 
 def _transplant(moved: Mapping[str, Any]) -> str:
-    """Which rows a transplanted tokenizer's tokens get."""
+    """Say which rows a transplanted tokenizer's tokens get."""
     ways = {
         "omp": f"sums of {moved['k']} rows by matching pursuit over {moved['common']} common tokens",
         "common": f"sums of the {moved['k']} nearest of {moved['common']} common tokens",

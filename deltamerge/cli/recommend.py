@@ -1,7 +1,8 @@
-"""The command recommend: evidence, candidates and the recipe, as text that fits a number of columns."""
+"""Commands that advise: recommend, init, merge."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,26 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, paragraph, table
-from deltamerge.cli.options import AS_CSV, AS_JSON, BASE, DEVICE, MODEL, PICKLES, RECIPE, WORKERS, rows_of_each
-from deltamerge.cli.output import say, say_model, say_table, tell
+from deltamerge.cli.options import (
+    AS_CSV,
+    AS_JSON,
+    BASE,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    MODEL,
+    PICKLES,
+    QUIET,
+    RECIPE,
+    WORKERS,
+    RecipePath,
+    about_rows,
+    rows_in_folder,
+    rows_of_each,
+    rows_of_text,
+)
+from deltamerge.cli.output import say, say_json, say_model, say_table, tell
+from deltamerge.cli.result import Warnings, report_run, summary_of
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
@@ -20,7 +39,6 @@ if TYPE_CHECKING:
     from deltamerge.apps.recommend.meeting import Conflict
     from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
-
 
 CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
 ABOUT_CANDIDATES = "Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
@@ -63,7 +81,7 @@ ABOUT_SHARES = {
 @PICKLES
 @AS_JSON
 @AS_CSV
-def command(
+def recommend(
     models: tuple[str, ...],
     base: str,
     density: float | None,
@@ -163,7 +181,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
         lines += [f"{one.name}: not judged: {one.error}" for one in answer.candidates if one.error is not None]
         lines += [
             "",
-            *paragraph(f"rows: {_rows(answer.search)} to choose λ, {_rows(answer.held_out)} to decide", width),
+            *paragraph(f"rows: {_range_of(answer.search)} to choose λ, {_range_of(answer.held_out)} to decide", width),
         ]
     lines += _skills(answer.forecast, width)
     said = [("recommended", f"{answer.method}, λ = {answer.factor:.3g}: {answer.why[0]}")]
@@ -225,6 +243,147 @@ def _merge(one: MergeCandidate) -> list[str]:
     return [factor, *lost, *(f"{share:.1%}" for share in one.agreement.values())]
 
 
-def _rows(counts: Mapping[str, int]) -> str:
+def _range_of(counts: Mapping[str, int]) -> str:
     some_counts = sorted(set(counts.values()))
     return f"{some_counts[0]}" if len(some_counts) == 1 else f"{some_counts[0]} to {some_counts[-1]}"
+
+
+@click.command("init")
+@click.argument("models", nargs=-1, required=True, type=MODEL)
+@click.option("--base", required=True, type=MODEL, help="What the models were fine-tuned from.")
+@rows_of_text
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Fraction of each delta to keep.  [default: 0.05 of one model, 0.2 of several]",
+)
+@click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="File to write; - for stdout.")
+@DEVICE
+@WORKERS
+@PICKLES
+@AS_JSON
+def init(
+    models: tuple[str, ...],
+    base: str,
+    calibration: dict[str, Any] | None,
+    density: float | None,
+    out: str,
+    device: str,
+    workers: int | None,
+    pickles: bool,
+    as_json: bool,
+) -> None:
+    """Write a commented first recipe for MODELS and their base.
+
+    MODELS are folders or hub ids. One model is pruned, several are merged. With --calibration, `recommend` measures
+    prunings of each model on the rows, chooses one, and writes its figures into the recipe as comments.
+
+    \b
+    deltamerge init ./math ./code --base ./base
+    deltamerge init ./math --base ./base --calibration sentences.jsonl --density 0.01
+    """
+    with app("recommend"):
+        from deltamerge.apps.recommend.first_recipe import check_new, first_recipe, write_new
+
+    path = Path("recipe.yaml" if out == "-" else out)
+    if out != "-":
+        check_new(path)
+    density = density or (0.05 if len(models) == 1 else 0.2)
+    advice = []
+    if calibration is not None:
+        with app("recommend"):
+            from deltamerge.apps.recommend.prune import recommend_prune
+
+        given: dict[str, Any] = {"calibration": calibration, "device": device, "workers": workers, "pickles": pickles}
+        advice = [recommend_prune(model, base, density, **given) for model in models]
+    written = first_recipe(base, models, path, density=density, calibration=calibration, advice=advice, pickles=pickles)
+    if as_json:
+        if out != "-":
+            write_new(path, written)
+        say_json({"out": None if out == "-" else str(path), "recipe": written})
+        return
+    if out == "-":
+        say(written.removesuffix("\n"))
+        return
+    write_new(path, written)
+    tell(f"{path}: written; next: deltamerge plan {path}")
+
+
+RECIPES = (".yaml", ".yml")
+
+
+@click.command("merge")
+@click.argument("models", type=MODEL, nargs=-1, required=True)
+@click.option("--base", type=MODEL, help="What MODELS were fine-tuned from.")
+@click.option("--out", type=FOLDER, help="Folder to make; the recipe is written beside it, as OUT.yaml.")
+@click.option(
+    "--rows", type=click.Path(path_type=Path), metavar="DIR",
+    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), NAME the last part of its path; or one file for all.",
+)  # fmt: skip
+@about_rows
+@click.option("--no-fit", is_flag=True, help="Fit no coefficients, which takes longest.")
+@click.option("--dry-run", is_flag=True, help="Stop before the run: the recipe is written.")
+@click.option("--force", is_flag=True, help="Choose anew, and replace OUT.yaml and OUT.")
+@DEVICE
+@WORKERS
+@MEMORY
+@PICKLES
+@AS_JSON
+@QUIET
+def merge(
+    models: tuple[str, ...],
+    base: str | None,
+    out: Path | None,
+    rows: Path | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    no_fit: bool,
+    dry_run: bool,
+    force: bool,
+    pickles: bool,
+    as_json: bool,
+    quiet: bool,
+    **where: Any,
+) -> None:
+    """Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.
+
+    Says in five lines what was chosen, why, what each skill should keep, and what would save one that is in danger.
+
+    \b
+    deltamerge merge ./math ./code --base ./base --out merged
+    deltamerge merge ./math ./code --base ./base --out merged --rows rows    # rows/math.jsonl, rows/code.jsonl
+    """
+    if len(models) == 1 and models[0].endswith(RECIPES):
+        raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {models[0]}")
+    for name, value in (("--base BASE", base), ("--out OUT", out)):
+        if value is None:
+            raise click.UsageError(f"Missing option '{name}'")
+    assert base is not None
+    assert out is not None
+    with app("recommend"):
+        from deltamerge.apps.recommend.advised import advised_merge, in_five_lines
+    from deltamerge.run.options import Options
+
+    found = rows_in_folder(rows, models, text=text, sequences=sequences, length=length)
+    begun, warnings = time.monotonic(), Warnings()
+    options = Options(force=force, pickles=pickles, watch=warnings.watch, **where)
+    made = advised_merge(models, base, out, rows=found, fit=not no_fit, options=options)
+    if not (as_json or quiet):
+        say("\n".join(in_five_lines(made)))
+        for warning in made.advice.warnings:
+            warnings.said.add(warning)
+            tell(f"warning: {warning}")
+    said = {"advice": made.advice.model_dump(mode="json"), "recipe": str(made.recipe)}
+    if dry_run:
+        if as_json:
+            say_json({**said, "run": None})
+        elif not quiet:
+            tell(f"{made.recipe}: written; deltamerge run {made.recipe} --out {out} makes the merge")
+        return
+    result = made.run()
+    warnings.end(result)
+    if as_json:
+        say_json({**said, "run": summary_of(result, begun)})
+    else:
+        report_run(result, begun, as_json=False, quiet=quiet)

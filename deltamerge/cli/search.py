@@ -1,17 +1,20 @@
-"""The command search."""
+"""Commands that judge many merges: sweep, search, bisect."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, figure, paragraph, table
+from deltamerge.cli.layout import Column, Row, cell, figure, paragraph, stacked, table
 from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
 from deltamerge.cli.options import (
     ALLOW_COMMAND,
+    AS_CSV,
     AS_JSON,
     DEVICE,
     FOLDER,
@@ -20,8 +23,11 @@ from deltamerge.cli.options import (
     QUIET,
     RECIPE,
     SET,
+    SET_OR_SWEEP,
     TRACK,
     WORKERS,
+    about_rows,
+    rows_in_folder,
     tracked,
 )
 from deltamerge.cli.output import say, say_json, tell
@@ -29,8 +35,117 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
+    from deltamerge.apps.search.bisect import Bisection, Suspect
     from deltamerge.apps.search.results import SearchResult
+    from deltamerge.apps.search.sweep import Keep, SweepResult
     from deltamerge.recipe.yaml_source import Loc
+
+
+@click.command("sweep")
+@click.argument("recipe", type=RECIPE)
+@SET_OR_SWEEP
+@click.option("--out", type=FOLDER, help="Folder for the results. Default: NAME-sweep beside RECIPE.")
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "all", "none"]),
+    default="none",
+    show_default=True,
+    help="Merged models to write.",
+)
+@TRACK
+@DEVICE
+@WORKERS
+@MEMORY
+@PICKLES
+@ALLOW_COMMAND
+@click.option("--force", is_flag=True, help="Discard earlier results; replace NAME.best.yaml even if it was changed.")
+@AS_JSON
+@AS_CSV
+@QUIET
+def sweep(
+    recipe: Path,
+    settings: dict[Loc, str],
+    out: Path | None,
+    keep: Keep,
+    track: str | None,
+    allow_command: bool,
+    force: bool,
+    as_json: bool,
+    as_csv: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Try every combination of the values listed in RECIPE.
+
+    Write the values as lists: density: {sweep: [0.1, 0.01]}. Candidates are scored in memory on the same rows, as set
+    in `study`. NAME-sweep gets a table, JSON and a picture, NAME.best.yaml the best recipe. Run again, it continues
+    where it stopped.
+
+    \b
+    deltamerge sweep recipe.yaml --keep best
+    deltamerge sweep recipe.yaml --set prune.density=0.1 --set prune.density=0.01 --set seed=0 --set seed=1
+    """
+    with app("search"):
+        from deltamerge.apps.search.sweep import as_csv as csv_of
+        from deltamerge.apps.search.sweep import sweep as run_sweep
+    from deltamerge.recipe.file import read_template
+    from deltamerge.run.options import Options
+
+    file = read_template(recipe, settings)
+    with tracked(track, f"sweep {recipe.stem}", file.template.source.data) as log:
+        found = run_sweep(file, Options(**options), out, keep=keep, force=force, commands=allow_command, log=log)
+    if as_csv:
+        say(csv_of(found).removesuffix("\n"))
+    elif as_json:
+        say_json(found.describe())
+    elif not quiet:
+        say(render_sweep(found, streams.columns()))
+    if not quiet:
+        for row in found.rows:
+            if row.outcome.error is not None:
+                tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
+        tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+
+
+def render_sweep(found: SweepResult, width: int) -> str:
+    """Return a line for each point, seeds averaged. The best is marked."""
+    columns = [Column(stacked(name)) for name in found.columns]
+    best = dict(found.rows[found.best].labels) if found.best is not None else {}
+    rows: list[Row] = []
+    for labels, numbers in found.averaged():
+        mark = "→ " if all(best.get(axis) == label for axis, label in labels.items()) else "  "
+        cells = [_spread(numbers[name]) for name in found.columns]
+        rows.append((mark + (" · ".join(labels.values()) or "every seed"), cells))
+    ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())
+    counts = ", ".join(f"{count:,} of {name.removeprefix('./')}" for name, count in found.test_rows.items())
+    foot = f"→: best by {ways}" + (f"; rows: {counts}" if counts else "")
+    references: list[Row] = []
+    for kind, scores in found.references.items():
+        goals = found.reference_goals.get(kind, {})
+        references.append(
+            (f"  {kind}", [_reference(goals, scores, found.references["base"], name) for name in found.columns])
+        )
+    return one_a_line(
+        [*table(columns, [rows, *([references] if references else [])], width), "", *paragraph(foot, width)]
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    return figure(mean) if len(values) == 1 else f"{figure(mean)} ± {statistics.pstdev(values):.2g}"
+
+
+def _reference(goals: Any, scores: Any, base: Any, column: str) -> str:
+    """Return what the base or the fine-tunes score in a column: an objective, or a measure of one fine-tune.
+
+    As of candidates, a distance is a share of the base's.
+    """
+    name, _, measure = column.rpartition(".")
+    value = goals.get(column, scores.get(name, {}).get(measure))
+    return cell(value / base[name][measure] if name and measure == "distance" and base[name][measure] else value)
 
 
 SHOWN_ERRORS = 5
@@ -62,7 +177,7 @@ SHOWN_ERRORS = 5
 @AS_JSON
 @QUIET
 @evolve_flags
-def command(
+def search(
     recipe: Path,
     settings: dict[Loc, str],
     out: Path | None,
@@ -143,3 +258,98 @@ def render_search(found: SearchResult, width: int) -> str:
     counted = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     foot = f"→: the best {found.why}, by {ways}; {len(found.trials)} trials by {found.sampler}: {counted}"
     return one_a_line([*table(columns, [rows], width), "", *paragraph(foot, width)])
+
+
+SHOWN = 8
+
+
+@click.command("bisect")
+@click.argument("recipe", type=RECIPE)
+@click.option(
+    "--rows", type=click.Path(path_type=Path), metavar="DIR",
+    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), or one file for all. Default: the recipe's calibration.",
+)  # fmt: skip
+@about_rows
+@click.option("--of", "skill", metavar="NAME", help="The model whose skill it is. Default: the one that loses most.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
+@click.option("--force", is_flag=True, help="Replace the file of --plot.")
+@DEVICE
+@WORKERS
+@PICKLES
+@AS_JSON
+def bisect(
+    recipe: Path,
+    rows: Path | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    skill: str | None,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+    **where: Any,
+) -> None:
+    """Name the model, the layers and the tensors that cost a skill of RECIPE's merge most.
+
+    Tensors are exchanged in memory for the fine-tune's own, and models left out, in at most 40 passes over its rows.
+    Nothing is labelled, and nothing is merged to a folder.
+
+    \b
+    deltamerge bisect recipe.yaml --rows rows --plot cost.svg
+    deltamerge bisect recipe.yaml --rows rows --of math
+    """
+    with app("search"):
+        from deltamerge.apps.search.bisect import bisect, draw
+    from deltamerge.errors import OutputError
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
+
+    if plot is not None and (plot.suffix != ".svg" or (plot.exists() and not force)):
+        wrong = "is there already" if plot.exists() else "cannot be drawn"
+        raise OutputError(f"{plot}: {wrong}", hint="name a new .svg file, or --force")
+    file = read_recipe(recipe)
+    models = [file.output.recipe.models[i].model for i in file.output.recipe.fine_tunes]
+    folder = None if rows is None else rows.resolve()
+    found = rows_in_folder(folder, models, text=text, sequences=sequences, length=length)
+    answer = bisect(file, rows=found, skill=skill, options=Options(**where))
+    say_json(answer.describe()) if as_json else say(render_bisection(answer, streams.columns()))
+    if plot is not None:
+        draw(answer, plot)
+        tell(f"{plot}: written")
+
+
+def render_bisection(found: Bisection, width: int) -> str:
+    """Return what each skill loses, and what costs the worst most."""
+    columns = [Column("lost")]
+    rows: list[Row] = [(name, [f"{value:.1%}"]) for name, value in found.lost.items()]
+    lines = [*table(columns, [rows], width), ""]
+    for title, some in (
+        ("layers, exchanged for its own", found.layers),
+        ("tensors of the worst", found.tensors),
+        ("models, left out", found.models),
+    ):
+        if some:
+            lines += [
+                f"{title}:",
+                *table([Column("lost"), Column("won")], [[_suspect(one) for one in some[:SHOWN]]], width),
+                "",
+            ]
+    about = "lost: distance of outputs from the fine-tune's, of the base's; won: what is lost less so"
+    lines += paragraph(f"{about}. {found.passes} passes over the rows of {found.skill}", width)
+    lines += [f"note: {note}" for note in found.notes]
+    return one_a_line([*lines, "", *paragraph(verdict(found), width)])
+
+
+def _suspect(one: Suspect) -> Row:
+    return one.name, [f"{one.lost:.1%}", f"{one.won:.1%}"]
+
+
+def verdict(found: Bisection) -> str:
+    """Return the answer in a sentence."""
+    said = [f"{found.skill} loses {found.lost[found.skill]:.1%}"]
+    if found.layers:
+        tensor = f", there {found.tensors[0].name} ({found.tensors[0].won:.1%})" if found.tensors else ""
+        said.append(f"most by {found.layers[0].name} ({found.layers[0].won:.1%}){tensor}")
+    if found.models:
+        said.append(f"of the models most by {found.models[0].name} ({found.models[0].won:.1%})")
+    return "; ".join(said)

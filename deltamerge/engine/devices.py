@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
-from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.lazy import NDArray, torch
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.tiles import Tile

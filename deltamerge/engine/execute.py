@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
@@ -20,6 +17,8 @@ from deltamerge.engine.devices import fitting, torch_device, torch_devices
 from deltamerge.engine.worker import Job, Running, Sink, Worker, on_gpu
 from deltamerge.engine.worker import Task as Task
 from deltamerge.tensors.dtypes import ITEMSIZE, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import REDUCTIONS, depth_first, schedule
 from deltamerge.tensors.tensor import Node
@@ -117,10 +116,12 @@ class _Engine:
         if self.failure is not None:
             raise self.failure
 
-    @np.errstate(all="ignore")
     def _work(self, device: str) -> None:
-        """The loop of a device's thread. numpy's warnings about NaN are off: they are counted when the result is
-        written."""
+        """Do the jobs of a device's thread. numpy does not warn of NaN: they are counted as the result is written."""
+        with np.errstate(all="ignore"):
+            self._do_jobs(device)
+
+    def _do_jobs(self, device: str) -> None:
         worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
         with self.changed:
             self.working += 1

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine.backends import Step, TorchBackend, steps
 from deltamerge.engine.devices import Lane, Uploads, is_out_of_memory, too_little
 from deltamerge.engine.fused.program import Program
 from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import REDUCTIONS, TILED, Schedule, last_uses
 from deltamerge.tensors.tensor import Node

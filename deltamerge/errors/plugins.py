@@ -6,9 +6,10 @@ warning, so that one broken package stops no run of what does not need it.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,26 @@ def loaded(point: EntryPoint) -> Any:
     except Exception as error:  # whatever a package of somebody else raises while it is imported
         refuse(point, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         return None
+
+
+def misfit(function: object, inputs: Sequence[str], named: Iterable[str]) -> str | None:
+    """Return why a package's function cannot be called with these arguments by position and by name; None: it can."""
+    if not callable(function):
+        return "its function is none"
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)  # a wrapper may add arguments
+    except ValueError:  # of compiled functions
+        return None
+    named, name = list(named), getattr(function, "__name__", "its function")
+    try:
+        signature.bind(*inputs, **dict.fromkeys(named))
+    except TypeError as error:
+        called = ", ".join([*inputs, *(f"{key}=…" for key in named)])
+        plain = signature.replace(return_annotation=signature.empty, parameters=[
+            one.replace(annotation=one.empty) for one in signature.parameters.values()
+        ])  # fmt: skip
+        return f"{name}{plain} cannot be called as {name}({called}): {error}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,20 +13,21 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.files import progress
 from deltamerge.files.descriptors import reading
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -52,6 +53,8 @@ class Pieces:
 
     def of(self, path: Path) -> Digests:
         """Return the digests that are known of the file `path`. OSError: it cannot be examined."""
+        import numpy as np
+
         with self._changed:
             if path not in self._known:
                 size = path.stat().st_size
@@ -76,6 +79,8 @@ class Pieces:
 
 def digests(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return (pieces, 2) the high and low words of the digests of whole pieces. The compiled loop drops the GIL."""
+    import numpy as np
+
     made = np.empty((len(data) // PIECE_BYTES, 2), np.uint64)
     if (native := kernels.native()) is not None:
         native.digests(data, made)
@@ -86,11 +91,13 @@ def digests(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _as_bytes(halves: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    return halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
+    return halves.astype(">u8").view("u1").reshape(-1, DIGEST_BYTES)
 
 
 def learn(known: Digests, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
     """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from an offset of it."""
+    import numpy as np
+
     buffer = np.empty(min(AT_ONCE * PIECE_BYTES, known.size), np.uint8)
     for first, stop in _runs(wanted):
         begin = first * PIECE_BYTES
@@ -112,14 +119,16 @@ def size_of(known: Digests, wanted: NDArray[np.bool_]) -> int:
 
 def inside(known: Digests, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
     """Return which pieces of a file lie within one of the byte ranges [begin, end)."""
-    found = np.zeros(len(known.there), np.bool_)
+    found = known.there & False
     for begin, end in ranges:
         found[-(-begin // PIECE_BYTES) : end // PIECE_BYTES] = True
     return found
 
 
 def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Begin and end of runs of at most `AT_ONCE` wanted pieces."""
+    """Yield begin and end of runs of at most `AT_ONCE` wanted pieces."""
+    import numpy as np
+
     edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).tolist()
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         for first in range(begin, end, AT_ONCE):
@@ -198,6 +207,8 @@ def damages(
             return f"cannot be read: {error.strerror}"
         return "" if hash_output(path) == entry["hash"] else "has other content than was written"
 
+    from concurrent.futures import ThreadPoolExecutor
+
     size = sum(entry["size"] for entry in files.values())
     with progress.phase("checking files", size) as checking, ThreadPoolExecutor(workers) as pool:
         found = dict(zip(files, pool.map(look, files), strict=True))
@@ -232,6 +243,8 @@ def sha256_of(path: Path) -> str | None:
 
 def check_blobs(paths: Iterable[Path], workers: int) -> None:
     """Hash the files of the hub's cache among `paths`. InputError: one differs from what the hub has."""
+    from concurrent.futures import ThreadPoolExecutor
+
     blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}
     sizes = {blob: blob.stat().st_size for blob in blobs if blob.exists()}
 

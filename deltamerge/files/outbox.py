@@ -8,9 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.files.descriptors import (
@@ -25,6 +23,10 @@ from deltamerge.files.descriptors import (
     write_direct,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 # Smaller pieces are written at once, by the thread that made them.
 LEAST = 1 << 18
 # Bytes on their way, of as many pieces as a few threads make; beyond this `lend` waits.
@@ -36,6 +38,8 @@ READ = 1 << 20
 
 
 def _pages(nbytes: int) -> NDArray[np.uint8]:
+    import numpy as np
+
     return np.empty(nbytes, np.uint8)
 
 
@@ -61,9 +65,9 @@ class Sent:
 class Outbox:
     """Writes to existing files of full size in `folder`, from any number of threads.
 
-    The disk reads a buffer's memory itself, so nothing is copied into the page cache, which on a machine with little
-    memory would cost more time than the merge. Where that is impossible (a file system in memory, a system other than
-    Linux, the partial pages at a buffer's ends) the page cache is used.
+    The disk reads a buffer's memory itself. A copy in the page cache would cost more time than the merge where memory
+    is short. The page cache serves where direct writes are impossible: a file system in memory, a system other than
+    Linux, the partial pages at a buffer's ends.
 
         wrote(file, position, nbytes)   is called with what has been written
         reach(file, position)           returns up to where the bytes that follow have been written
@@ -100,7 +104,7 @@ class Outbox:
     def lend(self, position: int, nbytes: int) -> NDArray[np.uint8]:
         """Lend memory for the bytes of a file from `position` on, to be sent. Waits while too much is on its way."""
         if nbytes < LEAST:
-            return np.empty(nbytes, np.uint8)
+            return _pages(nbytes)
         with self._changed:
             while self._bytes >= self._room and self._failure is None:
                 if not self._busy and not self._queue and self._is_starved():
@@ -209,8 +213,9 @@ class Outbox:
     def _release(self, sent: Sent) -> None:
         if sent.written and sent.read:
             self._bytes -= len(sent.data)
-            assert isinstance(sent.data.base, np.ndarray)
-            self._free.append(sent.data.base)
+            slab = sent.data.base
+            assert slab is not None
+            self._free.append(slab)
         self._changed.notify_all()
 
     def _work(self) -> None:

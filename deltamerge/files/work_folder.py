@@ -32,7 +32,6 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +140,8 @@ class Workspace:
         OutputError: a file differs, and is removed so that the next run makes it again; the target may not be replaced,
         or has changed since the command began.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         self.guard.check(force=self.force, changed=True)
         self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files
@@ -547,7 +548,7 @@ def mark(state: Path) -> None:
 def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
     """Remove run files from the work folder `state`. OSError: some could not be removed.
 
-    Journals go first, since they describe the other files; of these the one that says that all is done goes last.
+    Journals go first, since they describe the other files. The journal that says that all is done goes last of them.
     """
     with opened(state, _FOLDER) as folder:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.files.descriptors import flat, opened, read_at, reading
 from deltamerge.files.outbox import Outbox
 from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 
 PIECE = 1 << 20  # bytes; a piece stays in a core's cache between reading and hashing
 

@@ -1,4 +1,4 @@
-"""A model's folder by its own word: its config, its components, the front matter of its card.
+"""A model's folder by its own word: its config, its components, the front matter of its card, a running sum's file.
 
 A diffusers pipeline lists its components in model_index.json (`unet`, `vae`, `text_encoder`), a sentence-transformers
 model its modules in modules.json (``, `1_Pooling`, `2_Dense`). A tensor of a component is named by its folder, a slash
@@ -7,11 +7,13 @@ and its name in the file: `unet/conv_in.weight`. A plain model is one component,
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +21,10 @@ from deltamerge import errors
 from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import is_plain_folder, refuse_link
 from deltamerge.files.strict_json import read_json, read_list
+
+if TYPE_CHECKING:
+    from deltamerge.tensors.tensor import TensorInfo
+
 
 PIPELINE = "model_index.json"
 MODULES = "modules.json"
@@ -253,3 +259,71 @@ def front_matter(card: Path) -> dict[str, object]:
 def card(matter: Mapping[str, object], title: str) -> list[str]:
     """The first lines of a card: its front matter, and `title`, in Markdown, as its heading."""
     return ["---", yaml.safe_dump(dict(matter), sort_keys=False).rstrip(), "---", "", f"# {title}", ""]
+
+
+# Running sums: what the folder of one says beside its tensors, so that a later run goes on from it.
+#
+#     {"format": 1, "schedule": "constant", "decay": null, "total": 20.0,
+#      "models": ["run/step-100", …], "dtypes": {"model.norm.weight": "BF16", …}}
+#
+# Its tensors are Σ w_i x_i in float32, added from left to right; `total` is Σ w_i, added the same way.
+
+
+RUNNING_SUM = "running_sum.json"
+SUM_FORMAT = 1
+SCHEDULES = ("constant", "ema")
+"""Schedules under which a further checkpoint leaves the weights of those before it in proportion."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSum:
+    """What is in a running sum.
+
+    models     the names of its checkpoints, in order
+    total      the sum of their weights, a float32
+    schedule   that the weights are of; `decay` is the ema's
+    dtypes     of the tensors of an average that is made of it
+    """
+
+    models: tuple[str, ...]
+    total: float
+    schedule: str
+    decay: float | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def describe(self) -> dict[str, Any]:
+        """The content of its file."""
+        return {
+            "format": SUM_FORMAT, "schedule": self.schedule, "decay": self.decay, "total": self.total,
+            "models": list(self.models), "dtypes": dict(self.dtypes),
+        }  # fmt: skip
+
+    def marked(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors of its folder, those of outputs in the dtypes of an average."""
+        return {name: replace(info, saved_as=self.dtypes.get(name)) for name, info in tensors.items()}
+
+
+def read_running_sum(folder: Path) -> RunningSum | None:
+    """What the folder's file says; None where it has none. InputError: it is damaged, or of a later version."""
+    path = folder / RUNNING_SUM
+    if not os.path.isfile(path):  # which says no where a path cannot be looked at: what opens it says why
+        return None
+    said = read_json(path)
+    with errors.context(RUNNING_SUM):
+        if said.get("format") != SUM_FORMAT:
+            raise InputError(f"has format {str(said.get('format'))[:20]}, this version reads {SUM_FORMAT}")
+        models, total, decay, dtypes = (said.get(key) for key in ("models", "total", "decay", "dtypes"))
+        schedule = said.get("schedule")
+        sound = (
+            isinstance(models, list) and models and all(isinstance(name, str) for name in models)
+            and isinstance(total, float | int) and not isinstance(total, bool) and math.isfinite(total) and total > 0
+            and schedule in SCHEDULES
+            and (isinstance(decay, float) and 0 < decay < 1 if schedule == "ema" else decay is None)
+            and isinstance(dtypes, dict) and all(isinstance(code, str) for code in dtypes.values())
+        )  # fmt: skip
+        if not sound:
+            raise InputError("is damaged", hint="make the running sum again from its checkpoints")
+        assert isinstance(models, list)
+        assert isinstance(dtypes, dict)
+        assert isinstance(total, float | int)
+        return RunningSum(tuple(models), float(total), str(schedule), decay, dtypes)

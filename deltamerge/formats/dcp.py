@@ -26,9 +26,18 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import refuse_link
-from deltamerge.formats.pickle_reader import BOUNDS, MAX_OPERATIONS, OPERATIONS, Bound, Machine, PickledName, run
 from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
-from deltamerge.formats.torch_bin import BY_TORCH, read_torch_tensor
+from deltamerge.formats.torch_bin import (
+    BOUNDS,
+    BY_TORCH,
+    MAX_OPERATIONS,
+    OPERATIONS,
+    Bound,
+    Machine,
+    PickledName,
+    read_torch_tensor,
+    run,
+)
 from deltamerge.formats.weight_files import DISTRIBUTED
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed

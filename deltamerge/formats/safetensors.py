@@ -20,9 +20,6 @@ from operator import attrgetter, mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import human
@@ -44,6 +41,8 @@ from deltamerge.files.strict_json import parse_json
 from deltamerge.formats.audit import Audit, Findings, TensorSpan
 from deltamerge.formats.components import Component, folders_of, split
 from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, bits_of, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo, stored
 

@@ -25,7 +25,6 @@ GGUF, DISTRIBUTED = ".gguf", ".distcp"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 10_000
 MISTRAL = "consolidated"
-RUNNING_SUM = "running_sum.json"
 ALLOW = "pickles: true in the recipe, or --allow-pickles, reads torch's tables of tensors; nothing in them is run"
 
 

@@ -14,10 +14,10 @@ from deltamerge.tensors.tiles import block_rows as block_rows
 from deltamerge.tensors.tiles import densify as densify
 from deltamerge.tensors.tiles import halved as halved
 from deltamerge.tensors.tiles import row_length_of as row_length_of
-from deltamerge.tensors.traits import traits
+from deltamerge.tensors.traits import name_of, traits
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.fused.operations import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 
@@ -41,6 +41,12 @@ def _zeros_loop(assembly: Assembly, node: Node) -> None:
 def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:
     """Return Δ = fine-tune − base in float32; `dtypes` are the stored ones of the two."""
     return tune.to(torch.float32) - base.to(torch.float32)
+
+
+def is_difference(node: Node) -> bool:
+    """Tell whether a node is the difference of two tensors as files have them: no more work than to read them."""
+    stored = all(one.kind == "stored" for one in node.inputs)
+    return stored and node.function == name_of(subtract)
 
 
 @traits(loop=_cast_loop, fits=_ends, stores=True)

@@ -47,6 +47,10 @@ class Param:
         """Return the default for people: its value, or how it follows from the number of models."""
         return self.default if self.rule is None else self.rule.text
 
+    def argument(self, key: str) -> str:
+        """Return the name by which a merge method's function is given the parameter `key`: `weights`, `lambda_`."""
+        return f"{key}s" if self.per_model else "lambda_" if key == "lambda" else key
+
     def default_for(self, models: int) -> float | bool | None:
         """Return the value when not given, with that many models to combine; None: it must be given."""
         if self.rule is not None:

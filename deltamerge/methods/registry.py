@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from deltamerge.errors import plugins
 from deltamerge.methods.parameters import KEPT, Q, parameters_of
 from deltamerge.methods.parameters import Param as Param
-from deltamerge.tensors.traits import traits
+from deltamerge.tensors.traits import function_of, traits
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -70,8 +71,10 @@ class MergeMethod:
     function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.spans.nodes`.
     `matrices`: it works on whole matrices, and its `nodes` gets `form` and `transposed` besides (see
     `methods.merge.matrices.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
-    which have no form, it takes the mean. `totals` is a function of the same tiles that gives numbers, (blocks, k)
-    float64, whose sums over all tensors of the merge the function gets as its last input.
+    which have no form, it takes the mean. `in_core(**parameters)` tells whether it gives the same in other orthonormal
+    bases: LoRAs are then merged in their core (`methods.merge.core_space`); without it none are. `totals` is a function
+    of the same tiles that gives numbers, (blocks, k) float64, whose sums over all tensors of the merge the function
+    gets as its last input.
     `rows` says what rows of each model's own are measured for before the first tile, which the function, or `nodes`,
     gets as its last input: "inputs" of linear layers, those that the "merged" layers before them make, or "gradients".
     `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
@@ -92,6 +95,7 @@ class MergeMethod:
     maximum: int | None = None
     nodes: Function | None = None
     matrices: bool = False
+    in_core: Function | None = None
     totals: Function | None = None
     rows: Literal["inputs", "merged", "gradients"] | None = None
     keeps_single: Function | None = None
@@ -348,8 +352,35 @@ def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
             method = _entry(one)
             if method is None:
                 plugins.refuse(point, "it is no MergeMethod or PruneMethod")
+            elif (why := _misfit(method)) is not None:
+                plugins.refuse(point, why)
             else:
                 yield point, method
+
+
+def _misfit(method: MergeMethod | PruneMethod) -> str | None:
+    """Return why a method's function, or its `nodes`, cannot be called as a plan calls it; None: it can."""
+    function, inputs, named = method.nodes or method.function, ["masking"], list[str]()
+    if isinstance(method, MergeMethod):
+        named = [param.argument(key) for key, param in method.parameters.items() if not param.prunes]
+        if method.nodes is None:
+            models = ["delta" if method.deltas else "model"] * method.minimum
+            inputs = ["base"] * method.needs_base + models
+            inputs += ["totals"] * (method.totals is not None) + ["rows"] * (method.rows is not None)
+            named = ["tile", *named]
+        else:
+            inputs, named = ["make", "function", "inputs", "shape"], ["based", *named]
+            named += ["form", "transposed"] * method.matrices
+    elif method.nodes is in_one_pass:
+        function, inputs = method.function, ["delta"]
+        named = ["tile", "density", *["key"] * method.random, *method.own_parameters]
+    elif isinstance(function, partial) and function.func is _with_parameters:
+        function, named = function.args[0], list(function.args[1])
+    if isinstance(function, str):
+        if function.partition(":")[0] not in sys.modules:
+            return None  # it is imported when it runs
+        function = function_of(function)
+    return None if function is None else plugins.misfit(function, inputs, named)
 
 
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)

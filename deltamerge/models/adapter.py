@@ -17,7 +17,17 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import input_error
 from deltamerge.files.strict_json import read_json
-from deltamerge.formats.peft.config import BY_PEFT, CONFIG, Adapter, checked_config, parameters_of, tokens_of
+from deltamerge.formats.peft.adapter import (
+    BY_PEFT,
+    CONFIG,
+    Adapter,
+    Parts,
+    checked_config,
+    parameters_of,
+    parts,
+    tokens_of,
+    with_rows,
+)
 from deltamerge.formats.peft.lora import (
     expected,
     fits,
@@ -30,7 +40,6 @@ from deltamerge.formats.peft.lora import (
     with_lora,
 )
 from deltamerge.formats.peft.lycoris import with_loha, with_lokr
-from deltamerge.formats.peft.parts import Parts, parts, with_rows
 from deltamerge.formats.weight_files import ALLOW, read_weights
 from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.matching import Shape, match_one

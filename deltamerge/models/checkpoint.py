@@ -15,6 +15,7 @@ from deltamerge.files.descriptors import input_error
 from deltamerge.formats.components import (
     CONFIG,
     PIPELINE,
+    RUNNING_SUM,
     Component,
     check_folder,
     folders_of,
@@ -31,7 +32,6 @@ from deltamerge.formats.weight_files import (
     GGUF,
     MISTRAL,
     PICKLES,
-    RUNNING_SUM,
     is_distributed,
     is_weights,
     join,
@@ -47,10 +47,10 @@ from deltamerge.tensors.dtypes import CODES, FLOATING, PLAIN
 from deltamerge.tensors.tensor import TensorInfo as TensorInfo
 
 if TYPE_CHECKING:
-    from deltamerge.formats.gguf.header import GgufHeader
-    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.components import RunningSum
+    from deltamerge.formats.gguf.file import GgufHeader
+    from deltamerge.formats.peft.adapter import Adapter
     from deltamerge.formats.quantised.scheme import StoredWeight
-    from deltamerge.formats.running_sum import RunningSum
 
 DELTA = "delta.json"
 
@@ -146,7 +146,7 @@ def open_checkpoint(
         found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
         if not sums or not os.path.isfile(path / RUNNING_SUM):
             return found
-        from deltamerge.formats.running_sum import read_running_sum
+        from deltamerge.formats.components import read_running_sum
 
         summed = read_running_sum(path)
         return found if summed is None else summed_up(found, summed)
@@ -203,7 +203,7 @@ class LocalFolder:
         return [read_weights(path) for path in paths]
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
-        from deltamerge.formats.gguf.header import read_gguf_header
+        from deltamerge.formats.gguf.file import read_gguf_header
 
         return [read_gguf_header(path) for path in paths]
 
@@ -361,7 +361,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
     from deltamerge.formats.quantised.scheme import StoredWeight
 
-    decoders = {name: _decoder(scheme, name, checkpoint.tensors[parts[0]]) for name, parts in scheme.weights.items()}
+    decoders = {name: _decoder(scheme, name) for name in scheme.weights}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
     companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
@@ -397,14 +397,14 @@ def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _decoder(scheme: Scheme, weight: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo]:
+def _decoder(scheme: Scheme, weight: str) -> Callable[[StoredWeight], TensorInfo]:
     """Return the reader of one weight. InputError: none reads it, or config.json names a scheme of other forms."""
     kind = scheme.kinds[weight]
     if not kind and scheme.name in SCHEMES:
         scales = weight.endswith(("_scale", "_scales", "_scale_inv"))
         what = f"{weight} belongs to no weight" if scales else f"the scales of {weight} are missing"
         raise InputError(f"is quantised ({scheme}): {what}", hint="download the model again")
-    read = reader_of(kind, scheme.name, codes)
+    read = reader_of(kind, scheme.name)
     if read is None:
         raise _unknown(scheme, weight)
     return read

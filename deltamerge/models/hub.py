@@ -18,8 +18,8 @@ from deltamerge.files.hashes import blob_of, check_blobs
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import CONFIG as MODEL_CONFIG
 from deltamerge.formats.components import MODULES, PIPELINE, code_of, is_composed, listed_folders
-from deltamerge.formats.gguf.header import GgufHeader
-from deltamerge.formats.peft.config import CONFIG, Adapter, checked_config
+from deltamerge.formats.gguf.file import GgufHeader
+from deltamerge.formats.peft.adapter import CONFIG, Adapter, checked_config
 from deltamerge.formats.quantised.detect import states_of
 from deltamerge.formats.safetensors import Header
 from deltamerge.formats.weight_files import GGUF, PICKLES, is_index, is_weights, parts_of, read_weights, weight_source

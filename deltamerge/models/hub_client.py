@@ -24,7 +24,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.files.strict_json import parse_json
-from deltamerge.formats.gguf.header import GgufHeader, parse_gguf_header, read_gguf_header, with_factors
+from deltamerge.formats.gguf.file import GgufHeader, parse_gguf_header, read_gguf_header, with_factors
 from deltamerge.formats.safetensors import PREFIX, Header, header_length, parse_header, read_header
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import in_memory

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.components import CONFIG
-from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.formats.components import CONFIG, RUNNING_SUM
 from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 
 if TYPE_CHECKING:
@@ -90,7 +89,9 @@ class Models:
         from deltamerge.models.chain.layers import folded
 
         versions = line(delta.path, self._versions)
-        return self._layers.over(delta, versions, replace(base, is_delta=False)), folded(versions, every=True)
+        whole, below = folded(versions, every=True), as_made_from(base, versions[0].delta)
+        found = self._layers.over(delta, versions, replace(below, is_delta=False))
+        return decoded(found) if below is not base else found, whole
 
     def artifact(self, path: Path) -> DeltaFile:
         """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
@@ -105,10 +106,28 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
     return Models().open(reference, folder, weights=weights, pickles=pickles)
 
 
-def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
-    """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
+def open_origin(reference: str, delta: DeltaFile | None = None, *, pickles: bool = False) -> Checkpoint:
+    """The base of a chain, with the tensors that its first version, `delta`, was made from. InputError: as
+    `Models.open`."""
     with errors.context(reference):
-        return decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
+        base = decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
+        return base if delta is None else as_made_from(base, delta)
+
+
+def as_made_from(base: Checkpoint, delta: DeltaFile) -> Checkpoint:
+    """Return a decoded base with the tensors that a delta was made from: its codes, where the delta changes codes."""
+    from deltamerge.models.chain.folder import base_contents
+
+    scheme = base.quantised
+    if scheme is None or not scheme.plain:
+        return base
+    wanted = base_contents(delta.manifest)
+    if scheme.stored.keys().isdisjoint(wanted):
+        return base
+    stored = {name: info for name, info in base.tensors.items() if name not in scheme.plain} | dict(scheme.stored)
+    kinds = {name: (info.dtype, tuple(info.shape)) for name, info in stored.items()}
+    fits = all(kinds.get(name) == content[:2] for name, content in wanted.items())
+    return replace(base, tensors=stored, quantised=None) if fits else base
 
 
 def _newest(folder: Path) -> Path:

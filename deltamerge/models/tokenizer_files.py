@@ -17,7 +17,7 @@ from deltamerge.models.checkpoint import Checkpoint, Tokens
 from deltamerge.models.token_text import spelling_of
 
 if TYPE_CHECKING:
-    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.peft.adapter import Adapter
 
 TOKENIZER, CONFIG, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 PROCESSOR = "chat_template.json"

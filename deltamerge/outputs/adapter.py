@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamerge.errors import InputError
 from deltamerge.formats.components import Component
-from deltamerge.formats.peft.config import CONFIG
-from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.formats.peft.adapter import CONFIG, PREFIX
 from deltamerge.formats.safetensors import Layout, plan_layout
 from deltamerge.outputs.assets import Files, as_json, edit_tokenizer, tokenizer_files
 from deltamerge.outputs.checkpoint import CheckpointOutput

@@ -7,7 +7,7 @@ The error that is made small is what is lost, predicted from the delta's own ent
 
 Without calibration w = 1: the energy. With it w is the mean square of the entry's input over the calibration tokens,
 E[x_j²] for a weight of a linear layer, 1 for a bias or norm, 1/rows for a row of an embedding: what is lost is then
-the expected square of the change of the layers' outputs, D of `calibrate.q.closed_forms`, as if inputs were
+the expected square of the change of the layers' outputs, D of `calibrate.q.statistics`, as if inputs were
 uncorrelated.
 
 and the price of a tensor of n elements at density p is n (p v + H(p)) bits, v bits a value and the entropy H of where
@@ -42,7 +42,7 @@ from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tiles import row_length
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.q.closed_forms import LayerStatistics
+    from deltamerge.calibrate.q.statistics import LayerStatistics
 
 Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]

@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute
@@ -25,6 +22,8 @@ from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.output_keys import Output
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.config import llama3_factors
-from deltamerge.formats.gguf.header import package
-from deltamerge.formats.gguf.write import FILE_TYPES, NEEDED, GgufTensor, Rows, type_of, write
+from deltamerge.formats.gguf.file import FILE_TYPES, NEEDED, GgufTensor, Rows, package, type_of, write
 from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.models.gguf_tokenizer import GgufVocabulary, vocabulary
 from deltamerge.outputs.checkpoint import CheckpointOutput

@@ -30,7 +30,7 @@ from deltamerge.files.hashes import seal
 from deltamerge.files.work_folder import Workspace
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.tensor_writer import Spool
-from deltamerge.formats.peft.config import CONFIG
+from deltamerge.formats.peft.adapter import CONFIG
 from deltamerge.formats.safetensors import Writer, plan_layout, read_header
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key

@@ -20,8 +20,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human, some
-from deltamerge.formats.peft.config import CONFIG
-from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.formats.peft.adapter import CONFIG, PREFIX
 from deltamerge.formats.peft.shira import count_changed
 from deltamerge.formats.safetensors import Layout, Writer, plan_layout
 from deltamerge.methods.low_rank import Array, Floats, Wanted

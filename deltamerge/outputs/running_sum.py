@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.formats.components import RUNNING_SUM
 from deltamerge.outputs.assets import Files, as_json
 from deltamerge.outputs.checkpoint import CheckpointOutput
 from deltamerge.outputs.output import RunOutput

@@ -232,7 +232,7 @@ class ByteShares:
         stored = {one.tune.name: one for one in self.tensors.values()}
         sums = {one.tune.name: opened.entries[name].with_parts().made for name, one in self.tensors.items()}
         measured = self.planned.measured[0]
-        layers = {tune.name for tune, _ in measured.source.pairs}
+        layers = measured.tensors.pairs
         start = {name: made.factors for name, made in sums.items() if made and made.factors and name in layers}
         if not start:
             return

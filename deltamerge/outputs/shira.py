@@ -13,8 +13,7 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.formats.peft.config import CONFIG
-from deltamerge.formats.peft.parts import PREFIX
+from deltamerge.formats.peft.adapter import CONFIG, PREFIX
 from deltamerge.formats.peft.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.formats.safetensors import Writer, plan_layout, read_header
 from deltamerge.outputs.adapter import ADAPTER, AdapterOutput, ChangedTensor, ModelModules

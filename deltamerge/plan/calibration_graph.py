@@ -8,18 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.calibrate import reductions, stage
+from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.reductions import model_cut
-from deltamerge.calibrate.rows.rows import split
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, memory, within
+from deltamerge.calibrate.rows import split
+from deltamerge.calibrate.spec import (
+    CalibrationInput,
+    ModelTensors,
+    Pruned,
+    Share,
+    Spec,
+    headers,
+    mask_seeds,
+    memory,
+    within,
+)
 from deltamerge.calibrate.values import spool
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
@@ -61,8 +70,8 @@ class StageMaker:
     def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> InputMeasurement:
         """Return the measurement of the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
-        source = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
-        return InputMeasurement(source, {t.name: t.tensor.name for t in tunes})
+        source, tensors = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
+        return InputMeasurement(source, tensors, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
         """Return the stages that there are, and those of the model `index`, whose tensors are `tunes`."""
@@ -88,16 +97,14 @@ class StageMaker:
         products = factor_pairs(deltas.recipe, seen)
         if products and q is not None:
             return self._of_factors(replace(deltas, stages=stages), index, q, products)
-        source, node = self._source(deltas, seen[0], [(t.tensor, t.base) for t in seen]), deltas.graph.node
+        source, tensors = self._source(deltas, seen[0], [(t.tensor, t.base) for t in seen])
+        made = deltas.graph.node(stage.activations, tensors.inputs, kind="stage", source=source)
         if weighed:
-            made = node(stage.activations, kind="small", source=source)
             stages = replace(stages, weighing={**stages.weighing, index: made})
         if measured:
-            made = node(stage.activations, kind="small", source=source)
             stages = replace(stages, activations={**stages.activations, index: made})
         if pruned and q is not None:
-            shared = tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
-            made = _calibration(replace(deltas, stages=stages), source, prune, q, pruned, shared)
+            made = _calibration(replace(deltas, stages=stages), source, tensors, q, pruned)
             stages = replace(stages, calibrated={**stages.calibrated, index: made})
         return stages
 
@@ -112,7 +119,7 @@ class StageMaker:
         random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
-        parts = self._shares(deltas, merges, seeds)
+        parts, tensors = self._shares(deltas, merges, seeds)
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
@@ -122,20 +129,19 @@ class StageMaker:
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
         spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, len(shared), parts)
-        inputs = [*(node for merge in merges for node in masked[merge.name]), *shared]
+        inputs = [*(node for merge in merges for node in masked[merge.name]), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate_lambda, inputs, kind="stage", spec=spec)
 
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
         """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its
         tensors."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
-        wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
-        for own in zip(*(merge.tunes for merge in merges), strict=True):
-            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own])
-            parts.append(Share(source, tuple(_whole(t, 0) for t in own if t.name in wanted)))
+        wanted = {merge.name for merge in merges} if gradients else set(_layers(merges))
+        parts, tensors = self._shares(deltas, merges, 0, share=1)
+        parts = tuple([replace(p, pruned=tuple(t for t in p.pruned if t.name in wanted)) for p in parts])
         function = squares if gradients else second_moments.inputs
         node = deltas.graph.node
-        return node(function, [node(spool, kind="small")], kind="small", parts=tuple(parts))
+        return node(function, [node(spool, kind="small"), *tensors], kind="stage", parts=parts)
 
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], filled: Node
@@ -145,8 +151,9 @@ class StageMaker:
         `merged_delta` is what a fine-tune gets, by the moments that the spool `filled` has at the time.
         """
         refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
-        inputs = [filled, *(merged_delta(m, deltas.recipe.seed) for m in merges), *deltas.stages.of_deltas]
-        parts = self._shares(deltas, merges, 1)
+        parts, tensors = self._shares(deltas, merges, 1)
+        merged = (merged_delta(m, deltas.recipe.seed) for m in merges)
+        inputs = [filled, *merged, *deltas.stages.of_deltas, *tensors]
         return deltas.graph.node(second_moments.merged, inputs, kind="stage", parts=parts, wanted=_layers(merges))
 
     def of_result(
@@ -158,12 +165,13 @@ class StageMaker:
         refuse_unrunnable(template.name, checkpoint)
         refuse_changed_config(template)
         source = CalibrationInput(
-            template.name, checkpoint.path, tuple(checkpoint.tensors.values()), (), calibration, self.folder,
+            template.name, checkpoint.path, headers(checkpoint.tensors.values()), (), calibration, self.folder,
             deltas.recipe.seed, self.device, False,
         )  # fmt: skip
         source = within(source, self.memory)
         shared = (n for n in (stages.rows, stages.totals, stages.together) if n is not None)
-        inputs = [deltas.graph.node(spool, kind="small"), *roots.values(), *shared, *stages.of_deltas]
+        own = ModelTensors.of(checkpoint.tensors.values()).inputs
+        inputs = [deltas.graph.node(spool, kind="small"), *roots.values(), *shared, *stages.of_deltas, *own]
         names, layers = tuple(roots), tuple(wanted.items())
         return deltas.graph.node(
             second_moments.of_result, inputs, kind="stage", source=source, names=names, wanted=layers
@@ -180,7 +188,7 @@ class StageMaker:
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
-        first, *others = self._shares(deltas, merges, len(names))
+        (first, *others), tensors = self._shares(deltas, merges, len(names))
         # the first reads the deltas of all, so that it has the others' room
         first = replace(first, source=replace(first.source, cache=first.source.cache * (1 + len(others))))
         others = [Share(replace(one.source, cache=0), tuple(replace(p, masks=0) for p in one.pruned)) for one in others]
@@ -188,39 +196,45 @@ class StageMaker:
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
             "gradient", None, len(shared), (first, *others), names, tuple(starts),
+            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names),
         )  # fmt: skip
-        inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared]
+        inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)
 
-    def _shares(self, deltas: Deltas, merges: Sequence[Merge], masks: int) -> tuple[Share, ...]:
-        """Return every fine-tune, with so many masked deltas for each of its tensors."""
-        parts = []
+    def _shares(
+        self, deltas: Deltas, merges: Sequence[Merge], masks: int, share: int | None = None
+    ) -> tuple[tuple[Share, ...], list[Tensor]]:
+        """Return every fine-tune, with so many masked deltas for each of its tensors, and the tensors of all. One of
+        them gets one of `share` parts of the memory; None: they run side by side."""
+        parts, inputs = [], list[Tensor]()
         for own in zip(*(merge.tunes for merge in merges), strict=True):
-            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
+            pairs = [(t.tensor, t.base) for t in own]
+            source, tensors = self._source(deltas, own[0], pairs, share or len(merges[0].sources))
             parts.append(Share(source, tuple(_whole(t, masks) for t in own)))
-        return tuple(parts)
+            inputs += tensors.inputs
+        return tuple(parts), inputs
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
         whole, names = [deltas.whole(t) for t in pruned], tuple(t.name for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return deltas.graph.node(model_cut, whole, kind="stage", names=names, k=k, device=self.device)
+        return deltas.graph.node(stage.model_cut, whole, kind="stage", names=names, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
-        source = self._source(deltas, first, pairs)
-        shared = tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
-        made = factor_calibration(products, source, deltas.prunes[index], q, deltas, shared)
+        source, tensors = self._source(deltas, first, pairs)
+        made = factor_calibration(products, source, tensors, q, deltas, index)
         return replace(
             stages, calibrated={**stages.calibrated, index: made}, roots={**stages.roots, **factor_roots(products)}
         )
 
     def _source(
         self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
-    ) -> CalibrationInput:
-        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory."""
+    ) -> tuple[CalibrationInput, ModelTensors]:
+        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory, and its
+        tensors."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
@@ -231,15 +245,15 @@ class StageMaker:
         source = CalibrationInput(
             tuned.model.name,
             checkpoint.path,
-            tuple(checkpoint.tensors.values()),
-            tuple(pairs),
+            headers(checkpoint.tensors.values()),
+            headers(tune for tune, _ in pairs),
             calibration,
             self.folder,
             recipe.seed,
             self.device,
             labelled,
         )
-        return within(source, self.memory, share)
+        return within(source, self.memory, share), ModelTensors.of(checkpoint.tensors.values(), pairs)
 
 
 def _whole(tuned: Tuned, masks: int) -> Pruned:
@@ -248,16 +262,13 @@ def _whole(tuned: Tuned, masks: int) -> Pruned:
 
 
 def _calibration(
-    deltas: Deltas,
-    source: CalibrationInput,
-    prune: Pruning,
-    q: CalibratedQ,
-    tensors: Sequence[Tuned],
-    shared: tuple[Node, ...],
+    deltas: Deltas, source: CalibrationInput, model: ModelTensors, q: CalibratedQ, tensors: Sequence[Tuned]
 ) -> Node:
     """Return the stage that calibrates a model's q's, of its pruned `tensors`."""
-    random = PRUNE[prune.method].random
-    seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
+    index = tensors[0].index
+    method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
+    random = PRUNE[method].random
+    seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, method, q))]
     pruned, masked, protected = [], list[Node](), list[Node]()
     for t in tensors:
         density, columns = deltas.density(t), deltas.protected(t)[0]
@@ -267,8 +278,14 @@ def _calibration(
         plain, guarded = density if random else 1.0, columns is not None
         pruned.append(Pruned(t.name, t.tensor.name, t.base.shape, density, plain, len(seeds), guarded))
     how = random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
-    spec = Spec(source, prune.method, tuple(pruned), *how)
-    return deltas.graph.node(stage.calibrate, [*masked, *protected, *shared], kind="stage", spec=spec)
+    spec = Spec(source, method, tuple(pruned), *how)
+    inputs = [*masked, *protected, *shared, *model.inputs]
+    return deltas.graph.node(stage.calibrate, inputs, kind="stage", spec=spec)
+
+
+def _shared(stages: Stages, index: int) -> tuple[Node, ...]:
+    """Return the measurements and the threshold that a model's masks need."""
+    return tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,14 +330,17 @@ def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
 def factor_calibration(
     products: Sequence[Product],
     source: CalibrationInput,
-    prune: Pruning,
+    model: ModelTensors,
     q: CalibratedQ,
     deltas: Deltas,
-    shared: tuple[Node, ...],
+    index: int,
 ) -> Node:
-    """Return the stage that calibrates an adapter's own A and B: masks and q are those of their product, the update of
-    the weight."""
-    random, node = PRUNE[prune.method].random, deltas.graph.node
+    """Return the stage that calibrates an adapter's own A and B.
+
+    Masks and q are those of their product, the update of the weight.
+    """
+    method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
+    random, node = PRUNE[method].random, deltas.graph.node
 
     def product_node(product: Product, seed: int) -> Node:
         update, factors = product.update, []
@@ -330,25 +350,22 @@ def factor_calibration(
                 factor = node(dense, [stored], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(reductions.whole, [factor, *shared], kind="stage", shape=info.shape))
-        return node(reductions.product, factors, shape=update.shape, **dict(update.parameters))
+            factors.append(node(stage.whole, [factor, *shared], kind="stage", shape=info.shape))
+        return node(stage.product, factors, shape=update.shape, **dict(update.parameters))
 
-    pruned, masked, seeds = [], list[Node](), mask_seeds(source, prune.method, q)
+    pruned, masked, seeds = [], list[Node](), mask_seeds(source, method, q)
     for product in products:
         masked += [product_node(product, source.seed + s) for s in range(seeds)]
-        density, name = (
-            math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values()),
-            product.weight.name,
-        )
-        plain = density if random else 1.0
+        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
+        name, plain = product.weight.name, density if random else 1.0
         pruned.append(Pruned(name, name, product.update.shape, density, plain, seeds))
-    scope = q.scope_or_default
-    spec = Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits, len(shared))
-    return node(stage.calibrate, [*masked, *shared], kind="stage", spec=spec)
+    how = random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
+    spec = Spec(source, method, tuple(pruned), *how)
+    return node(stage.calibrate, [*masked, *shared, *model.inputs], kind="stage", spec=spec)
 
 
 def refuse_changed_config(tune: Input) -> None:
-    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    """Raise InputError: an adapter changes the config, which calibration reads from the base's folder."""
     checkpoint = tune.checkpoint
     if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
         message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
@@ -356,7 +373,8 @@ def refuse_changed_config(tune: Input) -> None:
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
+    """Raise InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own
+    vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
@@ -377,7 +395,7 @@ def _is_weight(tuned: Tuned) -> bool:
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """InputError: a pattern of protected columns that no pruned linear weight matches."""
+    """Raise InputError: a pattern of protected columns matches no pruned linear weight."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
@@ -409,12 +427,12 @@ def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list
 
 def result_bytes(stage: Node) -> int:
     """Return the bytes of the stage that measures the inputs of a result's layers, beside the process."""
-    source, names = stage.parameter("source"), {name: name for name, _ in stage.parameter("wanted")}
-    return InputMeasurement(source, names).memory + memory(Share(source))
+    source, wanted = stage.parameter("source"), {name for name, _ in stage.parameter("wanted")}
+    return second_moments.block_bytes(source, wanted) + memory(Share(source))
 
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
+    """Raise InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):

@@ -168,7 +168,7 @@ class Deltas:
         return density if q is None else q
 
     def whole(self, tuned: Tuned) -> Node:
-        """Δ = fine-tune − base."""
+        """Return the node of Δ = fine-tune − base."""
         pair = self._pair(tuned)
         if not pair[1].is_source:
             return pair[0]
@@ -176,7 +176,7 @@ class Deltas:
         return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)
 
     def nothing(self, tuned: Tuned) -> Node:
-        """Zeros: what a density of 0, which mergekit's parameters may have, keeps."""
+        """Return zeros: what a density of 0 keeps, which mergekit's parameters may have."""
         return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
@@ -219,7 +219,8 @@ class Deltas:
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
-        """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        """Return mask ∘ Δ, not rescaled. Protected columns are left out, and no density counts them. The seed keys
+        random masks."""
         from deltamerge.methods.prune.bits import mask_key
 
         density = self.density(tuned)
@@ -263,7 +264,7 @@ class Deltas:
         return given
 
     def _norms(self, tuned: Tuned, transposed: bool) -> Node | None:
-        """‖x_j‖ of the inputs of a linear layer, of a method that needs them."""
+        """Return the node of ‖x_j‖ of a linear layer's inputs; None: the method needs none, or the tensor has none."""
         shape = tuned.base.shape
         if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
             return None
@@ -335,8 +336,11 @@ class Deltas:
         return self._node(restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
-        """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
-        a LoRA is made, also an adapter's own update and zeros."""
+        """Return the two nodes whose difference is Δ: the fine-tune and the base, or added values of a delta artifact
+        and zeros.
+
+        Where a LoRA is made, they are an adapter's own update and zeros.
+        """
         values = None
         if tuned.model.checkpoint.base is not None:
             from deltamerge.models.delta_over_base import added
@@ -416,8 +420,10 @@ class Tuned:
 
 
 def matrix_form(name: str, shape: tuple[int, ...], models: int) -> tuple[int, int, int] | None:
-    """(matrices, rows, columns): a weight of a linear layer is one, stacked experts are as many as there are, a
-    convolution has the rows of its outputs.
+    """Return (matrices, rows, columns) of a tensor.
+
+    A weight of a linear layer is one matrix, stacked experts are as many as there are, a convolution has the rows of
+    its outputs.
 
     None: a vector, a table whose rows are looked up, a head with a row a token, which may be the same table, or a
     matrix of fewer rows or columns than `models`, in which they have no directions of their own.

@@ -6,9 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine import backends
 from deltamerge.errors.shown import some
 from deltamerge.formats.audit import NonFinite
@@ -18,6 +15,8 @@ from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.stack import is_buffer
 from deltamerge.tensors.dtypes import FLOATING, bits_type
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, name_of, view, viewed
@@ -27,11 +26,11 @@ SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
 def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
-    """The plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
+    """Return the plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
 
-    It searches the small tensors, or those of `names` whatever their size. Such entries are limits of activations or
-    masks. Of a copied tensor they are those that the base of a delta has too, or without one a buffer's or a single
-    number's.
+    Such entries are limits of activations, or masks. Only small tensors are searched, or those of `names` whatever
+    their size. In a copied tensor, the base of a delta must hold them too; without a base, only buffers and single
+    numbers may.
     """
     outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
     origin = planned.inputs.origin
@@ -53,7 +52,7 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
 
 
 def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, NonFinite]:
-    """The counts of what is not finite in the result beyond what all models hold alike."""
+    """Return the counts of what is not finite in the result beyond what all models hold alike."""
     left = {}
     for name, found in nonfinite.items():
         known = planned.alike.get(name, NonFinite(0, 0))
@@ -137,9 +136,6 @@ def _rewritten(root: Tensor, tensors: Mapping[Tensor, Tensor]) -> Tensor:
     return done[id(root)]
 
 
-Mask = NDArray[np.bool_]
-
-
 @view()
 def finite_part(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
     """Take the first input, with zeros where all others hold the same infinity or NaN."""
@@ -165,10 +161,10 @@ def places(models: Sequence[Tensor]) -> Tensor:
     return viewed(alike_places, models, models[0].shape, "U8")
 
 
-def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> Mask:
+def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> NDArray[np.bool_]:
     """Tell of `count` elements from `start` where all models hold the same float32 bits, and these are not finite."""
     first = floats(read, models[0], start, count)
-    mask: Mask = ~np.isfinite(first)
+    mask: NDArray[np.bool_] = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():
         mask &= floats(read, info, start, count).view(np.uint32) == first.view(np.uint32)
     return mask

@@ -39,7 +39,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
-    """InputError: two models have no component in common, so that one is a part of the other, or of another kind."""
+    """Raise InputError: two models have no component in common, so one is a part of the other, or of another kind."""
     read = [(name, {c.folder for c in checkpoint.components}) for name, _, checkpoint in named if checkpoint.tensors]
     for name, theirs in read[1:]:
         first, ours = read[0]
@@ -52,7 +52,7 @@ def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
 
 
 def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
-    """InputError: a tokenizer or chat template is asked for, and those of the output lie in folders of components."""
+    """Raise InputError: the recipe asks for a tokenizer or chat template, and the output's lie in component folders."""
     key = next((k for k in ("tokenizer_source", "tokenizer", "chat_template") if getattr(recipe, k) is not None), None)
     if key is not None and template.config_file != CONFIG:
         what = "is a pipeline" if template.config_file == PIPELINE else "has no config.json"
@@ -60,8 +60,10 @@ def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
 
 
 def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
-    """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
-    only what is needed is there before a run."""
+    """Raise InputError: a pipeline that becomes the output lists folders that are not there.
+
+    Hub models are not refused: only what is needed of them is there before a run.
+    """
     if not recipe.output.rules.standalone or template.config_file != PIPELINE or template.hub_id is not None:
         return
     lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
@@ -71,7 +73,7 @@ def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
 
 
 def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
-    """InputError: a model that calibration would run is none that transformers makes from a config.json."""
+    """Raise InputError: calibration would run a model that transformers does not make from a config.json."""
     hint = "give q a number, or a method without calibration (magnitude, dare)"
     if checkpoint.config_file == PIPELINE or "_class_name" in checkpoint.config:
         kind = checkpoint.config.get("_class_name", "a pipeline")
@@ -81,13 +83,13 @@ def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
 
 
 def refuse_adapter(name: str, checkpoint: Checkpoint) -> None:
-    """InputError: a PEFT adapter is asked for of what PEFT does not load it on."""
+    """Raise InputError: PEFT does not load an adapter on this model."""
     if checkpoint.config_file != CONFIG or not checkpoint.is_simple or "_class_name" in checkpoint.config:
         raise InputError(f"output.kind peft: {name} is no model of transformers alone", hint="write kind: delta")
 
 
 def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpoint]]) -> Iterator[str]:
-    """Notes on the folders of a merge, from names and configs alone; `name` is the template's."""
+    """Yield notes on the folders of a merge, from names and configs alone; `name` is the template's."""
     if not template.is_simple:
         kind = "diffusers pipeline" if template.config_file == PIPELINE else "sentence-transformers model"
         parts = ", ".join(component.folder or "its own folder" for component in template.components)
@@ -515,8 +517,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     adapter = tune.checkpoint.adapter
     if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
         return None
-    from deltamerge.formats.peft.config import DERIVED
-    from deltamerge.formats.peft.parts import factor_names
+    from deltamerge.formats.peft.adapter import DERIVED, factor_names
 
     if base.checkpoint.path != tune.checkpoint.path:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"
@@ -572,14 +573,14 @@ class ExpertForm:
 
 
 def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list[dict[str, TensorInfo]], list[Names]]:
-    """The tensors of every model, experts fused if any model has fused ones, and their canonical names."""
+    """Return the tensors of every model, and their canonical names. Experts are fused if any model has fused ones."""
     mixed = experts.differ(models)
     tensors = [experts.fold(model) if mixed else dict(model) for model in models]
     return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)
 
 
 def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
-    """The form of a model: its tensors by canonical names, and as its files have them."""
+    """Return the form of a model, from its tensors by canonical name and as its files have them."""
     apart: set[str] = set()
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for container, own in experts.by_container(tensors).items():
@@ -593,7 +594,7 @@ def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
 def regrouped(
     tensors: Tensors, stored: Mapping[str, str], form: ExpertForm
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """A model's tensors and their names in its files, by canonical names, in another model's form."""
+    """Return a model's tensors in another model's form, and their names in its files, both by canonical name."""
     result: dict[str, TensorInfo] = {}
     names: dict[str, str] = {}
     found = experts.by_container(tensors)
@@ -623,7 +624,7 @@ def regrouped(
 
 
 def in_order(names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
-    """Canonical names in the order in which the model's files have them."""
+    """Return canonical names in the order of the model's files."""
     order = {name: i for i, name in enumerate(tensors)}
     return dict(sorted(names.items(), key=lambda item: order.get(item[1], len(order))))
 

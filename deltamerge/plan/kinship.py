@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import front_matter
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.names import TASK_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
@@ -136,7 +135,7 @@ def _unrelated(first: Input, other: Input, kin: Kin, *, is_base: bool) -> str:
 
 
 def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
-    """Pairs of the larger matrices, evenly through the model."""
+    """Return pairs of the larger matrices, spread evenly through the model."""
     pairs = []
     for name, tensor in other.tensors.items():
         twin = first.get(name)
@@ -152,7 +151,7 @@ def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
 
 
 def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[float, float] | None:
-    """‖Δ‖/‖W‖ and the cosine of the sampled elements; None where one model's are all zero, or some are not finite."""
+    """Return ‖Δ‖/‖W‖ and the cosine of the sampled elements. None: one model's are all zero, or some are not finite."""
     size = math.prod(first.shape)
     count = min(RUN, size // PLACES)
     starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]

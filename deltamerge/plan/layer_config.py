@@ -37,10 +37,9 @@ Place = tuple[Section, str]
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
     """Return the (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
-    A section is a nested config; if the prefix names one, only that one counts, and those inside it. For an encoder or
-    decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones, except for a
-    decoder that is not `alone`, since the usual ones are then the encoder's. Without any of them a list of every
-    layer's kind counts.
+    A section is a nested config; if the prefix names one, only that section and those inside it count. An encoder or
+    decoder has keys that name it (`encoder_layers`, `num_decoder_layers`), and the usual ones. A decoder that is not
+    `alone` has no usual ones: those are the encoder's. Without any of them a list of every layer's kind counts.
     """
     words = _words(prefix)
     sections = dict(_sections(config))
@@ -99,7 +98,7 @@ def repair(
     alone: bool,
     settle: Callable[[dict[str, Any], Followed], list[str]] = lambda *_: [],
 ) -> tuple[dict[str, Any], list[str]]:
-    """`config` for a stack of new layers, and a message for each change.
+    """Return `config` for a stack of new layers, and a message for each change.
 
         config    the template's
         prefix    of the numbered container
@@ -193,7 +192,7 @@ def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
 
 
 def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
-    """Numbers about layers that cannot be renumbered, because they are a period or a boundary."""
+    """Yield the numbers about layers that cannot be renumbered, because they are a period or a boundary."""
     for key, value in values.items():
         if "layer" in key and key not in counts and type(value) is int:
             yield f"{key}: {value} is kept: check it"
@@ -388,7 +387,7 @@ def which_layers(section: Mapping[str, Any]) -> str:
 
 
 def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
-    """InputError: a period that the kinds do not show, and a layer that had another phase in its model."""
+    """Raise InputError: a layer had another phase of a period in its model, and the kinds of layers do not show it."""
     for key, period in periods.items():
         wrong = next((i for i, (_, layer) in enumerate(stacked.sources) if (layer - i) % period), None)
         if wrong is not None and not _shows(stacked.old, period):

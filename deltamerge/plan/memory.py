@@ -29,7 +29,8 @@ CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of anonymous memory, by what takes them. `+` is for what is held at one time, `largest` for what is not."""
+    """Bytes of anonymous memory, by what takes them. `+` adds what is held at one time, `largest` takes the most of
+    stages."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -151,7 +152,7 @@ def held_rounding(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     codings = [output.coding for output in outputs if output.coding is not None and output.coding.rounding is not None]
     if not codings:
         return 0
-    from deltamerge.formats.quantised.codes import BlockCoder
+    from deltamerge.formats.quantised.coder import BlockCoder
     from deltamerge.formats.quantised.feedback import ROOM
 
     moments = max(8 * coding.inputs**2 for coding in codings)
@@ -205,7 +206,7 @@ def _held_whole(costs: Sequence[Cost], workers: int) -> int:
 
 
 def check_size(inputs: Inputs) -> None:
-    """InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
+    """Raise InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
     tensors = len(inputs.template.tensors)
     stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
     count = 0

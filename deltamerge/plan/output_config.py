@@ -98,7 +98,7 @@ class OutputConfig:
     beside: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """InputError: the same places of models' weights mean different things."""
+        """Raise InputError: the same places of models' weights mean different things."""
         if self.refused:
             first, *also = self.refused
             names = [line.partition(" is ")[0] for line in self.refused]
@@ -415,7 +415,7 @@ def _choices(
 def _flat(
     said: Mapping[str, Any], known: Iterable[str], loc: tuple[str, ...] = ("config",), at: str = ""
 ) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Dotted keys, of sections that are written as mappings too."""
+    """Yield dotted keys, also of sections that are written as mappings."""
     for key, value in said.items():
         full = f"{at}{key}"
         if isinstance(value, Mapping) and full not in known and any(one.startswith(f"{full}.") for one in known):
@@ -521,7 +521,7 @@ def _put_rope(section: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _take(section: MutableMapping[str, Any], theirs: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Have keys just as another config has them."""
+    """Copy keys as another config has them; keys that it lacks are removed."""
     for name in names:
         if name in theirs:
             section[name] = deepcopy(theirs[name])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge import errors
 from deltamerge.engine import backends
@@ -17,12 +17,13 @@ from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.kinship import seem_equal
-from deltamerge.plan.output_config import settle
+from deltamerge.plan.output_config import OutputConfig, settle
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising, remarks
 from deltamerge.plan.stack import (
     ModuleFinder,
     Spares,
+    Stack,
     Target,
     behind,
     is_buffer,
@@ -35,12 +36,15 @@ from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.names import LM_HEAD, layer_index
 from deltamerge.tensors.tensor import Graph, Node, TensorInfo
+from deltamerge.tensors.traits import function_of
 from deltamerge.tensors.views import cut
 
 if TYPE_CHECKING:
-    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.quantised.coder import Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the output; with a `coding` a weight, made in float32, that its files store as several tensors, of
-    which the first has the dtype."""
+    """One tensor of the output.
+
+    With a `coding` it is a weight, made in float32, that files store as several tensors; `dtype` is the first one's.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +76,7 @@ class OutputTensor:
         return math.prod(self.shape)
 
     def delta_bytes(self, values: str | None) -> int:
-        """About the bytes of this tensor in a delta artifact, if changed entries are at random positions.
+        """Estimate the bytes of this tensor in a delta artifact, with changed entries at random positions.
 
         `values` is the coding of added values; None: final values.
         """
@@ -99,7 +105,7 @@ class Row:
         return tuple((part.name, part.dtype, part.shape) for part in self.coding.parts)
 
     def output(self, layout: Layout) -> OutputTensor:
-        """The tensor with its file."""
+        """Return the tensor with its file."""
         nbytes = sum(nbytes_of(dtype, shape) for _, dtype, shape in self.stored)
         first, dtype, _ = self.stored[0]
         return OutputTensor(self.name, self.shape, dtype, nbytes, self.pieces, layout.tensors[first].file, self.coding)
@@ -151,7 +157,7 @@ class Outputs:
         self.moments: Node | None = None
 
     def rows(self) -> list[Row]:
-        """What becomes of every tensor, in order; empty if there are problems."""
+        """Decide about every tensor, in order. Return nothing if there are problems."""
         parts = list(self._tensors())
         if self.problems:
             return []
@@ -183,7 +189,7 @@ class Outputs:
             message = f"output.rounding: {what}, so that {self.inputs.template.name}'s config does not run the result"
             raise InputError(message, hint="merge in one document, and quantise its result in the next")
         from deltamerge.calibrate.merge.second_moments import MeasuredInput
-        from deltamerge.formats.quantised.scheme import Adjustable
+        from deltamerge.formats.quantised.coder import Adjustable
 
         wanted = {
             name: MeasuredInput(coding.inputs, isinstance(coding.coder, Adjustable) and coding.coder.turned)
@@ -198,7 +204,7 @@ class Outputs:
         """Return nothing: a merge has no experts."""
 
     def _stored(self, row: Row) -> Iterator[Row]:
-        """A row, or the rows of what stores it and is copied."""
+        """Yield a row, or the rows of its stored parts where they are copied."""
         coding = row.coding
         if coding is None:
             yield row
@@ -236,7 +242,7 @@ class Outputs:
         self._left_out()
 
     def _by_folder(self, copied: list[str]) -> list[str]:
-        """Copied tensors, those of components that are copied whole by their folder."""
+        """Return copied tensors by name; components that are copied whole are named by their folder."""
         folders = folders_of(self.inputs.template.checkpoint.components)
         counts = Counter(split(target.stored, folders)[0] for target in self.targets)
         ours = Counter(split(name, folders)[0] for name in copied)
@@ -245,8 +251,8 @@ class Outputs:
         return shown + [name for name in copied if split(name, folders)[0] not in whole]
 
     def _check_vocabulary(self) -> None:
-        """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
-        base's."""
+        """Note a problem where rows move: some tensor must have a row per token. Deltas and adapters have their
+        base's vocabulary."""
         wanted, changes = self.recipe.output, self.vocabulary is not None and self.vocabulary.changes
         if not wanted.rules.standalone and (changes or self.resized):
             self.problems.append(f"output.kind {wanted.kind} cannot change the vocabulary of its base")
@@ -313,15 +319,17 @@ class Outputs:
 
     @staticmethod
     def _own_dtype(target: Target, dtype: str) -> str:
-        """The dtype of an output where none is asked for: float8 without scales is how a fine-tune was stored, so that
-        it takes the base's."""
+        """Return the dtype of an output where none is asked for.
+
+        Float8 without scales is only how a fine-tune was stored: the output takes the base's dtype.
+        """
         if dtype not in FLOATING - PLAIN:
             return dtype
         base = next((info for model, name in target.sources if model.index is None and (info := model.get(name))), None)
         return base.output_dtype if base is not None and base.output_dtype in PLAIN else dtype
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
-        """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
+        """Return the models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
         if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
             return present
         self.remapped = True
@@ -358,7 +366,7 @@ class Outputs:
     def _rows(
         self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
-        """The inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
+        """Return the inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
         name, stored, template = target.name, target.stored, self.inputs.template
         compared = [*present, *([(template, like)] if like is not None else [])]
         shapes = {info.shape for _, info in compared}
@@ -390,7 +398,8 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if there is one.
+        """Return the head that the template's config ties to its embedding although its file holds both; None: there is
+        none.
 
         Not one with other values than the embedding: not every class of transformers ties where the config says so.
         """
@@ -425,3 +434,63 @@ class Outputs:
 def _some(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# Mixtures of experts. The app `moe` makes them; a table names it, and it is imported for a mixture alone.
+
+PLANNERS = {"moe": "deltamerge.apps.moe.outputs:MixtureOutputs"}  # an app, and the class that plans its outputs
+
+
+class Mixture(Protocol):
+    """A mixture: its layout, experts by name, numbers of parameters, and the node that makes its routers."""
+
+    @property
+    def layout(self) -> Any: ...
+    @property
+    def sizes(self) -> Any: ...
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def routers(self) -> Node: ...
+    @property
+    def memory(self) -> int: ...
+
+    def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Any:
+        """Return the routers of a lock. VerifyError: it has none that fit."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the mixture as `deltamerge plan --json` prints it."""
+
+
+class AppOutputs(Protocol):
+    """The output tensors of an app's plan, which `Outputs` decides about in a merge."""
+
+    builder: Builder
+    problems: list[str]
+    hint: str
+    notes: list[str]
+    stacks: list[Stack]
+    config: dict[str, Any]
+    settled: OutputConfig
+    merges: list[Merge]
+    averaged: dict[str, str]
+
+    def rows(self) -> list[Row]:
+        """Return the tensors of the output, in the base's order."""
+
+    def mixture(self, rows: Sequence[Row]) -> Mixture:
+        """Return the mixture of these tensors."""
+
+
+def mixture_outputs(recipe: Recipe, inputs: Inputs, device: str, folder: Path, memory: int | None) -> AppOutputs:
+    """Return the outputs of a mixture. InputError: the app is not installed, or no mixture is made of these models."""
+    with errors.app("moe"):
+        make = function_of(PLANNERS["moe"])
+    outputs: AppOutputs = make(recipe, inputs, device, folder, memory)
+    return outputs

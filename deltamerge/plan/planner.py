@@ -30,7 +30,7 @@ from deltamerge.plan.memory import (
     tiles,
 )
 from deltamerge.plan.output_config import OutputConfig, adapter_warnings
-from deltamerge.plan.outputs import Outputs, OutputTensor, Row
+from deltamerge.plan.outputs import AppOutputs, Mixture, Outputs, OutputTensor, Row, mixture_outputs
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.tensor_graph import Builder
 from deltamerge.plan.tokenizer_differences import Differences, compare_tokenizers, rows_merged
@@ -45,10 +45,9 @@ from deltamerge.tensors.traits import traits_of
 if TYPE_CHECKING:
     from deltamerge.calibrate.merge.second_moments import InputMeasurement
     from deltamerge.calibrate.spec import CalibrationInput, Spec
-    from deltamerge.formats.peft.config import Adapter
-    from deltamerge.formats.quantised.scheme import Coding
-    from deltamerge.formats.running_sum import RunningSum
-    from deltamerge.plan.mixture import AppOutputs, Mixture
+    from deltamerge.formats.components import RunningSum
+    from deltamerge.formats.peft.adapter import Adapter
+    from deltamerge.formats.quantised.coder import Coding
 
 SHOWN_PROBLEMS = 8
 PRUNED_ADAPTER = "adapter"
@@ -226,7 +225,8 @@ class Plan:
 
     @property
     def made_bytes(self) -> int:
-        """Bytes that the engine makes, which it counts as it goes: those, but of coded weights what is coded."""
+        """Return the total of the progress bar in bytes. Quantised outputs count 4 bytes an element, before
+        quantisation."""
         return sum(4 * output.elements if output.coding is not None else output.nbytes for output in self.outputs)
 
     @property
@@ -253,7 +253,7 @@ class Plan:
         return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
-        """The plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
+        """Return the plan as `deltamerge plan --json` prints it (docs/reference/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -316,7 +316,7 @@ def _plan(
 ) -> Plan:
     """Return the plan of opened models.
 
-    `densities` are those of the tensors that a budget is for; without them each is planned with the same.
+    `densities` are given for the tensors of a budget; without them each is planned with the same density.
     """
     output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
@@ -390,8 +390,6 @@ def _decided(
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
-        from deltamerge.plan.mixture import mixture_outputs
-
         return mixture_outputs(recipe, inputs, options.device, folder, options.memory)
     return Outputs(recipe, inputs, options.device, folder, options.memory, densities, vocabulary)
 
@@ -469,7 +467,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
 
 def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
     """Return the rows on which the inputs of the result's layers are measured. InputError: the rows are not there."""
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     source: CalibrationInput = moments.parameter("source")
     if check:
@@ -528,12 +526,12 @@ def _notes(
     for index, node in stages.cuts.items():
         tensors = f"{len(node.inputs)} tensors of {recipe.names[index]}"
         yield f"group: model: one threshold over {tensors}, found in two or three passes before"
+    if cores := [one.built.core for output in outputs for one in output.pieces if one.built.core]:
+        yield f"{len(cores)} matrices: LoRAs are merged in their core of at most {max(cores)} directions, expanded once"
     if options.device == AUTO:
         yield _where(outputs, calibrates=calibrates)
     if stages.on_one_gpu(options.device):
         yield f"device {options.device}: the first GPU alone measures what layers are given, or gradients"
-    if stages.calibrations:
-        pass
     for node in stages.calibrations:
         if remark := node.parameter("spec").remark:
             yield remark
@@ -570,7 +568,7 @@ def _tokenizers(
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
-    """What "auto" leaves to the GPU, and why, in a line."""
+    """Say in a line what "auto" leaves to the GPU, and why."""
     pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
@@ -582,5 +580,5 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
 
 
 def _blocks(source: CalibrationInput) -> int:
-    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
+    """Return the number of blocks that calibration runs one by one, from names; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

@@ -28,7 +28,7 @@ from deltamerge.tensors.names import (
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 
 if TYPE_CHECKING:
-    from deltamerge.formats.quantised.scheme import Coding
+    from deltamerge.formats.quantised.coder import Coding
 
 KEY = "quantization_config"
 PLAIN = "write plain weights: quantization: none"
@@ -183,7 +183,7 @@ class NewQuantisation(Quantiser):
             self.fused.append(target.stored)
         if dtype not in FLOATING or not _is_linear(self.template, target.stored, shape, target.tensor):
             return None
-        from deltamerge.formats.quantised import fp8, int8, mxfp4, nvfp4, packed  # only where codes are written
+        from deltamerge.formats.quantised import fp8, mxfp4, nvfp4, packed  # only where codes are written
 
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
@@ -201,8 +201,7 @@ class NewQuantisation(Quantiser):
             else:
                 coding = {"nvfp4": nvfp4.write, "mxfp4": mxfp4.write}[wanted.scheme](name, shape)
         else:
-            write = {"fp8": fp8.write_rows, "int8": int8.write_rows}[wanted.scheme]
-            coding = write(name, shape, _scale(dtype))
+            coding = packed.write_rows(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
         self.count += 1
         return coding
 

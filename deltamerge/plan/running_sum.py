@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.running_sum import RunningSum
+from deltamerge.formats.components import RunningSum
 from deltamerge.methods.merge.sums import divisor_of
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.recipe import series
@@ -15,7 +15,7 @@ from deltamerge.recipe.schema import Recipe
 
 
 def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
-    """InputError: a running sum is used as a model, or is not the first of what is added up."""
+    """Raise InputError: a running sum is used as a model, or is not the first of what is added up."""
     sums = [(name, index, checkpoint) for name, index, checkpoint in named if checkpoint.running_sum is not None]
     for name, index, checkpoint in sums:
         summed = checkpoint.running_sum

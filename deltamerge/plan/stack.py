@@ -126,7 +126,7 @@ def is_buffer(tensor: Tensor | TensorInfo) -> bool:
 
 
 def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
-    """Tensors in a message; those of numbered blocks by their block."""
+    """Name tensors in a message; those of numbered blocks by their block."""
     blocks: dict[str, int] = {}
     for name in names:
         place = block_of(name)
@@ -151,9 +151,9 @@ _OTHER = re.compile(r"vision|visual|image|audio|video|speech|projector|connector
 class ModuleFinder:
     """The module of every tensor of a model, by its name in the files.
 
-    A tensor belongs to the module whose name is the first component of its own that is one, or another name of the same
-    part, if the file has no such component. A language model without a module of its own (Qwen2-VL: `model.layers`
-    beside `visual`) is what stands beside its token embedding. The head belongs to the decoder.
+    The first component of the tensor's name that is a module, or another name of the same part, decides. A language
+    model without a module of its own (Qwen2-VL: `model.layers` beside `visual`) is what stands beside its token
+    embedding. The head belongs to the decoder.
     """
 
     def __init__(self, wanted: Iterable[str | None], names: Iterable[str]) -> None:
@@ -251,7 +251,7 @@ class Stack:
         return next(known, layer.group.tunes[0])
 
     def extra(self, model: Input, template: Input) -> list[str]:
-        """Tensors of a model's layers that the layers' owners do not have."""
+        """Return the tensors of a model's layers that the layers' owners do not have."""
         found = []
         for layer in self.layers:
             lent = next((m for m in layer.group.all if m.name == model.name), None)
@@ -515,7 +515,8 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
 
 
 def _shared(prefix: str, places: Mapping[str, Collection[Place]]) -> tuple[str, str] | None:
-    """Another container whose count the config states by a key of `prefix`, and that key."""
+    """Return another container whose count the config states by a key of `prefix`, and that key; None: there is
+    none."""
     for other, keys in places.items():
         common = [] if other == prefix else sorted(set(keys) & set(places.get(prefix, ())))
         if common:
@@ -524,7 +525,7 @@ def _shared(prefix: str, places: Mapping[str, Collection[Place]]) -> tuple[str, 
 
 
 def _check_outside(template: Input, stack: Stack) -> None:
-    """InputError: a tensor outside the layers has a part for each of them, and the layers have changed."""
+    """Raise InputError: a tensor outside the layers has a part for each of them, and the layers have changed."""
     moved = [layer.source(stack.owner(layer, template)) for layer in stack.layers] != list(range(stack.old))
     for name, tensor in template.tensors.items() if moved and stack.old > 1 else ():
         parts = any(size % stack.old == 0 for size in tensor.shape)
@@ -544,8 +545,10 @@ def _alone(template: Input, prefix: str) -> bool:
 
 
 def _check_width(template: Input, prefix: str) -> None:
-    """InputError: layers are stages, whose norms all differ in width, so that one cannot follow another. Norms of heads
-    may differ, where layers have heads of several sizes."""
+    """Raise InputError: layers are stages, whose norms all differ in width, so that one cannot follow another.
+
+    Norms of heads may differ: layers may have heads of several sizes.
+    """
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in template.tensors.items():
         if _inside(name, prefix) and len(tensor.shape) == 1 and "norm" in name.lower():

@@ -22,6 +22,7 @@ from deltamerge.tensors.traits import function_of as call
 from deltamerge.tensors.views import moves_rows
 
 SUM = "deltamerge.methods.merge.task_arithmetic:task_arithmetic"  # imported where a recipe names it
+CORE = "deltamerge.methods.merge.core_space:in_core"
 
 if TYPE_CHECKING:
     from deltamerge.plan.calibration_graph import StageMaker
@@ -33,7 +34,8 @@ class Built:
 
     `delta` makes the float32 values that an artifact adds to the base, where one is asked for; `changed` is the
     expected fraction of entries that differ from the base's, 1 where nothing is known. Where the delta is a sum of
-    adapters' updates, `updates` are these and their coefficients.
+    adapters' updates, `updates` are these and their coefficients. `core`: the directions of the core that LoRAs are
+    merged in, 0 where they are not.
     """
 
     root: Node
@@ -42,6 +44,7 @@ class Built:
     delta: Node | None = None
     changed: float = 1.0
     updates: tuple[tuple[float, Tensor], ...] = ()
+    core: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,10 @@ class Builder:
         return StageMaker(self.folder, self.device, self.memory)
 
     def prepared(self, merges: Sequence[Merge]) -> Builder:
-        """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
-        they are known, one for all tensors that would about fit."""
+        """Return this builder with the stages that `merges` need, and with the densities of a budget.
+
+        Until those are known, one density that would about fit stands for all tensors.
+        """
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
         budgeted = tuple(t for t in tunes if deltas.is_budgeted(t) and deltas.prunes_by_name(t))
@@ -165,8 +170,8 @@ class Builder:
             kept = self.copy(tunes[0].tensor, dtype)
             built = Built(kept, "copy", (tunes[0].model.name,), delta, changed)
         else:
-            merged = self.cast(self._combined(merge, inputs, values), dtype)
-            built = Built(merged, method.name, details, delta, changed)
+            combined = self._combined(merge, inputs, values)
+            built = Built(self.cast(combined, dtype), method.name, details, delta, changed, core=_core_size(combined))
         plain = lora and together is None and not any(text for _, text in pruned)
         return replace(built, updates=_updates(merge, method.name, values)) if plain else built
 
@@ -223,7 +228,7 @@ class Builder:
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """Return the node of the sums that the merge method needs over all tensors."""
-        from deltamerge.calibrate.reductions import totals
+        from deltamerge.calibrate.stage import totals
 
         function, parts, names = self.recipe.method.totals, [], []
         assert function is not None
@@ -264,10 +269,40 @@ class Builder:
         if method.matrices:
             form = matrix_form(merge.name, shape, len(merge.sources))
             values = {**values, "form": form, "transposed": form is not None and self.deltas.transposed(merge.tunes[0])}
+        function, updates = method.function, self._core(merge, values)
+        if updates:
+            from deltamerge.methods.merge.core_space import Update
+
+            factors = [self.graph.read(one) for update in updates if update is not None for one in update.inputs[1:3]]
+            inputs, function = [inputs[0], *factors], CORE
+            values |= {"method": name_of(method.function), "updates": tuple(map(Update.of, updates))}
+            values |= {"balanced": True} if self.recipe.balance is not None and len(merge.tunes) > 1 else {}
         with errors.context(f"tensor {merge.name}"):
             based = merge.base is not None and method.deltas
-            node: Node = call(method.nodes)(self.graph.node, method.function, inputs, shape, based=based, **values)
+            node: Node = call(method.nodes)(self.graph.node, function, inputs, shape, based=based, **values)
             return node
+
+    def _core(self, merge: Merge, values: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
+        """Return the updates s · B A, None of a model that has none, that a matrix is merged by in their core.
+
+        None at all: the method, a pruning, or a tensor that is no low rank update, asks for whole deltas.
+        """
+        method, form = self.recipe.method, values.get("form")
+        if method.in_core is None or form is None or not call(method.in_core)(**values) or merge.base is None:
+            return ()
+        calibrated = self.deltas.whole_merge and self.deltas.coefficients is None
+        if calibrated or any(self.deltas.prune_of(tuned).method != "none" for tuned in merge.tunes):
+            return ()
+        from deltamerge.formats.peft.lora import update_of
+        from deltamerge.methods.merge.core_space import Update, fits
+
+        found: list[Tensor | None] = []
+        for tuned in merge.tunes:
+            update = None if tuned.tensor.is_same(merge.base) else update_of(tuned.tensor, merge.base)
+            if update is None and not tuned.tensor.is_same(merge.base):
+                return ()
+            found.append(None if update is None else update.tensor)
+        return tuple(found) if fits(tuple(map(Update.of, found)), form) else ()
 
     def _difference(self, merged: Node, base: Node) -> Node:
         """Return the difference of a merged tensor and the base, in float32."""
@@ -308,9 +343,9 @@ class Builder:
             if param.per_model:
                 own = tuple(param.typed(self._value(name, merge, tuned)) for tuned in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
-                values[f"{name}s"] = own
+                values[param.argument(name)] = own
             else:
-                values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
+                values[param.argument(name)] = param.typed(self._value(name, merge, None))
         if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
             from deltamerge.plan.running_sum import counts
 
@@ -387,6 +422,12 @@ class Builder:
         if node.is_source and node.dtype == dtype and not moves_rows(node):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
+
+
+def _core_size(combined: Node) -> int:
+    """Return the directions of the core that a merge is computed in; 0: of none."""
+    cores = (node for node in combined.inputs if node.function == CORE)
+    return sum(one.rank for node in cores for one in node.parameter("updates") if one is not None)
 
 
 def _factor(values: Mapping[str, Any]) -> float:

@@ -38,7 +38,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
 if TYPE_CHECKING:
-    from deltamerge.formats.peft.config import Adapter
+    from deltamerge.formats.peft.adapter import Adapter
     from deltamerge.plan.outputs import Outputs, Row
 
 SHARE = 100  # a merge is refused where more than one row in so many means other tokens
@@ -117,7 +117,7 @@ class _Finding:
 
 
 def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
-    """Return the names of the models of whose tables of tokens (embedding, head) something is in the output.
+    """Return the names of the models whose token tables (embedding, head) the output takes something from.
 
     A model whose weight is zero there, or which the arc of slerp does not leave, lends nothing.
     """
@@ -149,8 +149,9 @@ def _has_token_rows(name: str, model: Input) -> bool:
 
 
 def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str], *, by_token: bool) -> Differences:
-    """What to say of the tokenizers of a merge. `meeting` are the models of whose rows something is in the output;
-    `by_token`: their rows were matched by token.
+    """Return what to say of the tokenizers of a merge.
+
+    `meeting` are the models whose rows are merged; `by_token`: their rows were matched by token.
 
     InputError: more than one in a hundred rows that meet mean other tokens.
     """
@@ -207,7 +208,7 @@ def _way(recipe: Recipe, name: str, *, several: bool) -> str:
 
 
 def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
-    """Whose is written, and the line of the recipe that chooses."""
+    """Say whose tokenizer is written, and which line of the recipe chooses another."""
     if found.kind == "unread":
         return ""
     if found.kind == "many":
@@ -363,8 +364,11 @@ def _compared(base: Words, words: Words, limit: int) -> _Apart:
 
 
 def _as_rows_of(base: Words, words: Words) -> tuple[Mapping[int, str], bool]:
-    """Return the rows of a vocabulary; those of SentencePiece's own file beside a tokenizer.json moved on by as much as
-    a family's ids are apart from its pieces."""
+    """Return the rows of a vocabulary.
+
+    In a SentencePiece file beside a tokenizer.json they are moved by the distance between a family's ids and its
+    pieces.
+    """
     if base.file == words.file or not {base.file, words.file} & {*SENTENCEPIECE}:
         return words.rows, False
     ids = {token: i for i, token in base.rows.items()}
@@ -427,7 +431,7 @@ def _steps(apart: Sequence[tuple[_Tokenizer, _Apart]], first: _Tokenizer) -> Ite
 
 
 def _of_roles(written: _Tokenizer, others: Sequence[_Tokenizer]) -> Iterator[_Finding]:
-    """Tokens of a purpose, and settings, that others state otherwise than the tokenizer that is written."""
+    """Yield special tokens and settings that others state otherwise than the tokenizer that is written."""
     mine = _stated(written)
     apart: dict[tuple[str, Hashable, bool], list[_Tokenizer]] = {}
     for one in others:
@@ -448,7 +452,7 @@ def _stated(one: _Tokenizer) -> dict[str, Hashable]:
 
 
 def _of_templates(written: _Tokenizer, others: Sequence[_Tokenizer]) -> Iterator[_Finding]:
-    """Chat templates that are not the one that is written."""
+    """Yield chat templates that differ from the one that is written."""
     mine = _template(written)
     found = [(one, text) for one in others if (text := _template(one)) and text != mine]
     for is_base in (False, True):

@@ -196,7 +196,7 @@ def make_transplant(recipe: Recipe, inputs: Inputs) -> Transplant:
 def match(
     ours: Tokens, theirs: Tokens, our_roles: Mapping[str, str], their_roles: Mapping[str, str]
 ) -> tuple[dict[int, int], list[str]]:
-    """Their id -> our id of every token of theirs that we have, and a note for purposes that differ in their token.
+    """Return for each of their tokens that we have their id -> our id, and a note for each purpose whose token differs.
 
     A token of a purpose (the end of a text) is ours of that purpose, whatever it is called. Others are the same if they
     stand for the same bytes, and both or neither are special. None of ours is given twice, as two tokens with one row
@@ -261,7 +261,7 @@ def _embeddings(donor: Input) -> dict[str, TensorInfo]:
 
 
 def _refuse_two(model: Input) -> None:
-    """InputError: a config that states vocabularies of several sizes."""
+    """Raise InputError: a config states vocabularies of several sizes."""
     stated = vocabularies(model.checkpoint.config)
     if len(set(stated.values())) > 1:
         shown = ", ".join(f"{key} {size}" for key, size in stated.items())
@@ -271,7 +271,7 @@ def _refuse_two(model: Input) -> None:
 
 
 def _refuse_few(made: Transplant, ours: str, theirs: str) -> None:
-    """InputError: too few tokens in common for what is to be made of them."""
+    """Raise InputError: the vocabularies have too few tokens in common."""
     common = len(made.common)
     if not common:
         hint = "name a tokenizer of the same languages; spelling (Ġ, ▁, bytes) is taken into account"
@@ -453,13 +453,13 @@ class Atoms:
 
     @classmethod
     def of(cls, exact: Any, *, screen: bool | None = None) -> Atoms:
-        """Atoms of a torch tensor. `screen`: scores are first computed in bfloat16, where that is faster."""
+        """Return the atoms of a torch tensor. `screen`: scores are first computed in bfloat16, where that is faster."""
         if screen is None:
             screen = exact.numel() >= SCREENED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return cls(exact, exact.bfloat16() if screen else exact.float())
 
     def rows(self, indices: Any) -> Any:
-        """Atoms in float32."""
+        """Return atoms in float32."""
         return self.exact[indices].float()
 
     @cached_property
@@ -469,7 +469,7 @@ class Atoms:
 
 
 def block_of(width: int, k: int) -> int:
-    """Targets of a block: whose bases fit into 128 MiB."""
+    """Return the number of targets of a block, whose bases fit into 128 MiB."""
     return max(8, min(512, HELD // (k * width)))
 
 
@@ -480,7 +480,7 @@ def held(width: int, k: int, atoms: int) -> int:
 
 
 def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
-    """Orthogonal matching pursuit (Pati et al. 1993): (targets, k) indices of atoms, and float32 coefficients.
+    """Find (targets, k) indices of atoms, and float32 coefficients, by orthogonal matching pursuit (Pati et al. 1993).
 
     A step takes the atom a with the greatest |a · r|, r what of the target is outside the chosen ones' span (of equals
     the first). Scores are of float32: where they are screened in bfloat16, those of the best 8. The coefficients are
@@ -544,7 +544,7 @@ def _least_squares(targets: Any, atoms: Atoms, chosen: NDArray[np.int64], used: 
 
 
 def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
-    """(targets, k) indices of the nearest atoms, and weights in inverse proportion to their distances.
+    """Return (targets, k) indices of the nearest atoms, and weights in inverse proportion to their distances.
 
     Distances are Euclidean, at least 1e-6, in float64 for those that count; of equals the first is nearer.
     """
@@ -568,8 +568,10 @@ METHODS: dict[str, Callable[..., Any]] = {"omp": pursuit, "common": nearest}
 
 
 class SharedBlocks:
-    """Blocks of a table that threads compute as they come: one that finds its block in another's hands takes the next
-    that is free, and waits only where none is."""
+    """Blocks of a table that threads compute as they come.
+
+    A thread whose block another one computes takes the next free block. It waits only where none is free.
+    """
 
     def __init__(self, count: int, compute: Any) -> None:
         self.compute = compute
@@ -610,7 +612,7 @@ _inside: list[int] = []
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch's operations on one thread, while any worker is inside."""
+    """Keep torch's operations on one thread, while any worker is inside."""
     with _counting:
         _inside.append(torch.get_num_threads() if not _inside else _inside[0])
         torch.set_num_threads(1)

@@ -7,10 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeAlias
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.models.checkpoint import Tokens
@@ -25,13 +22,15 @@ from deltamerge.models.tokenizer_files import (
 from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows, input_named, sizes
 from deltamerge.recipe.output_keys import BUILT_IN, ModelToken, Token, ZeroToken, is_literal
 from deltamerge.recipe.schema import Recipe
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import gather
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400
 
-Rows = NDArray[np.int32]
+Rows: TypeAlias = "NDArray[np.int32]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ class Vocabulary:
         return self._picked[key]
 
     def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
-        """(tokens, models) rows whose mean is used for tokens that a model lacks."""
+        """Return (tokens, models) the rows whose mean stands for tokens that a model lacks."""
         picks = where.copy()
         if base is not None:
             known = where[:, base] >= 0
@@ -274,8 +273,7 @@ def _end(ids: Mapping[str, int]) -> int:
 def _missing(
     first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Return the entries that the output's tokenizer adds to the first one's, and those of them that are new tokens, by
-    id.
+    """Return, by id, the entries that the output's tokenizer adds to the first one's, and the new tokens among them.
 
     A plain token of the first that is an added token of another becomes an added one under its id.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.formats.weight_files import RUNNING_SUM
+from deltamerge.formats.components import RUNNING_SUM
 from deltamerge.methods.registry import MERGE
 from deltamerge.recipe import checks, open_values, yaml_source
 from deltamerge.recipe.problems import place_of, problem_of, without
@@ -23,7 +23,7 @@ from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 from deltamerge.tensors import patterns
 
 if TYPE_CHECKING:
-    from deltamerge.formats.running_sum import RunningSum
+    from deltamerge.formats.components import RunningSum
 
 MODELS, TOKENIZER, SOURCE = "models", "tokenizer", "source"
 MAX_PROBLEMS = 200  # shown for one recipe
@@ -71,7 +71,7 @@ def _with_models(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
-    """Return the positions at and below a place, as those of an item of a list there."""
+    """Return the positions at and below a place, moved to an item of a list there."""
     n = len(at)
     return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
@@ -198,8 +198,8 @@ def _ranges(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A model, the number of the item that it is of, where the recipe has that, and the series that it is one of, which
-    had `of` models before its window."""
+    """A model of a recipe: the number of its item, the item's place, and its series, with `of` models before the
+    window."""
 
     model: Model
     item: int
@@ -213,7 +213,7 @@ def _summed(folder: Path) -> RunningSum | None:
     """Return the running sum that a folder holds, if it does."""
     if not os.path.isfile(folder / RUNNING_SUM):
         return None
-    from deltamerge.formats.running_sum import read_running_sum
+    from deltamerge.formats.components import read_running_sum
 
     return read_running_sum(folder)
 
@@ -271,9 +271,9 @@ def weigh(
 ) -> tuple[list[Member], list[Series]]:
     """Return the models of one part with the weights of their schedules, and their series.
 
-    A series alone in a merge that divides by the sum of its weights gets those of `series.running`, which later
-    checkpoints leave as they are; so do models of a running sum (`is_sum`), and what follows one goes on with the
-    sum's. Else weights add up to those that the item has.
+    Weights add up to the item's own. There are two exceptions in a merge that divides by the sum of its weights. A
+    series alone, and models of a running sum (`is_sum`), get the weights of `series.running`, which later checkpoints
+    leave as they are. Models after a running sum continue its weights.
     """
     summed = next((member.summed for member in several if member.summed is not None), None)
     by_item: dict[int, list[Member]] = {}

@@ -174,7 +174,7 @@ class Model(Keys):
 
 
 def short_form(schema: dict[str, Any]) -> None:
-    """Add to the schema of `models` that one may stand without its list, and by its reference alone."""
+    """Allow in the schema of `models` a single model without a list, and a model as its reference alone."""
     items = schema["items"]
     schema["items"] = {"anyOf": [items, {"type": "string", "minLength": 1}]}
     one = {key: schema.pop(key) for key in ("items", "type")}

@@ -44,7 +44,7 @@ class Matches:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Checkpoints of a recipe that one item stands for, and the share that each has in their average."""
+    """The checkpoints that one item of a recipe stands for, and the share of each in their average."""
 
     pattern: str
     names: tuple[str, ...]

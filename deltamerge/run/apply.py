@@ -32,7 +32,7 @@ from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, decoded, is_delta
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
 from deltamerge.models.delta_over_base import check
-from deltamerge.models.references import open_model
+from deltamerge.models.references import as_made_from, open_model
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
@@ -79,7 +79,7 @@ def apply(
         raise InputError(f"{base}: is a delta too", hint=f"name it with its base: BASE+{base}")
     with errors.context(delta):
         versions = line(artifact.path)
-        opened = folded(versions)
+        opened, origin = folded(versions), as_made_from(origin, versions[0].delta)
         if len(versions) > 1:
             check_complete(versions[0], origin)
         entries = opened.entries.values()
@@ -135,7 +135,7 @@ def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False)
         return f"{base} is its input {name}"
     with errors.context(str(folder)), Reader() as reader:
         versions = line(folder)
-        opened = folded(versions, every=True)
+        opened, origin = folded(versions, every=True), as_made_from(origin, versions[0].delta)
         if len(versions) > 1:
             check_complete(versions[0], origin)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})

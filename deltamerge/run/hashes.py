@@ -52,7 +52,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
 
 
 def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
-    """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
+    """Hash the unknown pieces of a file outside some ranges of its bytes. Return what is known then."""
     try:
         known = pieces.of(path)
         wanted = ~(known.there | inside(known, but))
@@ -171,7 +171,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
     """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
-    codes = source.streamed if backend == "fused" else None
+    codes = source.coded if backend == "fused" else None
     if codes is not None:
         return codes.codes.tensor if codes.bits else None
     return source if source.kind == "stored" else None
@@ -221,7 +221,7 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     root = source.folder / data
@@ -254,7 +254,7 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _data_facts(source: CalibrationInput) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
 
     data = source.calibration.data
     found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}

@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.files.atomic import replace_file
@@ -25,6 +23,8 @@ from deltamerge.formats.safetensors import read_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.hashes import DATA, describe_files
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import Node
 from deltamerge.version import __version__
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
-Rows = Mapping[str, NDArray[np.float32]]
+Rows: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 """The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
 ROUTERS = "routers"
 
@@ -182,7 +182,7 @@ class Lock:
         )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
+        """Raise VerifyError: the lock is of another recipe. Comments, and where named models lie, do not count."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
                 f"{recipe.source.path} changed after {self.path.name} was written",
@@ -199,9 +199,9 @@ class Lock:
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs that are not the ones that it was made from, naming each file that differs.
+        """Raise VerifyError: the inputs are not those of the lock. It names each file that differs.
 
-        An input of another reference is taken for the one of the lock that has the same content.
+        An input whose content the lock has under another reference counts as that one.
         """
         wrong: list[str] = []
         known, inputs = self.content.get("inputs") or {}, dict(inputs)

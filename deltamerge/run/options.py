@@ -14,10 +14,10 @@ from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
 from deltamerge.plan.planner import Plan, PlanOptions
-from deltamerge.run.lock import Lock
 
 if TYPE_CHECKING:
     from deltamerge.run.calibration_record import Run
+    from deltamerge.run.lock import Lock
 
 MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")

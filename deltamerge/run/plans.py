@@ -1,4 +1,4 @@
-"""The documents of a recipe file: their plans, where their results lie, and whether a result is still current."""
+"""The documents of a recipe file: their plans, and where their results lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.files.ownership import LOCK_NAME, Guard, Maker, place_named, place_of, read_lock
+from deltamerge.files.ownership import LOCK_NAME, Guard, Maker, place_named, place_of
 from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
 from deltamerge.formats.safetensors import PREFIX, parse_header
@@ -21,14 +21,9 @@ from deltamerge.outputs.assets import config
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.checks import references
-from deltamerge.recipe.file import Document, RecipeFile, read_recipe
-from deltamerge.run import hashes
-from deltamerge.run.lock import verify
+from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run.options import Options
 from deltamerge.tensors.tensor import TensorInfo
-from deltamerge.version import __version__
-
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,8 @@ class Planner:
         return tuple(plans)
 
     def result(self, document: Document, planned: Plan) -> Checkpoint:
-        """Return what a document makes: what is in its folder, if that is as planned, else what it promises."""
+        """Return what a document makes: the content of its folder, if that is as planned, else what the plan
+        promises."""
         return result_of(planned, self.folder(document), document.name)
 
     # A document is planned a second time where headers do not tell all: where another's result was only promised, and
@@ -118,7 +114,7 @@ def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Pa
     return there if there.is_file() and not file.lock_path.exists() else file.lock_path
 
 
-# -- where results lie, and whether they are current
+# -- where results lie
 
 
 def folder_of(document: Document, target: Path, beside: Path, *, published: bool = False) -> Path:
@@ -184,9 +180,10 @@ def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextMan
 
 
 def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
-    """Return the checkpoint that a run of `plan` to `folder` leaves, known before it is there.
+    """Return the checkpoint that a run of `plan` will leave in `folder`.
 
-    Until it is made, its files but weights and config are those that it copies. Tokens and chat template are planned.
+    Until it is made, all its files but weights and config are taken from the models that they are copied from. Tokens
+    and chat template are planned.
     """
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files
@@ -211,22 +208,3 @@ def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
     file = template.config_file or (CONFIG if template.config else "")
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
                       components=template.components, config_file=file, running_sum=summed)  # fmt: skip
-
-
-def is_current(document: Document, planned: Plan, folder: Path) -> bool:
-    """Return whether `folder` holds the result of the document: recipe, version, inputs and outputs agree."""
-    try:
-        lock = read_lock(folder / LOCK_NAME)
-        before = read_recipe(folder / RECIPE).output.recipe.source.data
-        if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
-            return False
-        if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
-            return False
-        verify(folder, planned.workers)
-        for name, content in output_of(planned).files(planned).items():
-            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
-            if lock["outputs"].get(name, {}).get("hash") != hashed:
-                return False
-        return True
-    except DeltamergeError:
-        return False

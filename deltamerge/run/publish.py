@@ -83,7 +83,7 @@ class HubMerge:
 
 
 def fetch(reference: str, folder: Path) -> HubMerge:
-    """Recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision"), copied to `folder`.
+    """Copy recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision") to `folder`.
 
     InputError: what `hub.open_model` refuses, no recipe or lock there, or inputs that only the publisher has.
     """

@@ -31,12 +31,12 @@ HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 
 
 def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address: str = LOCAL) -> Result:
-    """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
+    """Run a recipe file in parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
 
     There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
     `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
-    recipe's models and the target under the same paths. InputError: several documents, or an output that is no
-    model. OutputError: a part's worker died again and again.
+    recipe's models and the target under the same paths. InputError: several documents, or an output that is no model.
+    OutputError: a part's worker died again and again.
     """
     check_recipe(file, "--ray")
     planned = make_plans(file, out, replace(options, device="cpu"))[-1]

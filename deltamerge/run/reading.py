@@ -27,9 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class InputFiles:
-    """The files that a run of `plan`, or of one part of it, reads. `pieces` are the hashes of what has been read;
-    `checked` ends when files of the hub's cache are found to be what the hub says and transformers builds the layers
-    that are stacked, `hashed` when the rest is hashed."""
+    """The files that a run of `plan`, or of one part of it, reads.
+
+    pieces    the hashes of what has been read
+    checked   ends when files of the hub's cache are what the hub says, and transformers builds the stacked layers
+    hashed    ends when the rest is hashed
+    """
 
     plan: Plan
     takes: hashes.Mine
@@ -39,8 +42,10 @@ class InputFiles:
 
     @classmethod
     def begin(cls, planned: Plan, part: Part | None, copied: Iterable[Path], lock: Lock | None) -> InputFiles:
-        """Check and hash them, and the files that are `copied`, from now on. VerifyError: the lock has others, of which
-        a part, that reads some, cannot tell."""
+        """Check and hash the files, and those that are `copied`, from now on.
+
+        VerifyError: the lock has other inputs. A part, which reads only some of them, cannot tell.
+        """
         paths, takes, pieces = _files_read(planned, part, copied), (part or Part(1, 1)).takes, Pieces()
         checked = _beside(lambda: _check(paths, planned))
         if lock is not None and part is None:

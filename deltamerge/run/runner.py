@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.engine.execute import shared_values
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.files.descriptors import files_of, writing
 from deltamerge.files.hashes import Pieces, seal
@@ -20,15 +20,15 @@ from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.safetensors import write_index
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.outputs.assets import asset_files, write_files
+from deltamerge.outputs.assets import RECIPE, asset_files, write_files
 from deltamerge.outputs.output import Weights, WriteJob, output_of
 from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.file import Document, RecipeFile
+from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.card import render
-from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock
+from deltamerge.run.lock import CARD, Lock, refuse_foreign_lock, verify
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import (
     Part,
@@ -38,9 +38,10 @@ from deltamerge.run.partition import (
     gather_parts,
     shared_calibration,
 )
-from deltamerge.run.plans import Planner, check_places, guard_of, is_current, target_of
+from deltamerge.run.plans import Planner, check_places, guard_of, target_of
 from deltamerge.run.reading import InputFiles, check_deltas, places
 from deltamerge.tensors.tensor import Node
+from deltamerge.version import __version__
 
 if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
@@ -49,11 +50,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, what its lock says, what a delta artifact takes, and what is not finite; of
-    a file of several documents the output's.
+    """A finished run: folder, plan, lock, size of a delta artifact, and what is not finite.
 
-    `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
-    `made` is False where the folder was there and current itself.
+    Of a file of several documents it is the output's. `intermediate` are the folders of the other documents, and
+    whether each was made now. `made` is False where the folder was already there and current.
     """
 
     folder: Path
@@ -107,12 +107,12 @@ def run(
 ) -> Result:
     """Run a recipe file; the target, `out` if given, appears under its name only when complete.
 
-    Nothing is done where the target holds just what would be made. An earlier result of the same recipe that is as its
-    lock says is replaced; what somebody changed, or another recipe or command made, only as `force` allows; a version
-    that others follow, a member of a store and what no run made never.
+    A target that is up to date stays. An earlier result of the same recipe is replaced if it is as its lock says. What
+    somebody changed, or another recipe or command made, is replaced only with `force`. Never replaced are a version
+    that others follow, a member of a store, and what no run made.
 
-    Of several documents those that others need are made first, unless their folders hold just what would be made. With
-    `part` only that part's shards are written, to the work folder, for `finish`.
+    Documents that others need are made first, unless their folders are up to date. With `part` only that part's shards
+    are written, to the work folder, for `finish`.
     """
     options = options or Options()
     if not (options.force or options.pins is not None):
@@ -154,6 +154,25 @@ def _current(output: Document, planned: Plan, target: Path, options: Options) ->
     if options.lock is not None:
         options.lock.check_inputs(lock["inputs"])
     return lock
+
+
+def is_current(document: Document, planned: Plan, folder: Path) -> bool:
+    """Return whether `folder` holds the result of the document: recipe, version, inputs and outputs agree."""
+    try:
+        lock = read_lock(folder / LOCK_NAME)
+        before = read_recipe(folder / RECIPE).output.recipe.source.data
+        if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
+            return False
+        if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
+            return False
+        verify(folder, planned.workers)
+        for name, content in output_of(planned).files(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
+    except DeltamergeError:
+        return False
 
 
 def _make_result(
@@ -276,7 +295,7 @@ def _complete(
     write_files(files, folder)
     if ending is not None:
         ending(folder)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / RECIPE).write_text(text, encoding="utf-8")
     planned = replace(planned, notes=planned.notes + output.add(planned, folder))
     found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")
@@ -321,7 +340,7 @@ def lock(file: RecipeFile, options: Options | None = None) -> Lock:
 
 
 def check_lock(file: RecipeFile, options: Options | None = None) -> None:
-    """VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    """Raise VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
     found = Lock.read(file.lock_path)
     found.check_recipe(file.output.recipe)
     planner, planned = _alone(file, options)
@@ -386,7 +405,7 @@ def _spooled(
 ) -> Iterator[dict[Node, Any]]:
     """Give what a stage measures on rows, by its node; nothing where there is none.
 
-    Its files lie in the work folder meanwhile, those of a `second` stage beside the first's.
+    Its files lie in the work folder meanwhile; files of a `second` stage have names of their own.
     """
     if node is None:
         yield {}

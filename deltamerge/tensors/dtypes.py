@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+from deltamerge.tensors.lazy import NDArray, torch
+from deltamerge.tensors.lazy import numpy as np
 
-from deltamerge.tensors.lazy import torch
-
-Array = npt.NDArray[Any]
+Array: TypeAlias = "NDArray[Any]"
 
 
 class DType(NamedTuple):
@@ -55,7 +53,7 @@ FLOATING = frozenset(code for code, dtype in DTYPES.items() if dtype.kind == "fl
 COPIED = frozenset(code for code, dtype in DTYPES.items() if dtype.kind == "copied")
 # Floating dtypes that hold weights as they are; float8 often has scales in another tensor.
 PLAIN = frozenset(code for code in FLOATING if DTYPES[code].bits >= 16)
-NUMPY = {code: np.dtype(dtype.numpy) for code, dtype in DTYPES.items()}
+NUMPY = {code: dtype.numpy for code, dtype in DTYPES.items()}
 TORCH_NAMES = {code: dtype.torch for code, dtype in DTYPES.items() if dtype.torch is not None}
 CODES = {name: code for code, name in TORCH_NAMES.items()}
 

@@ -16,10 +16,9 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 Layout = Mapping[str, tuple[str, ...]]

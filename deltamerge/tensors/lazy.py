@@ -1,4 +1,4 @@
-"""torch and numpy, imported when they are first touched: neither checking nor planning a recipe waits for torch."""
+"""torch and numpy, imported when they are first touched: neither checking nor planning a recipe waits for them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as numpy
     import torch as torch
+    from numpy.typing import NDArray as NDArray
 else:
 
     class _Module:
         """A module, by its attributes."""
 
         def __init__(self, name: str) -> None:
-            self._name, self._module = name, None
+            self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            if self._module is None:
-                self._module = importlib.import_module(self._name)
-            return getattr(self._module, name)
+            found = getattr(importlib.import_module(self._name), name)
+            if not name.startswith("_"):
+                setattr(self, name, found)  # the next look finds it without a call
+            return found
 
     numpy, torch = _Module("numpy"), _Module("torch")
+    NDArray = Any  # annotations are never evaluated

@@ -8,13 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge import errors
 from deltamerge.files.descriptors import Descriptor, Descriptors, flat, input_error, read_at
 from deltamerge.files.hashes import Pieces
 from deltamerge.tensors.dtypes import ITEMSIZE, bits_type
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import Tensor, TensorInfo, fill
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 from weakref import ref
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.tensors.dtypes import DTYPES, nbytes_of
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.traits import Function as Function
 from deltamerge.tensors.traits import function_of as function_of
 from deltamerge.tensors.traits import name_of as name_of
@@ -127,16 +126,14 @@ class Tensor:
     @property
     def read_nbytes(self) -> int:
         """Return the bytes of files that are read for its elements: of a quantised weight its codes."""
-        if self.kind == "view" and (codes := VIEWS[self.function].codes) is not None:
-            read = codes(self)
-            return self.nbytes if read is None else read.nbytes
-        return self.nbytes
+        coded = self.coded
+        return self.nbytes if coded is None else coded.codes.nbytes
 
     @property
-    def streamed(self) -> Any:
-        """Return the codes that the compiled loop makes its values of, where it does so itself; else None."""
-        streamed = VIEWS[self.function].streamed if self.kind == "view" else None
-        return None if streamed is None else streamed(self)
+    def coded(self) -> Any:
+        """Return the `CodedWeight` whose codes its values are; None: it has none."""
+        coded = VIEWS[self.function].coded if self.kind == "view" else None
+        return None if coded is None else coded(self)
 
     @property
     def keeps(self) -> bool:
@@ -192,16 +189,14 @@ class View:
 
     entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
     moves       its rows are not those of the file, in order
-    codes       codes(tensor): the stored codes that are read for its values; None where there are none
-    streamed    streamed(tensor): its `CodedWeight`, if the compiled loop reads the codes itself
+    coded       coded(tensor): its `CodedWeight`, of which the compiled loop reads the codes itself
     keeps       keeps(tensor): whether a reader keeps slabs of what it reads
     """
 
     fill: Callable[..., None]
     entrywise: bool = False
     moves: bool = False
-    codes: Callable[[Tensor], Tensor | None] | None = None
-    streamed: Callable[[Tensor], Any] | None = None
+    coded: Callable[[Tensor], Any] | None = None
     keeps: Callable[[Tensor], bool] | None = None
 
 

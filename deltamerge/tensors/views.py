@@ -10,16 +10,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from numpy.typing import NDArray
-
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.tensors.dtypes import ITEMSIZE, NUMPY, PLAIN, bits_type, narrow, widen
+from deltamerge.tensors.dtypes import ITEMSIZE, NUMPY, PLAIN, Array, bits_type, narrow, widen
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.tensor import VIEWS, Read, Tensor, TensorInfo, unique, view, viewed
-
-Array = npt.NDArray[Any]
 
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 

@@ -57,7 +57,8 @@ def subject(folder: Path, held: bool = False) -> list[dict[str, torch.Tensor]]:
         f"calibration: {json.dumps(ROWS)}\n"
     )
     with Reader() as reader:
-        one = Subject(make_plan(path, device="cpu").sources[0], reader)
+        ((stage, spec),) = make_plan(path, device="cpu").specs.items()
+        one = Subject(spec.source, *spec.models(stage.inputs), reader)
         return [dict(inputs) for inputs in one.batches["held" if held else "search"].inputs]
 
 

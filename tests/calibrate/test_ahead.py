@@ -13,8 +13,8 @@ from conftest import tiny_llama
 from running import calibrate
 from test_stage import RUNS, recipe
 
-from deltamerge.calibrate.model.ahead import Ahead
 from deltamerge.calibrate.model.blocks import BlockModel
+from deltamerge.calibrate.model.devices import Ahead
 from deltamerge.calibrate.model.passes import stored
 from deltamerge.calibrate.q import subject
 

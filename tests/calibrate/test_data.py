@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_models import image_processor
 
-from deltamerge.calibrate.rows import rows
-from deltamerge.calibrate.rows.rows import DataRow, split
+from deltamerge.calibrate import rows
+from deltamerge.calibrate.rows import DataRow, split
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
@@ -201,7 +201,7 @@ def tokenizer(folder: Path, **special: str) -> Path:
 def reader(folder: Path, architecture: str, task: str, length: int = 8, **settings: Any) -> Any:
     import transformers
 
-    from deltamerge.calibrate.rows.batches import RowReader
+    from deltamerge.calibrate.batches import RowReader
 
     family = getattr(transformers, architecture.partition("For")[0] + "Config")
     config = family(architectures=[architecture], max_position_embeddings=16, **settings)
@@ -290,6 +290,6 @@ def test_rows_need_no_torch() -> None:
     import subprocess
     import sys
 
-    names = ("rows.rows", "q.search", "q.closed_forms", "rows.metrics")
+    names = ("rows", "q.search", "stage", "values")
     code = "".join(f"import deltamerge.calibrate.{n}; " for n in names) + "import sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

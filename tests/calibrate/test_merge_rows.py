@@ -87,7 +87,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     """The merged tensors, from transformers' own forward of whole models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
@@ -279,6 +279,28 @@ def test_coefficients_in_bfloat16(models: Path) -> None:
     assert any(np.any(value != exact.q[name]) for name, value in half.q.items())
 
 
+def test_deltas_that_files_give_are_read_anew(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where the plan counts what the method makes alone; no number changes."""
+    from deltamerge.calibrate.q import subject
+
+    path = recipe(models, "anew", "iso_c", FITTED % "model", "lambda: 0.05", ", precision: bfloat16")
+    ((stage, spec),) = make_plan(path).specs.items()
+    assert spec.differences == len(WEIGHTS)
+    entries = sum(np.prod(one.shape) for one in spec.pruned)
+    less = dataclasses.replace(spec, differences=0).memory - spec.memory
+    assert less == pytest.approx(2 * len(WEIGHTS) * entries, abs=1)
+    found, made, keep = [], [], subject.Tensors._kept
+    for _ in range(2):
+        count: list[int] = []
+        monkeypatch.setattr(subject.Tensors, "_kept", lambda *given, count=count: count.append(1) or keep(*given))
+        found.append(shared_values([stage], {})[stage])
+        made.append(len(count))
+        monkeypatch.setattr(subject, "is_difference", lambda node: False)
+    assert found[0].q
+    assert found[0].q == found[1].q
+    assert made[0] > 5 * made[1]
+
+
 def test_coefficients_are_of_the_merged_model(models: Path) -> None:
     path = recipe(models, "alone", "task_arithmetic", (FITTED % "layer").replace("per: merge, ", ""))
     with pytest.raises(RecipeError, match="coefficients: are of the merged model\nhint: per: merge"):
@@ -314,7 +336,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
 def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.rows.rows import split
+    from deltamerge.calibrate.rows import split
 
     folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
     path = recipe(folder, "fisher", "fisher")

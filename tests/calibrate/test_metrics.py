@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltamerge.calibrate.rows import metrics
+from deltamerge.calibrate.q import objectives as metrics
 
 P, Y = [1, 0, 1, 1, 0, 1], [1, 0, 0, 1, 1, 1]  # tp 3, tn 1, fp 1, fn 1
 

@@ -18,17 +18,15 @@ import torch
 import transformers
 from calibration_rows import rows
 from conftest import load_tensors, write_tokenizer
-from running import make_plan, run
+from running import activations_of, make_plan, run
 from safetensors.numpy import load_file as load_rows
 from safetensors.torch import load_file, save_file
 from test_families import small
 
-from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.layers import MatrixCut
-from deltamerge.calibrate.q.closed_forms import LayerStatistics, drawn
-from deltamerge.calibrate.rows.rows import LANGUAGE_HEADS
-from deltamerge.calibrate.stage import activations
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect, drawn
+from deltamerge.calibrate.rows import LANGUAGE_HEADS
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbers_as_stars, stacked_transposed
 
@@ -206,7 +204,7 @@ def check_loading(folder: Path, reference: Any, config: Any) -> None:
     seen = {name for name, _ in caught.inputs} | caught.whole
     assert any(is_expert(name, tensors[name]) and "shared" not in name for name in seen), "no expert has had an input"
     masked = {name: d * (torch.arange(d.numel()).view(d.shape) % 3 == 0) for name, d in delta.items()}
-    found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=lambda name, _: masked[name])
+    found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=masked.__getitem__)
     check_statistics(found, caught, delta, masked)
     hidden = config.get_text_config().hidden_size
     for name, turned in model.turned.items():
@@ -300,7 +298,7 @@ def test_wanda_takes_each_experts_own_inputs(tmp_path: Path, kind: str) -> None:
     base, tune, merged = (load_tensors(tmp_path / name) for name in ("base", "tuned", "out"))
     names = [name for name, tensor in tune.items() if is_expert(name, tensor)]
     assert len(names) == 4
-    found = activations(source=make_plan(tmp_path / "recipe.yaml", device="cpu", workers=1).sources[0])
+    found = activations_of(tmp_path / "recipe.yaml")
     for name in names:
         delta = tune[name].double() - base[name].double()
         norms = torch.from_numpy(found[name].norm)

@@ -22,7 +22,7 @@ from test_stage import RUNS, recipe
 
 from deltamerge.apps.inspect import study
 from deltamerge.apps.recommend.prune import recommend_prune
-from deltamerge.calibrate.model.ahead import Ahead, Arrivals, Resident
+from deltamerge.calibrate.model.devices import Ahead, Arrivals, Resident
 from deltamerge.calibrate.q import subject as subjects
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.cli import main
@@ -101,7 +101,7 @@ def walked(
 
         gpu.failing = fail
         ((stage, spec),) = make_plan(path, device=device).specs.items()
-        subject = Subject(spec.source, reader, spec.masked(stage.inputs))
+        subject = Subject(spec.source, *spec.models(stage.inputs), reader)
         objective, q = subject.output_change("search"), {p.stored: 0.5 for p in spec.pruned}
         found = [subject.of_masks(objective, [q], range(2))[0] for _ in range(walks)]
         assert subject.passes == 1 + 2 * walks
@@ -343,7 +343,7 @@ def test_a_mask_is_drawn_once_or_once_a_walk(
     ((stage, spec),) = make_plan(path, device="cuda").specs.items()
     source = replace(spec.source, cache=cache)
     with simulated(), Reader() as reader:
-        subject = Subject(source, reader, spec.masked(stage.inputs))
+        subject = Subject(source, *spec.models(stage.inputs), reader)
         change, qs = subject.output_change("search"), [{p.stored: q for p in spec.pruned} for q in (0.2, 0.4, 0.8)]
         for _ in range(2):
             subject.of_masks(change, qs, range(2))
@@ -355,11 +355,11 @@ def test_a_batch_follows_its_tokens_and_the_logits_of_each(
     plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows of 8 tokens over a vocabulary of 96."""
-    (spec,) = make_plan(plenty[0], device="cuda").specs.values()
+    ((stage, spec),) = make_plan(plenty[0], device="cuda").specs.items()
     for name, room, rows_of in (("BATCH", 3, 3), ("BATCH_TOKENS", 5 * 8, 5), ("LOGITS_BYTES", 2 * 8 * 96 * 4, 2)):
         with monkeypatch.context() as changed, simulated(), Reader() as reader:
             changed.setattr(subjects, name, room)
-            subject = Subject(spec.source, reader)
+            subject = Subject(spec.source, *spec.models(stage.inputs), reader)
             assert max(len(batch["input_ids"]) for batch in subject.batches["held"].inputs) == rows_of
 
 
@@ -376,9 +376,9 @@ def test_the_backward_pass_of_attention_adds_in_one_order(
         return attend(*given, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    (spec,) = make_plan(plenty[0], device="cpu").specs.values()
+    ((stage, spec),) = make_plan(plenty[0], device="cpu").specs.items()
     with Reader() as reader:
-        subject = Subject(spec.source, reader)
+        subject = Subject(spec.source, *spec.models(stage.inputs), reader)
         # the model is on the CPU, whose attention is the same: what is asked of torch is what a GPU would be given
         subject.model.device = torch.device("cuda")
         monkeypatch.setattr(subject.model, "_placed", lambda tensor: tensor)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltamerge.calibrate.q import closed_forms as stats
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q import statistics as stats
+from deltamerge.calibrate.q.statistics import LayerStatistics
 
 
 def layer(seed: int = 0, m: int = 6, n: int = 40, tokens: int = 200, kept: float | None = None, **changes: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from deltamerge.calibrate.model.spread import add_gradients, in_turns
+from deltamerge.calibrate.model.devices import add_gradients, in_turns
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ import torch
 import yaml
 from calibration_rows import rows
 from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
-from running import calibrate, make_plan, run
+from running import activations_of, calibrate, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate import spec as specs
 from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memory
-from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.cli.plan import calibration_seconds
 from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
@@ -422,7 +421,7 @@ def test_wanda_on_weights_stored_in_out(tmp_path: Path) -> None:
     rows(tmp_path / "calib.jsonl")
     name = "transformer.h.1.mlp.c_fc.weight"
     plain = recipe(tmp_path, "gpt2", "{method: wanda, density: 0.1}")
-    x_norm = activations(source=make_plan(plain).sources[0])[name].norm
+    x_norm = activations_of(plain)[name].norm
     base, tuned = load_tensors(tmp_path / "base"), load_tensors(tmp_path / "tuned")
     start = base[name].double().numpy()
     delta = tuned[name].double().numpy() - start

@@ -12,7 +12,7 @@ import torch
 from conftest import load_tensors, tiny_llama
 from running import make_plan, run
 
-from deltamerge.calibrate import reductions
+from deltamerge.calibrate import stage
 
 HEAD = "lm_head.weight"
 
@@ -56,7 +56,7 @@ def test_keeps_the_largest_of_the_model(
 ) -> None:
     if not fused:
         monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
-    monkeypatch.setattr(reductions, "TOGETHER", 3)
+    monkeypatch.setattr(stage, "TOGETHER", 3)
     merged = load_tensors(run(recipe(models, density), tmp_path / "out", workers=2).folder)
     for name, want in wanted(models, density).items():
         np.testing.assert_allclose(merged[name].double().numpy(), want, rtol=2**-23, atol=1e-9)

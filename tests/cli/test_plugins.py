@@ -98,6 +98,11 @@ def test_a_command_of_another_package(install: Install, capsys: pytest.CaptureFi
     [
         ("raise RuntimeError('of old')", "grade = broken:grade", "left out: RuntimeError: of old"),
         ("grade = 1", "grade = broken:grade", "left out: it is no command of click"),
+        (
+            GRADE.replace("grade(name)", "grade()"),
+            "grade = broken:grade",
+            r"grade\(\) cannot be called as grade\(name=…\)",
+        ),
     ],
 )
 def test_a_broken_command_is_left_out(install: Install, code: str, point: str, why: str) -> None:
@@ -144,6 +149,57 @@ def test_a_broken_method_stops_no_run_that_names_another(install: Install, tmp_p
     with pytest.warns(PluginWarning, match="entry point broken:twice of broken is left out: RuntimeError: of old"):
         found = codes()
     assert found == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("signature", "decorator", "why"),
+    [
+        (
+            "twice(base, *deltas)",
+            "delta_method('base + 2 * the deltas')",
+            "twice(base, *deltas) cannot be called as twice(base, delta, tile=…): "
+            "got an unexpected keyword argument 'tile'",
+        ),
+        (
+            "twice(base, *deltas, tile, limit)",
+            "delta_method('base + 2 * the deltas')",
+            "twice(base, *deltas, tile, limit) cannot be called as twice(base, delta, tile=…): "
+            "missing a required argument: 'limit'",
+        ),
+        (
+            "twice(delta, *, tile, density)",
+            "prune_method('none of it', random=True)",
+            "twice(delta, *, tile, density) cannot be called as twice(delta, tile=…, density=…, key=…): "
+            "got an unexpected keyword argument 'key'",
+        ),
+        (
+            "twice(masking, limit)",
+            "prune_method('none of it')",
+            "twice(masking, limit) cannot be called as twice(masking): missing a required argument: 'limit'",
+        ),
+    ],
+)
+def test_a_method_that_cannot_be_called_is_left_out(
+    install: Install,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    signature: str,
+    decorator: str,
+    why: str,
+) -> None:
+    imports = "from deltamerge.methods.registry import delta_method, prune_method"
+    install("twices", f"{imports}\n@{decorator}\ndef {signature}: ...\n", methods="twice = twices:twice")
+    recipe = models(tmp_path, "twice" if "base" in signature else "task_arithmetic\nprune: {method: twice}")
+    with pytest.warns(PluginWarning) as caught:
+        assert exits("run", str(recipe), "--out", str(tmp_path / "out"), "-q") == 1
+    left_out = f"entry point twices:twice of twices is left out: {why}; update or remove twices"
+    assert {str(one.message) for one in caught} == {left_out}
+    assert "bug" not in capsys.readouterr().err
+
+
+def test_the_package_s_own_methods_can_be_called() -> None:
+    methods = [*registry.MERGE.values(), *registry.PRUNE.values()]
+    assert [registry._misfit(one) for one in methods] == [None] * len(methods)
 
 
 def test_an_error_of_a_method_is_its_package_s(

@@ -22,7 +22,7 @@ JOB = ("start", "stop", "block", "elements", "aligned", "sampled", "dtype", "chu
 SOURCE = ("fd", "begin", "dtype", "memory", "coded")
 CODED = (
     "form", "width", "columns", "stride", "scales", "zeros", "height", "m", "n", "down", "across", "line", "hashed",
-    "table", "stored", "groups",
+    "table", "stored", "groups", "biases", "factor",
 )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def codes_of(**numbers: int) -> Change:
     """The second source as int8 codes in a file, 100 columns with a scale each row."""
 
     def change(call: Call) -> None:
-        row = dict(zip(CODED, (2, 8, 100, 100, 2, -1, 100, 1, 100, 100, 1, 0, 0, -1, -1, -1), strict=True))
+        row = dict(zip(CODED, (2, 8, 100, 100, 2, -1, 100, 1, 100, 100, 1, 0, 0, -1, -1, -1, -1, -1), strict=True))
         call.coded.append(row | numbers)
         call.sources[1].update(fd=0, coded=0)
         call.arrays = (*call.arrays, np.ones(100, np.float32))
@@ -145,13 +145,17 @@ def words_of(**numbers: int) -> Change:
     """The second source as words of four bits, stored transposed, 80 columns of 125 rows."""
 
     def change(call: Call) -> None:
-        row = dict(zip(CODED, (7, 4, 80, 125, 2, 3, 0, 0, 0, 0, 1, 0, 0, -1, 4, 5), strict=True))
+        row = dict(zip(CODED, (7, 4, 80, 125, 2, 3, 0, 0, 0, 0, 1, 0, 0, -1, 4, 5, -1, -1), strict=True))
         call.coded.append(row | numbers)
         call.sources[1].update(coded=0)
         more = np.ones((125, 1), np.float32), np.zeros((125, 1), np.float32), np.zeros((10, 125), np.uint32)
         call.arrays = (*call.arrays, *more, np.zeros(80, np.int32))
 
     return change
+
+
+def _more(call: Call, array: Any) -> None:
+    call.arrays = (*call.arrays, array)
 
 
 DRAWN = operation(codes.DRAW, 0, 0)
@@ -270,6 +274,16 @@ BAD: dict[str, Change] = {
     "scales in no array": codes_of(scales=3),
     "scales for a part of the columns": codes_of(n=50),
     "a table that is not there": codes_of(form=4, width=4, stride=50),
+    "biases in no array": codes_of(biases=3),
+    "biases that are too few": both(codes_of(biases=3), lambda call: _more(call, np.zeros(99, np.float32))),
+    "a factor in no array": codes_of(factor=3),
+    "codes in no array": codes_of(stored=3),
+    "codes in memory that are too few": both(
+        codes_of(stored=3), lambda call: _more(call, np.zeros(SIZE - 1, np.uint8))
+    ),
+    "codes in memory that are hashed": both(
+        codes_of(stored=3, hashed=1), lambda call: _more(call, np.zeros(SIZE, np.uint8))
+    ),
     "words of no width": words_of(width=5),
     "words of too few rows": words_of(stride=124),
     "words beyond their array": words_of(stride=126),
@@ -294,17 +308,63 @@ def test_a_call_that_does_not_fit_touches_nothing(case: str) -> None:
     assert case == "rows that do not fill a register" or all(map(np.array_equal, before, after))
 
 
-@pytest.mark.parametrize("case", ["codes", "words"])
+def in_memory(call: Call) -> None:
+    """The second source as int8 codes in memory, with a bias a row and a factor."""
+    codes_of(stored=3, biases=4, factor=5)(call)
+    for array in (np.full(SIZE, 3, np.uint8), np.ones(100, np.float32), np.full(1, 2, np.float32)):
+        _more(call, array)
+
+
+CODES = {"codes": (codes_of(), 3), "words": (words_of(), 0), "codes in memory": (in_memory, 8)}
+
+
+def decoded(call: Call, data: Any, start: int = 0) -> Any:
+    out = np.empty(SIZE - start, np.float32)
+    module: Any = kernels.native()
+    module.decode(np.array(list(call.coded[0].values()), np.int64), data, out, start, call.arrays)
+    return out
+
+
+@pytest.mark.parametrize("case", CODES)
+def test_codes_alone_are_read_as_in_the_loop(case: str) -> None:
+    call, data = Call(), np.full(SIZE, 3, np.uint8)
+    change, value = CODES[case]
+    change(call)
+    assert np.array_equal(decoded(call, data), np.full(SIZE, value))
+    if case == "codes":
+        assert np.array_equal(decoded(call, data[9700:], 9730), np.full(270, value))
+        for few in (data[:-1], data[:0]):
+            with pytest.raises(ValueError, match="codes are too short"):
+                decoded(call, few)
+    for start in (-1, 1 << 62):
+        with pytest.raises(ValueError, match="outside"):
+            kernels.native().decode(np.array(list(call.coded[0].values())), data, np.empty(4, np.float32), start, ())
+
+
+def test_codes_that_do_not_fit_are_refused_alone_too() -> None:
+    refused = 0
+    for change in BAD.values():
+        call = Call()
+        change(call)
+        if call.coded:
+            refused += 1
+            with pytest.raises(ValueError, match=r"^[a-z][a-z0-9 ,.]+$"):
+                decoded(call, np.zeros(SIZE, np.uint8))
+    assert refused > 20
+
+
+@pytest.mark.parametrize("case", CODES)
 def test_codes_that_fit_are_read(case: str, tmp_path: Path) -> None:
     """So that what is refused above is refused for what was changed."""
     call = Call()
     with (tmp_path / "codes").open("w+b") as file:
         file.write(bytes([3]) * SIZE)
         file.flush()
-        (codes_of() if case == "codes" else words_of())(call)
+        change, value = CODES[case]
+        change(call)
         call.sources[1]["fd"] = file.fileno()
         assert call.run()
-    assert np.array_equal(call.out, np.arange(SIZE) + (3 if case == "codes" else 0))
+    assert np.array_equal(call.out, np.arange(SIZE) + value)
 
 
 def test_no_random_call_leaves_its_arrays() -> None:
@@ -316,7 +376,7 @@ def test_no_random_call_leaves_its_arrays() -> None:
     for _ in range(4000):
         call = Call()
         if rng.random() < 0.3:
-            (codes_of() if rng.random() < 0.5 else words_of())(call)
+            (codes_of(), words_of(), in_memory)[rng.integers(3)](call)
         if rng.random() < 0.5:
             then(operation(int(rng.integers(0, 29)), 2, 0, 0, 0, 0, models=int(rng.integers(0, 2))))(call)
             if rng.random() < 0.3:
@@ -326,7 +386,10 @@ def test_no_random_call_leaves_its_arrays() -> None:
             row = places[rng.integers(len(places))]
             row[list(row)[rng.integers(len(row))]] = numbers[rng.integers(len(numbers))]
         try:
-            call.run()
+            if call.coded and rng.random() < 0.5:
+                decoded(call, np.zeros(SIZE, np.uint8))
+            else:
+                call.run()
         except (ValueError, MemoryError):
             refused += 1
     assert 1000 < refused < 4000
@@ -343,9 +406,7 @@ def test_both_languages_have_one_table() -> None:
     assert len(set(plain.values()) - {codes.PIECE, codes.DIRECT}) == 29
 
 
-@pytest.mark.parametrize(
-    "name", ["put", "add", "steps_unpack", "steps_count", "steps_place", "ordered_product", "scaled"]
-)
+@pytest.mark.parametrize("name", ["put", "add", "steps_unpack", "steps_count", "steps_place", "ordered_product"])
 def test_the_other_entry_points_bound_what_they_shift_and_divide_by(name: str) -> None:
     module: Any = kernels.native()
     u8, floats = np.zeros(64, np.uint8), np.zeros(64, np.float32)
@@ -377,11 +438,6 @@ def test_the_other_entry_points_bound_what_they_shift_and_divide_by(name: str) -
             for starts, shift in (([0, 9, 2], 7), ([-4, 1, 2], 7), ([0, 1, 2], 40))
         ],
         "ordered_product": [(floats, floats, floats, far, 4, far), (floats, floats, floats, -2, 4, -2)],
-        "scaled": [
-            (u8, floats, floats[:0], np.zeros(1, np.int64), floats.copy(), 0, 8, far, far, 4),
-            (u8, floats, floats[:0], np.zeros(1, np.int64), floats.copy(), 0, 8, 4, 4, -1),
-            (u8, floats, floats[:0], np.zeros(1, np.int64), floats.copy(), 3, 64, 4, 64, 4),
-        ],
     }  # fmt: skip
     for arguments in calls[name]:
         with pytest.raises(ValueError, match=r"array is shorter|no such"):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import E2M1, E4M3, BlockCoder, CodedMatrix, ColumnCoder, Integers, Lattice
+from deltamerge.formats.quantised.coder import BlockCoder, CodedMatrix, ColumnCoder, Lattice, by_rows
+from deltamerge.formats.quantised.codes import E2M1, E4M3, Integers
 from deltamerge.formats.quantised.feedback import DAMPING, Feedback, total
 from deltamerge.formats.quantised.nvfp4 import Nvfp4Coder
-from deltamerge.formats.quantised.scheme import by_rows
 from deltamerge.tensors.tensor import TensorInfo, stored
 
 Doubles = np.ndarray

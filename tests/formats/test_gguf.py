@@ -22,9 +22,9 @@ from running import make_plan, run
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltamerge.errors import InputError
-from deltamerge.formats.gguf import header
+from deltamerge.formats.gguf import file as gguf_file
 from deltamerge.formats.gguf.config import ARCHITECTURES
-from deltamerge.formats.gguf.header import read_gguf_header
+from deltamerge.formats.gguf.file import read_gguf_header
 from deltamerge.formats.gguf.model import tensor_of
 from deltamerge.models import hub_client
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
@@ -282,7 +282,7 @@ def test_a_file_is_opened_without_torch(tmp_path):
 
 def test_the_package_is_asked_for(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", "llama")
-    for cached in (header.package, header.block_of):
+    for cached in (gguf_file.package, gguf_file.block_of):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="GGUF files need gguf") as raised:

@@ -15,6 +15,7 @@ import torch
 from conftest import LEVELS, make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_files import check_the_loop
 from quantised_models import fp8
 
 from deltamerge.engine import kernels
@@ -41,6 +42,8 @@ def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarra
     out = np.full(count, np.nan, np.float32)
     with Reader() as reader:
         reader.read_into(info, start, out)
+        if stop is None and not start:
+            check_the_loop(info, reader, out)
     return out
 
 

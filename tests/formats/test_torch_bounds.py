@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from deltamerge.errors import InputError
-from deltamerge.formats import pickle_reader
+from deltamerge.formats import torch_bin
 from deltamerge.formats.dcp import _Metadata
-from deltamerge.formats.pickle_reader import FREE, Machine, run
-from deltamerge.formats.torch_bin import MAX_MEMBERS, read_torch_header
+from deltamerge.formats.torch_bin import FREE, MAX_MEMBERS, Machine, read_torch_header, run
 
 SIZE = 20_000_000
 START = b"\x80\x02"
@@ -106,7 +105,7 @@ def test_what_torch_writes_is_far_below_the_bounds(
     tmp_path: Path, count: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a twentieth of what is free; views of one storage make the densest pickle."""
-    monkeypatch.setattr(pickle_reader, "FREE", FREE // 20)
+    monkeypatch.setattr(torch_bin, "FREE", FREE // 20)
     whole = torch.ones(count)
     for values in ([torch.ones(1, 1) for _ in range(count)], [whole[i : i + 1] for i in range(count)]):
         torch.save({name.format(i, i): value for i, value in enumerate(values)}, tmp_path / "x.bin")

@@ -327,7 +327,9 @@ def test_opposite_directions_have_no_mean(models, tmp_path):
 
 def test_another_package_registers_a_method_by_an_entry_point(tmp_path, monkeypatch):
     (tmp_path / "halves.py").write_text(
-        "from deltamerge.methods.registry import MergeMethod\nhalf = MergeMethod('half', 'halves:half', 'x / 2')\n"
+        "from deltamerge.methods.registry import MergeMethod\n"
+        "def halved(x, *, tile): ...\nhalf = MergeMethod('half', 'halves:halved', 'x / 2')\n"
+        "itself = MergeMethod('itself', 'halves:itself', 'x')\n"
     )
     info = tmp_path / "halves-1.0.dist-info"
     info.mkdir()
@@ -335,6 +337,9 @@ def test_another_package_registers_a_method_by_an_entry_point(tmp_path, monkeypa
     (info / "entry_points.txt").write_text("[deltamerge.methods]\nhalf = halves:half\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert [method.name for _, method in third_party()] == ["half"]
+    (info / "entry_points.txt").write_text("[deltamerge.methods]\nitself = halves:itself\n")
+    with pytest.warns(PluginWarning, match="entry point halves:itself of halves is left out: its function is none"):
+        assert not list(third_party())
     (info / "entry_points.txt").write_text("[deltamerge.methods]\nhalf = halves:missing\n")
     with pytest.warns(PluginWarning, match="entry point halves:missing of halves is left out: AttributeError"):
         assert not list(third_party())

@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, tiny_bert_pair
-from running import make_plan, run
+from running import activations_of, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.errors import InputError
@@ -120,15 +120,13 @@ def test_random_masks_are_the_same_beside_protected_columns(bert: Path, tmp_path
 
 def largest_inputs(bert: Path, k: int) -> dict[str, list[int]]:
     """The k features of largest mean |x| of each linear layer, over the rows that the stage measures."""
-    from deltamerge.calibrate.stage import activations
-
     path = bert / "measure.yaml"
     path.write_text(
         "base_model: ./base\nmodels: [{model: ./tuned, name: t, prune: {method: wanda, density: 0.1}}]\n"
         "calibration: {data: calib.jsonl, sequences: 8, length: 12, seeds: 1}\n"
     )
-    statistics = activations(source=make_plan(path).sources[0])
-    return {n: sorted(np.argsort(-s.mean_abs, kind="stable")[:k].tolist()) for n, s in statistics.items()}
+    found = activations_of(path).items()
+    return {n: sorted(np.argsort(-s.mean_abs, kind="stable")[:k].tolist()) for n, s in found}
 
 
 @pytest.mark.parametrize("method", ["dare", "magnitude", "wanda"])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import load_tensors, make_checkpoint
+from conftest import load_tensors, make_checkpoint, write_json
 from running import make_plan, run
+from safetensors.torch import save_file
 
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.run.apply import apply
@@ -328,3 +329,47 @@ def test_the_usual_lambda_follows_the_number_of_models(pair, tmp_path, method, f
             for k, given in enumerate(("", "lambda: 1"))
         )
         np.testing.assert_allclose(usual, expected * plain, rtol=1e-6)
+
+
+CORES = [("iso_c", ""), ("tsv_m", BALANCE), ("svc", ""), ("wudi", BALANCE)]
+
+
+def write_lora(folder: Path, weight: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    stem = f"base_model.model.{weight.removesuffix('.weight')}"
+    folder.mkdir()
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": len(a), "lora_alpha": 6})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("method", "more"), CORES)
+def test_loras_are_merged_in_their_core(tmp_path, method, more, turned):
+    """As whole deltas would be that no dtype had rounded; one of three models leaves the weight alone."""
+    generator = torch.Generator().manual_seed(5)
+    weight, other, config = "h.0.attn.c_attn.weight", "h.1.mlp.weight", {"model_type": "gpt2"} if turned else None
+    base = {weight: torch.randn(24, 40, generator=generator).bfloat16(), other: torch.zeros(4, 4)}
+    make_checkpoint(tmp_path / "base", base, config=config)
+    inputs, outputs = (24, 40) if turned else (40, 24)
+    deltas = [np.zeros((outputs, inputs))]
+    for name, rank in (("a", 2), ("b", 3)):
+        a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+        write_lora(tmp_path / name, weight, a, b)
+        deltas.insert(0, 6.0 / rank * b.double().numpy() @ a.double().numpy())
+    write_lora(tmp_path / "c", other, torch.ones(1, 4), torch.ones(4, 1))
+    recipe = text(method, names=["base+./b", "base+./a", "base+./c"], more=f"{more}\ndtype: float32")
+    merged = merge(tmp_path, tmp_path, recipe)
+    assert any("core of at most 5 directions" in note for note in make_plan(next(tmp_path.glob("*.yaml"))).remarks)
+    formula = (lambda ds: reference.wudi(ds, 1.0)) if method == "wudi" else getattr(reference, method)
+    wanted = reference.usual_lambda(method, 3) * formula(reference.balanced(deltas) if more else deltas)
+    allowed = 2.0**-24 * float(base[weight].float().abs().max()) + 2.0**-20 * np.abs(wanted).max()
+    np.testing.assert_allclose(added(merged, tmp_path / "base", weight), wanted.T if turned else wanted, atol=allowed)
+
+
+@pytest.mark.parametrize("more", ["prune: {method: magnitude, density: 0.5}", "parameters: {steps: 3}"])
+def test_what_changes_whole_deltas_is_in_no_core(tmp_path, more):
+    make_checkpoint(tmp_path / "base", {Q: torch.zeros(24, 40)})
+    for name in "ab":
+        write_lora(tmp_path / name, Q, torch.ones(2, 40), torch.ones(24, 2))
+    recipe = text("wudi", names=["base+./a", "base+./b"]).replace("parameters: {}\n", "") + more
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert not any("core" in note for note in make_plan(tmp_path / "recipe.yaml").remarks)

@@ -14,7 +14,7 @@ from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from running import make_plan
 
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q.statistics import LayerStatistics
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import expected_bits, uniform_density

@@ -26,7 +26,8 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.formats import safetensors as writer
 from deltamerge.formats.quantised import scheme as codings
 from deltamerge.formats.quantised import writer as coded_writer
-from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers, ScaleChoice, _coded, coded
+from deltamerge.formats.quantised.coder import ScaleChoice, _coded, coded
+from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers
 from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.plan.quantise import _renumbered
 from deltamerge.run.partition import Part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -192,19 +191,3 @@ def test_a_public_name_is_the_one_of_its_module(name: str) -> None:
     found = getattr(deltamerge, name)
     assert found.__name__ == name
     assert deltamerge._HOME.keys() == set(deltamerge.__all__) - {"__version__"}
-
-
-@pytest.mark.parametrize(("old", "name"), [("run.adamr", "AdamR"), ("run.sglang_switch", "EngineSwitch")])
-def test_the_documented_old_imports_work_and_say_the_new_one(old: str, name: str) -> None:
-    sys.modules.pop(f"deltamerge.{old}", None)
-    with pytest.warns(DeprecationWarning, match=f"from deltamerge import {name}") as said:
-        module = importlib.import_module(f"deltamerge.{old}")
-    assert getattr(module, name) is getattr(deltamerge, name)
-    assert len(said) == 1
-
-
-def test_the_warning_is_shown_at_the_line_that_imports() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from deltamerge.run.adamr import AdamR"], capture_output=True, text=True, check=True
-    )
-    assert done.stderr.startswith("<string>:1: DeprecationWarning: deltamerge.run.adamr has moved")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from deltamerge.apps.moe.layout import FAMILIES
-from deltamerge.apps.moe.routers import routers
+from deltamerge.engine.execute import shared_values
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.run.lock import Lock
@@ -174,13 +174,18 @@ def reference(folder: Path, mode: str) -> np.ndarray:
     return np.stack(rows, 1)
 
 
+def routers_of(planned):
+    node = planned.mixture.routers
+    return shared_values([node], {})[node]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_routers_are_those_of_the_formula_in_float64(tmp_path, family):
     for seed, name in enumerate(("base", "a", "b")):
         dense(tmp_path / name, family, seed)
     for mode in ("hidden", "hidden_last", "hidden_avg", "mlp_input", "cheap_embed"):
         planned = make_plan(recipe(tmp_path, f"{PROMPTS}gate_mode: {mode}\n"))
-        found = routers(spec=planned.mixture.spec)
+        found = routers_of(planned)
         np.testing.assert_allclose(found.values, reference(tmp_path / "base", mode), atol=2e-5, rtol=0)
         np.testing.assert_allclose(np.linalg.norm(found.values, axis=-1), 1.0, atol=1e-6)
         rows = found.values.astype(np.float64)
@@ -201,8 +206,8 @@ def test_drawn_routers_follow_the_seed_alone(tmp_path):
     for mode in ("random", "uniform_random"):
         for seed in (0, 1):
             planned = make_plan(recipe(tmp_path, text.replace("{}", mode, 1).replace("{}", str(seed), 1)))
-            values[mode, seed] = routers(spec=planned.mixture.spec).values
-            assert np.array_equal(values[mode, seed], routers(spec=planned.mixture.spec).values)
+            values[mode, seed] = routers_of(planned).values
+            assert np.array_equal(values[mode, seed], routers_of(planned).values)
         assert not np.array_equal(values[mode, 0], values[mode, 1])
     assert np.abs(values["uniform_random", 0]).max() <= 1 / np.sqrt(32)
     assert values["random", 0].std() > 0.8

@@ -96,7 +96,7 @@ MERGED = {
     "gptq of 8 bits": lambda: gptq(8, outputs=736, ordered=False),
     "awq": lambda: awq(24, 1000),
     "mlx of small floats": lambda: mlx_floats(300),
-    **{name: CASES[name] for name in CASES if name[:3] in ("nf4", "fp4", "nvf") or "compressed" in name},
+    **{name: CASES[name] for name in CASES if name[:3] in ("nf4", "fp4", "nvf", "mlx", "int") or "compressed" in name},
 }
 
 

@@ -11,9 +11,9 @@ import torch
 from raw_tensors import Stored, stored, widened, write_checkpoint
 from tolerance import after_rounding
 
+from deltamerge.formats.peft.adapter import replaced_rows
 from deltamerge.formats.peft.lora import added, expert_updates, low_rank, residual
 from deltamerge.formats.peft.lycoris import hadamard, kronecker
-from deltamerge.formats.peft.parts import replaced_rows
 from deltamerge.formats.safetensors import read_header
 from deltamerge.tensors import experts as experts_module
 from deltamerge.tensors.experts import join, turned, unfold

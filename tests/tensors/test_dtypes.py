@@ -32,7 +32,7 @@ def test_other_tables_have_the_same_codes() -> None:
 
 @pytest.mark.parametrize("code", DTYPES)
 def test_elements_have_the_size_of_numpy_s_and_torch_s(code: str) -> None:
-    assert NUMPY[code].itemsize == ITEMSIZE[code]
+    assert np.dtype(NUMPY[code]).itemsize == ITEMSIZE[code]
     if code in TORCH_NAMES:
         assert torch_dtype(code).itemsize == ITEMSIZE[code]
         assert code_of(torch_dtype(code)) == code

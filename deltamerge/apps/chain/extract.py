@@ -41,7 +41,7 @@ from deltamerge.models.chain.mirror import Mirror, WrittenDiffs, style_of, write
 from deltamerge.models.chain.publish import one_writer
 from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.references import Models
+from deltamerge.models.references import Models, as_made_from
 from deltamerge.recipe.file import RecipeFile, read_text
 from deltamerge.recipe.prune import Advice, choose
 from deltamerge.run.options import Options
@@ -207,7 +207,7 @@ def extract_as(
         if after is not None:
             raise UsageError("--after is for a model: a chain has its own order")
         versions = line(Path(model) / head(Path(model)))
-        origin = _plain(base or str(versions[0].delta.manifest.base), pickles)
+        origin = _plain(base or str(versions[0].delta.manifest.base), pickles, versions[0].delta)
         with Mirror(out, style) as mirror, errors.context(model):
             return mirror.catch_up(versions, origin, workers)
     if base is None:
@@ -246,13 +246,17 @@ def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
     return CHECKSUMS[diffs[name].algorithm](flat(bits)) == diffs[name].checksum
 
 
-def _plain(reference: str, pickles: bool) -> Checkpoint:
-    """Return a model whose stored tensors are its own. InputError: it is quantised, or has several components."""
+def _plain(reference: str, pickles: bool, delta: DeltaFile | None = None) -> Checkpoint:
+    """Return a model whose stored tensors are its own, or are those that a `delta` changes.
+
+    InputError: it is quantised, and the delta is not of its codes; or it has several components.
+    """
     found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
     with errors.context(reference):
         if not found.is_simple:
             raise InputError("has several components", hint="a folder of versions for each")
-        if decoded(found).quantised is not None:
+        form = decoded(found)
+        if (form if delta is None else as_made_from(form, delta)).quantised is not None:
             raise InputError("is quantised, and other projects' versions of it are not written", hint="name it in bf16")
     return found
 

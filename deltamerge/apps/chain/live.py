@@ -241,7 +241,7 @@ class Delta(Iterator[Patch]):
         if not alike or (place is None and base is None):
             self._refuse(held, sources)
         first = self._versions[0].delta.manifest
-        origin = open_origin(str(first.base if base is None else base))
+        origin = open_origin(str(first.base if base is None else base), self._versions[0].delta)
         changes, delta = [], folded(self._versions)
         kinds = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
         with Reader() as reader:

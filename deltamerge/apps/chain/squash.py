@@ -73,7 +73,7 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
         for version in old:
             refuse_foreign(version.path)
         target, manifest = old[-1], old[0].delta.manifest
-        origin = open_origin(base or str(manifest.base), pickles=pickles)
+        origin = open_origin(base or str(manifest.base), old[0].delta, pickles=pickles)
         check_complete(old[0], origin)
         with publishing(chain, target.name, "folding") as folder:
             _write(folder, old, origin, workers)
@@ -105,7 +105,7 @@ def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = 
             refuse_foreign(version.path)
         found.append({"name": version.name, "state": version.state, "files": sorted({*files})})
     if base is not None:
-        origin = open_origin(base, pickles=pickles)
+        origin = open_origin(base, versions[0].delta, pickles=pickles)
         check_complete(versions[0], origin)
         with errors.context(str(path)), Reader() as reader:
             check(folded(versions, every=True), origin, reader, workers)
@@ -183,6 +183,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
         base=versions[0].base,
         state=last.state,
         step=None if last.note is None else last.note.step,
+        quantised_from=None if last.note is None else last.note.quantised_from,
         folded=[*earlier, *gone],
         files=stored_files(folder, files),
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 
-from deltamerge.calibrate.model.activations import collect
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q import statistics as statistics
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect
 from deltamerge.calibrate.q.subject import Subject
-from deltamerge.calibrate.spec import HELD_OUT, CalibrationInput, Spec
+from deltamerge.calibrate.spec import HELD_OUT, Spec
 from deltamerge.calibrate.stage import ACTIVATIONS, calibrating
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -65,16 +64,16 @@ class MaskEvidence:
     forward_passes: int
 
 
-def influence(source: CalibrationInput, stage: Node | None = None) -> dict[str, LayerStatistics]:
-    """Return statistics of the fine-tune's linear layers over the search rows, by its tensor names.
+def influence(stage: Node, *, drawn: bool = True) -> dict[str, LayerStatistics]:
+    """Return statistics of the linear layers of a calibration stage's fine-tune over its search rows, by tensor names.
 
-    With a calibration `stage` of that source, whose masks need no activations, they include its first mask.
+    `drawn`: with those of the first mask, which must need no activations.
     """
-    masks = [] if stage is None else [_first_masks(stage)]
-    most = 1 if stage is None else 2
-    with calibrating(source.model, most, ACTIVATIONS, device=source.device), Reader() as reader:
-        found = Subject(source, reader, masks).statistics(drawn=stage is not None)
-        return {name: layer for name, layer in found.items() if stage is None or layer.power is not None}
+    spec: Spec = stage.parameter("spec")
+    source, tensors = spec.source, replace(spec.models(stage.inputs)[0], protected={})
+    with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
+        found = Subject(source, tensors, reader).statistics(drawn=drawn)
+        return {name: layer for name, layer in found.items() if not drawn or layer.power is not None}
 
 
 def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
@@ -82,13 +81,15 @@ def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
     specs: list[Spec] = [stage.parameter("spec") for stage in stages]
     source = specs[0].source
     with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
-        found = Subject(source, reader).statistics(drawn=False)
-        transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
-        pairs = [(spec, stage) for spec, stage in zip(specs, stages, strict=True) if not (spec.shared and transposed)]
-        usable, masks = [spec for spec, _ in pairs], [_first_masks(stage) for _, stage in pairs]
+        models = [spec.models(stage.inputs)[0] for spec, stage in zip(specs, stages, strict=True)]
+        found = Subject(source, models[0], reader).statistics(drawn=False)
+        transposed = any(layer.transposed for layer in Subject(source, models[0], reader).layers.values())
+        some = [i for i, spec in enumerate(specs) if not (spec.shared and transposed)]
+        usable, masks = [specs[i] for i in some], tuple(models[i].masks[0] for i in some)
         # WANDA's activations
-        known = {node: found for spec, stage in pairs for node in stage.inputs[len(stage.inputs) - spec.shared :]}
-        comparison = _Comparison(Subject(source, reader, masks, known), usable)
+        known = {node: found for i in some for node in specs[i].shared_inputs(stages[i].inputs)}
+        tensors = replace(models[0], masks=masks, protected={})
+        comparison = _Comparison(Subject(source, tensors, reader, known), usable)
         losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
         lost, metric = comparison.nothing()
         return MaskEvidence(
@@ -103,17 +104,11 @@ def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
         )
 
 
-def _first_masks(stage: Node) -> dict[str, Node]:
-    """Return the masked deltas of a stage's first mask seed."""
-    spec: Spec = stage.parameter("spec")
-    return spec.masked(stage.inputs)[0]
-
-
 def passes(specs: Sequence[Spec]) -> int:
     """Return the most forward passes over the rows that `measure_influence` takes."""
     calibration = specs[0].source.calibration
     held = math.ceil(max(HELD_OUT, calibration.sequences) / calibration.sequences)
-    each = 2 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
+    each = 1 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
     return 3 + held + len(specs) * each + 3 * held  # activations, outputs to compare with; the base, the metric
 
 
@@ -150,8 +145,8 @@ class _Comparison:
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
         inputs = subject.batches["search"].inputs
-        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=lambda name, _: mask(name))
-        subject.count(inputs, 2)
+        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=mask)
+        subject.count(inputs)
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)
         points = [float(f"{q:.6g}") for q in np.geomspace(density, 1.0, POINTS)]

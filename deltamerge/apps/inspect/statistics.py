@@ -20,8 +20,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltamerge.calibrate.q import closed_forms as S
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
+from deltamerge.calibrate.q import statistics as S
+from deltamerge.calibrate.q.statistics import LayerStatistics
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError

@@ -72,8 +72,8 @@ def inspect(
         (stage,) = stages_of(pairs, model, base, calibration, [prune], device, pickles)
         from deltamerge.apps.inspect.evidence import influence
 
-        source = stage.parameter("spec").source
-        seen = activations(influence(source, stage), density, source.calibration.sequences)
+        sequences = stage.parameter("spec").source.calibration.sequences
+        seen = activations(influence(stage), density, sequences)
     lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
     made = Lock.read(lock).figures if lock.is_file() else None
     warnings = [*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)]

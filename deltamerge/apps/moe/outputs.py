@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge.apps.moe.layout import FAMILIES, MLP, OUTSIDE, MixtureLayout, Sizes, choose, config_of
 from deltamerge.apps.moe.routers import Prompts, Routers, RouterSpec, from_lock, routers
+from deltamerge.calibrate.spec import headers
 from deltamerge.engine import backends
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
@@ -121,8 +122,10 @@ class MixtureOutputs:
         self.settled = settle(recipe, inputs, without_keys(self.base.checkpoint.config))
         self.settled.check()
         self.config, notes = config_of(self.layout, self.settled.config, self.sizes)
+        self.embedding = self._embedding()
         self.spec = self._spec(memory)
-        self.routers = self.builder.graph.node(routers, kind="small", spec=self.spec)
+        read = [info.tensor for info in (*self.base.checkpoint.tensors.values(), self.embedding)]
+        self.routers = self.builder.graph.node(routers, read, kind="stage", spec=self.spec)
         self.notes += [*self._remarks(), *notes]
 
     def rows(self) -> list[Row]:
@@ -140,8 +143,7 @@ class MixtureOutputs:
                 done.add(number)
                 made += self._mlp_rows(number, stored.rpartition(".mlp.")[0])
         if self.layout.untied and HEAD not in self.base.stored.values():
-            embedding = self.spec.embedding
-            made.append(self._copy(HEAD, embedding, self._dtype(embedding), self.base.name))
+            made.append(self._copy(HEAD, self.embedding, self._dtype(self.embedding), self.base.name))
         if dropped:
             self.notes.append(f"left out, computed by its class: {some(dropped)}")
         return made
@@ -264,14 +266,18 @@ class MixtureOutputs:
             raise InputError(f"experts must have MLPs of one width, got {shown}", hint="take models of one size")
         return next(iter(found))[1]
 
-    def _spec(self, memory: int | None) -> RouterSpec:
-        """Return the inputs of the routers. InputError: the base has no config.json or no embedding of tokens."""
-        base, recipe = self.base, self.recipe
-        if base.checkpoint.config_file != CONFIG:
-            raise InputError(f"{base.name}: has no config.json, without which no mixture is made on it")
-        embedding = next((t for name, t in base.tensors.items() if TOKEN_EMBEDDING.search(name)), None)
+    def _embedding(self) -> TensorInfo:
+        """Return the base's embedding of tokens. InputError: it has none, or no config.json."""
+        if self.base.checkpoint.config_file != CONFIG:
+            raise InputError(f"{self.base.name}: has no config.json, without which no mixture is made on it")
+        embedding = next((t for name, t in self.base.tensors.items() if TOKEN_EMBEDDING.search(name)), None)
         if embedding is None:
-            raise InputError(f"{base.name}: has no embedding of tokens")
+            raise InputError(f"{self.base.name}: has no embedding of tokens")
+        return embedding
+
+    def _spec(self, memory: int | None) -> RouterSpec:
+        """Return the parameters of the routers. InputError: they take more memory."""
+        base, recipe = self.base, self.recipe
         gated = [x for x, gate in zip(self.shared, self.gated, strict=True) if gate] if self.layout.shared_gate else []
         experts = tuple(Prompts(model.name, *expert.prompts) for model, expert in (*self.experts, *gated))
         return RouterSpec(
@@ -279,18 +285,18 @@ class MixtureOutputs:
             experts,
             len(self.experts),
             len(self.layers),
-            embedding.shape[1],
+            self.embedding.shape[1],
             base.name,
             base.checkpoint.path,
-            tuple(base.checkpoint.tensors.values()),
-            embedding,
+            headers(base.checkpoint.tensors.values()),
+            self.embedding.shape[0],
             recipe.seed,
             self.device,
         ).within(memory)
 
     def _remarks(self) -> Iterator[str]:
         """Yield the parts of the models that are left out, and signs of a mistake."""
-        rows = self.spec.embedding.shape[0]
+        rows = self.spec.vocabulary
         for model in self.models:
             own = next((t for name, t in model.tensors.items() if TOKEN_EMBEDDING.search(name)), None)
             if own is not None and own.shape[0] != rows:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.calibrate.model.transformers_code import quiet, running
-from deltamerge.calibrate.spec import BASELINE_BYTES, resident, rounded
+from deltamerge.calibrate.spec import BASELINE_BYTES, TensorHeader, resident, rounded
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.files import progress
@@ -35,7 +35,7 @@ from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.recipe.schema import DRAWN
 from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.model.blocks import BlockModel, Inputs
@@ -68,8 +68,8 @@ class RouterSpec:
     width       of its hidden states
     model       the base's name
     checkpoint  its folder, with config.json and tokenizer
-    tensors     all of the base's
-    embedding   of its tokens
+    tensors     all of the base's, which are the inputs of the routers
+    vocabulary  tokens of the base's embedding, which is the last input
     seed        of drawn routers
     device      where the base runs
     """
@@ -81,8 +81,8 @@ class RouterSpec:
     width: int
     model: str
     checkpoint: Path
-    tensors: tuple[TensorInfo, ...]
-    embedding: TensorInfo
+    tensors: tuple[TensorHeader, ...]
+    vocabulary: int
     seed: int
     device: str
 
@@ -138,7 +138,7 @@ def from_lock(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.floa
     return Routers(values, kept)
 
 
-def routers(*, spec: RouterSpec) -> Routers:
+def routers(*inputs: Tensor, known: Mapping[Tensor, Any], spec: RouterSpec) -> Routers:
     """Return the routers of a mixture.
 
     InputError: there is no usable tokenizer, a prompt has no tokens or too many, or transformers cannot run the model.
@@ -147,7 +147,10 @@ def routers(*, spec: RouterSpec) -> Routers:
         return _record(spec, _draw(spec), {})
     with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
         tokens = _tokens(spec)
-        made = _embed(spec, reader, tokens) if spec.mode == "cheap_embed" else _run(spec, reader, tokens)
+        if spec.mode == "cheap_embed":
+            made = _embed(spec, inputs[-1], reader, tokens)
+        else:
+            made = _run(spec, inputs, reader, tokens)
     if not np.isfinite(made).all():
         raise InputError(f"routers of {spec.model}: its states on the prompts are not finite", hint="check the base")
     return _record(spec, made.astype(np.float32), tokens)
@@ -184,10 +187,10 @@ def _record(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Ro
 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     """Return the token ids of every prompt, after the tokenizer's first token where it has one."""
-    from deltamerge.calibrate.rows.batches import tokenizer_of
+    from deltamerge.calibrate.batches import tokenizer_of
 
     tokenizer = tokenizer_of(spec.checkpoint)
-    start, rows = tokenizer.bos_token or "", spec.embedding.shape[0]
+    start, rows = tokenizer.bos_token or "", spec.vocabulary
     found: dict[str, list[int]] = {}
     for text in spec.texts:
         with running("its tokenizer cannot take the prompts"):
@@ -200,14 +203,14 @@ def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     return found
 
 
-def _embed(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
+def _embed(spec: RouterSpec, embedding: Tensor, reader: Reader, tokens: Tokens) -> Vector:
     """Return (layers, experts, hidden) from sums of rows of the embedding, in float64."""
     known: dict[int, Vector] = {}
 
     def sum_of(texts: Sequence[str]) -> Vector:
         ids = [i for text in texts for i in tokens[text]]
         for i in set(ids) - known.keys():
-            known[i] = _row(spec, reader, i)
+            known[i] = _row(embedding, reader, i)
         return unit(np.sum([known[i] for i in ids], axis=0))
 
     vectors = []
@@ -217,20 +220,21 @@ def _embed(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
     return np.broadcast_to(np.stack(vectors), (spec.layers, len(vectors), spec.width))
 
 
-def _row(spec: RouterSpec, reader: Reader, token: int) -> Vector:
+def _row(embedding: Tensor, reader: Reader, token: int) -> Vector:
     import torch
 
     from deltamerge.tensors.dtypes import torch_dtype
 
-    raw = torch.empty(spec.width * ITEMSIZE[spec.embedding.dtype], dtype=torch.uint8)
-    reader.read_into(spec.embedding, token * spec.width, raw.numpy())
-    values: Vector = raw.view(torch_dtype(spec.embedding.dtype)).to(torch.float64).numpy()
+    width = embedding.shape[1]
+    raw = torch.empty(width * ITEMSIZE[embedding.dtype], dtype=torch.uint8)
+    reader.read_into(embedding, token * width, raw.numpy())
+    values: Vector = raw.view(torch_dtype(embedding.dtype)).to(torch.float64).numpy()
     return values
 
 
-def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
+def _run(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: Tokens) -> Vector:
     """Return (layers, experts, hidden) from the states of the base, which goes through the prompts block by block."""
-    states = _states(spec, reader, tokens)
+    states = _states(spec, inputs, reader, tokens)
 
     def mean(texts: Sequence[str]) -> Vector:
         total: Vector = np.sum([states[text] for text in texts], axis=0) / len(texts)
@@ -255,11 +259,11 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
     return np.where(same[..., None], 0.0, vector)
 
 
-def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:
+def _states(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """Return (layers, hidden) of every prompt."""
+    from deltamerge.calibrate.batches import config_of
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
     from deltamerge.calibrate.model.passes import stored
-    from deltamerge.calibrate.rows.batches import config_of
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
 
@@ -268,16 +272,16 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and len(tokens[longest]) > most:
         raise InputError(f"prompt {longest[:40]!r} has {len(tokens[longest])} tokens, the model {most} positions")
-    infos = {tensor.name: tensor for tensor in spec.tensors}
+    own = {header.name: tensor for header, tensor in zip(spec.tensors, inputs, strict=False)}
 
     ordered = sorted(tokens, key=lambda text: len(tokens[text]))
     # the first batch goes through the head too, which is large
     groups = [ordered[:1], *(ordered[i : i + BATCH] for i in range(1, len(ordered), BATCH))]
     batches = [_batch([tokens[text] for text in group]) for group in groups]
-    model = BlockModel(config, infos, device=torch_device(spec.device), pad_token_id=0)
+    model = BlockModel(config, own, device=torch_device(spec.device), pad_token_id=0)
     if len(model.blocks) != spec.layers:
         raise InputError(f"{type(model.module).__name__} has {len(model.blocks)} blocks, the files {spec.layers}")
-    weights = from_reader(lambda name: stored(reader, infos[name]))
+    weights = from_reader(lambda name: stored(reader, own[name]))
     watch = _Watch(model, batches, mean=spec.mode == "hidden_avg", mlp=spec.mode == "mlp_input")
     with single_threaded({"torch"}), progress.phase(f"routers of {spec.model}", 1, progress.PASSES) as phase:
         model.walked = lambda batches, passes: phase.begin(passes)
@@ -322,13 +326,12 @@ class _Watch:
     def see(self, layer: Any, x: Any, batch: int) -> None:
         """Linear layers are of no use here."""
 
-    def leave(self, layers: Sequence[Any]) -> bool:
+    def leave(self, layers: Sequence[Any]) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks, self.part = [], self.part + 1
         if self.part == len(self.places) and all(self.found):
             raise _Enough
-        return False
 
     def _keep(self, layer: int, module: Any, args: Any) -> None:
         """Keep what a module of a layer is given: (B, T, H), padded on the right."""

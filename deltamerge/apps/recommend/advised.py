@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
 from deltamerge.apps.recommend.merge import EACH, ROWS_SAVE, MergeAdvice, merge_advice, names_of
-from deltamerge.calibrate.rows.rows import FILES
+from deltamerge.calibrate.rows import FILES
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import read_recipe

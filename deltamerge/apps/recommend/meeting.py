@@ -128,7 +128,7 @@ def measured(*found: Any) -> tuple[Any, ...]:
 
 
 def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict:
-    """Return the conflict of the deltas in the nodes of a merge by `iso_c`, by tensor."""
+    """Return the conflict of the deltas in the nodes of a merge by `iso_cts`, by tensor."""
     graph, wanted, count, size = Graph(), {}, 0, 0
     for name, root in roots.items():
         base, deltas, form, transposed = parts_of(root)
@@ -149,7 +149,7 @@ def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict
 
 
 def parts_of(root: Node) -> tuple[Node, list[Node], Form | None, bool]:
-    """Return the base, the deltas, the matrix form of a tensor that iso_c merges, and whether it is stored transposed.
+    """Return the base, the deltas, the form of a tensor that iso_cts merges, and whether it is stored transposed.
 
     No form: it is no matrix.
     """

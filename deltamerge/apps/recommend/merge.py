@@ -23,15 +23,14 @@ from pydantic import Field
 from deltamerge.apps.inspect.statistics import Figures, parse
 from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict, measure
-from deltamerge.apps.recommend.prune import seen_from, with_comment
+from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, ScoredTask
 from deltamerge.apps.search.judge import StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
-from deltamerge.calibrate.rows.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
-from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.registry import MERGE
@@ -78,16 +77,19 @@ class Way:
 
 
 ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
-ISO_C = Way("iso_c", "iso_c", first=1.5)
+ISO_C = Way("iso_c, balanced", "iso_c", first=1.5, balanced=True)
+WHOLE = Way("iso_cts", "iso_cts")  # whose nodes have whole deltas, of LoRAs too
 TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
+SVC = Way("svc, balanced", "svc", first=0.7, balanced=True)
 WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
     Way("ties", "ties", {"density": 0.2}),
     ISO_C,
-    Way("tsv_m", "tsv_m"),
     TSV_M,
+    SVC,
     WUDI,
+    Way("wudi, balanced", "wudi", balanced=True),
     Way("regmean", "regmean"),
 )
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
@@ -123,7 +125,7 @@ class MergeCandidate(Figures):
     error: str | None = Field(description="Why it could not be judged.")
 
 
-class MergeAdvice(Figures):
+class MergeAdvice(Conclusion):
     """What `deltamerge recommend --json` prints of several models."""
 
     models: list[str]
@@ -140,15 +142,6 @@ class MergeAdvice(Figures):
     forward_passes: int = Field(description="Over the rows that are searched on, of each model; without fitting.")
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not that of the models.")
-
-    def __repr__(self) -> str:
-        return shown(f"<MergeAdvice {self._what}: {self.method}>")
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
-        return as_html(self._what, {"method": self.method, "why": why})
 
     @property
     def _what(self) -> str:
@@ -280,7 +273,7 @@ class _Adviser:
 
     def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
         """Return the advice without its recipe, and the input of the recipe."""
-        start, planning = self._recipe(ISO_C, 1.0), self.candidates.options
+        start, planning = self._recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots

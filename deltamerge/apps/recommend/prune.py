@@ -20,7 +20,7 @@ from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, activations, pair_recipe, pairs_of, together
 from deltamerge.apps.inspect.study import measure, open_pair, stages_of
-from deltamerge.calibrate.rows.rows import has_head, metric_of
+from deltamerge.calibrate.rows import has_head, metric_of
 from deltamerge.errors import OutputError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
@@ -101,7 +101,28 @@ class Evidence(Figures):
     forward_passes: int | None = Field(description="That all of this took, over the search rows.")
 
 
-class Recommendation(Figures):
+class Conclusion(Figures):
+    """Advice on `_what`, shown as its method in one line, in notebooks with the reasons."""
+
+    if TYPE_CHECKING:  # each kind of advice has them, in its own order
+        method: str
+        why: list[str]
+        warnings: list[str]
+
+        @property
+        def _what(self) -> str: ...
+
+    def __repr__(self) -> str:
+        return shown(f"<{type(self).__name__} {self._what}: {self.method}>")
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
+        return as_html(self._what, {"method": self.method, "why": why})
+
+
+class Recommendation(Conclusion):
     """What `deltamerge recommend --json` prints."""
 
     model: str
@@ -114,15 +135,6 @@ class Recommendation(Figures):
     candidates: list[PruneCandidate]
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
-
-    def __repr__(self) -> str:
-        return shown(f"<Recommendation {self._what}: {self.method}>")
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        why = "; ".join([*self.why, *(f"warning: {one}" for one in self.warnings)])
-        return as_html(self._what, {"method": self.method, "why": why})
 
     @property
     def _what(self) -> str:

@@ -138,5 +138,5 @@ def _activations(stage: Node) -> Activations:
     from deltamerge.apps.inspect.statistics import activations
 
     spec: Spec = stage.parameter("spec")
-    found = influence(spec.source, stage if spec.random and not spec.shared else None)
+    found = influence(stage, drawn=spec.random and not spec.shared)
     return activations(found, min(one.density for one in spec.pruned), spec.source.calibration.sequences)

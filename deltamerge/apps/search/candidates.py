@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, hidden, resident
+from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, ahead, headers, hidden, resident
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.references import Models
@@ -169,7 +169,7 @@ def memory(planned: Plan, study: Study) -> int:
     """
     states, part = 0, 0
     for tune, calibration in _rows(planned):
-        tensors = tuple(tune.checkpoint.tensors.values())
+        tensors = headers(tune.checkpoint.tensors.values())
         rows = calibration.model_copy(update={"sequences": max(calibration.sequences, HELD_OUT)})
         source = CalibrationInput(
             tune.name, tune.checkpoint.path, tensors, (), rows, planned.folder, 0, planned.device, False, 0

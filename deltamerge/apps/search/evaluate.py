@@ -15,11 +15,11 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from deltamerge import errors
+from deltamerge.calibrate.batches import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import COMPARED, stored
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
-from deltamerge.calibrate.rows.rows import (
+from deltamerge.calibrate.rows import (
     HEADS,
     LANGUAGE,
     DataRow,

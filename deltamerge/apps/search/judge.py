@@ -30,7 +30,7 @@ from deltamerge.apps.search.evaluate import (
     refuse_unknown,
 )
 from deltamerge.calibrate.model.blocks import Weights
-from deltamerge.calibrate.rows.rows import DataRow, rows_of, select, split
+from deltamerge.calibrate.rows import DataRow, rows_of, select, split
 from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece

@@ -33,12 +33,13 @@ from deltamerge.models.chain.folder import is_version
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.models.delta_file import to_torch
+from deltamerge.outputs.assets import RECIPE
 from deltamerge.outputs.delta import base_of
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile, read_recipe, read_text
 from deltamerge.run.options import Options
-from deltamerge.run.plans import RECIPE, Planner
+from deltamerge.run.plans import Planner
 from deltamerge.tensors.dtypes import PLAIN, bits_type, code_of, nbytes_of
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader, elements

@@ -7,22 +7,21 @@ one version, with the bytes of a gathered write.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from deltamerge.apps.train.trainer import (
     Bits,
+    ChainWriter,
     WrittenVersion,
     assets_of,
-    next_number,
+    local_of,
+    match,
     note_version,
     open_chain,
     weights_of,
@@ -33,18 +32,18 @@ from deltamerge.formats.delta.manifest import ENCODINGS
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.tensor_writer import SPOOL, BaseTensor, Spool, Storing, TensorWriter
 from deltamerge.formats.delta.writer import ArtifactWriter, Summary
-from deltamerge.models.chain.folder import Version, line
+from deltamerge.models.chain.folder import line
+from deltamerge.models.chain.mirror import Kind
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.delta_file import bits_of
 from deltamerge.outputs.delta import base_of
-from deltamerge.tensors.dtypes import FLOATING, code_of, nbytes_of, torch_dtype
+from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
 from deltamerge.tensors.lazy import torch
 
-Kind = tuple[str, tuple[int, ...]]
 Changed = dict[str, tuple[Array, Array]]  # flat positions and values of a tensor
 
 
-class ShardedDeltaWriter:
+class ShardedDeltaWriter(ChainWriter):
     """Adds a version to a chain for every call of `write`, from a model that FSDP2 or tensor parallelism has sharded.
 
         chain   its folder, which all processes see; made if it is not there, gone on with if it is
@@ -62,33 +61,15 @@ class ShardedDeltaWriter:
 
     def __init__(self, chain: str | Path, model: Any, *, base: str | Path | None = None) -> None:
         dist = torch.distributed
-        self.chain, self._model = Path(chain), model
-        named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
+        super().__init__(chain, model, base)
         self._group = dist.new_group(backend="gloo")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._held = ExitStack()
-        self._pending: Future[WrittenVersion] | None = None
         self._together(self._lock)
         try:
-            self._together(lambda: self._open(None if not named else os.fspath(named)))
+            self._together(self._open)
         except BaseException:
             self._held.close()
             raise
-
-    def __enter__(self) -> ShardedDeltaWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            self.close()
-        except Exception:
-            if error is None:
-                raise
-
-    @property
-    def last(self) -> str | None:
-        """Return the name of the version last published. None: there is none yet."""
-        return None if self._last is None else self._last.name
 
     def write(self, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write what has changed since the last version as the next one; returns what will say what was written.
@@ -98,45 +79,22 @@ class ShardedDeltaWriter:
         """
         self.flush()
         new = self._together(self._copied)
-        future: Future[WrittenVersion] = Future()
-        self._pending = future
-
-        def work() -> None:
-            try:
-                future.set_result(self._publish(f"{next_number(self._last, step):06d}", new, step))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name="deltamerge-shards").start()
-        return future
-
-    def flush(self) -> None:
-        """Wait until the version that is being written is there. Raises what it failed with, once."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Wait for the last version, and let the chain go. Raises what it failed with."""
-        try:
-            self.flush()
-        finally:
-            self._held.close()
+        return self._start(new, step)
 
     def _lock(self) -> None:
         if not self._rank:
             self._held.enter_context(one_writer(self.chain, "adding"))
 
-    def _open(self, base: str | None) -> None:
-        versions, origin = open_chain(self.chain, base)
-        self._last: Version | None = versions[-1] if versions else None
+    def _open(self) -> None:
+        versions, origin = open_chain(self.chain, self._named)
+        self._last = versions[-1] if versions else None
         self._base, self._assets = base_of(origin), assets_of(origin)
         self._kinds: dict[str, Kind] = {name: (info.dtype, tuple(info.shape)) for name, info in origin.tensors.items()}
         if self._last is not None:
             self._kinds = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
         state = self._model.state_dict()
-        _match(self._kinds, state)
-        self._places = {name: places_of(state[name], self._rank) for name in self._kinds}
+        match(self._kinds, state, self._model, sharded=True)
+        self._places = {n: places_of(state[n], self._rank) if n in state else None for n in self._kinds}
         self._owners = _owners(self._kinds, self._world)
         self._local: Bits = {}
         self._owned: Bits = {}
@@ -154,7 +112,7 @@ class ShardedDeltaWriter:
         with torch.no_grad():
             for name, (dtype, _) in self._kinds.items():
                 if self._places[name] is not None:
-                    local = _local(state[name])
+                    local = local_of(state[name])
                     made = torch.empty(local.shape, dtype=torch_dtype(dtype))
                     found[name] = bits_of(made.copy_(local))
         return found
@@ -312,10 +270,6 @@ def _chunks(index: Any, count: int) -> list[Any]:
     return found + [index[:0]] * (count - len(found))
 
 
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
-
-
 def _owners(kinds: Mapping[str, Kind], world: int) -> dict[str, int]:
     """Return the process that codes each tensor: the largest go first, to who has least."""
     owners, loads = dict[str, int](), [0] * world
@@ -323,25 +277,6 @@ def _owners(kinds: Mapping[str, Kind], world: int) -> dict[str, int]:
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += nbytes_of(*kinds[name])
     return owners
-
-
-def _match(kinds: Mapping[str, Kind], state: Mapping[str, Any]) -> None:
-    """InputError unless the model has every tensor of the base, of a dtype that becomes its, and no weight more."""
-    hint = "model.save_pretrained(FOLDER) once, and base=FOLDER"
-    for name, (dtype, shape) in kinds.items():
-        tensor = state.get(name)
-        if tensor is None:
-            raise InputError(f"the model has no {name}, which the base has", hint=hint)
-        code = code_of(tensor.dtype)
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name} is {list(tensor.shape)}, in the base {list(shape)}", hint=hint)
-        if code != dtype and not {code, dtype} <= FLOATING:
-            raise InputError(f"{name} is {code or tensor.dtype}, in the base {dtype}", hint=hint)
-    known = {_local(state[name]).data_ptr() for name in kinds if _local(state[name]).numel()}
-    for name, tensor in state.items():
-        local = _local(tensor)
-        if name not in kinds and local.numel() and local.data_ptr() not in known and code_of(tensor.dtype) in FLOATING:
-            raise InputError(f"the base has no {name}, which the model has", hint=hint)
 
 
 def _nothing(start: int, stop: int) -> Array:

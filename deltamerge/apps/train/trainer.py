@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
@@ -34,7 +35,7 @@ from deltamerge.models.chain.folder import (
     write_note,
 )
 from deltamerge.models.chain.layers import check_complete, folded
-from deltamerge.models.chain.mirror import Mirror, notes_of
+from deltamerge.models.chain.mirror import Kind, Mirror
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
@@ -44,6 +45,9 @@ from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader, elements
+
+if TYPE_CHECKING:
+    from deltamerge.apps.chain.requantise import QuantisedChain
 
 Bits = dict[str, Array]
 
@@ -58,7 +62,67 @@ class WrittenVersion:
     nbytes: int
 
 
-class DeltaWriter:
+class ChainWriter:
+    """What writers of a chain's versions share: a thread writes one while the caller goes on, and the next waits."""
+
+    def __init__(self, chain: str | Path, model: Any, base: str | Path | None) -> None:
+        self.chain, self._model = Path(chain), model
+        named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
+        self._named = None if not named else os.fspath(named)
+        self._held = ExitStack()
+        self._last: Version | None = None
+        self._pending: Future[WrittenVersion] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+
+    @property
+    def last(self) -> str | None:
+        """Return the name of the version last published. None: there is none yet."""
+        return None if self._last is None else self._last.name
+
+    def flush(self) -> None:
+        """Wait until the version that is being written is there. Raises what it failed with, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._tell(pending.result())
+
+    def close(self) -> None:
+        """Wait for the last version, and let the chain go. Raises what it failed with."""
+        try:
+            self.flush()
+        finally:
+            self._held.close()
+
+    def _start(self, new: Bits, step: int | None) -> Future[WrittenVersion]:
+        """Have a thread publish the next version."""
+        name = f"{next_number(self._last, step):06d}"
+        self._pending = future = Future[WrittenVersion]()
+
+        def work() -> None:
+            try:
+                future.set_result(self._publish(name, new, step))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="deltamerge-chain").start()
+        return future
+
+    def _publish(self, name: str, new: Bits, step: int | None) -> WrittenVersion:
+        raise NotImplementedError
+
+    def _tell(self, made: WrittenVersion) -> None:
+        """Say what was written, on the caller's thread."""
+
+
+class DeltaWriter(ChainWriter):
     """Adds a version to a chain for every call of `write`, from the weights of a model that is being trained.
 
         chain   its folder; made if it is not there, gone on with if it is
@@ -67,6 +131,8 @@ class DeltaWriter:
                 what the model's `name_or_path` says
         mirrors folders that get every version too, in other projects' layouts: {"updates": "slime"}, as of `extract
                 --as`; those that one lacks are written at once
+        quantized  chains that get every version too, over a quantised checkpoint of the base: {"run-fp8": "base-fp8"},
+                as of `extract --quantized`
         log     is given the figures of each version once it is there, on the thread that calls, as `wandb.log` and
                 `trackio.log` take them: its step, changed entries, their share, bytes
 
@@ -86,15 +152,14 @@ class DeltaWriter:
         *,
         base: str | Path | None = None,
         mirrors: Mapping[str | Path, str] | None = None,
+        quantized: Mapping[str | Path, str | Path] | None = None,
         log: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        self.chain, self._model, self._log = Path(chain), model, log
-        named = base if base is not None else getattr(getattr(model, "config", None), "name_or_path", None)
-        self._held = ExitStack()
+        super().__init__(chain, model, base)
+        self._log = log
         self._held.enter_context(one_writer(self.chain, "adding"))
-        self._pending: Future[WrittenVersion] | None = None
         try:
-            versions, origin = open_chain(self.chain, None if not named else os.fspath(named))
+            versions, origin = open_chain(self.chain, self._named)
             self._last = versions[-1] if versions else None
             self._origin, self._base, self._assets = origin, base_of(origin), assets_of(origin)
             self._bits = dict(weights_of(origin, versions))
@@ -103,28 +168,19 @@ class DeltaWriter:
             if self._last is not None:
                 self._shapes = {name: (c.dtype, c.shape) for name, c in self._last.contents.items()}
             if model is not None:
-                _match(self._shapes, model.state_dict())
-            self._mirrors = [self._held.enter_context(Mirror(Path(f), s)) for f, s in (mirrors or {}).items()]
+                match(self._shapes, model.state_dict(), model)
+            self._mirrors: list[Mirror | QuantisedChain] = []
+            for folder, style in (mirrors or {}).items():
+                self._mirrors.append(self._held.enter_context(Mirror(Path(folder), style)))
+            for folder, model_of in (quantized or {}).items():
+                from deltamerge.apps.chain.requantise import QuantisedChain
+
+                self._mirrors.append(self._held.enter_context(QuantisedChain(Path(folder), model_of, origin)))
             for mirror in self._mirrors:
                 _catch_up(mirror, versions, origin)
         except BaseException:
             self._held.close()
             raise
-
-    def __enter__(self) -> DeltaWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            self.close()
-        except Exception:
-            if error is None:
-                raise
-
-    @property
-    def last(self) -> str | None:
-        """Return the name of the version last published. None: there is none yet."""
-        return None if self._last is None else self._last.name
 
     def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write what has changed since the last version as the next one; returns what will say what was written.
@@ -138,42 +194,17 @@ class DeltaWriter:
             if self._model is None:
                 raise InputError("there is no model", hint="write(state_dict)")
             state = self._model.state_dict()
-        new = _copy(self._shapes, state, self._spare)
+        match(self._shapes, state, self._model)
+        new = _copy(self._shapes, state, self._spare, self._bits)
         self._spare = {}
-        number = next_number(self._last, step)
-        future: Future[WrittenVersion] = Future()
-        self._pending = future
+        return self._start(new, step)
 
-        def work() -> None:
-            try:
-                future.set_result(self._publish(f"{number:06d}", new, step))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name="deltamerge-chain").start()
-        return future
-
-    def flush(self) -> None:
-        """Wait until the version that is being written is there. Raises what it failed with, once."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            made = pending.result()
-            if self._log is not None:
-                share = made.changed / made.elements if made.elements else 0.0
-                figures = {
-                    "version": _number(made.path.name),
-                    "changed": made.changed,
-                    "share": share,
-                    "bytes": made.nbytes,
-                }
-                self._log({f"delta/{name}": value for name, value in figures.items()})
-
-    def close(self) -> None:
-        """Wait for the last version, and let the chain go. Raises what it failed with."""
-        try:
-            self.flush()
-        finally:
-            self._held.close()
+    def _tell(self, made: WrittenVersion) -> None:
+        if self._log is not None:
+            share = made.changed / made.elements if made.elements else 0.0
+            version = _number(made.path.name)
+            figures = {"version": version, "changed": made.changed, "share": share, "bytes": made.nbytes}
+            self._log({f"delta/{name}": value for name, value in figures.items()})
 
     def _publish(self, name: str, new: Bits, step: int | None) -> WrittenVersion:
         before = self._last
@@ -191,8 +222,7 @@ class DeltaWriter:
         before_bits, self._spare, self._bits = self._bits, self._bits, new
         for mirror in self._mirrors:
             if mirror.is_at(None if before is None else before.state):
-                kinds = self._shapes.items()
-                mirror.write((mirror.code(n, *kind, before_bits[n], new[n]) for n, kind in kinds), notes_of(self._last))
+                mirror.follow(self._last, self._shapes, before_bits, new)
             else:  # it failed at the version before
                 mirror.catch_up(line(self._last.path), self._origin, workers=1)
         size = sum(bits.size for bits in new.values())
@@ -212,8 +242,18 @@ def open_chain(chain: Path, base: str | None) -> tuple[tuple[Version, ...], Chec
     return versions, origin
 
 
-def note_version(folder: Path, name: str, before: Version | None, assets: Mapping[str, Path], step: int | None) -> None:
-    """Put files beside the weights and version.json to the artifact in `folder`, the version that will be `name`."""
+def note_version(
+    folder: Path,
+    name: str,
+    before: Version | None,
+    assets: Mapping[str, Path],
+    step: int | None,
+    source: Named | None = None,
+) -> None:
+    """Put files beside the weights and version.json to the artifact in `folder`, the version that will be `name`.
+
+    `source` is the version of a plain model's chain that it has in codes.
+    """
     assets = assets if before is None else {n: p for n, p in assets.items() if n == "config.json"}
     write_files({**assets}, folder)
     opened = DeltaFile.open(folder)
@@ -223,12 +263,13 @@ def note_version(folder: Path, name: str, before: Version | None, assets: Mappin
         state=state_of(contents(opened.manifest)),
         after=None if before is None else Named(name=before.name, state=before.state),
         step=step,
+        quantised_from=source,
         files=stored_files(folder, [*opened.files, *(folder / name for name in assets)]),
     )
     write_note(folder, note)
 
 
-def _catch_up(mirror: Mirror, versions: Sequence[Version], origin: Checkpoint) -> None:
+def _catch_up(mirror: Mirror | QuantisedChain, versions: Sequence[Version], origin: Checkpoint) -> None:
     """Write those versions that a mirror lacks. InputError: it is of another chain."""
     if versions:
         mirror.catch_up(versions, origin, workers=1)
@@ -277,14 +318,22 @@ def weights_of(origin: Checkpoint, versions: Sequence[Version]) -> Iterator[tupl
                 yield one.name, one.entry.whole(None if info is None else elements(reader, info))
 
 
-def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:
-    """InputError unless the state has every tensor of the base, of a dtype that becomes its, and no weight more."""
-    hint = "model.save_pretrained(FOLDER) once, and base=FOLDER; or write(state) with the base's names"
+def match(wanted: Mapping[str, Kind], state: Mapping[str, Any], model: Any, *, sharded: bool = False) -> None:
+    """InputError unless a state has every tensor of the base, of a dtype that becomes its, and no weight more.
+
+    The model's class may say which tensors of a checkpoint it does not load, such as layers that draft tokens: they
+    may be missing.
+    """
+    hint = "model.save_pretrained(FOLDER) once, and base=FOLDER"
+    hint += "" if sharded else "; or write(state) with the base's names"
+    left_out = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     for name, (dtype, shape) in wanted.items():
         tensor = state.get(name)
         if tensor is None:
+            if any(pattern.search(name) for pattern in left_out):
+                continue
             raise InputError(f"the model has no {name}, which the base has", hint=hint)
-        if hasattr(tensor, "full_tensor"):
+        if hasattr(tensor, "full_tensor") and not sharded:
             raise InputError(
                 f"{name} is spread over processes", hint="ShardedDeltaWriter, or write(full_state_dict) on one of them"
             )
@@ -293,21 +342,30 @@ def _match(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str
             raise InputError(f"{name} is {list(tensor.shape)}, in the base {list(shape)}", hint=hint)
         if code != dtype and not {code, dtype} <= FLOATING:
             raise InputError(f"{name} is {code or tensor.dtype}, in the base {dtype}", hint=hint)
-    known = {tensor.data_ptr() for name in wanted if (tensor := state[name]).numel()}
+    known = {local.data_ptr() for name in wanted if name in state and (local := local_of(state[name])).numel()}
     for name, tensor in state.items():
-        if name not in wanted and tensor.data_ptr() not in known and code_of(tensor.dtype) in FLOATING:
+        local = local_of(tensor)
+        is_weight = local.numel() > 0 and code_of(tensor.dtype) in FLOATING
+        if name not in wanted and is_weight and local.data_ptr() not in known:
             raise InputError(f"the base has no {name}, which the model has", hint=hint)
 
 
-def _copy(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any], spare: Bits) -> Bits:
+def local_of(tensor: Any) -> Any:
+    """Return this process's shard of a tensor, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _copy(wanted: Mapping[str, Kind], state: Mapping[str, Any], spare: Bits, before: Bits) -> Bits:
     """Return the bits of a state in the base's dtypes, rounded to the nearest, ties to even.
 
-    They are written into `spare` memory if given.
+    They are written into `spare` memory if given. Tensors that the state lacks are as `before`.
     """
-    _match(wanted, state)
     found: Bits = {}
     with torch.no_grad():
         for name, (dtype, shape) in wanted.items():
+            if name not in state:
+                found[name] = before[name]
+                continue
             target = spare.get(name)
             made = (
                 torch.empty(shape, dtype=torch_dtype(dtype))

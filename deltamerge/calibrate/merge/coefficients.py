@@ -56,14 +56,14 @@ def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrate
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         devices = torch_devices(spec.source.device)[: len(spec.parts)]
         share = math.ceil(len(spec.parts) / len(devices))
-        subjects = []
+        subjects, models = [], spec.models(inputs)
         for i, part in enumerate(spec.parts):
             source, reads = replace(part.source, share=share), i < len(devices)
             if len(devices) > 1:
                 cache = spec.source.cache if reads else source.cache
                 source = replace(source, device=str(devices[i % len(devices)]), cache=cache)
-            masks = spec.masked(inputs, i) if reads else ()
-            subjects.append(Subject(source, reader, masks, known, halved=spec.halved))
+            tensors = models[i] if reads else replace(models[i], masks=())
+            subjects.append(Subject(source, tensors, reader, known, halved=spec.halved))
         merge = _Merge(spec, subjects, subjects[: len(devices)])
         start = merge.start()
         fitted, path = _fit(merge, start)
@@ -222,11 +222,11 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     PATIENCE of them in a row that are no better end it.
     """
     from deltamerge.calibrate.model.candidates import Shared
-    from deltamerge.calibrate.model.spread import add_gradients, in_turns
+    from deltamerge.calibrate.model.devices import add_gradients, in_turns
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
-    size = max(1, TOGETHER // len(merge.subjects)) if merge.spec.runs_together else ALONE
+    size = _batch_rows(len(merge.subjects)) if merge.spec.runs_together else ALONE
     tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
@@ -296,6 +296,12 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     return {name: value.cpu() for name, value in kept.items()}, path
 
 
+def _batch_rows(models: int) -> int:
+    """Return the rows of each of `models` that run together: as few as the batches of a step of TOGETHER allow."""
+    batches = math.ceil(COEFFICIENT_STEP / max(1, TOGETHER // models))
+    return math.ceil(COEFFICIENT_STEP / batches)
+
+
 def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
     """Return the fitted numbers, and the function that makes every tensor's coefficients of them."""
     if scope == "model":
@@ -320,7 +326,7 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
 
 def _values(merge: _Merge, objectives: Sequence[Any], coefficients: Coefficients) -> list[float]:
     """Return the value of each fine-tune's objective."""
-    from deltamerge.calibrate.model.spread import in_turns
+    from deltamerge.calibrate.model.devices import in_turns
     from deltamerge.calibrate.q.objectives import Generation
 
     if merge.spec.runs_together and not any(isinstance(one, Generation) for one in objectives):
@@ -356,7 +362,7 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
     """Return the judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
-    from deltamerge.calibrate.model.spread import in_turns
+    from deltamerge.calibrate.model.devices import in_turns
 
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
     objectives = [judge.objective for judge in judges]
@@ -380,7 +386,10 @@ def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Ca
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
-        subjects = [Subject(part.source, reader, spec.masked(inputs, i), known) for i, part in enumerate(spec.parts)]
+        subjects = [
+            Subject(part.source, tensors, reader, known)
+            for part, tensors in zip(spec.parts, spec.models(inputs), strict=True)
+        ]
         assert spec.bounds is not None
         low, high = spec.bounds
         result, evaluate = _search_factor(subjects, spec.objective, low, high)

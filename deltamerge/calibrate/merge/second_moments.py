@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
-from deltamerge.calibrate.spec import CalibrationInput, Share, masked
+from deltamerge.calibrate.spec import CalibrationInput, ModelTensors, Share, masked, models_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.values import Spooled
 from deltamerge.errors import InputError
@@ -47,19 +47,20 @@ class InputMeasurement:
     """A fine-tune whose layers' inputs are measured; `names` are its tensors' by the names in the output."""
 
     source: CalibrationInput
+    tensors: ModelTensors
     names: Mapping[str, str]
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of the C's of one block, each with the sum of a batch."""
-        widths = {t.name: t.shape[-1] for t in self.source.tensors if len(t.shape) == 2 and t.name in self._wanted}
-        shapes = {tensor.name: tensor.shape for tensor in self.source.tensors if tensor.name in widths}
-        blocks = numbered_blocks(shapes) or {0: list(shapes)}
-        return 16 * max((sum(widths[name] ** 2 for name in names) for names in blocks.values()), default=0)
+        """Return about the bytes of the C's of one block."""
+        return block_bytes(self.source, set(self.names.values()))
 
-    @property
-    def _wanted(self) -> Collection[str]:
-        return set(self.names.values())
+
+def block_bytes(source: CalibrationInput, wanted: Collection[str]) -> int:
+    """Return about the bytes of C of the `wanted` layers of one block, each with the sum of a batch."""
+    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) == 2 and t.name in wanted}
+    blocks = numbered_blocks(shapes) or {0: list(shapes)}
+    return 16 * max((sum(shapes[name][-1] ** 2 for name in names) for names in blocks.values()), default=0)
 
 
 def measure(measured: InputMeasurement, wanted: Collection[str], keep: Keep) -> None:
@@ -68,7 +69,7 @@ def measure(measured: InputMeasurement, wanted: Collection[str], keep: Keep) -> 
 
     source = measured.source
     with calibrating(source.model, 1, MEASURING, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        subject = Subject(source, measured.tensors, reader)
         batches = subject.batches["search"].inputs
         watch = MomentSums(batches, wanted, keep)
         subject.model.run(batches, [subject.tune], lambda batch, output: None, watch=watch)
@@ -84,7 +85,7 @@ class MomentSums:
     """
 
     def __init__(self, batches: Sequence[Inputs], wanted: Collection[str], keep: Keep) -> None:
-        from deltamerge.calibrate.model.activations import masks_of
+        from deltamerge.calibrate.q.statistics import masks_of
 
         self.masks = masks_of(batches)
         self.wanted, self.keep = wanted, keep
@@ -95,8 +96,8 @@ class MomentSums:
         self.sums, self.last = {}, None
 
     def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
-        from deltamerge.calibrate.model.activations import tokens_of
         from deltamerge.calibrate.model.layers import Linear
+        from deltamerge.calibrate.q.statistics import tokens_of
 
         if not isinstance(seen, Linear) or seen.name not in self.wanted:
             return
@@ -111,32 +112,31 @@ class MomentSums:
             before[1].add_(product)
             self.sums[seen.name] = before[0] + count, before[1]
 
-    def leave(self, layers: Sequence[Linear]) -> bool:
+    def leave(self, layers: Sequence[Linear]) -> None:
         for name, (count, total) in self.sums.items():
             self.keep(name, (total / max(1, count)).numpy())
         self.enter(layers)
-        return False
 
 
 def memory(parts: Sequence[Share]) -> int:
     """Return about the bytes that measuring takes: fine-tunes run one after another, or side by side where they have
     deltas to make."""
-    block = max((_measured(part).memory for part in parts), default=0)
+    block = max((block_bytes(part.source, {one.stored for one in part.pruned}) for part in parts), default=0)
     each = [Share(part.source) for part in parts]
     if any(one.masks for part in parts for one in part.pruned):
         return 4 * block + spec.memory(*each)
     return block + max(map(spec.memory, each), default=0)
 
 
-def _measured(part: Share) -> InputMeasurement:
-    return InputMeasurement(part.source, {one.name: one.stored for one in part.pruned})
-
-
-def inputs(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
-    """Return `found` with the moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
-    for model, part in enumerate(parts):
-        measured = _measured(part)
-        measure(measured, set(measured.names.values()), _kept(found, measured.names, model))
+def inputs(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...]) -> Spooled:
+    """Return the spool, the first input, with the moments of the layers in `parts`, fine-tune after fine-tune, block by
+    block."""
+    found: Spooled = known[inputs[0]]
+    models = models_of(inputs, [part.source for part in parts])
+    for model, (part, tensors) in enumerate(zip(parts, models, strict=True)):
+        names = {one.name: one.stored for one in part.pruned}
+        measured = InputMeasurement(part.source, tensors, names)
+        measure(measured, set(names.values()), _kept(found, names, model))
     return found
 
 
@@ -145,7 +145,7 @@ def merged(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...], w
     "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
 
     inputs   the spool; of each tensor what the merge adds, made with the moments that are in the spool when it is
-             read; and what that needs
+             read; what that needs; the fine-tunes' tensors
     parts    the fine-tunes
     wanted   the layers' names in the output
 
@@ -158,9 +158,11 @@ def merged(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...], w
         stack.enter_context(calibrating("the merge", len(parts), MEASURING, device=parts[0].source.device))
         reader = stack.enter_context(Reader())
         subjects = []
-        for part in parts:
+        models = models_of(inputs, [part.source for part in parts])
+        for part, tensors in zip(parts, models, strict=True):
             with errors.context(part.source.model):
-                subjects.append(Subject(part.source, reader, masked(inputs[1:], part.pruned, 1), known))
+                tensors = replace(tensors, masks=masked(inputs[1:], part.pruned, 1))
+                subjects.append(Subject(part.source, tensors, reader, known))
         walks = []
         for model, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
             names = {one.name: one.stored for one in part.pruned if one.name in wanted}
@@ -214,7 +216,7 @@ def of_result(
 ) -> Spooled:
     """Return the second moments of the inputs that a merge's own layers get, as it is before it is quantised.
 
-    inputs   the spool; the tensors of the result in the order of `names`; stages that they need
+    inputs   the spool; the tensors of the result in the order of `names`; stages that they need; the template's tensors
     source   the template, which runs with the result's weights, and the rows
     wanted   the weights that are quantised, by name
 
@@ -225,7 +227,8 @@ def of_result(
     found: Spooled = known[inputs[0]]
     roots = dict(zip(names, inputs[1 : 1 + len(names)], strict=True))
     with calibrating("the merge", 1, MEASURING, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        (tensors,) = models_of(inputs, [source])
+        subject = Subject(source, tensors, reader)
         subject.model.entering = lambda part, weights: None
         batches = subject.batches["search"].inputs
         weights = _result(subject, roots, reader, known)
@@ -262,7 +265,7 @@ class MatrixMoments:
     """
 
     def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, MeasuredInput], found: Spooled) -> None:
-        from deltamerge.calibrate.model.activations import masks_of
+        from deltamerge.calibrate.q.statistics import masks_of
 
         self.masks = masks_of(batches)
         self.wanted, self.found = wanted, found
@@ -275,8 +278,8 @@ class MatrixMoments:
         self.sums, self.counts, self.last = {}, {}, None
 
     def see(self, seen: Linear | MatrixCut, x: Tensor, batch: int) -> None:
-        from deltamerge.calibrate.model.activations import tokens_of
         from deltamerge.calibrate.model.layers import Linear
+        from deltamerge.calibrate.q.statistics import tokens_of
 
         layer, cut = (seen, None) if isinstance(seen, Linear) else (seen.layer, seen)
         wanted = self.wanted.get(layer.name)
@@ -303,7 +306,7 @@ class MatrixMoments:
         self.sums[key] += product
         self.counts[key] = self.counts.get(key, 0) + count
 
-    def leave(self, layers: Sequence[Linear]) -> bool:
+    def leave(self, layers: Sequence[Linear]) -> None:
         for key, total in self.sums.items():
             total /= max(1, self.counts[key])
             if isinstance(total, np.memmap):
@@ -315,7 +318,6 @@ class MatrixMoments:
                 self.found.keep(*key, total)
                 self.written = total, self.found.files[key]
         self.enter(layers)
-        return False
 
 
 def _of_matrix(cut: MatrixCut, x: Tensor, inputs: int) -> Tensor:
@@ -338,7 +340,7 @@ FORWARDS = 4  # passes of a row: forward, again from the checkpoints, backward
 CLASSES = 8  # up to so many the expectation over the model's answers is exact; of more, one is drawn
 
 
-def squares(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
+def squares(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...]) -> Spooled:
     """Return E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
 
     Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
@@ -346,10 +348,12 @@ def squares(found: Spooled, *, parts: tuple[Share, ...]) -> Spooled:
     """
     from deltamerge.calibrate.q.subject import Subject
 
-    for model, part in enumerate(parts):
+    found: Spooled = known[inputs[0]]
+    models = models_of(inputs, [part.source for part in parts])
+    for model, (part, tensors) in enumerate(zip(parts, models, strict=True)):
         source = part.source
         with calibrating(source.model, FORWARDS, "differentiating", device=source.device), Reader() as reader:
-            subject = Subject(source, reader)
+            subject = Subject(source, tensors, reader)
             if subject.model.headless:
                 raise InputError("it has no head, whose answers are differentiated", hint="merge_method: regmean")
             names = {one.stored: one.name for one in part.pruned}
@@ -421,7 +425,7 @@ def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
     """Return log p of the tokens of the row, each given those before it."""
     import torch.nn.functional as F
 
-    from deltamerge.calibrate.rows.batches import said
+    from deltamerge.calibrate.batches import said
 
     assert output.logits is not None
     labels = said(dict(batch)).to(output.logits.device)

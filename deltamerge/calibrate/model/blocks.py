@@ -17,7 +17,7 @@ the residual stream, norms, embeddings and the head stay float32, and so does al
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -381,15 +381,11 @@ class BlockModel:
         precision: Precision = self.precision if quick else "float32"
         local = self._local(tensors, i)
 
-        def step(b: int) -> Any:
-            with running(self._cannot_run), self._products(tensors), multiplying(precision, self.device):
-                return functional_call(shell, local, *traces[b].call(i, outputs[b]))
-
-        if watch is None:
-            for b in range(len(traces)):
-                outputs[b] = step(b)
-        else:  # may go through the batches twice
-            outputs[:] = self._watched(1 + i, watch, step, len(traces))
+        with self._watching(1 + i, watch) as turn:
+            for b, trace in enumerate(traces):
+                turn(b)
+                with running(self._cannot_run), self._products(tensors), multiplying(precision, self.device):
+                    outputs[b] = functional_call(shell, local, *trace.call(i, outputs[b]))
 
     def epilogue(
         self,
@@ -400,13 +396,14 @@ class BlockModel:
         watch: Watch | None,
     ) -> list[T]:
         """Run the forward on every batch; blocks, if there are any, are stubs that return the last block's output."""
-        tensors = self._tensors(weights, 0)
-
-        def step(b: int) -> T:
-            with patched(self.blocks, lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
-                return reduce(b, self._last_layer.put_off(partial(self._forward, tensors, batches[b])))
-
-        return self._watched(0, watch, step, len(batches))
+        tensors, found = self._tensors(weights, 0), []
+        with self._watching(0, watch) as turn:
+            for b, inputs in enumerate(batches):
+                turn(b)
+                last = outputs[b] if outputs else None
+                with patched(self.blocks, lambda i: lambda *args, **kwargs: last):  # noqa: B023  # called here
+                    found.append(reduce(b, self._last_layer.put_off(partial(self._forward, tensors, inputs))))
+        return found
 
     def prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
@@ -492,10 +489,18 @@ class BlockModel:
             raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
         return BlockOutput(hidden[-1], getattr(result, "logits", None))
 
-    def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
+    @contextmanager
+    def _watching(self, part: int, watch: Watch | None) -> Iterator[Callable[[int], None]]:
+        """Let `watch` see the inputs of a part's layers. The value is called with each batch's number in its turn."""
         if watch is None:
-            return [step(b) for b in range(count)]
+            yield lambda number: None
+            return
         batch, hooks = 0, list[RemovableHandle]()
+
+        def turn(number: int) -> None:
+            nonlocal batch
+            batch = number
+
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
@@ -507,13 +512,8 @@ class BlockModel:
         try:
             self._seen = lambda cut, x: watch.see(cut, x, batch)
             watch.enter(layers)
-            again = True
-            while again:
-                values = []
-                for batch in range(count):
-                    values.append(step(batch))
-                again = watch.leave(layers)
-            return values
+            yield turn
+            watch.leave(layers)
         finally:
             self._seen = None
             for hook in hooks:

@@ -131,9 +131,13 @@ def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
     return q[tuple(reversed(index))]
 
 
+def _parts(masked: Masked) -> tuple[Tensor, ...]:
+    return (masked.positions, masked.values) if isinstance(masked, Kept) else (masked,)
+
+
 def _bytes(value: object) -> int:
     if isinstance(value, Kept):
-        return _bytes(value.positions) + _bytes(value.values)
+        return sum(map(_bytes, _parts(value)))
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
@@ -170,7 +174,9 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
-        ctx.deltas, ctx.shape, ctx.of_one = deltas, base.shape, coefficients.shape[1:]
+        # saved tensors are what checkpoints of activations free, and make again
+        ctx.save_for_backward(*(part for delta in deltas for part in _parts(delta)))
+        ctx.kept, ctx.of_one = [isinstance(delta, Kept) for delta in deltas], coefficients.shape[1:]
         total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         single = coefficients.dim() == 1
         for factor, delta in zip(coefficients, deltas, strict=True):
@@ -190,8 +196,9 @@ class _Sum(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None
         (grad,) = grads
-        found = []
-        for delta in ctx.deltas:
+        found, saved = [], iter(ctx.saved_tensors)
+        for kept in ctx.kept:
+            delta = Kept(next(saved), next(saved)) if kept else next(saved)
             if not ctx.of_one and isinstance(delta, Kept):
                 at = grad.reshape(-1)[delta.positions.to(grad.device)]
                 found.append(torch.dot(at, delta.values.to(grad.device)))

@@ -20,6 +20,7 @@ from deltamerge.calibrate.model.layers import Linear, MatrixCut
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import torch_dtype
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Tensor as LazyTensor
 from deltamerge.tensors.tensor import TensorInfo
 
 PIECE_BYTES = 1 << 24  # of the logits of a piece, of which three are held; larger ones are no faster
@@ -170,7 +171,7 @@ class Watch(Protocol):
 
     def enter(self, layers: Sequence[Linear]) -> None: ...
     def see(self, layer: Linear | MatrixCut, x: Tensor, batch: int) -> None: ...
-    def leave(self, layers: Sequence[Linear]) -> bool: ...
+    def leave(self, layers: Sequence[Linear]) -> None: ...
 
 
 def sequences(inputs: Inputs) -> int:
@@ -178,7 +179,7 @@ def sequences(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
 
 
-def stored(reader: Reader, info: TensorInfo) -> Tensor:
+def stored(reader: Reader, info: LazyTensor | TensorInfo) -> Tensor:
     """Return a tensor as it is stored, or made, on the CPU."""
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     reader.read_into(info, 0, raw.numpy())

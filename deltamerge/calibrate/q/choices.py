@@ -24,11 +24,11 @@ import torch
 
 from deltamerge.calibrate.model.candidates import Q
 from deltamerge.calibrate.model.layers import Linear
-from deltamerge.calibrate.q import closed_forms as statistics
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q import search
-from deltamerge.calibrate.q.closed_forms import LayerStatistics, Vector
+from deltamerge.calibrate.q import statistics as statistics
 from deltamerge.calibrate.q.learned import learn, row_shape
+from deltamerge.calibrate.q.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 from deltamerge.calibrate.spec import (
     CLOSER,

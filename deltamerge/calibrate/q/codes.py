@@ -49,7 +49,7 @@ def learn_codes(
     """Fit the factors of layers; `fixed` makes the model's other tensors, None: one is the fine-tune's own."""
     source = measured.source
     with calibrating(source.model, PASSES, LEARNING, device=source.device), Reader() as reader:
-        subject = Subject(source, reader)
+        subject = Subject(source, measured.tensors, reader)
         found = _learned(subject, start, fixed)
         subject.forget()
     return found

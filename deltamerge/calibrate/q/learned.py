@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, Weights
 from deltamerge.calibrate.model.candidates import Masked, Q, pruned
-from deltamerge.calibrate.model.spread import add_gradients
+from deltamerge.calibrate.model.devices import add_gradients
 from deltamerge.calibrate.q.objectives import Distribution
 from deltamerge.calibrate.spec import Precision
 

@@ -12,34 +12,31 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from deltamerge.calibrate.model.activations import Draw, collect
-from deltamerge.calibrate.model.ahead import Ahead, Resident
+from deltamerge.calibrate.batches import Batches, check_new_tokens, config_of
+from deltamerge.calibrate.batches import RowReader as Rows
 from deltamerge.calibrate.model.blocks import BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.model.devices import Ahead, Resident, spread
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.model.passes import Weights, from_reader, sequences, stored
-from deltamerge.calibrate.model.spread import spread
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q.closed_forms import LayerStatistics
 from deltamerge.calibrate.q.learned import Learner
-from deltamerge.calibrate.rows.batches import Batches, check_new_tokens, config_of
-from deltamerge.calibrate.rows.batches import RowReader as Rows
-from deltamerge.calibrate.rows.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
-from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
+from deltamerge.calibrate.q.statistics import LayerStatistics, collect
+from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
+from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput, ModelTensors
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed
 from deltamerge.files import progress
-from deltamerge.methods.ops import dense
+from deltamerge.methods.ops import dense, is_difference
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import Graph, Node, TensorInfo
+from deltamerge.tensors.tensor import Graph, Tensor
 from deltamerge.tensors.tiles import Kept
 
 
 class Tensors:
-    """Of one fine-tune, whose stored tensors are `infos`, for a model of it, which says what part comes next. Dense
-    masked deltas are kept in bfloat16 where `halved`.
+    """Reads a fine-tune's tensors for its model, which says what part comes next. Dense masked deltas are kept in
+    bfloat16 where `halved`.
 
     start      reads what masked deltas are added to
     masks      of each mask seed what reads its masked deltas
@@ -51,18 +48,15 @@ class Tensors:
         self,
         source: CalibrationInput,
         reader: Reader,
-        infos: Mapping[str, TensorInfo],
+        tensors: ModelTensors,
         model: BlockModel,
-        masks: Sequence[Mapping[str, Node]],
-        known: Mapping[Node, Any],
-        protected: Mapping[str, Node],
+        known: Mapping[Tensor, Any],
         *,
         halved: bool = False,
     ) -> None:
         self.source, self.reader, self.known, self.model, self.device = source, reader, known, model, model.device
-        self.infos, self.halved = infos, halved
-        self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
-        self.protected = {name: torch.from_numpy(known[node]) for name, node in protected.items()}
+        self.infos, self.pairs, self.halved = tensors.own, tensors.pairs, halved
+        self.protected = {name: torch.from_numpy(known[node]) for name, node in tensors.protected.items()}
         self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, source.share)
         self.ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
@@ -72,7 +66,12 @@ class Tensors:
             room = min(room, free_bytes(self.device) // (KEPT_SHARE * source.share))
         kept = part if self.resident is None else 0  # there it is by another name
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
-        self.masks = [Cache(partial(self._masked, n), part, max(0, room - part) // len(masks)) for n in masks]
+        anew = [halved and self.resident is None and all(map(is_difference, some.values())) for some in tensors.masks]
+        pinned = max(0, room - part) // max(1, anew.count(False))
+        self.masks = [
+            Cache(partial(self._masked, nodes), *((0, 0) if one else (part, pinned)))
+            for nodes, one in zip(tensors.masks, anew, strict=True)
+        ]
         model.entering = self._read_ahead
         model.relieved = self._relieve
 
@@ -91,7 +90,7 @@ class Tensors:
             mask.clear()
         return self.resident is not None and self.resident.shed()
 
-    def delta(self, name: str) -> Tensor | None:
+    def delta(self, name: str) -> torch.Tensor | None:
         """Return the part of a tensor's delta that is pruned: 0 in protected columns."""
         if name not in self.pairs:
             return None
@@ -124,22 +123,22 @@ class Tensors:
         """Tell whether all masked deltas of a tensor are kept."""
         return all(name in mask for mask in self.masks)
 
-    def _advise(self, tunes: Sequence[TensorInfo]) -> None:
+    def _advise(self, tunes: Sequence[Tensor]) -> None:
         """Have the system read fine-tunes' tensors from which masks will be made."""
         for tune in tunes:
             self.reader.advise(tune, 0, tune.nbytes)
 
-    def _stored(self, info: TensorInfo) -> Tensor:
+    def _stored(self, info: Tensor) -> torch.Tensor:
         """Return a tensor as it is stored, on the device, to be read only."""
         flat = self.ahead(info) if self.resident is None else self.resident.stored(info)
         return flat.view(info.shape)
 
-    def _read(self, info: TensorInfo) -> Tensor:
+    def _read(self, info: Tensor) -> torch.Tensor:
         """Return a stored tensor in float32; integers unchanged."""
         tensor = self._stored(info)
         return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
-    def _start(self, name: str) -> Tensor:
+    def _start(self, name: str) -> torch.Tensor:
         """Return the tensor that the masked delta is added to: the base with protected columns' deltas, else the
         fine-tune's own."""
         if name not in self.pairs:
@@ -155,12 +154,16 @@ class Tensors:
         start[: base.shape[0]] = self._read(base)
         return start
 
-    def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
+    def _masked(self, nodes: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Masked | None]:
         """Return the masked deltas of tensors, None where a tensor is not pruned."""
         found: dict[str, Masked | None] = dict.fromkeys(names)
         pruned = {name: nodes[name] for name in names if name in nodes}
-        roots = {name: Graph().node(dense, [node], shape=node.shape) for name, node in pruned.items()}
+        read = [name for name, node in pruned.items() if is_difference(node)] if self.resident is None else []
+        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if n not in read}
         made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
+        for name in read:
+            tune, base = (stored(self.reader, one).float() for one in pruned[name].inputs)
+            found[name] = self._kept(name, tune.sub_(base).flatten().numpy())
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
@@ -174,7 +177,7 @@ class Tensors:
         made = self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
         return made.to(torch.bfloat16) if self.halved else made
 
-    def _placed(self, values: NDArray[Any]) -> Tensor:
+    def _placed(self, values: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
 
@@ -222,19 +225,18 @@ class Subject:
     def __init__(
         self,
         source: CalibrationInput,
+        tensors: ModelTensors,
         reader: Reader,
-        masks: Sequence[Mapping[str, Node]] = (),
-        known: Mapping[Node, Any] | None = None,
-        protected: Mapping[str, Node] | None = None,
+        known: Mapping[Tensor, Any] | None = None,
         *,
         reports: bool = True,
         halved: bool = False,
     ) -> None:
-        self._given, self._reports = (reader, masks, known, protected), reports
+        self._given, self._reports = (tensors, reader, known), reports
         self.check: Callable[[], None] = lambda: None
         self.source = source
         self.device = torch_device(source.device)
-        self.infos = {tensor.name: tensor for tensor in source.tensors}
+        self.infos = tensors.own
         self.config = config_of(source.checkpoint)
         self.settings = settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
@@ -260,9 +262,7 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.tensors = Tensors(
-            source, reader, self.infos, self.model, masks, known or {}, protected or {}, halved=halved
-        )
+        self.tensors = Tensors(source, reader, tensors, self.model, known or {}, halved=halved)
         self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked
@@ -283,7 +283,7 @@ class Subject:
             most = min(most, LOGITS_BYTES // (4 * length * vocabulary))
         return max(1, most)
 
-    def rounds(self, rows: int) -> list[list[dict[str, Tensor]]]:
+    def rounds(self, rows: int) -> list[list[dict[str, torch.Tensor]]]:
         """Return batches of the held-out rows, about `rows` of them in each round."""
         held = self.rows["held"]
         count = max(1, round(len(held) / rows))
@@ -395,7 +395,7 @@ class Subject:
 
     def steps(
         self, step: int = STEP_ROWS, size: int = 16
-    ) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+    ) -> tuple[list[dict[str, torch.Tensor]], list[list[int]], list[dict[str, torch.Tensor]]]:
         """Return batches of `size` rows to learn on, the batch indices of each step of so many rows, and batches that
         decide when to stop."""
         rows = self.rows["search"]
@@ -459,8 +459,8 @@ class Subject:
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first
         mask."""
-        draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
+        draw = self.masks[0] if drawn else None
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
-        self.count(inputs, 2 if drawn else 1)
+        self.count(inputs)
         return found

@@ -1,15 +1,238 @@
-"""Operations of the compiled loop that several functions share: `loop`s of their traits call them."""
+"""A pass of the compiled loop as it is put together, and the operations that several functions share.
+
+The `loop` of a function's traits gets the `Assembly` of the pass: its sources, registers, lists of places, results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
+from deltamerge.files.descriptors import Descriptor
+from deltamerge.tensors.dtypes import ITEMSIZE
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Node, Tensor
+from deltamerge.tensors.tiles import RUN, block_elements, row_length
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly, KeptRegisters
-    from deltamerge.tensors.tensor import Node
+    from deltamerge.formats.quantised.codes import CodedRows
+    from deltamerge.formats.quantised.scheme import CodedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSource:
+    """A source: its open file, or None where a view computes its values.
+
+    `coded`: the file holds its codes, which the loop itself makes numbers of.
+    """
+
+    info: Tensor
+    file: Descriptor | None
+    coded: CodedWeight | None = None
+
+    @classmethod
+    def of(cls, source: Tensor, reader: Reader) -> StoredSource:
+        coded: CodedWeight | None = source.coded
+        return cls(source, reader.stored(source if coded is None else coded.codes), coded)
+
+    def rows(self, reader: Reader, start: int, stop: int) -> CodedRows | None:
+        """Return the codes of elements [start, stop); None: the loop is given their values."""
+        coded = self.coded
+        return None if coded is None or not coded.is_one(start, stop) else coded.rows(reader, start, stop)
+
+    @property
+    def path(self) -> Path:
+        return self.info.path
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.info.dtype]
+
+    @property
+    def begin(self) -> int:
+        """Return the byte of its file where its elements, or its codes, begin."""
+        return self.info.begin if self.coded is None else self.coded.codes.begin
+
+    @property
+    def bits(self) -> int:
+        """Return the bits of an element in the file; 0: its elements do not follow each other there."""
+        return 8 * self.itemsize if self.coded is None else self.coded.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One of `codes`, and what does not fit in its numbers."""
+
+    code: int
+    to: int
+    fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
+    key: tuple[int, int] = (0, 0)
+    scalars: tuple[float, float] = (1.0, 1.0)
+    weights: tuple[float, ...] = ()
+    models: tuple[int, ...] = ()
+    lists: tuple[int, ...] = ()
+    count: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(len(self.weights), len(self.models), len(self.lists))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A tensor's shape, elements, and elements of a block."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> int:
+        return block_elements(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Return the length of a row as `tiles.row_length_of` has it; 0 where a block is one row."""
+        return self.shape[-1] if len(self.shape) > 1 else 0
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Return the lengths that rows can have."""
+        if self.columns and row_length(self.shape) <= self.block:
+            return (self.columns,)
+        last = self.elements % self.block or self.block
+        return tuple(sorted({self.columns, min(self.block, self.elements), last} - {0}))
+
+    @property
+    def row(self) -> int:
+        """Return the length of an output row."""
+        return max(1, row_length(self.shape))
+
+    @property
+    def pieces_are_rows(self) -> bool:
+        """Tell whether what is read at once is made of whole rows."""
+        return self.row <= self.block and (self.block <= codes.PIECE or self.row == self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRegisters:
+    """A sparse delta: the register of its values, and the list of their places."""
+
+    register: int
+    places: int
+
+
+@dataclass(slots=True)
+class Assembly:
+    """The operations so far; registers and sparse deltas by node. `gathers`: the pass works on places alone."""
+
+    values: Mapping[int, Any]
+    reader: Reader
+    form: Form
+    output: str
+    gathers: bool
+    chunk: int = RUN
+    aligned: bool = False
+    sampled: int = 0
+    operations: list[Operation] = field(default_factory=list)
+    sources: list[StoredSource] = field(default_factory=list)
+    source_of: dict[int, int] = field(default_factory=dict)
+    registers: dict[int, int] = field(default_factory=dict)
+    zeros: set[int] = field(default_factory=set)
+    kept: dict[int, KeptRegisters] = field(default_factory=dict)
+    lists: int = 0
+    free: list[int] = field(default_factory=list)
+    count: int = 0
+    tables: list[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]] = field(default_factory=list)
+    ranks: list[NDArray[np.int64]] = field(default_factory=list)
+    limits: list[NDArray[np.uint32]] = field(default_factory=list)
+    ratios: list[NDArray[np.float32]] = field(default_factory=list)
+    counters: dict[int, tuple[int, int]] = field(default_factory=dict)
+    summed: int = 0
+    sums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    listed: dict[int, int] = field(default_factory=dict)
+    uses: Counter[int] = field(default_factory=Counter)
+
+    def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
+        a, b, c, d = (*fields, -1, -1, -1, -1)[:4]
+        self.operations.append(Operation(code, to, (a, b, c, d), **more))
+
+    def new(self, count: int = 1) -> int:
+        """Return a register, or several in a row."""
+        if count == 1 and self.free:
+            return self.free.pop()
+        self.count += count
+        return self.count - count
+
+    def made(self, node: Node) -> int:
+        self.registers[id(node)] = self.new()
+        return self.registers[id(node)]
+
+    def keep(self, node: Node, places: int) -> KeptRegisters:
+        """Return a register for a node's kept values, at the places of a list."""
+        self.kept[id(node)] = KeptRegisters(self.new(), places)
+        return self.kept[id(node)]
+
+    def new_list(self) -> int:
+        """Return a list of places."""
+        self.lists += 1
+        return self.lists - 1
+
+    def table(self, numbers: NDArray[np.float32]) -> int:
+        """Return where a table of numbers begins among all."""
+        self.ratios.append(numbers)
+        return sum(map(len, self.ratios[:-1]))
+
+    def list_of(self, node: Node) -> int:
+        """Return a list for what a reduction finds."""
+        return self.listed.setdefault(id(node), len(self.listed))
+
+    def sums_of(self, node: Node, count: int) -> int:
+        """Return the first of `count` rows of sums for what a reduction finds; one row for itself (0)."""
+        first = self.summed
+        self.sums[id(node)] = (first, count)
+        self.summed += count or 1
+        return first
+
+    def register(self, node: Node) -> int:
+        """Return the register of a node's values, filled when it is first asked for where they are stored or sparse."""
+        if id(node) not in self.registers:
+            if id(node) in self.zeros:
+                self.add(codes.SCATTER, self.made(node), 0, -1)
+            elif id(node) in self.kept:
+                sparse = self.kept[id(node)]
+                self.add(codes.SCATTER, self.made(node), sparse.register, sparse.places)
+            else:
+                self.add(codes.LOAD, self.made(node), self.source_of[id(node)])
+        return self.registers[id(node)]
+
+    def operand(self, node: Node) -> int:
+        """Return what holds a node's values: its register, or a source that need not be put into one."""
+        source = self.source_of.get(id(node), -1)
+        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype == "F16":
+            return self.register(node)
+        return codes.DIRECT + source
+
+    def release(self, nodes: Sequence[Node]) -> None:
+        """Let nodes that are not used any more leave their registers."""
+        for node in nodes:
+            if id(node) in self.registers:
+                self.free.append(self.registers.pop(id(node)))
+            sparse = self.kept.pop(id(node), None)
+            if sparse is not None:
+                self.free.append(sparse.register)
+
+
+# Operations that several functions share.
 
 
 def store(assembly: Assembly, node: Node) -> None:

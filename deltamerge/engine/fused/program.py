@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deltamerge.engine import kernels
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
-from deltamerge.engine.fused.operations import store
+from deltamerge.engine.fused.operations import Assembly, Form, StoredSource, store
 from deltamerge.files.hashes import PIECE_BYTES, Pieces
+from deltamerge.tensors.lazy import NDArray
+from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import REDUCTIONS, depth_first
 from deltamerge.tensors.tensor import Node
@@ -20,18 +18,10 @@ from deltamerge.tensors.tiles import RUN, SPARSE_BLOCK
 from deltamerge.tensors.traits import Traits, is_sparse, traits_of
 
 if TYPE_CHECKING:
-    from deltamerge.formats.quantised.scheme import CodedRows
+    from deltamerge.formats.quantised.codes import CodedRows
 
 # The structures of kernels/src/program.h.
-OPERATION = np.dtype(
-    [
-        ("fields", np.int64, 6),
-        ("key", np.uint64, 2),
-        ("scalars", np.float32, 2),
-        ("models", np.int64),
-        ("first", np.int64),
-    ]
-)
+OPERATION = [("fields", "i8", 6), ("key", "u8", 2), ("scalars", "f4", 2), ("models", "i8"), ("first", "i8")]
 IN_MEMORY = -1  # in place of a file: the elements are in memory
 NOT_CODED = NO_ARRAY = -1
 
@@ -55,7 +45,7 @@ class Program:
             if width := x.width:
                 for given, into in ((x.weights, weights), (x.models, models), (x.lists, lists)):
                     into += [*given, *[0] * (width - len(given))]
-        self.operations = np.array(rows, OPERATION)
+        self.operations = np.array(rows, np.dtype(OPERATION))
         self.weights = np.array(weights, np.float32)
         self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
@@ -71,7 +61,7 @@ class Program:
         sums = np.empty((self.summed, blocks), np.float64)
         listed = np.empty((len(self.listed), stop - start + 2 * blocks + codes.SLACK), np.uint32)
         used = np.zeros(len(self.listed), np.int64)
-        coded = [None if place.coded is None else place.coded.part(self.reader, start, stop) for place in self.sources]
+        coded = [place.rows(self.reader, start, stop) for place in self.sources]
         memory = [
             self._made(place, start, stop) if place.file is None or (place.coded and part is None) else None
             for place, part in zip(self.sources, coded, strict=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.formats.components import check_config
-from deltamerge.formats.gguf.header import GgufHeader
+from deltamerge.formats.gguf.file import GgufHeader
 
 Names = Mapping[str, str]
 BLOCK = re.compile(r"(?P<side>(?:enc\.|dec\.)?)blk\.(?P<number>\d+)\.(?P<rest>.+)")

@@ -15,9 +15,10 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.config import ARCHITECTURES, GgufNames, config_of
-from deltamerge.formats.gguf.header import FACTORS, PLAIN, GgufBlock, GgufHeader, block_of, package, type_name
+from deltamerge.formats.gguf.file import FACTORS, PLAIN, GgufBlock, GgufHeader, block_of, package, type_name
+from deltamerge.formats.quantised.codes import Array, Floats
 from deltamerge.formats.quantised.detect import Scheme
-from deltamerge.formats.quantised.scheme import Array, Floats, kept
+from deltamerge.formats.quantised.scheme import kept
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, stored, view, viewed
 from deltamerge.tensors.views import fill_lines
 

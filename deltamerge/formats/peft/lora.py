@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.config import BY_PEFT, DERIVED, scale_of
-from deltamerge.formats.peft.parts import factors_of
-from deltamerge.tensors.dtypes import PLAIN, bits_type, narrow
+from deltamerge.formats.peft.adapter import BY_PEFT, DERIVED, factors_of, scale_of
+from deltamerge.tensors.dtypes import PLAIN, Array, bits_type, narrow
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 from deltamerge.tensors.views import (
     CHUNK,
-    Array,
     base_rows,
     fill_lines,
     fill_rows,

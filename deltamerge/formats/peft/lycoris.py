@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.peft.config import BY_PEFT, scale_of
-from deltamerge.formats.peft.parts import factors_of
+from deltamerge.formats.peft.adapter import BY_PEFT, factors_of, scale_of
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
-from deltamerge.tensors.views import Array, base_rows, fill_rows, flat_rows, product
+from deltamerge.tensors.views import base_rows, fill_rows, flat_rows, product
 
 
 @view(entrywise=True)

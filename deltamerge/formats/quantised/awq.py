@@ -14,26 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import WORD, pack_words, unpack
-from deltamerge.formats.quantised.gptq import INTEGERS, TurnedCoder, TurnedWords, matrix, word_bytes
-from deltamerge.formats.quantised.scheme import (
-    Array,
-    Coding,
-    Floats,
-    Part,
-    Shape,
-    StoredWeight,
-    as_one,
-    columns_of,
-    expect,
-    weight,
-    whole,
-)
+from deltamerge.formats.quantised.coder import Coding, as_one
+from deltamerge.formats.quantised.codes import AWQ_PLACES, WORD, Array, Floats, Part, Shape, pack_words, unpack_awq
+from deltamerge.formats.quantised.gptq import INTEGERS, TurnedCoder, TurnedWords, matrix
+from deltamerge.formats.quantised.scheme import StoredWeight, columns_of, expect, weight, whole
 from deltamerge.tensors.dtypes import PLAIN
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 BITS = 4
-PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of each output's code in its word
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +41,11 @@ class Awq(TurnedWords):
     def groups(self, read: Read) -> None:
         return None
 
-    def codes_at(self, read: Read, top: int, bottom: int) -> Array:
-        return self._unpacked(read, self.codes, top, bottom)
-
     def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
-        return self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
-
-    def _unpacked(self, read: Read, info: Part, top: int, bottom: int) -> Array:
-        """Return columns [top, bottom) of a packed matrix, as rows."""
-        rows, words = info.shape
+        rows, words = self.zeros.shape
         first = top // 8
-        found = columns_of(read, info, rows, words, first, -(-bottom // 8))
-        codes = unpack(word_bytes(found), BITS).reshape(rows, -1, 8)[:, :, PLACES].reshape(rows, -1)
-        return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
+        zeros = unpack_awq(columns_of(read, self.zeros, rows, words, first, -(-bottom // 8)))
+        return np.ascontiguousarray(zeros[:, top - first * 8 : bottom - first * 8].T, np.float32)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         return as_one(shape, TurnedCoder(self, sym=False), self.codes, self.scales, self.zeros)
@@ -76,7 +56,7 @@ class Awq(TurnedWords):
     def pack_zeros(self, zeros: Array) -> Array:
         groups = zeros.reshape(len(zeros), -1, 8)
         placed = np.empty_like(groups)
-        placed[:, :, PLACES] = groups
+        placed[:, :, AWQ_PLACES] = groups
         return pack_words(placed.reshape(zeros.shape), BITS)
 
 

@@ -18,28 +18,32 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import parse_json
-from deltamerge.formats.quantised.codes import Integers, ScaleChoice, Table, best, flat_of, float32, scales_in
-from deltamerge.formats.quantised.detect import MOST_STATE
-from deltamerge.formats.quantised.grid import Tabled, check_zeros
-from deltamerge.formats.quantised.scheme import (
-    AGAIN,
+from deltamerge.formats.quantised.coder import (
     CHUNK,
-    Array,
     CodedParts,
-    CodedWeight,
     Coding,
-    Floats,
-    Part,
-    Shape,
-    StoredWeight,
+    ScaleChoice,
     as_one,
-    bits,
+    best,
     by_rows,
-    expect,
-    floats,
-    row_bytes,
-    weight,
+    flat_of,
+    float32,
 )
+from deltamerge.formats.quantised.codes import (
+    FORMS,
+    Array,
+    CodedRows,
+    CodeForm,
+    Floats,
+    Integers,
+    Part,
+    ScaleGrid,
+    Shape,
+    Table,
+    scales_in,
+)
+from deltamerge.formats.quantised.detect import MOST_STATE
+from deltamerge.formats.quantised.scheme import AGAIN, CodedWeight, StoredWeight, Tabled, bits, expect, floats, weight
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -152,12 +156,16 @@ class Int8Rows(CodedWeight):
     scales: Part
     columns: int
 
-    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
-        out[:] = row_bytes(read, self.codes, top, bottom).view(np.int8)
-        scales = floats(read, self.scales, top, bottom - top)
-        check_zeros(scales, out, self.scales)
-        out *= scales[:, None]
-        out *= PER_127
+    @property
+    def bits(self) -> int:
+        return 8
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, lines = start // self.columns, -(-stop // self.columns), self.codes.shape[0]
+        laid, scales = ScaleGrid(lines, 1, self.columns, lines, 1), floats(read, self.scales, top, bottom - top)
+        form = CodeForm(FORMS["I8"], 8, self.columns, self.columns)
+        rows = CodedRows(form, laid, top, scales.reshape(-1, 1), factor=float(PER_127))
+        return self.sound(read, rows, start, stop)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         return by_rows(shape, Int8RowCoder(), self.codes, self.scales)

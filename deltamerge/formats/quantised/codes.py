@@ -1,4 +1,8 @@
-"""Numbers that one-byte codes stand for, integers packed into words, and float32 blocks rounded to codes and scales.
+"""Numbers that codes stand for, integers packed into words, and the float32 values of coded rows.
+
+A weight's values are ((code − zero) · scale + bias) · factor in float32, each step rounded. `CodedRows` says how the
+codes of some rows lie, what number each stands for, and which of them share a scale, a zero and a bias. From it
+`decode` computes values, by the kernels or by numpy with the same bits, and a compiled pass reads the codes itself.
 
 Small floats are those of `ml_dtypes`. All rounding is to nearest, ties to even; beyond the largest number lies that
 number.
@@ -6,34 +10,27 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
-from itertools import product
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from deltamerge.engine import kernels
-from deltamerge.formats.quantised.scheme import (
-    CHUNK,
-    EXPONENTS,
-    Adjustable,
-    Array,
-    CodedParts,
-    Doubles,
-    Floats,
-)
 from deltamerge.tensors.dtypes import NUMPY, PLAIN, narrow, widen
-from deltamerge.tensors.tensor import Read
+from deltamerge.tensors.tensor import Tensor, TensorInfo
 
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Shape = tuple[int, ...]
+Part: TypeAlias = Tensor | TensorInfo
+"""A stored tensor, as formats name it or as the graph has it."""
+
+EXPONENTS = frozenset({"F8_E8M0", "U8"})  # dtypes of scales 2^(code − 127)
 WORD = 32
 LEAST_EXPONENT = -127  # of E8M0
-MARGIN = 1 - 1e-9  # of a sum of squares: less is no difference, since the order of a sum is the machine's
-WIDE = 4 * CHUNK  # elements; a larger block is coded a few rows at a time
-# Of the range of a block with few numbers: what is cut off at its ends may cost less than coarser steps.
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-MORE_SHARES = (*SHARES, 0.7, 0.65, 0.6, 0.55, 0.5)  # of integers of up to 3 bits
 Packing = Literal["bytes", "nibbles", "words"]
 
 
@@ -205,10 +202,7 @@ def scales_in(wanted: Floats, dtype: str, *, down: bool = False) -> tuple[Array,
 
 # Integers in words and nibbles.
 
-
-def word_of(element: int, width: int, dense: bool) -> int:
-    """Return the 32-bit word in which packed integer number `element` begins."""
-    return element * width // WORD if dense else element // (WORD // width)
+AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of each output's code in its word
 
 
 def words_of(elements: int, width: int, dense: bool) -> int:
@@ -216,41 +210,37 @@ def words_of(elements: int, width: int, dense: bool) -> int:
     return -(-elements * width // WORD) if dense else -(-elements // (WORD // width))
 
 
-def unpacked(words: Array, width: int, dense: bool, start: int, stop: int, begin: int = 0) -> Array:
-    """Return integers [start, stop) of each row of 32-bit words, less half their range, as int32.
+def unpack(words: Array, width: int, dense: bool = True) -> Array:
+    """Return the integers of `width` bits, uint8 (…, integers), of rows of 32-bit words, the lowest bits first.
 
-    `begin` is the number of the first word; `dense` integers may lie across two words.
+    `dense` integers may lie across two words.
     """
-    at = np.arange(start, stop)
-    if dense:
-        place, shift = at * width // WORD - begin, at * width % WORD
-    else:
-        place, shift = at // (WORD // width) - begin, at % (WORD // width) * width
-    wide = np.concatenate([words, np.zeros((len(words), 1), words.dtype)], axis=1).astype(np.uint64)
-    pairs = wide[:, place] | wide[:, place + 1] << np.uint64(WORD)
-    found = pairs >> shift.astype(np.uint64) & np.uint64((1 << width) - 1)
-    return found.astype(np.int32) - (1 << width - 1)
-
-
-def unpack(stored: Array, width: int) -> Array:
-    """Return codes of `width` bits, uint8 (…, 8 n / width), of bytes (…, n), the lowest bits first.
-
-    `width` divides n or 8.
-    """
+    mask = (1 << width) - 1
+    if not dense and WORD % width:
+        shifts = np.arange(0, WORD - width + 1, width, dtype=np.uint32)
+        return (
+            (words.view("<u4")[..., None] >> shifts & np.uint32(mask)).astype(np.uint8).reshape(*words.shape[:-1], -1)
+        )
+    stored = np.ascontiguousarray(words, "<u4").view(np.uint8)
     if width == 8:
         return stored
-    step = 1 if 8 % width == 0 else width  # bytes that hold whole codes
-    count = 8 * step // width
+    step = 1 if 8 % width == 0 else width  # bytes that hold whole integers
+    if short := -stored.shape[-1] % step:
+        stored = np.concatenate([stored, np.zeros((*stored.shape[:-1], short), np.uint8)], axis=-1)
     groups = stored.reshape(*stored.shape[:-1], -1, step)
-    codes = np.empty((*groups.shape[:-1], count), np.uint8)
-    mask = np.uint8((1 << width) - 1)
-    for k in range(count):
+    found = np.empty((*groups.shape[:-1], 8 * step // width), np.uint8)
+    for k in range(found.shape[-1]):
         byte, shift = divmod(k * width, 8)
         code = groups[..., byte] >> np.uint8(shift)
         if shift + width > 8:
             code |= groups[..., byte + 1] << np.uint8(8 - shift)
-        np.bitwise_and(code, mask, out=codes[..., k])
-    return codes.reshape(*stored.shape[:-1], -1)
+        np.bitwise_and(code, np.uint8(mask), out=found[..., k])
+    return found.reshape(*stored.shape[:-1], -1)
+
+
+def unpack_awq(words: Array) -> Array:
+    """Return the integers of four bits of rows of words in AWQ's order."""
+    return unpack(words, 4).reshape(*words.shape[:-1], -1, 8)[..., AWQ_PLACES].reshape(*words.shape[:-1], -1)
 
 
 def packed(codes: Array, numbers: Numbers, packing: Packing) -> Array:
@@ -289,304 +279,177 @@ def pack_words(codes: Array, bits: int) -> Array:
     return sent[:, :words].astype(np.uint32).view(np.int32)
 
 
-# Blocks rounded to codes.
+# Rows of codes, and their values.
+
+# How the kernels number codes (kernels/src/loops.h).
+FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
+PACKED, PAIRS, SWAPPED_PAIRS = 3, 4, 5
+TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
+NO_ARRAY = -1  # for the number of an array where there is none
+NO_BYTES = np.empty(0, np.uint8)
+TURNED_GROUP = 32  # codes of `TURNED_PAIRS` that share a scale
 
 
-class ScaleChoice(NamedTuple):
-    """Scales to try for blocks.
+class CodeForm(NamedTuple):
+    """How codes lie: the kernels' number of it, the bits of a code, and the columns and bytes of a row.
 
-    scales   (a, b), by which blocks are divided
-    stored   the same as they are stored
-    zeros    whole numbers, added after rounding
-    bias     subtracted before division: in float32, and as stored
+    FORMS             one a byte: float8 or int8
+    PACKED            unsigned integers in words, less half their range
+    PAIRS             two a byte, places in a table, the lower half first; SWAPPED_PAIRS: the upper
+    TURNED_PAIRS      the same of a weight that is stored transposed
+    TURNED_ALONG      unsigned integers of a weight that is stored transposed, in words of its columns
+    TURNED_ACROSS     the same in words of its rows, in AWQ's order
     """
 
+    number: int
+    width: int
+    columns: int
+    stride: int
+
+
+class ScaleGrid(NamedTuple):
+    """`height` rows of each matrix of a weight, in blocks of `m` rows and `n` columns: `down` × `across` blocks."""
+
+    height: int
+    m: int
+    n: int
+    down: int
+    across: int
+
+    def rows_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the row of blocks of each of the weight's rows, matrices one below the other."""
+        return numbers // self.height * self.down + numbers % self.height // self.m
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows of codes, and all that makes values of them.
+
+    grid     of the scales, zeros and biases
+    line     the row of the grid that these begin with; of a `TURNED` form the range's first row in `stored`
+    table    the numbers of codes that are places in a table
+    stored   codes in memory: of the range's rows, or (rows, …) of a `TURNED` form. Their bytes are not hashed
+    groups   the column of the grid of each column of a `TURNED` form
+    """
+
+    form: CodeForm
+    grid: ScaleGrid
+    line: int
     scales: Floats
-    stored: Array
-    zeros: Array | None = None
-    bias: tuple[Floats, Array] | None = None
+    zeros: Floats | None = None
+    biases: Floats | None = None
+    factor: float = 1.0
+    table: Floats | None = None
+    stored: Array | None = None
+    groups: npt.NDArray[np.int32] | None = None
+
+    @property
+    def is_turned(self) -> bool:
+        """Return whether the weight is stored transposed."""
+        return self.form.number >= TURNED_PAIRS
+
+    def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
+        """Return the fields of `CodedSource` (kernels/src/program.h). Arrays are put into `arrays` and numbered."""
+        factor = None if self.factor == 1 else np.array([self.factor], np.float32)
+        scales, zeros, table, stored, groups, biases, factor_at = (
+            _numbered(array, arrays)
+            for array in (self.scales, self.zeros, self.table, self.stored, self.groups, self.biases, factor)
+        )
+        hashed = hashed and self.stored is None
+        return (*self.form, scales, zeros, *self.grid, self.line, hashed, table, stored, groups, biases, factor_at)
 
 
-Choices = Callable[[Floats], Iterator[ScaleChoice]]
-"""Proposes scales for blocks (a, m, b, n)."""
+def _numbered(array: Array | None, arrays: list[Array]) -> int:
+    """Append an array to a list and return its number there."""
+    if array is None:
+        return NO_ARRAY
+    arrays.append(array)
+    return len(arrays) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Lattice:
-    """The numbers that a matrix may be stored as.
+def decode(rows: CodedRows, codes: Array, start: int, out: Floats) -> None:
+    """Write the values of elements from `start` on into `out`, flat.
 
-    numbers   of the codes
-    block     rows and columns that share a scale
-    choices   proposes scales for blocks
-    scales    returns stored scales in float32
+    codes   the bytes of the rows that these lie in; none where `rows` has codes in memory
     """
-
-    numbers: Numbers
-    block: tuple[int, int]
-    choices: Choices
-    scales: Callable[[Array], Floats]
-
-    def nearest(self, values: Floats, weights: Doubles | None = None) -> CodedMatrix:
-        """Return a matrix with every value at its nearest number; `weights` of columns count when scales are chosen."""
-        return code_grid(values, self.numbers, self.block, self.choices, weights)
-
-
-class Rounding(Protocol):
-    """Chooses codes and scales of matrices whose columns are the inputs of a layer."""
-
-    def code(self, values: Floats, lattice: Lattice) -> CodedMatrix:
-        """Return `values` coded with numbers of `lattice`."""
-
-    def turned(self) -> Rounding:
-        """Return the same for the transpose of the matrix."""
-
-    def of_columns(self, order: Array) -> Rounding:
-        """Return the same for the matrix with its columns in another order."""
-
-
-class CodedBlocks(NamedTuple):
-    """Codes (a, m, b, n), scales, zeros and biases as stored (a, b), and Σ (x − stored)² of each block."""
-
-    codes: Array
-    scales: Array
-    zeros: Array | None
-    biases: Array | None
-    lost: Array
-
-
-def best(
-    blocks: Floats, numbers: Numbers, choices: Iterable[ScaleChoice], weights: Doubles | None = None
-) -> CodedBlocks:
-    """Return blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals.
-
-    `weights` (b, n) multiply the squares of what is lost.
-    """
-    found: CodedBlocks | None = None
-    for choice in choices:
-        made = coded(blocks, numbers, choice) if weights is None else _coded(blocks, numbers, choice, weights)
-        if found is None:
-            found = made
-        elif (better := made.lost < found.lost * MARGIN).any():
-            found = _either(better, made, found)
-    assert found is not None
-    return found
-
-
-def coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice) -> CodedBlocks:
-    """Return blocks (a, m, b, n) coded: code = round((x − bias) / scale) + zero; by the kernels, else by numpy."""
-    form = numbers.form if choice.bias is None else None
     native = kernels.native()
-    if native is not None and form is not None:
-        codes, lost = np.empty(blocks.shape, np.uint8), np.zeros(choice.scales.shape)
-        shifts = np.zeros(0, np.float32) if choice.zeros is None else choice.zeros.astype(np.float32)
-        native.coded(blocks, np.ascontiguousarray(choice.scales), shifts, codes, lost, *blocks.shape, *form)
-        return CodedBlocks(codes, choice.stored, choice.zeros, None, lost)
-    return _coded(blocks, numbers, choice)
-
-
-def _coded(blocks: Floats, numbers: Numbers, choice: ScaleChoice, weights: Doubles | None = None) -> CodedBlocks:
-    over = choice.scales[:, None, :, None]
-    bias = None if choice.bias is None else choice.bias[0][:, None, :, None]
-    quotient = blocks / over if bias is None else (blocks - bias) / over
-    shift = None
-    if choice.zeros is not None:
-        shift = choice.zeros.astype(np.float32)[:, None, :, None]
-        np.rint(quotient, out=quotient)
-        quotient += shift
-    codes = numbers.codes(quotient)
-    back = numbers.values(codes)
-    if shift is not None:
-        back -= shift
-    back *= over
-    if bias is not None:
-        back += bias
-    back -= blocks
-    if weights is None:
-        lost = np.einsum("ambn,ambn->ab", back, back, dtype=np.float64, casting="safe")
-    else:
-        lost = np.einsum("ambn,ambn,bn->ab", back, back, weights, dtype=np.float64, casting="safe")
-    return CodedBlocks(codes, choice.stored, choice.zeros, None if choice.bias is None else choice.bias[1], lost)
-
-
-def _either(better: Array, made: CodedBlocks, old: CodedBlocks) -> CodedBlocks:
-    """Return `made` where it is better, else `old`."""
-    small = [None if a is None or b is None else np.where(better, a, b) for a, b in zip(made[1:], old[1:], strict=True)]
-    codes = np.where(better[:, None, :, None], made.codes, old.codes)
-    scales, zeros, biases, lost = small
-    assert scales is not None
-    assert lost is not None
-    return CodedBlocks(codes, scales, zeros, biases, lost)
-
-
-class CodedMatrix(NamedTuple):
-    """Codes (rows, columns) of a byte, scales, zeros and biases of the grid as stored, and Σ (x − stored)²."""
-
-    codes: Array
-    scales: Array
-    zeros: Array | None
-    biases: Array | None
-    lost: float
-
-
-def code_grid(
-    values: Floats, numbers: Numbers, block: tuple[int, int], choices: Choices, weights: Doubles | None = None
-) -> CodedMatrix:
-    """Return a matrix coded with a scale for each block of (rows, columns), cut at the edges.
-
-    `choices` proposes scales for blocks (a, m, b, n); the best is taken. Of a block too large for the cache the first
-    is taken, and `choices` gets its extremes. `weights` of the columns multiply the squares of what is lost.
-    """
-    rows, columns = values.shape
-    m, n = block[0], min(block[1], columns)
-    codes, grid, lost = np.empty((rows, columns), np.uint8), (-(-rows // m), -(-columns // n)), 0.0
-    made: list[Array | None] = [None, None, None]  # scales, zeros, biases
-    for top, bottom, left, right in chunks(rows, columns, m, n):
-        chunk, into = values[top:bottom, left:right], codes[top:bottom, left:right]
-        if m * n > WIDE:
-            found = _wide(chunk, into, numbers, choices)
-        else:
-            of_columns = (
-                None if weights is None else np.pad(weights[left:right], (0, (left - right) % n)).reshape(-1, n)
-            )
-            found = best(blocks := blocks_of(chunk, m, n), numbers, choices(blocks), of_columns)
-            into[...] = flat_of(found.codes)[: bottom - top, : right - left]
-        at = slice(top // m, -(-bottom // m)), slice(left // n, -(-right // n))
-        for i, part in enumerate(found[1:4]):
-            if part is not None:
-                whole = np.empty(grid, part.dtype) if (old := made[i]) is None else old
-                whole[at], made[i] = part, whole
-        lost += float(found.lost.sum())
-    scales, zeros, biases = made
-    assert scales is not None
-    return CodedMatrix(codes, scales, zeros, biases, lost)
-
-
-def _wide(block: Floats, into: Array, numbers: Numbers, choices: Choices) -> CodedBlocks:
-    """Code one block, too large for the cache, a few rows at a time."""
-    choice = next(choices(np.array([block.min(), block.max()], np.float32).reshape(1, 1, 1, 2)))
-    lost = np.zeros((1, 1))
-    step = max(1, CHUNK // block.shape[1])
-    for top in range(0, len(block), step):
-        rows = np.ascontiguousarray(block[top : top + step])[None, :, None, :]
-        made = coded(rows, numbers, choice)
-        into[top : top + step] = made.codes[0, :, 0, :]
-        lost += made.lost
-    return CodedBlocks(into, choice.stored, choice.zeros, None, lost)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCoder(Adjustable):
-    """Codes with a scale for each block of `block` (rows, columns).
-
-    code_ij = round(x_ij / s), s = max |x| / largest number of the block; with `zeros` code_ij = round(x_ij / s) + z,
-    s = (max − min) / (number of codes − 1), where max ≥ 0 ≥ min.
-
-    scale     dtype in which s is stored, and rounded to before codes are made
-    zeros     how z is stored, if there is one: as codes are, down the columns
-    search    try scales of cut ranges too, and take the least Σ (x − stored)² (of blocks that stay in cache)
-    packing   of codes. bytes: one a byte; nibbles: two, low first; words: 32 bits, the lowest first, made unsigned
-    least_zero   of z, where not all codes can be
-    """
-
-    numbers: Numbers
-    block: tuple[int, int]
-    scale: str
-    zeros: Literal["bytes", "words"] | None = None
-    search: bool = False
-    packing: Packing = "bytes"
-    least_zero: int | None = None
-
-    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
-        made = self.matrix(values, rounding)
-        arrays = [packed(made.codes, self.numbers, self.packing), made.scales]
-        if made.zeros is not None:
-            stored = made.zeros.view(np.uint8)
-            if self.zeros == "words":
-                stored = np.ascontiguousarray(packed(np.ascontiguousarray(stored.T), self.numbers, "words").T)
-            arrays.append(stored)
-        return CodedParts(tuple(arrays), made.lost)
-
-    def matrix(self, values: Floats, rounding: Rounding | None = None) -> CodedMatrix:
-        """Return a matrix coded, codes not yet packed."""
-        lattice = Lattice(self.numbers, self.block, self._choices, partial(scales_of, dtype=self.scale))
-        return lattice.nearest(values) if rounding is None else rounding.code(values, lattice)
-
-    def _choices(self, blocks: Floats) -> Iterator[ScaleChoice]:
-        """Yield scales for blocks, by their extremes."""
-        low, high = extremes(blocks)
-        shares = shares_of(self.numbers) if self.search else (1.0,)
-        if self.zeros:
-            assert isinstance(self.numbers, Integers)
-            low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-            steps, least = np.float32(2**self.numbers.bits - 1), np.float32(self.numbers.least)
-            for share in shares:
-                stored, scales = scales_in(float32((high - low) * np.float32(share) / steps), self.scale)
-                first = least if self.least_zero is None else np.float32(self.least_zero)
-                zeros = np.clip(np.rint(least - low * np.float32(share) / scales), first, self.numbers.largest)
-                yield ScaleChoice(scales, stored, zeros.astype(self.numbers.dtype))
-            return
-        most = float32(np.maximum(high, -low) / np.float32(self.numbers.largest))
-        if self.scale in EXPONENTS:
-            for down in (False, True)[: 1 + self.search]:
-                stored, scales = scales_in(most, self.scale, down=down)
-                yield ScaleChoice(scales, stored)
-            return
-        for share in shares:
-            stored, scales = scales_in(float32(most * np.float32(share)), self.scale)
-            yield ScaleChoice(scales, stored)
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnCoder(Adjustable):
-    """Codes the columns of a whole matrix as rows."""
-
-    turned: ClassVar[bool] = True
-    coder: BlockCoder
-
-    def encode(self, values: Floats, read: Read, rounding: Rounding | None = None) -> CodedParts:
-        turned = None if rounding is None else rounding.turned()
-        return self.coder.encode(np.ascontiguousarray(values.T), read, turned)
-
-
-def shares_of(numbers: Numbers) -> tuple[float, ...]:
-    """Return the shares of the range of a block that are tried."""
-    return MORE_SHARES if isinstance(numbers, Integers) and numbers.bits <= 3 else SHARES
-
-
-def chunks(rows: int, columns: int, m: int, n: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield whole blocks of a matrix that together stay in cache: [top, bottom), [left, right); large ones alone."""
-    if m * n > WIDE:
-        for top, left in product(range(0, rows, m), range(0, columns, n)):
-            yield top, min(rows, top + m), left, min(columns, left + n)
+    if native is not None:
+        arrays: list[Array] = []
+        described = np.array([rows.numbers(False, arrays)], np.int64)
+        native.decode(described, codes, out, start, tuple(arrays))
         return
-    height = min(rows, m if m * n >= CHUNK else max(1, CHUNK // max(1, m * columns)) * m)
-    width = max(1, CHUNK // (height * n)) * n
-    for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            yield top, min(rows, top + height), left, min(columns, left + width)
+    columns = rows.form.columns
+    top, bottom = start // columns, -(-(start + len(out)) // columns)
+    values = _turned(rows, bottom - top) if rows.is_turned else _straight(rows, codes, top, bottom)
+    out[:] = values.reshape(-1)[start - top * columns :][: len(out)]
 
 
-def blocks_of(values: Floats, m: int, n: int) -> Floats:
-    """Return a matrix as blocks (a, m, b, n), with zeros to full blocks."""
-    rows, columns = values.shape
-    m = min(m, rows)
-    below, beside = -rows % m, -columns % n
-    if below or beside:
-        values = np.pad(values, ((0, below), (0, beside)))
-    return np.ascontiguousarray(values).reshape(-1, m, values.shape[1] // n, n)
+def _straight(rows: CodedRows, codes: Array, top: int, bottom: int) -> Floats:
+    """Return rows [top, bottom) by numpy."""
+    number, width, columns, stride = rows.form
+    stored = np.zeros((bottom - top, stride), np.uint8)  # the last row may be cut short
+    flat = (codes if rows.stored is None else rows.stored).reshape(-1).view(np.uint8)[: stored.size]
+    stored.reshape(-1)[: len(flat)] = flat
+    if rows.table is not None:
+        halves = [rows.table[np.arange(256) & 15], rows.table[np.arange(256) >> 4]]
+        pairs = np.stack(halves[::-1] if number == SWAPPED_PAIRS else halves, 1).view(np.complex64)[:, 0]
+        values: Floats = np.take(pairs, stored).view(np.float32)[:, :columns]  # both values of a byte at once
+    elif number == PACKED:
+        values = unpack(stored.view("<u4"), width)[:, :columns].astype(np.float32)
+        values -= np.float32(1 << width - 1)
+    else:
+        values = values_of(next(dtype for dtype, form in FORMS.items() if form == number))[stored]
+    lines = rows.grid.rows_of(np.arange(top, bottom)) - rows.line
+
+    def spread(grid: Floats) -> Floats:
+        own = grid[lines]
+        return own if rows.grid.across == 1 else np.repeat(own, rows.grid.n, axis=1)[:, :columns]
+
+    if rows.zeros is not None:
+        values -= spread(rows.zeros)
+    values *= spread(rows.scales)
+    if rows.biases is not None:
+        values += spread(rows.biases)
+    if rows.factor != 1:
+        values *= np.float32(rows.factor)
+    return values
 
 
-def extremes(blocks: Floats) -> tuple[Floats, Floats]:
-    """Return the least and the greatest number of each block (a, m, b, n)."""
-    return blocks.min(axis=1).min(axis=2), blocks.max(axis=1).max(axis=2)
+def _turned(rows: CodedRows, count: int) -> Floats:
+    """Return `count` rows of a weight that is stored transposed, by numpy."""
+    line, columns = rows.line, rows.form.columns
+    assert rows.stored is not None
+    if rows.form.number == TURNED_PAIRS:
+        assert rows.table is not None
+        at = np.arange(line, line + count)
+        codes = rows.stored[:, at // 2] >> (at % 2 * 4).astype(np.uint8) & np.uint8(15)
+        found: Floats = rows.table[codes.T]
+        found *= rows.scales[at // TURNED_GROUP - line // TURNED_GROUP]
+        return found
+    if rows.form.number == TURNED_ALONG:
+        codes = unpack(rows.stored[:, line : line + count].T, rows.form.width)[:, :columns]
+    else:
+        codes = unpack_awq(rows.stored[:, line // 8 : -(-(line + count) // 8)])[:, line % 8 :][:, :count].T
+    assert rows.zeros is not None
+    assert rows.groups is not None
+    values = codes.astype(np.float32)
+    values -= np.take(rows.zeros, rows.groups, axis=1)
+    values *= np.take(rows.scales, rows.groups, axis=1)
+    return values
 
 
-def flat_of(blocks: Array) -> Array:
-    """Return blocks (a, m, b, n) as a matrix."""
-    a, m, b, n = blocks.shape
-    return blocks.reshape(a * m, b * n)
+def zero_scale(rows: CodedRows, codes: Array, start: int, count: int) -> tuple[int, int] | None:
+    """Return the row and column, in the grid, of the first scale of 0 whose codes are not zeros; None: there is none.
 
-
-def float32(values: Array) -> Floats:
-    """Return values in float32."""
-    return np.asarray(values, np.float32)
+    The arguments are those of `decode`; `count` is of elements.
+    """
+    values = np.empty(count, np.float32)
+    is_zero = rows.scales == 0
+    decode(replace(rows, scales=is_zero.astype(np.float32), biases=None, factor=1.0), codes, start, values)
+    places = start + np.flatnonzero(values)
+    lines = rows.grid.rows_of(places // rows.form.columns)
+    across = places % rows.form.columns // rows.grid.n
+    for line, column in zip(lines.tolist(), across.tolist(), strict=True):
+        if is_zero[line - rows.line, column]:
+            return line, column
+    return None

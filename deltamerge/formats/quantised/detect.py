@@ -86,13 +86,12 @@ FORMATS: Mapping[str, Format] = {
 SCHEMES = frozenset(FORMATS).union(*(form.schemes for form in FORMATS.values()))
 
 
-def reader_of(kind: str, scheme: str, codes: TensorInfo) -> Callable[[StoredWeight], TensorInfo] | None:
+def reader_of(kind: str, scheme: str) -> Callable[[StoredWeight], TensorInfo] | None:
     """Return `read` of the file for a form of weights; None: none reads it, or no scheme of that name has it."""
     form = FORMATS.get(kind)
     if form is None or not (kind == scheme or scheme in form.schemes):
         return None
-    of_bytes = form.module == "packed" and not codes.name.endswith("weight_packed")
-    module = import_module(f"{__package__}.{'int8' if of_bytes else form.module}")  # not at the start of every command
+    module = import_module(f"{__package__}.{form.module}")  # not at the start of every command
     read: Callable[[StoredWeight], TensorInfo] = module.read
     return read
 

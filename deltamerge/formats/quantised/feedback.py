@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import CodedMatrix, Lattice
-from deltamerge.formats.quantised.scheme import Array, Doubles, Floats
+from deltamerge.formats.quantised.coder import CodedMatrix, Lattice
+from deltamerge.formats.quantised.codes import Array, Doubles, Floats
 from deltamerge.tensors.lazy import torch
 
 DAMPING = 0.01  # λ, as a share of the mean of C's diagonal

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import E4M3, BlockCoder
-from deltamerge.formats.quantised.grid import Block, channels, scaled_by
-from deltamerge.formats.quantised.packed import of_groups, one_by_one
-from deltamerge.formats.quantised.scheme import AGAIN, Coding, Shape, StoredPart, StoredWeight, unit_rows
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.codes import E4M3, Shape
+from deltamerge.formats.quantised.packed import of_groups, one_by_one, scaled_by
+from deltamerge.formats.quantised.scheme import AGAIN, Block, StoredWeight
 from deltamerge.tensors.tensor import TensorInfo
 
 ORIGINALS = f"{AGAIN}, or merge the originals that are not quantised"
@@ -63,8 +63,3 @@ def write_blocks(name: str, shape: Shape, block: Block) -> Coding:
         StoredPart(f"{name}_scale_inv", "F32", (-(-rows // m), -(-columns // n)), m),
     )
     return Coding(shape, BlockCoder(E4M3, block, "F32"), (rows, columns), unit_rows(rows, columns, m), parts)
-
-
-def write_rows(name: str, shape: Shape, scale: str) -> Coding:
-    """Return the coding of a matrix as compressed-tensors' float-quantized stores it: E4M3 with a scale a row."""
-    return channels(name, shape, "F8_E4M3", scale)

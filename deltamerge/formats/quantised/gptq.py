@@ -10,35 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import WORD, BlockCoder, Integers, Rounding, pack_words, unpack
-from deltamerge.formats.quantised.scheme import (
+from deltamerge.formats.quantised.coder import (
     CHUNK,
+    Adjustable,
+    BlockCoder,
+    CodedParts,
+    Coding,
+    Rounding,
+    as_one,
+)
+from deltamerge.formats.quantised.codes import (
     TURNED_ACROSS,
     TURNED_ALONG,
-    Adjustable,
+    WORD,
     Array,
-    CodedParts,
     CodedRows,
-    CodedWeight,
     CodeForm,
-    Coding,
     Floats,
+    Integers,
     Part,
+    ScaleGrid,
     Shape,
+    pack_words,
+    unpack,
+)
+from deltamerge.formats.quantised.scheme import (
+    CodedWeight,
     StoredWeight,
-    as_one,
     bits,
     columns_of,
     damaged,
     expect,
-    fill_bands,
     finite,
     held_columns,
     weight,
@@ -78,10 +85,6 @@ class TurnedWords(CodedWeight):
         """Return the group of each input; None where groups are equal and in order."""
         raise NotImplementedError
 
-    def codes_at(self, read: Read, top: int, bottom: int) -> Array:
-        """Return the codes of outputs [top, bottom), of shape (outputs, inputs)."""
-        raise NotImplementedError
-
     def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
         """Return the zeros of outputs [top, bottom), of shape (outputs, groups)."""
         raise NotImplementedError
@@ -94,58 +97,25 @@ class TurnedWords(CodedWeight):
         """Return the words of zeros (groups, outputs)."""
         raise NotImplementedError
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_bands(self.scales.shape[1], self.inputs, self.align, start, out, partial(self._band, read))
-
     @property
-    def is_plain(self) -> bool:
-        return True
+    def columns(self) -> int:  # type: ignore[override]  # no field
+        return self.inputs
 
-    def part(self, read: Read, start: int, stop: int) -> CodedRows:
-        return self._outputs(read, start // self.inputs, -(-stop // self.inputs))
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, (groups, outputs) = start // self.inputs, -(-stop // self.inputs), self.scales.shape
+        height, width = self.codes.shape
+        words, begin = held_columns(read, self.codes, height, width, top // self.across, -(-bottom // self.across))
+        number = TURNED_ALONG if self.across == 1 else TURNED_ACROSS
+        form, laid = CodeForm(number, self.width, self.inputs, words.shape[1]), ScaleGrid(0, 0, 0, 0, groups)
+        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
+        scales, zeros = finite(widen(stored, self.scales.dtype), self.scales), self.zeros_at(read, top, bottom)
+        of = np.ascontiguousarray(self.places(read), np.int32)
+        return CodedRows(form, laid, top - begin * self.across, scales, zeros, stored=words, groups=of)
 
     def places(self, read: Read) -> Array:
         """Return the group of each input."""
         groups = self.groups(read)
         return np.arange(self.inputs) // self.group if groups is None else groups
-
-    def _outputs(self, read: Read, top: int, bottom: int) -> CodedRows:
-        rows, width = self.codes.shape
-        words, begin = held_columns(read, self.codes, rows, width, top // self.across, -(-bottom // self.across))
-        number = TURNED_ALONG if self.across == 1 else TURNED_ACROSS
-        form = CodeForm(number, self.width, self.inputs, words.shape[1])
-        scales, zeros = self._scales(read, top, bottom), self.zeros_at(read, top, bottom)
-        groups = np.ascontiguousarray(self.places(read), np.int32)
-        blocks = (0, 0, 0, 0, self.scales.shape[0])
-        line = top - begin * self.across
-        return CodedRows(form, scales, line, blocks, zeros, stored=words, groups=groups)
-
-    def _scales(self, read: Read, top: int, bottom: int) -> Floats:
-        """Return the scales of outputs [top, bottom), of shape (outputs, groups)."""
-        groups, outputs = self.scales.shape
-        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
-        return finite(widen(stored, self.scales.dtype), self.scales)
-
-    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
-        """Compute outputs [top, bottom), by the kernels or by numpy."""
-        native = kernels.native()
-        if native is not None:
-            part = self._outputs(read, top, bottom)
-            form, line = part.form, part.line
-            native.turned_words(
-                part.stored, part.scales, part.zeros, part.groups, out, form.stride, form.columns, line,
-                line + len(out), self.scales.shape[0], form.width, form.number == TURNED_ACROSS,
-            )  # fmt: skip
-            return
-        out[:] = self.codes_at(read, top, bottom)
-        scales, zeros, groups = self._scales(read, top, bottom), self.zeros_at(read, top, bottom), self.groups(read)
-        if groups is None:
-            cut = out.reshape(bottom - top, -1, self.group)
-            cut -= zeros[:, :, None]
-            cut *= scales[:, :, None]
-            return
-        out -= np.take(zeros, groups, axis=1)
-        out *= np.take(scales, groups, axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +143,15 @@ class Gptq(TurnedWords):
             raise damaged(self.order, message)
         return None if equal and np.array_equal(groups, in_order) else groups
 
-    def codes_at(self, read: Read, top: int, bottom: int) -> Array:
-        words = columns_of(read, self.codes, self.codes.shape[0], self.scales.shape[1], top, bottom)
-        return unpack(word_bytes(words.T), self.width)[:, : self.inputs]
-
     def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
         groups, width = self.zeros.shape
         first, last = top // WORD * self.width, min(-(-bottom // WORD) * self.width, width)
         words = columns_of(read, self.zeros, groups, width, first, last)
         if self.width == 3:
-            zeros = unpack(word_bytes(words), 3) + np.uint8(self.plus) & 7
+            zeros = unpack(words, 3) + np.uint8(self.plus) & 7
         else:
             one = np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
-            zeros = unpack(word_bytes(words + one), self.width)
+            zeros = unpack(words + one, self.width)
         skip = top % WORD
         return np.ascontiguousarray(zeros[:, skip : skip + bottom - top].T, np.float32)
 
@@ -244,11 +210,6 @@ class TurnedCoder(Adjustable):
                 zeros[:, top:bottom] = made.zeros.T.view(np.uint8)
             lost += made.lost
         return CodedParts((codes, scales, like.pack_zeros(zeros)), lost)
-
-
-def word_bytes(words: Array) -> Array:
-    """Return the bytes (…, 4 n) of words (…, n), the lowest first."""
-    return np.ascontiguousarray(words, "<u4").view(np.uint8)
 
 
 def read(stored: StoredWeight) -> TensorInfo:

@@ -11,6 +11,7 @@ nvfp4           W = e2m1 code · scale, a float8_e4m3fn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,36 +19,32 @@ from typing import Any
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import (
-    WORD,
-    Integers,
+from deltamerge.formats.quantised.coder import (
+    CodedParts,
+    Coding,
     ScaleChoice,
+    by_rows,
     code_grid,
     extremes,
     float32,
+    shares_of,
+)
+from deltamerge.formats.quantised.codes import (
+    PACKED,
+    WORD,
+    CodedRows,
+    CodeForm,
+    Floats,
+    Integers,
+    Part,
+    ScaleGrid,
+    Shape,
     packed,
     scales_in,
-    shares_of,
-    unpack,
 )
-from deltamerge.formats.quantised.grid import Scaled, grid
 from deltamerge.formats.quantised.mxfp4 import Mxfp4
 from deltamerge.formats.quantised.nvfp4 import Nvfp4
-from deltamerge.formats.quantised.scheme import (
-    CodedParts,
-    CodedWeight,
-    Coding,
-    Floats,
-    Part,
-    Shape,
-    StoredWeight,
-    by_rows,
-    expect,
-    floats,
-    row_bytes,
-    weight,
-    whole,
-)
+from deltamerge.formats.quantised.scheme import CodedWeight, Scaled, StoredWeight, expect, floats, grid, weight, whole
 from deltamerge.tensors.dtypes import PLAIN, narrow, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -66,13 +63,20 @@ class Affine(CodedWeight):
     group: int
     width: int
 
-    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
-        count, groups = bottom - top, self.columns // self.group
-        stored = row_bytes(read, self.codes, top, bottom)
-        values = unpack(stored, self.width).astype(np.float32).reshape(count, groups, self.group)
-        values *= floats(read, self.scales, top * groups, count * groups).reshape(count, groups, 1)
-        values += floats(read, self.biases, top * groups, count * groups).reshape(count, groups, 1)
-        out[:] = values.reshape(count, self.columns)
+    @property
+    def bits(self) -> int:
+        return self.width
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, groups = start // self.columns, -(-stop // self.columns), self.columns // self.group
+        scales, biases = (
+            floats(read, part, top * groups, (bottom - top) * groups).reshape(-1, groups)
+            for part in (self.scales, self.biases)
+        )
+        form = CodeForm(PACKED, self.width, self.columns, self.columns * self.width // 8)
+        lines = math.prod(self.scales.shape) // groups
+        middle = np.full_like(scales, -(1 << self.width - 1))  # codes are not less half their range
+        return CodedRows(form, ScaleGrid(lines, 1, self.group, lines, groups), top, scales, middle, biases)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         if self.biases.dtype != self.scales.dtype:

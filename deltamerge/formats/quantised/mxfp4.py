@@ -9,43 +9,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import E2M1, BlockCoder, ColumnCoder, scales_of, values_of
-from deltamerge.formats.quantised.grid import Tabled
-from deltamerge.formats.quantised.scheme import (
+from deltamerge.formats.quantised.coder import (
+    BlockCoder,
+    Coding,
+    ColumnCoder,
+    StoredPart,
+    as_one,
+    by_rows,
+    unit_rows,
+)
+from deltamerge.formats.quantised.codes import (
+    E2M1,
     EXPONENTS,
     TURNED_PAIRS,
-    Array,
     CodedRows,
-    CodedWeight,
     CodeForm,
-    Coding,
     Floats,
     Part,
+    ScaleGrid,
     Shape,
-    StoredPart,
+    scales_of,
+    values_of,
+)
+from deltamerge.formats.quantised.codes import TURNED_GROUP as GROUP
+from deltamerge.formats.quantised.scheme import (
+    CodedWeight,
     StoredWeight,
-    as_one,
+    Tabled,
     bits,
-    by_rows,
     columns_of,
     expect,
-    fill_bands,
     finite,
     held_columns,
-    unit_rows,
     weight,
     whole,
 )
 from deltamerge.tensors.tensor import Read, TensorInfo
-
-GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,52 +80,23 @@ class Mxfp4Experts(CodedWeight):
     codes: Part
     scales: Part
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        _, rows, groups, _ = self.codes.shape
-        fill_bands(groups * GROUP, rows, GROUP, start, out, partial(self._band, read))
+    @property
+    def columns(self) -> int:  # type: ignore[override]  # no field
+        return self.codes.shape[1]
 
     @property
-    def is_plain(self) -> bool:
-        return True
+    def matrix(self) -> int:
+        return self.codes.shape[2] * GROUP
 
-    def part(self, read: Read, start: int, stop: int) -> CodedRows | None:
-        """Return None for elements of several experts."""
-        _, rows, groups, _ = self.codes.shape
-        (expert, top), last = divmod(start // rows, groups * GROUP), -(-stop // rows) - 1
-        if last // (groups * GROUP) != expert:
-            return None
-        codes, begin, scales = self._held(read, expert, top, last % (groups * GROUP) + 1)
-        form = CodeForm(TURNED_PAIRS, 4, rows, codes.shape[1])
-        return CodedRows(form, scales, top - begin * 2, table=values_of("F4"), stored=codes)
-
-    def _held(self, read: Read, expert: int, top: int, bottom: int) -> tuple[Array, int, Floats]:
-        """Return codes of at least rows [top, bottom) of an expert, their first column, and the rows' scales.
-
-        The scales are (groups, stored rows).
-        """
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
         _, rows, groups, half = self.codes.shape
+        (expert, top), bottom = divmod(start // rows, self.matrix), (-(-stop // rows) - 1) % self.matrix + 1
         first, last = top // GROUP, -(-bottom // GROUP)
         codes, begin = held_columns(read, self.codes, rows, groups * half, first * half, last * half, expert)
-        stored = columns_of(read, self.scales, rows, groups, first, last, expert)
-        return codes, begin, finite(scales_of(np.ascontiguousarray(stored.T), "F8_E8M0"), self.scales)
-
-    def _band(self, read: Read, expert: int, top: int, bottom: int, out: Floats) -> None:
-        """Compute rows [top, bottom) of an expert."""
-        _, rows, _, half = self.codes.shape
-        first, last = top // GROUP, -(-bottom // GROUP)
-        codes, begin, scales = self._held(read, expert, top, bottom)
-        native, table = kernels.native(), values_of("F4")
-        if native is not None:
-            skip = begin * 2
-            native.turned_pairs(codes, scales, table, out, codes.shape[1], rows, top - skip, bottom - skip)
-            return
-        codes = codes[:, first * half - begin : last * half - begin]
-        values = np.empty((last - first, half, 2, rows), np.float32)
-        turned = np.ascontiguousarray(codes.T).reshape(last - first, half, rows)  # while they are bytes
-        np.take(table, turned & 15, out=values[:, :, 0], mode="clip")
-        np.take(table, turned >> 4, out=values[:, :, 1], mode="clip")
-        values *= scales[:, None, None]
-        out[:] = values.reshape(-1, rows)[top - first * GROUP : bottom - first * GROUP]
+        stored = np.ascontiguousarray(columns_of(read, self.scales, rows, groups, first, last, expert).T)
+        scales = finite(scales_of(stored, "F8_E8M0"), self.scales)
+        form, laid = CodeForm(TURNED_PAIRS, 4, rows, codes.shape[1]), ScaleGrid(0, 0, 0, 0, rows)
+        return CodedRows(form, laid, top - begin * 2, scales, table=values_of("F4"), stored=codes)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         """Code an expert at a time, by columns."""

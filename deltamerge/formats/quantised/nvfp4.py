@@ -17,33 +17,35 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised import mxfp4
-from deltamerge.formats.quantised.codes import (
-    E2M1,
-    E4M3,
+from deltamerge.formats.quantised.coder import (
     SHARES,
+    Adjustable,
+    CodedParts,
+    Coding,
     Lattice,
     Rounding,
     ScaleChoice,
+    StoredPart,
+    by_rows,
     extremes,
     float32,
+)
+from deltamerge.formats.quantised.codes import (
+    E2M1,
+    E4M3,
+    EXPONENTS,
+    Array,
+    Floats,
+    Part,
+    Shape,
     packed,
     scales_of,
     values_of,
 )
-from deltamerge.formats.quantised.grid import Tabled
 from deltamerge.formats.quantised.scheme import (
-    EXPONENTS,
-    Adjustable,
-    Array,
-    CodedParts,
-    Coding,
-    Floats,
-    Part,
-    Shape,
-    StoredPart,
     StoredWeight,
+    Tabled,
     bits,
-    by_rows,
     damaged,
     expect,
     finite,

@@ -1,8 +1,9 @@
-"""Integers of 1 to 8 bits packed into words (compressed-tensors, pack-quantized), and that library's `config_groups`.
+"""Integers of compressed-tensors, and that library's `config_groups`.
 
-W = (code − zero) · scale (compressed_tensors, quantization/lifecycle). `config_groups` say how many bits there are and
-what shares a scale; several groups (`mixed-precision`) are told apart by their targets and by the tensors' shapes.
-Its float8 and int8 codes are read in `fp8.py` and `int8.py`, four-bit floats in `nvfp4.py` and `mxfp4.py`.
+W = (code − zero) · scale (compressed_tensors, quantization/lifecycle). Integers of 1 to 8 bits are packed into words
+(pack-quantized), or have a byte each (int-quantized). `config_groups` say how many bits there are and what shares a
+scale; several groups (`mixed-precision`) are told apart by their targets and by the tensors' shapes. The library's
+float8 codes are read in `fp8.py`, four-bit floats in `nvfp4.py` and `mxfp4.py`.
 """
 
 from __future__ import annotations
@@ -18,26 +19,17 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.codes import BlockCoder, Integers, words_of
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.codes import EXPONENTS, Integers, ScaleGrid, Shape, words_of
 from deltamerge.formats.quantised.detect import HINT
-from deltamerge.formats.quantised.grid import (
+from deltamerge.formats.quantised.scheme import (
+    FLOATS,
+    OR_QUANTISE,
     Block,
     Scaled,
-    ScaleGrid,
+    StoredWeight,
     check_dtype,
     grid,
-    order_of,
-    scaled_by,
-    unfit,
-)
-from deltamerge.formats.quantised.scheme import (
-    EXPONENTS,
-    OR_QUANTISE,
-    Coding,
-    Shape,
-    StoredPart,
-    StoredWeight,
-    unit_rows,
     weight,
 )
 from deltamerge.tensors.patterns import check, finds
@@ -64,13 +56,17 @@ STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
 def read(stored: StoredWeight) -> TensorInfo:
-    """Return the weight that packed codes, scales, zeros and an order of columns store.
+    """Return the weight that codes, scales, zeros and an order of columns store.
 
     InputError: codes that the library does not write so, or companions whose shapes and dtypes do not fit.
     """
     codes = stored.codes
 
     def one(group: GroupSettings) -> TensorInfo:
+        if not codes.name.endswith("weight_packed"):
+            if codes.dtype != "I8":
+                raise InputError(f"is stored as {codes.dtype} beside scales, which is no form of it", hint=OR_QUANTISE)
+            return one_by_one(stored, group)
         if codes.dtype not in ("I32", "U32") or len(codes.shape) < 2:
             what = f"weight_packed is {codes.dtype} {list(codes.shape)}, must be 32-bit words of rows"
             raise InputError(what, hint=OR_QUANTISE)
@@ -182,6 +178,46 @@ def settings_of(scheme: str, by: str, size: int, plain: Sequence[str]) -> dict[s
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
+
+
+# Codes that are stored one by one.
+
+
+def scaled_by(stored: StoredWeight, block: Block | None, *, whole: bool = False) -> TensorInfo:
+    """Return the weight of codes that are stored one by one. InputError: scales, zeros or an order do not fit."""
+    codes, scales = stored.codes, stored.need("_scale_inv", "_scale", ".scale")
+    check_dtype(scales)
+    laid = grid(codes.shape, scales.shape, block, whole=whole)
+    zeros = stored.part("weight_zero_point")
+    if zeros is not None and (zeros.shape != scales.shape or zeros.dtype not in ("I8", "U8", "F8_E4M3", "F8_E5M2")):
+        raise unfit(zeros, f"{list(scales.shape)} of 8 bits")
+    columns = codes.shape[-1] if codes.shape else 1
+    form: Any = codes.dtype
+    return weight(stored, codes.shape, Scaled(codes, scales, zeros, order_of(stored, columns), columns, laid, form))
+
+
+def order_of(stored: StoredWeight, columns: int) -> TensorInfo | None:
+    """Return the tensor that says which group each column is in. InputError: it does not fit."""
+    order = stored.part("weight_g_idx")
+    if order is not None and (order.dtype not in ("I32", "U32") or order.shape != (columns,)):
+        raise unfit(order, f"I32 {[columns]}")
+    return order
+
+
+def unfit(info: TensorInfo, expected: str) -> InputError:
+    """Return the error for a part of another dtype or shape."""
+    return InputError(f"{info.name} is {info.dtype} {list(info.shape)}, must be {expected}", hint=OR_QUANTISE)
+
+
+def write_rows(name: str, shape: Shape, dtype: str, scale: str) -> Coding:
+    """Return the coding of a matrix with a scale a row, as compressed-tensors' float- and int-quantized store it.
+
+    Scales have the dtype of the model, which is what transformers reads them in.
+    """
+    rows, columns = shape
+    coder = BlockCoder(FLOATS.get(dtype) or Integers(), (1, columns), scale)
+    parts = (StoredPart(name, dtype, shape), StoredPart(f"{name}_scale", scale, (rows, 1)))
+    return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts)
 
 
 # The groups of config.json.

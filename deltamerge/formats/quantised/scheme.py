@@ -1,7 +1,8 @@
 """A weight as a scheme stores it: its parts, their checks, and how any range of its float32 values is computed.
 
 A scheme is code layout × grid of scales × number type × zero point. Its file holds classes of `CodedWeight`: each
-reads its values from the stored parts and says how they are written (`coding`).
+says of a range what its codes and scales are (`rows`), and how they are written (`coding`). `Scaled` has codes that are
+numbers (float8, int8) or integers of 1 to 8 bits in words. `Tabled` has two codes a byte that are places in a table.
 """
 
 from __future__ import annotations
@@ -9,37 +10,56 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, nbytes_of, widen
+from deltamerge.formats.quantised.coder import CHUNK, BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.codes import (
+    E4M3,
+    E5M2,
+    EXPONENTS,
+    FORMS,
+    NO_BYTES,
+    PACKED,
+    PAIRS,
+    SWAPPED_PAIRS,
+    WORD,
+    Array,
+    CodedRows,
+    CodeForm,
+    Floats,
+    Integers,
+    Packing,
+    Part,
+    ScaleGrid,
+    Shape,
+    decode,
+    scales_of,
+    unpack,
+    values_of,
+    zero_scale,
+)
+from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, widen
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Shape = tuple[int, ...]
-Rows = Callable[[int, int, Floats], None]
-Part: TypeAlias = Tensor | TensorInfo
-"""A stored tensor, as formats name it or as the graph has it."""
 
 AGAIN = "download the model again"
 OR_QUANTISE = f"{AGAIN}, or quantise it again"
 UNWRITABLE = "is in a form that cannot be written, only read"
-EXPONENTS = frozenset({"F8_E8M0", "U8"})  # dtypes of scales 2^(code − 127)
-CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
-BAND = 1 << 20  # elements that kernels compute at once of a matrix that is stored transposed
+BAND = 1 << 20  # elements that kernels compute at once; they keep their work in cache themselves
 SLAB = 1 << 24  # bytes of a stored matrix that is held, as long as its columns are asked for
 KEPT = 4 * SLAB
 PANEL = 64  # columns that a slab has a multiple of: whole groups of MXFP4 at least
+SCALES = PLAIN | EXPONENTS
+FLOATS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
+Block = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,41 +96,88 @@ class CodedWeight:
     """Computes the values of a weight from codes. Subclasses are plain data: stored parts and parameters.
 
     codes     the stored codes
-    columns   of the weight
+    scales    the stored scales
+    columns   of a row of the values
     keeps     whether slabs of stored matrices are held in memory while it is read
     """
 
     __slots__ = ()
     codes: Part
+    scales: Part
     columns: int
     keeps: ClassVar[bool] = False
 
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        """Fill `out` with the float32 values from element `start` on."""
-        if self.columns:
-            put_rows(self.columns, start, out, partial(self.put, read))
-
-    def put(self, read: Read, top: int, bottom: int, out: Floats) -> None:
-        """Write rows [top, bottom) of the values into `out`."""
-        raise NotImplementedError
+    @property
+    def row(self) -> int:
+        """Return the columns of a row of codes."""
+        return self.columns
 
     @property
-    def is_plain(self) -> bool:
-        """Return whether the compiled loop can make numbers of the codes."""
-        return False
+    def matrix(self) -> int:
+        """Return the rows of a matrix, where a range of elements must be of one; 0: it may be any."""
+        return 0
 
     @property
     def bits(self) -> int:
         """Return the bits of an element in the file; 0: elements do not follow each other there."""
         return 0
 
-    def part(self, read: Read, start: int, stop: int) -> CodedRows | None:
-        """Return the compiled loop's arguments for elements [start, stop); None: `fill` has to compute them."""
+    def is_one(self, start: int, stop: int) -> bool:
+        """Return whether `rows` can describe elements [start, stop)."""
+        return start < stop and (
+            not self.matrix or start // self.row // self.matrix == (stop - 1) // self.row // self.matrix
+        )
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        """Return the codes and scales that make elements [start, stop). InputError: parts are damaged."""
         raise NotImplementedError
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         """Return how a weight of `shape` is written in this form. InputError: it cannot be written."""
         raise InputError(UNWRITABLE)
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        """Fill `out` with the float32 values from element `start` on."""
+        values, at = np.frombuffer(out, np.float32), start
+        stop, step = start + len(values), max(1, (CHUNK if kernels.native() is None else BAND) // max(1, self.row))
+        while at < stop:
+            row = at // self.row
+            end = row + step if not self.matrix else min(row + step, (row // self.matrix + 1) * self.matrix)
+            end = min(stop, end * self.row)
+            rows = self.rows(read, at, end)
+            decode(rows, self.row_codes(read, rows, at, end), at, values[at - start : end - start])
+            at = end
+
+    def row_codes(self, read: Read, rows: CodedRows, start: int, stop: int) -> Array:
+        """Return the stored bytes of the rows that elements [start, stop) lie in; none where `rows` has codes."""
+        if rows.stored is not None:
+            return NO_BYTES
+        columns, stride = rows.form.columns, rows.form.stride
+        end = min(-(-stop // columns) * stride, self.codes.nbytes)
+        return bytes_of(read, self.codes, start // columns * stride, end)
+
+    def sound(
+        self, read: Read, rows: CodedRows, start: int, stop: int, order: NDArray[np.int32] | None = None
+    ) -> CodedRows:
+        """Return `rows`. InputError: a scale is NaN or infinite, or zero where codes are not.
+
+        order   the column of the grid of each column of the weight
+        """
+        scales, columns, stride = rows.scales, rows.form.columns, rows.form.stride
+        found: tuple[int, int] | None = None
+        value = np.float32(0)
+        if not np.isfinite(scales).all():
+            row, column = (int(x) for x in np.argwhere(~np.isfinite(scales))[0])
+            found, value = (rows.line + row, column), scales[row, column]
+        elif not scales.all():  # whole rows are looked at, where they are there
+            start, whole = start // columns * columns, -(-stop // columns) * columns
+            stop = min(whole, max(stop, self.codes.nbytes // stride * columns))
+            found = zero_scale(rows, self.row_codes(read, rows, start, stop), start, stop - start)
+        if found is not None:
+            row, column = found
+            column = column if order is None else int(order[column])
+            raise damaged(self.scales, f"the scale at row {row}, column {column} is {value}", OR_QUANTISE)
+        return rows
 
 
 def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
@@ -118,34 +185,13 @@ def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
     values = {one.name: getattr(made, one.name) for one in fields(made)}  # type: ignore[arg-type]  # all are dataclasses
     parts = {name: value for name, value in values.items() if isinstance(value, Tensor | TensorInfo)}
     plain = tuple((name, value) for name, value in values.items() if name not in parts)
-    tensor = viewed(decode, parts.values(), shape, "F32", form=type(made), names=tuple(parts), plain=plain)
+    tensor = viewed(decoded, parts.values(), shape, "F32", form=type(made), names=tuple(parts), plain=plain)
     return TensorInfo(stored.name, tensor)
-
-
-def _codes_of(tensor: Tensor) -> Tensor:
-    return tensor.inputs[0]
-
-
-def _streamed(tensor: Tensor) -> CodedWeight | None:
-    made = coded_weight(tensor)
-    return made if made is not None and made.is_plain else None
-
-
-def _keeps(tensor: Tensor) -> bool:
-    return bool(tensor.parameter("form").keeps)
-
-
-@view(codes=_codes_of, streamed=_streamed, keeps=_keeps)
-def decode(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -> None:
-    """Compute a weight from its stored parts. Parameters: its class, the names of its parts, and its other fields."""
-    made = coded_weight(tensor)
-    assert made is not None
-    made.fill(read, start, out)
 
 
 def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = None) -> CodedWeight | None:
     """Return what computes a weight from codes; None for other tensors. `infos` name its parts."""
-    if tensor.function != decode.__name__:
+    if tensor.function != decoded.__name__:
         return None
     own = dict(tensor.parameters)
     parts = (part if infos is None else infos[part] for part in tensor.inputs)
@@ -153,158 +199,16 @@ def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = Non
     return made
 
 
-# Weights as they are written.
+def _keeps(tensor: Tensor) -> bool:
+    return bool(tensor.parameter("form").keeps)
 
 
-class CodedParts(NamedTuple):
-    """Rows as they are stored: a contiguous array for each stored tensor, codes first, and Σ (x − stored)²."""
-
-    arrays: tuple[Array, ...]
-    lost: float
-
-
-class Coder(Protocol):
-    """Codes rows of a weight. Implementations are plain data.
-
-    An `Adjustable` one lets a `Rounding` choose the codes.
-    """
-
-    def encode(self, values: Floats, read: Read) -> CodedParts:
-        """Return finite `values` (rows, columns) as they are stored."""
-
-
-class Adjustable:
-    """A coder whose `encode` takes a third argument, a `Rounding` (codes.py).
-
-    turned   whether the columns of the values are coded as rows
-    """
-
-    __slots__ = ()
-    turned: ClassVar[bool] = False
-
-    def encode(self, values: Floats, read: Read, rounding: Any = None) -> CodedParts:
-        """Return finite `values` (rows, columns) as they are stored."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """A stored tensor of a coded weight; `rows` rows of a matrix of the weight make one of its own."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    rows: int = 1
-
-    @classmethod
-    def like(cls, info: Part, rows: int = 1) -> StoredPart:
-        """Return the part that is stored like `info`."""
-        return cls(info.name, info.dtype, info.shape, rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Return its bytes in a file."""
-        return nbytes_of(self.dtype, self.shape)
-
-
-class Unit(NamedTuple):
-    """Rows of a weight that are coded together: elements [start, stop), from row `top` of matrix `matrix` on."""
-
-    start: int
-    stop: int
-    matrix: int
-    top: int
-
-
-@dataclass(frozen=True, slots=True)
-class Coding:
-    """How a float32 weight of `shape` is stored.
-
-    matrix      rows and columns of what is coded as a matrix by itself: of each expert, or of the whole tensor
-    unit        rows coded together
-    parts       the coder's results, codes first
-    copied      further tensors that belong to it and are copied
-    like        the weight as another model has it, in the same form: a unit that equals it gets its bytes, which are
-                in `like_parts`
-    rounding    how codes are chosen, and what they keep of the difference from `base` is measured; None: the nearest
-    base        the weight of the base model
-    """
-
-    shape: Shape
-    coder: Coder
-    matrix: tuple[int, int]
-    unit: int
-    parts: tuple[StoredPart, ...]
-    copied: tuple[TensorInfo, ...] = ()
-    like: TensorInfo | None = None
-    like_parts: tuple[TensorInfo, ...] = ()
-    rounding: Literal["nearest", "inputs"] | None = None
-    base: TensorInfo | None = None
-
-    def rounded(self, rounding: Literal["nearest", "inputs"], base: TensorInfo | None) -> Coding:
-        """Return the coding with another choice of codes, for all rows with the same inputs together.
-
-        InputError: its coder cannot choose.
-        """
-        if not isinstance(self.coder, Adjustable):
-            raise InputError("output.rounding: is not for its form", hint="leave output.rounding out")
-        unit, own = self.matrix[0], self.shape[-2]  # of all experts, or of one
-        if self.unit < unit and not any(own % part.rows for part in self.parts):
-            unit = own
-        return replace(self, unit=unit, rounding=rounding, base=base)
-
-    @property
-    def inputs(self) -> int:
-        """Return the inputs of the layer, where codes may be chosen by them."""
-        return self.shape[-2] if isinstance(self.coder, Adjustable) and self.coder.turned else self.shape[-1]
-
-    @property
-    def matrices(self) -> int:
-        """Return the number of matrices."""
-        return math.prod(self.shape) // max(1, math.prod(self.matrix))
-
-    @property
-    def unit_bytes(self) -> int:
-        """Return the bytes of the largest unit in float32."""
-        return 4 * min(self.unit, self.matrix[0]) * self.matrix[1]
-
-    def units(self, start: int, stop: int) -> Iterator[Unit]:
-        """Yield the units that elements [start, stop) belong to, in order."""
-        rows, columns = self.matrix
-        while start < stop:
-            row = start // columns
-            matrix, top = row // rows, row % rows // self.unit * self.unit
-            end = matrix * rows + min(rows, top + self.unit)
-            unit = Unit((matrix * rows + top) * columns, end * columns, matrix, top)
-            yield unit
-            start = unit.stop
-
-    def places(self, unit: Unit) -> Iterator[tuple[StoredPart, int, int]]:
-        """Yield each part with the bytes [begin, end) of it that a unit makes."""
-        rows = self.matrix[0]
-        bottom = unit.top + (unit.stop - unit.start) // self.matrix[1]
-        for part in self.parts:
-            own = -(-rows // part.rows)
-            size = part.nbytes // (own * self.matrices)
-            first = unit.matrix * own
-            yield part, (first + unit.top // part.rows) * size, (first + -(-bottom // part.rows)) * size
-
-
-def unit_rows(rows: int, columns: int, multiple: int) -> int:
-    """Return the rows of a matrix that are coded together: a multiple of `multiple`, some 2**18 elements."""
-    return max(1, CHUNK // max(1, multiple * columns)) * multiple if multiple < rows else rows
-
-
-def by_rows(shape: Shape, coder: Coder, *parts: Part) -> Coding:
-    """Return the coding of a weight each of whose rows is stored by itself."""
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), tuple(map(StoredPart.like, parts)))
-
-
-def as_one(shape: Shape, coder: Coder, *parts: Part, matrix: tuple[int, int] | None = None) -> Coding:
-    """Return the coding of a weight, or of each of its matrices, that is coded at once."""
-    rows, columns = matrix or (math.prod(shape[:-1]), shape[-1])
-    return Coding(shape, coder, (rows, columns), rows, tuple(StoredPart.like(part, rows) for part in parts))
+@view(coded=coded_weight, keeps=_keeps)
+def decoded(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -> None:
+    """Compute a weight from its stored parts. Parameters: its class, the names of its parts, and its other fields."""
+    made = coded_weight(tensor)
+    assert made is not None
+    made.fill(read, start, out)
 
 
 def coding_like(weight: TensorInfo, stored: Sequence[TensorInfo], settings: Mapping[str, Any], name: str) -> Coding:
@@ -328,62 +232,6 @@ def _module(name: str) -> str:
     """Return the module of a weight, with its dot."""
     stem, dot, _ = name.rpartition(".")
     return stem + dot
-
-
-# Codes as the compiled loop takes them.
-
-# How the kernels number codes (kernels/src/loops.h).
-FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
-PACKED = 3
-PAIRS = PACKED + 1  # 1 more: the upper half first
-TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
-NO_ARRAY = -1  # for the number of an array where there is none
-
-
-class CodeForm(NamedTuple):
-    """How the kernels know codes: their number there, the bits of one, and the columns and bytes of a row."""
-
-    number: int
-    width: int
-    columns: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class CodedRows:
-    """Rows of a weight for the compiled loop.
-
-    line     the row of the grid that `scales` and `zeros` begin with; of `stored`, the row that the range begins with
-    blocks   the grid of its scales: height, m, n, down, across
-    table    the numbers of codes that are places in a table
-    stored   codes (rows, …) in memory, of a weight that is stored transposed; their bytes are not hashed
-    groups   the group of each column of such a weight
-    """
-
-    form: CodeForm
-    scales: Floats
-    line: int
-    blocks: tuple[int, int, int, int, int] = (0, 0, 0, 0, 1)
-    zeros: Floats | None = None
-    table: Floats | None = None
-    stored: Array | None = None
-    groups: npt.NDArray[np.int32] | None = None
-
-    def numbers(self, hashed: bool, arrays: list[Array]) -> tuple[int, ...]:
-        """Return the fields of `CodedSource` (kernels/src/program.h). Arrays are put into `arrays` and numbered."""
-        scales, zeros, table, stored, groups = (
-            _numbered(array, arrays) for array in (self.scales, self.zeros, self.table, self.stored, self.groups)
-        )
-        hashed = hashed and self.stored is None
-        return (*self.form, scales, zeros, *self.blocks, self.line, hashed, table, stored, groups)
-
-
-def _numbered(array: Array | None, arrays: list[Array]) -> int:
-    """Append an array to a list and return its number there."""
-    if array is None:
-        return NO_ARRAY
-    arrays.append(array)
-    return len(arrays) - 1
 
 
 # Checks of parts.
@@ -413,9 +261,9 @@ def finite(values: Floats, info: Part) -> Floats:
     return values
 
 
-def damaged(info: Part, what: str) -> InputError:
+def damaged(info: Part, what: str, hint: str = AGAIN) -> InputError:
     """Return the error for a part whose values cannot be."""
-    return InputError(f"{info.name}: {what}", hint=AGAIN, where=str(info.path))
+    return InputError(f"{info.name}: {what}", hint=hint, where=str(info.path))
 
 
 # Ranges of parts.
@@ -444,52 +292,6 @@ def bytes_of(read: Read, info: Part, low: int, high: int) -> Array:
 def floats(read: Read, info: Part, start: int, count: int) -> Floats:
     """Return elements [start, start + count) of a part in float32. InputError: one is NaN or infinite."""
     return finite(widen(bits(read, info, start, count), info.dtype), info)
-
-
-# Values, a few rows at a time.
-
-
-def put_rows(columns: int, start: int, out: memoryview, rows: Rows) -> None:
-    """Fill `out` with float32 elements from `start` on of a matrix of `columns`.
-
-    `rows(top, bottom, values)` writes rows [top, bottom) into `values`.
-    """
-    target = np.frombuffer(out, np.float32)
-    step = max(1, CHUNK // columns)
-    last = -(-(start + len(target)) // columns)
-    for top in range(start // columns, last, step):
-        _put(columns, target, top * columns - start, top, min(top + step, last), rows)
-
-
-def fill_bands(
-    height: int, columns: int, align: int, start: int, out: memoryview, band: Callable[[int, int, int, Floats], None]
-) -> None:
-    """Fill `out` with float32 elements from `start` on of matrices of `height` × `columns`.
-
-    `band(matrix, top, bottom, values)` writes rows [top, bottom) of a matrix into `values`. Bands begin at multiples
-    of `align`. The kernels get larger bands: they keep their work in cache themselves.
-    """
-    target = np.frombuffer(out, np.float32)
-    chunk = CHUNK if kernels.native() is None else BAND
-    most = max(1, chunk // (columns * align)) * align
-    row, last = start // columns, -(-(start + len(target)) // columns)
-    while row < last:
-        matrix, inner = divmod(row, height)
-        top = inner // align * align
-        bottom = min(top + most, height, last - matrix * height)
-        _put(columns, target, row * columns - start, inner, bottom, partial(band, matrix))
-        row = matrix * height + bottom
-
-
-def _put(columns: int, target: Floats, at: int, top: int, bottom: int, rows: Rows) -> None:
-    """Write rows [top, bottom) as far as they lie in `target`; the first begins at its element `at`."""
-    low, high = max(0, at), min(len(target), at + (bottom - top) * columns)
-    if high - low == (bottom - top) * columns:
-        rows(top, bottom, target[low:high].reshape(-1, columns))
-        return
-    values = np.empty((bottom - top, columns), np.float32)
-    rows(top, bottom, values)
-    target[low:high] = values.reshape(-1)[low - at : high - at]
 
 
 # Columns of stored matrices.
@@ -557,3 +359,199 @@ class _Slabs:
             while sum(slab.nbytes for slab in self.kept.values()) > KEPT and len(self.kept) > 1:
                 self.kept.popitem(last=False)
             return made
+
+
+# Codes times scales on a grid.
+
+
+def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool = False) -> ScaleGrid:
+    """Return the grid of a weight of `shape` whose scales have the shape `scales`.
+
+    `said` is the block that config.json states; one scale for all of the weight needs none. Without it the shapes tell:
+    blocks are then equal.
+    `whole`: blocks must divide the weight.
+    InputError: no such grid.
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    if math.prod(scales) == 1:
+        return ScaleGrid(max(1, rows), max(1, rows), max(1, columns), 1, 1)
+    stack, height = shape[:-2], shape[-2] if len(shape) > 1 else 1
+    if stack and scales == stack:
+        scales = (*scales, 1, 1)
+    elif len(shape) > 1 and scales == (height,) and not stack:
+        scales = (*scales, 1)
+    if len(scales) == len(shape) > 1 and scales[:-2] == stack:
+        m, n = said or (0, 0)
+        high, wide = _side(height, scales[-2], m, whole), _side(columns, scales[-1], n, whole)
+        if high and wide:
+            return ScaleGrid(height, high, wide, scales[-2], scales[-1])
+    expected = ""
+    if said and len(shape) > 1:
+        expected = (
+            f": in blocks of {said[0]}×{said[1]} it has {[*stack, -(-height // said[0]), -(-columns // said[1])]}"
+        )
+    what = f"its scales have the shape {list(scales)}, which does not fit a weight of {list(shape)}{expected}"
+    raise InputError(what, hint="download the model again, or ask who quantised it")
+
+
+def _side(length: int, count: int, said: int, whole: bool) -> int:
+    """Return the elements of a block in one direction, in which `length` elements have `count` scales; 0: none fits."""
+    if said and -(-length // said) != count:
+        return 0
+    if count in (1, length):
+        return max(1, length if count == 1 else 1)
+    if said:
+        return 0 if whole and length % said else said
+    return length // count if count and length % count == 0 else 0
+
+
+def check_dtype(info: TensorInfo) -> None:
+    """Raise InputError for a dtype that scales do not have."""
+    if info.dtype not in SCALES:
+        raise InputError(f"{info.name}: {info.dtype} is no dtype of scales")
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled(CodedWeight):
+    """The values of a weight of `columns`, made of codes, scales and perhaps zeros.
+
+    zeros    on the grid of the scales
+    order    the column of the grid of each column of the weight, where these are not in order (columns) int32
+    grid     of the scales
+    form     of the codes: a dtype of `FORMS`, or "packed"
+    width    bits of a packed code, `dense` whether it may lie across two words
+    zeros_packed   whether zeros are integers of `width` bits packed down the columns of the grid; else they are numbers
+    """
+
+    codes: Part
+    scales: Part
+    zeros: Part | None
+    order: Part | None
+    columns: int
+    grid: ScaleGrid
+    form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed"]
+    width: int = 8
+    dense: bool = True
+    zeros_packed: bool = False
+    zeros_dense: bool = True
+
+    @property
+    def bits(self) -> int:
+        return self.width if 8 * self._stride == self.columns * self.width else 0
+
+    @property
+    def _stride(self) -> int:
+        """Return the bytes of a row of codes."""
+        return ITEMSIZE[self.codes.dtype] * (self.codes.shape[-1] if self.codes.shape else 1)
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, laid = start // self.columns, -(-stop // self.columns), self.grid
+        first, last = (int(line) for line in laid.rows_of(np.array([top, bottom - 1])))
+        stored = bits(read, self.scales, first * laid.across, (last + 1 - first) * laid.across)
+        scales = scales_of(stored, self.scales.dtype).reshape(-1, laid.across)
+        zeros, order, codes = self._zeros(read, first, last + 1), self._order(read), None
+        form = CodeForm(FORMS.get(self.form, PACKED), self.width, self.columns, self._stride)
+        if order is not None:
+            scales = np.take(scales, order, axis=1)
+            zeros = None if zeros is None else np.take(zeros, order, axis=1)
+            laid = laid._replace(n=1, across=self.columns)
+        if self.form == "packed" and not self.dense and WORD % self.width:
+            words = row_bytes(read, self.codes, top, bottom).view("<u4")
+            codes = unpack(words, self.width, dense=False)[:, : self.columns] - np.uint8(1 << self.width - 1)
+            form = CodeForm(FORMS["I8"], 8, self.columns, self.columns)
+        return self.sound(read, CodedRows(form, laid, first, scales, zeros, stored=codes), start, stop, order)
+
+    def _zeros(self, read: Read, first: int, last: int) -> Floats | None:
+        """Return the zeros of rows [first, last) of the grid in float32."""
+        info, across = self.zeros, self.grid.across
+        if info is None:
+            return None
+        if not self.zeros_packed:
+            found = bits(read, info, first * across, (last - first) * across)
+            return values_of(info.dtype)[found].reshape(-1, across)
+        whole, size = (WORD, self.width) if self.zeros_dense else (WORD // self.width, 1)  # zeros, in so many words
+        begin, end = first // whole * size, min(-(-last // whole) * size, info.shape[0])
+        words = bits(read, info, begin * across, (end - begin) * across).reshape(-1, across)
+        codes = unpack(words.T, self.width, self.zeros_dense)[:, first % whole :][:, : last - first]
+        return np.ascontiguousarray(codes.T, np.float32) - np.float32(1 << self.width - 1)
+
+    def _order(self, read: Read) -> NDArray[np.int32] | None:
+        """Return the column of the grid of each column. InputError: columns that the grid does not have."""
+        if self.order is None:
+            return None
+        info, across = self.order, self.grid.across
+        found: NDArray[np.int32] = read.once((info.path, info.begin), lambda: bits(read, info, 0, self.columns)).view(
+            np.int32
+        )
+        if (found == -1).all():  # written where columns are in order
+            return (np.arange(self.columns) // self.grid.n).astype(np.int32)
+        if found.min() < 0 or found.max() >= across:
+            wrong = int(found[(found < 0) | (found >= across)][0])
+            raise InputError(f"{info.name}: has group {wrong}, of {across}", hint=AGAIN)
+        return found
+
+    def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
+        """Divide each block by its scale; scales and zeros lie as they do here."""
+        grid, packed = self.grid, self.form == "packed"
+        if self.order is not None:
+            raise InputError(f"has columns in the order of {self.order.name}, which cannot be written")
+        if packed and not self.dense and WORD % self.width:
+            raise InputError(f"has words with gaps, of {self.width} bits a code, which cannot be written")
+        rows, columns = grid.height, shape[-1] if shape else 1
+        numbers = FLOATS.get(self.form) or Integers(self.width)
+        parts = [StoredPart.like(self.codes), StoredPart.like(self.scales, grid.m)]
+        multiple = grid.m
+        how: Literal["bytes", "words"] | None = None
+        if self.zeros is not None:
+            if not isinstance(numbers, Integers) or (not self.zeros_packed and self.zeros.dtype != "I8"):
+                raise InputError(f"has zeros of {self.zeros.dtype}, which cannot be written")
+            inside = self.zeros_packed and grid.m == 1 and WORD % self.width == 0
+            per = WORD // self.width if inside else rows if self.zeros_packed else grid.m
+            multiple, how = math.lcm(grid.m, per), "words" if self.zeros_packed else "bytes"
+            parts.append(StoredPart.like(self.zeros, per))
+        packing: Packing = "words" if packed else "bytes"
+        coder = BlockCoder(numbers, (grid.m, grid.n), self.scales.dtype, how, packed and self.width < 8, packing)
+        return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
+
+
+class Tabled(CodedWeight):
+    """Two codes of four bits a byte, places in a table of 16, times the scale of their block of the flat weight.
+
+    group     elements of a block
+    swapped   whether the upper half of a byte comes first
+    """
+
+    __slots__ = ()
+    group: int
+    swapped: ClassVar[bool] = False
+
+    @property
+    def refuses_zero(self) -> bool:
+        """Return whether a scale of 0 is damage, but where its block is zeros anyway."""
+        return False
+
+    def table_of(self, read: Read) -> Floats:
+        """Return the numbers of the 16 codes."""
+        raise NotImplementedError
+
+    def scales_at(self, read: Read, start: int, count: int) -> Floats:
+        """Return the scales of blocks [start, start + count), checked."""
+        raise NotImplementedError
+
+    @property
+    def row(self) -> int:
+        """Return the columns of the weight, or those of a block where blocks go on from row to row."""
+        return self.columns if self.columns % self.group == 0 else self.group
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, groups = start // self.row, -(-stop // self.row), self.row // self.group
+        scales = self.scales_at(read, top * groups, (bottom - top) * groups).reshape(-1, groups)
+        lines = math.prod(self.scales.shape) // groups
+        form = CodeForm(SWAPPED_PAIRS if self.swapped else PAIRS, 4, self.row, self.row // 2)
+        laid = ScaleGrid(lines, 1, self.group, lines, groups)
+        rows = CodedRows(form, laid, top, np.ascontiguousarray(scales, np.float32), table=self.table_of(read))
+        return self.sound(read, rows, start, stop) if self.refuses_zero else rows

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.files.descriptors import flat, output_error, reserve
+from deltamerge.formats.quantised.coder import Adjustable, Coding, Unit
+from deltamerge.formats.quantised.codes import Doubles
 from deltamerge.formats.quantised.feedback import Feedback, total
-from deltamerge.formats.quantised.scheme import Adjustable, Coding, Doubles, Unit, bits
+from deltamerge.formats.quantised.scheme import bits
 from deltamerge.formats.safetensors import Writer
 from deltamerge.tensors.dtypes import ITEMSIZE, widen
 from deltamerge.tensors.tensor import Read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.methods.merge.matrices import each, inverse, multiply, needs, nodes, spectrum
+from deltamerge.methods.merge.matrices import always, each, inverse, multiply, needs, nodes, spectrum
 from deltamerge.methods.parameters import DeltaFactors, LargeLambda
 from deltamerge.methods.registry import delta_method
 
@@ -25,6 +25,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
     "arXiv 2502.04959",
     adds=True,
     matrices=True,
+    in_core=always,
     nodes=nodes,
     needs=needs_of,
 )
@@ -40,6 +41,6 @@ def iso_c(
     def merge(matrices: Matrices, out: torch.Tensor) -> None:
         total = matrices.total()
         values, right = spectrum(total)
-        multiply(total, (right * (inverse(values, values.max()) * values.mean())) @ right.T, out)
+        multiply(total, (right * (inverse(values, values.max()) * (values.sum() / matrices.rank))) @ right.T, out)
 
     return each(sources, form, weights, merge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.engine.fused.operations import weighted
+from deltamerge.engine.fused.operations import Assembly, weighted
 from deltamerge.methods.merge.sums import divisor_of, weighted_sum
 from deltamerge.methods.ops import over
 from deltamerge.methods.parameters import Normalize, Weights
@@ -13,7 +13,6 @@ from deltamerge.methods.registry import merge_method
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TINY = 2.0**-20
 BLOCK = 1 << 20  # elements of a block of rows, at least; results depend on it
 
-Form = tuple[int, int, int]
-"""Matrices in a tensor, and the rows and columns of each."""
+Form = tuple[int, ...]
+"""Matrices in a tensor, and the rows and columns of each. Of a core also those of the matrix that it is the core of."""
 
 
 def nodes(
@@ -67,20 +67,27 @@ def add(base: Tensor, merged: Tensor, *, tile: Tile, lambda_: float) -> Tensor:
     return base.to(torch.float32) + (part if lambda_ == 1 else part * lambda_)
 
 
+def always(**parameters: Any) -> bool:
+    """Say that a method gives the same in other orthonormal bases, whatever its parameters: `MergeMethod.in_core`."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """The deltas w_i Δ_i of one matrix of a tensor, (rows, columns) each."""
+    """The deltas w_i Δ_i of one matrix of a tensor, (rows, columns) each; `full` are its sides, or those of the matrix
+    that it is the core of."""
 
     sources: tuple[Whole, ...]
     weights: tuple[float, ...]
     index: int
     rows: int
     columns: int
+    full: tuple[int, ...]
 
     @property
     def rank(self) -> int:
-        """Return the smaller side."""
-        return min(self.rows, self.columns)
+        """Return the smaller side of the whole matrix: directions, those of a core and those of value 0."""
+        return min(self.full)
 
     @property
     def is_wide(self) -> bool:
@@ -196,10 +203,10 @@ def each(
     sources: tuple[Whole, ...], form: Form, weights: tuple[float, ...], merge: Callable[[Matrices, Tensor], None]
 ) -> Tensor:
     """Return the merged delta of a tensor, flat float32: `merge` writes that of one matrix, (rows, columns)."""
-    count, rows, columns = form
+    count, rows, columns = form[:3]
     out = torch.empty(count, rows, columns, dtype=torch.float32, device=sources[0].device)
     for i in range(count):
-        merge(Matrices(sources, weights, i, rows, columns), out[i])
+        merge(Matrices(sources, weights, i, rows, columns, form[-2:]), out[i])
     return out.view(-1)
 
 
@@ -219,7 +226,7 @@ def needs(
     spectra, grams      decompositions for each matrix, by R and by AᵀA
     products            of ℓ × r by r × r for each matrix
     """
-    count, rows, columns = form
+    count, rows, columns = form[:3]
     small, long = min(rows, columns), max(rows, columns)
     block = max(2 * small, BLOCK // small) * small
     held = 4 * count * rows * columns + 8 * (matrices * rows * columns + squares * small**2 + 3 * block)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.engine.fused.operations import weighted
+from deltamerge.engine.fused.operations import Assembly, weighted
 from deltamerge.methods.registry import Param, merge_method
 from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 

@@ -19,7 +19,7 @@ from deltamerge.tensors.tiles import densify
 from deltamerge.tensors.traits import traits
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.fused.operations import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Make, Tile
 

@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import weighted
+from deltamerge.engine.fused.operations import Assembly, weighted
 from deltamerge.errors import InputError
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.tensors.lazy import numpy as np
@@ -23,7 +23,6 @@ from deltamerge.tensors.traits import traits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Make, Tile
 

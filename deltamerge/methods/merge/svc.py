@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.methods.merge.matrices import Tall, each, multiply, needs, nodes
+from deltamerge.methods.merge.matrices import Tall, always, each, multiply, needs, nodes
 from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
 from deltamerge.methods.parameters import CalibratedLambda, DeltaFactors
 from deltamerge.methods.registry import delta_method
@@ -27,6 +27,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
     "arXiv 2602.05536",
     adds=True,
     matrices=True,
+    in_core=always,
     nodes=nodes,
     needs=needs_of,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.engine.fused.operations import weighted
+from deltamerge.engine.fused.operations import Assembly, weighted
 from deltamerge.methods.merge.sums import divisor_of, keeps_single, weighted_sum
 from deltamerge.methods.ops import onto, over
 from deltamerge.methods.parameters import DeltaWeights, Lambda, Normalize
@@ -14,7 +14,6 @@ from deltamerge.tensors.lazy import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Patched, Tile
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.engine.fused.operations import agreeing
+from deltamerge.engine.fused.operations import Assembly, agreeing
 from deltamerge.methods.merge.sums import SMALLEST_DIVISOR, keeps_single, weighted_sum
 from deltamerge.methods.ops import onto
 from deltamerge.methods.parameters import DeltaWeights, Density, Lambda, MatchSum, Normalize
@@ -13,7 +13,6 @@ from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Patched, Tile
 

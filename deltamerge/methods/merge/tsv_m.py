@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.methods.merge.matrices import each, needs, nodes
+from deltamerge.methods.merge.matrices import always, each, needs, nodes
 from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
 from deltamerge.methods.parameters import DeltaFactors, FallingLambda
 from deltamerge.methods.registry import delta_method
@@ -26,6 +26,7 @@ def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False
     "arXiv 2412.00081",
     adds=True,
     matrices=True,
+    in_core=always,
     nodes=nodes,
     needs=needs_of,
 )

@@ -6,7 +6,7 @@ It interferes least with every task's own subspace.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from deltamerge.methods.merge.matrices import each, nodes
 from deltamerge.methods.parameters import DeltaFactors, FallingLambda
@@ -48,9 +48,14 @@ def _pulled(delta: Tensor) -> Tensor:
     return (delta @ delta.T) @ delta if out < inputs else delta @ (delta.T @ delta)
 
 
-def _solved(gram: Tensor, pulled: Tensor, rho: float) -> Tensor:
+def is_closed(*, steps: int = 0, **parameters: Any) -> bool:
+    """Tell whether it is the minimum itself, which is the same in other orthonormal bases; Adam's steps are not."""
+    return steps == 0
+
+
+def _solved(gram: Tensor, pulled: Tensor, rho: float, inputs: int) -> Tensor:
     """Return C (G + ρ tr(G) / in · 1)⁻¹; 0 where all deltas are 0."""
-    ridge = rho * gram.diagonal().mean()
+    ridge = rho * gram.diagonal().sum() / inputs
     if not bool(ridge > 0):
         return pulled
     gram.diagonal().add_(ridge)
@@ -77,6 +82,7 @@ def _descended(start: Tensor, gram: Tensor, pulled: Tensor, steps: int) -> Tenso
     "arXiv 2503.08099",
     adds=True,
     matrices=True,
+    in_core=is_closed,
     nodes=nodes,
     needs=needs_of,
 )
@@ -111,7 +117,8 @@ def wudi(
             gram += (delta.T @ delta) * share
             pulled = pulled + _pulled(delta) * share
             start = start + delta if steps else start
-        merged = _descended(start, gram, pulled, steps) if steps else _solved(gram, pulled, rho)
+        full = matrices.full[0 if transposed else 1]
+        merged = _descended(start, gram, pulled, steps) if steps else _solved(gram, pulled, rho, full)
         out.copy_(merged.T if transposed else merged)
 
     return each(sources, form, weights, merge)

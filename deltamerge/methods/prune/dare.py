@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import subtract, subtract_at
+from deltamerge.engine.fused.operations import Assembly, subtract, subtract_at
 from deltamerge.methods.ops import at
 from deltamerge.methods.prune.bits import guided, is_sparse, keep_torch, positions_torch, threshold
 from deltamerge.methods.prune.sampling import importance
@@ -18,7 +18,6 @@ from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import Kept
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
     from deltamerge.tensors.tensor import Node

@@ -21,7 +21,7 @@ from deltamerge.tensors.tiles import alike, densify, row_length_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.fused.operations import Assembly
     from deltamerge.methods.prune.bits import Key
     from deltamerge.methods.registry import Masking
     from deltamerge.tensors.tensor import Node

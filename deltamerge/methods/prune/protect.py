@@ -17,7 +17,7 @@ from deltamerge.tensors.traits import first_is_dense, first_is_sparse, traits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.engine.fused.operations import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Tile
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import spread
+from deltamerge.engine.fused.operations import Assembly, spread
 from deltamerge.methods.ops import over
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
@@ -16,7 +16,6 @@ from deltamerge.tensors.tiles import Kept, block_rows, densify, halved
 from deltamerge.tensors.traits import first_is_sparse, traits
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Make, Tile
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import spread
+from deltamerge.engine.fused.operations import Assembly, spread
 from deltamerge.tensors.lazy import numpy as np
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.tiles import LONGEST_ROW, Kept, alike, block_elements, densify, row_length
@@ -24,7 +24,6 @@ from deltamerge.tensors.traits import traits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Make, Tile
 

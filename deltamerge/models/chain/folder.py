@@ -68,6 +68,7 @@ class Note(Strict):
     after    the version that it changes; None: the base
     step     of the training run that wrote it
     folded   earlier versions that `squash` has folded into it, and removed
+    quantised_from   the version of a plain model's chain that it has in codes
     files    of the artifact
     """
 
@@ -79,6 +80,7 @@ class Note(Strict):
     after: Named | None = None
     step: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
     folded: Annotated[list[Named], Field(max_length=1_000_000)] = Field(default_factory=list)
+    quantised_from: Named | None = None
     files: Annotated[dict[str, Stored], Field(max_length=100_000)]
 
 

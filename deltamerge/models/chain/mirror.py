@@ -29,6 +29,7 @@ DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (SLIME, SKY
 ALGORITHM = "xxh3-128"
 STATE, NAME = "deltamerge_state", "deltamerge_version"
 BATCH = 64  # versions that are written at once
+Kind = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,12 @@ class Mirror:
     def code(self, name: str, dtype: str, shape: Sequence[int], old: Array, new: Array) -> CodedTensor | None:
         """Code the change of a tensor. None: there is none."""
         return code(name, dtype, shape, old, new, self.encoding, ALGORITHM)
+
+    def follow(
+        self, version: Version, kinds: Mapping[str, Kind], old: Mapping[str, Array], new: Mapping[str, Array]
+    ) -> None:
+        """Publish what a version makes, from the model's bits before and after it. OutputError: the disk."""
+        self.write((self.code(name, *kind, old[name], new[name]) for name, kind in kinds.items()), notes_of(version))
 
     def write(self, tensors: Iterable[CodedTensor | None], notes: Mapping[str, str]) -> WrittenDiffs:
         """Publish the next version. OutputError: the disk."""

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_llama
 
 from deltamerge.apps.search.evaluate import TEXTS, ScoredTask, measured, open_model, under_head
-from deltamerge.calibrate.rows.rows import read
+from deltamerge.calibrate.rows import read
 from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.reader import Reader
 

@@ -22,6 +22,32 @@ bool aligned(const void* at) {
   return reinterpret_cast<std::uintptr_t>(at) % alignof(T) == 0;
 }
 
+// Whether bands of weights stored transposed lie within so much memory.
+bool fits(const TurnedPairs& band, i64 code_bytes, i64 scales, i64 table) {
+  if (!within(band.columns, 1, kLongest) || !within(band.top, 0, kLargest) || !within(band.bottom, band.top, kLargest))
+    return false;
+  const i64 end = (band.bottom + 31) / 32;
+  return band.pitch > 0 && band.pitch >= 16 * end && code_bytes / band.pitch >= band.columns &&
+         scales / band.columns >= end - band.top / 32 && table >= kTable;
+}
+
+bool fits(const TurnedWords& band, i64 words, i64 scales, i64 zeros, i64 groups) {
+  const i64 width = band.width, rows = band.bottom - band.top;
+  if (width != 2 && width != 3 && width != 4 && width != 8) return false;
+  if (!within(band.columns, 1, kLongest) || !within(band.top, 0, kLargest) || !within(band.bottom, band.top, kLargest))
+    return false;
+  if (band.across < 1 || band.pitch < (band.across_words ? (band.bottom + 7) / 8 : band.bottom) || band.pitch < 1)
+    return false;
+  if (band.across_words ? width != 4 : band.columns * width % (width == 3 ? 96 : 32) != 0) return false;
+  const i64 stored = band.across_words ? band.columns : band.columns * width / 32;
+  if (words / band.pitch < stored || scales / band.across < rows || zeros / band.across < rows || groups < band.columns)
+    return false;
+  for (i64 i = 0; i < band.columns; ++i) {
+    if (!within(band.groups[i], 0, band.across)) return false;
+  }
+  return true;
+}
+
 class Checker {
  public:
   Checker(const Program& program, const Results& results, const Lengths& lengths, const Held* held, i64 held_count)
@@ -41,6 +67,62 @@ class Checker {
     for (i64 t = 0; found == nullptr && t < n_.bounds; ++t) found = of_table(p_.bounds[t]);
     for (i64 k = 0; found == nullptr && k < p_.count; ++k) found = of_operation(p_.operations[k]);
     return found;
+  }
+
+  const char* of_codes(const CodedSource& c) {
+    const bool four = c.form == kLowerFirst || c.form == kUpperFirst;
+    if (!within(c.form, 0, kUpperFirst + 1)) return "codes have no such form";
+    if (c.form == kPackedBits ? !within(c.width, 1, 9) : c.width != (four ? 4 : 8)) return "codes have no such width";
+    if (!within(c.columns, 1, kLongest) || !within(c.stride, (c.columns * c.width + 7) / 8, kLongest * 2))
+      return "a row of codes has no such length";
+    if (job_.elements / c.columns > kLargest / c.stride) return "codes have too many rows";
+    if (!within(c.height, 1, kLargest) || !within(c.m, 1, kLargest) || !within(c.n, 1, kLargest) ||
+        !within(c.down, 1, kLargest) || !within(c.across, 1, kLargest) || c.line < 0)
+      return "scales have no such grid";
+    if ((c.height - 1) / c.m >= c.down || (c.columns - 1) / c.n >= c.across) return "a block of codes has no scale";
+    if (job_.elements / c.columns / c.height > kLargest / c.down) return "scales have too many rows";
+    if (size() > 0) {
+      const i64 first = line_of(c, job_.start / c.columns), last = line_of(c, (job_.stop - 1) / c.columns);
+      if (first < 0 || last >= count_of<float>(c.scales) / c.across) return "scales are too short or not aligned";
+    }
+    if (c.zeros >= 0 && count_of<float>(c.zeros) < count_of<float>(c.scales)) return "zeros are too short";
+    if (c.biases >= 0 && count_of<float>(c.biases) < count_of<float>(c.scales)) return "biases are too short";
+    if (c.factor >= 0 && !lies<float>(c.factor, 1)) return "there is no such factor";
+    if (four && !lies<float>(c.table, kTable)) return "codes have no table of 16 numbers";
+    const i64 piece = kPiece > job_.chunk ? kPiece : job_.chunk;
+    if (c.hashed != 0 && (c.stride * 8 != c.columns * c.width || job_.block * c.width % 8 != 0 || piece * c.width % 8 != 0))
+      return "codes do not follow each other, so that they cannot be hashed";
+    return nullptr;
+  }
+
+  static i64 line_of(const CodedSource& c, i64 row) { return row / c.height * c.down + row % c.height / c.m - c.line; }
+
+  // Of codes in memory, from the job's first row on.
+  const char* of_memory(const CodedSource& c) {
+    if (is_turned(c)) return of_turned(c);
+    if (const char* found = of_codes(c)) return found;
+    const i64 first = job_.start / c.columns * c.stride;
+    if (c.hashed != 0) return "codes in memory are not hashed";
+    return size() == 0 || holds(c.stored, end_byte_of(c, job_.stop - 1) - first) ? nullptr : "codes are too short";
+  }
+
+  const char* of_turned(const CodedSource& c) {
+    if (!within(c.columns, 1, kLongest) || !within(c.stride, 1, kLongest) || !within(c.line, 0, kLargest))
+      return "a row of codes has no such length";
+    const i64 rows = size() > 0 ? (job_.stop - 1) / c.columns + 1 - job_.start / c.columns : 0;
+    if (c.form == kTurnedPairs) {
+      const TurnedPairs band = {nullptr, c.stride, c.columns, c.line, c.line + rows, 0, c.columns, nullptr, nullptr};
+      const bool there =
+          fits(band, count_of<u8>(c.stored), count_of<float>(c.scales), count_of<float>(c.table));
+      return there ? nullptr : "codes that are stored transposed, or their scales, are too short";
+    }
+    if (c.form != kTurnedAlong && c.form != kTurnedAcross) return "codes have no such form";
+    const i64 groups = count_of<std::int32_t>(c.groups);
+    const auto* of = groups > 0 ? static_cast<const std::int32_t*>(held_[c.groups].at) : nullptr;
+    const TurnedWords band = {nullptr, c.stride, c.columns, c.line,  c.line + rows, 0,      c.columns,
+                              nullptr, nullptr,  of,        c.across, c.width,       c.form == kTurnedAcross};
+    const bool there = fits(band, count_of<u32>(c.stored), count_of<float>(c.scales), count_of<float>(c.zeros), groups);
+    return there ? nullptr : "codes that are stored transposed, or their scales, are too short";
   }
 
  private:
@@ -83,9 +165,8 @@ class Checker {
     if (!within(source.coded, -1, p_.coded_count)) return "a source has no such codes";
     if (!within(source.fd, -1, INT_MAX) || !within(source.begin, 0, i64(1) << 62)) return "a source has no such file";
     i64 bytes = size_of(source.dtype);
-    const bool turned = source.coded >= 0 && p_.coded[source.coded].stored >= 0;
     if (source.coded >= 0 && source.dtype != kFloat32) return "codes are no numbers of float32";
-    if (turned) return of_turned(p_.coded[source.coded]);
+    if (source.coded >= 0 && p_.coded[source.coded].stored >= 0) return of_memory(p_.coded[source.coded]);
     if (source.fd < 0) {
       const bool there = bytes == 4 ? lies<u32>(source.memory, size()) : lies<u16>(source.memory, size());
       return there ? nullptr : "a source in memory is too short, not there or not aligned";
@@ -94,15 +175,10 @@ class Checker {
     if (source.coded >= 0) {
       const CodedSource& codes = p_.coded[source.coded];
       if (const char* found = of_codes(codes)) return found;
-      const i64 last = job_.stop > job_.start ? job_.stop - 1 : job_.start;
       begin = source.begin + byte_of(codes, job_.start);
-      end = source.begin + last / codes.columns * codes.stride + (last % codes.columns * codes.width + codes.width + 7) / 8;
+      end = source.begin + end_byte_of(codes, job_.stop > job_.start ? job_.stop - 1 : job_.start);
     }
     return of_hashes(s, begin, end);
-  }
-
-  static i64 byte_of(const CodedSource& codes, i64 at) {
-    return at / codes.columns * codes.stride + at % codes.columns * codes.width / 8;
   }
 
   // Pieces of a file are hashed from the first that begins in the range, and their digests have places.
@@ -114,51 +190,6 @@ class Checker {
     if (first < 0 || at != first * kHashed || at < begin || at >= begin + kHashed)
       return "hashes do not begin with a piece of the file";
     return end / kHashed - first <= r_.room ? nullptr : "digests are longer than their array";
-  }
-
-  const char* of_codes(const CodedSource& c) {
-    const bool four = c.form == kLowerFirst || c.form == kUpperFirst;
-    if (!within(c.form, 0, kUpperFirst + 1)) return "codes have no such form";
-    if (c.form == kPackedBits ? !within(c.width, 1, 9) : c.width != (four ? 4 : 8)) return "codes have no such width";
-    if (!within(c.columns, 1, kLongest) || !within(c.stride, (c.columns * c.width + 7) / 8, kLongest * 2))
-      return "a row of codes has no such length";
-    if (job_.elements / c.columns > kLargest / c.stride) return "codes have too many rows";
-    if (!within(c.height, 1, kLargest) || !within(c.m, 1, kLargest) || !within(c.n, 1, kLargest) ||
-        !within(c.down, 1, kLargest) || !within(c.across, 1, kLargest) || c.line < 0)
-      return "scales have no such grid";
-    if ((c.height - 1) / c.m >= c.down || (c.columns - 1) / c.n >= c.across) return "a block of codes has no scale";
-    if (job_.elements / c.columns / c.height > kLargest / c.down) return "scales have too many rows";
-    if (size() > 0) {
-      const i64 first = line_of(c, job_.start / c.columns), last = line_of(c, (job_.stop - 1) / c.columns);
-      if (first < 0 || last >= count_of<float>(c.scales) / c.across) return "scales are too short or not aligned";
-    }
-    if (c.zeros >= 0 && count_of<float>(c.zeros) < count_of<float>(c.scales)) return "zeros are too short";
-    if (four && !lies<float>(c.table, kTable)) return "codes have no table of 16 numbers";
-    const i64 piece = kPiece > job_.chunk ? kPiece : job_.chunk;
-    if (c.hashed != 0 && (c.stride * 8 != c.columns * c.width || job_.block * c.width % 8 != 0 || piece * c.width % 8 != 0))
-      return "codes do not follow each other, so that they cannot be hashed";
-    return nullptr;
-  }
-
-  static i64 line_of(const CodedSource& c, i64 row) { return row / c.height * c.down + row % c.height / c.m - c.line; }
-
-  const char* of_turned(const CodedSource& c) {
-    if (!within(c.columns, 1, kLongest) || !within(c.stride, 1, kLongest) || !within(c.line, 0, kLargest))
-      return "a row of codes has no such length";
-    const i64 rows = size() > 0 ? (job_.stop - 1) / c.columns + 1 - job_.start / c.columns : 0;
-    if (c.form == kTurnedPairs) {
-      const TurnedPairs band = {nullptr, c.stride, c.columns, c.line, c.line + rows, 0, c.columns, nullptr, nullptr};
-      const bool there =
-          fits(band, count_of<u8>(c.stored), count_of<float>(c.scales), count_of<float>(c.table));
-      return there ? nullptr : "codes that are stored transposed, or their scales, are too short";
-    }
-    if (c.form != kTurnedAlong && c.form != kTurnedAcross) return "codes have no such form";
-    const i64 groups = count_of<std::int32_t>(c.groups);
-    const auto* of = groups > 0 ? static_cast<const std::int32_t*>(held_[c.groups].at) : nullptr;
-    const TurnedWords band = {nullptr, c.stride, c.columns, c.line,  c.line + rows, 0,      c.columns,
-                              nullptr, nullptr,  of,        c.across, c.width,       c.form == kTurnedAcross};
-    const bool there = fits(band, count_of<u32>(c.stored), count_of<float>(c.scales), count_of<float>(c.zeros), groups);
-    return there ? nullptr : "codes that are stored transposed, or their scales, are too short";
   }
 
   // Every draw of 63 bits finds a gap: the sentinel is above all, and a gap moves on.
@@ -364,29 +395,18 @@ const char* fault_of(const Program& program, const Results& results, const Lengt
   return Checker(program, results, lengths, held, held_count).fault();
 }
 
-bool fits(const TurnedPairs& band, i64 code_bytes, i64 scales, i64 table) {
-  if (!within(band.columns, 1, kLongest) || !within(band.top, 0, kLargest) || !within(band.bottom, band.top, kLargest))
-    return false;
-  const i64 end = (band.bottom + 31) / 32;
-  return band.pitch > 0 && band.pitch >= 16 * end && code_bytes / band.pitch >= band.columns &&
-         scales / band.columns >= end - band.top / 32 && table >= kTable;
-}
-
-bool fits(const TurnedWords& band, i64 words, i64 scales, i64 zeros, i64 groups) {
-  const i64 width = band.width, rows = band.bottom - band.top;
-  if (width != 2 && width != 3 && width != 4 && width != 8) return false;
-  if (!within(band.columns, 1, kLongest) || !within(band.top, 0, kLargest) || !within(band.bottom, band.top, kLargest))
-    return false;
-  if (band.across < 1 || band.pitch < (band.across_words ? (band.bottom + 7) / 8 : band.bottom) || band.pitch < 1)
-    return false;
-  if (band.across_words ? width != 4 : band.columns * width % (width == 3 ? 96 : 32) != 0) return false;
-  const i64 stored = band.across_words ? band.columns : band.columns * width / 32;
-  if (words / band.pitch < stored || scales / band.across < rows || zeros / band.across < rows || groups < band.columns)
-    return false;
-  for (i64 i = 0; i < band.columns; ++i) {
-    if (!within(band.groups[i], 0, band.across)) return false;
-  }
-  return true;
+const char* fault_of(const CodedSource& codes, i64 start, i64 count, i64 bytes, const Held* held, i64 held_count) {
+  Job job = {};
+  job.start = start;
+  job.stop = job.elements = start + count;
+  job.block = job.chunk = 1;
+  Program program = {};
+  program.job = &job;
+  Checker checker(program, {}, {}, held, held_count);
+  if (codes.stored >= 0) return checker.of_memory(codes);
+  if (const char* found = is_turned(codes) ? "codes are not there" : checker.of_codes(codes)) return found;
+  const i64 first = start / codes.columns * codes.stride;
+  return count == 0 || end_byte_of(codes, start + count - 1) - first <= bytes ? nullptr : "codes are too short";
 }
 
 }  // namespace deltamerge

@@ -31,8 +31,7 @@ constexpr i64 kLongest = i64(1) << 31;      // elements of a register
 const char* fault_of(const Program& program, const Results& results, const Lengths& lengths, const Held* held,
                      i64 held_count);
 
-// Whether bands of weights stored transposed lie within so much memory.
-bool fits(const TurnedPairs& band, i64 code_bytes, i64 scales, i64 table);
-bool fits(const TurnedWords& band, i64 words, i64 scales, i64 zeros, i64 groups);
+// The same of codes alone, for `count` elements from `start` on; `bytes` of them are there from the first row on.
+const char* fault_of(const CodedSource& codes, i64 start, i64 count, i64 bytes, const Held* held, i64 held_count);
 
 }  // namespace deltamerge

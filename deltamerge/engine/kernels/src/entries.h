@@ -3,7 +3,8 @@
 
 #include <Python.h>
 
-#include "loops.h"
+#include "check.h"
+#include "stream.h"
 
 namespace deltamerge {
 
@@ -54,6 +55,44 @@ class Arguments {
   int taken_ = 0;
 };
 
+// The arrays that sources and codes name by their numbers, released at the end of the call.
+class Arrays {
+ public:
+  Arrays() = default;
+  Arrays(const Arrays&) = delete;
+  Arrays& operator=(const Arrays&) = delete;
+  ~Arrays() {
+    for (i64 i = 0; i < taken_; ++i) PyBuffer_Release(&views_[i]);
+  }
+
+  // False: a Python error is set.
+  bool take(PyObject* tuple) {
+    const i64 count = PyTuple_Size(tuple);
+    if (count < 0) return false;
+    if (!views_.allocate(count) || !held_.allocate(count)) {
+      PyErr_NoMemory();
+      return false;
+    }
+    for (; taken_ < count; ++taken_) {
+      if (PyObject_GetBuffer(PyTuple_GetItem(tuple, taken_), &views_[taken_], PyBUF_SIMPLE) != 0) return false;
+      held_[taken_] = {views_[taken_].buf, views_[taken_].len};
+    }
+    return true;
+  }
+
+  const Held* get() const { return held_.get(); }
+  i64 count() const { return taken_; }
+  // 0 where there is none of this number.
+  i64 address(i64 number) const {
+    return number < 0 || number >= taken_ ? 0 : i64(reinterpret_cast<std::uintptr_t>(held_[number].at));
+  }
+
+ private:
+  Array<Py_buffer> views_;
+  Array<Held> held_;
+  i64 taken_ = 0;
+};
+
 class Unlocked {
  public:
   Unlocked() = default;
@@ -83,10 +122,7 @@ PyObject* delta_add(PyObject*, PyObject* arguments);
 PyObject* delta_ranked(PyObject*, PyObject* arguments);
 PyObject* ordered_product(PyObject*, PyObject* arguments);
 // quantised.cpp
-PyObject* scaled(PyObject*, PyObject* arguments);
-PyObject* tabled(PyObject*, PyObject* arguments);
-PyObject* turned_pairs(PyObject*, PyObject* arguments);
-PyObject* turned_words(PyObject*, PyObject* arguments);
+PyObject* decode(PyObject*, PyObject* all);
 PyObject* coded(PyObject*, PyObject* arguments);
 // steps.cpp
 PyObject* steps_pack(PyObject*, PyObject* arguments);

@@ -93,7 +93,7 @@ struct Added {
 
 // Rows of codes: float8, int8, or unsigned integers of `width` bits from the lowest on in 32-bit words, less half their
 // range. A row has `columns`, in `stride` bytes; n columns share a scale, of which a row of the grid has `across`; `zeros`
-// (null: none) lie as the scales do. Or codes of four bits, two a byte, the lower half first or the upper, that `table` (16)
+// and `biases` (null: none) lie as the scales do; what comes out is multiplied by `factor` (null: 1). Or codes of four bits, two a byte, the lower half first or the upper, that `table` (16)
 // has the numbers of.
 enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3, kLowerFirst = 4, kUpperFirst = 5 };
 // Codes in memory, of a weight that is stored transposed: TurnedPairs, TurnedWords, and these across words.
@@ -105,6 +105,8 @@ struct ScaledRows {
   const float* zeros;
   i64 across, n;
   const float* table;
+  const float* biases;
+  const float* factor;
 };
 
 // The numbers that codes stand for (formats/quantised/codes.py): small floats up to the code `last`, or, where `exponent` is
@@ -212,12 +214,9 @@ struct Loops {
   bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
   // Scales whose ranks are stored. False: they are damaged.
   bool (*ranked)(const Coded& coded, const float* scales, i64 scale_count, float* out);
-  // out = (code - zero) * scale of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
+  // out = ((code - zero) * scale + bias) * factor of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
   // those of these columns are read), `line` its row of the grid.
   void (*scale_row)(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out);
-  // Codes of four bits, two a byte, by a table, times the scale of their group.
-  void (*scale_groups)(const u8* codes, bool swapped, const float* table, const float* scales, i64 group, float* out,
-                       i64 count);
   void (*turn_pairs)(const TurnedPairs& band, float* out);
   void (*turn_words)(const TurnedWords& band, float* out);
   // Codes of values that share a scale and a zero; the sum of squares of what is lost.

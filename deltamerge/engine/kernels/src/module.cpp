@@ -12,44 +12,6 @@ namespace {
 
 using namespace deltamerge;
 
-// The arrays that sources and codes name by their numbers, released at the end of the call.
-class Arrays {
- public:
-  Arrays() = default;
-  Arrays(const Arrays&) = delete;
-  Arrays& operator=(const Arrays&) = delete;
-  ~Arrays() {
-    for (i64 i = 0; i < taken_; ++i) PyBuffer_Release(&views_[i]);
-  }
-
-  // False: a Python error is set.
-  bool take(PyObject* tuple) {
-    const i64 count = PyTuple_Size(tuple);
-    if (count < 0) return false;
-    if (!views_.allocate(count) || !held_.allocate(count)) {
-      PyErr_NoMemory();
-      return false;
-    }
-    for (; taken_ < count; ++taken_) {
-      if (PyObject_GetBuffer(PyTuple_GetItem(tuple, taken_), &views_[taken_], PyBUF_SIMPLE) != 0) return false;
-      held_[taken_] = {views_[taken_].buf, views_[taken_].len};
-    }
-    return true;
-  }
-
-  const Held* get() const { return held_.get(); }
-  i64 count() const { return taken_; }
-  // 0 where there is none of this number.
-  i64 address(i64 number) const {
-    return number < 0 || number >= taken_ ? 0 : i64(reinterpret_cast<std::uintptr_t>(held_[number].at));
-  }
-
- private:
-  Array<Py_buffer> views_;
-  Array<Held> held_;
-  i64 taken_ = 0;
-};
-
 // (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, coded,
 //  first_pieces, out, counts, sums, listed, used, digests, hashed, arrays) -> whether everything could be read.
 // ValueError: something of it does not fit the rest; nothing has been touched.
@@ -102,10 +64,7 @@ PyObject* run_stream(PyObject*, PyObject* all) {
   if (fault != nullptr) return refused(fault);
   for (i64 s = 0; s < source_count; ++s) sources[s].memory = sources[s].fd < 0 ? arrays.address(sources[s].memory) : 0;
   for (i64 k = 0; k < coded_count; ++k) {
-    for (i64 CodedSource::*array : {&CodedSource::scales, &CodedSource::zeros, &CodedSource::table, &CodedSource::stored,
-                                    &CodedSource::groups}) {
-      coded[k].*array = arrays.address(coded[k].*array);
-    }
+    for (i64 CodedSource::*array : kArrays) coded[k].*array = arrays.address(coded[k].*array);
   }
   const Outcome outcome = unlocked([&] { return run(program, results); });
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
@@ -166,11 +125,8 @@ PyMethodDef methods[] = {
     {"put", delta_put, METH_VARARGS, "Put values at stored positions (models/delta_file.py)."},
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
-    {"scaled", scaled, METH_VARARGS, "Codes times scales (formats/quantised/grid.py)."},
-    {"tabled", tabled, METH_VARARGS, "Codes of four bits by a table, times scales (formats/quantised/scheme.py)."},
-    {"turned_pairs", turned_pairs, METH_VARARGS, "The same of a matrix stored transposed (io/quantised/mxfp4.py)."},
-    {"turned_words", turned_words, METH_VARARGS, "Words of codes stored transposed (formats/quantised/gptq.py)."},
-    {"coded", coded, METH_VARARGS, "Blocks of values as codes (formats/quantised/codes.py)."},
+    {"decode", decode, METH_VARARGS, "Values of codes (formats/quantised/codes.py)."},
+    {"coded", coded, METH_VARARGS, "Blocks of values as codes (formats/quantised/coder.py)."},
     {"steps_pack", steps_pack, METH_VARARGS, "Numbers as bits (formats/delta/steps.py)."},
     {"steps_unpack", steps_unpack, METH_VARARGS, "Numbers of their bits."},
     {"steps_count", steps_count, METH_VARARGS, "How many elements have each exponent (formats/delta/steps.py)."},

@@ -29,14 +29,37 @@ struct Source {
   i64 fd, begin, dtype, memory, coded;
 };
 
-// Codes and the scales of a job (formats/quantised/grid.py): of matrices of `height` rows in blocks of m x n, with down x
+// Codes and the scales of a job (formats/quantised/codes.py): of matrices of `height` rows in blocks of m x n, with down x
 // across blocks each; scales, zeros and table (-1: none) are numbers of arrays,
-// here their addresses (0: none), scales from row `line` of the grid on. `hashed`: its bytes are
-// hashed, as rows fill them and pieces of the job begin with a byte. Of a TurnedForm `stored` and `groups` are arrays too,
-// `line` is the number of the job's first row in `stored`, from which scales and zeros begin.
+// here their addresses (0: none), scales from row `line` of the grid on. `biases` lie as the scales do and are added last,
+// then all is multiplied by `factor`. `hashed`: its bytes are hashed, as rows fill them and pieces of the job begin with a
+// byte. `stored` has the codes in memory, from the job's first row on, and no file. Of a TurnedForm `groups` is an array
+// too, `line` is the number of the job's first row in `stored`, from which scales and zeros begin.
 struct CodedSource {
-  i64 form, width, columns, stride, scales, zeros, height, m, n, down, across, line, hashed, table, stored, groups;
+  i64 form, width, columns, stride, scales, zeros, height, m, n, down, across, line, hashed, table, stored, groups,
+      biases, factor;
 };
+
+// The arrays that a CodedSource names.
+constexpr i64 CodedSource::*kArrays[] = {&CodedSource::scales, &CodedSource::zeros,  &CodedSource::table,
+                                         &CodedSource::stored, &CodedSource::groups, &CodedSource::biases,
+                                         &CodedSource::factor};
+
+inline bool is_turned(const CodedSource& codes) { return codes.form >= kTurnedPairs; }
+
+// The byte of a tensor's codes in which element `at` begins, and the one after those of element `last`.
+inline i64 byte_of(const CodedSource& codes, i64 at) {
+  return at / codes.columns * codes.stride + at % codes.columns * codes.width / 8;
+}
+
+inline i64 end_byte_of(const CodedSource& codes, i64 last) {
+  return last / codes.columns * codes.stride + (last % codes.columns * codes.width + codes.width + 7) / 8;
+}
+
+// Numbers of `count` elements from `at` on, whose codes lie where `raw` has byte `first` of all (quantised.cpp).
+void decode_rows(const CodedSource& codes, const u8* raw, i64 first, i64 at, i64 count, float* out);
+// The same of a TurnedForm, in a job whose first row is `first`; `out` has room for 2 * kAligned more.
+void decode_turned(const CodedSource& codes, i64 first, i64 at, i64 count, float* out);
 
 // Gap table: [begin, end) in tables and in guides, and the shift of a draw.
 struct TableBounds {

@@ -1,5 +1,7 @@
-// Entry points of quantised weights (formats/quantised/grid.py), and what entry points share.
+// Entry points of quantised weights (formats/quantised/codes.py), and what entry points share.
 #define PY_SSIZE_T_CLEAN
+#include <cstring>
+
 #include "check.h"
 #include "entries.h"
 
@@ -12,82 +14,95 @@ PyObject* refused(const char* what) {
 
 PyObject* too_short() { return refused("an array is shorter than what is listed of it"); }
 
+void decode_rows(const CodedSource& codes, const u8* raw, i64 first, i64 at, i64 count, float* out) {
+  const auto floats = [](i64 address) { return reinterpret_cast<const float*>(address); };
+  const ScaledRows rows = {codes.form,   codes.width, codes.columns,       codes.stride,         floats(codes.scales),
+                           floats(codes.zeros), codes.across, codes.n, floats(codes.table), floats(codes.biases),
+                           floats(codes.factor)};
+  for (const i64 stop = at + count; at < stop;) {
+    const i64 row = at / codes.columns, column = at % codes.columns;
+    const i64 here = codes.columns - column < stop - at ? codes.columns - column : stop - at;
+    const i64 line = row / codes.height * codes.down + row % codes.height / codes.m - codes.line;
+    loops().scale_row(rows, raw + (row * codes.stride - first), line, column, here, out);
+    at += here;
+    out += here;
+  }
+}
+
 namespace {
 
-// Whether the arrays hold what `count` rows of this form need.
-bool fits(const ScaledRows& rows, const Arguments<5, 5>& b, i64 count) {
-  if (rows.columns < 1 || rows.columns >= kLongest || rows.stride < 0 || rows.stride >= kLongest) return false;
-  if (rows.n < 1 || rows.n >= kLongest || rows.form < kE4m3 || rows.form > kPackedBits) return false;
-  const i64 bits = rows.form == kPackedBits ? rows.width : 8;
-  if (bits < 1 || bits > 8 || rows.stride * 8 < rows.columns * bits) return false;
-  const i64 lines = b.count<float>(1) / rows.across;
-  for (i64 i = 0; i < count; ++i) {
-    if (b.at<i64>(3)[i] < 0 || b.at<i64>(3)[i] >= lines) return false;
+// Columns [left, right) of rows [top, bottom) of a job whose first row is `first`.
+void turn(const CodedSource& codes, i64 first, i64 top, i64 bottom, i64 left, i64 right, float* out) {
+  const i64 skip = top - first, line = codes.line + skip;
+  const float* scales = reinterpret_cast<const float*>(codes.scales);
+  if (codes.form == kTurnedPairs) {
+    scales += (line / 32 - codes.line / 32) * codes.columns;
+    const float* table = reinterpret_cast<const float*>(codes.table);
+    const u8* stored = reinterpret_cast<const u8*>(codes.stored);
+    loops().turn_pairs({stored, codes.stride, codes.columns, line, line + bottom - top, left, right, scales, table},
+                       out);
+    return;
   }
-  bool zeros = rows.zeros == nullptr || b.count<float>(2) >= b.count<float>(1);
-  return zeros && (count == 0 || (b.count<u8>(0) / count >= rows.stride && b.count<float>(4) / count >= rows.columns));
+  const float* zeros = reinterpret_cast<const float*>(codes.zeros) + skip * codes.across;
+  const auto* groups = reinterpret_cast<const std::int32_t*>(codes.groups);
+  scales += skip * codes.across;
+  loops().turn_words(
+      {reinterpret_cast<const u32*>(codes.stored), codes.stride, codes.columns, line, line + bottom - top, left, right,
+       scales, zeros, groups, codes.across, codes.width, codes.form == kTurnedAcross},
+      out);
 }
 
 }  // namespace
 
-// (codes, scales, zeros or empty, rows of the grid, out, form, width, columns, stride, n)
-PyObject* scaled(PyObject*, PyObject* arguments) {
-  Arguments<5, 5> b;
-  if (!b.take(arguments, 4)) return nullptr;
-  const float* zeros = b.count<float>(2) > 0 ? b.at<float>(2) : nullptr;
-  const i64 across = b.n[4] > 0 && b.n[2] > 0 ? (b.n[2] - 1) / b.n[4] + 1 : 1, count = b.count<i64>(3);
-  const ScaledRows rows = {b.n[0], b.n[1], b.n[2], b.n[3], b.at<float>(1), zeros, across, b.n[4], nullptr};
-  if (!fits(rows, b, count)) return too_short();
+// Whole rows at once, else what lies in each.
+void decode_turned(const CodedSource& codes, i64 first, i64 at, i64 count, float* out) {
+  const i64 columns = codes.columns, stop = at + count;
+  if (at % columns == 0 && count % columns == 0) {
+    turn(codes, first, at / columns, stop / columns, 0, columns, out);
+    return;
+  }
+  while (at < stop) {
+    const i64 row = at / columns, from = at % columns, here = columns - from < stop - at ? columns - from : stop - at;
+    const i64 left = from / kAligned * kAligned, end = (from + here + kAligned - 1) / kAligned * kAligned;
+    turn(codes, first, row, row + 1, left, end < columns ? end : columns, out);
+    std::memmove(out, out + (from - left), std::size_t(4 * here));
+    out += here;
+    at += here;
+  }
+}
+
+// (codes as CodedSource, their bytes from the first row on or nothing, out, first element, arrays): float32 values.
+PyObject* decode(PyObject*, PyObject* all) {
+  Arrays arrays;
+  if (PyTuple_Size(all) != 5 || !arrays.take(PyTuple_GetItem(all, 4))) return refused("5 arguments are wanted");
+  PyObject* arguments = PyTuple_GetSlice(all, 0, 4);
+  if (arguments == nullptr) return nullptr;
+  Arguments<3, 1> b;
+  const bool taken = b.take(arguments, 2);
+  Py_DECREF(arguments);  // `all` keeps them alive
+  if (!taken) return nullptr;
+  if (!b.is_aligned(0, 8) || !b.is_aligned(2, 4) || b.count<CodedSource>(0) < 1) return refused("an array is not aligned");
+  CodedSource codes = *b.at<CodedSource>(0);
+  const i64 start = b.n[0], count = b.count<float>(2);
+  if (start < 0 || start >= kLargest || count >= kLargest) return refused("its range lies outside of the tensor");
+  const char* fault = fault_of(codes, start, count, b.count<u8>(1), arrays.get(), arrays.count());
+  if (fault != nullptr) return refused(fault);
+  if (count == 0) Py_RETURN_NONE;
+  for (i64 CodedSource::*array : kArrays) codes.*array = arrays.address(codes.*array);
+  const bool whole = !is_turned(codes) || (start % codes.columns == 0 && count % codes.columns == 0);
+  Array<float> wide;
+  if (!whole && !wide.allocate(count + 2 * kAligned)) return PyErr_NoMemory();
   unlocked([&] {
-    for (i64 i = 0; i < count; ++i) {
-      const u8* row = b.at<u8>(0) + i * rows.stride;
-      loops().scale_row(rows, row, b.at<i64>(3)[i], 0, rows.columns, b.at<float>(4) + i * rows.columns);
+    const i64 first = start / codes.columns;
+    float* out = whole ? b.at<float>(2) : wide.get();
+    if (is_turned(codes)) {
+      decode_turned(codes, first, start, count, out);
+    } else {
+      const u8* raw = codes.stored != 0 ? reinterpret_cast<const u8*>(codes.stored) : b.at<u8>(1);
+      decode_rows(codes, raw, first * codes.stride, start, count, out);
     }
+    if (!whole) std::memcpy(b.at<float>(2), out, std::size_t(4 * count));
   });
-  Py_RETURN_NONE;
-}
-
-// (codes, scales, table, out, group, swapped)
-PyObject* tabled(PyObject*, PyObject* arguments) {
-  Arguments<4, 2> b;
-  if (!b.take(arguments, 3)) return nullptr;
-  const i64 count = b.count<float>(3), group = b.n[0];
-  if (group < 2 || group >= kLongest || group % 2 != 0 || b.count<u8>(0) < (count + 1) / 2 || b.count<float>(2) < 16 ||
-      b.count<float>(1) < (count + group - 1) / group) {
-    return too_short();
-  }
-  unlocked([&] {
-    loops().scale_groups(b.at<u8>(0), b.n[1] != 0, b.at<float>(2), b.at<float>(1), group, b.at<float>(3), count);
-  });
-  Py_RETURN_NONE;
-}
-
-// (codes, scales, table, out, pitch, columns, top, bottom)
-PyObject* turned_pairs(PyObject*, PyObject* arguments) {
-  Arguments<4, 4> b;
-  if (!b.take(arguments, 3)) return nullptr;
-  const TurnedPairs band = {b.at<u8>(0), b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2)};
-  if (!fits(band, b.count<u8>(0), b.count<float>(1), b.count<float>(2)) ||
-      b.count<float>(3) / band.columns < band.bottom - band.top) {
-    return too_short();
-  }
-  unlocked([&] { loops().turn_pairs(band, b.at<float>(3)); });
-  Py_RETURN_NONE;
-}
-
-// (words, scales, zeros, groups, out, pitch, columns, top, bottom, groups of a row, width, whether words are AWQ's)
-PyObject* turned_words(PyObject*, PyObject* arguments) {
-  Arguments<5, 7> b;
-  if (!b.take(arguments, 4)) return nullptr;
-  const bool across = b.n[6] != 0;
-  const TurnedWords band = {
-      b.at<u32>(0),          b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2),
-      b.at<std::int32_t>(3), b.n[4], b.n[5], across};
-  if (!fits(band, b.count<u32>(0), b.count<float>(1), b.count<float>(2), b.count<std::int32_t>(3)) ||
-      b.count<float>(4) / band.columns < band.bottom - band.top) {
-    return too_short();
-  }
-  unlocked([&] { loops().turn_words(band, b.at<float>(4)); });
   Py_RETURN_NONE;
 }
 

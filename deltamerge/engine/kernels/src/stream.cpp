@@ -18,11 +18,6 @@ namespace {
 i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
-// The byte of a tensor's codes in which element `at` begins.
-i64 byte_of(const CodedSource& codes, i64 at) {
-  return at / codes.columns * codes.stride + at % codes.columns * codes.width / 8;
-}
-
 // The most bytes of codes that `elements` in a row may lie in, with those between rows.
 i64 widest_codes(const Program& program, i64 elements) {
   i64 most = 0;
@@ -104,7 +99,7 @@ bool Stream::read_piece() {
     const Source& source = p_.sources[s];
     i64 size = size_of(source.dtype);
     if (source.coded >= 0 && p_.coded[source.coded].stored != 0) {
-      turn_codes(s);
+      decode_stored(s);
     } else if (source.fd < 0) {
       const u8* from = reinterpret_cast<const u8*>(source.memory) + (at_ - job_.start) * size;
       pieces_[s] = from;
@@ -115,48 +110,14 @@ bool Stream::read_piece() {
   return true;
 }
 
-namespace {
-
-// Columns [left, right) of rows [top, bottom) of a job whose first row is `first`.
-void turn(const Loops& loops, const CodedSource& codes, i64 first, i64 top, i64 bottom, i64 left, i64 right, float* out) {
-  const i64 skip = top - first, line = codes.line + skip;
-  const float* scales = reinterpret_cast<const float*>(codes.scales);
-  if (codes.form == kTurnedPairs) {
-    scales += (line / 32 - codes.line / 32) * codes.columns;
-    const float* table = reinterpret_cast<const float*>(codes.table);
-    const u8* stored = reinterpret_cast<const u8*>(codes.stored);
-    loops.turn_pairs({stored, codes.stride, codes.columns, line, line + bottom - top, left, right, scales, table}, out);
-    return;
-  }
-  const float* zeros = reinterpret_cast<const float*>(codes.zeros) + skip * codes.across;
-  const auto* groups = reinterpret_cast<const std::int32_t*>(codes.groups);
-  scales += skip * codes.across;
-  loops.turn_words({reinterpret_cast<const u32*>(codes.stored), codes.stride, codes.columns, line, line + bottom - top,
-                    left, right, scales, zeros, groups, codes.across, codes.width, codes.form == kTurnedAcross},
-                   out);
-}
-
-}  // namespace
-
-// Puts the piece's numbers where a float32 source has its elements: whole rows at once, else what lies in each.
-void Stream::turn_codes(i64 s) {
+// Puts numbers of codes in memory where a float32 source has its elements.
+void Stream::decode_stored(i64 s) {
   const CodedSource& codes = p_.coded[p_.sources[s].coded];
-  const i64 columns = codes.columns, first = job_.start / columns, stop = at_ + piece_;
+  const i64 first = job_.start / codes.columns;
   float* out = reinterpret_cast<float*>(row_of(s));
   pieces_[s] = row_of(s);
-  if (at_ % columns == 0 && piece_ % columns == 0) {
-    turn(loops_, codes, first, at_ / columns, stop / columns, 0, columns, out);
-    return;
-  }
-  for (i64 at = at_; at < stop;) {
-    const i64 row = at / columns, from = at % columns, count = smaller(columns - from, stop - at);
-    const i64 left = from / kAligned * kAligned;
-    const i64 right = smaller(columns, (from + count + kAligned - 1) / kAligned * kAligned);
-    turn(loops_, codes, first, row, row + 1, left, right, out);
-    std::memmove(out, out + (from - left), std::size_t(4 * count));
-    out += count;
-    at += count;
-  }
+  if (is_turned(codes)) return decode_turned(codes, first, at_, piece_, out);
+  decode_rows(codes, reinterpret_cast<const u8*>(codes.stored), first * codes.stride, at_, piece_, out);
 }
 
 bool Stream::read_file(i64 s) {
@@ -173,26 +134,10 @@ bool Stream::read_file(i64 s) {
 bool Stream::read_codes(i64 s) {
   const Source& source = p_.sources[s];
   const CodedSource& codes = p_.coded[source.coded];
-  i64 last = at_ + piece_ - 1, first_byte = byte_of(codes, at_);
-  i64 end_byte = last / codes.columns * codes.stride + (last % codes.columns * codes.width + codes.width + 7) / 8;
+  i64 first_byte = byte_of(codes, at_), end_byte = end_byte_of(codes, at_ + piece_ - 1);
   u8* raw = codes_.get() + source.coded * codes_row_ + kMargin;
   if (!read_bytes(s, source.begin + first_byte, source.begin + end_byte, raw)) return false;
-  const ScaledRows rows = {codes.form,
-                           codes.width,
-                           codes.columns,
-                           codes.stride,
-                           reinterpret_cast<const float*>(codes.scales),
-                           reinterpret_cast<const float*>(codes.zeros),
-                           codes.across,
-                           codes.n,
-                           reinterpret_cast<const float*>(codes.table)};
-  float* out = reinterpret_cast<float*>(row_of(s));
-  for (i64 at = at_; at <= last;) {
-    i64 row = at / codes.columns, first = at % codes.columns, count = smaller(codes.columns - first, last + 1 - at);
-    i64 line = row / codes.height * codes.down + row % codes.height / codes.m - codes.line;
-    loops_.scale_row(rows, raw + (row * codes.stride - first_byte), line, first, count, out + (at - at_));
-    at += count;
-  }
+  decode_rows(codes, raw, first_byte, at_, piece_, reinterpret_cast<float*>(row_of(s)));
   if (r_.room > 0 && codes.hashed != 0) {
     hash_piece(s, source.begin + first_byte, source.begin + end_byte, raw);
   }

@@ -51,7 +51,7 @@ class Stream {
   bool read_piece();
   bool read_file(i64 source);
   bool read_codes(i64 source);
-  void turn_codes(i64 source);
+  void decode_stored(i64 source);
   bool read_bytes(i64 source, i64 begin, i64 end, u8* to);
   void hash_piece(i64 source, i64 begin, i64 end, u8* raw);
 

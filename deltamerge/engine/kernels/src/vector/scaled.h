@@ -1,4 +1,4 @@
-// Quantised weights: codes less their zero, times their scale (formats/quantised/grid.py).
+// Quantised weights: codes less their zero, times their scale (formats/quantised/codes.py).
 #pragma once
 
 #include "floats.h"
@@ -124,7 +124,15 @@ void scale_row(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 c
   for (i64 at = first, stop = first + count; at < stop;) {
     const i64 j = at / rows.n, end = (j + 1) * rows.n < stop ? (j + 1) * rows.n : stop;
     scale_block(rows, row, at, zeros == nullptr ? 0.0f : zeros[j], scales[j], out + (at - first), end - at);
+    if (rows.biases != nullptr) {
+      const float bias = rows.biases[line * rows.across + j];
+      for (i64 i = at - first; i < end - first; ++i) out[i] += bias;
+    }
     at = end;
+  }
+  if (rows.factor != nullptr) {
+    const float factor = *rows.factor;
+    for (i64 i = 0; i < count; ++i) out[i] *= factor;
   }
 }
 

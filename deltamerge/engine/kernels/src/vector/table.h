@@ -54,7 +54,6 @@ const Loops DELTAMERGE_TABLE = {
     add_to,
     ranked,
     scale_row,
-    scale_groups,
     turn_pairs,
     turn_words,
     code_values,

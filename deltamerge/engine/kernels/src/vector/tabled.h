@@ -102,13 +102,5 @@ void scale_halves(const u8* codes, bool swapped, const float* table, float scale
   for (; i < count; ++i) out[i] = table[codes[i / 2] >> ((i % 2 != 0) != swapped ? 4 : 0) & 15] * scale;
 }
 
-// The same of codes that begin with a scale, of which there is one for `group`.
-void scale_groups(const u8* codes, bool swapped, const float* table, const float* scales, i64 group, float* out,
-                  i64 count) {
-  for (i64 at = 0; at < count; at += group, ++scales) {
-    scale_halves(codes + at / 2, swapped, table, *scales, out + at, count - at < group ? count - at : group);
-  }
-}
-
 }  // namespace
 }  // namespace deltamerge

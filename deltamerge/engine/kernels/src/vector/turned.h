@@ -1,4 +1,4 @@
-// Weights that are stored transposed (io/quantised/fp4.py, columnwise.py): some of their rows out of columns of codes.
+// Weights that are stored transposed (formats/quantised/codes.py): some of their rows out of columns of codes.
 //
 // Codes are taken in squares: what lies in a cache line of some stored rows becomes whole cache lines of as many rows.
 #pragma once

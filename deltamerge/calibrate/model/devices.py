@@ -1,38 +1,43 @@
-"""Stored tensors read on a thread before they are asked for; on a GPU they are sent there, and stay if there is room.
+"""Devices of calibration: weights that are read ahead and sent to a GPU, and work that several GPUs share.
 
-Weights that do not fit in a third of the free memory of a GPU stream by. The next block's tensors are read and sent
-while a block is computed, and freed when the walk has left it.
+A thread reads stored tensors before they are asked for. On a GPU they stay if they fit in a third of its free memory.
+Others stream by: the next block's tensors are sent while a block is computed, and freed when the walk has left it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from deltamerge.engine.devices import KEPT_SHARE, Room, free_bytes, new_stream, pinned_tensor
+from deltamerge.engine.devices import KEPT_SHARE, Room, current, free_bytes, new_stream, pinned_tensor
+from deltamerge.files import progress
 from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.tensor import Tensor
 
 T = TypeVar("T")
+
+Job = TypeVar("Job")
+Place = TypeVar("Place")
+
+There = TypeVar("There", bound="OnDevice")
 
 
 class Ahead(Generic[T]):
     """`read`, which may have begun: what is begun and not asked for is held until others have been begun twice."""
 
-    def __init__(self, read: Callable[[TensorInfo], T]) -> None:
+    def __init__(self, read: Callable[[Tensor], T]) -> None:
         self._read = read
         self._thread: ThreadPoolExecutor | None = None
-        self._before: dict[TensorInfo, Future[T]] = {}
-        self._begun: dict[TensorInfo, Future[T]] = {}
+        self._before: dict[Tensor, Future[T]] = {}
+        self._begun: dict[Tensor, Future[T]] = {}
 
-    def begin(self, infos: Iterable[TensorInfo]) -> None:
+    def begin(self, infos: Iterable[Tensor]) -> None:
         """Read these in this order; those of the last time are asked for now, those before that are forgotten."""
         _cancel(self._before)
         self._before, self._begun = self._begun, {}
@@ -40,7 +45,7 @@ class Ahead(Generic[T]):
             self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
-    def __call__(self, info: TensorInfo) -> T:
+    def __call__(self, info: Tensor) -> T:
         """Return the tensor; the caller reads what the thread has not come to."""
         begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
@@ -58,7 +63,7 @@ class Ahead(Generic[T]):
             self._thread = None
 
 
-def _cancel(futures: dict[TensorInfo, Future[T]]) -> None:
+def _cancel(futures: dict[Tensor, Future[T]]) -> None:
     for future in futures.values():
         future.cancel()
     futures.clear()
@@ -71,10 +76,10 @@ SLAB = 1 << 26
 class Arriving:
     """A flat tensor on a GPU, whose values are there after `event`."""
 
-    tensor: Tensor
+    tensor: torch.Tensor
     event: Any
 
-    def here(self) -> Tensor:
+    def here(self) -> torch.Tensor:
         """Return the tensor, for use on this thread's stream."""
         stream = torch.cuda.current_stream(self.tensor.device)
         stream.wait_event(self.event)
@@ -91,7 +96,7 @@ class Arrivals:
         self._slabs = [_Slab(), _Slab()]
         self._lock = threading.Lock()
 
-    def send(self, info: TensorInfo) -> Arriving:
+    def send(self, info: Tensor) -> Arriving:
         """Read a tensor and send it, as it is stored."""
         with self._lock, torch.no_grad(), torch.cuda.stream(self.stream):
             made = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
@@ -111,7 +116,7 @@ class _Slab:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.sent: Any = None
 
-    def room(self, nbytes: int) -> Tensor:
+    def room(self, nbytes: int) -> torch.Tensor:
         if self.sent is not None:
             self.sent.synchronize()
         if len(self.memory) < nbytes:
@@ -125,13 +130,13 @@ class Resident:
     def __init__(self, reader: Reader, device: torch.device, share: int = 1) -> None:
         self.device = device
         self.room = Room(free_bytes(device) // (KEPT_SHARE * share))
-        self.there: dict[TensorInfo, Tensor] = {}
-        self.passing: dict[TensorInfo, Tensor] = {}
+        self.there: dict[Tensor, torch.Tensor] = {}
+        self.passing: dict[Tensor, torch.Tensor] = {}
         self.ahead = Ahead(Arrivals(reader, device).send)
-        self._next: set[TensorInfo] = set()
+        self._next: set[Tensor] = set()
         self._entered: Any = None
 
-    def begin(self, infos: Iterable[TensorInfo]) -> None:
+    def begin(self, infos: Iterable[Tensor]) -> None:
         """Send what the next block needs, while the one that is entered is computed; free what was left before."""
         self.passing = {info: tensor for info, tensor in self.passing.items() if info in self._next}
         self._next = {info for info in infos if info not in self.there}
@@ -140,7 +145,7 @@ class Resident:
         self._entered = torch.cuda.current_stream(self.device).record_event()
         self.ahead.begin(info for info in self._next if info not in self.passing)
 
-    def stored(self, info: TensorInfo) -> Tensor:
+    def stored(self, info: Tensor) -> torch.Tensor:
         """Return a flat stored tensor on the GPU, which stays if there is room."""
         for kept in (self.there, self.passing):
             if info in kept:
@@ -164,3 +169,96 @@ class Resident:
             self.room.give(info.nbytes)
         self.there.clear()
         self.passing.clear()
+
+
+class OnDevice(Protocol):
+    """A place that computes on a device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class ShareStop(Exception):
+    """Another device's share has failed."""
+
+
+def shares(jobs: Sequence[Job], count: int) -> list[Sequence[Job]]:
+    """Return jobs in order, cut into `count` runs that differ by one in length at most; none is empty."""
+    count = max(1, min(count, len(jobs)))
+    return [jobs[len(jobs) * i // count : len(jobs) * (i + 1) // count] for i in range(count)]
+
+
+def spread(
+    places: Sequence[Place],
+    jobs: Sequence[Job],
+    work: Callable[[Place, Sequence[Job], Callable[[], None]], Sequence[T]],
+) -> list[T]:
+    """Return the results of `work(place, share, check)` for all jobs, in their order; the first share is this thread's.
+
+    `check` raises `ShareStop` once another share has failed.
+    """
+    some = shares(jobs, len(places))
+    stop, phase = threading.Event(), progress.here(progress.PASSES)
+
+    def check() -> None:
+        if stop.is_set():
+            raise ShareStop
+
+    def one(place: Place, share: Sequence[Job]) -> Sequence[T]:
+        try:
+            with progress.joined(phase):
+                return work(place, share, check)
+        except BaseException:
+            stop.set()
+            raise
+
+    if len(some) == 1:
+        return list(work(places[0], jobs, check))
+    with ThreadPoolExecutor(len(some) - 1, "device") as pool:
+        begun = [pool.submit(one, place, share) for place, share in zip(places[1:], some[1:], strict=False)]
+        try:
+            found = [one(places[0], some[0])]
+        except ShareStop:  # what has stopped it is raised
+            found = []
+        found += [future.result() for future in begun if not isinstance(future.exception(), ShareStop)]
+    return [value for share in found for value in share]
+
+
+def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There, Job], T]) -> Iterator[T]:
+    """Yield the results of `work(place, job)` for all jobs, in their order; job j is that of place j % len(places).
+
+    As many go at a time as there are places, and what they found is taken before others go.
+    """
+
+    def one(place: There, share: Sequence[Job], check: Callable[[], None]) -> list[T]:
+        (job,) = share
+        check()
+        with current(place.device):
+            return [work(place, job)]
+
+    for start in range(0, len(jobs), len(places)):
+        yield from spread(places, jobs[start : start + len(places)], one)
+
+
+def add_gradients(
+    leaves: Sequence[torch.Tensor],
+    places: Sequence[There],
+    jobs: Sequence[Job],
+    descend: Callable[[There, Job, Sequence[torch.Tensor]], None],
+) -> None:
+    """Add to the leaves' gradients those of jobs, in the jobs' order: the sums do not depend on how many places there
+    are.
+
+    descend   adds a job's gradients to those of copies of the leaves on the place's device
+    """
+
+    def of_job(place: There, job: Job) -> list[torch.Tensor | None]:
+        copies = [leaf.detach().to(place.device).requires_grad_() for leaf in leaves]
+        descend(place, job, copies)
+        return [copy.grad for copy in copies]
+
+    for found in in_turns(places, jobs, of_job):
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                there = gradient.to(leaf.device)
+                leaf.grad = there if leaf.grad is None else leaf.grad + there

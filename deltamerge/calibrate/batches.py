@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.model.transformers_code import has_decoder_inputs, reason, running
-from deltamerge.calibrate.rows.rows import POSITIONS, DataRow, check_length, class_labels
+from deltamerge.calibrate.rows import POSITIONS, DataRow, check_length, class_labels
 from deltamerge.errors import InputError
 
 
