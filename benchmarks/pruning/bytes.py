@@ -73,7 +73,7 @@ class Subject(Protocol):
     score: float
 
     @property
-    def texts(self) -> list[str]:
+    def rows(self) -> list[dict[str, str]]:
         """The first validation rows, without labels; of a decoder with the fine-tune's own answers."""
 
     def measure(self, state: State) -> tuple[float, float]:
@@ -89,7 +89,7 @@ class Encoder:
         from benchmarks import encoder
 
         self.name, self.base, self.tuned = name, models_folder() / "base", models_folder() / name
-        self.texts = [row.text for row in tasks.rows(name, "validation")[:ROWS]]
+        self.rows = [{"text": row.text} for row in tasks.rows(name, "validation")[:ROWS]]
         self.task, self.encoder = TASKS[name], encoder
         self.test = sorted(tasks.rows(name, "test")[:count], key=lambda row: len(row.text))
         self.tokenizer = AutoTokenizer.from_pretrained(self.tuned)
@@ -144,13 +144,13 @@ class Decoder:
         return AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.bfloat16).eval()
 
     @cached_property
-    def texts(self) -> list[str]:
-        """The rows that were asked, answered."""
-        found, model = list[str](), self._loaded()
+    def rows(self) -> list[dict[str, str]]:
+        """The rows that were asked, answered up to the end of the sequence."""
+        found, model = [], self._loaded()
         for text in self.asked:
             ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
             made = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
-            found.append(self.tokenizer.decode(made[0], skip_special_tokens=True))
+            found.append({"prompt": text, "completion": self.tokenizer.decode(made[0, ids.shape[1] :])})
         return found
 
     def measure(self, state: State) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def ours(one: Subject, budget: int, work: Path, *, rows: bool) -> tuple[int, Sta
 
 def calibration(one: Subject, work: Path) -> Path:
     out = work / "rows.jsonl"
-    out.write_text("".join(json.dumps({"text": text}) + "\n" for text in one.texts), encoding="utf-8")
+    out.write_text("".join(json.dumps(row) + "\n" for row in one.rows), encoding="utf-8")
     return out
 
 

@@ -28,7 +28,8 @@ STEPS = 80
 STEP = 8  # rows of a step
 CODE_RATE, SCALE_RATE = 0.01, 0.03  # learning rates, in units of the largest level, and of a scale's logarithm
 WARM = 5  # steps
-PASSES = STEPS // 2
+LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
+DECIDING = 0.1  # share of the rows that decide
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def learn_codes(
 ) -> LearnedCodes:
     """Fit the factors of layers; `fixed` makes the model's other tensors, None: one is the fine-tune's own."""
     source = measured.source
-    with calibrating(source.model, PASSES, LEARNING, device=source.device), Reader() as reader:
+    passes = math.ceil(3 * STEPS * STEP / source.calibration.sequences) + LOOKS
+    with calibrating(source.model, passes, LEARNING, device=source.device), Reader() as reader:
         subject = Subject(source, measured.tensors, reader)
         found = _learned(subject, start, fixed)
         subject.forget()
@@ -73,7 +75,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
 
         return lambda names: {name: made(name) for name in names}
 
-    batches, groups, stop = subject.steps(STEP, STEP)
+    batches, groups, stop = subject.steps(STEP, STEP, DECIDING)
     objective = subject.distribution([*batches, *stop])
     deciding = subset(objective, range(len(batches), len(objective.batches)))
 
