@@ -24,9 +24,9 @@ from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
-STEPS = 80
+STEPS = 100
 STEP = 8  # rows of a step
-CODE_RATE, SCALE_RATE = 0.01, 0.03  # learning rates, in units of the largest level, and of a scale's logarithm
+CODE_RATE, SCALE_RATE = 0.012, 0.03  # learning rates, in units of the largest level, and of a scale's logarithm
 WARM = 5  # steps
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
 DECIDING = 0.1  # share of the rows that decide
