@@ -18,7 +18,7 @@ from made_up_stages import run_with_stages
 from raw_tensors import Stored, read_checkpoint, stored, write_checkpoint
 from running import run
 
-from deltamerge.calibrate.values import Calibrated
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.methods.registry import MERGE
 
 HASHES = Path(__file__).with_name("kept_hashes.json")

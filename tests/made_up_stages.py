@@ -15,7 +15,7 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import Node
 
-STAGES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.stage:calibrate")
+STAGES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.q.choices:calibrate")
 
 
 def run_with_stages(path: Path, out: Path, value: Callable[[Node], Any], workers: int = 1) -> dict[str, NonFinite]:

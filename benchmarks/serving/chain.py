@@ -6,7 +6,8 @@ BASE is an encoder's folder in bfloat16 whose float32 masters are trained by Ada
 TEACHER, or with no teacher towards those of the base with noise. Every step is written by `DeltaWriter` and saved by
 `save_pretrained` (in bfloat16, the folder removed after). Times are processor time: of the caller's thread in `write`,
 of the thread in the background, of `save_pretrained`; `apply` is `Delta.apply_` from one version to the next, its
-hashes checked.
+hashes checked. Last come the bytes that other projects' layouts take of the same versions (medians of those but the
+first).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from transformers import AutoModel
 
 import deltamerge as dm
 from deltamerge.formats.weight_files import is_weights
+from deltamerge.models.chain.folder import line
+from deltamerge.models.chain.mirror import Mirror
+from deltamerge.models.references import open_origin
 
 
 def batches(vocabulary: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -86,7 +90,17 @@ def measure(base: Path, teacher: Path | None, folder: Path, steps: int, rate: fl
                 }
             )  # fmt: skip
             shutil.rmtree(folder / "saved")
-    return {"rows": found, **{key: statistics.median(row[key] for row in found[1:]) for key in found[0]}}
+    mirrors = {}
+    chain = line(folder / "chain" / f"{steps:06d}")
+    origin = open_origin(str(folder / "base"))
+    for style in ("slime", "slime:overwrite", "skyrl"):
+        with Mirror(folder / style.replace(":", "-"), style) as mirror:
+            mirrors[style] = statistics.median(one.nbytes for one in mirror.catch_up(chain, origin, 1)[1:])
+    return {
+        "mirrors": mirrors,
+        "rows": found,
+        **{key: statistics.median(row[key] for row in found[1:]) for key in found[0]},
+    }
 
 
 def main() -> None:
@@ -105,6 +119,8 @@ def main() -> None:
         print(f"{key:16} {made[key] * 1000:8.1f} ms")
     whole = f"{made['saved_bytes'] / 1e6:.1f} MB, {made['changed']:.2%} changed"
     print(f"{'bytes':16} {made['bytes'] / 1e3:8.1f} kB of {whole}")
+    for style, size in made["mirrors"].items():
+        print(f"{style:16} {size / 1e3:8.1f} kB, {size / made['bytes']:.2f} of the chain's")
     if options.json:
         options.json.write_text(json.dumps(made, indent=2) + "\n")
 

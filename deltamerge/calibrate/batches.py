@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,22 +39,13 @@ class Batches:
 class RowReader:
     """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).
 
-        length    tokens of a sequence at most
-        padding   to the "longest" of a batch, or always to `length` ("max_length")
+    Sequences have `length` tokens at most, and are padded to the longest of their batch.
 
     InputError: no tokenizer, no pad token (decoders use their end-of-sequence token), or a `length` that is too large.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Any,
-        *,
-        task: str,
-        length: int,
-        padding: Literal["longest", "max_length"] = "longest",
-    ) -> None:
-        self.config, self.task, self.length, self.padding = config, task, length, padding
+    def __init__(self, folder: Path, config: Any, *, task: str, length: int) -> None:
+        self.config, self.task, self.length = config, task, length
         self.decoder = has_decoder_inputs(config.to_dict())
         self.tokenizer: Any = None
         self.processor: Any = None
@@ -141,7 +132,7 @@ class RowReader:
         return encoded | {COMPARED: compared}
 
     def _said_from(self, row: DataRow, ids: list[int]) -> int:
-        """Tell where the completion begins among a row's ids: the first that are not those of the prompt alone."""
+        """Return where the completion begins among a row's ids: at the first id that the prompt alone does not have."""
         alone = self._tokenise([row.content])["input_ids"][0] if row.content else []
         start = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
         if max(1, start) >= len(ids):
@@ -150,7 +141,8 @@ class RowReader:
         return max(1, start)
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
-        """Return the inputs of a forward; of an encoder-decoder with the decoder's, which are what it is to say."""
+        """Return the inputs of a forward. Those of an encoder-decoder include `decoder_input_ids`, the text to be
+        said."""
         if self.decoder and isinstance(contents[0], tuple):
             sources, targets = ([content[i] for content in contents] for i in (0, 1))
             encoded, said = self._padded(sources, side), self._padded(targets, side)
@@ -158,7 +150,7 @@ class RowReader:
         return self._padded(contents, side)
 
     def _padded(self, contents: Sequence[Any], side: str) -> dict[str, Tensor]:
-        encoded = dict(self._tokenise(contents, padding=self.padding, padding_side=side, return_tensors="pt"))
+        encoded = dict(self._tokenise(contents, padding=True, padding_side=side, return_tensors="pt"))
         if not encoded["input_ids"].numel():
             raise InputError(f"{len(contents)} rows make no token", hint="take empty texts out of the calibration data")
         return encoded
@@ -177,7 +169,8 @@ class RowReader:
 
 
 def said(batch: dict[str, Tensor]) -> Tensor:
-    """Return (B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
+    """Return (B, T) the tokens that a language model must say: place t + 1 scores the logits of place t; −100 scores
+    none."""
     if "decoder_input_ids" not in batch:
         scored = batch["attention_mask"].bool()
         if COMPARED in batch:  # by the place before it

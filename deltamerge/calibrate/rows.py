@@ -144,8 +144,8 @@ def has_head(config: Mapping[str, Any], task: str) -> bool:
     return _architecture(config).endswith(HEADS[task])
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or ["none"])[0])
+def _architecture(config: Mapping[str, Any], none: str = "none") -> str:
+    return str((config.get("architectures") or [none])[0])
 
 
 def check_head(config: Mapping[str, Any], task: str) -> None:
@@ -157,14 +157,18 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
         )
 
 
+def _outputs(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return how many outputs a head has, and whether it is a regression."""
+    outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
+    return outputs, outputs == 1 or config.get("problem_type") == "regression"
+
+
 def class_labels(rows: Iterable[DataRow], config: Mapping[str, Any]) -> list[float] | list[int]:
-    """Return the labels in the form of the head: floats for one output, else class indices; names are looked up in
+    """Return the labels in the form of the head: floats of a regression, else class indices. Names are looked up in
     `label2id`."""
     names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
-    outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
-    if outputs == 1 or config.get("problem_type") == "regression":
-        return [_number(row) for row in rows]
-    return [_index(row, names, outputs) for row in rows]
+    outputs, regression = _outputs(config)
+    return [_number(row) for row in rows] if regression else [_index(row, names, outputs) for row in rows]
 
 
 def _number(row: DataRow) -> float:
@@ -215,7 +219,7 @@ def _row(
 
 
 def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> DataRow:
-    """Return a row of a prompt and its completion, which is its label where it has no other."""
+    """Return a row of a prompt and a completion. The completion is the label if the row has no other."""
     prompt, completion = (record[name] for name in ANSWERED)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
@@ -297,11 +301,7 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
     InputError: a metric of classes for a regression head, a metric of texts for a model that generates none, or the
     reverse.
     """
-    task, outputs = (
-        task_of(calibration, config),
-        int(config.get("num_labels") or len(config.get("id2label") or {}) or 2),
-    )
-    regression = outputs == 1 or config.get("problem_type") == "regression"
+    task, (_, regression) = task_of(calibration, config), _outputs(config)
     natural = "loss" if task in LANGUAGE else "pearson_spearman" if regression else "accuracy"
     metric = calibration.metric or natural
     if task in LANGUAGE:
@@ -310,7 +310,7 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
         fits = metric == "loss" or (metric != "exact_match" and regression == (metric == "pearson_spearman"))
     if not fits:
         raise InputError(
-            f"calibration.metric {metric} does not fit the head of {(config.get('architectures') or ['?'])[0]}",
+            f"calibration.metric {metric} does not fit the head of {_architecture(config, '?')}",
             hint=f"set it to {natural} or loss",
         )
     return metric
@@ -338,26 +338,32 @@ def split(
             hint="give more data, or lower calibration.sequences",
         )
     search = select(found, wanted, seed)
-    chosen = {row.number for row in search}
-    others = [row for row in found if row.number not in chosen]
+    others = without(found, search)
     if len(others) >= max(1, wanted // 3):
         return search, select(others, min(len(others), max(HELD_OUT, wanted)), seed)
     held = select(found, len(found) // 3, seed)
-    chosen = {row.number for row in held}
-    return [row for row in found if row.number not in chosen], held
+    return without(found, held), held
+
+
+def without(rows: Iterable[DataRow], some: Iterable[DataRow]) -> list[DataRow]:
+    """Return the rows but `some`."""
+    numbers = {row.number for row in some}
+    return [row for row in rows if row.number not in numbers]
 
 
 def rows_of(
     calibration: Calibration, folder: Path, config: Mapping[str, Any], *, labelled: bool, limit: int
 ) -> list[DataRow]:
-    """Return all rows of the data, of a hub data set the first `limit`. InputError: missing fields, a head that does
-    not fit the task, labels that do not fit the head."""
+    """Return all rows of the data; of a hub data set the first `limit`.
+
+    InputError: a field is missing, or head, task and labels do not fit.
+    """
     _check_model(calibration, config)
-    label = None
+    task, label = task_of(calibration, config), None
     if labelled:
-        check_head(config, task_of(calibration, config))
+        check_head(config, task)
         metric_of(calibration, config)
-        label = None if task_of(calibration, config) == "causal-lm" else calibration.label
+        label = None if task == "causal-lm" else calibration.label
     found = read(
         calibration.data,
         folder=folder,
@@ -367,7 +373,7 @@ def rows_of(
         split=calibration.split,
         limit=limit,
     )
-    if task_of(calibration, config) not in LANGUAGE:
+    if task not in LANGUAGE:
         if answered := next((row for row in found if row.completion is not None), None):
             message = f"calibration data {calibration.data}: row {answered.number}: a prompt and its completion"
             raise InputError(f"{message}, which are for language models", hint="set calibration.text")
@@ -378,12 +384,11 @@ def rows_of(
 
 def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
     """Raise InputError for a task other than the head's, or texts longer than the model's positions."""
-    architecture = (config.get("architectures") or ["none"])[0]
-    heads = [head for some in HEADS.values() for head in some]
-    if calibration.task is not None and any(map(architecture.endswith, heads)):
+    pictures = task_of(calibration, config) == "image-classification"
+    if calibration.task is not None and any(_architecture(config).endswith(heads) for heads in HEADS.values()):
         check_head(config, calibration.task)
-    check_family(config, "picture" if task_of(calibration, config) == "image-classification" else "text")
-    if task_of(calibration, config) != "image-classification":
+    check_family(config, "picture" if pictures else "text")
+    if not pictures:
         positions = [config.get(key) for key in POSITIONS]
         check_length(calibration.length, min((n for n in positions if n and n > 0), default=calibration.length))
 

@@ -12,6 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge.errors import InputError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe.schema import CalibratedQ, Calibration
@@ -39,8 +42,8 @@ LARGE = 50_000_000  # parameters from which products, not the calls around them,
 
 
 def precision_of(asked: str, device: str, tensors: Iterable[Shaped]) -> Precision:
-    """Return the precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at
-    it."""
+    """Return the precision of `calibration.precision`. `auto` is bfloat16 for a large model on a device with fast
+    bfloat16."""
     if asked != "auto":
         return "bfloat16" if asked == "bfloat16" else "float32"
     large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
@@ -62,7 +65,7 @@ def multiplying(precision: Precision, device: torch.device) -> AbstractContextMa
 
 
 def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
-    """Let the backward pass of attention add in one order, which the fused ones of a GPU do not."""
+    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not."""
     if device.type == "cpu":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -81,6 +84,7 @@ def _flags(path: Path) -> frozenset[str]:
     return frozenset(next(flags, "").split())
 
 
+QValue = float | NDArray[np.float32]
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
 UNSEEN = "a linear layer that no row reached"
@@ -201,7 +205,7 @@ class ModelTensors:
 
 
 def models_of(inputs: Sequence[Tensor], sources: Sequence[CalibrationInput]) -> list[ModelTensors]:
-    """Return the models that a stage runs, from its last inputs, which are the `ModelTensors.inputs` of each."""
+    """Return the tensors of the models that a stage runs. They are its last inputs, see `ModelTensors.inputs`."""
     count = sum(len(source.tensors) + 2 * len(source.pairs) for source in sources)
     last = iter(inputs[len(inputs) - count :])
     return [
@@ -275,20 +279,18 @@ class Spec:
         """Return the most forward passes over the calibration rows; a backward pass counts as two."""
         if self.coefficients:
             return FITTED_PASSES * len(self.parts)
-        rows = self.source.calibration.sequences
-        if self._is_modelled:
-            return math.ceil(max(map(sum, self._modelled(rows))))
-        return math.ceil(self._searching(rows) + self._judging(rows))
+        return math.ceil(max(map(sum, self._cases)))
 
     @property
-    def _is_modelled(self) -> bool:
-        """Tell whether one q is searched by a model of the output change, or by predictions."""
-        how = self.objective, self.scope, self.search, self.source.labelled, self.parts
-        return how == ("output_change", "global", "auto", False, ())
+    def _cases(self) -> tuple[tuple[float, float], ...]:
+        """Return the most passes of the search, and of its comparison on held-out rows, in each case that there is.
 
-    def _modelled(self, rows: int) -> tuple[tuple[float, float], ...]:
-        """Return the most passes of such a search, and of its comparison on held-out rows, in either case. The plain
-        choice takes passes of the search where no point of the first round is the same."""
+        One q is searched by a model of the output change, or by predictions. The plain choice takes passes of the
+        search where no point of the first round is the same.
+        """
+        rows, how = self.source.calibration.sequences, (self.objective, self.scope, self.search)
+        if how != ("output_change", "global", "auto") or self.source.labelled or self.parts:
+            return ((self._searching(rows), self._judging(rows)),)
         two, one, more = min(self.seeds, 2), ROUND / rows, LAST_ROUND - 1
         first = 1 + (SCANNED + 1) * max(1, rows // 4) / rows + (two if self.random or self.bounds else 0)
         closer, further = (1, MORE_ROUNDS) if self.random else (CLOSER, 0)
@@ -320,9 +322,7 @@ class Spec:
         """Return the most passes that need all logits: an output change is of a few of them."""
         if self.coefficients or self.search == "gradient" or self.objective == "validation":
             return self.passes
-        rows = self.source.calibration.sequences
-        judging = max(judging for _, judging in self._modelled(rows)) if self._is_modelled else self._judging(rows)
-        return min(self.passes, math.ceil(1 + judging))
+        return min(self.passes, math.ceil(1 + max(judging for _, judging in self._cases)))
 
     def _judging(self, rows: int) -> float:
         """Return the passes of a comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
@@ -432,9 +432,33 @@ class Spec:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
+
+    Tensors that calibration does not reach have the q of their method without it.
+    """
+
+    q: Mapping[str, QValue]
+    record: dict[str, Any]
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Return the q's that are single numbers."""
+        return {name: value for name, value in self.q.items() if isinstance(value, float)}
+
+    @property
+    def rows(self) -> dict[str, NDArray[np.float32]]:
+        """Return the q's of output rows, as arrays that broadcast to the stored tensor."""
+        return {name: value for name, value in self.q.items() if not isinstance(value, float)}
+
+
 def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return about how many entries are multiplied for each token, without the head's, and how many are the head's:
-    those of matrices that are no embeddings, of which one may be tied where there is no head. All experts count."""
+    """Return (entries multiplied for each token, entries of the head), about. All experts count.
+
+    The entries are those of matrices but embeddings. Without a head the largest embedding is taken for one that is
+    tied.
+    """
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
     looked_up = {name: size for name, size in sizes.items() if EMBEDDING.search(name)}
     heads = {name: size for name, size in sizes.items() if re.search(TASK_HEAD, name)}
@@ -443,8 +467,8 @@ def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
-    """Return the tensors (name, q, why) without a calibrated q; those whose names differ only in their numbers are one
-    pattern."""
+    """Return the tensors (name, q, why) without a calibrated q as patterns. Names that differ only in numbers share
+    one."""
     found: dict[tuple[str, float, str], int] = {}
     for name, q, why in left:
         key = numbers_as_stars(name), q, why
@@ -472,7 +496,7 @@ def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def rounded(value: float) -> float:
-    """Round to six significant digits: what a lock says is what was used."""
+    """Round to six significant digits, so that a lock has the very numbers that were used."""
     return float(f"{value:.{ROUNDED}g}")
 
 
@@ -482,9 +506,11 @@ def grid_step(low: float) -> float:
 
 
 def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
-    """Return about the anonymous bytes that a stage takes, of fine-tunes side by side: masks, of `dense` bytes an entry
-    where they are dense, of which a share is `held`; what comes and goes with a walk; and once what waits of it in the
-    heap."""
+    """Return about the anonymous bytes that a stage takes, with these fine-tunes side by side.
+
+    They are masks, of which a share is `held`, of `dense` bytes an entry where they are dense; what comes and goes with
+    a walk; and freed blocks that wait in the heap.
+    """
     masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
     return masks + passing + min(passing // 2, WAITING_BYTES)
@@ -528,7 +554,8 @@ def resident(tensors: Sequence[TensorHeader]) -> int:
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:
-    """Return the source with a cache that fits its share, one of `share`, of `limit` bytes. InputError: none fits."""
+    """Return the source with a cache that fits into one of `share` parts of `limit` bytes. InputError: not even an
+    empty one."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share, share=share)
     least = memory(Share(replace(source, cache=0)))

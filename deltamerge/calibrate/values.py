@@ -11,49 +11,25 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.spec import Calibrated, QValue, Spec
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.files.descriptors import writing
 from deltamerge.methods.prune import select
 from deltamerge.tensors.names import is_linear, is_unscaled
 
-if TYPE_CHECKING:
-    from deltamerge.calibrate.spec import Spec
-
-QValue = float | NDArray[np.float32]
 FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
 MOMENTS = 7_000_000  # of those of a result's moments, which are there beside others
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Calibrated:
-    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
-
-    Tensors that calibration does not reach have the q of their method without it.
-    """
-
-    q: Mapping[str, QValue]
-    record: dict[str, Any]
-
-    @property
-    def scalars(self) -> dict[str, float]:
-        """Return the q's that are single numbers."""
-        return {name: value for name, value in self.q.items() if isinstance(value, float)}
-
-    @property
-    def rows(self) -> dict[str, NDArray[np.float32]]:
-        """Return the q's of output rows, as arrays that broadcast to the stored tensor."""
-        return {name: value for name, value in self.q.items() if not isinstance(value, float)}
-
-
 def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
-    """Return the q of one tensor, 1 if the stage gave it none.
+    """Return the q of one tensor; 1 if the stage gave none.
 
-    Of a product's `root` factors each has the root of its q.
+    The q of a product of `root` factors is shared out: each factor has its root.
     """
     value = calibrated.q.get(name, 1.0)
     return value if root == 1 else math.pow(float(value), 1 / root)

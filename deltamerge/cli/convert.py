@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
+from deltamerge.cli.options import AS_JSON, FILE, FOLDER, FORCE, NONFINITE, QUIET, RESOURCES, RESUME, some
 from deltamerge.cli.output import of_command_line, say, say_json
 from deltamerge.cli.plan import render_plan
 from deltamerge.cli.result import Warnings, report_run
@@ -34,9 +34,7 @@ NAME = "convert"
 )  # fmt: skip
 @click.option("--gguf", type=click.Choice(["q8_0", "f16", "bf16"]), help="Write a GGUF file beside the checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @RESUME
 @FORCE
 @NONFINITE

@@ -13,7 +13,6 @@ from deltamerge.cli.mergekit_flags import given_flags, lora_flags
 from deltamerge.cli.options import (
     AS_JSON,
     BUDGET,
-    DEVICE,
     FOLDER,
     FORCE,
     MEMORY,
@@ -22,6 +21,7 @@ from deltamerge.cli.options import (
     PICKLES,
     QUIET,
     RATIO,
+    RESOURCES,
     RESUME,
     WORKERS,
     pruning_methods,
@@ -88,9 +88,7 @@ from deltamerge.errors.shown import human
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")
 @click.option("--dora", is_flag=True, help="LoRA: write a DoRA, with the norms of the weights' rows.")
 @rows_of_text
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @RESUME
 @FORCE
 @NONFINITE

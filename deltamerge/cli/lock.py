@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FORCE_FILES, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.options import AS_JSON, FORCE_FILES, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @click.command("lock")
 @click.argument("recipe", type=RECIPE)
 @click.option("--check", is_flag=True, help="Write nothing. Exit 1 if RECIPE or its inputs differ from the lock.")
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @MERGEKIT_EXACT
 @SET
 @PICKLES
@@ -61,9 +59,7 @@ def lock(
 
 @click.command("calibrate")
 @click.argument("recipe", type=RECIPE)
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @SET
 @PICKLES
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")

@@ -101,6 +101,20 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 MEMORY = click.option("--memory", metavar="SIZE", callback=_size, help="Memory limit, such as 2GB.")
 
 
+def together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator that adds several options, in this order in the help."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+RESOURCES = together(DEVICE, WORKERS, MEMORY)
+
+
 def _sizes(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
     found = (_size(context, option, one.strip()) for one in (text or "").split(",") if text is not None)
     return tuple(size for size in found if size is not None)
@@ -150,7 +164,7 @@ ROWS_OF_EACH = click.option(
     "--calibration", type=FILE, multiple=True, metavar="FILE",
     help=f"{ROWS}. For several models: once, or once per model in the same order.",
 )  # fmt: skip
-_ABOUT_ROWS = (
+ABOUT_ROWS = together(
     click.option(
         "--text", multiple=True, metavar="KEY", help="Field of the rows that has the text. Twice for sentence pairs."
     ),
@@ -177,15 +191,8 @@ def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable
         more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
         command(calibration=made(calibration, lambda one: calibration_of(one, text, **more)), **options)
 
-    shown: Callable[..., None] = data(about_rows(with_rows))
+    shown: Callable[..., None] = data(ABOUT_ROWS(with_rows))
     return shown
-
-
-def about_rows(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options `text`, `sequences` and `length`."""
-    for option in reversed(_ABOUT_ROWS):
-        command = option(command)
-    return command
 
 
 def rows_in_folder(

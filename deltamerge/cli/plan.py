@@ -13,7 +13,7 @@ import click
 from deltamerge import errors
 from deltamerge.cli import streams
 from deltamerge.cli.layout import align, paragraph
-from deltamerge.cli.options import AS_JSON, DEVICE, MEMORY, MERGEKIT_EXACT, PICKLES, RECIPE, SET, WORKERS
+from deltamerge.cli.options import AS_JSON, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET
 from deltamerge.cli.output import say, say_json
 from deltamerge.errors.shown import human, shown
 from deltamerge.errors.shown import lines as one_a_line
@@ -36,9 +36,7 @@ OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 @click.command("plan")
 @click.argument("recipe", type=RECIPE)
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
@@ -326,20 +324,6 @@ def _shorten(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
 
-def _line(label: str, text: str, width: int) -> Iterator[str]:
-    """Yield lines of `width` with the label before the first."""
-    room = max(20, width - LABEL)
-    for i, part in enumerate(_wrap(shown(text), room)):
-        yield f"{label if i == 0 else '':<{LABEL}}{part}"
-
-
-def _wrap(text: str, room: int) -> Iterator[str]:
-    """Yield the text in lines, broken at spaces. A longer word has a line of its own."""
-    line = ""
-    for word in text.split(" "):
-        if line and len(line) + 1 + len(word) > room:
-            yield line
-            line = word
-        else:
-            line = f"{line} {word}" if line else word
-    yield line
+def _line(label: str, text: str, width: int) -> list[str]:
+    """Return lines of `width` with the label before the first."""
+    return paragraph(shown(text), max(20 + LABEL, width), first=f"{label:<{LABEL}}", then=" " * LABEL)

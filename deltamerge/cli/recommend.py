@@ -12,19 +12,19 @@ import click
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, paragraph, table
 from deltamerge.cli.options import (
+    ABOUT_ROWS,
     AS_CSV,
     AS_JSON,
     BASE,
     DEVICE,
     FOLDER,
-    MEMORY,
     MODEL,
     PICKLES,
     QUIET,
     RECIPE,
+    RESOURCES,
     WORKERS,
     RecipePath,
-    about_rows,
     rows_in_folder,
     rows_of_each,
     rows_of_text,
@@ -45,7 +45,7 @@ ABOUT_CANDIDATES = "Smaller is better: delta error, expected ‖Δ − Δ'‖²/
 ABOUT_NOTHING = (
     ". Without rows it does not decide: what is kept and not rescaled has a small error, and still loses the skill"
 )
-ABOUT_ROWS = (
+ABOUT_ERRORS = (
     "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
 )
 ABOUT_MERGES = (
@@ -150,7 +150,7 @@ def render_recommend(answer: Recommendation, *, width: int) -> str:
         f"{seen.kept_energy:.1%} of the energy in the largest {answer.density:g}",
     ]
     lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", *paragraph("; ".join(figures), width), ""]
-    about = f"{'→: recommended. ' * any(marks.values())}{ABOUT_CANDIDATES}{ABOUT_ROWS if on_rows else ABOUT_NOTHING}."
+    about = f"{'→: recommended. ' * any(marks.values())}{ABOUT_CANDIDATES}{ABOUT_ERRORS if on_rows else ABOUT_NOTHING}."
     lines += [*table(columns, [rows], width), "", *paragraph(about, width)]
     if others := [one.name for one in answer.candidates if one not in judged]:
         lines += paragraph(f"Judged with --calibration alone: {', '.join(others)}", width)
@@ -309,9 +309,6 @@ def init(
     tell(f"{path}: written; next: deltamerge plan {path}")
 
 
-RECIPES = (".yaml", ".yml")
-
-
 @click.command("merge")
 @click.argument("models", type=MODEL, nargs=-1, required=True)
 @click.option("--base", type=MODEL, help="What MODELS were fine-tuned from.")
@@ -320,13 +317,11 @@ RECIPES = (".yaml", ".yml")
     "--rows", type=click.Path(path_type=Path), metavar="DIR",
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), NAME the last part of its path; or one file for all.",
 )  # fmt: skip
-@about_rows
+@ABOUT_ROWS
 @click.option("--no-fit", is_flag=True, help="Fit no coefficients, which takes longest.")
 @click.option("--dry-run", is_flag=True, help="Stop before the run: the recipe is written.")
 @click.option("--force", is_flag=True, help="Choose anew, and replace OUT.yaml and OUT.")
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @PICKLES
 @AS_JSON
 @QUIET
@@ -354,7 +349,7 @@ def merge(
     deltamerge merge ./math ./code --base ./base --out merged
     deltamerge merge ./math ./code --base ./base --out merged --rows rows    # rows/math.jsonl, rows/code.jsonl
     """
-    if len(models) == 1 and models[0].endswith(RECIPES):
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {models[0]}")
     for name, value in (("--base BASE", base), ("--out OUT", out)):
         if value is None:

@@ -16,18 +16,16 @@ import click
 from deltamerge.cli.mergekit_flags import given_flags, mergekit_flags
 from deltamerge.cli.options import (
     AS_JSON,
-    DEVICE,
     FILE,
     FOLDER,
-    MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
     PICKLES,
     QUIET,
+    RESOURCES,
     RESUME,
     SET,
     TRACK,
-    WORKERS,
     RecipePath,
     tracked,
 )
@@ -50,9 +48,7 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 @click.argument("recipe", type=RecipePath())
 @click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
 @click.option("--out", type=FOLDER, help="Output folder. Default: the recipe's output.path, or NAME-merged beside it.")
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @click.option("--part", metavar="I/N", help="Write only part I of N. A part is one or more whole shards.")
 @click.option("--finish", is_flag=True, help="Assemble the output from all parts.")
 @click.option(

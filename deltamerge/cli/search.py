@@ -13,20 +13,20 @@ from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, figure, paragraph, stacked, table
 from deltamerge.cli.mergekit_flags import evolve_flags, given_flags
 from deltamerge.cli.options import (
+    ABOUT_ROWS,
     ALLOW_COMMAND,
     AS_CSV,
     AS_JSON,
     DEVICE,
     FOLDER,
-    MEMORY,
     PICKLES,
     QUIET,
     RECIPE,
+    RESOURCES,
     SET,
     SET_OR_SWEEP,
     TRACK,
     WORKERS,
-    about_rows,
     rows_in_folder,
     tracked,
 )
@@ -53,9 +53,7 @@ if TYPE_CHECKING:
     help="Merged models to write.",
 )
 @TRACK
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @PICKLES
 @ALLOW_COMMAND
 @click.option("--force", is_flag=True, help="Discard earlier results; replace NAME.best.yaml even if it was changed.")
@@ -168,9 +166,7 @@ SHOWN_ERRORS = 5
     help="Judge candidates on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
 @TRACK
-@DEVICE
-@WORKERS
-@MEMORY
+@RESOURCES
 @PICKLES
 @ALLOW_COMMAND
 @click.option("--force", is_flag=True, help="Discard an earlier study; replace NAME.best.yaml even if it was changed.")
@@ -269,7 +265,7 @@ SHOWN = 8
     "--rows", type=click.Path(path_type=Path), metavar="DIR",
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), or one file for all. Default: the recipe's calibration.",
 )  # fmt: skip
-@about_rows
+@ABOUT_ROWS
 @click.option("--of", "skill", metavar="NAME", help="The model whose skill it is. Default: the one that loses most.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
 @click.option("--force", is_flag=True, help="Replace the file of --plot.")

@@ -15,12 +15,13 @@ import stat
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import yaml
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import TypedDict
 
 from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
@@ -28,6 +29,9 @@ from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import refuse_taken, replace_file
 from deltamerge.files.descriptors import entries, input_error, output_error
 from deltamerge.files.hashes import Seal, damages, seal
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"
@@ -39,34 +43,38 @@ MAX_EVENTS = 1_000_000
 HIDDEN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", ".DS_Store"})
 
 
-class _Part(BaseModel):
-    """The required keys of a part of a lock; other keys are kept as they are."""
-
-    model_config = ConfigDict(extra="allow", defer_build=True)
+# The required keys of a lock. Others stay as they are.
 
 
-class _File(_Part):
+class _File(TypedDict):
     hash: str
     size: int
 
 
-class _Input(_Part):
+class _Input(TypedDict):
     files: dict[str, _File]
 
 
-class _Calibration(_Part):
+class _Calibration(TypedDict):
     objective: str
     scope: str
     search: str
     q: dict[str, float]
-    rows: str | None = None
+    rows: NotRequired[str | None]
 
 
-class _Lock(_Part):
-    made_by: dict[str, str] = {}
-    inputs: dict[str, _Input] = {}
+class _Lock(TypedDict):
+    made_by: NotRequired[dict[str, str]]
+    inputs: NotRequired[dict[str, _Input]]
     outputs: dict[str, _File]
-    calibration: dict[str, _Calibration] = {}
+    calibration: NotRequired[dict[str, _Calibration]]
+
+
+@cache
+def _form() -> TypeAdapter[_Lock]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_Lock)
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -99,8 +107,10 @@ def read_lock(path: Path) -> dict[str, Any]:
             f"{path}: lock format {str(content.get('format'))[:80]!r} is unknown",
             hint="use the deltamerge that wrote it",
         )
+    from pydantic import ValidationError
+
     try:
-        _Lock.model_validate(content)
+        _form().validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -12,13 +12,13 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from operator import attrgetter, mul
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError, OutputError
@@ -75,15 +75,24 @@ def read_header(path: Path) -> Header:
     InputError: unreadable, a link that leaves its folder, a git-lfs pointer, truncated or with bytes left over, or a
     header that is no valid safetensors header (see `parse_header`).
     """
+    with opened_weights(path, buffering=0) as (file, size):
+        length = header_length(file.read(PREFIX), size)
+        return parse_header(file.read(length), path, size)
+
+
+@contextmanager
+def opened_weights(path: Path, buffering: int = -1) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file of weights for as long as its header is read, and give it with its size; errors name the file.
+
+    InputError: unreadable, no file, or a link that leaves its folder.
+    """
     refuse_link(path)
     with errors.context(path.name):
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputError("is not a regular file")
-            with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                length = header_length(file.read(PREFIX), size)
-                return parse_header(file.read(length), path, size)
+            with path.open("rb", buffering=buffering) as file:
+                yield file, os.fstat(file.fileno()).st_size
         except FileNotFoundError as error:
             raise InputError("no such file") from error
         except OSError as error:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import stat
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,8 +26,7 @@ from typing import Any, BinaryIO
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.descriptors import refuse_link
-from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, Header
+from deltamerge.formats.safetensors import LARGEST, MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, Header, opened_weights
 from deltamerge.tensors.dtypes import DTYPES, ITEMSIZE
 from deltamerge.tensors.names import TOKEN_EMBEDDING
 from deltamerge.tensors.tensor import TensorInfo, stored
@@ -57,22 +55,12 @@ def read_torch_header(path: Path) -> Header:
     Of several names for the same tensor the embedding's is kept, else the first, as in transformers' safetensors.
     InputError: unreadable, a link that leaves its folder, no such file of torch, or one that holds anything else.
     """
-    refuse_link(path)
-    with errors.context(path.name):
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise InputError("is not a regular file")
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                start = file.read(8)
-                file.seek(0)
-                if start == b"version ":
-                    raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
-                table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
-        except FileNotFoundError as error:
-            raise InputError("no such file") from error
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}") from error
+    with opened_weights(path) as (file, size):
+        start = file.read(8)
+        file.seek(0)
+        if start == b"version ":
+            raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
+        table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
         tensors = _tensors(table, places, path)
         return Header(tensors, {}, 0, size, frozenset(table) - tensors.keys())
 

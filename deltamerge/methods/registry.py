@@ -380,7 +380,11 @@ def _misfit(method: MergeMethod | PruneMethod) -> str | None:
         if function.partition(":")[0] not in sys.modules:
             return None  # it is imported when it runs
         function = function_of(function)
-    return None if function is None else plugins.misfit(function, inputs, named)
+    if function is None:
+        return None
+    loop = getattr(getattr(function, "traits", None), "loop", None) if "tile" in named else None
+    of_loop = plugins.misfit(loop, ["assembly", "node"], [key for key in named if key != "tile"]) if loop else None
+    return plugins.misfit(function, inputs, named) or of_loop
 
 
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)

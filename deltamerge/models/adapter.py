@@ -37,9 +37,10 @@ from deltamerge.formats.peft.lora import (
     stored_transposed,
     with_bias,
     with_experts,
+    with_loha,
+    with_lokr,
     with_lora,
 )
-from deltamerge.formats.peft.lycoris import with_loha, with_lokr
 from deltamerge.formats.weight_files import ALLOW, read_weights
 from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.matching import Shape, match_one

@@ -20,7 +20,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.delta.entry import OTHER_BASE, Entry, Read, damage_told, hash_of
+from deltamerge.formats.delta.entry import OTHER_BASE, TILE, Decoder, Entry, Read, as_bits, damage_told, hash_of
 from deltamerge.formats.delta.folder import PADDING, Scratch, StoredArray, open_folder
 from deltamerge.formats.delta.manifest import STORED_VALUES, Base, Manifest, Record, groups
 from deltamerge.formats.delta.positions import Array, Coding, index_itemsize, rice_offsets
@@ -44,25 +44,23 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
     Hashes are not checked. InputError: stored arrays are damaged, or the file has become shorter; `bits` may have
     changed.
     """
-    record = entry.record
-    if entry.index is None and record.values is None:
-        bits[:] = entry.values[:]
-    elif entry.has_steps:
-        for positions, values in entry.pieces(lambda start, stop: bits[start:stop]):
-            bits[positions] = values
-    elif is_compiled(entry):
+    if is_compiled(entry):
         with damage_told():
             _apply_compiled(entry, bits, scratch)
-    else:
-        for positions, values in entry.pieces():
-            entry.put(bits, bits, positions, values)
+        return
+    decoder = Decoder(entry)
+    for start in range(0, entry.size, TILE):
+        own = bits[start : start + TILE]
+        for where, values in decoder.changes(start, start + own.size, own):
+            decoder.put(own, own, where, values)
+    decoder.finish()
 
 
 def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
     is_simple = (
-        not (entry.has_steps or record.parts)
+        not (entry.has_steps or record.parts or (entry.index is None and record.values is None))
         and record.k <= LARGEST_K
         and (record.values is None or record.dtype in ("F32", "BF16"))
     )
@@ -152,6 +150,7 @@ def _positions(coding: Coding, stored: Array, k: int, count: int, out: Array) ->
 
 
 THREADED = 1 << 15
+DENSE = 3  # above one entry in so many a patch that is computed has the whole tensor
 
 
 class Patch(NamedTuple):
@@ -200,15 +199,16 @@ class DeltaFile:
             return cls(folder, *open_folder(folder))
 
     def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
-        """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
+        """Final values, tensor by tensor, without unchanged ones.
 
-        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
-        need. InputError: steps, and no base (before the first tensor); or another base than the delta was made from.
+        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which steps and values to
+        add have need. InputError: these, and no base (before the first tensor); or another base than the delta was made
+        from.
         """
-        stepped = next((name for name, entry in self.entries.items() if entry.has_steps), None)
-        if stepped is not None and base is None:
+        if base is None and (name := next((name for name, e in self.entries.items() if e.needs_base), None)):
+            holds = "steps from the base's values" if self.entries[name].has_steps else "values to add to the base's"
             raise InputError(
-                f"{self.path}: {stepped}: holds steps from the base's values, which cannot be told without them",
+                f"{self.path}: {name}: holds {holds}, which cannot be told without them",
                 hint="give the base: load_delta(path, base), a state dict or a folder",
             )
         with Reader() as reader:
@@ -216,7 +216,7 @@ class DeltaFile:
             for name, entry in self.entries.items():
                 if entry.record.count:
                     with errors.context(f"{self.path}: {name}"):
-                        yield _patch(entry, read_of(entry) if entry.has_steps else None)
+                        yield _patch(entry, read_of(entry) if entry.needs_base else None)
 
     def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[ResultTensor]:
         """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
@@ -358,19 +358,22 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
         apply_in_place(entry, bits_of(data), scratch)
         return target
     flat = data.contiguous().reshape(-1)
-    for positions, values in entry.pieces(_window(data) if entry.has_steps else None):
-        where = to_torch(positions, "I64").to(flat.device)
-        if record.values is None:
-            flat[where] = to_torch(np.array(values), record.dtype).to(flat.device)
-        else:
-            flat[where] = (flat[where].float() + to_torch(values, "F32").to(flat.device)).to(flat.dtype)
+    decoder, bits = Decoder(entry), bits_of(data) if entry.has_steps else np.empty(0, np.uint8)
+    for start in range(0, entry.size, TILE):
+        own = flat[start : start + TILE]
+        for where, values in decoder.changes(start, start + own.numel(), bits[start : start + TILE]):
+            at = where if isinstance(where, slice) else to_torch(where, "I64").to(flat.device)
+            if record.values is None:
+                own[at] = to_torch(np.array(values), record.dtype).to(flat.device)
+            else:
+                own[at] = (own[at].float() + to_torch(np.array(values), "F32").to(flat.device)).to(flat.dtype)
     if not data.is_contiguous():
         data.copy_(flat.reshape(data.shape))
     return target
 
 
 def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
-    """What reads the tensor of `base` that an entry with steps changes."""
+    """What reads the tensor of `base` that an entry changes."""
     if isinstance(base, Mapping):
         state = base
 
@@ -392,18 +395,20 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:
-    record, dtype = entry.record, f"i{index_itemsize(entry.size)}"
-    indices = None
-    if read is not None:
-        if entry.digest_of(read) != record.base:
-            raise InputError(OTHER_BASE)
-        pieces = [(where.astype(dtype), values) for where, values in entry.pieces(read)]
-        found, stored = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        indices = torch.from_numpy(found)
-    else:
-        if entry.index is not None:
-            indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
+    """The patch of an entry; `read` is the base's tensor where that is needed."""
+    record, where = entry.record, None
+    if read is None:
         stored = entry.values[:]
+        if entry.index is not None:
+            where = np.concatenate(list(entry.positions()))
+    else:
+        base = as_bits(read(0, entry.base_size), entry.base_dtype)
+        stored = entry.whole(lambda start, stop: base[start:stop])
+        if entry.kind == entry.base_kind:
+            where = np.flatnonzero(stored != base)
+            where = where if entry.index is not None or where.size * DENSE < entry.size else None
+        stored = stored if where is None else stored[where]
+    indices = None if where is None else torch.from_numpy(where.astype(f"i{index_itemsize(entry.size)}"))
     values = to_torch(stored, record.dtype)
     return Patch(entry.name, tuple(record.shape), values.dtype, values, indices)
 

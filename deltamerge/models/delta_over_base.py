@@ -1,11 +1,16 @@
-"""A delta artifact over its base, read like a checkpoint: any range of any tensor, from any thread."""
+"""A delta artifact, or a line of versions, over its base: read like a checkpoint, or written and checked by hash.
+
+A tensor that changes is a view of the base's and of the artifact's stored arrays. A version over a version is a view of
+the view below. What is read of one version is kept for a moment, since the next one is made of it: the versions of a
+soup, read one after the other, cost one patch each.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,54 +20,84 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
-from deltamerge.formats.delta.entry import TILE, Entry, as_bits, extend
-from deltamerge.formats.delta.positions import Array, Positions
+from deltamerge.formats.delta.entry import TILE, Decoder, Entry, as_bits
+from deltamerge.formats.delta.folder import entry_of, stored_of
+from deltamerge.formats.delta.manifest import Record
+from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.steps import STEP_TILE
+from deltamerge.models.chain.folder import Version
 from deltamerge.models.checkpoint import Checkpoint, with_configs
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.tensors.dtypes import bits_type, cast
+from deltamerge.tensors.dtypes import bits_type
 from deltamerge.tensors.reader import Reader, RecentParts, elements
-from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, part_of, unique, view, viewed
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, part_of, view, viewed
 
-HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element; and as many tiles of steps
+PARTS = 128 << 20  # bytes of decoded parts that a reader keeps
+POSITIONS = 32 << 20  # bytes of decoded positions that it keeps
+TILES = max(4, os.cpu_count() or 1)  # tiles of steps of an artifact that it keeps, one for each worker
+VERSIONS = 4 * TILES  # tiles of versions over others that it keeps
+
+_NOTHING = np.empty(0, np.uint8)
 
 
-def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
-    """Return the checkpoint that `delta` makes of `base`. Its tensors are computed when read; `opened` is its folder.
+@dataclass(frozen=True, slots=True)
+class FoldedEntry(Entry):
+    """A tensor through several versions. Of the entry itself only the record is used.
 
-    InputError: the base lacks tensors that the delta was made from (their content is not checked).
+    versions   the entry of each version, and its version's name
+    checked    check the hash of what every version makes, not of the last alone
     """
-    if base.is_delta:
-        raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
-    held = RecentParts(HELD)
-    tensors: dict[str, TensorInfo] = {}
-    planned = opened.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
-    for source in planned:
-        info = None if source.base_name is None else base.tensors[source.base_name]
-        entry = source.entry
-        is_base = info is not None and (info.dtype, info.shape) == (source.dtype, source.shape)
-        if info is not None and is_base and (entry is None or not entry.record.count):
-            tensors[source.name] = replace(info, name=source.name)
-            continue
-        assert entry is not None
-        path = opened.path / "delta.json"
-        below = [] if info is None else [info]
-        own = {"layer": Layer(entry, held), "name": source.name, "path": path}
-        made = unique(over_base, below, source.shape, source.dtype, **own)
-        tensors[source.name] = TensorInfo(source.name, made)
-    components = with_configs(opened.manifest.as_components(), delta.path)
-    return replace(delta, tensors=tensors, files=opened.files, base=base, components=components)
+
+    versions: tuple[tuple[str, Entry], ...] = ()
+    checked: bool = False
+
+    @property
+    def lineage(self) -> Sequence[tuple[str, Entry]]:
+        return self.versions
+
+    @property
+    def every(self) -> bool:
+        return self.checked
 
 
-def added(info: TensorInfo) -> TensorInfo | None:
-    """Return the float32 values that a delta adds to the base's tensor to make `info`; None if it stores none."""
-    whole, first = info.tensor.whole, 0
-    if whole.function != over_base.__name__ or whole.parameter("layer").entry.record.values is None:
-        return None
-    if whole is not info.tensor:
-        first = info.tensor.parameter("first")
-    addends = viewed(added_values, whole.inputs, whole.shape, "F32", **dict(whole.parameters))
-    return TensorInfo(info.name, part_of(addends, first, info.shape))
+def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:
+    """Return the artifact that a line of versions, from the base on, amounts to.
+
+    With `every` each of them is checked by hash when it is applied, not the last alone.
+    """
+    first, last = versions[0].delta, versions[-1].delta
+    if len(versions) == 1:
+        return last
+    entries: dict[str, Entry] = {}
+    for name, end in last.entries.items():
+        parts = tuple((version.name, version.delta.entries[name]) for version in versions)
+        begin = parts[0][1].record
+        changed = sum(entry.record.count for _, entry in parts)
+        same = {"encoding": "dense", "count": end.size if changed else 0, "result": end.record.result}
+        same |= {"values": None, "parts": []}
+        entries[name] = FoldedEntry(name, begin.model_copy(update=same), _NOTHING, versions=parts, checked=every)
+    whole = first.manifest.model_copy(update={"tensors": {n: entry.record for n, entry in entries.items()}})
+    return DeltaFile(last.path, whole, entries, last.files)
+
+
+def covers(longer: DeltaFile, shorter: DeltaFile) -> bool:
+    """Tell whether what is checked of one folded artifact checks another too: it goes through that one's last
+    version."""
+    if longer.path == shorter.path or longer.path.parent != shorter.path.parent:
+        return False
+    entry = next(iter(longer.entries.values()), None)
+    return entry is not None and entry.every and shorter.path.name in {version for version, _ in entry.lineage}
+
+
+def check_complete(first: Version, base: Checkpoint) -> None:
+    """Raise InputError for a base with tensors that the first version of a chain neither lists nor removes."""
+    manifest = first.delta.manifest
+    known = {record.base_name or name for name, record in manifest.tensors.items()} | {*manifest.removed}
+    if unknown := base.tensors.keys() - known:
+        raise InputError(
+            f"{first.path}: says nothing of the base's {min(unknown)}",
+            hint="extract it again: the first version of a chain lists every tensor",
+        )
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
@@ -94,107 +129,154 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
 
 
 @dataclass(slots=True)
-class _Index:
-    """A tensor's positions in pieces: the first position of each, and the number of entries before it."""
+class Layers:
+    """Puts versions over bases; those of one chain and one base share their tensors."""
 
-    positions: Positions
-    firsts: list[int]
-    before: list[int]
+    _made: dict[Any, Mapping[str, TensorInfo]] = field(default_factory=dict)
 
-    def between(self, start: int, stop: int) -> Iterator[tuple[Array, int]]:
-        """Yield positions in [start, stop), and the number of the first of them."""
-        for i in range(max(0, bisect_right(self.firsts, start) - 1), len(self.firsts)):
-            if self.firsts[i] >= stop:
-                return
-            piece = self.positions.piece(i)
-            low, high = np.searchsorted(piece, [start, stop])
-            if low < high:
-                yield piece[low:high], self.before[i] + int(low)
+    def over(self, delta: Checkpoint, versions: Sequence[Version], base: Checkpoint) -> Checkpoint:
+        """Return the checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
 
-
-def _index_of(entry: Entry) -> _Index:
-    index = _Index(Positions(), [], [])
-    for piece in entry.positions():
-        index.before.append(index.positions.count)
-        index.positions.add(piece)
-        index.firsts.append(int(piece[0]))
-    return index
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """An entry of a delta. `held` has the positions that were decoded last."""
-
-    entry: Entry
-    held: RecentParts
+        Its tensors are computed when read. InputError: the base lacks tensors that the delta was made from (their
+        content is not checked), or has tensors of which the first version of a chain says nothing.
+        """
+        if base.is_delta:
+            raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
+        first, last = versions[0], versions[-1]
+        if len(versions) > 1:
+            check_complete(first, base)
+        tensors: Mapping[str, TensorInfo] = base.tensors
+        for version in versions:
+            key = (str(version.path), version.state, base.reference, str(base.path), base.revision)
+            if key not in self._made:
+                self._made[key] = _over(version.delta, tensors)
+            tensors = self._made[key]
+        if last.note is not None and first is last:
+            check_complete(first, base)
+        components = with_configs(first.delta.manifest.as_components(), delta.path)
+        files = last.delta.files
+        return replace(delta, tensors=dict(tensors), files=files, base=base, components=components)
 
 
-@view()
-def over_base(read: Read, tensor: Tensor, start: int, out: memoryview, *, layer: Layer, name: str, path: Path) -> None:
-    """Put an entry of the delta at `path` over the base's tensor, the input; without one the base has none."""
-    entry = layer.entry
-    with errors.context(f"{path}: {entry.name}"):
-        record = entry.record
-        target = np.frombuffer(out, bits_type(record.dtype))
-        stop = start + target.size
-        if entry.index is None and record.count and record.values is None:
-            target[:] = entry.values[start:stop]
-            return
-        base = extend(_base(read, tensor, entry, start, stop), target.size)
-        target[:] = cast(base, entry.base_dtype, record.dtype)
-        for where, values in _entries(read, tensor, layer, start, stop):
-            entry.put(target, base, where, values)
+def _over(opened: DeltaFile, below: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors that an artifact makes of those `below` it."""
+    tensors: dict[str, TensorInfo] = {}
+    for source in opened.result({name: (info.dtype, info.shape) for name, info in below.items()}):
+        name, entry = source.name, source.entry
+        info = None if source.base_name is None else below[source.base_name]
+        is_base = info is not None and (info.dtype, info.shape) == (source.dtype, source.shape)
+        if info is not None and is_base and (entry is None or not entry.record.count):
+            tensors[name] = info if info.name == name else replace(info, name=name)
+            continue
+        assert entry is not None
+        inputs = [*([] if info is None else [info.tensor]), *stored_of(entry)]
+        own = {"name": name, "path": opened.path / "delta.json", "record": entry.record}
+        tensors[name] = TensorInfo(name, viewed(over_base, inputs, source.shape, source.dtype, **own))
+    return tensors
 
 
-@view()
+def added(info: TensorInfo) -> TensorInfo | None:
+    """Return the float32 values that a delta adds to the base's tensor to make `info`.
+
+    None: it stores none, or it changes what another version makes.
+    """
+    whole, first = info.tensor.whole, 0
+    if whole.function != over_base.__name__ or whole.parameter("record").values is None or _below(whole) is not None:
+        return None
+    if whole is not info.tensor:
+        first = info.tensor.parameter("first")
+    addends = viewed(added_values, whole.inputs[1:], whole.shape, "F32", **dict(whole.parameters))
+    return TensorInfo(info.name, part_of(addends, first, info.shape))
+
+
+@view(whole_inputs=True)
+def over_base(
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, name: str, path: Path, record: Record
+) -> None:
+    """Put an entry of the delta at `path` over the base's tensor.
+
+    The first input is that tensor, if the base has one; the others are what the artifact stores. A tensor over others
+    of this kind is made from the highest version below that is still there, upwards, without recursion: a chain may
+    have thousands of versions. Whole tiles of steps are made, which cannot be made in part.
+    """
+    target = np.frombuffer(out, bits_type(tensor.dtype))
+    stop = start + target.size
+    if record.encoding != "steps" and _below(tensor) is None:
+        target[:] = _made(read, tensor, start, stop, None)
+        return
+    for begin in range(start // STEP_TILE * STEP_TILE, stop, STEP_TILE):
+        low, high = max(start, begin), min(stop, begin + STEP_TILE)
+        target[low - start : high - start] = _tile(read, tensor, begin)[low - begin : high - begin]
+
+
+@view(whole_inputs=True)
 def added_values(
-    read: Read, tensor: Tensor, start: int, out: memoryview, *, layer: Layer, name: str, path: Path
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, name: str, path: Path, record: Record
 ) -> None:
     """Compute the float32 values that an entry adds to the base; zero where it adds nothing."""
     target = np.frombuffer(out, np.float32)
     target[:] = 0
-    with errors.context(f"{path}: {layer.entry.name}"):
-        for where, values in _entries(read, tensor, layer, start, start + target.size):
+    with errors.context(f"{path}: {name}"):
+        for where, values in _decoder(read, tensor, tensor.inputs).changes(start, start + target.size, _NOTHING):
             target[where] = as_bits(values, "F32").view(np.float32)
 
 
-def _base(read: Read, tensor: Tensor, entry: Entry, start: int, stop: int) -> Array:
-    (info,) = tensor.inputs
-    base = np.empty(max(0, min(stop, entry.base_size) - start), bits_type(info.dtype))
-    if base.size:
-        read.read_into(info, start, base)
-    return base
+def _below(tensor: Tensor) -> Tensor | None:
+    """Return the tensor of the version below; None: its first input is the base's, or there is none."""
+    first = tensor.inputs[0] if tensor.inputs else None
+    return first if first is not None and first.function == over_base.__name__ else None
 
 
-def _steps(read: Read, tensor: Tensor, layer: Layer, start: int, stop: int) -> Iterator[tuple[Array, Array]]:
-    entry = layer.entry
+def _decoder(read: Read, tensor: Tensor, stored: Sequence[Tensor]) -> Decoder:
+    def make() -> Decoder:
+        record = tensor.parameter("record")
+        kind, most = ("parts", PARTS) if record.parts else ("positions", POSITIONS)
+        recent = read.once(f"{kind} of deltas", lambda: RecentParts(most, _weigh))
+        return Decoder(entry_of(tensor.name, record, stored, read), recent)
 
-    def tile(number: int) -> tuple[Array, Array]:
-        begin, end = number * STEP_TILE, min((number + 1) * STEP_TILE, entry.size)
-        base = entry.converted(_base(read, tensor, entry, begin, end), end - begin)
-        return entry.step_tile(number, base)
-
-    for number in range(start // STEP_TILE, -(-stop // STEP_TILE)):
-        begin = number * STEP_TILE
-        positions, values = layer.held.get((entry.name, number), partial(tile, number))
-        low, high = np.searchsorted(positions, [start - begin, stop - begin])
-        yield positions[low:high] + (begin - start), values[low:high]
+    found: Decoder = read.once(tensor, make)
+    return found
 
 
-def _entries(read: Read, tensor: Tensor, layer: Layer, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
-    """Yield positions relative to `start`, with bits of final values or float32 values to add."""
-    entry = layer.entry
-    if not entry.record.count:
-        return
-    if entry.has_steps:
-        yield from _steps(read, tensor, layer, start, stop)
-        return
-    if entry.record.parts:
-        entry = layer.held.get((entry.name, "parts"), entry.with_parts)
-    scales = entry.scale_values()
-    if entry.index is None:
-        pieces: Any = [(np.arange(start, stop), start)]
-    else:
-        pieces = layer.held.get((entry.name, None), partial(_index_of, entry)).between(start, stop)
-    for positions, first in pieces:
-        yield positions - start, entry.values_at(positions, first, scales)
+def _weigh(decoded: Any) -> int:
+    return int(decoded.nbytes)
+
+
+def _tile(read: Read, tensor: Tensor, start: int) -> Array:
+    """Return the tile of STEP_TILE elements that begins at `start`."""
+    stack, made = [tensor], _kept(read, tensor).known((tensor, start))
+    while made is None and (below := _below(stack[-1])) is not None:
+        stack.append(below)
+        made = _kept(read, below).known((below, start))
+    if made is not None:
+        stack.pop()
+    while stack:
+        one = stack.pop()
+        stop = min(start + STEP_TILE, one.size)
+        made = _kept(read, one).get((one, start), partial(_made, read, one, start, stop, made))
+    found: Array = made
+    return found
+
+
+def _kept(read: Read, tensor: Tensor) -> RecentParts:
+    """Return the tiles that are kept of an artifact over a base; all versions over others share them."""
+    is_first = _below(tensor) is None
+    key = ("tiles of a delta", tensor.path) if is_first else "tiles of versions"
+    kept: RecentParts = read.once(key, lambda: RecentParts(TILES if is_first else VERSIONS))
+    return kept
+
+
+def _made(read: Read, tensor: Tensor, start: int, stop: int, below: Array | None) -> Array:
+    """Make elements [start, stop), of those that the version below has made, or of the base's."""
+    record: Record = tensor.parameter("record")
+    base = below
+    with errors.context(f"{tensor.path}: {tensor.name}"):
+        if base is None:
+            size = 0
+            if record.base is not None:
+                size = max(0, min(stop, tensor.inputs[0].size) - start)
+            base = np.empty(size, bits_type(record.base_kind[0]))
+            if size:
+                read.read_into(tensor.inputs[0], start, base)
+        stored = tensor.inputs[record.base is not None :]
+        return _decoder(read, tensor, stored).over(base, start, stop, fresh=below is None)

@@ -22,8 +22,8 @@ from deltamerge.models.checkpoint import Checkpoint, decoded, open_checkpoint
 
 if TYPE_CHECKING:
     from deltamerge.models.chain.folder import Opened
-    from deltamerge.models.chain.layers import Layers
     from deltamerge.models.delta_file import DeltaFile
+    from deltamerge.models.delta_over_base import Layers
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Models:
 
     @cached_property
     def _layers(self) -> Layers:
-        from deltamerge.models.chain.layers import Layers
+        from deltamerge.models.delta_over_base import Layers
 
         return Layers()
 
@@ -86,7 +86,7 @@ class Models:
         if base.is_delta and base.base is None:
             raise InputError(f"its base {base.reference} is a delta too", hint=f"name it as BASE+{base.reference}")
         from deltamerge.models.chain.folder import line
-        from deltamerge.models.chain.layers import folded
+        from deltamerge.models.delta_over_base import folded
 
         versions = line(delta.path, self._versions)
         whole, below = folded(versions, every=True), as_made_from(base, versions[0].delta)
@@ -96,7 +96,7 @@ class Models:
     def artifact(self, path: Path) -> DeltaFile:
         """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
         from deltamerge.models.chain.folder import line
-        from deltamerge.models.chain.layers import folded
+        from deltamerge.models.delta_over_base import folded
 
         return folded(line(path, self._versions), every=True)
 

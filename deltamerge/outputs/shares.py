@@ -26,7 +26,7 @@ from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
-from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
+from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
@@ -228,21 +228,22 @@ class ByteShares:
         """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
         from deltamerge.calibrate.q.codes import learn_codes
 
-        opened = DeltaFile.open(folder)
+        entries = DeltaFile.open(folder).entries
         stored = {one.tune.name: one for one in self.tensors.values()}
-        sums = {one.tune.name: opened.entries[name].with_parts().made for name, one in self.tensors.items()}
+        sums = {
+            one.tune.name: sum_of(entries[name].record.parts, entries[name].values, *self.shapes[name])
+            for name, one in self.tensors.items()
+        }
         measured = self.planned.measured[0]
         layers = measured.tensors.pairs
-        start = {name: made.factors for name, made in sums.items() if made and made.factors and name in layers}
+        start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
         if not start:
             return
 
         def fixed(name: str) -> Any:
             if (one := stored.get(name)) is None:
                 return None
-            values = floats(reader, one.base, 0, one.size)
-            if (made := sums[name]) is not None:
-                values = values + made.values(0, one.size)
+            values = floats(reader, one.base, 0, one.size) + sums[name].values(0, one.size)
             return torch.from_numpy(np.asarray(values, np.float32)).reshape(one.base.shape)
 
         with Reader() as reader:

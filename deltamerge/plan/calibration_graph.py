@@ -18,6 +18,7 @@ from deltamerge.calibrate.spec import (
     Pruned,
     Share,
     Spec,
+    TensorHeader,
     headers,
     mask_seeds,
     memory,
@@ -33,11 +34,13 @@ from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
 from deltamerge.recipe.prune import Pruning
-from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.schema import CalibratedQ, Calibration, Recipe
 from deltamerge.tensors.names import has_columns, is_linear
 from deltamerge.tensors.patterns import finds
 from deltamerge.tensors.tensor import Node, Tensor, TensorInfo
 from deltamerge.tensors.views import moves_rows
+
+CALIBRATE = "deltamerge.calibrate.q.choices:calibrate"  # torch comes with it, when it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,7 @@ class StageMaker:
     memory: int | None
 
     def make(self, deltas: Deltas, merges: Sequence[Merge]) -> Stages:
-        """Return the stages of the models whose q is calibrated or whose masks need activations or all their
-        tensors."""
+        """Return the stages that the models need: to calibrate q, to measure activations, to find thresholds."""
         stages = Stages()
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
@@ -70,11 +72,11 @@ class StageMaker:
     def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> InputMeasurement:
         """Return the measurement of the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
-        source, tensors = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
+        source, tensors = self._source(deltas, tunes)
         return InputMeasurement(source, tensors, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
-        """Return the stages that there are, and those of the model `index`, whose tensors are `tunes`."""
+        """Return the stages so far, with those of model `index`; `tunes` are its tensors."""
         prune, stages = deltas.prunes[index], deltas.stages
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
@@ -97,7 +99,7 @@ class StageMaker:
         products = factor_pairs(deltas.recipe, seen)
         if products and q is not None:
             return self._of_factors(replace(deltas, stages=stages), index, q, products)
-        source, tensors = self._source(deltas, seen[0], [(t.tensor, t.base) for t in seen])
+        source, tensors = self._source(deltas, seen)
         made = deltas.graph.node(stage.activations, tensors.inputs, kind="stage", source=source)
         if weighed:
             stages = replace(stages, weighing={**stages.weighing, index: made})
@@ -160,17 +162,11 @@ class StageMaker:
         self, deltas: Deltas, template: Input, roots: Mapping[str, Node], wanted: Mapping[str, MeasuredInput]
     ) -> Node:
         """Return the stage that measures the inputs of the result's layers `wanted`; it runs as `template` does."""
-        calibration, checkpoint, stages = deltas.recipe.calibration, template.checkpoint, deltas.stages
+        calibration, stages = deltas.recipe.calibration, deltas.stages
         assert calibration is not None
-        refuse_unrunnable(template.name, checkpoint)
-        refuse_changed_config(template)
-        source = CalibrationInput(
-            template.name, checkpoint.path, headers(checkpoint.tensors.values()), (), calibration, self.folder,
-            deltas.recipe.seed, self.device, False,
-        )  # fmt: skip
-        source = within(source, self.memory)
+        source = self._input(deltas, template, calibration)
         shared = (n for n in (stages.rows, stages.totals, stages.together) if n is not None)
-        own = ModelTensors.of(checkpoint.tensors.values()).inputs
+        own = ModelTensors.of(template.checkpoint.tensors.values()).inputs
         inputs = [deltas.graph.node(spool, kind="small"), *roots.values(), *shared, *stages.of_deltas, *own]
         names, layers = tuple(roots), tuple(wanted.items())
         return deltas.graph.node(
@@ -184,7 +180,8 @@ class StageMaker:
         parts_of: Callable[[Merge], dict[str, Node]],
         starts: Sequence[float],
     ) -> Node:
-        """Return the stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        """Return the stage that fits coefficients of deltas. `parts_of` gives the deltas by name, `starts` the first
+        values."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
@@ -208,8 +205,7 @@ class StageMaker:
         them gets one of `share` parts of the memory; None: they run side by side."""
         parts, inputs = [], list[Tensor]()
         for own in zip(*(merge.tunes for merge in merges), strict=True):
-            pairs = [(t.tensor, t.base) for t in own]
-            source, tensors = self._source(deltas, own[0], pairs, share or len(merges[0].sources))
+            source, tensors = self._source(deltas, own, share or len(merges[0].sources))
             parts.append(Share(source, tuple(_whole(t, masks) for t in own)))
             inputs += tensors.inputs
         return tuple(parts), inputs
@@ -224,40 +220,52 @@ class StageMaker:
         """Return the stages that there are, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
-        source, tensors = self._source(deltas, first, pairs)
+        source, tensors = self._source(deltas, [first], pairs=pairs)
         made = factor_calibration(products, source, tensors, q, deltas, index)
         return replace(
             stages, calibrated={**stages.calibrated, index: made}, roots={**stages.roots, **factor_roots(products)}
         )
 
     def _source(
-        self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
+        self,
+        deltas: Deltas,
+        tunes: Sequence[Tuned],
+        share: int = 1,
+        pairs: Sequence[tuple[TensorInfo, TensorInfo]] | None = None,
     ) -> tuple[CalibrationInput, ModelTensors]:
-        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory, and its
-        tensors."""
+        """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory, and its tensors.
+
+        `pairs` are its pruned tensors and the base's; by default those of `tunes`.
+        """
+        tuned, pairs = tunes[0], [(t.tensor, t.base) for t in tunes] if pairs is None else pairs
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
-        refuse_unrunnable(tuned.model.name, tuned.model.checkpoint)
-        refuse_changed_config(tuned.model)
-        checkpoint = tuned.model.checkpoint
+        source = self._input(deltas, tuned.model, calibration, headers(tune for tune, _ in pairs), labelled, share)
+        return source, ModelTensors.of(tuned.model.checkpoint.tensors.values(), pairs)
+
+    def _input(
+        self,
+        deltas: Deltas,
+        model: Input,
+        calibration: Calibration,
+        pairs: tuple[TensorHeader, ...] = (),
+        labelled: bool = False,
+        share: int = 1,
+    ) -> CalibrationInput:
+        """Return a model that runs on calibration data. InputError: it cannot, or there is too little memory."""
+        refuse_unrunnable(model.name, model.checkpoint)
+        refuse_changed_config(model)
+        own, seed = headers(model.checkpoint.tensors.values()), deltas.recipe.seed
         source = CalibrationInput(
-            tuned.model.name,
-            checkpoint.path,
-            headers(checkpoint.tensors.values()),
-            headers(tune for tune, _ in pairs),
-            calibration,
-            self.folder,
-            recipe.seed,
-            self.device,
-            labelled,
+            model.name, model.checkpoint.path, own, pairs, calibration, self.folder, seed, self.device, labelled
         )
-        return within(source, self.memory, share), ModelTensors.of(checkpoint.tensors.values(), pairs)
+        return within(source, self.memory, share)
 
 
 def _whole(tuned: Tuned, masks: int) -> Pruned:
-    """Return a tensor that is not pruned, with so many deltas."""
+    """Return a tensor that is not pruned, with `masks` deltas."""
     return Pruned(tuned.name, tuned.tensor.name, tuned.base.shape, 1.0, 1.0, masks)
 
 
@@ -265,10 +273,7 @@ def _calibration(
     deltas: Deltas, source: CalibrationInput, model: ModelTensors, q: CalibratedQ, tensors: Sequence[Tuned]
 ) -> Node:
     """Return the stage that calibrates a model's q's, of its pruned `tensors`."""
-    index = tensors[0].index
-    method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
-    random = PRUNE[method].random
-    seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, method, q))]
+    random, seeds = _masks(deltas, source, q, tensors[0].index)
     pruned, masked, protected = [], list[Node](), list[Node]()
     for t in tensors:
         density, columns = deltas.density(t), deltas.protected(t)[0]
@@ -277,15 +282,31 @@ def _calibration(
         protected += [] if columns is None else [columns]
         plain, guarded = density if random else 1.0, columns is not None
         pruned.append(Pruned(t.name, t.tensor.name, t.base.shape, density, plain, len(seeds), guarded))
-    how = random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
+    return _search(deltas, source, model, q, tensors[0].index, pruned, [*masked, *protected])
+
+
+def _masks(deltas: Deltas, source: CalibrationInput, q: CalibratedQ, index: int) -> tuple[bool, list[int]]:
+    """Tell whether a model's masks are random, and return the seeds of those that a search averages over."""
+    method = deltas.prunes[index].method
+    return PRUNE[method].random, [deltas.recipe.seed + s for s in range(mask_seeds(source, method, q))]
+
+
+def _search(
+    deltas: Deltas,
+    source: CalibrationInput,
+    model: ModelTensors,
+    q: CalibratedQ,
+    index: int,
+    pruned: Sequence[Pruned],
+    inputs: Sequence[Node],
+) -> Node:
+    """Return the stage that searches the q's of the `pruned` tensors of model `index`; `inputs` are masked deltas, and
+    protected columns."""
+    method, stages = deltas.prunes[index].method, deltas.stages
+    shared = [known[index] for known in (stages.activations, stages.cuts) if index in known]
+    how = PRUNE[method].random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
     spec = Spec(source, method, tuple(pruned), *how)
-    inputs = [*masked, *protected, *shared, *model.inputs]
-    return deltas.graph.node(stage.calibrate, inputs, kind="stage", spec=spec)
-
-
-def _shared(stages: Stages, index: int) -> tuple[Node, ...]:
-    """Return the measurements and the threshold that a model's masks need."""
-    return tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
+    return deltas.graph.node(CALIBRATE, [*inputs, *shared, *model.inputs], kind="stage", spec=spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +344,7 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
 
 
 def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
-    """Return a pruned factor's name -> the weight whose q it has a root of, and which root."""
+    """Return name of a pruned factor -> (the weight whose q is shared out, the number of factors that share it)."""
     return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
@@ -339,29 +360,27 @@ def factor_calibration(
 
     Masks and q are those of their product, the update of the weight.
     """
-    method, shared = deltas.prunes[index].method, _shared(deltas.stages, index)
-    random, node = PRUNE[method].random, deltas.graph.node
+    node, stages = deltas.graph.node, deltas.stages
+    shared = [known[index] for known in (stages.activations, stages.cuts) if index in known]
+    random, seeds = _masks(deltas, source, q, index)
 
     def product_node(product: Product, seed: int) -> Node:
         update, factors = product.update, []
         for side, info in (("a", update.inputs[1]), ("b", update.inputs[2])):
             if side in product.factors:
-                stored = deltas.masked(product.factors[side], seed)
-                factor = node(dense, [stored], shape=info.shape)
+                factor = node(dense, [deltas.masked(product.factors[side], seed)], shape=info.shape)
             else:
                 factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
             factors.append(node(stage.whole, [factor, *shared], kind="stage", shape=info.shape))
         return node(stage.product, factors, shape=update.shape, **dict(update.parameters))
 
-    pruned, masked, seeds = [], list[Node](), mask_seeds(source, method, q)
+    pruned, masked = [], list[Node]()
     for product in products:
-        masked += [product_node(product, source.seed + s) for s in range(seeds)]
+        masked += [product_node(product, seed) for seed in seeds]
         density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
         name, plain = product.weight.name, density if random else 1.0
-        pruned.append(Pruned(name, name, product.update.shape, density, plain, seeds))
-    how = random, q.objective, q.scope_or_default, q.search, q.limits, len(shared)
-    spec = Spec(source, method, tuple(pruned), *how)
-    return node(stage.calibrate, [*masked, *shared, *model.inputs], kind="stage", spec=spec)
+        pruned.append(Pruned(name, name, product.update.shape, density, plain, len(seeds)))
+    return _search(deltas, source, model, q, index, pruned, masked)
 
 
 def refuse_changed_config(tune: Input) -> None:
@@ -403,17 +422,22 @@ def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
 
 def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
     """Return the data that stages run on, by the fine-tune's index in the recipe."""
-    measured = {**stages.activations, **stages.weighing}
-    sources = {i: node.parameter("source") for i, node in measured.items()}
-    sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
-    sources |= {i: one.source for i, one in stages.inputs.items()}
-    if stages.rows is not None:
-        of_rows = (part.source for part in stages.rows.parameter("parts"))
-        sources |= {t.index: s for t, s in zip(inputs.tunes, of_rows, strict=True) if t.index is not None}
-    if stages.together is not None:
-        parts = stages.together.parameter("spec").sources
-        sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
+    alone = {**stages.activations, **stages.weighing, **stages.calibrated}
+    sources = {index: _sources(node)[0] for index, node in alone.items()}
+    sources |= {index: one.source for index, one in stages.inputs.items()}
+    for node in (stages.rows, stages.together):
+        of_tunes = () if node is None else zip(inputs.tunes, _sources(node), strict=True)
+        sources |= {tune.index: source for tune, source in of_tunes if tune.index is not None}
     return sources
+
+
+def _sources(stage: Node) -> tuple[CalibrationInput, ...]:
+    """Return the models that a stage runs."""
+    parameters = dict(stage.parameters)
+    if (spec := parameters.get("spec")) is not None:
+        return tuple(spec.sources)
+    parts: tuple[Share, ...] = parameters.get("parts", ())
+    return tuple(part.source for part in parts) or (parameters["source"],)
 
 
 def stage_bytes(stages: Stages, sources: Mapping[int, CalibrationInput]) -> list[int]:

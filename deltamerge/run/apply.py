@@ -27,11 +27,10 @@ from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.formats.safetensors import Writer, plan_layout
 from deltamerge.models.chain.folder import line
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import replacing
 from deltamerge.models.checkpoint import Checkpoint, decoded, is_delta
 from deltamerge.models.delta_file import DeltaFile, ResultTensor
-from deltamerge.models.delta_over_base import check
+from deltamerge.models.delta_over_base import check, check_complete, folded
 from deltamerge.models.references import as_made_from, open_model
 from deltamerge.outputs.assets import copied_files, write_files
 from deltamerge.run import hashes

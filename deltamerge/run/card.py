@@ -18,7 +18,7 @@ from deltamerge.tensors.tensor import Node
 from deltamerge.version import __version__
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.values import Calibrated
+    from deltamerge.calibrate.spec import Calibrated
 
 SHOWN = 3  # prompts of an expert
 LONG = 80  # characters of a prompt

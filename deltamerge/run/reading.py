@@ -73,8 +73,7 @@ def check_deltas(planned: Plan) -> None:
     deltas = planned.inputs.deltas
     if not deltas:
         return
-    from deltamerge.models.chain.layers import covers
-    from deltamerge.models.delta_over_base import check
+    from deltamerge.models.delta_over_base import check, covers
 
     made = [(c.base, c.reference) for c in planned.inputs.checkpoints if c.base is not None]
     with Reader() as reader:

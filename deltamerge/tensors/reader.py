@@ -117,10 +117,13 @@ T = TypeVar("T")
 
 
 class RecentParts:
-    """The values of the `most` keys last asked for; each is made by one thread, for which the others wait."""
+    """The values of the keys last asked for; each is made by one thread, for which the others wait.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    They weigh `most` together, by `weigh` each, but the last one is always kept. Without `weigh` each weighs 1.
+    """
+
+    def __init__(self, most: int, weigh: Callable[[Any], int] | None = None) -> None:
+        self._most, self._weigh, self._weight = most, weigh, 0
         self._lock = threading.Lock()
         self._made: OrderedDict[Hashable, tuple[threading.Lock, list[Any]]] = OrderedDict()
 
@@ -129,13 +132,24 @@ class RecentParts:
         with self._lock:
             lock, made = self._made.setdefault(key, (threading.Lock(), []))
             self._made.move_to_end(key)
-            if len(self._made) > self._most:
+            if self._weigh is None and len(self._made) > self._most:
                 self._made.popitem(last=False)
         with lock:
             if not made:
                 made.append(make())
+                self._shed(key, made)
         found: T = made[0]
         return found
+
+    def _shed(self, key: Hashable, new: list[Any]) -> None:
+        """Count a new value, and forget the oldest ones while all weigh too much."""
+        with self._lock:
+            if self._weigh is None or self._made.get(key, (None, None))[1] is not new:
+                return
+            self._weight += self._weigh(new[0])
+            while self._weight > self._most and len(self._made) > 1:
+                _, (_, made) = self._made.popitem(last=False)
+                self._weight -= sum(map(self._weigh, made))
 
     def known(self, key: Hashable) -> Any:
         """The value of a key, None where it is not there, or not yet."""

@@ -141,8 +141,3 @@ def _peak(nodes: _Form, passes: list[_Places], frees: list[dict[int, _Places]]) 
             peak = max(peak, alive)
             alive -= len(last.get(position, ()))
     return peak
-
-
-def peak_tiles(plan: Schedule) -> int:
-    """Return the most tile values alive at once in any pass."""
-    return plan.peak

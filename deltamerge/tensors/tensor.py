@@ -126,8 +126,12 @@ class Tensor:
     @property
     def read_nbytes(self) -> int:
         """Return the bytes of files that are read for its elements: of a quantised weight its codes."""
-        coded = self.coded
-        return self.nbytes if coded is None else coded.codes.nbytes
+        if (coded := self.coded) is not None:
+            found: int = coded.codes.nbytes
+            return found
+        if self.kind == "view" and VIEWS[self.function].whole_inputs:
+            return sum([one.read_nbytes for one in self.inputs])
+        return self.nbytes
 
     @property
     def coded(self) -> Any:
@@ -138,8 +142,8 @@ class Tensor:
     @property
     def keeps(self) -> bool:
         """Tell whether a reader keeps slabs of what it reads for it."""
-        keeps = VIEWS[self.function].keeps if self.kind == "view" else None
-        return keeps is not None and keeps(self)
+        coded = self.coded
+        return (self.kind == "view" and VIEWS[self.function].keeps) or (coded is not None and bool(coded.keeps))
 
     def leaves(self) -> Iterator[Tensor]:
         """Yield the stored tensors that it is computed from, each once."""
@@ -189,15 +193,17 @@ class View:
 
     entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
     moves       its rows are not those of the file, in order
+    whole_inputs   all bytes of its inputs are read for its values, once
     coded       coded(tensor): its `CodedWeight`, of which the compiled loop reads the codes itself
-    keeps       keeps(tensor): whether a reader keeps slabs of what it reads
+    keeps       a reader keeps slabs of what it reads
     """
 
     fill: Callable[..., None]
     entrywise: bool = False
     moves: bool = False
+    whole_inputs: bool = False
     coded: Callable[[Tensor], Any] | None = None
-    keeps: Callable[[Tensor], bool] | None = None
+    keeps: bool = False
 
 
 VIEWS: dict[str, View] = {}

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import transformers
-from conftest import load_tensors, make_checkpoint
+from calibration_rows import rows
+from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import run
 from tiny_models import make
 
@@ -163,7 +164,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(folder: Path, monkeypatch
     write(folder)
     text = (folder / "merge.yaml").read_text()
     for more, said in (
-        ("output: {quantization: int8}\n", "a quantised checkpoint"),
+        ("output: {quantization: int8}\n", "makes other tensors"),
         ("output: {kind: delta}\n", "output delta"),
     ):
         (folder / "merge.yaml").write_text(text + more)
@@ -194,6 +195,78 @@ def test_what_cannot_be_is_refused_and_nothing_written(folder: Path, monkeypatch
     os.utime(folder / "a" / "model.safetensors")
     with pytest.raises(InputError, match="is older than what it was made of"):
         HotMerge(model, folder / "merged", folder / "merge.yaml")
+
+
+@pytest.mark.parametrize("form", ["int8", "{scheme: fp8, block: [8, 8]}", "{scheme: int4, group: 8}"])
+def test_quantised_results_are_written_in_codes(folder: Path, form: str) -> None:
+    more = f"output: {{quantization: {form}}}\n"
+
+    def edit(**how: str) -> None:
+        write(folder, **how)
+        with (folder / "merge.yaml").open("a") as file:
+            file.write(more)
+
+    edit()
+    run(folder / "merge.yaml", folder / "coded")
+    state = load_tensors(folder / "coded")
+    hot, before = HotMerge(state, folder / "coded", folder / "merge.yaml", workers=1), bits(state)
+    assert hot.update().tensors == ()
+    for number, (how, one) in enumerate((({"a": one_weight(0.9)}, True), ({"b": "0.31"}, False))):
+        edit(**how)
+        done = hot.update()
+        assert all(name.startswith(ONE.removesuffix("weight")) for name in done.tensors) == one
+        run(folder / "merge.yaml", folder / f"coded-{number}")
+        assert bits(state) == bits(load_tensors(folder / f"coded-{number}")) != before
+    edit(a="1.0e+41", b="1.0e+41")
+    with pytest.raises(OutputError, match="not finite"):
+        hot.update()
+    for _ in range(3):
+        hot.undo()
+    assert bits(state) == before
+    edit(a=one_weight(0.9))
+    served = ServedModel(folder / "coded")
+    server = HotServer("http://127.0.0.1:9", folder / "coded", folder / "merge.yaml", workers=1)
+    plan, keys = server._merge.plan()
+    names = [name for name, key in server._merge.keys.items() if keys[name] != key]
+    changes = served.changes(server._written(plan, keys, names))
+    touched = dict(served.weights(changes, served.touched(changes)))
+    assert bits(load_tensors(folder / "coded") | touched) == bits(load_tensors(folder / "coded-0"))
+
+
+def test_a_calibration_is_made_again_where_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32)
+    tiny_llama(tmp_path / "tuned", seed=1, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+
+    def edit(weight: float, density: float = 0.2) -> None:
+        prune = f"{{method: magnitude, density: {density}, q: {{objective: output_change, search: grid}}}}"
+        (tmp_path / "merge.yaml").write_text(
+            f"merge_method: task_arithmetic\nbase_model: ./base\n"
+            f"models: [{{model: ./tuned, name: t, prune: {prune}, parameters: {{weight: {weight}}}}}]\n"
+            "calibration: {data: calib.jsonl, sequences: 4, length: 8}\n"
+        )
+
+    edit(1)
+    run(tmp_path / "merge.yaml", tmp_path / "merged")
+    state = load_tensors(tmp_path / "merged")
+    before, made = bits(state), []
+    from deltamerge.apps.serve import hot as module
+
+    real = module.shared_values
+    monkeypatch.setattr(module, "shared_values", lambda nodes, known: made.append(1) or real(nodes, known))
+    hot = HotMerge(state, tmp_path / "merged", tmp_path / "merge.yaml", workers=1)
+    assert hot.update().tensors == ()
+    for number, (weight, density, calibrations) in enumerate(((0.9, 0.2, 0), (1, 0.1, 1), (1, 0.2, 1))):
+        edit(weight, density)
+        assert hot.update().tensors
+        run(tmp_path / "merge.yaml", tmp_path / f"full-{number}")
+        assert bits(state) == bits(load_tensors(tmp_path / f"full-{number}"))
+        assert len(made) == calibrations
+    with (tmp_path / "merge.yaml").open("a") as file:
+        file.write("output: {quantization: int8, rounding: inputs}\n")
+    with pytest.raises(InputError, match="rounding: inputs is not merged hot"):
+        hot.update()
+    assert bits(state) == before
 
 
 class Server(BaseHTTPRequestHandler):

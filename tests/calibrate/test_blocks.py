@@ -258,7 +258,8 @@ def test_generates_greedily(tmp_path: Path) -> None:
         "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
     }
-    got = model.generate([inputs], from_reader(tensors.__getitem__), new_tokens=5, eos_token_id=None)[0]
+    model.module.generation_config.eos_token_id = None
+    got = model.generate([inputs], from_reader(tensors.__getitem__), new_tokens=5)[0]
     want = reference.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=None)[:, 4:]
     assert torch.equal(got, want)
 

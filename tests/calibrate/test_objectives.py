@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from deltamerge.calibrate.model import passes
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.candidates import Cache, apply, pruned
+from deltamerge.calibrate.model.passes import Logits
 from deltamerge.calibrate.q.objectives import (
     Distribution,
     Generation,
@@ -26,7 +27,6 @@ from deltamerge.calibrate.q.objectives import (
     evaluate,
     is_regression,
     over_seeds,
-    per_token,
 )
 from deltamerge.errors import InputError
 from deltamerge.tensors.tiles import Kept
@@ -255,7 +255,7 @@ def test_a_cache_keeps_the_first_and_the_last(recent: int, pinned: int, wanted: 
 def test_several_logits_are_refused():
     """A reader of scenes gives characters, byte pairs and word pieces."""
     with pytest.raises(InputError, match="the model gives 3 logits, and calibration compares one"):
-        per_token((torch.zeros(1, 2, 3),) * 3)
+        _ = Logits((torch.zeros(1, 2, 3),) * 3).per_token  # type: ignore[arg-type]
 
 
 class _Largest(TorchFunctionMode):

@@ -12,7 +12,7 @@ from tiny_models import batches, make
 
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import pruned
-from deltamerge.calibrate.q.learned import Learned, learn, row_shape
+from deltamerge.calibrate.q.learned import Learned, Learner, learn, row_shape
 from deltamerge.calibrate.q.objectives import Distribution, evaluate
 
 BERT = "BertForSequenceClassification"
@@ -38,7 +38,8 @@ class Problem:
 
     def learn(self, **options: Any) -> Learned:
         settings: dict[str, Any] = {"groups": [[0, 1]], "held_out": [2, 3], "bounds": (0.5, 10.0), **options}
-        return learn(self.model, self.objective, self.base.__getitem__, self.masked.get, self.start, **settings)
+        learner = Learner(self.model, self.objective, self.base.__getitem__, self.masked.get)
+        return learn(learner, self.start, **settings)
 
     def loss(self, q: Any) -> float:
         return evaluate(self.model, self.objective, [pruned(self.base.__getitem__, self.masked.get, q)])[0]

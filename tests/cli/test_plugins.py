@@ -177,6 +177,11 @@ def test_a_broken_method_stops_no_run_that_names_another(install: Install, tmp_p
             "prune_method('none of it')",
             "twice(masking, limit) cannot be called as twice(masking): missing a required argument: 'limit'",
         ),
+        (
+            "twice(base, *deltas, tile)",
+            "delta_method('base + 2 * the deltas', loop=loop)",
+            "loop(node) cannot be called as loop(assembly, node): too many positional arguments",
+        ),
     ],
 )
 def test_a_method_that_cannot_be_called_is_left_out(
@@ -188,10 +193,11 @@ def test_a_method_that_cannot_be_called_is_left_out(
     why: str,
 ) -> None:
     imports = "from deltamerge.methods.registry import delta_method, prune_method"
-    install("twices", f"{imports}\n@{decorator}\ndef {signature}: ...\n", methods="twice = twices:twice")
+    code = f"{imports}\ndef loop(node): ...\n@{decorator}\ndef {signature}: ...\n"
+    install("twices", code, methods="twice = twices:twice")
     recipe = models(tmp_path, "twice" if "base" in signature else "task_arithmetic\nprune: {method: twice}")
     with pytest.warns(PluginWarning) as caught:
-        assert exits("run", str(recipe), "--out", str(tmp_path / "out"), "-q") == 1
+        assert exits("check", str(recipe)) == 1
     left_out = f"entry point twices:twice of twices is left out: {why}; update or remove twices"
     assert {str(one.message) for one in caught} == {left_out}
     assert "bug" not in capsys.readouterr().err

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from deltamerge.errors import InputError
 from deltamerge.formats.delta import parts
+from deltamerge.formats.delta.entry import Decoder
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.parts import LEVELS, pack, packed_bytes, store_entries, store_factors, unpack
 from deltamerge.formats.delta.tensor_writer import BaseTensor
@@ -142,13 +143,14 @@ def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str
 
 
 def test_any_range_is_a_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = DeltaFile.open(VECTORS).entries["matrix"].with_parts()
-    whole = entry.codes(0, entry.size)
+    entry = DeltaFile.open(VECTORS).entries["matrix"]
+    decoder = Decoder(entry)
+    whole = decoder.codes(0, entry.size)
     for step in (1, 49, 50, 613):
-        ranges = [entry.codes(at, min(at + step, entry.size)) for at in range(0, entry.size, step)]
+        ranges = [decoder.codes(at, min(at + step, entry.size)) for at in range(0, entry.size, step)]
         assert (np.concatenate(ranges) == whole).all()
     monkeypatch.setattr(parts, "ROWS", 100)
-    assert (entry.codes(0, entry.size) == whole).all()
+    assert (decoder.codes(0, entry.size) == whole).all()
 
 
 def test_it_is_the_same_in_any_order_of_the_sum() -> None:

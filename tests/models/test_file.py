@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from deltamerge.apps.chain.live import load_delta
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.delta.entry import Entry
+from deltamerge.formats.delta.entry import Decoder, Entry
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.tensor_writer import BaseTensor
@@ -44,6 +44,9 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     return tensor.contiguous().reshape(-1).view(integers).numpy().view(f"u{width}")
+
+
+NOTHING = np.empty(0, np.uint8)
 
 
 def made_of(entry: Entry, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -341,7 +344,9 @@ def test_sum_round_trip(tmp_path: Path, values: str, density: float, base_dtype:
     streamed = apply_streamed(tmp_path, base)
     for name, tensor in base.items():
         entry = delta.entries[name]
-        stored = np.concatenate([np.empty(0, np.float32), *[v for _, v in entry.pieces()]])
+        stored = np.concatenate(
+            [np.empty(0, np.float32), *[v for _, v in Decoder(entry).changes(0, entry.size, NOTHING)]]
+        )
         positions, exact = deltas[name]
         expected = tensor.clone().float().flatten()
         expected[positions] += torch.from_numpy(stored)
@@ -705,7 +710,7 @@ def test_documented_reader_reads_what_is_written(tmp_path: Path, coding: str, va
     arrays = reader["load_file"](tmp_path / "delta.safetensors")
     assert np.array_equal(reader["positions"](record, "w", arrays), where)
     entry = DeltaFile.open(tmp_path).entries["w"]
-    stored = np.concatenate([piece for _, piece in entry.pieces()])
+    stored = np.concatenate([v for _, v in Decoder(entry).changes(0, entry.size, NOTHING)])
     assert np.array_equal(reader["added"](record, "w", arrays, where), stored)
 
 

@@ -26,7 +26,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.formats import safetensors as writer
 from deltamerge.formats.quantised import scheme as codings
 from deltamerge.formats.quantised import writer as coded_writer
-from deltamerge.formats.quantised.coder import ScaleChoice, _coded, coded
+from deltamerge.formats.quantised.coder import Adjustable, ScaleChoice, _coded, coded
 from deltamerge.formats.quantised.codes import E2M1, E4M3, E5M2, Integers
 from deltamerge.models.checkpoint import decoded, open_checkpoint
 from deltamerge.plan.quantise import _renumbered
@@ -320,7 +320,7 @@ def test_units_tile_a_weight_and_its_parts(big):
         for i, part in enumerate(coding.parts):
             spans = [list(coding.places(unit))[i][1:] for unit in units]
             assert [end for _, end in spans] == [*(begin for begin, _ in spans[1:]), part.nbytes]
-    assert codings.unit_rows(4096, 4096, 128) == 128
+    assert codings.by_rows((4096, 4096), Adjustable(), multiple=128).unit == 128
 
 
 @pytest.fixture(scope="module")

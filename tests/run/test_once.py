@@ -15,7 +15,7 @@ READ = "deltamerge.recipe.yaml_source.read"
 PARSED = "deltamerge.recipe.load.parse"
 OPENED = "deltamerge.plan.planner.open_inputs"
 LOCK = "deltamerge.run.lock.read_lock"
-EARLIER_LOCK = "deltamerge.run.plans.read_lock"
+EARLIER_LOCK = "deltamerge.run.runner.read_lock"
 ROWS = "deltamerge.run.lock.read_header"
 
 Count = Callable[[], dict[str, int]]

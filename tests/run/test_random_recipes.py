@@ -26,7 +26,7 @@ from raw_tensors import DIGITS, LARGEST, LEAST, Stored, read_checkpoint, stored,
 from reference_recipe import Unsure
 from running import run
 
-from deltamerge.calibrate.values import Calibrated
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.registry import MERGE
 

@@ -12,8 +12,7 @@ from raw_tensors import Stored, stored, widened, write_checkpoint
 from tolerance import after_rounding
 
 from deltamerge.formats.peft.adapter import replaced_rows
-from deltamerge.formats.peft.lora import added, expert_updates, low_rank, residual
-from deltamerge.formats.peft.lycoris import hadamard, kronecker
+from deltamerge.formats.peft.lora import added, expert_updates, hadamard, kronecker, low_rank, residual
 from deltamerge.formats.safetensors import read_header
 from deltamerge.tensors import experts as experts_module
 from deltamerge.tensors.experts import join, turned, unfold

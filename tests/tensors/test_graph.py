@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from deltamerge.tensors.schedule import depth_first, peak_tiles, schedule
+from deltamerge.tensors.schedule import depth_first, schedule
 from deltamerge.tensors.tensor import Graph, Node
 
 
@@ -51,7 +51,7 @@ def test_inputs_come_first_and_once():
 
 @pytest.mark.parametrize("models", [1, 2, 4, 8])
 def test_a_read_is_freed_at_its_last_use(models):
-    assert peak_tiles(schedule(chain(Graph(), models))) == models + 2
+    assert schedule(chain(Graph(), models)).peak == models + 2
 
 
 def test_passes_follow_the_reductions():
@@ -71,7 +71,7 @@ def test_a_deep_graph_does_not_recurse():
     for i in range(20_000):
         node = graph.node("m:next", [node], step=i)
     assert len(depth_first(node)) == 20_001
-    assert peak_tiles(schedule(node)) == 2
+    assert schedule(node).peak == 2
 
 
 def test_a_plan_is_plain_data():

@@ -22,8 +22,8 @@ from deltamerge.models.chain.folder import (
     served,
     state_of,
 )
-from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import Patch, bits_of, digest_of, to_torch
+from deltamerge.models.delta_over_base import folded
 from deltamerge.models.references import open_origin
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch

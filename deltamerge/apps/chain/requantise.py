@@ -29,10 +29,10 @@ from deltamerge.formats.quantised.coder import Coding
 from deltamerge.formats.quantised.detect import keys_of
 from deltamerge.formats.quantised.scheme import coding_like
 from deltamerge.models.chain.folder import Named, Version, head, is_chain, line, names, open_version
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.mirror import BATCH, Kind, WrittenDiffs
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint, decoded
+from deltamerge.models.delta_over_base import check_complete, folded
 from deltamerge.models.references import open_model, open_origin
 from deltamerge.outputs.delta import base_of
 from deltamerge.tensors.dtypes import bits_type, widen
@@ -40,8 +40,8 @@ from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tensor import TensorInfo
 
 PLAINLY = "quantise the base anew, with the nearest codes: deltamerge convert BASE BASE-FP8 --quantization fp8"
-Turn = tuple[Array, Iterator[Array | None]]
-"""A tensor's bits before a batch of versions, and after each; None: as before it."""
+Turn = tuple[Array | None, Iterator[Array | None]]
+"""A tensor's bits before a batch of versions, None: not known; and after each, None: as before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,7 @@ class QuantisedChain:
         InputError: the newest version here is of none of them; the checkpoint is not what quantising the base gives;
         or a version is damaged. OutputError: the disk.
         """
-        states = [version.state for version in versions]
-        if self._last is not None and _source(self._last) not in states:
-            raise InputError(
-                f"{self._last.path}: is of no version of {versions[-1].path.parent}",
-                hint="keep each chain in a folder of its own",
-            )
-        first = 0 if self._last is None else states.index(_source(self._last) or "") + 1
+        first, gap = self._begin(versions)
         self._held = None
         check_complete(versions[0], origin)
         written = []
@@ -136,7 +130,8 @@ class QuantisedChain:
                     info = origin.tensors[name]
                     read = elements(reader, info)
                     bits: Array = before.entries[name].whole(read) if before else read(0, math.prod(info.shape))  # noqa: B023
-                    return bits, _after(bits, name, batch)  # noqa: B023
+                    unknown = gap and batch[0] is versions[first]  # noqa: B023
+                    return None if unknown else bits, _after(bits, name, batch, every=unknown)  # noqa: B023
 
                 written += self._publish(batch, turn, workers)
         return written
@@ -152,6 +147,24 @@ class QuantisedChain:
         kept: dict[str, list[Array]] = {}
         self._publish([version], lambda name: (old[name], iter([new[name]])), 1, held, kept)
         self._held = kept
+
+    def _begin(self, versions: Sequence[Version]) -> tuple[int, bool]:
+        """Return the first version of a line that is missing, and whether the one that was followed last is folded.
+
+        InputError: it is none of them.
+        """
+        if self._last is None:
+            return 0, False
+        state = _source(self._last)
+        for at, version in enumerate(versions):
+            if version.state == state:
+                return at + 1, False
+            if version.note is not None and any(one.state == state for one in version.note.folded):
+                return at, True
+        raise InputError(
+            f"{self._last.path}: is of no version of {versions[-1].path.parent}",
+            hint="keep each chain in a folder of its own",
+        )
 
     def _line(self) -> tuple[Version, ...]:
         return line(self.folder / head(self.folder)) if self.newest else ()
@@ -192,7 +205,7 @@ class QuantisedChain:
                 parts = [*map(stored, tensor.stored)] if held is None else held[name]
                 with errors.context(name):
                     old, after = turn(name)
-                    if fresh:
+                    if fresh and old is not None:
                         self._check(tensor, old, parts, reader)
                     for place, new in zip(places, after, strict=True):
                         made = parts if new is None else tensor.again(old, new, parts, reader)
@@ -290,12 +303,12 @@ def _tensors_of(raw: Checkpoint, plain: Checkpoint) -> list[_QuantisedTensor]:
     return found
 
 
-def _after(bits: Array, name: str, batch: Sequence[Version]) -> Iterator[Array | None]:
-    """Yield a tensor as each version of a batch makes it; None: as before it."""
-    for version in batch:
+def _after(bits: Array, name: str, batch: Sequence[Version], *, every: bool) -> Iterator[Array | None]:
+    """Yield a tensor as each version of a batch makes it; None: as before it, but at first if `every` is asked for."""
+    for number, version in enumerate(batch):
         entry = version.delta.entries[name]
         if not entry.record.count:
-            yield None
+            yield bits if every and not number else None
             continue
         with errors.context(str(version.path)):
             bits = entry.whole(lambda start, stop: bits[start:stop])  # noqa: B023

@@ -29,11 +29,10 @@ from deltamerge.models.chain.folder import (
     stored_files,
     write_note,
 )
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import one_writer, publishing, refuse_foreign, refuse_pinned, remove
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
-from deltamerge.models.delta_over_base import check
+from deltamerge.models.delta_over_base import check, check_complete, folded
 from deltamerge.models.references import open_origin
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify

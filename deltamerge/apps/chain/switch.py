@@ -14,9 +14,9 @@ from deltamerge.errors import InputError
 from deltamerge.formats.components import CONFIG, read_config
 from deltamerge.formats.delta.entry import OTHER_BASE, Entry
 from deltamerge.models.chain.folder import Stamp, Version, line, served, stamp
-from deltamerge.models.chain.layers import folded
 from deltamerge.models.config_differences import differences
 from deltamerge.models.delta_file import DeltaFile, digest_of
+from deltamerge.models.delta_over_base import folded
 from deltamerge.tensors.dtypes import code_of
 from deltamerge.tensors.lazy import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
@@ -134,8 +134,7 @@ class _Comparison:
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
         if self.validation is None:
             return lost, {}
-        counted = partial(subject.count, self.validation.batches)
-        values = O.evaluate(subject.model, self.validation, variants, counted=counted)
+        values = subject.evaluate(self.validation, variants)
         return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
 
     def _score(self, value: float) -> float:
@@ -174,7 +173,7 @@ class _Comparison:
     ) -> list[float]:
         subject = self.subject
         variants = [pruned(subject.start, mask, q) for q in qs]
-        return O.evaluate(subject.model, objective, variants, counted=partial(subject.count, objective.batches))
+        return subject.evaluate(objective, variants)
 
     def _linear(self, q: float) -> dict[str, Q]:
         return dict.fromkeys(self.subject.layers, q)

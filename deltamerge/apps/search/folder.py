@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.calibrate.rows import commit, is_of_hub, local_files
-from deltamerge.calibrate.values import Calibrated
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, interruptible
 from deltamerge.errors.shown import shown, some

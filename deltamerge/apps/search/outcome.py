@@ -21,7 +21,7 @@ from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.folder import make_folder
 from deltamerge.apps.search.judge import Part, Scores, StudyJudge, is_lower, judged_by, relative, worth
 from deltamerge.calibrate.model.transformers_code import quiet
-from deltamerge.calibrate.values import Calibrated
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown

@@ -18,9 +18,9 @@ from deltamerge.apps.chain.switch import DeltaCache, changes_of, check_config
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.positions import Array, index_itemsize
 from deltamerge.models.chain.folder import Version
-from deltamerge.models.chain.layers import folded
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import Patch, bits_of, to_torch
+from deltamerge.models.delta_over_base import folded
 from deltamerge.models.references import open_model
 from deltamerge.tensors.dtypes import TORCH_NAMES, code_of
 from deltamerge.tensors.reader import Reader, elements

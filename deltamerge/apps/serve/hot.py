@@ -1,7 +1,8 @@
 """Hot merge: a running model follows edits of the recipe that it was merged by.
 
 Two plans are compared, the one that made the model's folder and the one of the edited recipe. A tensor of the output
-changes where its nodes do: other functions, parameters or files. Those tensors alone are computed and written.
+changes where its nodes do: other functions, parameters or files. Those tensors alone are computed and written, in codes
+where the output is quantised. A calibration whose models or settings change is made again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from blake3 import blake3
 
 from deltamerge import errors
 from deltamerge.apps.chain.live import Change, Write, write_of
-from deltamerge.engine.execute import execute
+from deltamerge.engine.execute import execute, shared_values
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.files.descriptors import flat
@@ -29,6 +30,7 @@ from deltamerge.formats.delta.entry import TILE
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
+from deltamerge.formats.quantised.writer import CodedWriter
 from deltamerge.models.chain.folder import is_version
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
@@ -36,14 +38,17 @@ from deltamerge.models.delta_file import to_torch
 from deltamerge.outputs.assets import RECIPE
 from deltamerge.outputs.delta import base_of
 from deltamerge.plan.finite import set_aside
+from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile, read_recipe, read_text
+from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
 from deltamerge.tensors.dtypes import PLAIN, bits_type, code_of, nbytes_of
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tensor import Node
+from deltamerge.tensors.views import Buffer
 from deltamerge.version import __version__
 
 Key = tuple[Any, ...]
@@ -72,16 +77,20 @@ class Identities:
         self._alone: list[Node] = []  # whose ids are in `_numbers`, and stay theirs
 
     def keys(self, plan: Plan) -> dict[str, Key]:
-        """Return what decides every tensor of a plan's output, by name."""
+        """Return what decides every tensor of a plan's output, by the names of stored tensors."""
         known: dict[Node, int] = {}
-        return {
-            output.name: (
-                output.dtype,
-                output.shape,
-                *((self._of(piece.built.root, known), piece.offset) for piece in output.pieces),
-            )
-            for output in plan.outputs
-        }
+        found: dict[str, Key] = {}
+        for output in plan.outputs:
+            pieces = ((self._of(piece.built.root, known), piece.offset) for piece in output.pieces)
+            key = (output.dtype, output.shape, *pieces)
+            coding = plan.codings.get(output.name)
+            how = None if coding is None else (str(coding.coder), coding.matrix, coding.unit)
+            found |= dict.fromkeys(stored_as(plan, output), (*key, how))
+        return found
+
+    def number(self, node: Node) -> int:
+        """Return the number of a node."""
+        return self._of(node, {})
 
     def _of(self, root: Node, known: dict[Node, int]) -> int:
         stack = [root]
@@ -97,7 +106,8 @@ class Identities:
 
     def _number(self, node: Node, sources: list[int]) -> int:
         held = signature(node.path) if node.kind == "stored" else None
-        key = (node.function, tuple(sources), node.parameters, node.shape, node.dtype, node.kind, held)
+        own = tuple((name, bytes(p.data) if isinstance(p, Buffer) else p) for name, p in node.parameters)
+        key = (node.function, tuple(sources), own, node.shape, node.dtype, node.kind, held)
         try:
             return self._numbers.setdefault(key, len(self._numbers))
         except TypeError:  # a parameter that cannot be compared is no other's
@@ -114,10 +124,17 @@ def signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def stored_as(plan: Plan, output: OutputTensor) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtypes and shapes of the stored tensors that a tensor of the output becomes, by name."""
+    if (coding := plan.codings.get(output.name)) is None:
+        return {output.name: (output.dtype, tuple(output.shape))}
+    return {part.name: (part.dtype, tuple(part.shape)) for part in coding.parts}
+
+
 class EditedMerge:
     """The result of a run, and what edits of its recipe change of it.
 
-    folder   the result: a checkpoint, not quantised, with the recipe.yaml and the lock of its run
+    folder   the result: a checkpoint with the recipe.yaml and the lock of its run
     recipe   the file that is edited; relative references start at its folder
 
     InputError: the folder is no such result, or its inputs have changed since.
@@ -136,13 +153,15 @@ class EditedMerge:
         self._files = {info.path: signature(info.path) for info in self.base.tensors.values()}
         plan = self._plan(read_text(text, self.recipe))
         self._refuse_changed(plan)
+        locked = Lock.read(self.folder / LOCK_NAME).calibrated(plan) if plan.chosen else {}
+        self._calibrated = {self._identities.number(node): value for node, value in locked.items()}
         self.keys: Keys = self._identities.keys(plan)
         self._refuse_others(plan)
 
     def plan(self) -> tuple[Plan, Keys]:
         """Return the plan of the recipe as it is now, and what decides each tensor.
 
-        RecipeError, InputError: it is wrong, calibrates, or makes other tensors than the folder has.
+        RecipeError, InputError: it is wrong, or makes other tensors than the folder has.
         """
         plan = self._plan(read_recipe(self.recipe))
         self._refuse_others(plan)
@@ -161,18 +180,40 @@ class EditedMerge:
         wanted = [*names]
         found = {name: self.own(name) for name in wanted if keys[name] == self.keys[name]}
         made = {name for name in wanted if name not in found}
-        part = set_aside(replace(plan, outputs=tuple(output for output in plan.outputs if output.name in made)))
-        sink = _ModelBuffers({output.name: nbytes_of(output.dtype, output.shape) for output in part.outputs})
+        part = set_aside(
+            replace(plan, outputs=tuple(o for o in plan.outputs if not made.isdisjoint(stored_as(plan, o))))
+        )
+        kinds = {name: kind for output in part.outputs for name, kind in stored_as(part, output).items()}
+        buffers = _ModelBuffers({name: nbytes_of(*kind) for name, kind in kinds.items()})
         with Reader() as reader:
+            sink: Any = buffers
+            if part.codings:
+                sink = CodedWriter(buffers, part.codings, reader, self.folder)  # type: ignore[arg-type]  # it asks no more
             execute(
-                part.tasks, reader, sink, device=part.device, workers=part.workers, tile_elements=part.tile_elements
+                part.tasks,
+                reader,
+                sink,
+                device=part.device,
+                workers=part.workers,
+                tile_elements=part.tile_elements,
+                known=self._known(part),
             )
-        for output in part.outputs:
-            bits = sink.buffers[output.name].view(bits_type(output.dtype))
-            if output.name not in part.alike and not _is_finite(bits, output.dtype):
-                raise OutputError(f"{output.name} would hold values that are not finite", hint="nothing was written")
-            found[output.name] = bits
-        return found
+        for name, (dtype, _) in kinds.items():
+            bits = buffers.buffers[name].view(bits_type(dtype))
+            if name not in part.alike and not _is_finite(bits, dtype):
+                raise OutputError(f"{name} would hold values that are not finite", hint="nothing was written")
+            found[name] = bits
+        return {name: found[name] for name in wanted}
+
+    def _known(self, plan: Plan) -> dict[Node, Any]:
+        """Return the values of a plan's calibrations; those that no earlier plan had are calculated now."""
+        numbers = {node: self._identities.number(node) for node in plan.chosen}
+        missing = [node for node, number in numbers.items() if number not in self._calibrated]
+        known = {node: self._calibrated[number] for node, number in numbers.items() if node not in missing}
+        for node, value in (shared_values(missing, known) if missing else {}).items():
+            if node in numbers:
+                self._calibrated[numbers[node]] = value
+        return {node: self._calibrated[number] for node, number in numbers.items()}
 
     def own(self, name: str) -> Array:
         """Return the bits of a tensor of the folder. InputError: its file was replaced."""
@@ -189,19 +230,20 @@ class EditedMerge:
         planner = Planner(file, self.folder, self._options)
         plan = planner.fetched(file.output, planner.plans()[-1], {})
         kind = plan.recipe.output.kind
-        if kind != "model" or plan.codings:
-            what = "a quantised checkpoint" if plan.codings else f"output {kind}"
-            raise InputError(f"{self.recipe}: makes {what}, which is not merged hot", hint="a plain checkpoint")
-        if plan.chosen or plan.rows is not None or plan.budgeted or plan.weighing is not None or plan.measured:
+        if kind != "model":
+            raise InputError(f"{self.recipe}: makes output {kind}, which is not merged hot", hint="a checkpoint")
+        if plan.moments is not None:
+            raise InputError(f"{self.recipe}: output.rounding: inputs is not merged hot", hint="rounding: nearest")
+        if plan.rows is not None or plan.budgeted or plan.weighing is not None or plan.measured:
             raise InputError(
-                f"{self.recipe}: is calibrated or has a budget, and is not merged hot",
-                hint="write the q's and densities that a run chose into the recipe",
+                f"{self.recipe}: measures rows for its coefficients or has a budget, and is not merged hot",
+                hint="write the weights and densities that a run chose into the recipe",
             )
         return plan
 
     def _refuse_others(self, plan: Plan) -> None:
         """InputError: a plan makes other tensors than the folder has."""
-        made = {output.name: (output.dtype, tuple(output.shape)) for output in plan.outputs}
+        made = {name: kind for output in plan.outputs for name, kind in stored_as(plan, output).items()}
         own = {name: (info.dtype, tuple(info.shape)) for name, info in self.base.tensors.items()}
         if other := sorted(name for name in {*made, *own} if made.get(name) != own.get(name)):
             raise InputError(
@@ -399,10 +441,23 @@ def _is_finite(bits: Array, dtype: str) -> bool:
 
 
 class _ModelBuffers:
-    """A sink that holds whole tensors."""
+    """A sink that holds whole tensors, and what `CodedWriter` asks of one."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.buffers: dict[str, Array] = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
+        self.records: tuple[Mapping[str, Any], ...] = ()
+        self.notes: Callable[[], dict[str, Any]] = dict
+
+    def lend(self, name: str, offset: int, nbytes: int) -> Array:
+        """Return the memory of bytes of a tensor."""
+        return self.buffers[name][offset : offset + nbytes]
+
+    def give(self, name: str, offset: int, buffer: Array) -> None:
+        """Do nothing: what was lent is the tensor's own."""
+
+    def has(self, name: str, offset: int, nbytes: int) -> bool:
+        """Return False: nothing is there from an earlier run."""
+        return False
 
     def write(self, name: str, offset: int, data: Any) -> None:
-        self.buffers[name][offset : offset + data.nbytes] = data.view(np.uint8).reshape(-1)
+        self.buffers[name][offset : offset + data.nbytes] = np.frombuffer(flat(data), np.uint8)

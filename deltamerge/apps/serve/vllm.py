@@ -39,11 +39,13 @@ class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not re
     """Settings of the engine.
 
     base      what the served model was loaded from, and the deltas were made from; None: the model's folder
+    draft     likewise of a model that drafts tokens for it; None: the draft's folder, or `base` for layers in it
     in_place  write single positions into the loaded weights; None: where the model keeps them as they are loaded
     keep      how many deltas' changes a worker holds decoded; None: all
     """
 
     base: str | None = None
+    draft: str | None = None
     in_place: bool | None = None
     keep: int | None = None
 
@@ -56,11 +58,11 @@ class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is no
 
 
 class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]  # vLLM is not read for types
-    """The engine of one worker."""
+    """The engine of one worker, which updates its model, or the one that drafts, as vLLM targets it."""
 
     init_info_cls = DeltaInit
     update_info_cls = DeltaUpdate
-    supports_draft_weight_update = False
+    supports_draft_weight_update = True
 
     def init_transfer_engine(self, init_info: DeltaInit) -> None:
         """Open the base, which the model has to hold when this is first called. InputError: it is no checkpoint.
@@ -68,10 +70,30 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         Called again while the model holds a delta, the next update writes every tensor.
         """
         before = getattr(self, "_served", None)
-        self._served = ServedModel(init_info.base or self.model_config.model, keep=init_info.keep)
-        if before is not None and before.at != {}:
-            self._served.at = None
+        self._init, self._default, self._fresh = init_info, self.model, before is None
+        self._base = init_info.base or self.model_config.model
+        self._served = ServedModel(self._base, keep=init_info.keep)
+        self._draft: ServedModel | None = None
         self._in_place = keeps_weights(self) if init_info.in_place is None else init_info.in_place
+        self._own = self.model_config.model
+        if before is not None and before.at != {}:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let the next update write every tensor, as the model holds something else."""
+        self._served.at = None
+
+    def _target(self) -> ServedModel:
+        """Return what is known of the model that is updated."""
+        if self.model is self._default:
+            return self._served
+        if self._draft is None:
+            own = self.model_config.model
+            base = self._init.draft or (self._base if own == self._own else own)
+            self._draft = ServedModel(base, keep=self._init.keep)
+            if not self._fresh:
+                self._draft.at = None
+        return self._draft
 
     def start_weight_update(self) -> None:
         """Do nothing: an update is whole in `receive_weights`, which refuses before it begins."""
@@ -91,42 +113,43 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         """
         if not hasattr(self, "_served"):
             raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
-        changes = self._served.changes(update_info.delta)
-        patches = self._patches(changes) if self._in_place else []
-        touched, before = {*self._served.touched(changes)}, self._served.at
+        served = self._target()
+        changes = served.changes(update_info.delta)
+        patches = self._patches(served, changes) if self._in_place and served is self._served else []
+        touched, before = {*served.touched(changes)}, served.at
         anew = touched - {patch.name for patch in patches}
-        self._served.at = None
+        served.at = None
         try:
             if patches:
                 load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
             if anew:
-                self._load(changes, anew)
+                self._load(served, changes, anew)
         except BaseException:
             if before is not None:
-                self._load(before, touched)
-                self._served.at = before
+                self._load(served, before, touched)
+                served.at = before
             raise
-        self._served.at = changes
+        served.at = changes
 
-    def _patches(self, changes: Changes) -> list[CheckpointWeightPatch]:
+    def _patches(self, served: ServedModel, changes: Changes) -> list[CheckpointWeightPatch]:
         """Return the changes that vLLM can write in place: single positions, floating, without NaN.
 
         NaN says to vLLM that nothing changes.
         """
         return [
             CheckpointWeightPatch(*patch)
-            for patch in self._served.patches(changes)
+            for patch in served.patches(changes)
             if patch.indices is not None and patch.dtype.is_floating_point and not bool(patch.values.isnan().any())
         ]
 
-    def _load(self, changes: Changes, names: set[str]) -> None:
+    def _load(self, served: ServedModel, changes: Changes, names: set[str]) -> None:
         """Load the layers of some tensors anew, as vLLM reloads them."""
-        groups = layerwise_groups(list(self._served.base))
+        groups = layerwise_groups(list(served.base))
         wanted = [name for group in groups if not names.isdisjoint(group) for name in group]
         with torch.device(self.device):
             initialize_layerwise_reload(self.model)
             try:
-                self.model.load_weights(self._served.weights(changes, wanted))
+                self.model.load_weights(served.weights(changes, wanted))
             finally:
                 finalize_layerwise_reload(self.model, self.model_config)
 

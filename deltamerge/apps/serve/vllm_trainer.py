@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
-from deltamerge.apps.train.trainer import DeltaWriter
+from deltamerge.apps.serve.rounds import ChainSender
 from deltamerge.errors import InputError
 
 
@@ -48,8 +48,8 @@ class DeltaTrainerEngine(TrainerWeightTransferEngine[DeltaTrainerInit]):  # type
         if source is None:
             raise InputError("there are no weights to send", hint="source=ModuleSource(model)")
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine._sender = ChainSender(init_info.chain, init_info.base)
         if engine.is_sender:
-            engine._writer = DeltaWriter(init_info.chain, base=init_info.base)
             client.init_weight_transfer_engine({"base": str(Path(init_info.base).resolve())})
         return engine
 
@@ -58,18 +58,14 @@ class DeltaTrainerEngine(TrainerWeightTransferEngine[DeltaTrainerInit]):  # type
 
         What the server refuses is raised; the version is there, and the next round goes on from it.
         """
-        state = {}
-        for name, tensor in self.source:
-            if self.is_sender:
-                state[name] = tensor.detach().cpu()
-        if not self.is_sender:
+        made = self._sender.send(self.source, writes=self.is_sender)
+        if made is None:
             return
-        version = self._writer.write(state).result().path
+        version = made.path
         self.client.start_weight_update()
         self.client.update_weights({"delta": str(version.resolve())})
         self.client.finish_weight_update(version.name)
 
     def shutdown(self) -> None:
         """Let the chain go."""
-        if self.is_sender:
-            self._writer.close()
+        self._sender.close()

@@ -34,11 +34,11 @@ from deltamerge.models.chain.folder import (
     stored_files,
     write_note,
 )
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.mirror import Kind, Mirror
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile, bits_of, to_torch
+from deltamerge.models.delta_over_base import check_complete, folded
 from deltamerge.models.references import open_origin
 from deltamerge.outputs.assets import RECIPE, copied_files, write_files
 from deltamerge.outputs.delta import base_of

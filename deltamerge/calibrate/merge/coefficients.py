@@ -20,9 +20,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Spec, rounded
-from deltamerge.calibrate.stage import calibrating, decide
-from deltamerge.calibrate.values import Calibrated, QValue
+from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Calibrated, QValue, Spec, rounded
+from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_devices
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
@@ -50,7 +49,7 @@ SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
-    from deltamerge.calibrate.q.choices import QPoint
+    from deltamerge.calibrate.q.choices import QPoint, Verdict, decide
     from deltamerge.calibrate.q.subject import Subject
 
     with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
@@ -71,7 +70,7 @@ def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrate
         step, value = min(path, key=lambda point: (point[1], point[0]))
         found = [QPoint({}, value, {"step": float(step)})]
         some = judge.eligible(found)
-        chosen, record = decide(spec, judge, found, some, [*held[: len(some)], plain], path[0][1])
+        chosen, record = decide(spec, Verdict(judge, some, [*held[: len(some)], plain]), found, path[0][1])
         record |= {
             "coefficients": spec.scope,
             "models": [part.source.model for part in spec.parts],
@@ -201,8 +200,7 @@ def _cut(where: tuple[slice, ...], values: Tensor) -> Tensor:
 
 def _apart(output: BlockOutput, batches: Sequence[Inputs]) -> Iterator[BlockOutput]:
     """Yield of the output for a joined batch each batch's own."""
-    from deltamerge.calibrate.model.passes import BlockOutput, taken
-    from deltamerge.calibrate.q.objectives import per_token
+    from deltamerge.calibrate.model.passes import BlockOutput
 
     first = 0
     for batch in batches:
@@ -210,7 +208,7 @@ def _apart(output: BlockOutput, batches: Sequence[Inputs]) -> Iterator[BlockOutp
         own, scores = slice(first, first + rows), output.scores
         first += rows
         if scores is not None:
-            scores = taken(scores, partial(_cut, (own, slice(tokens)) if per_token(scores) else (own,)))
+            scores = scores.take(partial(_cut, (own, slice(tokens)) if scores.per_token else (own,)))
         yield BlockOutput(output.hidden[own, :tokens], scores)
 
 
@@ -352,12 +350,10 @@ def _values_together(merge: _Merge, objectives: Sequence[Any], coefficients: Coe
 
 
 def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:
-    from deltamerge.calibrate.q import objectives as O
 
     subject = merge.subjects[task]
     detached = {name: value.detach().to(subject.device) for name, value in coefficients.items()}
-    counted = partial(subject.count, objective.batches)
-    return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
+    return subject.evaluate(objective, [merge.weights(task, detached)])[0]
 
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
@@ -381,7 +377,7 @@ def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeas
 def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
     """Return 1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out
     rows."""
-    from deltamerge.calibrate.q.choices import SCAN, QPoint
+    from deltamerge.calibrate.q.choices import SCAN, QPoint, Verdict, decide
     from deltamerge.calibrate.q.search import shortlist
     from deltamerge.calibrate.q.subject import Subject
 
@@ -407,7 +403,7 @@ def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Ca
         (plain,) = evaluate([1.0])
         for subject in subjects:
             subject.forget()
-        chosen, record = decide(spec, judge, found, some, held, plain)
+        chosen, record = decide(spec, Verdict(judge, some, held), found, plain)
         record |= {
             "models": [part.source.model for part in spec.parts],
             "plain": {"q": 1.0, "value": rounded(plain)},

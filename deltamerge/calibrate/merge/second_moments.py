@@ -400,7 +400,6 @@ def _differentiate(subject: Subject, sums: _SquareSums) -> None:
     import torch
 
     from deltamerge.calibrate.model.candidates import tapped
-    from deltamerge.calibrate.q.objectives import per_token
 
     spark = torch.zeros((), device=subject.device, requires_grad=True)
 
@@ -411,7 +410,7 @@ def _differentiate(subject: Subject, sums: _SquareSums) -> None:
     generator = torch.Generator().manual_seed(subject.source.seed)
     for batch in subject.reads.batches(subject.rows["search"], size=1).inputs:
         output = subject.model.differentiable(batch, weights)
-        if per_token(output.logits):
+        if output.scores is not None and output.scores.per_token:
             terms = [(1.0, _of_text(output, batch))]
         else:
             terms = _of_answers(output, subject.is_regression, generator)

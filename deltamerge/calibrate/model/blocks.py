@@ -46,6 +46,7 @@ from deltamerge.calibrate.model.passes import (
     BlockOutput,
     Inputs,
     LastLayer,
+    Logits,
     Stop,
     Watch,
     Weights,
@@ -145,8 +146,8 @@ class Generating(nn.Module):
 
 
 def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
-    """Return the results of walks that take their steps in turn: models of as many blocks are at the same one, so that
-    what they read of it can be shared."""
+    """Return the results of walks, which take their steps in turn. Models with the same number of blocks are at the
+    same block, so that they can share what they read."""
     found: dict[int, T] = {}
     while len(found) < len(walks):
         for i, walk in enumerate(walks):
@@ -179,7 +180,8 @@ class BlockModel:
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
 
-    Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
+    Computes on `device`, in float32 but for those products. InputError: unknown architecture, or a parameter that the
+    checkpoint lacks.
     """
 
     def __init__(
@@ -188,11 +190,10 @@ class BlockModel:
         tensors: Mapping[str, ShapedTensor],
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
         pad_token_id: int | None = None,
         precision: Precision = "float32",
     ) -> None:
-        self.device, self.dtype, self.precision = torch.device(device), dtype, precision
+        self.device, self.precision = torch.device(device), precision
         self.entering: Callable[[int, Weights], None] = lambda part, weights: None
         self.relieved: Callable[[], bool] = lambda: False
         self.module = skeleton(config, pad_token_id)
@@ -446,12 +447,12 @@ class BlockModel:
             return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
+    def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int) -> list[Tensor]:
         """Return greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the
-        CPU. All weights are resident. `options` go to transformers' `generate`."""
+        CPU. All weights are resident."""
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
         local = {f"model.{n}": t for n, t in tensors.items()}
-        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True}
         made = []
         for inputs in prompts:
             placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
@@ -477,7 +478,7 @@ class BlockModel:
         return {f"block.{n.removeprefix(prefix)}": t for n, t in tensors.items()}
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> BlockOutput:
         placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
@@ -487,7 +488,8 @@ class BlockModel:
             result = functional_call(self.module, tensors, (), placed)
         if not hidden:
             raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
-        return BlockOutput(hidden[-1], getattr(result, "logits", None))
+        logits = getattr(result, "logits", None)
+        return BlockOutput(hidden[-1], None if logits is None else Logits(logits))
 
     @contextmanager
     def _watching(self, part: int, watch: Watch | None) -> Iterator[Callable[[int], None]]:

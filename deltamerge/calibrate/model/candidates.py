@@ -121,7 +121,7 @@ def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
 
 
 def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
-    """Return q at flat positions of a tensor of `shape`, to which it broadcasts."""
+    """Return the entry of q for each flat position of a tensor of `shape`; q broadcasts to that shape."""
     if not isinstance(q, Tensor) or q.dim() == 0:
         return q
     index, left = [], positions
@@ -223,7 +223,8 @@ def _summed(grad: Tensor, delta: Masked, size: Sequence[int]) -> Tensor:
 
 
 def _slabs(delta: Masked, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of a delta in float32, of a large one so many at a time that little memory is needed."""
+    """Yield a delta in float32 as (rows, values). A large delta is cut into rows, so that little of it is widened at
+    once."""
     if isinstance(delta, Kept) or like.dim() < 2 or like.numel() <= SLAB:
         yield slice(None), _placed(delta, like)
         return

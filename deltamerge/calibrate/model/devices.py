@@ -29,7 +29,7 @@ There = TypeVar("There", bound="OnDevice")
 
 
 class Ahead(Generic[T]):
-    """`read`, which may have begun: what is begun and not asked for is held until others have been begun twice."""
+    """`read` on a thread. Tensors are begun in lists; the last two lists are held until they are asked for."""
 
     def __init__(self, read: Callable[[Tensor], T]) -> None:
         self._read = read
@@ -38,7 +38,8 @@ class Ahead(Generic[T]):
         self._begun: dict[Tensor, Future[T]] = {}
 
     def begin(self, infos: Iterable[Tensor]) -> None:
-        """Read these in this order; those of the last time are asked for now, those before that are forgotten."""
+        """Begin to read tensors, in this order. Forget the tensors of the list before the last that nobody asked
+        for."""
         _cancel(self._before)
         self._before, self._begun = self._begun, {}
         if self._thread is None:
@@ -46,12 +47,12 @@ class Ahead(Generic[T]):
         self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
     def __call__(self, info: Tensor) -> T:
-        """Return the tensor; the caller reads what the thread has not come to."""
+        """Return a tensor. The caller reads it itself if the thread has not begun it."""
         begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
 
     def forget(self) -> None:
-        """Free what nobody has asked for."""
+        """Free the tensors that nobody asked for."""
         _cancel(self._before)
         _cancel(self._begun)
 
@@ -97,7 +98,7 @@ class Arrivals:
         self._lock = threading.Lock()
 
     def send(self, info: Tensor) -> Arriving:
-        """Read a tensor and send it, as it is stored."""
+        """Read a stored tensor and send it to the device."""
         with self._lock, torch.no_grad(), torch.cuda.stream(self.stream):
             made = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
             for start in range(0, info.nbytes, SLAB):
@@ -137,7 +138,7 @@ class Resident:
         self._entered: Any = None
 
     def begin(self, infos: Iterable[Tensor]) -> None:
-        """Send what the next block needs, while the one that is entered is computed; free what was left before."""
+        """Send the next block's tensors while the present block is computed. Free the tensors of the block before."""
         self.passing = {info: tensor for info, tensor in self.passing.items() if info in self._next}
         self._next = {info for info in infos if info not in self.there}
         if self._next and self._entered is not None:
@@ -183,7 +184,7 @@ class ShareStop(Exception):
 
 
 def shares(jobs: Sequence[Job], count: int) -> list[Sequence[Job]]:
-    """Return jobs in order, cut into `count` runs that differ by one in length at most; none is empty."""
+    """Cut jobs, in order, into `count` runs, none empty. Their lengths differ by one at most."""
     count = max(1, min(count, len(jobs)))
     return [jobs[len(jobs) * i // count : len(jobs) * (i + 1) // count] for i in range(count)]
 
@@ -225,9 +226,9 @@ def spread(
 
 
 def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There, Job], T]) -> Iterator[T]:
-    """Yield the results of `work(place, job)` for all jobs, in their order; job j is that of place j % len(places).
+    """Yield the results of `work(place, job)`, in the order of the jobs; job j goes to place j % len(places).
 
-    As many go at a time as there are places, and what they found is taken before others go.
+    One job a place runs at a time. Their results are taken before the next ones begin.
     """
 
     def one(place: There, share: Sequence[Job], check: Callable[[], None]) -> list[T]:

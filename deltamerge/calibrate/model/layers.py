@@ -130,13 +130,13 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixCut:
-    """The entries of a file's tensor that one product multiplies.
+    """The entries of a tensor in the file that one product multiplies.
 
-    layer      the tensor
-    lead       which of its matrices, where it stacks several
-    rows, columns   of that matrix
-    transposed whether its columns are the outputs
-    features   the inputs x that meet it, in order
+    layer          the tensor
+    lead           which of its matrices, where it stacks several
+    rows, columns  of that matrix
+    transposed     whether its columns are the outputs
+    features       the inputs x that meet the entries, in order
     """
 
     layer: Linear
@@ -163,7 +163,7 @@ class MatrixCut:
 
 
 def modules(model: nn.Module, loading: Loading) -> list[tuple[str, nn.Module, Linear]]:
-    """Return (state, module, layer) of the modules that are linear layers and one matrix of the file."""
+    """Return (state, module, layer) of each module that is a linear layer and one matrix of the file."""
     names, found = loading.checkpoint_name, []
     for path, module in model.named_modules():
         weight = f"{path}.weight"
@@ -173,8 +173,11 @@ def modules(model: nn.Module, loading: Loading) -> list[tuple[str, nn.Module, Li
 
 
 def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], list[list[StatePiece]]]]:
-    """Return state -> (the file's tensors that it has, of each of its matrices where they lie), of all other parameters
-    of two and three dimensions whose matrices are matrices of the file; without embeddings and convolutions."""
+    """Return state -> (tensors of the file, where each matrix of the state lies in them).
+
+    States are the parameters of two or three dimensions whose matrices are matrices of the file. Modules of `modules`,
+    embeddings and convolutions are left out.
+    """
     known = {state for state, _, _ in modules(model, loading)}
     known |= {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, LOOKED_UP)}
     parameters = {name for name, _ in model.named_parameters()}
@@ -194,8 +197,7 @@ def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], 
 
 
 def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """Return the matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
-    another way."""
+    """Return the inputs that a linear layer multiplies; None if it is called in another way, or without rows."""
     x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
     return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 

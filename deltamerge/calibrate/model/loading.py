@@ -105,7 +105,7 @@ class Loading:
 
     @cached_property
     def checkpoint_name(self) -> dict[str, str]:
-        """Return state name -> checkpoint name, of the states that are one tensor of the file each."""
+        """Return state name -> checkpoint name, for states that are one tensor of the file."""
         return {g.states[0]: g.files[0] for g in self.groups if g.converter is None}
 
     @cached_property
@@ -124,8 +124,8 @@ class Loading:
         return _convert(group, [found[file] for file in group.files], self.model)
 
     def pieces(self, group: StateGroup) -> dict[str, list[list[StatePiece]]]:
-        """Return state -> of each of its matrices, where they lie in the file; without states that are no matrices of
-        it."""
+        """Return state -> where each of its matrices lies in the file. States that are no matrices of the file are left
+        out."""
         if group.converter is None:
             shape = tuple(self.tensors[group.files[0]].shape)
             if len(shape) < 2:
@@ -201,7 +201,7 @@ def _computed(model: Any, name: str) -> bool:
 
 
 def _matched(model: Any, tensors: Mapping[str, ShapedTensor]) -> tuple[dict[str, str], list[StateGroup]]:
-    """Return (state -> the file's tensor that it is, the groups that a converter makes)."""
+    """Match the file's tensors with states: return (state -> tensor, groups that a converter makes)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
@@ -329,7 +329,7 @@ def _same(numbers: Tensor, axis: int) -> bool:
 def _cut(
     rows: Tensor, columns: Tensor, shapes: Sequence[tuple[int, ...]], starts: Sequence[int], *, turned: bool
 ) -> Iterator[tuple[int, StatePiece]]:
-    """Yield the pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
+    """Yield the pieces of one matrix. `rows` (columns, where `turned`) and `columns` are places in the files."""
     bounds = torch.tensor(starts)
     of_file = torch.bucketize(rows, bounds, right=True) - 1
     for k in torch.unique(of_file).tolist():
@@ -395,7 +395,8 @@ def place_buffers(model: nn.Module, device: torch.device, stored: Collection[str
 
 
 def find_blocks(model: Any) -> tuple[nn.Module, ...]:
-    """Return the children of the numbered container that holds most parameters, if they are all of one class."""
+    """Return the blocks: the children of the numbered container with most parameters, if all have one class; else
+    ()."""
     if getattr(model.config, "is_encoder_decoder", False):
         return ()
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -416,7 +417,7 @@ def bodies(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def hidden_states(some: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Return the last hidden state of each body that returns while this lasts, in that order."""
+    """Collect the last hidden state of each body that returns, in that order."""
     hidden: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -433,7 +434,7 @@ def hidden_states(some: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def ignored(model: nn.Module) -> frozenset[str]:
-    """Return keys that rows have unasked and that a model's forward does not accept."""
+    """Return the keys of rows that a model's forward does not accept."""
     taken = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return frozenset()
@@ -460,8 +461,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def shifted(model: Any, ids: Tensor) -> Tensor:
-    """Return (B, T) the inputs of a decoder that is to say `ids`: after its start token, by the model's own function if
-    it has one. InputError: neither that nor a start token is known."""
+    """Return (B, T) the inputs of a decoder that must say `ids`: a start token, then `ids` without the last.
+
+    The model's own function is used if it has one. InputError: no start token is known.
+    """
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
         with suppress(Exception):  # where it needs a start token that the config lacks

@@ -43,76 +43,75 @@ def patched(blocks: Sequence[nn.Module], forward: Callable[[int], Callable[..., 
 
 
 @dataclass(frozen=True, slots=True)
-class LazyLogits:
-    """Logits that are not computed yet: those of x (…, H) by a last layer's weight (V, H) and bias (V)."""
+class Logits:
+    """Logits x (…, V); with the `weight` (V, H) and `bias` (V) of a last layer those of x (…, H), not computed yet."""
 
     x: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
-    def logits(self) -> Tensor:
+    def per_token(self) -> bool:
+        """Tell whether they score every token (B, T, V), as those of a language model do.
+
+        InputError: they are several.
+        """
+        if isinstance(self.x, tuple | list):
+            raise InputError(f"the model gives {len(self.x)} logits, and calibration compares one", hint="q: a number")
+        return self.x.dim() == 3
+
+    @property
+    def computed(self) -> Tensor:
         """Return all of them (…, V)."""
-        return F.linear(self.x, self.weight, self.bias)
+        return self.x if self.weight is None else F.linear(self.x, self.weight, self.bias)
+
+    def take(self, rows: Callable[[Tensor], Tensor]) -> Logits:
+        """Return the logits of the tokens that `rows` leaves of x."""
+        return replace(self, x=rows(self.x))
 
     def at(self, index: Tensor) -> Tensor:
-        """Return (N, k) those of each row of x (N, H) that `index` names."""
+        """Return (N, k) logits: for each row of x (N, H) those that `index` names."""
+        if self.weight is None:
+            return self.x.gather(-1, index)
         found, start = [], 0
-        for x in self.split(index.shape[-1] * self.x.shape[-1]):
+        for x in self._split(index.shape[-1] * self.x.shape[-1]):
             some = index[start : start + len(x)]
             made = torch.bmm(self.weight[some], x.unsqueeze(-1)).squeeze(-1)
             found.append(made if self.bias is None else made + self.bias[some])
             start += len(x)
         return torch.cat(found)
 
-    def split(self, numbers: int) -> tuple[Tensor, ...]:
-        """Return x (N, H) in pieces of rows, each of which takes so many float32 numbers."""
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, their logits) of x (N, H), computed piece by piece."""
+        yield from ((rows, replace(self, x=x).computed) for rows, x in self._rows())
+
+    def map(self, value: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
+        """Return `value` of rows and their logits, piece by piece.
+
+        Where gradients are wanted, the backward pass computes the logits again, so that one piece of them is held.
+        """
+        if self.weight is None or not torch.is_grad_enabled():
+            return [value(rows, some) for rows, some in self.pieces()]
+
+        def made(x: Tensor, rows: slice) -> Tensor:
+            return value(rows, replace(self, x=x).computed)
+
+        again = partial(checkpoint, made, use_reentrant=False, preserve_rng_state=False)
+        return [again(x, rows) for rows, x in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[slice, Tensor]]:
+        start = 0
+        for x in (self.x,) if self.weight is None else self._split(len(self.weight)):
+            yield slice(start, start + len(x)), x
+            start += len(x)
+
+    def _split(self, numbers: int) -> tuple[Tensor, ...]:
+        """Cut x (N, H) into pieces of rows. `numbers` is how many float32 numbers a row makes."""
         return torch.split(self.x, max(1, PIECE_BYTES // (4 * numbers)))
 
 
-def taken(scores: Tensor | LazyLogits, take: Callable[[Tensor], Tensor]) -> Tensor | LazyLogits:
-    """Return the logits of the tokens that `take` leaves."""
-    return replace(scores, x=take(scores.x)) if isinstance(scores, LazyLogits) else take(scores)
-
-
-def pieces(scores: Tensor | LazyLogits) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of logits (N, V) and what they hold, those of a `LazyLogits` computed one piece after the other."""
-    if not isinstance(scores, LazyLogits):
-        yield slice(0, len(scores)), scores
-        return
-    start = 0
-    for x in scores.split(len(scores.weight)):
-        yield slice(start, start + len(x)), replace(scores, x=x).logits
-        start += len(x)
-
-
-def of_pieces(scores: Tensor | LazyLogits, value: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
-    """Return `value` of rows and their logits, piece by piece.
-
-    Where gradients are wanted the logits of a `LazyLogits` are made again in the backward pass, so that no more than a
-    piece of them is held.
-    """
-    if not isinstance(scores, LazyLogits) or not torch.is_grad_enabled():
-        return [value(rows, some) for rows, some in pieces(scores)]
-    found, start = [], 0
-    for x in scores.split(len(scores.weight)):
-        rows = slice(start, start + len(x))
-        start += len(x)
-
-        def made(x: Tensor, rows: slice = rows) -> Tensor:
-            return value(rows, replace(scores, x=x).logits)
-
-        found.append(checkpoint(made, x, use_reentrant=False, preserve_rng_state=False))
-    return found
-
-
-def at(scores: Tensor | LazyLogits, index: Tensor) -> Tensor:
-    """Return the logits (N, k) that an index of each row names."""
-    return scores.at(index) if isinstance(scores, LazyLogits) else scores.gather(-1, index)
-
-
 class LastLayer:
-    """The linear layer of a model whose product may be its logits, if it has one."""
+    """The linear layer whose product may be a model's logits, if the model has such a layer."""
 
     def __init__(self, model: Any) -> None:
         found = getattr(model, "get_output_embeddings", lambda: None)()
@@ -128,21 +127,21 @@ class LastLayer:
         return patched(self._layers, lambda i: stop)
 
     def put_off(self, forward: Callable[[], BlockOutput]) -> BlockOutput:
-        """Return the output of a forward; the layer's product is not computed where it is the logits as it is."""
+        """Return the output of a forward. If the layer's product is the logits, it is not computed yet."""
         if self._is_last:
-            products: dict[int, tuple[Tensor, LazyLogits]] = {}
+            products: dict[int, tuple[Tensor, Logits]] = {}
             with suppress(InputError), patched(self._layers, lambda i: partial(_put_off, self._layers[i], products)):
                 made = forward()
-                if id(made.scores) in products:
-                    return replace(made, scores=products[id(made.scores)][1])
+                if made.scores is not None and id(made.scores.x) in products:
+                    return replace(made, scores=products[id(made.scores.x)][1])
             self._is_last = False  # the model computes on
         return forward()
 
 
-def _put_off(layer: nn.Linear, products: dict[int, tuple[Tensor, LazyLogits]], x: Tensor) -> Tensor:
-    """Return a stand-in for a layer's product, by whose id it is found."""
+def _put_off(layer: nn.Linear, products: dict[int, tuple[Tensor, Logits]], x: Tensor) -> Tensor:
+    """Return a stand-in for a layer's product, and note the product under the stand-in's id."""
     stand_in = x.new_zeros(*x.shape[:-1], 1)
-    products[id(stand_in)] = stand_in, LazyLogits(x, layer.weight, layer.bias)
+    products[id(stand_in)] = stand_in, Logits(x, layer.weight, layer.bias)
     return stand_in
 
 
@@ -154,16 +153,16 @@ COMPARED = "compared"  # of inputs, no argument of a forward: (B, T) whether a p
 
 @dataclass(frozen=True, slots=True)
 class BlockOutput:
-    """`hidden` (B, T, H): last hidden state of the base model; `scores`: logits (B, C) or (B, T, V), or what they are
-    computed from, None without a head."""
+    """`hidden` (B, T, H): last hidden state of the base model; `scores`: logits (B, C) or (B, T, V), None without a
+    head."""
 
     hidden: Tensor
-    scores: Tensor | LazyLogits | None
+    scores: Logits | None
 
     @property
     def logits(self) -> Tensor | None:
         """Return the logits, computed."""
-        return self.scores.logits if isinstance(self.scores, LazyLogits) else self.scores
+        return None if self.scores is None else self.scores.computed
 
 
 class Watch(Protocol):
@@ -187,5 +186,5 @@ def stored(reader: Reader, info: LazyTensor | TensorInfo) -> Tensor:
 
 
 def from_reader(read: Callable[[str], Tensor]) -> Weights:
-    """Return the weights by name, from a function that reads one tensor."""
+    """Return weights by name, read one by one."""
     return lambda names: {name: read(name) for name in names}

@@ -154,9 +154,9 @@ def quiet() -> Iterator[None]:
 
 
 def is_own(error: Exception) -> bool:
-    """Tell whether an error was raised by deltamerge itself, not by code that it called.
+    """Tell whether deltamerge itself raised an error, rather than code that it called.
 
-    Torch's own functions are called through the modes that watch them.
+    Functions of torch are called through the modes that watch them.
     """
     frames = traceback.extract_tb(error.__traceback__)
     while frames and frames[-1].name == "__torch_function__":

@@ -6,9 +6,14 @@ too (docs/measurements/calibration.md). Experts are linear layers, stacked in on
 own, but in the scope global; one that no token reached has that of its layer. Other pruned tensors are divided as their
 method divides without calibration. Learned scales apply to all pruned tensors that the output depends on.
 
+The minima that a search of q found are compared with each other and with the plain choice, the method without
+calibration. This is done on rows that the search has not seen and, where the model has a head, by another measure
+(`Subject.judge`). Where all minima predict as the base does, other points that the search evaluated are compared too.
+
 Candidates are compared on held-out rows, which are taken as they are needed. Where there are labels the metric decides,
 on all held-out rows. Else rows come in rounds of `ROUND`, and a comparison ends after the first round whose values
-differ clearly: by more than a factor exp(2/sqrt(rows)).
+differ clearly: by more than a factor exp(2/sqrt(rows)). A plan names `calibrate` by a string, so that planning imports
+no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,26 +30,32 @@ import torch
 from deltamerge.calibrate.model.candidates import Q
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.q import search
-from deltamerge.calibrate.q import statistics as statistics
+from deltamerge.calibrate.q import search, statistics
 from deltamerge.calibrate.q.learned import learn, row_shape
 from deltamerge.calibrate.q.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
 from deltamerge.calibrate.spec import (
     CLOSER,
+    LAST_ROUND,
+    MORE_ROUNDS,
     OTHER,
     ROUND,
     SHORTLIST,
     STEPS,
     UNSCALED,
     UNSEEN,
+    Calibrated,
+    QValue,
     Spec,
     grid_step,
     grouped,
     rounded,
 )
+from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import is_unscaled
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Tensor
 
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
@@ -54,6 +65,104 @@ SCAN = "few rows"  # the name of a search's first round in a lock's path
 # learned scales pass 100 on tensors that hardly matter.
 HIGHEST = 10.0
 LOWEST = 0.01
+
+
+def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calibrated:
+    """Return the q's with the smallest objective, or the plain choice if that is as good on held-out rows."""
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
+        (tensors,) = spec.models(inputs)
+        subject = Subject(spec.source, tensors, reader, known)
+        plain: Qs = {p.stored: p.plain for p in spec.pruned}
+        rounds = Rounds(subject, plain)
+        searches = Searches(spec, subject, rounds)
+        found = searches.run()
+        value = searches.value(plain)
+        if subject.metric is not None:
+            verdict = by_metric(subject, found, searches.passed, plain)
+        else:
+            one_number = spec.scope == "global" and spec.search != "gradient"
+            most = LAST_ROUND + (MORE_ROUNDS if searches.passed and spec.random else 0) if one_number else None
+            times = 1 if spec.random else CLOSER  # masks differ by more than another step would gain
+            some = [*found, *searches.passed]
+            verdict = compare(rounds, some, most=most, closer=searches.closer, times=times)
+        subject.forget()
+        chosen, record = decide(spec, verdict, found, value)
+        record["mask_seeds"] = searches.masks or spec.seeds
+        record["plain"] = {"q": _range([p.plain for p in spec.pruned]), "value": rounded(value)}
+        record["plain"]["mask_seeds"] = searches.compared
+        record |= {
+            "sequences": subject.counts[0],
+            "precision": subject.model.precision,
+            "forward_passes": subject.passes,
+            "path": searches.path,
+        }
+        if chosen is not None and (left := searches.not_calibrated(chosen)):
+            record["not_calibrated"] = left
+        names = {p.stored: p.name for p in spec.pruned}
+        return Calibrated(_output(plain if chosen is None else chosen.q, names), record)
+
+
+def decide(spec: Spec, verdict: Verdict, found: Sequence[QPoint], plain: float) -> tuple[QPoint | None, dict[str, Any]]:
+    """Return the best candidate if it betters the plain choice, else None; and the record for the lock.
+
+    verdict   the values of candidates on held-out rows
+    found     all candidates of the search, those that could not be compared among them
+    plain     the plain choice's objective on the search rows
+    """
+    judge, some, held = verdict.judge, verdict.some, verdict.held
+    shown = [rounded(judge.shown(value)) for value in held]
+    if some:
+        best = min(range(len(some)), key=lambda i: (held[i], i))
+        one, better = some[best], held[best] < held[-1]
+        word = "better" if better else "no better"
+        why = f"{judge.measure} on {judge.rows} held-out rows: {shown[best]:.4g} calibrated is {word} than"
+        why = f"{why} {shown[-1]:.4g} without calibration"
+        if better and len(some) > 1:
+            why = f"{one.label} is the best of {len(some)} candidates by {why}"
+        calibrated = {"calibrated": shown[best]}
+    else:
+        one, better, calibrated = found[0], False, {}
+        why = f"the objective is smallest on the bound of the search ({one.label}), and there is no head to judge it by"
+    candidates = [
+        {**point.numbers, "value": rounded(point.value), "held_out": value}
+        for point, value in zip(some, shown, strict=False)
+    ]
+    candidates += [
+        {**point.numbers, "value": rounded(point.value), "held_out": rounded(judge.shown(value)), "rows": rows}
+        for point, value, rows in verdict.dropped
+    ]
+    record = {
+        "method": spec.method,
+        "mask": "random" if spec.random else "importance",
+        "density": _range([p.density for p in spec.pruned]),
+        "objective": spec.objective,
+        "scope": spec.scope,
+        "search": spec.search,
+        "chosen": "calibrated" if better else "plain",
+        "why": why,
+        "value": rounded(one.value),
+        "held_out": {"measure": judge.measure, "rows": judge.rows, "plain": shown[-1], **calibrated},
+        "candidates": candidates,
+        "mask_seeds": spec.seeds,
+        "searched": one.numbers,
+    }
+    return one if better else None, record
+
+
+def _output(q: Qs, names: Mapping[str, str]) -> dict[str, QValue]:
+    """Return the q's by the names of the output. A q of 1 is left out."""
+    chosen: dict[str, QValue] = {}
+    for stored, value in q.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            chosen[names[stored]] = value.to("cpu", torch.float32).numpy()
+        elif float(value) != 1.0:
+            chosen[names[stored]] = rounded(float(value))
+    return chosen
+
+
+def _range(values: Sequence[float]) -> float | list[float]:
+    low, high = min(values), max(values)
+    return low if low == high else [low, high]
 
 
 class Searches:
@@ -118,8 +227,10 @@ class Searches:
         return found
 
     def closer(self, candidates: Sequence[QPoint], values: Sequence[float]) -> QPoint | None:
-        """Return one more candidate of one q: the minimum of the parabola in log q through the best and its
-        neighbours."""
+        """Return one more candidate of a search for one q; None: there is none.
+
+        It is the vertex of the parabola in log q through the best candidate and its neighbours.
+        """
         if self.few is None:
             return None
         some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
@@ -162,8 +273,11 @@ class Searches:
         return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
 
     def value(self, q: Qs) -> float:
-        """Return the objective on the rows that are searched on, over `compared` masks; of a choice of the first round,
-        if one mask is enough, its value there, brought to all rows by the ratio of the two at the best point."""
+        """Return the objective on the search rows, over `compared` masks.
+
+        The first round has valued some choices already, on fewer rows. If one mask is enough, such a value is scaled to
+        all rows, by the ratio of both values at the best point.
+        """
         if self.compared == 1 and (known := [value for some, value in self._valued if same(some, q)]):
             return known[0]
         if self.objective is None:
@@ -177,7 +291,7 @@ class Searches:
     def _minimise(
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
     ) -> list[QPoint]:
-        """Return the local minima over one number that all q's follow from."""
+        """Return the local minima over one number, from which `qs` makes all q's."""
         found = self._search(name, lambda points: [self._whole(qs(point)) for point in points], low, high)
         named: dict[str, float | str] = {} if family is None else {"family": family}
         few = f"{family}, {SCAN}" if family else SCAN
@@ -231,33 +345,22 @@ class Searches:
     def _families(self) -> list[QPoint]:
         """Search one η in each family of random masks: q per layer from the paper's bound, or from least squares."""
         layers = self._seen(self.subject.statistics(drawn=False))
-        low, high = self._bounds(0.0, 1.0)
         mean_density = float(np.mean([self.density[name] for name in layers]))
-        rows: dict[str, Callable[[LayerStatistics, float, float], Vector]] = {
-            "bound": statistics.bound_rows,
-            "least_squares": statistics.least_squares_rows,
-        }
         found: list[QPoint] = []
-        for family, of_rows in rows.items():
-            of_layer = statistics.FAMILIES[family]
-
-            def qs(eta: float, of_rows: Any = of_rows, of_layer: Any = of_layer) -> Qs:
-                def own(name: str, layer: LayerStatistics) -> Q:
-                    density = self.density[name]
-                    return self._own(
-                        name,
-                        layer,
-                        lambda s: of_layer(s, density, eta),
-                        lambda s: of_rows(s, density, eta),
-                        (low, high),
-                    )
-
-                return {name: own(name, layer) for name, layer in layers.items()}
-
-            found += self._minimise(
-                "eta", qs, *statistics.eta_range(of_layer, layers.values(), mean_density), family=family
-            )
+        for family, (of_layer, _) in statistics.FAMILIES.items():
+            bounds = statistics.eta_range(of_layer, layers.values(), mean_density)
+            found += self._minimise("eta", partial(self._of_family, family, layers), *bounds, family=family)
         return sorted(found, key=lambda one: one.value)[:SHORTLIST]
+
+    def _of_family(self, family: str, layers: Mapping[str, LayerStatistics], eta: float) -> Qs:
+        """Return the q's of a family of random masks."""
+        (of_layer, of_rows), bounds = statistics.FAMILIES[family], self._bounds(0.0, 1.0)
+
+        def own(name: str, layer: LayerStatistics) -> Q:
+            d = self.density[name]
+            return self._own(name, layer, lambda s: of_layer(s, d, eta), lambda s: of_rows(s, d, eta), bounds)
+
+        return {name: own(name, layer) for name, layer in layers.items()}
 
     def _scaled(self) -> list[QPoint]:
         """Search one κ for importance masks: all closed-form q's of the drawn mask are multiplied by it."""
@@ -318,10 +421,7 @@ class Searches:
             shape = row_shape(rows[name].transposed, subject.infos[name].shape) if name in rows else ()
             first[name] = torch.full(shape, begin) if name in rows else begin
         learned = learn(
-            subject.model,
-            subject.distribution([*batches, *stop]),
-            subject.start,
-            subject.masks[0],
+            subject.learner(subject.distribution([*batches, *stop])),
             first,
             groups=groups,
             held_out=range(len(batches), len(batches) + len(stop)),
@@ -363,7 +463,8 @@ class Searches:
         of_rows: Callable[[LayerStatistics], Vector],
         bounds: tuple[float, float],
     ) -> Q:
-        """Return a layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
+        """Return a layer's q: one number, or one for each output row in the scope `row`, and for each matrix that it
+        stacks."""
         shape, parts = self.subject.infos[name].shape, layer.parts or (layer,)
         if self.spec.scope == "row" and not (layer.parts and layer.transposed):
             values = np.concatenate([of_rows(part) for part in parts])
@@ -545,8 +646,7 @@ class Rounds:
         return True
 
     def look(self, entries: Sequence[Contender]) -> None:
-        """Value the entries that the latest round has not valued, together with the rounds that they have been
-        through."""
+        """Value the entries that have no value of the latest round. Values are over all rounds so far."""
         new = [one for i, one in enumerate(entries) if one.rows < self.rows and one not in entries[:i]]
         if not new:
             return

@@ -41,7 +41,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """A model on a device, the fine-tune's outputs there, and what its weights are computed from."""
+    """A model on a device, the fine-tune's outputs there, and what `candidates.pruned` makes its weights of."""
 
     model: BlockModel
     objective: Distribution
@@ -53,15 +53,19 @@ class Learner:
         """Tell where it computes."""
         return self.model.device
 
+    def weights(self, logs: Mapping[str, Tensor]) -> Weights:
+        """Return the pruned weights with q's of these logarithms; a q is computed when its weight is."""
+
+        def made(names: Sequence[str]) -> Mapping[str, Tensor]:
+            return pruned(self.base, self.masked, {name: logs[name].exp() for name in names if name in logs})(names)
+
+        return made
+
 
 def learn(
-    model: BlockModel,
-    objective: Distribution,
-    base: Callable[[str], Tensor],
-    masked: Callable[[str], Masked | None],
+    first: Learner,
     start: Mapping[str, Q],
     *,
-    fixed: Mapping[str, Q] | None = None,
     groups: Sequence[Sequence[int]],
     held_out: Sequence[int],
     bounds: tuple[float, float],
@@ -70,32 +74,24 @@ def learn(
     patience: int = 3,
     others: Callable[[Distribution], Sequence[Learner]] = lambda _: (),
 ) -> Learned:
-    """Fit q from `start`, whose tensors say what is learned: a number or () for a tensor, `row_shape` for its rows.
+    """Fit the q's of `start`, each a number or () for a tensor, `row_shape` for its rows.
 
-    base, masked  as in `candidates.pruned`;  fixed  q's that are not learned
-    groups        batch indices of each step's data, used in turn, gradients summed over a group
-    held_out      batch indices of the data that decides: looked at before the first step and after every turn through
-                  `groups`; the search ends when `patience` looks in a row were no better, and the best look is kept
+    groups        batch indices of each step's data, used in turn; gradients are summed over a group
+    held_out      batch indices of the data that decides. A look at it comes before the first step and after every turn
+                  through `groups`. The best look is kept; `patience` looks in a row that are no better end the search
     bounds        of every q: without them scales pass 100 on tensors that hardly matter
     others        the same on other devices, which share the batches of a step; q is what one device finds
     """
     low, high = math.log(bounds[0]), math.log(bounds[1])
-    logs = {name: _log(q, low, high, model.device) for name, q in start.items()}
+    logs = {name: _log(q, low, high, first.device) for name, q in start.items()}
     optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
-
-    first = Learner(model, objective, base, masked)
-    places, held = [first, *others(objective)], subset(objective, held_out)
-
-    def weights(at: Learner, some: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
-        q = {name: some[name].exp() for name in names if name in some}
-        return pruned(at.base, at.masked, {**(fixed or {}), **q})(names)
+    places, stop = [first, *others(first.objective)], subset(first.objective, held_out)
 
     def look() -> float:
-        return held.value(model.run(held.batches, [partial(weights, first, logs)], held.reduce)[0])
+        return stop.value(first.model.run(stop.batches, [first.weights(logs)], stop.reduce)[0])
 
     def descend_batch(count: int, at: Learner, batch: int, copies: Sequence[Tensor]) -> None:
-        own = dict(zip(logs, copies, strict=True))
-        descend(at.model, at.objective, batch, partial(weights, at, own), count)
+        descend(at.model, at.objective, batch, at.weights(dict(zip(logs, copies, strict=True))), count)
 
     path = [(0, look())]
     reached: set[str] = set()
@@ -103,7 +99,7 @@ def learn(
     for step in range(1, steps + 1):
         optimiser.zero_grad()
         group = groups[(step - 1) % len(groups)]
-        count = sum(map(objective.count, group))
+        count = sum(map(first.objective.count, group))
         add_gradients(list(logs.values()), places, group, partial(descend_batch, count))
         reached |= {name for name, log in logs.items() if log.grad is not None}
         optimiser.step()
@@ -131,7 +127,7 @@ def descend(
     size: float,
     precision: Precision = "float32",
 ) -> None:
-    """Add the gradient of a batch's loss over `size` to those of what the weights are computed from."""
+    """Add the gradient of a batch's loss / `size` to the tensors that the weights are computed from."""
     total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights, precision))
     torch.autograd.backward(total / size)
 

@@ -19,62 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights
-from deltamerge.calibrate.model.passes import COMPARED, LazyLogits, at, of_pieces, pieces, taken
+from deltamerge.calibrate.model.passes import COMPARED, Logits
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
 
 Matrix = NDArray[np.float64]
 ROUNDS = 50
-
-
-def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
-    """Return min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
-
-        z     logits, t the fine-tune's, each less its mean over classes
-
-    No accuracy sees the scale a, whatever it is: at density 0.001 pruned logits are 100 times smaller and rank the rows
-    as well. So z first gets the mean square of t, and about that a ridge with the weight of one row, (a − 1)²/2N, keeps
-    the fit stable where rows are few. A shift between classes is not fitted, since accuracy sees it.
-    """
-    z, t = (logits - logits.mean(1, keepdims=True) for logits in (logits_NC, target_NC))
-    own = float(np.mean(z * z))
-    z = z * np.sqrt(np.mean(t * t) / own) if own > 0.0 else z
-    logs = _log_softmax(t)
-    scale = max(0.0, _scale(z, np.exp(logs)))
-    return float(np.mean(np.sum(np.exp(logs) * (logs - _log_softmax(scale * z)), 1)))
-
-
-def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
-    """Return 1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
-    x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
-    size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
-    return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
-
-
-def _scale(z: Matrix, t: Matrix) -> float:
-    """Return the scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they
-    overshoot."""
-
-    def loss(a: float) -> float:
-        return float((a - 1.0) ** 2 / (2.0 * len(z)) - np.mean(np.sum(t * _log_softmax(a * z), 1)))
-
-    a, now = 1.0, loss(1.0)
-    for _ in range(ROUNDS):
-        p = np.exp(_log_softmax(a * z))
-        mean = (p * z).sum(1)
-        slope = float(np.mean(np.sum((p - t) * z, 1))) + (a - 1.0) / len(z)
-        step = slope / (float(np.mean(np.sum(p * z * z, 1) - mean**2)) + 1.0 / len(z))
-        while (after := loss(a - step)) > now and abs(step) > 1e-9:
-            step /= 2.0
-        if now - after <= 1e-12 * abs(now):
-            break
-        a, now = a - step, after
-    return a
-
-
-def _log_softmax(values: Matrix) -> Matrix:
-    shifted = values - values.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
 
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
@@ -100,8 +50,7 @@ def evaluate(
     group: int = WALKED,
     counted: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """Return the objective of every variant; `group` of them share one walk through the blocks, after which their
-    number is `counted`."""
+    """Return the objective of every variant. `group` variants share one walk; their number is `counted` after it."""
     if not isinstance(objective, Generation):
         return [objective.value(parts) for parts in reduced(model, objective, variants, group, counted)]
     values: list[float] = []
@@ -154,16 +103,6 @@ def over_seeds(values: Sequence[float]) -> float:
     return float(some.mean())
 
 
-def per_token(scores: Tensor | LazyLogits | None) -> bool:
-    """Tell whether logits (B, T, V) score every token, as those of a language model do.
-
-    InputError: they are several.
-    """
-    if isinstance(scores, tuple | list):
-        raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
-    return scores is not None and (scores.x if isinstance(scores, LazyLogits) else scores).dim() == 3
-
-
 @dataclass
 class OutputChange:
     """The distance of the pruned model's output from the fine-tune's, unlabelled (the paper's q_e).
@@ -180,10 +119,10 @@ class OutputChange:
         """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
-            if per_token(output.scores):
+            if output.scores is not None and output.scores.per_token:
                 scores = _scores(output, batches[b])
-                top = torch.cat([some.topk(min(TOP, some.shape[-1])).indices for _, some in pieces(scores)])
-                return at(scores, top), top
+                top = torch.cat([some.topk(min(TOP, some.shape[-1])).indices for _, some in scores.pieces()])
+                return scores.at(top), top
             return _tokens(output.hidden, batches[b]), None
 
         return cls(batches, model.run(batches, [tune], keep)[0])
@@ -191,7 +130,7 @@ class OutputChange:
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         target, index = self.targets[batch]
         if index is not None:
-            change = at(_scores(output, self.batches[batch]), index) - target
+            change = _scores(output, self.batches[batch]).at(index) - target
             return float(change.square().sum(dtype=torch.float64)), change.numel()
         change = _tokens(output.hidden, self.batches[batch]) - target
         return float(change.abs().sum(dtype=torch.float64)), change.numel()
@@ -279,8 +218,8 @@ class Distribution:
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if regression:
                 return _numbers(output, batches[b]), None
-            of_tokens = per_token(output.scores)
-            found = [_likeliest(some.log_softmax(-1), few=of_tokens) for _, some in pieces(_scores(output, batches[b]))]
+            few = output.scores is not None and output.scores.per_token
+            found = [_likeliest(some.log_softmax(-1), few=few) for _, some in _scores(output, batches[b]).pieces()]
             indices = [index for _, index in found if index is not None]
             return torch.cat([logs for logs, _ in found]), torch.cat(indices) if indices else None
 
@@ -304,7 +243,7 @@ class Distribution:
                 logs = _with_rest(logs.gather(-1, index[rows]))
             return F.kl_div(logs, target[rows], reduction="none", log_target=True).sum(-1)
 
-        found = of_pieces(_scores(output, self.batches[batch]), divergences)
+        found = _scores(output, self.batches[batch]).map(divergences)
         return torch.cat(found).sum(), len(target)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
@@ -355,7 +294,7 @@ class SameAnswers:
     def _answers(self, batch: int, output: BlockOutput) -> Any:
         if self.regression:
             return _logits(output)
-        answers = [some.argmax(-1) for _, some in pieces(_scores(output, self.batches[batch]))]
+        answers = [some.argmax(-1) for _, some in _scores(output, self.batches[batch]).pieces()]
         return torch.cat(answers).cpu().numpy()
 
     def reduce(self, batch: int, output: BlockOutput) -> Any:
@@ -402,12 +341,12 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
-def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | LazyLogits:
+def _scores(output: BlockOutput, inputs: Inputs) -> Logits:
     """Return the logits (sequences, C), or (real tokens, V) of a language model."""
     scores = output.scores
     if scores is None:
         raise InputError("the model gives no logits", hint="give a number as q")
-    return taken(scores, lambda values: _tokens(values, inputs)) if per_token(scores) else scores
+    return scores.take(lambda values: _tokens(values, inputs)) if scores.per_token else scores
 
 
 def _logits(output: BlockOutput) -> Any:
@@ -422,8 +361,8 @@ def _numbers(output: BlockOutput, inputs: Inputs) -> Tensor:
 
 
 def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
-    """Return log-probabilities; where there are many and `few` are wanted, those of the likeliest and of all others,
-    and which these are."""
+    """Return (log-probabilities, indices). If `few` are wanted of many: the likeliest, and the sum of all others as the
+    last."""
     if not few or logs.shape[-1] <= CLASSES:
         return logs, None
     top = logs.topk(CLASSES)
@@ -431,7 +370,7 @@ def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _with_rest(logs: Tensor) -> Tensor:
-    """Return log-probabilities (N, K) with one more class that holds the remaining probability."""
+    """Return log-probabilities (N, K) and the logarithm of the probability that is left."""
     rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
     return torch.cat([logs, rest.log()], -1)
 
@@ -440,17 +379,67 @@ def _loss(output: BlockOutput, labels: Tensor) -> tuple[float, int]:
     """Return (sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
     scores = output.scores
     assert scores is not None
-    if per_token(scores):
+    if scores.per_token:
         labels = labels[:, 1:].reshape(-1)
         scored = labels != -100
-        said = taken(scores, lambda values: values[:, :-1].reshape(-1, values.shape[-1])[scored])
-        losses = [F.cross_entropy(some, labels[scored][rows], reduction="none") for rows, some in pieces(said)]
+        said = scores.take(lambda values: values[:, :-1].reshape(-1, values.shape[-1])[scored])
+        losses = [F.cross_entropy(some, labels[scored][rows], reduction="none") for rows, some in said.pieces()]
         return float(torch.cat(losses).sum()), int(scored.sum())
     logits = output.logits
     assert logits is not None
     if logits.shape[-1] == 1:
         return float((logits.squeeze(-1) - labels.to(logits.dtype)).square().sum()), len(labels)
     return float(F.cross_entropy(logits, labels, reduction="sum")), len(labels)
+
+
+def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
+    """Return min over a ≥ 0 of the mean KL(softmax(t) ‖ softmax(a z)), by Newton's method.
+
+        z     logits, t the fine-tune's, each less its mean over classes
+
+    No accuracy sees the scale a, whatever it is: at density 0.001 pruned logits are 100 times smaller and rank the rows
+    as well. So z first gets the mean square of t, and about that a ridge with the weight of one row, (a − 1)²/2N, keeps
+    the fit stable where rows are few. A shift between classes is not fitted, since accuracy sees it.
+    """
+    z, t = (logits - logits.mean(1, keepdims=True) for logits in (logits_NC, target_NC))
+    own = float(np.mean(z * z))
+    z = z * np.sqrt(np.mean(t * t) / own) if own > 0.0 else z
+    logs = _log_softmax(t)
+    scale = max(0.0, _scale(z, np.exp(logs)))
+    return float(np.mean(np.sum(np.exp(logs) * (logs - _log_softmax(scale * z)), 1)))
+
+
+def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
+    """Return 1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
+    x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
+    size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
+    return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
+
+
+def _scale(z: Matrix, t: Matrix) -> float:
+    """Return the scale a that fits softmax(a z) to t, with the ridge about 1: convex, steps halved where they
+    overshoot."""
+
+    def loss(a: float) -> float:
+        return float((a - 1.0) ** 2 / (2.0 * len(z)) - np.mean(np.sum(t * _log_softmax(a * z), 1)))
+
+    a, now = 1.0, loss(1.0)
+    for _ in range(ROUNDS):
+        p = np.exp(_log_softmax(a * z))
+        mean = (p * z).sum(1)
+        slope = float(np.mean(np.sum((p - t) * z, 1))) + (a - 1.0) / len(z)
+        step = slope / (float(np.mean(np.sum(p * z * z, 1) - mean**2)) + 1.0 / len(z))
+        while (after := loss(a - step)) > now and abs(step) > 1e-9:
+            step /= 2.0
+        if now - after <= 1e-12 * abs(now):
+            break
+        a, now = a - step, after
+    return a
+
+
+def _log_softmax(values: Matrix) -> Matrix:
+    shifted = values - values.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
 
 
 # Metrics of predictions against labels, each in [−1, 1], larger is better. Definitions are those of scikit-learn and of
@@ -500,10 +489,10 @@ def exact_match(predicted: Sequence[str], labels: Sequence[str], pattern: str | 
 
 
 def answer(text: str, pattern: str | None = None) -> str | None:
-    """Return the last match of `pattern` in the text (its first group, if it has one), stripped; the whole text without
+    """Return the answer in a text: the last match of `pattern`, or its first group, stripped; the whole text without
     one.
 
-    None where nothing matches, which equals no answer.
+    None: nothing matches. It equals no answer.
     """
     if pattern is None:
         return text.strip()

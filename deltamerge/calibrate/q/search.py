@@ -42,11 +42,6 @@ class Minima:
     masks: int = 1
 
     @property
-    def evaluations(self) -> int:
-        """Return the number of points evaluated."""
-        return len(self.path)
-
-    @property
     def minima(self) -> tuple[float, ...]:
         """Return every evaluated point that no neighbour on the axis betters, best first.
 
@@ -183,8 +178,7 @@ def _followed(
     step: float,
     value: Callable[[float], Sequence[float]],
 ) -> tuple[list[float], list[list[float]]]:
-    """Return the three points and their values by mask, moved by one where the best is an outer one inside the
-    bounds."""
+    """Return the three points and their values by mask. If an outer point is the best, all move one step that way."""
     means = _means(columns)
     best = min(range(3), key=lambda i: (means[i], i))
     if best == 1 or three[best] in (low, high):
@@ -197,8 +191,10 @@ def _followed(
 
 
 def _means(columns: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean of each row over columns, a column a mask; of three or more, without the one whose own mean is
-    farthest from theirs."""
+    """Return the mean of each row over columns (a column a mask).
+
+    Of three or more columns the one whose mean is farthest from the others' is left out.
+    """
     some = list(columns)
     if len(some) > 2:
         own = [sum(column) / len(column) for column in some]
@@ -212,7 +208,7 @@ def _ratio(value: float, seen: float) -> float:
 
 
 def _within(x: float, low: float, high: float) -> float:
-    """Return x, or a bound that it reaches but for rounding."""
+    """Return x, or the bound that it equals up to rounding."""
     return low if x <= low * (1.0 + 1e-9) else high if x >= high * (1.0 - 1e-9) else x
 
 
@@ -254,7 +250,7 @@ def closer(some: Sequence[Point]) -> float | None:
 
 
 def _apart(values: Sequence[float]) -> list[int]:
-    """Return the indices of the local minima, best first, without those that no hump parts from a better one."""
+    """Return the indices of the local minima, best first. A minimum without a hump before a better one is left out."""
     finite = [value for value in values if value < math.inf]
     least = HUMP * (max(finite) - min(finite)) if finite else 0.0
     kept: list[int] = []

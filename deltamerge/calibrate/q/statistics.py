@@ -165,8 +165,7 @@ class _TokenSums:
 
 
 class _Collector:
-    """A watch that sums what a part's layers are given, by name and by what is seen of them: the whole (None), or
-    cuts."""
+    """A watch that sums over the inputs of layers. A layer is seen whole (None), or in cuts."""
 
     def __init__(
         self,
@@ -198,7 +197,7 @@ class _Collector:
         some[cut].add(x_NI.to(torch.float32))
 
     def leave(self, layers: Sequence[Linear]) -> None:
-        """Add the statistics of the layers that have had tokens, and of the experts beside them that have had none."""
+        """Add the statistics of the layers that had tokens, and of their fellow experts without tokens."""
         stacks: dict[str, list[LayerStatistics]] = {}
         for layer in layers:
             if some := self.sums.get(layer.name):
@@ -260,7 +259,7 @@ Place = slice | NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class MatrixStatistics:
-    """Statistics of a part of a tensor: of which of its matrices, and at which outputs and inputs of it."""
+    """Statistics of a part of a tensor: its matrix, and the outputs and inputs that the part has."""
 
     layer: LayerStatistics
     matrix: int
@@ -303,7 +302,8 @@ OF_INPUTS = "mean", "mean_abs", "square"
 
 
 def _averaged(parts: Sequence[MatrixStatistics], sides: tuple[int, int]) -> LayerStatistics:
-    """Return each output's and input's averages of a matrix (m, n), over the tokens of the parts that have it."""
+    """Average the statistics of parts of a matrix (m, n). Each output and input counts the tokens of the parts that
+    have it."""
     weights = [part.layer.tokens for part in parts]
     counts = np.zeros(sides[0]), np.zeros(sides[1])
     for part, weight in zip(parts, weights, strict=True):
@@ -379,14 +379,14 @@ def drawn(layer: LayerStatistics) -> float | None:
 
 
 def drawn_rows(layer: LayerStatistics, none: float = 1.0) -> Vector:
-    """Return (m) the same for each output row; rows without such a q take the layer's (`none` if it has none)."""
+    """Return (m) the same for each output row. A row without such a q has the layer's, or `none`."""
     cross, power = _of_mask(layer)
     answered = (cross > 0.0) & (power > 0.0)
     return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or none)
 
 
 def drawn_error(layer: LayerStatistics, q: float | Vector) -> float:
-    """Return ‖Y − Ŷ/q‖² / ‖Y‖² of a drawn mask, q one number or one per row; 0 where the delta has no effect."""
+    """Return ‖Y − Ŷ/q‖² / ‖Y‖² of a drawn mask, 0 where the delta has no effect; q is a number, or (m)."""
     cross, power = _of_mask(layer)
     residual = layer.energy - 2.0 * cross / q + power / np.square(q)
     return float(_ratio(residual.sum(), layer.energy.sum()))
@@ -412,8 +412,11 @@ def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
 
 
 Family = Callable[[LayerStatistics, float, float], float]
-# The q of a layer as a function of η, by the rule that it comes from.
-FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squares}
+# q as a function of statistics, density and η, of a layer and of its rows.
+FAMILIES: dict[str, tuple[Family, Callable[[LayerStatistics, float, float], Vector]]] = {
+    "bound": (bound_layer, bound_rows),
+    "least_squares": (least_squares, least_squares_rows),
+}
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.batches import Batches, check_new_tokens, config_of
-from deltamerge.calibrate.batches import RowReader as Rows
+from deltamerge.calibrate.batches import Batches, RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.model.blocks import BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.model.devices import Ahead, Resident, spread
@@ -23,7 +22,7 @@ from deltamerge.calibrate.model.passes import Weights, from_reader, sequences, s
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.learned import Learner
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect
-from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of
+from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of, without
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput, ModelTensors
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed
@@ -35,13 +34,13 @@ from deltamerge.tensors.tiles import Kept
 
 
 class Tensors:
-    """Reads a fine-tune's tensors for its model, which says what part comes next. Dense masked deltas are kept in
-    bfloat16 where `halved`.
+    """Reads and caches a fine-tune's tensors for its model, which says what part comes next.
 
-    start      reads what masked deltas are added to
-    masks      of each mask seed what reads its masked deltas
+    start      reads the tensors that masked deltas are added to
+    masks      read the masked deltas, one for each mask seed
     tune       reads the fine-tune's own weights
-    resident   on a GPU what has been sent there
+    resident   holds the stored tensors on a GPU; None on the CPU
+    halved     whether dense masked deltas are kept in bfloat16
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Tensors:
             self.resident.clear()
 
     def _relieve(self) -> bool:
-        """Free what stays on a GPU, so that all of it streams by; whether there was any."""
+        """Free the tensors that stay on a GPU, so that all stream by; tell whether there were any."""
         for mask in self.masks:
             mask.clear()
         return self.resident is not None and self.resident.shed()
@@ -108,25 +107,18 @@ class Tensors:
         return outside + max(blocks, default=0)
 
     def _read_ahead(self, part: int, weights: Weights) -> None:
-        """Read a part's weights while the one before it is computed: after the last block what is outside of them. A
-        fine-tune's whose masks are kept are read only as its own weights."""
+        """Read a part's weights while the part before it is computed. After the last block comes part 0, which is
+        outside of blocks. Where a tensor's masks are kept, the fine-tune's own is not read for them."""
         names = self.model.parts[part % len(self.model.parts)]
         wanted = [self.infos[name] for name in names]
         if weights is not self.tune:
             wanted = [self.pairs.get(name, (info, info))[1] for name, info in zip(names, wanted, strict=True)]
             if self.resident is None:
                 wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
-            self._advise([self.pairs[name][0] for name in names if name in self.pairs and not self._has_masks(name)])
+            for name in names:
+                if name in self.pairs and not all(name in mask for mask in self.masks):
+                    self.reader.advise(self.pairs[name][0], 0, self.pairs[name][0].nbytes)
         (self.ahead if self.resident is None else self.resident).begin(wanted)
-
-    def _has_masks(self, name: str) -> bool:
-        """Tell whether all masked deltas of a tensor are kept."""
-        return all(name in mask for mask in self.masks)
-
-    def _advise(self, tunes: Sequence[Tensor]) -> None:
-        """Have the system read fine-tunes' tensors from which masks will be made."""
-        for tune in tunes:
-            self.reader.advise(tune, 0, tune.nbytes)
 
     def _stored(self, info: Tensor) -> torch.Tensor:
         """Return a tensor as it is stored, on the device, to be read only."""
@@ -134,7 +126,7 @@ class Tensors:
         return flat.view(info.shape)
 
     def _read(self, info: Tensor) -> torch.Tensor:
-        """Return a stored tensor in float32; integers unchanged."""
+        """Return a stored tensor in float32; integers stay as they are."""
         tensor = self._stored(info)
         return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
@@ -192,11 +184,11 @@ FEW = 4  # one of so many rows is in the first round of a search
 
 @dataclass(frozen=True, slots=True)
 class HeldOutMeasure:
-    """Compares candidates on held-out rows; smaller is better.
+    """A measure that compares candidates on held-out rows; smaller is better.
 
     measure   its name
     higher    whether it is shown as 1 − value
-    trusted   whether it differs from the searched objective, so that it can judge a minimum on the search's bound
+    trusted   whether it is another measure than the searched objective, and so can judge a minimum on a bound
     """
 
     objective: O.Objective | O.Generation
@@ -215,11 +207,12 @@ class HeldOutMeasure:
 
 
 class Subject:
-    """A fine-tune and its rows; `masks[s]` has the masked deltas of mask seed s, by the fine-tune's tensor names.
+    """A fine-tune under calibration: its model, its weights and masked deltas, and its rows.
 
-    inputs      batches of the search rows ("search"), of which the first `few` hold a quarter of them, and of the
-                held-out rows ("held")
-    sequences   sequences that have gone through the model so far; a backward pass counts as two
+    masks       `masks[s]` reads the masked deltas of mask seed s, by the fine-tune's tensor names
+    batches     of the rows that are searched on, "search", and held out, "held"
+    few         the first batches of "search" that hold a quarter of its rows
+    sequences   the number that has gone through the model so far; a backward pass counts as two
     """
 
     def __init__(
@@ -242,7 +235,7 @@ class Subject:
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
         search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
-        self.reads = Rows(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
+        self.reads = RowReader(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
         self.rows: dict[Part, list[DataRow]] = {"search": search, "held": held}
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
@@ -297,8 +290,8 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Linear]:
-        """Return the linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a
-        pass has reached."""
+        """Return the linear layers with a pruned weight, which a calibrated q divides. Stacked experts count once a
+        pass has reached them."""
         model = self.model
         found = [layer for part in model.layers for layer in part]
         stacked = [layer for part in model.stacked for layer in part if layer.name in model.turned]
@@ -333,7 +326,7 @@ class Subject:
         progress.here(progress.PASSES).step(count / self.counts[0])
 
     def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
-        """Say that a walk has made so many passes over batches; end it where another device's share has failed."""
+        """Show how many passes over batches a walk has made. ShareStop: another device's share has failed."""
         self.check()
         if self._reports:
             progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
@@ -396,25 +389,23 @@ class Subject:
     def steps(
         self, step: int = STEP_ROWS, size: int = 16, share: float = STOP_SHARE
     ) -> tuple[list[dict[str, torch.Tensor]], list[list[int]], list[dict[str, torch.Tensor]]]:
-        """Return batches of `size` rows to learn on, the batch indices of each step of so many rows, and batches of the
-        `share` that decides when to stop."""
+        """Return (batches of `size` rows to learn on, the batch indices of each step of `step` rows, batches that
+        decide when to stop: `share` of all)."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(share * len(rows))), self.source.seed + 1)
-        chosen = {row.number for row in stop}
-        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step, size=size)
+        batches, groups = self.reads.steps(without(rows, stop), step=step, size=size)
         return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 
     def values(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
-        """Return the objective of every choice of q's, over the first `seeds` masks (default: all)."""
+        """Return the objective of every choice of q's, its mean over the first `seeds` masks (default: all)."""
         return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
 
     def of_masks(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], masks: range
     ) -> list[list[float]]:
-        """Return [choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk,
-        where it is not kept."""
+        """Return [choice of q's][mask] of the objective. All choices share a mask's walk, so that it is drawn once."""
         jobs = [(mask, q) for mask in masks for q in qs]
         found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
@@ -430,7 +421,7 @@ class Subject:
         jobs: Sequence[T],
         weights: Callable[[Subject, T], Weights],
     ) -> list[Any]:
-        """Return `value` of the models that jobs stand for, which several GPUs share."""
+        """Return `value` of the models with the weights of each job. Several GPUs share the jobs."""
 
         def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
             at.check = check
@@ -447,14 +438,21 @@ class Subject:
         devices = torch_devices(self.source.device)[1:]
         return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
+    def learner(self, objective: O.Distribution) -> Learner:
+        """Return the learner of the first mask's scales."""
+        return Learner(self.model, O.placed(objective, self.device), self.start, self.masks[0])
+
     def learners(self, objective: O.Distribution) -> list[Learner]:
-        """Return the learners of the first mask's scales on the other GPUs."""
-        return [Learner(at.model, O.placed(objective, at.device), at.start, at.masks[0]) for at in self.others]
+        """Return the learners on the other GPUs."""
+        return [at.learner(objective) for at in self.others]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """Return the objective of the base with the fine-tune's head, where nothing of the delta is kept."""
-        nothing = [pruned(self.start, lambda name: None, {})]
-        return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
+        return self.evaluate(objective, [pruned(self.start, lambda name: None, {})])[0]
+
+    def evaluate(self, objective: O.Objective | O.Generation, variants: Sequence[Weights]) -> list[float]:
+        """Return the objective of the model with other weights, and count their passes."""
+        return O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from pydantic import ValidationError
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.files.descriptors import Descriptors, flat, input_error, read_at
 from deltamerge.files.strict_json import MAX_BYTES, parse_json, read_json
 from deltamerge.formats.delta.entry import Entry
 from deltamerge.formats.delta.manifest import (
     FORMAT,
     VERSIONS,
     Manifest,
+    Record,
     check_record,
     groups,
     parts_bytes,
@@ -37,62 +37,40 @@ from deltamerge.formats.delta.positions import Array, Sliced, most_bytes
 from deltamerge.formats.delta.steps import most_step_bytes
 from deltamerge.formats.safetensors import read_header
 from deltamerge.tensors.dtypes import ITEMSIZE
-from deltamerge.tensors.tensor import TensorInfo
+from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import Read, Tensor, part_of
 
-SMALL = 4 << 20
 PADDING = 16
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StoredFiles:
-    """Files of known `sizes` in bytes. A file of at most 4 MiB is read at once, since hundreds of small reads cost
-    more."""
-
-    sizes: dict[Path, int]
-    _opened: Descriptors = field(default_factory=lambda: Descriptors(os.O_RDONLY, input_error))
-    _whole: dict[Path, memoryview] = field(default_factory=dict)
-
-    def read(self, path: Path, begin: int, out: memoryview) -> None:
-        """Fill `out` from byte `begin`. InputError: the file is gone, or has become too short."""
-        whole = self._whole.get(path)
-        if whole is None:
-            with errors.context(path.name):
-                file = self._opened.get(path)
-                if self.sizes[path] > SMALL:
-                    read_at(file.fd, begin, out)
-                    return
-                whole = memoryview(bytearray(self.sizes[path]))
-                read_at(file.fd, 0, whole)
-                self._whole[path] = whole
-        if out:
-            out[:] = whole[begin : begin + len(out)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class StoredArray:
-    """`size` elements of a numpy `dtype` from byte `begin` of the file at `path`; sliced like a numpy array."""
+    """A stored tensor that is sliced like a numpy array; `read` reads it."""
 
-    files: StoredFiles
-    path: Path
-    begin: int
-    size: int
-    dtype: str
+    read: Read
+    tensor: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.tensor.size
 
     @property
     def nbytes(self) -> int:
-        return self.size * np.dtype(self.dtype).itemsize
+        return self.tensor.nbytes
 
     def read_into(self, out: Array) -> None:
         """Read its bytes into `out`. InputError: the file is gone, or has become too short."""
-        self.files.read(self.path, self.begin, flat(out))
+        self.read.read_into(self.tensor, 0, out)
 
     def __getitem__(self, part: slice) -> Array:
         """The elements of a contiguous slice, a copy. InputError: the file is gone, or has become too short."""
         start, stop, step = part.indices(self.size)
         assert step == 1
-        out: Array = np.empty(max(0, stop - start), self.dtype)
-        self.files.read(self.path, self.begin + start * out.itemsize, flat(out))
+        signed = self.tensor.name.endswith(INDICES)
+        out: Array = np.empty(max(0, stop - start), f"<{'i' if signed else 'u'}{ITEMSIZE[self.tensor.dtype]}")
+        if out.size:
+            self.read.read_into(self.tensor, start, out)
         return out
 
 
@@ -119,6 +97,7 @@ class Scratch:
 
 
 MANIFEST = "delta.json"
+VALUES, INDICES = ".values", ".indices"
 SINGLE = "delta.safetensors"
 INDEX = "delta.safetensors.index.json"
 
@@ -128,26 +107,27 @@ _NOTHING = np.empty(0, np.uint8)
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
     """The manifest, the entries in its order, and the artifact's files. InputError: it does not follow the format."""
-    raw = _raw_manifest(folder)
-    stored: dict[str, TensorInfo] = {}
+    raw, reader = _raw_manifest(folder), Reader()
+    stored: dict[str, Tensor] = {}
     shards = _files(folder)
-    opened = StoredFiles({})
     for file in shards:
-        header = read_header(folder / file)
-        stored |= header.tensors
-        opened.sizes[folder / file] = header.size
-    manifest = _manifest(raw, stored, opened)
-    sums = _Parts(_bytes_array(PARTS, stored.pop(PARTS), opened) if PARTS in stored else None)
+        stored |= {name: info.tensor for name, info in read_header(folder / file).tensors.items()}
+    manifest = _manifest(raw, stored, reader)
+    sums = _Parts(_array(PARTS, ("U8", None), stored.pop(PARTS)) if PARTS in stored else None)
     entries = {}
     for name, record in manifest.tensors.items():
         with errors.context(f"{MANIFEST}: {name}"):
             check_record(record)
-            arrays: dict[str, Sliced] = {
-                suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), opened)
+            arrays = [
+                _array(name + suffix, expected, stored.pop(name + suffix, None))
                 for suffix, expected in stored_arrays(record).items()
-            }
-            values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
-            index = next(iter(arrays.values()), None)
+            ]
+            if record.parts:
+                if manifest.version < 3:
+                    raise InputError(f"parts are of version 3, this is version {manifest.version}")
+                arrays = [sums.next(parts_bytes(record))]
+            entries[name] = entry = entry_of(name, record, arrays, reader)
+            index, scales = entry.index, entry.scales
             size = math.prod(record.shape)
             if record.encoding == "steps":
                 most = most_step_bytes(size)
@@ -157,13 +137,8 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
                 most = most_bytes(record.encoding, record.count, size, record.k)
             if index is not None and record.encoding != "indices" and index.size > most:
                 raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
-            if record.parts:
-                if manifest.version < 3:
-                    raise InputError(f"parts are of version 3, this is version {manifest.version}")
-                values = sums.next(parts_bytes(record))
             if scales is not None and scales.size > (most := -(-groups(record) * len(record.ranks or "0000") // 8)):
                 raise InputError(f"scales of {scales.size} bytes, at most {most} can be needed")
-        entries[name] = Entry(name, record, values, index, scales)
     sums.end()
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
@@ -171,36 +146,45 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
     return manifest, entries, tuple(folder / file for file in files)
 
 
-def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None, opened: StoredFiles) -> StoredArray:
+def entry_of(name: str, record: Record, stored: Sequence[Tensor], read: Read) -> Entry:
+    """An entry of stored tensors, in the order of `stored_arrays`; of parts their bytes."""
+    arrays: dict[str, Sliced] = dict(
+        zip([*stored_arrays(record)] or [VALUES], (StoredArray(read, one) for one in stored), strict=False)
+    )
+    values, scales = arrays.pop(VALUES, _NOTHING), arrays.pop(".scales", None)
+    return Entry(name, record, values, next(iter(arrays.values()), None), scales)
+
+
+def stored_of(entry: Entry) -> list[Tensor]:
+    """The stored tensors of an artifact's entry, in the order of `stored_arrays`."""
+    arrays = (entry.values, entry.scales, entry.index)
+    return [one.tensor for one in arrays if isinstance(one, StoredArray)]
+
+
+def _array(name: str, expected: tuple[str, int | None], tensor: Tensor | None) -> Tensor:
     dtype, length = expected
-    if info is None:
+    if tensor is None:
         raise InputError(f"{name} is not stored")
-    if info.dtype != dtype or len(info.shape) != 1 or length not in (None, info.shape[0]):
+    if tensor.dtype != dtype or len(tensor.shape) != 1 or length not in (None, tensor.shape[0]):
         wanted = dtype if length is None else f"{dtype} of length {length}"
-        raise InputError(f"{name} is {info.dtype} {list(info.shape)}, not {wanted}")
-    kind = f"<{'i' if name.endswith('.indices') else 'u'}{ITEMSIZE[dtype]}"
-    return StoredArray(opened, info.path, info.begin, info.shape[0], kind)
-
-
-def _bytes_array(name: str, info: TensorInfo, opened: StoredFiles) -> StoredArray:
-    """An array of bytes. InputError: it is another."""
-    return _array(name, ("U8", None), info, opened)
+        raise InputError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {wanted}")
+    return tensor
 
 
 @dataclass(slots=True)
 class _Parts:
     """The array of all tensors' parts, given out from its beginning."""
 
-    stored: StoredArray | None
+    stored: Tensor | None
     at: int = 0
 
-    def next(self, nbytes: int) -> StoredArray:
+    def next(self, nbytes: int) -> Tensor:
         """The next bytes. InputError: there are fewer."""
         whole = self.stored
         if whole is None or self.at + nbytes > whole.size:
             raise InputError(f"its parts end at byte {self.at + nbytes} of {0 if whole is None else whole.size}")
         self.at += nbytes
-        return StoredArray(whole.files, whole.path, whole.begin + self.at - nbytes, nbytes, whole.dtype)
+        return part_of(whole, self.at - nbytes, (nbytes,))
 
     def end(self) -> None:
         """InputError: some bytes are of no tensor."""
@@ -224,11 +208,11 @@ def _raw_manifest(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _manifest(raw: dict[str, Any], stored: dict[str, TensorInfo], opened: StoredFiles) -> Manifest:
+def _manifest(raw: dict[str, Any], stored: dict[str, Tensor], reader: Reader) -> Manifest:
     """The manifest; of version 3 its records may be an array of the artifact, which leaves `stored`."""
     with errors.context(MANIFEST):
         if raw["version"] == 3 and "tensors" not in raw and TABLE in stored:
-            raw |= {"tensors": _table(_bytes_array(TABLE, stored.pop(TABLE), opened))}
+            raw |= {"tensors": _table(StoredArray(reader, _array(TABLE, ("U8", None), stored.pop(TABLE))))}
         try:
             return Manifest.model_validate(raw)
         except ValidationError as error:

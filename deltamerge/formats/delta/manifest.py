@@ -84,6 +84,9 @@ class Record(Strict):
     base_dtype: str | None = None
     result: Digest
 
+    def __hash__(self) -> int:
+        return hash((self.result, self.base, self.encoding, self.count))
+
     @property
     def base_kind(self) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape of the base's tensor."""

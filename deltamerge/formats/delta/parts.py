@@ -173,6 +173,10 @@ class Factored:
     right: Array
     scales: Array
 
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
     def add(self, out: Array, first: int) -> None:
         """Add rows from `first` on to `out` (rows, n) float64."""
         left = self.left[:, first : first + len(out)] * self.scales[:, None]
@@ -198,6 +202,10 @@ class _Entries:
     along: Along
     unit: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.levels.nbytes + (0 if self.positions is None else self.positions.nbytes)
+
     def add(self, out: Array, first: int) -> None:
         """Add rows from `first` on to `out` (rows, n) float64."""
         rows, n = out.shape
@@ -221,6 +229,7 @@ class PartSum:
     parts: tuple[Factored | _Entries, ...]
     m: int
     n: int
+    nbytes: int
 
     @property
     def factors(self) -> Factored | None:
@@ -253,7 +262,7 @@ def sum_of(parts: Sequence[Part], stored: Sliced, m: int, n: int) -> PartSum:
             raise InputError(f"parts take {at + nbytes} bytes, {at + data.size} are stored")
         decoded.append(_factors(part, data, m, n) if isinstance(part, FactorsPart) else _entries(part, data, m, n))
         at += nbytes
-    return PartSum(tuple(decoded), m, n)
+    return PartSum(tuple(decoded), m, n, sum(one.nbytes for one in decoded))
 
 
 def _factors(part: FactorsPart, data: Array, m: int, n: int) -> Factored:

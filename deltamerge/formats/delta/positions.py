@@ -18,14 +18,19 @@ Random positions of density d cost about H(d)/d bits each, and rice is within 3 
 from __future__ import annotations
 
 import math
+import threading
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from deltamerge.errors import InputError
+from deltamerge.tensors.reader import RecentParts
 
 Array = npt.NDArray[Any]
 Coding = Literal["dense", "indices", "bitmask", "gaps", "rice"]
@@ -237,29 +242,153 @@ def decode(coding: Coding, stored: Sliced, count: int, size: int, k: int = 0) ->
     size     elements of the tensor
     k        rice's
     """
-    if coding == "rice" and count:
-        pieces = _decode_rice(stored, count, k)
-    elif coding == "bitmask":
-        pieces = _decode_bits(stored)
-    elif coding == "gaps":
-        pieces = _decode_gaps(stored)
-    else:
-        pieces = (stored[i : i + SPAN].astype(np.int64) for i in range(0, stored.size, SPAN))
-    seen, last = 0, -1
-    for positions in pieces:
-        if not positions.size:
-            continue
-        if coding == "indices" and (positions[0] <= last or (positions[1:] <= positions[:-1]).any()):
+    return Listing(coding, stored, count, size, k).pieces()
+
+
+class Listing:
+    """The positions of a tensor's entries, decoded piece by piece, from any piece that was reached once.
+
+    `recent` keeps decoded pieces. Thread-safe. InputError: any fault of `stored`, when it is reached.
+    """
+
+    def __init__(
+        self, coding: Coding, stored: Sliced, count: int, size: int, k: int = 0, recent: RecentParts | None = None
+    ) -> None:
+        self._coding, self._stored, self._count, self._size, self._k = coding, stored, count, size, k
+        self._recent, self._key = recent or RecentParts(1), object()  # a key that is no cycle
+        self._adding = threading.Lock()
+        packed_at, begin, self._step = 0, 0, SPAN
+        if coding == "rice":
+            packed_at, begin = rice_offsets(stored.size, count, k)
+            self._step = SPAN >> 2
+        self._packed_at, self._unary_at = packed_at, begin
+        self._places = [_Place(0, begin, 0, -1 if coding == "indices" else 0)]
+        if begin >= stored.size:
+            self._check_count(0)
+
+    def pieces(self) -> Iterator[Array]:
+        """Yield the positions of one piece after another."""
+        number = 0
+        while (piece := self._piece(number)) is not None:
+            if piece.size:
+                yield piece
+            number += 1
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[Array, int]]:
+        """Yield positions in [start, stop), and the number of the first of them."""
+        number = bisect_right(self._places, start, key=attrgetter("least")) - 1
+        while number >= len(self._places) or self._places[number].least < stop:
+            piece = self._piece(number)
+            if piece is None:
+                return
+            low, high = np.searchsorted(piece, (start, stop))
+            if low < high:
+                yield piece[low:high], self._places[number].before + int(low)
+            if high < piece.size:
+                return
+            number += 1
+
+    def finish(self) -> None:
+        """Decode what was not reached yet."""
+        while self._piece(len(self._places) - 1) is not None:
+            pass
+
+    def _piece(self, number: int) -> Array | None:
+        for earlier in range(len(self._places) - 1, number):
+            if self._piece(earlier) is None:
+                return None
+        if self._places[number].at >= self._stored.size:
+            return None
+        return self._recent.get((self._key, number), partial(self._decode, number))
+
+    def _decode(self, number: int) -> Array:
+        place = self._places[number]
+        stored = self._stored[place.at : place.at + self._step]
+        positions, carry = {
+            "rice": self._rice,
+            "bitmask": self._bitmask,
+            "gaps": self._gaps,
+        }.get(self._coding, self._indices)(stored, place)
+        seen, least, end = place.before + positions.size, place.least, place.at + stored.size
+        if positions.size:
+            first, last = int(positions[0]), int(positions[-1])
+            if last >= self._size or first < 0:
+                raise InputError(
+                    f"position {last if last >= self._size else first} is outside of {self._size} elements"
+                )
+            least = last + 1
+        if seen > self._count or end >= self._stored.size:
+            self._check_count(seen)
+        with self._adding:
+            if len(self._places) == number + 1:
+                self._places.append(_Place(least, end, seen, carry))
+        return positions
+
+    def _check_count(self, seen: int) -> None:
+        if seen != self._count:
+            said = "list more than" if seen > self._count else f"lists {seen} entries, not"
+            raise InputError(f"{self._coding} {said} {self._count}")
+
+    def _indices(self, stored: Array, place: _Place) -> tuple[Array, int]:
+        positions = stored.astype(np.int64)
+        if positions[0] <= place.carry or (positions[1:] <= positions[:-1]).any():
             raise InputError("indices are not ascending and unique")
-        seen += positions.size
-        last = int(positions[-1])
-        if last >= size or positions[0] < 0:
-            raise InputError(f"position {last if last >= size else positions[0]} is outside of {size} elements")
-        if seen > count:
-            break
-        yield positions
-    if seen != count:
-        raise InputError(f"{coding} list{'s more than' if seen > count else f's {seen} entries, not'} {count}")
+        return positions, int(positions[-1])
+
+    def _bitmask(self, stored: Array, place: _Place) -> tuple[Array, int]:
+        positions = np.flatnonzero(np.unpackbits(stored, bitorder="little").view(bool))
+        positions += place.at << 3
+        return positions, 0
+
+    def _gaps(self, stored: Array, place: _Place) -> tuple[Array, int]:
+        positions = np.cumsum(stored, dtype=np.int64)
+        end = place.carry + int(positions[-1])
+        positions = positions[stored != ESCAPE]
+        positions += np.arange(place.carry, place.carry + positions.size)
+        if stored[-1] == ESCAPE and place.at + stored.size >= self._stored.size:
+            raise InputError("gaps end in an escape")
+        return positions, end + positions.size
+
+    def _rice(self, stored: Array, place: _Place) -> tuple[Array, int]:
+        # (bit << k) - Σ(2**k - 1 - r) + 2**k - 1 is the position, and 2**k - 1 - r is r with its bits inverted
+        done, k, count = place.before, self._k, self._count
+        b, planes = k % 8, k // 8
+        positions = np.flatnonzero(np.unpackbits(stored, bitorder="little").view(bool))
+        stop = done + positions.size
+        if stop > count:
+            self._check_count(stop)
+        positions += (place.at - self._unary_at) << 3
+        positions <<= k
+        packed = self._stored[self._packed_at + (done >> 3) * b : self._packed_at + -(-stop // 8) * b]
+        inverted = _fields(packed, done, stop, b) if b else np.zeros(positions.size, np.uint8)
+        if planes:
+            inverted = inverted.astype(np.int64)
+            inverted <<= 8 * planes
+            for j in range(planes):
+                inverted |= (~self._stored[j * count + done : j * count + stop]).astype(np.int64) << 8 * j
+        sums, total = np.cumsum(inverted, dtype=np.int64), place.carry
+        if sums.size:
+            sums += total - (1 << k) + 1
+            positions -= sums
+            total = int(sums[-1]) + (1 << k) - 1
+        if not stored[-1] and place.at + stored.size >= self._stored.size:
+            raise InputError("rice codes end in padding")
+        return positions, total
+
+
+class _Place(NamedTuple):
+    """Where a piece begins.
+
+    least    its positions are at least that
+    at       element of the stored array (of rice: of its unary part)
+    before   entries before it
+    carry    of indices the last position, of gaps the next, of rice the sum of inverted remainders
+    """
+
+    least: int
+    at: int
+    before: int
+    carry: int
 
 
 def _gaps(positions: Array, last: int) -> Array:
@@ -278,29 +407,6 @@ def _set_bits(out: Array, positions: Array) -> None:
     out[first : first + packed.size] |= packed
 
 
-def _decode_bits(stored: Sliced) -> Iterator[Array]:
-    for i in range(0, stored.size, SPAN):
-        bits = np.unpackbits(stored[i : i + SPAN], bitorder="little")
-        positions = np.flatnonzero(bits.view(bool))
-        positions += i << 3
-        yield positions
-
-
-def _decode_gaps(stored: Sliced) -> Iterator[Array]:
-    last, codes = -1, np.empty(0, np.uint8)
-    for i in range(0, stored.size, SPAN):
-        codes = stored[i : i + SPAN]
-        entries = codes != ESCAPE
-        positions = np.cumsum(codes, dtype=np.int64)
-        skipped = int(positions[-1])
-        positions = positions[entries]
-        positions += np.arange(last + 1, last + 1 + positions.size)
-        last += skipped + positions.size
-        yield positions
-    if codes.size and codes[-1] == ESCAPE:
-        raise InputError("gaps end in an escape")
-
-
 def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
     """The planes, the packed bits and the unary bits of rice codes. InputError: they are too short for `count`."""
     start, stop = rice_offsets(stored.size, count, k)
@@ -314,39 +420,6 @@ def rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
         raise InputError(f"{nbytes} bytes of rice codes, too few for {count} entries")
     start = k // 8 * count
     return start, start + k % 8 * -(-count // 8)
-
-
-def _decode_rice(stored: Sliced, count: int, k: int) -> Iterator[Array]:
-    packed_at, unary_at = rice_offsets(stored.size, count, k)
-    b, planes = k % 8, k // 8
-    done, unary = 0, np.empty(0, np.uint8)
-    # (bit << k) - Σ(2**k - 1 - r) + 2**k - 1 is the position, and 2**k - 1 - r is r with its bits inverted
-    total = 0
-    for i in range(unary_at, stored.size, SPAN >> 2):
-        unary = stored[i : i + (SPAN >> 2)]
-        bits = np.unpackbits(unary, bitorder="little")
-        positions = np.flatnonzero(bits.view(bool))
-        stop = done + positions.size
-        if stop > count:
-            raise InputError(f"rice lists more than {count} entries")
-        positions += (i - unary_at) << 3
-        positions <<= k
-        packed = stored[packed_at + (done >> 3) * b : packed_at + -(-stop // 8) * b]
-        inverted = _fields(packed, done, stop, b) if b else np.zeros(positions.size, np.uint8)
-        if planes:
-            inverted = inverted.astype(np.int64)
-            inverted <<= 8 * planes
-            for j in range(planes):
-                inverted |= (~stored[j * count + done : j * count + stop]).astype(np.int64) << 8 * j
-        sums = np.cumsum(inverted, dtype=np.int64)
-        if sums.size:
-            sums += total - (1 << k) + 1
-            positions -= sums
-            total = int(sums[-1]) + (1 << k) - 1
-        done = stop
-        yield positions
-    if not unary[-1]:
-        raise InputError("rice codes end in padding")
 
 
 # Eight b-bit fields in b bytes, to eight bytes and back: halves move apart by 32 - 4b bits, then pairs, fields.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files import progress
-from deltamerge.files.descriptors import flat, input_error, output_error, refuse_link
+from deltamerge.files.descriptors import flat, output_error
+from deltamerge.formats.safetensors import opened_weights
 from deltamerge.tensors.dtypes import bits_type, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -123,16 +123,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     InputError: unreadable, a link that leaves its folder, or no valid header (see `parse_gguf_header`).
     """
-    refuse_link(path)
-    with errors.context(path.name):
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise InputError("is not a regular file")
-            with path.open("rb") as file, progress.phase(f"reading {path.name}", 0, "tokens"):
-                header = parse_gguf_header(file.read, path, os.fstat(file.fileno()).st_size)
-                return with_factors(header, lambda begin, count: os.pread(file.fileno(), count, begin))
-        except OSError as error:
-            raise input_error(error) from error
+    with opened_weights(path) as (file, size), progress.phase(f"reading {path.name}", 0, "tokens"):
+        header = parse_gguf_header(file.read, path, size)
+        return with_factors(header, lambda begin, count: os.pread(file.fileno(), count, begin))
 
 
 def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> GgufHeader:

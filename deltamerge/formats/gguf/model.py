@@ -16,9 +16,10 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.formats.gguf.config import ARCHITECTURES, GgufNames, config_of
 from deltamerge.formats.gguf.file import FACTORS, PLAIN, GgufBlock, GgufHeader, block_of, package, type_name
-from deltamerge.formats.quantised.codes import Array, Floats
+from deltamerge.formats.quantised.codes import Floats
 from deltamerge.formats.quantised.detect import Scheme
 from deltamerge.formats.quantised.scheme import kept
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, stored, view, viewed
 from deltamerge.tensors.views import fill_lines
 
@@ -82,7 +83,7 @@ def log_of_negative(read: Read, tensor: Tensor, start: int, out: memoryview) -> 
     np.log(-values, out=values)
 
 
-@view(keeps=lambda _: True)
+@view(keeps=True)
 def transposed_blocks(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
     """Transpose a matrix (rows, columns), as GPT-2's Conv1D has its weights."""
     (source,) = tensor.inputs

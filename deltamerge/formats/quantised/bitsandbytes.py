@@ -29,21 +29,10 @@ from deltamerge.formats.quantised.coder import (
     flat_of,
     float32,
 )
-from deltamerge.formats.quantised.codes import (
-    FORMS,
-    Array,
-    CodedRows,
-    CodeForm,
-    Floats,
-    Integers,
-    Part,
-    ScaleGrid,
-    Shape,
-    Table,
-    scales_in,
-)
+from deltamerge.formats.quantised.codes import Floats, Integers, Part, Shape, Table, scales_in
 from deltamerge.formats.quantised.detect import MOST_STATE
-from deltamerge.formats.quantised.scheme import AGAIN, CodedWeight, StoredWeight, Tabled, bits, expect, floats, weight
+from deltamerge.formats.quantised.scheme import AGAIN, Scaled, StoredWeight, Tabled, bits, expect, floats, grid, weight
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -148,24 +137,10 @@ def _nested(most: Floats, numbers: Floats, group: int, plus: float) -> tuple[Flo
     return float32(back.reshape(-1)[: len(most)]), (codes.reshape(-1)[: len(most)], outer)
 
 
-@dataclass(frozen=True, slots=True)
-class Int8Rows(CodedWeight):
+class Int8Rows(Scaled):
     """int8 codes times their row's greatest magnitude / 127."""
 
-    codes: Part
-    scales: Part
-    columns: int
-
-    @property
-    def bits(self) -> int:
-        return 8
-
-    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
-        top, bottom, lines = start // self.columns, -(-stop // self.columns), self.codes.shape[0]
-        laid, scales = ScaleGrid(lines, 1, self.columns, lines, 1), floats(read, self.scales, top, bottom - top)
-        form = CodeForm(FORMS["I8"], 8, self.columns, self.columns)
-        rows = CodedRows(form, laid, top, scales.reshape(-1, 1), factor=float(PER_127))
-        return self.sound(read, rows, start, stop)
+    __slots__ = ()
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
         return by_rows(shape, Int8RowCoder(), self.codes, self.scales)
@@ -198,7 +173,9 @@ def _read_int8(stored: StoredWeight, scales: TensorInfo) -> TensorInfo:
             code = int(bits(reader, expect(layout, (), {"U8"}), 0, 1)[0])
         if code:
             raise InputError(f"its weight_format is {code}, must be 0 (rows)")
-    return weight(stored, codes.shape, Int8Rows(codes, scales, codes.shape[1]))
+    laid = grid(codes.shape, scales.shape)
+    made = Int8Rows(codes, scales, None, None, codes.shape[1], laid, "I8", factor=float(PER_127))
+    return weight(stored, codes.shape, made)
 
 
 def _read_four_bits(stored: StoredWeight) -> TensorInfo:

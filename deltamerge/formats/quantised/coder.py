@@ -18,7 +18,6 @@ from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.codes import (
     EXPONENTS,
-    Array,
     Doubles,
     Floats,
     Integers,
@@ -30,7 +29,7 @@ from deltamerge.formats.quantised.codes import (
     scales_in,
     scales_of,
 )
-from deltamerge.tensors.dtypes import nbytes_of
+from deltamerge.tensors.dtypes import Array, nbytes_of
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
@@ -175,15 +174,12 @@ class Coding:
             yield part, (first + unit.top // part.rows) * size, (first + -(-bottom // part.rows)) * size
 
 
-def unit_rows(rows: int, columns: int, multiple: int) -> int:
-    """Return the rows of a matrix that are coded together: a multiple of `multiple`, some 2**18 elements."""
-    return max(1, CHUNK // max(1, multiple * columns)) * multiple if multiple < rows else rows
-
-
-def by_rows(shape: Shape, coder: Coder, *parts: Part) -> Coding:
-    """Return the coding of a weight each of whose rows is stored by itself."""
+def by_rows(shape: Shape, coder: Coder, *parts: Part | StoredPart, multiple: int = 1) -> Coding:
+    """Return the coding of a weight whose rows, or `multiple` of them, are stored by themselves."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), tuple(map(StoredPart.like, parts)))
+    own = tuple(part if isinstance(part, StoredPart) else StoredPart.like(part) for part in parts)
+    step = max(1, CHUNK // max(1, multiple * columns)) * multiple  # some 2**18 elements
+    return Coding(shape, coder, (rows, columns), step if multiple < rows else rows, own)
 
 
 def as_one(shape: Shape, coder: Coder, *parts: Part, matrix: tuple[int, int] | None = None) -> Coding:

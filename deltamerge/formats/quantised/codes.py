@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deltamerge.engine import kernels
-from deltamerge.tensors.dtypes import NUMPY, PLAIN, narrow, widen
+from deltamerge.tensors.dtypes import NUMPY, PLAIN, Array, narrow, widen
 from deltamerge.tensors.tensor import Tensor, TensorInfo
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Shape = tuple[int, ...]
@@ -241,6 +240,14 @@ def unpack(words: Array, width: int, dense: bool = True) -> Array:
 def unpack_awq(words: Array) -> Array:
     """Return the integers of four bits of rows of words in AWQ's order."""
     return unpack(words, 4).reshape(*words.shape[:-1], -1, 8)[..., AWQ_PLACES].reshape(*words.shape[:-1], -1)
+
+
+def pack_awq(codes: Array) -> Array:
+    """Return rows of integers of four bits in words in AWQ's order."""
+    groups = codes.reshape(len(codes), -1, 8)
+    placed = np.empty_like(groups)
+    placed[:, :, AWQ_PLACES] = groups
+    return pack_words(placed.reshape(codes.shape), 4)
 
 
 def packed(codes: Array, numbers: Numbers, packing: Packing) -> Array:

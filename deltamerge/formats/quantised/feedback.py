@@ -23,7 +23,8 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.formats.quantised.coder import CodedMatrix, Lattice
-from deltamerge.formats.quantised.codes import Array, Doubles, Floats
+from deltamerge.formats.quantised.codes import Doubles, Floats
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.lazy import torch
 
 DAMPING = 0.01  # λ, as a share of the mean of C's diagonal

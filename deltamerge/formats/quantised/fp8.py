@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, by_rows
 from deltamerge.formats.quantised.codes import E4M3, Shape
 from deltamerge.formats.quantised.packed import of_groups, one_by_one, scaled_by
 from deltamerge.formats.quantised.scheme import AGAIN, Block, StoredWeight
@@ -56,10 +56,6 @@ def settings_of(block: Block, plain: Sequence[str]) -> dict[str, Any]:
 
 def write_blocks(name: str, shape: Shape, block: Block) -> Coding:
     """Return the coding of a matrix as DeepSeek-V3 and Qwen3-FP8 store it: E4M3 with a float32 scale a block."""
-    rows, columns = shape
-    m, n = block
-    parts = (
-        StoredPart(name, "F8_E4M3", shape),
-        StoredPart(f"{name}_scale_inv", "F32", (-(-rows // m), -(-columns // n)), m),
-    )
-    return Coding(shape, BlockCoder(E4M3, block, "F32"), (rows, columns), unit_rows(rows, columns, m), parts)
+    (rows, columns), (m, n) = shape, block
+    scales = StoredPart(f"{name}_scale_inv", "F32", (-(-rows // m), -(-columns // n)), m)
+    return by_rows(shape, BlockCoder(E4M3, block, "F32"), StoredPart(name, "F8_E4M3", shape), scales, multiple=m)

@@ -15,20 +15,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import (
-    CHUNK,
-    Adjustable,
-    BlockCoder,
-    CodedParts,
-    Coding,
-    Rounding,
-    as_one,
-)
+from deltamerge.formats.quantised.coder import CHUNK, Adjustable, BlockCoder, CodedParts, Coding, Rounding, as_one
 from deltamerge.formats.quantised.codes import (
     TURNED_ACROSS,
     TURNED_ALONG,
     WORD,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -36,8 +27,10 @@ from deltamerge.formats.quantised.codes import (
     Part,
     ScaleGrid,
     Shape,
+    pack_awq,
     pack_words,
     unpack,
+    unpack_awq,
 )
 from deltamerge.formats.quantised.scheme import (
     CodedWeight,
@@ -51,7 +44,7 @@ from deltamerge.formats.quantised.scheme import (
     weight,
     whole,
 )
-from deltamerge.tensors.dtypes import PLAIN, bits_type, widen
+from deltamerge.tensors.dtypes import PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 WIDTHS = (2, 3, 4, 8)
@@ -59,113 +52,87 @@ VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zeros
 INTEGERS = frozenset({"I32", "U32"})
 
 
+@dataclass(frozen=True, slots=True)
 class TurnedWords(CodedWeight):
     """Integer codes in words, stored transposed, with a scale and a zero for each group of inputs: GPTQ and AWQ.
 
-    align     outputs that words hold whole
-    across    outputs in a word of codes; 1: a word holds inputs
-    inputs    columns of the weight
+    order     the group of each input, where groups are not in order
+    columns   inputs
     group     inputs of a group, where groups are in order
     width     bits of a code
     plus      added to stored zeros
+    awq       whether words hold outputs, in AWQ's order; else they hold inputs
     """
 
-    __slots__ = ()
     keeps: ClassVar[bool] = True
-    align: ClassVar[int]
-    across: ClassVar[int]
-    zeros: Part
-    scales: Part
-    inputs: int
-    group: int
-    width: int
-    plus: int
-
-    def groups(self, read: Read) -> Array | None:
-        """Return the group of each input; None where groups are equal and in order."""
-        raise NotImplementedError
-
-    def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
-        """Return the zeros of outputs [top, bottom), of shape (outputs, groups)."""
-        raise NotImplementedError
-
-    def pack(self, codes: Array) -> Array:
-        """Return the words of codes (outputs, inputs)."""
-        raise NotImplementedError
-
-    def pack_zeros(self, zeros: Array) -> Array:
-        """Return the words of zeros (groups, outputs)."""
-        raise NotImplementedError
-
-    @property
-    def columns(self) -> int:  # type: ignore[override]  # no field
-        return self.inputs
-
-    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
-        top, bottom, (groups, outputs) = start // self.inputs, -(-stop // self.inputs), self.scales.shape
-        height, width = self.codes.shape
-        words, begin = held_columns(read, self.codes, height, width, top // self.across, -(-bottom // self.across))
-        number = TURNED_ALONG if self.across == 1 else TURNED_ACROSS
-        form, laid = CodeForm(number, self.width, self.inputs, words.shape[1]), ScaleGrid(0, 0, 0, 0, groups)
-        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
-        scales, zeros = finite(widen(stored, self.scales.dtype), self.scales), self.zeros_at(read, top, bottom)
-        of = np.ascontiguousarray(self.places(read), np.int32)
-        return CodedRows(form, laid, top - begin * self.across, scales, zeros, stored=words, groups=of)
-
-    def places(self, read: Read) -> Array:
-        """Return the group of each input."""
-        groups = self.groups(read)
-        return np.arange(self.inputs) // self.group if groups is None else groups
-
-
-@dataclass(frozen=True, slots=True)
-class Gptq(TurnedWords):
-    """Codes packed along inputs; without `order` input i is in group i // `group`."""
-
-    align: ClassVar[int] = WORD
-    across: ClassVar[int] = 1
     codes: Part
     zeros: Part
     scales: Part
     order: Part | None
-    inputs: int
+    columns: int
     group: int
     width: int
-    plus: int
+    plus: int = 0
+    awq: bool = False
 
-    def groups(self, read: Read) -> Array | None:
-        in_order, equal = np.arange(self.inputs) // self.group, self.inputs == self.group * self.scales.shape[0]
+    @property
+    def align(self) -> int:
+        """Return the outputs that words hold whole."""
+        return 8 if self.awq else WORD
+
+    @property
+    def across(self) -> int:
+        """Return the outputs in a word of codes."""
+        return 8 if self.awq else 1
+
+    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
+        top, bottom, (groups, outputs) = start // self.columns, -(-stop // self.columns), self.scales.shape
+        height, width = self.codes.shape
+        words, begin = held_columns(read, self.codes, height, width, top // self.across, -(-bottom // self.across))
+        number = TURNED_ACROSS if self.awq else TURNED_ALONG
+        form, laid = CodeForm(number, self.width, self.columns, words.shape[1]), ScaleGrid(0, 0, 0, 0, groups)
+        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
+        scales, zeros = finite(widen(stored, self.scales.dtype), self.scales), self._zeros(read, top, bottom)
+        of = np.ascontiguousarray(self.places(read), np.int32)
+        return CodedRows(form, laid, top - begin * self.across, scales, zeros, stored=words, groups=of)
+
+    def places(self, read: Read) -> Array:
+        """Return the group of each input. InputError: there is no such group."""
         if self.order is None:
-            return None if equal else in_order
-        groups = bits(read, self.order, 0, self.inputs).view(np.int32)
+            return np.arange(self.columns) // self.group
+        groups = bits(read, self.order, 0, self.columns).view(np.int32)
         if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
             message = f"names group {groups.max() if groups.max() > 0 else groups.min()} of {self.scales.shape[0]}"
             raise damaged(self.order, message)
-        return None if equal and np.array_equal(groups, in_order) else groups
+        return groups
 
-    def zeros_at(self, read: Read, top: int, bottom: int) -> Floats:
-        groups, width = self.zeros.shape
-        first, last = top // WORD * self.width, min(-(-bottom // WORD) * self.width, width)
+    def _zeros(self, read: Read, top: int, bottom: int) -> Floats:
+        """Return the zeros of outputs [top, bottom), of shape (outputs, groups)."""
+        (groups, width), size = self.zeros.shape, self.align * self.width // WORD  # words that hold outputs whole
+        first, last = top // self.align * size, min(-(-bottom // self.align) * size, width)
         words = columns_of(read, self.zeros, groups, width, first, last)
         if self.width == 3:
             zeros = unpack(words, 3) + np.uint8(self.plus) & 7
         else:
-            one = np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
-            zeros = unpack(words + one, self.width)
-        skip = top % WORD
+            words = words + np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
+            zeros = unpack_awq(words) if self.awq else unpack(words, self.width)
+        skip = top % self.align
         return np.ascontiguousarray(zeros[:, skip : skip + bottom - top].T, np.float32)
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
-        if self.order is None and self.inputs % self.group:
-            what = f"has groups of {self.group} that do not divide {self.inputs} inputs, which cannot be written"
+        if self.order is None and self.columns % self.group:
+            what = f"has groups of {self.group} that do not divide {self.columns} inputs, which cannot be written"
             raise InputError(what)
-        return as_one(shape, TurnedCoder(self, settings.get("sym") is True), self.codes, self.scales, self.zeros)
+        symmetric = not self.awq and settings.get("sym") is True
+        return as_one(shape, TurnedCoder(self, symmetric), self.codes, self.scales, self.zeros)
 
     def pack(self, codes: Array) -> Array:
-        return pack_words(codes, self.width).T
+        """Return the words of codes (outputs, inputs)."""
+        return pack_awq(codes.T) if self.awq else pack_words(codes, self.width).T
 
     def pack_zeros(self, zeros: Array) -> Array:
-        return pack_words(zeros - self.plus, self.width)
+        """Return the words of zeros (groups, outputs)."""
+        return pack_awq(zeros) if self.awq else pack_words(zeros - self.plus, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +199,9 @@ def read(stored: StoredWeight) -> TensorInfo:
     if order is not None:
         expect(order, (inputs,), INTEGERS)
     group = _group(None if order or settings.get("dynamic") else settings.get("group_size"), inputs, groups)
-    return weight(stored, (outputs, inputs), Gptq(codes, zeros, scales, order, inputs, group, width, VERSIONS[said]))
+    return weight(
+        stored, (outputs, inputs), TurnedWords(codes, zeros, scales, order, inputs, group, width, VERSIONS[said])
+    )
 
 
 def matrix(info: TensorInfo, dtypes: frozenset[str]) -> TensorInfo:

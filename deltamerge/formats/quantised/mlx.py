@@ -11,7 +11,6 @@ nvfp4           W = e2m1 code · scale, a float8_e4m3fn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,22 +28,10 @@ from deltamerge.formats.quantised.coder import (
     float32,
     shares_of,
 )
-from deltamerge.formats.quantised.codes import (
-    PACKED,
-    WORD,
-    CodedRows,
-    CodeForm,
-    Floats,
-    Integers,
-    Part,
-    ScaleGrid,
-    Shape,
-    packed,
-    scales_in,
-)
+from deltamerge.formats.quantised.codes import WORD, Floats, Integers, Shape, packed, scales_in
 from deltamerge.formats.quantised.mxfp4 import Mxfp4
 from deltamerge.formats.quantised.nvfp4 import Nvfp4
-from deltamerge.formats.quantised.scheme import CodedWeight, Scaled, StoredWeight, expect, floats, grid, weight, whole
+from deltamerge.formats.quantised.scheme import Scaled, StoredWeight, expect, grid, weight, whole
 from deltamerge.tensors.dtypes import PLAIN, narrow, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
@@ -52,36 +39,16 @@ MODES = {"affine": (1, 2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4":
 FLOAT_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 
 
-@dataclass(frozen=True, slots=True)
-class Affine(CodedWeight):
-    """Codes of `width` bits with a scale and a bias for `group` columns."""
+class Affine(Scaled):
+    """Codes with a scale and a bias for some columns."""
 
-    codes: Part
-    scales: Part
-    biases: Part
-    columns: int
-    group: int
-    width: int
-
-    @property
-    def bits(self) -> int:
-        return self.width
-
-    def rows(self, read: Read, start: int, stop: int) -> CodedRows:
-        top, bottom, groups = start // self.columns, -(-stop // self.columns), self.columns // self.group
-        scales, biases = (
-            floats(read, part, top * groups, (bottom - top) * groups).reshape(-1, groups)
-            for part in (self.scales, self.biases)
-        )
-        form = CodeForm(PACKED, self.width, self.columns, self.columns * self.width // 8)
-        lines = math.prod(self.scales.shape) // groups
-        middle = np.full_like(scales, -(1 << self.width - 1))  # codes are not less half their range
-        return CodedRows(form, ScaleGrid(lines, 1, self.group, lines, groups), top, scales, middle, biases)
+    __slots__ = ()
 
     def coding(self, shape: Shape, settings: Mapping[str, Any]) -> Coding:
+        assert self.biases is not None
         if self.biases.dtype != self.scales.dtype:
             raise InputError(f"has biases of {self.biases.dtype} beside scales of {self.scales.dtype}")
-        coder = AffineCoder(self.width, self.group, self.scales.dtype)
+        coder = AffineCoder(self.width, self.grid.n, self.scales.dtype)
         return by_rows(shape, coder, self.codes, self.scales, self.biases)
 
 
@@ -126,14 +93,14 @@ def read(stored: StoredWeight) -> TensorInfo:
     blocks = (*codes.shape[:-1], whole(columns, group, "groups"))
     shape = (*codes.shape[:-1], columns)
     scales = expect(stored.need(".scales"), blocks, PLAIN if mode == "affine" else {"U8"})
+    laid = grid(shape, blocks, (1, group))
     if mode == "affine":
         biases = expect(stored.need(".biases", ".qbiases"), blocks, PLAIN)
-        return weight(stored, shape, Affine(codes, scales, biases, columns, group, width))
+        made = Affine(codes, scales, None, None, columns, laid, "unsigned", width, biases=biases)
+        return weight(stored, shape, made)
     if mode == "mxfp8":
-        laid = grid(shape, blocks, (1, group))
         return weight(stored, shape, Scaled(codes, scales, None, None, columns, laid, "F8_E4M3"))
-    made = Mxfp4(codes, scales, columns) if mode == "mxfp4" else Nvfp4(codes, scales, columns)
-    return weight(stored, shape, made)
+    return weight(stored, shape, (Mxfp4 if mode == "mxfp4" else Nvfp4)(codes, scales, columns))
 
 
 def _fits(mode: str, group: Any) -> bool:

@@ -14,15 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import (
-    BlockCoder,
-    Coding,
-    ColumnCoder,
-    StoredPart,
-    as_one,
-    by_rows,
-    unit_rows,
-)
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, ColumnCoder, StoredPart, as_one, by_rows
 from deltamerge.formats.quantised.codes import (
     E2M1,
     EXPONENTS,
@@ -112,11 +104,8 @@ def write(name: str, shape: Shape) -> Coding:
     """Return the coding of a matrix as compressed-tensors' mxfp4-pack-quantized stores it."""
     rows, columns = shape
     module = name.removesuffix("weight")
-    parts = (
-        StoredPart(f"{module}weight_packed", "U8", (rows, columns // 2)),
-        StoredPart(f"{module}weight_scale", "U8", (rows, columns // GROUP)),
-    )
-    return Coding(shape, _coder(GROUP), (rows, columns), unit_rows(rows, columns, 1), parts)
+    codes = StoredPart(f"{module}weight_packed", "U8", (rows, columns // 2))
+    return by_rows(shape, _coder(GROUP), codes, StoredPart(f"{module}weight_scale", "U8", (rows, columns // GROUP)))
 
 
 def read(stored: StoredWeight) -> TensorInfo:

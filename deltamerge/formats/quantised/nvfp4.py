@@ -30,18 +30,7 @@ from deltamerge.formats.quantised.coder import (
     extremes,
     float32,
 )
-from deltamerge.formats.quantised.codes import (
-    E2M1,
-    E4M3,
-    EXPONENTS,
-    Array,
-    Floats,
-    Part,
-    Shape,
-    packed,
-    scales_of,
-    values_of,
-)
+from deltamerge.formats.quantised.codes import E2M1, E4M3, EXPONENTS, Floats, Part, Shape, packed, scales_of, values_of
 from deltamerge.formats.quantised.scheme import (
     StoredWeight,
     Tabled,
@@ -53,6 +42,7 @@ from deltamerge.formats.quantised.scheme import (
     weight,
     whole,
 )
+from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 GROUP = 16

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.coder import BlockCoder, Coding, StoredPart, by_rows
 from deltamerge.formats.quantised.codes import EXPONENTS, Integers, ScaleGrid, Shape, words_of
 from deltamerge.formats.quantised.detect import HINT
 from deltamerge.formats.quantised.scheme import (
@@ -146,14 +146,12 @@ def write_int4(name: str, shape: Shape, group: int, scale: str, path: Path) -> C
     """
     rows, columns = shape
     module = name.removesuffix("weight")
-    parts = (
-        StoredPart(f"{module}weight_packed", "I32", (rows, -(-columns // 8))),
-        StoredPart(f"{module}weight_scale", scale, (rows, columns // group)),
-    )
+    codes = StoredPart(f"{module}weight_packed", "I32", (rows, -(-columns // 8)))
+    scales = StoredPart(f"{module}weight_scale", scale, (rows, columns // group))
     numbers = memoryview(np.asarray(shape, "<i8").tobytes())
     whole = in_memory(f"{module}weight_shape", "I64", (2,), numbers, path)
     coder = BlockCoder(Integers(4), (1, group), scale, search=True, packing="words")
-    return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts, (whole,))
+    return replace(by_rows(shape, coder, codes, scales), copied=(whole,))
 
 
 def settings_of(scheme: str, by: str, size: int, plain: Sequence[str]) -> dict[str, Any]:
@@ -214,10 +212,8 @@ def write_rows(name: str, shape: Shape, dtype: str, scale: str) -> Coding:
 
     Scales have the dtype of the model, which is what transformers reads them in.
     """
-    rows, columns = shape
-    coder = BlockCoder(FLOATS.get(dtype) or Integers(), (1, columns), scale)
-    parts = (StoredPart(name, dtype, shape), StoredPart(f"{name}_scale", scale, (rows, 1)))
-    return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts)
+    coder = BlockCoder(FLOATS.get(dtype) or Integers(), (1, shape[1]), scale)
+    return by_rows(shape, coder, StoredPart(name, dtype, shape), StoredPart(f"{name}_scale", scale, (shape[0], 1)))
 
 
 # The groups of config.json.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.quantised.coder import CHUNK, BlockCoder, Coding, StoredPart, unit_rows
+from deltamerge.formats.quantised.coder import CHUNK, BlockCoder, Coding, StoredPart, by_rows
 from deltamerge.formats.quantised.codes import (
     E4M3,
     E5M2,
@@ -32,7 +32,6 @@ from deltamerge.formats.quantised.codes import (
     PAIRS,
     SWAPPED_PAIRS,
     WORD,
-    Array,
     CodedRows,
     CodeForm,
     Floats,
@@ -47,7 +46,7 @@ from deltamerge.formats.quantised.codes import (
     values_of,
     zero_scale,
 )
-from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type, widen
+from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 AGAIN = "download the model again"
@@ -169,7 +168,7 @@ class CodedWeight:
         if not np.isfinite(scales).all():
             row, column = (int(x) for x in np.argwhere(~np.isfinite(scales))[0])
             found, value = (rows.line + row, column), scales[row, column]
-        elif not scales.all():  # whole rows are looked at, where they are there
+        elif rows.biases is None and not scales.all():  # whole rows are looked at, where they are there
             start, whole = start // columns * columns, -(-stop // columns) * columns
             stop = min(whole, max(stop, self.codes.nbytes // stride * columns))
             found = zero_scale(rows, self.row_codes(read, rows, start, stop), start, stop - start)
@@ -199,11 +198,7 @@ def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = Non
     return made
 
 
-def _keeps(tensor: Tensor) -> bool:
-    return bool(tensor.parameter("form").keeps)
-
-
-@view(coded=coded_weight, keeps=_keeps)
+@view(coded=coded_weight)
 def decoded(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -> None:
     """Compute a weight from its stored parts. Parameters: its class, the names of its parts, and its other fields."""
     made = coded_weight(tensor)
@@ -413,12 +408,12 @@ def check_dtype(info: TensorInfo) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scaled(CodedWeight):
-    """The values of a weight of `columns`, made of codes, scales and perhaps zeros.
+    """The values of a weight of `columns`, made of codes, scales and perhaps zeros and biases.
 
-    zeros    on the grid of the scales
+    zeros    on the grid of the scales, as are `biases`
     order    the column of the grid of each column of the weight, where these are not in order (columns) int32
     grid     of the scales
-    form     of the codes: a dtype of `FORMS`, or "packed"
+    form     of the codes: a dtype of `FORMS`, "packed" (less half their range), or "unsigned"
     width    bits of a packed code, `dense` whether it may lie across two words
     zeros_packed   whether zeros are integers of `width` bits packed down the columns of the grid; else they are numbers
     """
@@ -429,11 +424,13 @@ class Scaled(CodedWeight):
     order: Part | None
     columns: int
     grid: ScaleGrid
-    form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed"]
+    form: Literal["F8_E4M3", "F8_E5M2", "I8", "packed", "unsigned"]
     width: int = 8
     dense: bool = True
     zeros_packed: bool = False
     zeros_dense: bool = True
+    biases: Part | None = None
+    factor: float = 1.0
 
     @property
     def bits(self) -> int:
@@ -459,7 +456,13 @@ class Scaled(CodedWeight):
             words = row_bytes(read, self.codes, top, bottom).view("<u4")
             codes = unpack(words, self.width, dense=False)[:, : self.columns] - np.uint8(1 << self.width - 1)
             form = CodeForm(FORMS["I8"], 8, self.columns, self.columns)
-        return self.sound(read, CodedRows(form, laid, first, scales, zeros, stored=codes), start, stop, order)
+        biases = None
+        if self.form == "unsigned":
+            zeros = np.full_like(scales, -(1 << self.width - 1))
+        if self.biases is not None:
+            biases = floats(read, self.biases, first * laid.across, scales.size).reshape(scales.shape)
+        rows = CodedRows(form, laid, first, scales, zeros, biases, self.factor, stored=codes)
+        return self.sound(read, rows, start, stop, order)
 
     def _zeros(self, read: Read, first: int, last: int) -> Floats | None:
         """Return the zeros of rows [first, last) of the grid in float32."""
@@ -511,7 +514,8 @@ class Scaled(CodedWeight):
             parts.append(StoredPart.like(self.zeros, per))
         packing: Packing = "words" if packed else "bytes"
         coder = BlockCoder(numbers, (grid.m, grid.n), self.scales.dtype, how, packed and self.width < 8, packing)
-        return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, multiple), tuple(parts))
+        coding = by_rows((rows, columns), coder, *parts, multiple=multiple)
+        return replace(coding, shape=shape)
 
 
 class Tabled(CodedWeight):

@@ -15,12 +15,12 @@ from deltamerge.formats.delta.positions import Array
 from deltamerge.models.chain.dialect import Dialect
 from deltamerge.models.chain.diffs import CodedTensor, DiffFile, code
 from deltamerge.models.chain.folder import Version
-from deltamerge.models.chain.layers import check_complete, folded
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.chain.skyrl import SKYRL
 from deltamerge.models.chain.slime import SLIME
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.models.delta_over_base import check_complete, folded
 from deltamerge.tensors.dtypes import PACKED
 from deltamerge.tensors.reader import Reader, elements
 from deltamerge.tensors.tensor import TensorInfo

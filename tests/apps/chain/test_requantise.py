@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_versions_have_the_bytes_of_a_full_quantisation(made: Path, tmp_path: Pa
     assert any(DRAFT.removesuffix("weight") in entry for entry in line(out / NAMES[2])[0].delta.entries)
     again = succeed("extract", made / "run", "--quantized", base, "--out", out, "--json")
     assert again["versions"] == []
+
+
+def test_a_version_that_was_folded_meanwhile_is_no_gap(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    base = quantise(made, "base", FORMS["channels"])
+    succeed("remove", tmp_path / "run" / NAMES[2])
+    more = ("--quantized", base, "--out", tmp_path / "run-q", "--workers", 1)
+    succeed("extract", tmp_path / "run", *more)
+    shutil.copytree(made / "run" / NAMES[2], tmp_path / "run" / NAMES[2])
+    succeed("squash", tmp_path / "run", "--keep", 0)
+    assert [one["name"] for one in succeed("extract", tmp_path / "run", *more, "--json")["versions"]] == [NAMES[2]]
+    state = load_tensors(base)
+    assert dm.load_delta(tmp_path / "run-q").apply_(state) == 3
+    assert same(state, load_tensors(quantise(made, "tuned-3", FORMS["channels"])))
 
 
 def per_tensor(folder: Path, source: Path) -> Path:

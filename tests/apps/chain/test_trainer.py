@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tensors, make_checkpoint
+from conftest import load_tensors, make_checkpoint, tiny_llama
 from test_chain import same
 
 import deltamerge as dm
 from deltamerge.errors import InputError, OutputError
 from deltamerge.models.chain.folder import line
-from deltamerge.models.chain.layers import folded
 from deltamerge.models.delta_file import bits_of
+from deltamerge.models.delta_over_base import folded
 from deltamerge.models.references import open_model
 from deltamerge.tensors.reader import Reader
 
@@ -181,3 +181,38 @@ def test_a_trainer_writes_versions(tmp_path: Path) -> None:
     assert same({**served.state_dict()}, {**trained})
     with pytest.raises(dm.DeltamergeError, match="every=0"):
         dm.DeltaCallback(tmp_path / "chain", every=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what they use
+@pytest.mark.parametrize("how", ["sft", "grpo"])
+def test_trls_own_trainers_write_versions(tmp_path: Path, how: str) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    words = [" ".join(f"w{4 + (7 * row + at) % 90}" for at in range(6)) for row in range(8)]
+    rows = datasets.Dataset.from_dict({"text" if how == "sft" else "prompt": words})
+    given: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    more: dict[str, Any] = {
+        "train_dataset": rows,
+        "processing_class": transformers.AutoTokenizer.from_pretrained(tmp_path / "base"),
+        "callbacks": [dm.DeltaCallback(tmp_path / "run", base=tmp_path / "base")],
+    }
+    if how == "sft":
+        trainer = trl.SFTTrainer(model=model, args=trl.SFTConfig(max_length=16, **given), **more)
+    else:
+        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, **given)
+        rewards = lambda completions, **_: [float(len({*one})) for one in completions]  # noqa: E731
+        trainer = trl.GRPOTrainer(model=model, args=config, reward_funcs=rewards, **more)
+    trainer.train()
+    assert [(one.name, one.step) for one in dm.follow(tmp_path / "run", timeout=0)] == [("000001", 1), ("000002", 2)]
+    state = load_tensors(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    dm.load_delta(tmp_path / "run").apply_(state)
+    trained = {name: tensor.detach().bfloat16() for name, tensor in trainer.model.state_dict().items() if name in state}
+    assert same(state, trained)
+    assert not same(state, before)

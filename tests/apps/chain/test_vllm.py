@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -54,6 +54,12 @@ class WorkerEngine(Generic[T, U]):
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         return self.update_info_cls(**update_dict)  # type: ignore[attr-defined]
 
+    def set_weight_update_target(self, model: torch.nn.Module, model_config: Any) -> None:
+        self._held, self.model, self.model_config = (self.model, self.model_config), model, model_config
+
+    def reset_weight_update_target(self) -> None:
+        self.model, self.model_config = self._held
+
 
 class TrainerEngine(Generic[T]):
     def __init__(self, *, client: Any, source: Any = None, is_sender: bool = True) -> None:
@@ -94,6 +100,19 @@ def load_patches(model: Any, patches: list[Patch], *, validate_unique_indices: b
         model.write(patch.name, patch.values, patch.indices)
 
 
+def record(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put modules with such contents in the place of packages that are not installed."""
+    for name, content in modules.items():
+        parent, _, own = name.rpartition(".")
+        if parent and parent not in modules and parent not in sys.modules:
+            record(monkeypatch, {parent: {}})
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        if parent:
+            monkeypatch.setattr(sys.modules[parent], own, module, raising=False)
+
+
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM itself, or its interface."""
@@ -118,13 +137,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 "finalize_layerwise_reload": lambda model, config: None,
             },
         }  # fmt: skip
-        for name, content in made.items():
-            module = ModuleType(name)
-            module.__dict__.update(content)
-            monkeypatch.setitem(sys.modules, name, module)
-            parent, _, own = name.rpartition(".")
-            if parent:
-                monkeypatch.setattr(sys.modules[parent], own, module, raising=False)
+        record(monkeypatch, made)
     register()
     register()  # twice is once
     yield
@@ -257,3 +270,30 @@ def test_a_worker_that_is_begun_again_writes_every_tensor(vllm: None, made: Path
     engine.init_transfer_engine(DeltaInit(base=str(made / "base")))
     engine.update_weights({"delta": None})
     assert same(model.state, found[0])
+
+
+def test_a_model_that_drafts_is_updated_by_itself(vllm: None, made: Path) -> None:
+    """Its layers lie in the served model's folder, or it has one of its own."""
+    from deltamerge.apps.serve.vllm import DeltaInit
+
+    found = states(3)
+    with dm.DeltaWriter(made / "run", base=made / "base") as writer:
+        for state in found[1:]:
+            writer.write(state)
+    make_checkpoint(made / "drafts", found[1])
+    with dm.DeltaWriter(made / "drafts-run", base=made / "drafts") as writer:
+        writer.write(found[3])
+    engine, model = served(made, in_place=False)
+    assert engine.supports_draft_weight_update
+    for folder, run, held, wanted in (
+        ("base", "run", found[0], found[2]),
+        ("drafts", "drafts-run", found[1], found[3]),
+    ):
+        draft = Model(held)
+        engine.init_transfer_engine(DeltaInit(base=str(made / "base"), in_place=False))
+        config = SimpleNamespace(model=str(made / folder), quantization=None)
+        engine.set_weight_update_target(draft, config)
+        engine.update_weights({"delta": str(made / run / NAMES[1 if folder == "base" else 0])})
+        engine.reset_weight_update_target()
+        assert same(draft.state, wanted)
+        assert same(model.state, found[0])

@@ -160,7 +160,7 @@ def test_a_row_whose_c1_is_zero_is_not_rescaled() -> None:
 @pytest.mark.parametrize("family", stats.FAMILIES)
 def test_eta_starts_where_every_q_is_the_density(family: str) -> None:
     layers = [layer(seed)[-1] for seed in range(3)]
-    q = stats.FAMILIES[family]
+    q = stats.FAMILIES[family][0]
     low, high = stats.eta_range(q, layers, 0.01)
     assert 0.0 < low < high
     means = [np.mean([q(some, 0.01, eta) for some in layers]) for eta in np.geomspace(low, high, 9)]
