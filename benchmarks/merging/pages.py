@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import ROOT
@@ -31,14 +33,57 @@ def documented(found: dict[str, Any], page: str) -> str:
 
 def write_words(found: dict[str, Any]) -> None:
     """Write the tables of words.py: of both families, and of the reported experts of every seed."""
-    tables = {"words": words, "seeds": seeds_of_words}
+    _put("words", {"words": words, "seeds": seeds_of_words}, found)
 
+
+def write_cases(found: list[dict[str, Any]]) -> None:
+    """Write the tables of cases.py: how near the advice is to the best merge, and what merges of so many keep."""
+    _put("cases", {"advice": advice, "methods": methods_of_cases}, found)
+
+
+def _put(kind: str, tables: Mapping[str, Callable[[Any], str]], found: Any) -> None:
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]](found)}{match[3]}"
 
-    pattern = r"(<!-- words: (\w+) -->)\n.*?(<!-- end -->)"
+    pattern = rf"(<!-- {kind}: (\w+) -->)\n.*?(<!-- end -->)"
     page = re.sub(pattern, table, PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     PAGE.write_text(page, encoding="utf-8")
+
+
+def advice(found: list[dict[str, Any]]) -> str:
+    """By family and seed: cases within a point of the best merge, points behind it, and how far forecasts are off."""
+    lines = [
+        ["experts", "advice", "within 1 point", "… of any λ", "behind, mean (most)", "expected, off", "of a skill"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in found:
+        groups.setdefault(f"{case['family']}, seed {case['seed']}", []).append(case)
+    for name, some in [*groups.items(), ("all", found)]:
+        for kind in ("without rows", "with rows"):
+            behind = [case["best"] - case[kind]["mean"] for case in some]
+            further = [case["best at any λ"] - case[kind]["mean"] for case in some]
+            off = [abs(case[kind]["expected"] - case[kind]["mean"]) for case in some]
+            skills = [abs(error) for case in some for error in case[kind]["errors"]]
+            near, nearer = (f"{sum(one <= 1.0 for one in of)} of {len(some)}" for of in (behind, further))
+            spread = f"{fmean(behind):.1f} ({max(behind):.1f})"
+            lines.append([name, kind, near, nearer, spread, f"{fmean(off):.1f}", f"{fmean(skills):.1f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def methods_of_cases(found: list[dict[str, Any]]) -> str:
+    """Mean / worst share of each merge at its rule's λ by family and number of experts, means over cases and seeds."""
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for case in found:
+        columns.setdefault(f"{case['family']}, {len(case['tasks'])}", []).append(case)
+    lines = [["merge", *columns], ["---"] * (1 + len(columns))]
+    for merge in found[0]["mean"]:
+        cells = [
+            f"{fmean(c['mean'][merge] for c in some):.1f} / {fmean(c['worst'][merge] for c in some):.1f}"
+            for some in columns.values()
+        ]
+        lines.append([merge, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def words(found: dict[str, Any]) -> str:

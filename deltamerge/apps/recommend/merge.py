@@ -42,7 +42,8 @@ from deltamerge.run.options import Options
 
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-NEAR = 0.02  # of a share: what 200 rows do not tell apart
+STAY = 0.8  # of what the usual λ loses: another is taken where it loses less
+SEEN = 0.5  # what a share seen on rows counts beside what the merge kept of the benchmarks' skills
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -56,10 +57,11 @@ STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Way:
-    """A merge that is tried: `first` is the λ in the middle of those tried, `over_models` whether over their number.
+    """A merge that is tried: `first` is the usual λ where the method has no rule, `over_models`: over their number.
 
     fitted     the scope of fitted coefficients, from task arithmetic at its best λ
     balanced   whether its recipe has `balance: norm`
+    kept       mean share of the benchmarks' skills that it kept, of encoders that chose and of decoders; None: unknown
     """
 
     name: str
@@ -69,6 +71,14 @@ class Way:
     over_models: bool = False
     fitted: str | None = None
     balanced: bool = False
+    kept: tuple[float | None, float | None] = (None, None)
+
+    def usual(self, models: int) -> float:
+        """Return the λ of so many models in the middle of those tried."""
+        rule = MERGE[self.method].parameters[LAMBDA].rule
+        if rule is not None:
+            return float(rule.value(models))
+        return self.first / models if self.over_models else self.first
 
     @property
     def needs_rows(self) -> bool:
@@ -76,23 +86,26 @@ class Way:
         return self.fitted is not None or MERGE[self.method].rows is not None
 
 
-ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean of the deltas up
-ISO_C = Way("iso_c, balanced", "iso_c", first=1.5, balanced=True)
+ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True, kept=(0.91, 0.21))  # from the mean
+ISO_C = Way("iso_c, balanced", "iso_c", balanced=True, kept=(0.96, 0.41))
 WHOLE = Way("iso_cts", "iso_cts")  # whose nodes have whole deltas, of LoRAs too
-TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
-SVC = Way("svc, balanced", "svc", first=0.7, balanced=True)
-WUDI = Way("wudi", "wudi")
+TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True, kept=(0.98, 0.57))
+SVC = Way("svc, balanced", "svc", balanced=True, kept=(0.95, None))
+WUDI = Way("wudi", "wudi", kept=(0.95, 0.76))
 WAYS = (
     ARITHMETIC,
-    Way("ties", "ties", {"density": 0.2}),
+    Way("ties", "ties", {"density": 0.2}, kept=(0.90, 0.19)),
     ISO_C,
     TSV_M,
     SVC,
     WUDI,
-    Way("wudi, balanced", "wudi", balanced=True),
-    Way("regmean", "regmean"),
+    Way("wudi, balanced", "wudi", balanced=True, kept=(0.95, 0.69)),
+    Way("regmean", "regmean", kept=(0.89, 0.93)),
 )
-FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
+FITTED = tuple(
+    Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope, kept=kept)
+    for scope, kept in (("layer", (0.93, None)), ("row", (0.96, 0.89)))
+)
 
 
 class MergeTrial(Figures):
@@ -292,7 +305,7 @@ class _Adviser:
         if found and not judged:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
         if judged:
-            way, factor, why = with_rows(judged)
+            way, factor, why = with_rows(judged, talks=talks)
             forecast = judged[way].forecast
         else:
             way, factor, why = without_rows(conflict, count, talks=talks)
@@ -341,7 +354,7 @@ class _Adviser:
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
             for way in (*WAYS, *fitted):
-                first = way.first / len(self.setting.models) if way.over_models else way.first
+                first = way.usual(len(self.setting.models))
                 steps = EACH_WAY
                 if way.fitted is not None:
                     first, steps = found[ARITHMETIC].factor or first, 0
@@ -372,7 +385,7 @@ class _Adviser:
                 tried |= self._lost(judge, way, [best / RATIO if best == ends[0] else best * RATIO])
         except DeltamergeError as fault:
             error = one_line(fault)
-        factor = None if error else min(tried, key=lambda one: tried[one])
+        factor = None if error else usual_or_better(tried, first)
         return MergeCandidate(
             name=way.name,
             method=way.method,
@@ -400,6 +413,12 @@ class _Adviser:
         return dict(zip(rounded, found, strict=True))
 
 
+def usual_or_better(lost: Mapping[float, float], usual: float) -> float:
+    """Return the λ of least loss, or the one nearest to the usual where that loses hardly more."""
+    best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
+    return best if lost[best] < STAY * lost[near] else near
+
+
 def _classes(task: ScoredTask) -> int | None:
     """Return the number of a classifier's classes. 1: numbers; None: a language model."""
     if task.kind in LANGUAGE:
@@ -424,16 +443,18 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     return TSV_M, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
 
 
-def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
-    """Return the way that loses least of those whose expected share is the largest, or as good as.
+def with_rows(judged: Mapping[Way, MergeCandidate], *, talks: bool = False) -> tuple[Way, float, list[str]]:
+    """Return the way of the largest expected share: the mean of what rows tell and of what it kept in the benchmarks.
 
-    Where rows do not tell shares, the distance of outputs decides alone.
+    Fifty rows alone tell shares apart by four points. Where rows do not tell shares, the distance of outputs decides.
     """
     lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
-    shares = {way: mean_share(one.forecast) for way, one in judged.items()}
-    most = max((share for share in shares.values() if share is not None), default=None)
-    near = [way for way, share in shares.items() if most is None or (share is not None and share >= most - NEAR)]
-    way = min(near, key=lambda one: lost[one])
+    seen = {way: share for way, one in judged.items() if (share := mean_share(one.forecast)) is not None}
+    kept = {way: share if (known := way.kept[talks]) is None else known for way, share in seen.items()}
+    if seen:
+        way = max(seen, key=lambda one: (SEEN * seen[one] + (1 - SEEN) * kept[one], -lost[one]))
+    else:
+        way = min(lost, key=lambda one: lost[one])
     best = judged[way]
     plain = {one: value for one, value in lost.items() if one.fitted is None}
     others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []

@@ -226,6 +226,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     every = range(len(merge.subjects))
     size = _batch_rows(len(merge.subjects)) if merge.spec.runs_together else ALONE
     tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
+    for subject in merge.subjects:  # the own weights of most have had their last turn
+        subject.tensors.ahead.forget()
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
     leaves, named = _leaves(merge.spec.scope, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from deltamerge.apps.recommend.merge import (
     ARITHMETIC,
     FITTED,
     ISO_C,
+    SVC,
     TSV_M,
     WAYS,
     WUDI,
@@ -35,6 +37,7 @@ from deltamerge.apps.recommend.merge import (
     Way,
     recommend_merge,
     rescue,
+    usual_or_better,
     with_rows,
     without_rows,
 )
@@ -243,22 +246,32 @@ def test_the_decision() -> None:
     assert "task_arithmetic 45.0%" in why[0]
 
 
-def test_rows_decide_by_expected_shares_and_near_ones_by_distance() -> None:
+def test_rows_decide_by_expected_shares_and_by_what_the_benchmarks_kept() -> None:
     def told(lost: float, share: float) -> MergeCandidate:
         skill = SkillForecast(
             model="a", share=share, low=0, high=1, by="answers", loss="none", rival=None, disturbance=None
         )
         return candidate("x", {"a": lost}).model_copy(update={"forecast": [skill]})
 
-    assert with_rows({ARITHMETIC: told(0.2, 0.8), ISO_C: told(0.4, 0.9)})[0] == ISO_C
-    assert with_rows({ARITHMETIC: told(0.2, 0.885), ISO_C: told(0.4, 0.9)})[0] == ARITHMETIC
+    assert with_rows({ARITHMETIC: told(0.2, 0.99), ISO_C: told(0.4, 0.96)})[0] == ISO_C
+    assert with_rows({ARITHMETIC: told(0.2, 0.99), ISO_C: told(0.4, 0.92)})[0] == ARITHMETIC
+    assert with_rows({WUDI: told(0.2, 0.8), ISO_C: told(0.4, 0.9)})[0] == ISO_C
+    assert with_rows({WUDI: told(0.2, 0.8), ISO_C: told(0.4, 0.9)}, talks=True)[0] == WUDI
+    unknown = replace(ISO_C, kept=(None, None))  # it has what rows tell
+    assert with_rows({ARITHMETIC: told(0.2, 0.9), unknown: told(0.4, 0.92)})[0] == unknown
+
+
+def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
+    assert usual_or_better({0.5: 0.3, 1.0: 0.35, 1.5: 0.5}, 1.01) == 1.0
+    assert usual_or_better({0.5: 0.25, 1.0: 0.35, 1.5: 0.5}, 1.01) == 0.5
+    assert (ISO_C.usual(3), SVC.usual(4), ARITHMETIC.usual(9)) == (2.25, 0.6, 0.25)
 
 
 def test_shares_that_answers_tell() -> None:
     names, alike = ["a", "b"], {"a": 0.6, "b": 0.3}
     rows = {"a": 100, "b": 100}
     a, b = of_answers(names, meeting(), alike, {"a": 4, "b": 1}, rows, {})
-    assert a.share == pytest.approx(0.6 * 0.75 + 0.25)  # of 4 classes a chance of a quarter
+    assert a.share == pytest.approx(0.6 + 0.4 * 0.7)  # answers that differ are often as right
     assert (b.share, b.by, b.loss) == (0.3, "numbers", "probable")
     assert (a.rival, a.disturbance) == ("b", 0.2)
     assert 0.5 < a.low < a.share < a.high
