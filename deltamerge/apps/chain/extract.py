@@ -91,7 +91,11 @@ class Link:
         differing = [n for n in end if in_base[n] in origin and end[n] != origin[in_base[n]]] or list(end)[:1]
         found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
         with errors.context(reference):
-            tensors = decoded(found).tensors
+            form = decoded(found)
+            tensors = form.tensors
+            if as_made_from(form, self.versions[0].delta) is not form:
+                hint = "extract RUN --quantized, of the plain model's chain"
+                raise InputError(f"{self.after} has its codes, and --after makes versions of weights", hint=hint)
         name = min(differing, key=lambda name: math.prod(end[name].shape), default="")
         if not name:
             return reference
@@ -146,7 +150,7 @@ def extract(
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out; rows teach its codes.
     Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
     that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
     folder if not given. `options` are those of `run`.
