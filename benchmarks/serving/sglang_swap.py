@@ -97,7 +97,7 @@ def measure(base: Path, models: list[Path], folder: Path, swaps: int) -> int:
     foreign = of_another_base(base, models, folder / "foreign")
     engine = Engine(
         model_path=str(base), device="cpu", attention_backend="torch_native", dtype="bfloat16", log_level="error",
-        mem_fraction_static=0.2, max_total_tokens=2048, max_running_requests=3, context_length=256,
+        mem_fraction_static=0.4, max_total_tokens=2048, max_running_requests=3, context_length=256,
         disable_overlap_schedule=True, disable_radix_cache=True, skip_server_warmup=True, disable_cuda_graph=True,
     )  # fmt: skip
 

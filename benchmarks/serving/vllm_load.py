@@ -1,13 +1,14 @@
 """A hundred swaps of a vLLM server's weights while clients ask without pause: every answer must be of one version.
 
     python -m benchmarks.serving.vllm_load BASE TUNED TUNED… [--swaps 100] [--python VENV/bin/python] [--json PATH]
+    python -m benchmarks.serving.vllm_load BASE-INT8 --chain RUN-INT8 --dtype bfloat16
 
-BASE is a small causal model's folder, TUNED fine-tunes of it, which become the versions of a chain. `--python` has vLLM
-and deltamerge. The server is `vllm.entrypoints.openai.api_server`, in float32 on the CPU. The reference is what it
-answers to every prompt after vLLM's own reload of each version's checkpoint, asked one by one and all at once:
-products of a batch may be rounded otherwise than those of one row. Then the server goes from a version to another,
-forwards and back, as drawn from a generator: requests in flight end first, later ones wait. An answer must be the
-reference's of a version that was served between its question and itself.
+BASE is a small causal model's folder, TUNED fine-tunes of it, which become the versions of a chain; or `--chain` is
+one over BASE. `--python` has vLLM and deltamerge. The server is `vllm.entrypoints.openai.api_server` on the CPU. The
+reference is what it answers to every prompt after vLLM's own reload of each version's checkpoint, asked one by one and
+all at once: products of a batch may be rounded otherwise than those of one row. Then the server goes from a version to
+another, forwards and back, as drawn from a generator: requests in flight end first, later ones wait. An answer must be
+the reference's of a version that was served between its question and itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.vllm_swap import PROMPTS, TOKENS, chained
+from deltamerge.models.chain.folder import names
 from deltamerge.run.apply import apply
 
 ENVIRONMENT = {
@@ -44,10 +46,10 @@ CLIENTS = 2
 class Server:
     """A server in a process of its own; None for `port`: as the system gives it."""
 
-    def __init__(self, python: Path, base: Path, log: Path, port: int) -> None:
+    def __init__(self, python: Path, base: Path, log: Path, port: int, dtype: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
-        command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
+        command += ["--dtype", dtype, "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
         command += ["--weight-transfer-config", '{"backend": "deltamerge"}', "--served-model-name", "model"]
         command += ["--no-enable-prefix-caching", "--uvicorn-log-level", "warning"]
         with log.open("w") as out:
@@ -144,11 +146,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     folder, base = given.folder, given.base.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     models = [model.resolve() for model in given.models]
-    chain = chained(base, models, (folder / "-".join(["load", *(model.name for model in models)])).resolve())
-    versions: dict[str, Path | None] = {"base": None}
-    for number in range(1, len(models) + 1):
-        versions[f"{number:06d}"] = chain / f"{number:06d}"
-    server = Server(given.python, base, folder / "server.log", given.port)
+    if (chain := given.chain) is None:
+        chain = chained(base, models, folder / "-".join(["load", *(model.name for model in models)]))
+    versions: dict[str, Path | None] = {"base": None} | {name: chain.resolve() / name for name in names(chain)}
+    server = Server(given.python, base, folder / "server.log", given.port, given.dtype)
     try:
         wanted = {}
         for name, delta in [*versions.items()][::-1]:  # the base last: the server holds it then
@@ -161,11 +162,11 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         apart = len({json.dumps([sorted(one) for one in answers]) for answers in wanted.values()})
         assert apart == len(wanted), "two of the models answer alike: nothing would be proved"
         server.ask("POST", "/init_weight_transfer_engine", {"init_info": {"base": str(base)}})
-        generator, rows, names = np.random.default_rng(given.seed), [], [*versions]
+        generator, rows = np.random.default_rng(given.seed), []
         with Load(server, wanted) as load:
             for turn in range(given.swaps):
                 before = load.served[-1]
-                name = str(generator.choice([one for one in names if one != before]))
+                name = str(generator.choice([one for one in versions if one != before]))
                 load.served.append(name)
                 seconds, paused = server.swap(versions[name], name)
                 load.done += 1
@@ -184,7 +185,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
-    parser.add_argument("models", type=Path, nargs="+", metavar="TUNED")
+    parser.add_argument("models", type=Path, nargs="*", metavar="TUNED")
+    parser.add_argument("--chain", type=Path)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
@@ -192,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path(".bench/vllm"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
+    if (given.chain is None) != bool(given.models):
+        parser.error("TUNED, or --chain")
     found = measure(given)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

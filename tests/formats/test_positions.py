@@ -14,8 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamerge.errors import InputError
+from deltamerge.formats.delta import positions as codings
 from deltamerge.formats.delta.folder import PADDING
-from deltamerge.formats.delta.positions import CODINGS, Array, ChosenCoding, Gaps, Positions, choose, decode, encode
+from deltamerge.formats.delta.positions import (
+    CODINGS,
+    Array,
+    ChosenCoding,
+    Gaps,
+    Listing,
+    Positions,
+    choose,
+    decode,
+    encode,
+)
 from deltamerge.formats.delta.values import (
     VALUE_BITS,
     Values,
@@ -187,6 +198,30 @@ def u8(*values: int) -> np.ndarray[Any, Any]:
 def test_damaged_positions_are_refused(coding: str, stored: Any, count: int, k: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(coding, stored, count, 12, k)
+
+
+@pytest.mark.parametrize("coding", SPARSE)
+def test_any_range_is_read_from_any_place(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that were passed are decoded again, and those ahead for the first time."""
+    monkeypatch.setattr(codings, "SPAN", 64)
+    size = 3000
+    wanted = np.setdiff1d(draw(3, size, 0.2), np.arange(1200, 2100))  # pieces of a bitmask without any
+    listed = gather(wanted)
+    choice = choose(listed.gaps, size, 16, fill=False, allowed={coding})
+    stored = encode(choice, listed.pieces(), wanted.size, size)
+    listing = Listing(choice.coding, stored, wanted.size, size, choice.k)
+    generator = np.random.default_rng(4)
+    for start, stop in [*np.sort(generator.integers(0, size + 1, (40, 2))).tolist(), (0, size)]:
+        found = list(listing.between(start, stop))
+        for positions, first in found:
+            assert np.array_equal(positions, wanted[first : first + positions.size])
+        inside = wanted[(wanted >= start) & (wanted < stop)]
+        assert np.array_equal(np.concatenate([EMPTY, *(positions for positions, _ in found)]), inside)
+    assert np.array_equal(np.concatenate(list(listing.pieces())), wanted)
+    short = Listing(choice.coding, stored[:-1], wanted.size, size, choice.k)
+    list(short.between(0, 100))  # nothing is wrong there
+    with pytest.raises(InputError):
+        short.finish()
 
 
 def test_damage_between_pieces_is_found() -> None:

@@ -91,7 +91,11 @@ class Link:
         differing = [n for n in end if in_base[n] in origin and end[n] != origin[in_base[n]]] or list(end)[:1]
         found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
         with errors.context(reference):
-            tensors = decoded(found).tensors
+            form = decoded(found)
+            tensors = form.tensors
+            if as_made_from(form, self.versions[0].delta) is not form:
+                hint = "extract RUN --quantized, of the plain model's chain"
+                raise InputError(f"{self.after} has its codes, and --after makes versions of weights", hint=hint)
         name = min(differing, key=lambda name: math.prod(end[name].shape), default="")
         if not name:
             return reference
@@ -146,26 +150,26 @@ def extract(
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out; rows teach its codes.
     Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
     that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
     folder if not given. `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method, a q or rows without a density; `after` with values to add, a LoRA, or no `out`.
+    the chain. UsageError: a method, a q or rows without a density; `after` with a LoRA, or no `out`.
     RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
     if lora is None and size is None and density is None and calibration is not None:
         hint = "--density 0.01, or --budget 8MB"
         raise UsageError("--calibration is for --density, whose q it chooses, --budget and --lora", hint=hint)
     if after is not None:
-        if values is not None or lora is not None or size is not None or out is None:
-            said = "--after needs --out, and takes no --values, --lora or --budget"
-            raise UsageError(said, hint="its values are final")
+        if lora is not None or out is None:
+            raise UsageError("--after needs --out, and takes no --lora", hint="a version is a delta artifact")
         link, options = Link.begin(after, out), options or Options()
         with one_writer(out.resolve().parent, "adding"):
             base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
             chosen: dict[str, Any] = {"density": density, "method": method, "q": q, "calibration": calibration}
+            chosen |= {"values": values, "size": size}
             return extract(model, base, out, **chosen, options=options)
     if density is None and (method is not None or q is not None):
         raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")

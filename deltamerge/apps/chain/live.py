@@ -170,7 +170,7 @@ class Delta(Iterator[Patch]):
     def __next__(self) -> Patch:
         """Return the next patch: final values over the result of the version before.
 
-        InputError: it is made of steps, and there is no `base` to take them from, or another.
+        InputError: it holds steps or values to add, and there is no `base` to take them from, or another.
         """
         if self._patches is None:
             self._patches = self._versions[-1].delta.patches(self._base)
@@ -261,11 +261,12 @@ class Delta(Iterator[Patch]):
         """Return the place in the chain, from 1, of the version that makes a state. None: no version does."""
         state = state_of({name: content for name, content in found.items() if content is not None})
         there = notes(self.path.parent)
-        at = next((note for note in there.values() if note is not None and note.state == state), None)
+        at = next((name for name, note in there.items() if note is not None and note.state == state), None)
         place = 0
         while at is not None and place <= len(there):
             place += 1
-            at = None if at.after is None else there.get(at.after.name)
+            note = there.get(at)  # a first version may be without
+            at = None if note is None or note.after is None else note.after.name
         return place or None
 
     def _refuse(self, held: _Contents, sources: Mapping[str, str]) -> NoReturn:
@@ -302,20 +303,11 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
     Of a chain's own folder it is the version that is pinned, else the newest.
 
     Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
-    comes before; `base` is that, a state dict or a folder, which tensors of encoding `steps` are decoded from and
-    checked against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now,
-    not at the first patch. InputError: one is damaged, missing, or not made from the one before; or it holds values to
-    add.
+    comes before; `base` is that, a state dict or a folder, which steps and values to add are decoded with and checked
+    against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now, not at the
+    first patch. InputError: one is damaged, missing, or not made from the one before.
     """
-    versions = line(served(Path(path)) or Path(path))
-    for version in versions:
-        for name, entry in version.delta.entries.items():
-            if entry.record.values is not None:
-                raise InputError(
-                    f"{path}: {name}: holds values to add, not final values",
-                    hint="apply it to its base, or name it as a model of a recipe",
-                )
-    return Delta(versions, base)
+    return Delta(line(served(Path(path)) or Path(path)), base)
 
 
 class _Contents(dict[str, "Content | None"]):

@@ -6,7 +6,6 @@ Sender and receivers see the chain's folder. Only what changed is written. Names
 from __future__ import annotations
 
 import atexit
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,17 +93,3 @@ class ChainReceiver:
         before, now = self._held or {}, version.versions[-1].contents
         self._held, self._after = now, version.name
         return iter([(name, self._state[name]) for name, content in now.items() if before.get(name) != content])
-
-
-def metrics_of(made: WrittenVersion | None, seconds: float) -> dict[str, float]:
-    """Return the figures of a version that trainers log."""
-    if made is None:
-        return {}
-    changed = made.changed / made.elements if made.elements else 0.0
-    return {"changed_ratio": changed, "payload_mbytes": made.nbytes / (1 << 20), "seconds": seconds}
-
-
-def timed(sender: ChainSender, weights: Weights, *, writes: bool, step: int | None = None) -> dict[str, float]:
-    """Send a round, and return its figures."""
-    begun = time.monotonic()
-    return metrics_of(sender.send(weights, writes=writes, step=step), time.monotonic() - begun)

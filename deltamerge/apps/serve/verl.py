@@ -17,7 +17,7 @@ from typing import Any
 
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
-from deltamerge.apps.serve.rounds import ChainReceiver, ChainSender, Weights, timed
+from deltamerge.apps.serve.rounds import ChainReceiver, ChainSender, Weights
 
 
 @CheckpointEngineRegistry.register("deltamerge")
@@ -51,8 +51,11 @@ class ChainCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # verl is 
 
     async def send_weights(self, weights: Weights, global_steps: int | None = None) -> dict[str, float]:
         """Publish the actor's weights; every process takes part in gathering them."""
-        found = timed(self._sender, weights, writes=self._is_master, step=global_steps)
-        return {f"checkpoint_engine/{name}": value for name, value in found.items()}
+        made = self._sender.send(weights, writes=self._is_master, step=global_steps)
+        if made is None:
+            return {}
+        figures = {"changed_ratio": made.changed / max(1, made.elements), "payload_mbytes": made.nbytes / (1 << 20)}
+        return {f"checkpoint_engine/{name}": value for name, value in figures.items()}
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, Any]]:
         """Yield the tensors that the update changes."""

@@ -393,10 +393,11 @@ def decode(rows: CodedRows, codes: Array, start: int, out: Floats) -> None:
 
 def _straight(rows: CodedRows, codes: Array, top: int, bottom: int) -> Floats:
     """Return rows [top, bottom) by numpy."""
-    number, width, columns, stride = rows.form
-    stored = np.zeros((bottom - top, stride), np.uint8)  # the last row may be cut short
-    flat = (codes if rows.stored is None else rows.stored).reshape(-1).view(np.uint8)[: stored.size]
-    stored.reshape(-1)[: len(flat)] = flat
+    (number, width, columns, stride), across = rows.form, rows.grid.across
+    flat = (codes if rows.stored is None else rows.stored).reshape(-1).view(np.uint8)[: (bottom - top) * stride]
+    if short := (bottom - top) * stride - len(flat):  # the last row is cut short
+        flat = np.concatenate([flat, np.zeros(short, np.uint8)])
+    stored = flat.reshape(-1, stride)
     if rows.table is not None:
         halves = [rows.table[np.arange(256) & 15], rows.table[np.arange(256) >> 4]]
         pairs = np.stack(halves[::-1] if number == SWAPPED_PAIRS else halves, 1).view(np.complex64)[:, 0]
@@ -404,27 +405,35 @@ def _straight(rows: CodedRows, codes: Array, top: int, bottom: int) -> Floats:
     elif number == PACKED:
         values = unpack(stored.view("<u4"), width)[:, :columns].astype(np.float32)
         values -= np.float32(1 << width - 1)
+    elif number == FORMS["I8"]:
+        values = stored.view(np.int8).astype(np.float32)
     else:
-        values = values_of(next(dtype for dtype, form in FORMS.items() if form == number))[stored]
-    lines = rows.grid.rows_of(np.arange(top, bottom)) - rows.line
-
-    def spread(grid: Floats) -> Floats:
-        own = grid[lines]
-        return own if rows.grid.across == 1 else np.repeat(own, rows.grid.n, axis=1)[:, :columns]
-
-    if rows.zeros is not None:
-        values -= spread(rows.zeros)
-    values *= spread(rows.scales)
-    if rows.biases is not None:
-        values += spread(rows.biases)
+        values = np.take(values_of(next(dtype for dtype, form in FORMS.items() if form == number)), stored)
+    values, lines = np.ascontiguousarray(values), rows.grid.rows_of(np.arange(top, bottom)) - rows.line
+    places = None if across == 1 or across * rows.grid.n == columns else np.arange(columns) // rows.grid.n
+    for operate, numbers in ((np.subtract, rows.zeros), (np.multiply, rows.scales), (np.add, rows.biases)):
+        if numbers is not None:
+            _each(operate, values, numbers[lines], places)
     if rows.factor != 1:
         values *= np.float32(rows.factor)
     return values
 
 
+def _each(operate: np.ufunc, values: Floats, numbers: Floats, places: Array | None) -> None:
+    """Change contiguous values (rows, columns) by numbers (rows, across).
+
+    places   the number of each column; None: blocks of columns are equal, and in order
+    """
+    if places is None:
+        cut = values.reshape(*numbers.shape, -1)
+        operate(cut, numbers[:, :, None], out=cut)
+    else:
+        operate(values, np.take(numbers, places, axis=1), out=values)
+
+
 def _turned(rows: CodedRows, count: int) -> Floats:
     """Return `count` rows of a weight that is stored transposed, by numpy."""
-    line, columns = rows.line, rows.form.columns
+    line, columns, across = rows.line, rows.form.columns, rows.grid.across
     assert rows.stored is not None
     if rows.form.number == TURNED_PAIRS:
         assert rows.table is not None
@@ -439,9 +448,10 @@ def _turned(rows: CodedRows, count: int) -> Floats:
         codes = unpack_awq(rows.stored[:, line // 8 : -(-(line + count) // 8)])[:, line % 8 :][:, :count].T
     assert rows.zeros is not None
     assert rows.groups is not None
-    values = codes.astype(np.float32)
-    values -= np.take(rows.zeros, rows.groups, axis=1)
-    values *= np.take(rows.scales, rows.groups, axis=1)
+    values, in_order = np.ascontiguousarray(codes, np.float32), np.arange(columns) // max(1, columns // across)
+    places = None if not columns % across and np.array_equal(rows.groups, in_order) else rows.groups
+    _each(np.subtract, values, rows.zeros, places)
+    _each(np.multiply, values, rows.scales, places)
     return values
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge.errors import InputError
-from deltamerge.models.chain.diffs import KEPT, Diff, DiffFile, patched
+from deltamerge.models.chain.diffs import Diff, DiffFile, patched
 from deltamerge.models.checkpoint import Checkpoint, open_checkpoint
-from deltamerge.tensors.reader import RecentParts
 
 MOST = 100_000
 
@@ -128,9 +127,8 @@ class Dialect(ABC):
                 if name not in base.tensors:
                     raise InputError(f"{version.path}: has {name}, which the base lacks", hint="is it the base?")
                 diffs.setdefault(name, []).append(diff)
-        kept = RecentParts(KEPT)
         tensors = {
-            name: replace(info, tensor=patched(info, diffs[name], kept, path / self.index)) if name in diffs else info
+            name: replace(info, tensor=patched(info, diffs[name], path / self.index)) if name in diffs else info
             for name, info in base.tensors.items()
         }
         files = {diff.stored.path for several in diffs.values() for diff in several}

@@ -29,7 +29,7 @@ from deltamerge.errors import InputError
 from deltamerge.files.descriptors import flat, writing
 from deltamerge.formats.delta.positions import Array
 from deltamerge.tensors.reader import RecentParts
-from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, unique, view
+from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 CHECKSUMS: dict[str, Callable[[Any], str]] = {
     "xxh3-128": lambda data: xxh3_128(data).hexdigest(),
@@ -135,19 +135,19 @@ class DiffFile:
 KEPT = 4  # tensors, whole
 
 
-def patched(info: TensorInfo, diffs: Sequence[Diff], kept: RecentParts, path: Path) -> Tensor:
+def patched(info: TensorInfo, diffs: Sequence[Diff], path: Path) -> Tensor:
     """Return the tensor that diffs of several versions make of a base's. InputError: when it is read."""
     inputs = [info, *(diff.stored for diff in diffs)]
-    return unique(diffed, inputs, info.shape, info.dtype, diffs=tuple(diffs), kept=kept, label=info.name, path=path)
+    return viewed(diffed, inputs, info.shape, info.dtype, diffs=tuple(diffs), label=info.name, path=path)
 
 
-@view()
+@view(whole_inputs=True)
 def diffed(
-    read: Read, tensor: Tensor, start: int, out: memoryview, *, diffs: tuple[Diff, ...], kept: RecentParts, label: str,
-    path: Path,
-) -> None:  # fmt: skip
+    read: Read, tensor: Tensor, start: int, out: memoryview, *, diffs: tuple[Diff, ...], label: str, path: Path
+) -> None:
     """Apply the diffs of several versions to the base's tensor, the first input; the others are the stored diffs."""
-    whole = kept.get(label, lambda: _made(read, tensor, diffs, label))
+    kept: RecentParts = read.once("tensors of other projects' versions", lambda: RecentParts(KEPT))
+    whole = kept.get(tensor, lambda: _made(read, tensor, diffs, label))
     begin = start * (tensor.nbytes // max(1, tensor.size))
     out[:] = flat(whole[begin : begin + len(out)])
 

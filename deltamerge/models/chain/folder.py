@@ -158,8 +158,6 @@ def open_version(path: Path) -> Version:
     if note is None:
         return version
     with errors.context(str(path)):
-        if opened.manifest.semantics != "replace":
-            raise InputError("holds values to add, which no version of a chain does")
         if wanted := {file.name for file in opened.files} - note.files.keys():
             raise InputError(f"{VERSION} does not list {min(wanted)}", hint=FOREIGN)
         if note.state != version.state:
@@ -244,8 +242,6 @@ def check_link(before: Version, version: Version) -> None:
 def check_successor(before: Mapping[str, Content], manifest: Manifest, name: str) -> None:
     """InputError unless an artifact changes the tensors `before`, of the version `name`, into tensors of the same
     names, dtypes and shapes."""
-    if manifest.semantics != "replace":
-        raise InputError("holds values to add, which no version of a chain does", hint="extract it without --values")
     for tensor in sorted({*before, *manifest.removed} ^ manifest.tensors.keys()):
         what = "lacks" if tensor in before else "adds"
         raise InputError(

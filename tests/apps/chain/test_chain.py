@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import json
 import shutil
@@ -15,16 +16,21 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from format_reader import State, documented, read_chain
+from pydantic import TypeAdapter
 
 import deltamerge as dm
 from deltamerge.apps.chain.live import Write
+from deltamerge.apps.serve.fine_tunes import ServedModel
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.formats.delta.parts import Part
 from deltamerge.models.chain import folder as folders
 from deltamerge.models.chain.folder import VERSION, between, line
+from deltamerge.models.references import Models
 
 NAMES = ["000001", "000002", "000003", "000004"]
 Tensors = dict[str, torch.Tensor]
+PARTS: TypeAdapter[Part] = TypeAdapter(Part)
 
 
 def states(count: int, seed: int = 0) -> list[Tensors]:
@@ -380,7 +386,7 @@ def test_extract_refuses_what_would_not_be_a_chain(made: Path, chain: Path) -> N
             "--after",
             made / "tuned-1",
         ): "is no version of a chain",
-        (made / "tuned-2", made / "base", *more, "--values", "int8"): "takes no --values",
+        (made / "tuned-2", made / "base", *more, "--lora", "4"): "takes no --lora",
     }.items():
         assert said in refused("extract", *words)
         assert folders.names(chain) == NAMES
@@ -388,6 +394,117 @@ def test_extract_refuses_what_would_not_be_a_chain(made: Path, chain: Path) -> N
     state = load_tensors(made / "base")
     assert dm.load_delta(chain).apply_(state) == 5
     assert same(state, load_tensors(made / "tuned-1"))
+
+
+def test_tensors_are_views_of_what_is_stored(made: Path) -> None:
+    """Opened twice, they are the same; they count the bytes of the base and of every version that changes them."""
+    reference = f"{made}/base+{made}/chain/{NAMES[3]}"
+    first, again, before = (
+        Models().open(one, made, weights=True).tensors for one in (reference, reference, reference[:-1] + "3")
+    )
+    assert all(first[name].tensor is again[name].tensor for name in first)
+    view = first["a"].tensor
+    assert view.inputs[0] is before["a"].tensor
+    assert first["kept"].kind == "stored"
+    leaves = list(view.leaves())
+    assert {leaf.path for leaf in leaves} == {
+        made / "base" / "model.safetensors",
+        *(made / "chain" / name / "delta.safetensors" for name in NAMES),
+    }
+    assert view.read_nbytes == sum(leaf.nbytes for leaf in leaves)
+
+
+FEW = ("--ratio", 4), ("--density", 0.3, "--values", "int8"), ()
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, tuned-1…3, and a chain whose first versions add parts, then codes; the last one is exact."""
+    folder, generator = tmp_path_factory.mktemp("few"), torch.Generator().manual_seed(5)
+    state = {"a": torch.randn(96, 40, generator=generator).bfloat16(), "b": torch.randn(60, 64, generator=generator)}
+    make_checkpoint(folder / "base", state)
+    for number, how in enumerate(FEW, 1):
+        state = {name: (t + torch.randn(t.shape, generator=generator) / 16).to(t.dtype) for name, t in state.items()}
+        make_checkpoint(folder / f"tuned-{number}", state)
+        after = ("--after", folder / "chain" / NAMES[number - 2]) if number > 1 else ()
+        words = ("--base", folder / "base", "--out", folder / "chain" / NAMES[number - 1], "--workers", 1, "-q")
+        succeed("extract", folder / f"tuned-{number}", *words, *after, *how)
+    return folder
+
+
+def by_the_documented_reader(chain: Path, base: Tensors) -> list[Tensors]:
+    """What each version makes, in numpy: float32(base) + value, rounded once; sums of parts in float64."""
+    reader: dict[str, Any] = {}
+    for word in ("def positions", "def sum_of_parts"):
+        exec(documented(word), reader)
+    now, found = base, list[Tensors]()
+    for name in NAMES[: len(FEW)]:
+        arrays = reader["load_file"](chain / name / "delta.safetensors")
+        said = json.loads((chain / name / "delta.json").read_text())
+        records = said.get("tensors") or json.loads(bz2.decompress(arrays["tensors"].tobytes()))
+        at, made = 0, dict(now)
+        for tensor, record in records.items():
+            if not record["count"] or "values" not in record:
+                continue
+            flat, (m, n) = now[tensor].float().flatten().numpy().copy(), now[tensor].shape
+            if record["values"] == "parts":
+                parts = [PARTS.validate_python(part) for part in record["parts"]]
+                size = sum(part.nbytes(m, n) for part in parts)
+                flat += reader["sum_of_parts"](record, arrays["parts"][at : at + size]).reshape(-1)
+                at += size
+            else:
+                where = reader["positions"](record, tensor, arrays)
+                flat[where] += reader["added"](record, tensor, arrays, where)
+            made[tensor] = torch.from_numpy(flat).reshape(m, n).to(now[tensor].dtype)
+        found.append(made)
+        now = made
+    return found
+
+
+def test_versions_that_add_values(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that adds is over what the one before makes, rounded once to the dtype; the next begins from that."""
+    monkeypatch.chdir(few)
+    base = load_tensors(few / "base")
+    kinds = [json.loads((few / "chain" / name / "delta.json").read_text()) for name in NAMES[: len(FEW)]]
+    assert [(kind["version"], kind["semantics"]) for kind in kinds] == [(3, "add"), (1, "add"), (2, "replace")]
+    wanted = [*by_the_documented_reader(few / "chain", base)[:2], load_tensors(few / "tuned-3")]
+    assert not any(same(one, load_tensors(few / f"tuned-{i}")) for i, one in enumerate(wanted[:2], 1))
+    switch, served = dm.Switch(live := {n: t.clone() for n, t in base.items()}), ServedModel(few / "base")
+    before = base
+    for name, state in zip(NAMES, wanted, strict=False):
+        succeed("apply", f"chain/{name}", "--base", "base", "--out", tmp_path / name, "--workers", 1, "-q")
+        assert same(load_tensors(tmp_path / name), state)
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {few}/base+{few}/chain/{name}}}]\n")
+        succeed("run", recipe, "--out", tmp_path / f"read-{name}", "--workers", 1, "-q")
+        assert same(load_tensors(tmp_path / f"read-{name}"), state)
+        patched = {n: t.clone() for n, t in before.items()}
+        for patch in dm.load_delta(f"chain/{name}", before):
+            where = slice(None) if patch.indices is None else patch.indices.long()
+            patched[patch.name].view(-1)[where] = patch.values
+        assert same(patched, state)
+        applied = {n: t.clone() for n, t in before.items()}
+        assert dm.load_delta(f"chain/{name}").apply_(applied) == 1
+        assert same(applied, state)
+        switch.to(f"chain/{name}")
+        assert same(live, state)
+        assert same(dict(served.weights(served.changes(f"chain/{name}"), base)), state)
+        before = {n: t.clone() for n, t in state.items()}
+    switch.to(None)
+    assert same(live, base)
+    assert dm.load_delta("chain/000001").apply_(before, base="base") == -2
+    assert same(before, wanted[0])
+    succeed("verify", "chain", "--base", "base")
+    shutil.copytree("chain", tmp_path / "chain")
+    succeed("squash", tmp_path / "chain", "--keep", 1, "--base", "base", "-q")
+    for name in NAMES[1:3]:
+        succeed("apply", tmp_path / "chain" / name, "--base", "base", "--out", tmp_path / name, "--force", "-q")
+        assert same(load_tensors(tmp_path / name), wanted[int(name) - 1])
+    with pytest.raises(InputError, match="values to add to the base's, which cannot be told without them"):
+        next(dm.load_delta("chain/000002"))
+    other = {name: tensor + 1 for name, tensor in wanted[0].items()}
+    with pytest.raises(InputError, match="the base's tensor is not the one this delta was made from"):
+        next(dm.load_delta("chain/000002", other))
 
 
 def test_a_plain_delta_is_named_over_its_base(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

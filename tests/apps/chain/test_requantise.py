@@ -205,6 +205,8 @@ def test_what_is_no_quantisation_of_the_base_is_refused(made: Path, tmp_path: Pa
     assert "is no chain" in refused("extract", made / "tuned-1", "--quantized", base, "--out", tmp_path / "d")
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and any(path.glob("delta.json"))]
     extract_quantised(str(run), str(base), tmp_path / "e", workers=1)
+    after = ("--out", tmp_path / "e" / "000004", "--after", tmp_path / "e" / "000003")
+    assert "has its codes" in refused("extract", other, "--base", base, *after)
     with dm.DeltaWriter(tmp_path / "other", base=made / "base") as writer:
         writer.write(moved(load_tensors(made / "tuned-3"), 9))
     with pytest.raises(InputError, match="is of no version of"):
