@@ -163,9 +163,9 @@ class Scores:
 def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForecast]]:
     """The merge that `recommend` names with so many rows a model, and what it expects of it.
 
-    A third of the rows decides, as where a file has no more; λ of each method is chosen on the others.
+    λ of each method is chosen on two thirds of the rows, as where a file has no more; all of them decide.
     """
-    names, search, held = scores.case.tasks, slice(rows // 3, rows), slice(rows // 3)
+    names, search, held = scores.case.tasks, slice(rows // 3, rows), slice(rows)
     classes = {task: words.task_of(task).labels for task in names}
     judged = {}
     for way in (way for way in WAYS if way.name in METHODS):

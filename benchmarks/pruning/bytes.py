@@ -8,7 +8,8 @@ Each cell makes a delta of at most checkpoint / ratio bytes, applies it, and mea
 from the fine-tune's on test rows (mean squared difference where the task is regression), and the score. Decoders: KL of
 the answers' tokens, and the share of answers whose every token is the most likely one.
 
-    ours, ours with rows   `extract --ratio`, without and with 50 validation rows: real files, headers and all
+    ours, ours with rows   `extract --ratio`, without and with 50 validation rows, labels unread: those of a decoder
+                           have the fine-tune's own greedy answers; real files, headers and all
     LoRA by SVD            `extract --lora --budget`: bfloat16, ranks shared out
     DARE, magnitude        `prune: {method: …, budget: …}`, values of one bit: real files; DARE divides by its density
     DAREx-q, magnitude q_e the same, q by output change on the 50 rows (encoders)
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -68,8 +70,11 @@ class Subject(Protocol):
     name: str
     base: Path
     tuned: Path
-    rows: Path
     score: float
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The first validation rows, without labels; of a decoder with the fine-tune's own answers."""
 
     def measure(self, state: State) -> tuple[float, float]:
         """KL and score of weights, by their names in the fine-tune's file."""
@@ -84,7 +89,7 @@ class Encoder:
         from benchmarks import encoder
 
         self.name, self.base, self.tuned = name, models_folder() / "base", models_folder() / name
-        self.rows = tasks.ROWS / f"{name}.validation.jsonl"
+        self.rows = [{"text": row.text} for row in tasks.rows(name, "validation")[:ROWS]]
         self.task, self.encoder = TASKS[name], encoder
         self.test = sorted(tasks.rows(name, "test")[:count], key=lambda row: len(row.text))
         self.tokenizer = AutoTokenizer.from_pretrained(self.tuned)
@@ -116,21 +121,37 @@ class Decoder:
     """A fine-tune of SmolLM2; `count` test rows, in bfloat16."""
 
     def __init__(self, name: str, count: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         from benchmarks import smollm2
 
         own = name.partition(":")[2]
         self.name, self.base, self.tuned = name, smollm2.FOLDER / "base", smollm2.FOLDER / own
-        self.rows = smollm2.rows_file(smollm2.EXPERTS[own].task, "validation")
-        tokenizer = AutoTokenizer.from_pretrained(self.tuned)
+        self.asked = [row.text for row in smollm2.rows(smollm2.EXPERTS[own].task, "validation")[:ROWS]]
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned)
+        tokenizer = self.tokenizer
         some = smollm2.examples(tokenizer, smollm2.rows(smollm2.EXPERTS[own].task, "test")[:count])
         some = sorted(some, key=lambda one: len(one.ids))
         self.batches = [some[at : at + 25] for at in range(0, len(some), 25)]
         self.padded = smollm2.padded
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.bfloat16).eval()
+        self.model = self._loaded()
         self.target = [*self._outputs()]
         self.score = self._score(self.target)
+
+    def _loaded(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.bfloat16).eval()
+
+    @cached_property
+    def rows(self) -> list[dict[str, str]]:
+        """The rows that were asked, answered up to the end of the sequence."""
+        found, model = [], self._loaded()
+        for text in self.asked:
+            ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
+            made = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
+            found.append({"prompt": text, "completion": self.tokenizer.decode(made[0, ids.shape[1] :])})
+        return found
 
     def measure(self, state: State) -> tuple[float, float]:
         self.model.load_state_dict(state, strict=False)
@@ -182,11 +203,8 @@ def ours(one: Subject, budget: int, work: Path, *, rows: bool) -> tuple[int, Sta
 
 
 def calibration(one: Subject, work: Path) -> Path:
-    """The first rows of the validation part; of a decoder with the answers, as the fine-tune would give them."""
     out = work / "rows.jsonl"
-    lines = [json.loads(line) for line in one.rows.read_text(encoding="utf-8").splitlines()[:ROWS]]
-    texts = [f"{row['text']} {row['label']}" if isinstance(one, Decoder) else row["text"] for row in lines]
-    out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    out.write_text("".join(json.dumps(row) + "\n" for row in one.rows), encoding="utf-8")
     return out
 
 

@@ -6,7 +6,7 @@ A plan names these functions, so torch is imported when they run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from deltamerge import errors
 from deltamerge.calibrate.model.transformers_code import quiet
 from deltamerge.calibrate.spec import (
     CalibrationInput,
-    ModelTensors,
     models_of,
 )
 from deltamerge.calibrate.values import ModelCut
@@ -38,12 +37,9 @@ from deltamerge.tensors.views import ordered_product
 if TYPE_CHECKING:
     import torch
 
-    from deltamerge.calibrate.model.passes import Weights
     from deltamerge.calibrate.q.statistics import LayerStatistics
 
-Change = Callable[[str, "torch.Tensor"], "torch.Tensor"]
-"""(name, a tensor of the fine-tune) -> the tensor of a changed one."""
-ACTIVATIONS, COMPARING = "measuring activations of", "comparing lengths of"
+ACTIVATIONS = "measuring activations of"
 TOGETHER = 32  # tensors whose histograms are held before they are added
 LONG = 40  # characters of a model's name beside its progress
 
@@ -73,26 +69,6 @@ def calibrating(name: str, passes: int, what: str = "calibrating", *, device: st
         memory_of(device),
     ):
         yield
-
-
-def divergences(source: CalibrationInput, tensors: ModelTensors, changes: Sequence[Change]) -> list[float]:
-    """Return the divergence of a fine-tune's outputs on the search rows when its weights are changed, for each
-    change."""
-    from deltamerge.calibrate.q.subject import Subject
-
-    with calibrating(source.model, 1 + len(changes), COMPARING, device=source.device), Reader() as reader:
-        subject = Subject(source, tensors, reader)
-
-        def weights(change: Change) -> Weights:
-            return lambda names: {name: change(name, tensor) for name, tensor in subject.tune(names).items()}
-
-        batches = subject.batches["search"].inputs
-        distance = subject.distribution(batches)
-        found = subject.model.run(batches, [weights(change) for change in changes], distance.reduce)
-        subject.count(batches)
-        values = [distance.value(parts) for parts in found]
-        subject.forget()
-    return values
 
 
 @traits(reads=2)

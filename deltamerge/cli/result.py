@@ -96,9 +96,10 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
             lost = f", {delta.entries:,} entries: {how}"
             if (budget := result.lock.get("budget")) is not None:
                 spent = ", ".join(f"{name} {human(size)}" for name, size in budget["spent"].items())
-                lost = f": {spent}; {budget['lost']:.3g} of the {budget['of']} are lost"
-                if "divergence" in budget:
-                    lost += f", divergence on the rows {budget['divergence']:.3g}"
+                lost = f": {spent}; {budget['lost']:.3g} of the delta's squares are lost"
+                if "learned" in budget:
+                    said = budget["learned"]["divergence"]
+                    lost += f"; learned codes: divergence from {said['before']:.3g} to {said['after']:.3g}"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
             lost += of_rounding(quantised)

@@ -1,16 +1,17 @@
 """A delta Δ (m, n) in few bytes: what it may be stored as, at what price, and the parts that are made of it.
 
-With σ_k u_k v_kᵀ the singular triples of Δ (of Δ C^½ where the inputs' second moments C are known), a component whose
-two vectors have levels of relative distortion D loses σ_k² (1 - (1 - D)²), and takes m + n codes and a byte. Entries of
-one row have a scale; entries of distortion D lose D times their squares. A multiplier λ chooses for each tensor what
+With σ_k u_k v_kᵀ the singular triples of Δ, a component whose two vectors have levels of relative distortion D loses
+σ_k² (1 - (1 - D)²), and takes m + n codes and a byte. Entries of one row have a scale; entries of distortion D lose D
+times their squares. A multiplier λ chooses for each tensor what
 makes distortion + λ bytes least. One λ for all tensors is a point of their common lower convex hull: at the end no byte
 would gain more in another tensor.
 
-The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ C V̂ (V̂ᵀ C V̂)⁻¹, and
-are quantised too; the scales of the products are solved for together.
+The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ V̂ (V̂ᵀ V̂)⁻¹, and are
+quantised too; the scales of the products are solved for together.
 
 What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
-skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not.
+skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not. With
+rows codes and scales are learned instead (`calibrate.q.codes`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ BLOCK = 1 << 20  # elements that are quantised at once
 HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
 TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
+MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
+LATENT = 80  # bytes of memory a byte of codes that are learned: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
@@ -208,9 +211,9 @@ def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price
     return choices
 
 
-def histogram(delta: Array, weights: Array | float) -> tuple[Floats, Floats]:
-    """How many entries have squares of each bin, and their sums, by bin; to be added up."""
-    squares = (np.square(delta, dtype=np.float64) * weights).reshape(-1)
+def histogram(delta: Array, weight: float) -> tuple[Floats, Floats]:
+    """How many entries have weighed squares of each bin, and their sums, by bin; to be added up."""
+    squares = (np.square(delta, dtype=np.float64) * weight).reshape(-1)
     bins = squares.astype(np.float32).view(np.uint32) >> 20
     counts = np.bincount(bins, minlength=BINS).astype(np.float64)
     return counts, np.bincount(bins, squares, BINS).astype(np.float64)
@@ -222,16 +225,13 @@ def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squar
     return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
 
 
-def parts_of(
-    delta: Array, choice: Choice, vectors: Array | None, moments: Array | None, longer: float = 1.0
-) -> tuple[list[Part], Array]:
+def parts_of(delta: Array, choice: Choice, vectors: Array | None, longer: float = 1.0) -> tuple[list[Part], Array]:
     """The parts that a choice is for a delta (m, n) float32, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first, `moments` C (n, n). Values are `longer` than those
-    of least squares.
+    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares.
     """
     if any(choice.components) and vectors is not None:
-        part, stored = _factors(delta, vectors, np.array(choice.components), moments, longer)
+        part, stored = _factors(delta, vectors, np.array(choice.components), longer)
         return [part], stored
     if choice.entries is not None:
         levels, count = choice.entries
@@ -262,16 +262,18 @@ def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
     return codes, np.maximum(scale, 0.0)
 
 
-def scratch(shapes: Sequence[tuple[int, int]], workers: int, *, weighed: bool) -> int:
-    """About the bytes of deltas (m, n) that are collected, factored and coded at one time."""
+def scratch(shapes: Sequence[tuple[int, int]], workers: int, learned: float = 0.0) -> int:
+    """About the bytes of deltas (m, n) that are collected, factored and coded at one time.
+
+    `learned` are those of an artifact whose codes are learned.
+    """
     held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
-    work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=weighed) for m, n in shapes), reverse=True)
-    return TORCH + sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
+    work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=False) for m, n in shapes), reverse=True)
+    making = sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
+    return TORCH + max(making, LATENT * math.ceil(learned) if learned <= MOST_LEARNED else 0)
 
 
-def _factors(
-    delta: Array, vectors: Array, components: Array, moments: Array | None, longer: float
-) -> tuple[Part, Array]:
+def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> tuple[Part, Array]:
     kept = np.flatnonzero(components)
     kept = kept[np.argsort(components[kept], kind="stable")]
     counts = components[kept]
@@ -280,9 +282,8 @@ def _factors(
     right = np.asarray(vectors[kept], np.float64)
     v_codes = {levels: quantise(right[counts == levels], levels)[0] for levels in groups}
     v = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[v_codes[levels]] for levels in groups]))
-    seen = v if moments is None else v @ torch.from_numpy(np.asarray(moments, np.float64))
-    inner = v @ seen.T
-    image = d @ seen.T
+    inner = v @ v.T
+    image = d @ v.T
     left = _solve(inner, image.T).numpy()
     u_codes = {levels: quantise(left[counts == levels], levels)[0] for levels in groups}
     u = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[u_codes[levels]] for levels in groups]))

@@ -20,7 +20,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files import progress
-from deltamerge.formats.delta.entry import TILE, Decoder, Entry, as_bits
+from deltamerge.formats.delta.entry import NOTHING, TILE, Decoder, Entry, as_bits
 from deltamerge.formats.delta.folder import entry_of, stored_of
 from deltamerge.formats.delta.manifest import Record
 from deltamerge.formats.delta.positions import Array
@@ -36,28 +36,6 @@ PARTS = 128 << 20  # bytes of decoded parts that a reader keeps
 POSITIONS = 32 << 20  # bytes of decoded positions that it keeps
 TILES = max(4, os.cpu_count() or 1)  # tiles of steps of an artifact that it keeps, one for each worker
 VERSIONS = 4 * TILES  # tiles of versions over others that it keeps
-
-_NOTHING = np.empty(0, np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldedEntry(Entry):
-    """A tensor through several versions. Of the entry itself only the record is used.
-
-    versions   the entry of each version, and its version's name
-    checked    check the hash of what every version makes, not of the last alone
-    """
-
-    versions: tuple[tuple[str, Entry], ...] = ()
-    checked: bool = False
-
-    @property
-    def lineage(self) -> Sequence[tuple[str, Entry]]:
-        return self.versions
-
-    @property
-    def every(self) -> bool:
-        return self.checked
 
 
 def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:
@@ -75,7 +53,7 @@ def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:
         changed = sum(entry.record.count for _, entry in parts)
         same = {"encoding": "dense", "count": end.size if changed else 0, "result": end.record.result}
         same |= {"values": None, "parts": []}
-        entries[name] = FoldedEntry(name, begin.model_copy(update=same), _NOTHING, versions=parts, checked=every)
+        entries[name] = Entry(name, begin.model_copy(update=same), NOTHING, versions=parts, every=every)
     whole = first.manifest.model_copy(update={"tensors": {n: entry.record for n, entry in entries.items()}})
     return DeltaFile(last.path, whole, entries, last.files)
 
@@ -86,7 +64,7 @@ def covers(longer: DeltaFile, shorter: DeltaFile) -> bool:
     if longer.path == shorter.path or longer.path.parent != shorter.path.parent:
         return False
     entry = next(iter(longer.entries.values()), None)
-    return entry is not None and entry.every and shorter.path.name in {version for version, _ in entry.lineage}
+    return entry is not None and entry.every and shorter.path.name in {version for version, _ in entry.versions}
 
 
 def check_complete(first: Version, base: Checkpoint) -> None:
@@ -217,7 +195,7 @@ def added_values(
     target = np.frombuffer(out, np.float32)
     target[:] = 0
     with errors.context(f"{path}: {name}"):
-        for where, values in _decoder(read, tensor, tensor.inputs).changes(start, start + target.size, _NOTHING):
+        for where, values in _decoder(read, tensor, tensor.inputs).changes(start, start + target.size, NOTHING):
             target[where] = as_bits(values, "F32").view(np.float32)
 
 

@@ -24,7 +24,7 @@ from deltamerge.formats.delta.writer import ArtifactWriter, Summary
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.outputs.budget import Densities, budget_of, given, search
 from deltamerge.outputs.output import Account, RunOutput, Weights, WriteJob
-from deltamerge.outputs.shares import HEADERS, NEAR, TRIES, ByteShares, bytes_of, refused, shared_outputs
+from deltamerge.outputs.shares import HEADERS, NEAR, SPARE, TRIES, ByteShares, bytes_of, refused, shared_outputs
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.memory import Memory
 from deltamerge.plan.outputs import OutputTensor
@@ -224,26 +224,24 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                 with job.merging(planned) as progress:
                     return write_delta(planned, job.work.folder, progress, known, sharing=sharing)
 
-            room = fitting = float(nbytes - HEADERS - rest)
+            most = nbytes - SPARE * sharing.learns
+            room = fitting = float(most - HEADERS - rest)
             best = 0
             for _ in range(TRIES):
                 values, summary = write(room)
-                if best < summary.nbytes <= nbytes:
+                if best < summary.nbytes <= most:
                     best, fitting = summary.nbytes, room
-                if best >= NEAR * nbytes or (best and sharing.is_whole):
+                if best >= NEAR * most or (best and sharing.is_whole):
                     break
-                room += 0.997 * nbytes - summary.nbytes
+                room += 0.997 * most - summary.nbytes
             if not best:
                 raise refused(planned, nbytes, summary.nbytes)
             if summary.nbytes != best:
                 values, summary = write(fitting)
-            if sharing.searched:
-                sharing.find_length(job.work.folder)
-                while sharing.length:
-                    values, summary = write(fitting)
-                    if summary.nbytes <= nbytes:
-                        break
-                    fitting -= summary.nbytes - nbytes + 16
+            if sharing.learns:
+                sharing.learn(job.work.folder)
+                values, summary = write(fitting)
+                assert summary.nbytes <= nbytes
         done = True
     except InputError:
         job.work.forget()

@@ -34,9 +34,11 @@ from deltamerge.formats.peft.adapter import CONFIG
 from deltamerge.formats.safetensors import Writer, plan_layout, read_header
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product, scratch_bytes
 from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.rate import HELD
 from deltamerge.outputs.adapter import AdapterOutput, ModelModules
 from deltamerge.outputs.assets import Files
 from deltamerge.outputs.assets import config as output_config
+from deltamerge.outputs.collected import Collector
 from deltamerge.outputs.lora_file import (
     REST,
     FactorFile,
@@ -60,8 +62,7 @@ from deltamerge.tensors.views import flat_rows, floats
 
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
-MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
-HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger ones in a file
+MOMENTS = 10**6  # the number of the first of their files in the spool
 TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops
 UNKNOWN = 256  # the rank that is assumed where an energy or a budget chooses it
 
@@ -258,14 +259,6 @@ def _factor(
     )
 
 
-@dataclass(slots=True)
-class _Collection:
-    """A delta that is being collected."""
-
-    matrix: Array
-    missing: int
-
-
 @dataclass(eq=False)
 class _FactorSink:
     """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
@@ -278,9 +271,13 @@ class _FactorSink:
     writer: Writer | None
     progress: Callable[[int], None]
     made: dict[str, FactorFile] = field(default_factory=dict)
-    open: dict[str, _Collection] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     moments: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Collect the targets' deltas."""
+        shapes = {name: target.shape for name, target in self.targets.items()}
+        self.collector = Collector(shapes, self.spool.folder, self._factor)
 
     def unfinished(self) -> list[FactorTarget]:
         """Return the targets that an interrupted run did not finish; take over the others."""
@@ -319,26 +316,12 @@ class _FactorSink:
             measure(one, set(by_stored), keep)
 
     def write(self, name: str, offset: int, data: Any) -> None:
-        target = self.targets.get(name)
-        if target is None:
-            assert self.writer is not None
-            self.writer.write(name, offset, data)
-            self.progress(len(flat(data)))
+        if name in self.targets:
+            self.collector.write(name, offset, data)
             return
-        values = np.frombuffer(flat(data), np.float32)
-        with self.lock:
-            collected = self.open.get(name)
-            if collected is None:
-                collected = self.open[name] = self._collected(target)
-        collected.matrix.reshape(-1)[offset // 4 : offset // 4 + values.size] = values
-        with self.lock:
-            collected.missing -= values.size
-            complete = not collected.missing
-        if complete:
-            del self.open[name]
-            self._factor(target, collected.matrix)
-            del collected
-            self._path(COLLECTED + target.number).unlink(missing_ok=True)
+        assert self.writer is not None
+        self.writer.write(name, offset, data)
+        self.progress(len(flat(data)))
 
     def factor_sum(self, target: FactorTarget) -> None:
         """Factor a sum of adapters' updates, whose factors are concatenated."""
@@ -350,7 +333,8 @@ class _FactorSink:
         b, a = np.concatenate(left, axis=1), np.concatenate(right)
         self._keep(target, lambda wanted, c: factor_product(b, a, wanted, c), None)
 
-    def _factor(self, target: FactorTarget, matrix: Array) -> None:
+    def _factor(self, name: str, matrix: Array) -> None:
+        target = self.targets[name]
         delta = np.ascontiguousarray(matrix.T) if target.turned else matrix
         key = mask_key(self.planned.recipe.seed, "lora", target.output.name)
         lengths = self._lengths(target, delta) if self.planned.recipe.output.dora else None
@@ -398,14 +382,6 @@ class _FactorSink:
         prices = {name: size * sum(target.sides) for name, target in self.targets.items()}
         most = max(LEAST, WIDER * affordable(prices, output.budget))
         return Wanted(min(most, output.rank or most))
-
-    def _collected(self, target: FactorTarget) -> _Collection:
-        shape, size = target.shape, 4 * math.prod(target.shape)
-        if size <= HELD:
-            return _Collection(np.empty(shape, np.float32), math.prod(shape))
-        with writing():
-            held = np.memmap(self._path(COLLECTED + target.number), np.float32, "w+", shape=shape)
-        return _Collection(held, math.prod(shape))
 
     def _path(self, number: int) -> Path:
         return self.spool.folder / f"{number:07d}"

@@ -2,7 +2,8 @@
 
 Deltas are computed twice. The first time each is factored and counted, and its factors wait in the spool of the work
 folder, where a crash leaves them; the second time parts are made of it for the artifact. Where the artifact takes more
-than its bytes, or much less, the second time is repeated with what was measured.
+than its bytes, or much less, the second time is repeated with what was measured. With rows the codes of its factors are
+then learned.
 """
 
 from __future__ import annotations
@@ -14,28 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.calibrate.merge.second_moments import measure
-from deltamerge.calibrate.stage import Change, divergences
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
-from deltamerge.files.descriptors import flat, writing
-from deltamerge.formats.delta.entry import Decoder
-from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape
+from deltamerge.files.descriptors import writing
+from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.methods.rate import HELD, Choice, Curve, curve_of, histogram, parts_of, share
+from deltamerge.methods.rate import MOST_LEARNED, Choice, Curve, curve_of, histogram, parts_of, share
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.outputs.collected import Collector
 from deltamerge.outputs.output import Account
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
@@ -46,14 +45,15 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.views import floats
 
+if TYPE_CHECKING:
+    from deltamerge.calibrate.q.codes import LearnedCodes
+
 LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
-MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
 NEAR, TRIES = 0.99, 5
-LENGTHS = (0.0, 0.5, 1.0)  # that rows choose among
+SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
 # about 60 times the KL that it loses for those of weights.
 VECTORS = 64.0
-SHRINKAGE = 0.5  # of second moments towards a multiple of the identity: the rows are few, other inputs will come
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
 
@@ -88,18 +88,17 @@ class SharesAccount(Account):
     nbytes    the budget
     tensors   what each tensor got
     lost      the share of all squares that is lost, as predicted
-    weighed   whether squares are those of the outputs of layers on calibration rows
     length    how far tensors have the lengths of their deltas
-    divergence   of the outputs from the fine-tune's on the rows, where they chose the length
+    learned   the divergence of the outputs from the fine-tune's on rows beside those that codes were learned on, before
+              and after
     """
 
     nbytes: int
     tensors: Mapping[str, TensorShare]
     lost: float
-    weighed: bool
     delta: Summary
     length: float = 0.0
-    divergence: float | None = None
+    learned: tuple[float, float] | None = None
 
     def spent(self) -> dict[str, int]:
         """Return the bytes of each form of parts, and those of all else: final values, records and headers."""
@@ -112,24 +111,22 @@ class SharesAccount(Account):
     def describe(self) -> dict[str, Any]:
         """Return the keys that it adds to a lock."""
         lost = float(f"{self.lost:.4g}")
-        found = {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "of": self.squares}
-        found |= {"length": self.length}
-        kl = {} if self.divergence is None else {"divergence": float(f"{self.divergence:.4g}")}
-        return {"budget": found | kl}
-
-    @property
-    def squares(self) -> str:
-        """What squares are of, in words."""
-        return "squares of the layers' outputs" if self.weighed else "delta's squares"
+        found = {"bytes": self.delta.nbytes, "spent": self.spent(), "lost": lost, "length": self.length}
+        if self.learned is not None:
+            before, after = (float(f"{value:.4g}") for value in self.learned)
+            found["learned"] = {"divergence": {"before": before, "after": after}}
+        return {"budget": found}
 
     def line(self) -> str:
         """Return the size, what is lost, and where bytes went, in one line."""
         spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
-        kl = "" if self.divergence is None else f"; divergence on the rows {self.divergence:.3g}"
         said = (
-            f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the {self.squares} are lost"
+            f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the delta's squares are lost"
         )
-        return said + kl
+        if self.learned is None:
+            return said
+        before, after = self.learned
+        return f"{said}; learned codes: divergence on held-out rows from {before:.3g} to {after:.3g}"
 
     def card(self, plan: Plan) -> list[str]:
         """Return what the artifact holds."""
@@ -141,54 +138,6 @@ class SharesAccount(Account):
         """Return what each tensor got."""
         rows = [f"| {name} | {one.form} | {one.nbytes:,} | {one.lost:.3g} |" for name, one in self.tensors.items()]
         return ["## Bytes", "", "| tensor | form | bytes | lost |", "|---|---|---|---|", *rows, ""]
-
-
-@dataclass(slots=True)
-class _Collection:
-    matrix: Array
-    missing: int
-
-
-@dataclass(eq=False)
-class Collector:
-    """Collects whole float32 deltas (m, n) from the engine's tiles, and hands each on in the thread that ended it."""
-
-    shapes: Mapping[str, tuple[int, int]]
-    folder: Path
-    use: Callable[[str, Array], None]
-    progress: Callable[[int], None]
-    sizes: Mapping[str, int]
-    open: dict[str, _Collection] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        """Take the values from byte `offset` on."""
-        values = np.frombuffer(flat(data), np.float32)
-        with self.lock:
-            collected = self.open.get(name)
-            if collected is None:
-                collected = self.open[name] = self._begun(name)
-        collected.matrix.reshape(-1)[offset // 4 : offset // 4 + values.size] = values
-        with self.lock:
-            collected.missing -= values.size
-            complete = not collected.missing
-        if complete:
-            del self.open[name]
-            self.use(name, collected.matrix)
-            del collected
-            self._path(name).unlink(missing_ok=True)
-            self.progress(self.sizes[name])
-
-    def _begun(self, name: str) -> _Collection:
-        m, n = self.shapes[name]
-        if 4 * m * n <= HELD:
-            return _Collection(np.empty((m, n), np.float32), m * n)
-        with writing():
-            held = np.memmap(self._path(name), np.float32, "w+", shape=(m, n))
-        return _Collection(held, m * n)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{COLLECTED + list(self.shapes).index(name):07d}"
 
 
 @dataclass(eq=False)
@@ -203,9 +152,7 @@ class ByteShares:
     curves: dict[str, Curve] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
-    moments: dict[str, Path] = field(default_factory=dict)
-    divergence: float | None = None  # on the rows, of the length that was chosen
-    weight: float = 1.0  # of squares of tensors whose inputs were not measured
+    learned: LearnedCodes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -213,17 +160,12 @@ class ByteShares:
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
-        prune = effective_prune(recipe, recipe.fine_tunes[0])
-        length = prune.length
-        self.searched = length is None and bool(self.planned.measured)
-        self.length = length or 0.0
-        self.weighs = prune.weigh
+        self.length = effective_prune(recipe, recipe.fine_tunes[0]).length or 0.0
+        self.tensors = {one.name: one for one in self.planned.budgeted if one.name in self.outputs}
 
     def measure(self, progress: Callable[[int], None]) -> None:
         """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
         left = [name for name in self.outputs if not self._restored(name)]
-        if self.weighs:
-            self._measure_inputs()
         affordable = self._affordable()
 
         def look(name: str, delta: Array) -> None:
@@ -236,13 +178,17 @@ class ByteShares:
         self, names: list[str], use: Callable[[str, Array], None], progress: Callable[[int], None]
     ) -> dict[Node, Any]:
         """Compute deltas and hand each whole to `use`; return the values of shared nodes."""
-        planned, sizes = self.planned, {name: out.nbytes for name, out in self.outputs.items()}
-        tasks = []
+        planned, tasks = self.planned, []
         for name in names:
             piece = self.outputs[name].pieces[0]
             assert piece.built.delta is not None
             tasks.append(Task(name, piece.built.delta, piece.backend))
-        sink = Collector(self.shapes, self.spool.folder, use, progress, sizes)
+
+        def used(name: str, delta: Array) -> None:
+            use(name, delta)
+            progress(self.outputs[name].nbytes)
+
+        sink = Collector(self.shapes, self.spool.folder, used)
         with Reader() as reader, single_threaded({"torch"}):
             return execute(
                 tasks,
@@ -262,43 +208,51 @@ class ByteShares:
 
     def parts(self, name: str, delta: Array) -> tuple[list[Part], Array]:
         """Make the parts of a tensor, as it was chosen."""
-        choice = self.choices[name]
-        moments = self._moments(name)
-        curve = self.curves[name]
-        parts, stored = parts_of(delta, choice, self._vectors(name), moments, choice.longer(curve.energy, self.length))
+        choice, curve, parts = self.choices[name], self.curves[name], list[Part]()
+        if self.learned is not None and (factors := self.learned.factors.get(self.tensors[name].tune.name)):
+            part, stored = factors.store()
+            parts.append(part)
+        else:
+            parts, stored = parts_of(delta, choice, self._vectors(name), choice.longer(curve.energy, self.length))
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
 
-    def find_length(self, folder: Path) -> None:
-        """Choose the length whose outputs are nearest to the fine-tune's on the rows; 0 is that of the artifact."""
-        opened = DeltaFile.open(folder)
-        tensors = {one.tune.name: one for one in self.planned.budgeted if one.name in self.outputs}
+    @property
+    def learns(self) -> bool:
+        """Whether codes of the artifact are learned: there are rows, and it is no larger than memory is planned for."""
+        return bool(self.planned.measured) and self.nbytes <= MOST_LEARNED
 
-        def of_length(length: float) -> Change:
-            def change(stored: str, tensor: Any) -> Any:
-                if (one := tensors.get(stored)) is None:
-                    return tensor
-                values = floats(reader, one.base, 0, one.size)
-                entry, curve = opened.entries[one.name], self.curves[one.name]
-                if entry.record.count:
-                    longer = self.choices[one.name].longer(curve.energy, length)
-                    values = values + longer * Decoder(entry).codes(0, one.size)
-                return torch.from_numpy(np.asarray(values, np.float32)).reshape(tensor.shape).to(tensor.device)
+    def learn(self, folder: Path) -> None:
+        """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
+        from deltamerge.calibrate.q.codes import learn_codes
 
-            return change
+        entries = DeltaFile.open(folder).entries
+        stored = {one.tune.name: one for one in self.tensors.values()}
+        sums = {
+            one.tune.name: sum_of(entries[name].record.parts, entries[name].values, *self.shapes[name])
+            for name, one in self.tensors.items()
+        }
+        measured = self.planned.measured[0]
+        layers = measured.tensors.pairs
+        start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
+        if not start:
+            return
+
+        def fixed(name: str) -> Any:
+            if (one := stored.get(name)) is None:
+                return None
+            values = floats(reader, one.base, 0, one.size) + sums[name].values(0, one.size)
+            return torch.from_numpy(np.asarray(values, np.float32)).reshape(one.base.shape)
 
         with Reader() as reader:
-            measured = self.planned.measured[0]
-            found = divergences(measured.source, measured.tensors, [of_length(length) for length in LENGTHS])
-        self.divergence, self.length = min(zip(found, LENGTHS, strict=True))
-        self.searched = False
+            self.learned = learn_codes(measured, start, fixed)
 
     def account(self, summary: Summary) -> SharesAccount:
         """Return what there is to say of the artifact that was written last."""
-        weighed = bool(self.moments)
-        return SharesAccount(self.nbytes, self.made, self.lost, weighed, summary, self.length, self.divergence)
+        learned = None if self.learned is None else (self.learned.before, self.learned.after)
+        return SharesAccount(self.nbytes, self.made, self.lost, summary, self.length, learned)
 
     def lost_at(self, nbytes: float) -> float:
         """Return the share of all squares that would be lost of so many bytes."""
@@ -316,33 +270,6 @@ class ByteShares:
         whole = sum(curve.energy for curve in self.curves.values())
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
-    def _measure_inputs(self) -> None:
-        """Measure the second moments of the inputs of linear layers, if calibration has rows."""
-        for one in self.planned.measured:
-            by_stored = {stored: name for name, stored in one.names.items() if name in self.outputs}
-
-            def keep(stored: str, c: Array, by_stored: Mapping[str, str] = by_stored) -> None:
-                name = by_stored[stored]
-                if len(c) != self.shapes[name][1] or len(self.outputs[name].shape) != 2:
-                    return
-                path = self.spool.folder / f"{MOMENTS + self.numbers[name]:07d}"
-                with writing():
-                    c.tofile(path)
-                self.moments[name] = path
-
-            measure(one, set(by_stored), keep)
-        scales = [float(np.trace(c)) / len(c) for name in self.moments if (c := self._moments(name)) is not None]
-        if scales:
-            self.weight = math.exp(sum(math.log(max(scale, 1e-30)) for scale in scales) / len(scales))
-
-    def _moments(self, name: str) -> Array | None:
-        if name not in self.moments:
-            return None
-        n = self.shapes[name][1]
-        c = np.fromfile(self.moments[name], np.float64).reshape(n, n)
-        shrunk: Array = (1 - SHRINKAGE) * c + SHRINKAGE * np.trace(c) / n * np.eye(n)
-        return shrunk
-
     def _affordable(self) -> int:
         """The rank that all bytes would buy everywhere at one bit a number."""
         sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
@@ -353,23 +280,16 @@ class ByteShares:
         if not np.isfinite(delta).all():
             message = f"{name}: its delta is not finite"
             raise InputError(message, hint="repair the fine-tune, or exclude the tensor from pruning")
-        moments = self._moments(name)
         found: Factors | None = None
         if min(m, n) > 1:
             key = mask_key(self.planned.recipe.seed, "budget", name)
-            found = factor(delta, Wanted(min(m, n, affordable)), key, moments)
-        own = self.weight * (VECTORS if min(m, n) == 1 else 1.0)
-        weights: Array | float = own if moments is None else np.diag(moments)[None, :]
-        counts, squares = _counted(delta, weights)
-        total = float(squares.sum())
-        energy = total if found is None else found.gain * (own if moments is None else 1.0)
-        if found is not None and total:
-            squares = squares * (energy / total)
+            found = factor(delta, Wanted(min(m, n, affordable)), key)
+        counts, squares = _counted(delta, VECTORS if min(m, n) == 1 else 1.0)
         with writing():
             self._path(name).write_bytes(b"" if found is None else np.ascontiguousarray(found.a, np.float32).tobytes())
         state = {
-            "gains": [] if found is None else (found.gains * (own if moments is None else 1.0)).tolist(),
-            "energy": energy, "nbytes": 0 if found is None else 4 * found.rank * n,
+            "gains": [] if found is None else found.gains.tolist(),
+            "energy": float(squares.sum()), "nbytes": 0 if found is None else 4 * found.rank * n,
             "counts": counts.tolist(), "squares": squares.tolist(),
         }  # fmt: skip
         with self.lock:
@@ -428,11 +348,11 @@ def _is_shared(planned: Plan, out: OutputTensor) -> bool:
     return info.shape == out.shape and is_related(info.dtype, info.shape, out.dtype, out.shape)
 
 
-def _counted(delta: Array, weights: Array | float) -> tuple[Array, Array]:
+def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
     """The histogram of a delta, block by block of its rows."""
     m, n = delta.shape
     step = max(1, (1 << 22) // max(1, n))
-    pairs = [histogram(delta[at : at + step], weights) for at in range(0, m, step)]
+    pairs = [histogram(delta[at : at + step], weight) for at in range(0, m, step)]
     counts, squares = (np.sum([pair[i] for pair in pairs], axis=0) for i in (0, 1))
     return counts, squares
 

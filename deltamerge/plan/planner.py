@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -437,19 +437,20 @@ def _held(
             "quantised_outputs": held_coded(outputs, workers),
             "rounding": held_rounding(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
-            "sharing": _shared_bytes([out.shape for out in outputs if out.name in shared], workers, stages),
+            "sharing": _shared_bytes(recipe, outputs, shared, workers) if shared else 0,
         }
     )
 
 
-def _shared_bytes(shapes: Sequence[tuple[int, ...]], workers: int, stages: Stages) -> int:
-    """Return the memory of deltas that share the bytes of an artifact, while they are factored and coded."""
-    if not shapes:
-        return 0
+def _shared_bytes(recipe: Recipe, outputs: Sequence[OutputTensor], shared: Container[str], workers: int) -> int:
+    """Return the memory of deltas that share the bytes of an artifact, while they are factored, coded and learned."""
     from deltamerge.formats.delta.parts import matrix_shape
     from deltamerge.methods.rate import scratch
 
-    return scratch([matrix_shape(shape) for shape in shapes], workers, weighed=bool(stages.inputs))
+    asked = prune.effective_prune(recipe, recipe.fine_tunes[0])
+    nbytes = asked.bytes or sum(out.nbytes for out in outputs) / (asked.ratio or 1.0)
+    shapes = [matrix_shape(out.shape) for out in outputs if out.name in shared]
+    return scratch(shapes, workers, nbytes if recipe.calibration is not None else 0.0)
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:

@@ -17,7 +17,7 @@ from deltamerge.recipe.yaml_source import Loc, place
 from deltamerge.tensors.names import TASK_HEAD
 
 # keys of a prune that no range is held to
-OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length", "weigh"})
+OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Pruning:
     q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
     parameters   the method's others
     bytes, ratio   of method budget: the size of the artifact, or how many times smaller than the checkpoint it is
-    length         of method budget: 0, parts as long as least squares makes them, to 1, as the delta; None: by rows
-    weigh          of method budget: whether what is lost is weighed by the inputs of layers on the rows
+    length         of method budget: 0, parts as long as least squares makes them, to 1, as the delta
     include, exclude   patterns of tensor names
     """
 
@@ -46,7 +45,6 @@ class Pruning:
     bytes: int | None = None
     ratio: float | None = None
     length: float | None = None
-    weigh: bool = False
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = (TASK_HEAD,)
 
@@ -106,7 +104,6 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         bytes=first("bytes"),
         ratio=first("ratio"),
         length=first("length"),
-        weigh=bool(first("weigh")),
         include=first("include"),
         exclude=heads if exclude is None else exclude,
     )

@@ -129,10 +129,7 @@ class Prune(Keys):
     budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
     bytes: Size | None = Field(None, description="budget: size of the delta artifact.")
     length: float | None = Field(
-        None, ge=0, le=1, description="budget: how far a tensor gets its delta's length back. Default: by rows, or 0."
-    )
-    weigh: bool | None = Field(
-        None, description="budget: weigh what is lost by the inputs of layers on the rows. Default: false."
+        None, ge=0, le=1, description="budget: how far a tensor gets its delta's length back. Default: 0."
     )
     ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import make_plan, run
+from safetensors.torch import save_file
 
 from deltamerge.errors import InputError
 from deltamerge.formats.delta.entry import Decoder
-from deltamerge.formats.delta.parts import LEVELS, matrix_shape, sum_of
+from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales, matrix_shape, sum_of
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.rate import (
     FACTOR_LEVELS,
@@ -94,7 +96,7 @@ def test_a_scale_is_the_best_for_its_codes() -> None:
     np.testing.assert_allclose(scale, (values * x).sum(1) / (values**2).sum(1), rtol=1e-12)
 
 
-def reference_factors(delta: Array, vectors: Array, levels: list[int], c: Array) -> Array:
+def reference_factors(delta: Array, vectors: Array, levels: list[int]) -> Array:
     """Right vectors quantised, the best left ones for them, these quantised, scales solved for: float64 numpy."""
     d = delta.astype(np.float64)
 
@@ -107,30 +109,26 @@ def reference_factors(delta: Array, vectors: Array, levels: list[int], c: Array)
         return nearest
 
     v = np.stack([rounded(x.astype(np.float64), count) for x, count in zip(vectors, levels, strict=True)])
-    u = d @ c @ v.T @ np.linalg.inv(v @ c @ v.T)
+    u = d @ v.T @ np.linalg.inv(v @ v.T)
     u = np.stack([rounded(x, count) for x, count in zip(u.T, levels, strict=True)])
-    design = np.stack([np.outer(x, y) @ np.linalg.cholesky(c) for x, y in zip(u, v, strict=True)])
-    flat = design.reshape(len(u), -1)
-    scales = np.linalg.lstsq(flat.T, (d @ np.linalg.cholesky(c)).reshape(-1), rcond=None)[0]
+    flat = np.stack([np.outer(x, y) for x, y in zip(u, v, strict=True)]).reshape(len(u), -1)
+    scales = np.linalg.lstsq(flat.T, d.reshape(-1), rcond=None)[0]
     return np.einsum("k,ki,kj->ij", scales, u, v)
 
 
-@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(40, 60), (70, 30)])
-def test_factors_are_those_of_float64(m: int, n: int, weighed: bool) -> None:
-    delta, rng = spectrum(m, n, 5), np.random.default_rng(6)
-    x = rng.standard_normal((4 * n, n)) * np.exp(0.5 * rng.standard_normal(n))
-    c = x.T @ x / len(x) if weighed else np.eye(n)
-    vectors = factor(delta, Wanted(12), (1, 2), c if weighed else None).a
+def test_factors_are_those_of_float64(m: int, n: int) -> None:
+    delta = spectrum(m, n, 5)
+    vectors = factor(delta, Wanted(12), (1, 2)).a
     levels = [16, 8, 8, 4, 4, 4, 3, 2]
-    parts, stored = parts_of(delta, Choice(0, 0, (*levels, 0, 0)), vectors, c if weighed else None)
+    parts, stored = parts_of(delta, Choice(0, 0, (*levels, 0, 0)), vectors)
     found = sum_of(parts, stored, m, n).values(0, m * n).reshape(m, n)
     order = sorted(range(8), key=lambda i: levels[i])
-    expected = reference_factors(delta, vectors[order], [levels[i] for i in order], c)
+    expected = reference_factors(delta, vectors[order], [levels[i] for i in order])
     assert np.abs(found - expected).max() <= 0.04 * np.abs(expected).max()  # scales have 5 bits
 
     def lost(product: Array) -> float:
-        return float(np.trace((delta - product) @ c @ (delta - product).T))
+        return float(np.square(delta - product).sum())
 
     assert lost(found) <= lost(expected) * 1.01
     assert lost(found) < 0.5 * lost(np.zeros_like(found))
@@ -150,7 +148,7 @@ def test_what_is_predicted_is_about_what_is_lost() -> None:
         forms = set()
         for price in made.energy * 2.0 ** -np.arange(4, 22):
             choice = made.choice(price)
-            parts, stored = parts_of(delta, choice, vectors, None)
+            parts, stored = parts_of(delta, choice, vectors)
             m, n = delta.shape
             lost = ((delta - sum_of(parts, stored, m, n).values(0, m * n).reshape(m, n)) ** 2).sum() if parts else None
             assert (lost is None) == (choice.nbytes == 0)
@@ -302,82 +300,94 @@ def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> 
     assert torch.equal(load_tensors(tmp_path / "applied")["head"], load_tensors(tmp_path / "tuned")["head"])
 
 
-def test_rows_weigh_what_is_lost(tmp_path: Path) -> None:
-    """On the rows the layers' outputs change less than of a delta made without rows."""
-    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
-    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2, tokenizer=True)
-    texts = [" ".join(f"w{4 + 7 * j % 92}" for j in range(10))] * 12
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
-    plain = run(recipe(tmp_path, "bytes: 9kB"), tmp_path / "plain", workers=1)
-    path = recipe(tmp_path, "bytes: 9001, weigh: true", rows)
-    weighed = run(path, tmp_path / "weighed", workers=1)
-    assert (plain.lock["budget"]["of"], weighed.lock["budget"]["of"]) == (
-        "delta's squares",
-        "squares of the layers' outputs",
-    )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
-    ids = tokenizer(texts[:1], return_tensors="pt", truncation=True, max_length=12)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
-    inputs: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if name.endswith("proj"):
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({f"{name}.weight": x[0][0]}))
-    with torch.no_grad():
-        model(**ids)
-    tuned = load_tensors(tmp_path / "tuned")
-    lost = {}
-    for kind in ("plain", "weighed"):
-        apply(str(tmp_path / kind), str(tmp_path / "base"), tmp_path / f"{kind}-applied", workers=1)
-        found = load_tensors(tmp_path / f"{kind}-applied")
-        lost[kind] = sum(float(((x @ (found[n] - tuned[n]).float().T) ** 2).sum()) for n, x in inputs.items())
-    assert lost["weighed"] < 0.9 * lost["plain"]
-    found: dict[Any, Path] = {}
-    for length in (0, 0.5, 1):
-        made = run(
-            recipe(tmp_path, f"bytes: 9001, weigh: true, length: {length}", rows), tmp_path / f"l{length}", workers=1
-        )
-        assert "divergence" not in made.lock["budget"]
-        found[length] = made.folder
-    found["chosen"] = tmp_path / "weighed"
-    target = logits(tmp_path / "tuned", ids)
-    distances = {}
-    for length, folder in found.items():
-        apply(str(folder), str(tmp_path / "base"), tmp_path / f"a{length}", workers=1)
-        other = logits(tmp_path / f"a{length}", ids)
-        distances[length] = float((target.exp() * (target - other)).sum(-1).mean())
-    assert distances["chosen"] <= 1.1 * min(distances.values())
-    assert distances[weighed.lock["budget"]["length"]] == pytest.approx(distances["chosen"], rel=0.1)
-    assert weighed.lock["budget"]["divergence"] == pytest.approx(distances["chosen"], rel=0.35)
+ROWS = "calibration: {data: rows.jsonl, sequences: 180, length: 12}\n"
 
 
-def test_rows_choose_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The nearest outputs win; the fine-tune itself is at no distance, and what is farther from it is farther."""
-    from deltamerge.outputs import shares
+def taught(folder: Path) -> list[str]:
+    """A fine-tune of a tiny model, and rows; returns some of them."""
+    tiny_llama(folder / "base", seed=0, tokenizer=True)
+    shutil.copytree(folder / "base", folder / "tuned")
+    tensors = load_tensors(folder / "base")
+    for seed, (name, tensor) in enumerate(tensors.items()):
+        if name.endswith("proj.weight"):
+            tensors[name] = (tensor.float() + torch.tensor(8 * spectrum(*tensor.shape, seed))).to(tensor.dtype)
+    save_file(tensors, folder / "tuned" / "model.safetensors", {"format": "pt"})
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{word}" for word in rng.integers(4, 96, 10)) for _ in range(200)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:190]))
+    return texts[:16]
 
-    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
-    tiny_llama(tmp_path / "tuned", seed=1, base=tmp_path / "base", sigma=3e-2, tokenizer=True)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"w5 w{i} w9 w7"}) + "\n" for i in range(10, 30)))
-    rows = "calibration: {data: rows.jsonl, sequences: 8, length: 12}\n"
-    path = recipe(tmp_path, "bytes: 9kB", rows)
-    measured = make_plan(path, tmp_path / "out").measured[0]
-    found = shares.divergences(
-        measured.source,
-        measured.tensors,
-        [lambda name, tensor: tensor, lambda name, tensor: tensor * 1.02, lambda name, tensor: tensor * 1.1],
-    )
-    assert abs(found[0]) < 1e-6
-    assert 1e-6 < found[1] < found[2]
-    monkeypatch.setattr(shares, "divergences", lambda *_: [0.3, 0.1, 0.2])
-    made = run(path, tmp_path / "out", workers=1)
-    assert (made.lock["budget"]["length"], made.lock["budget"]["divergence"]) == (0.5, 0.1)
-    run(recipe(tmp_path, "bytes: 9kB, length: 0", rows), tmp_path / "plain", workers=1)
-    entries = [DeltaFile.open(tmp_path / name).entries for name in ("plain", "out")]
-    names = [name for name, entry in entries[0].items() if entry.record.parts and entries[1][name].record.parts]
-    lengths = [[np.linalg.norm(Decoder(one[name]).codes(0, one[name].size)) for name in names] for one in entries]
-    assert sum(lengths[1]) > 1.02 * sum(lengths[0])
+
+def divergence(folder: Path, name: str, texts: list[str]) -> float:
+    """KL of an artifact's outputs from the fine-tune's, by transformers."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder / "tuned")(texts, return_tensors="pt")
+    apply(str(folder / name), str(folder / "base"), folder / f"{name}-applied", workers=1)
+    target, found = logits(folder / "tuned", ids), logits(folder / f"{name}-applied", ids)
+    return float((target.exp() * (target - found)).sum(-1).mean())
+
+
+def test_rows_teach_the_codes(tmp_path: Path) -> None:
+    """Of as many bytes the outputs are nearer to the fine-tune's, and come again."""
+    some = taught(tmp_path)
+    plain = run(recipe(tmp_path, "bytes: 7500"), tmp_path / "plain", workers=1)
+    path = recipe(tmp_path, "bytes: 7501", ROWS)
+    made = run(path, tmp_path / "taught", workers=1)
+    run(path, tmp_path / "again", workers=2)
+    assert files_of(tmp_path / "taught") == files_of(tmp_path / "again")
+    assert "learned" not in plain.lock["budget"]
+    said = made.lock["budget"]["learned"]["divergence"]
+    assert said["after"] < said["before"]
+    assert 7200 <= made.lock["budget"]["bytes"] <= 7501
+    before, after = (divergence(tmp_path, name, some) for name in ("plain", "taught"))
+    assert after < 0.8 * before
+    assert "learned codes: divergence on held-out rows" in (tmp_path / "taught" / "README.md").read_text()
+
+
+def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltamerge.calibrate.q import codes
+
+    taught(tmp_path)
+    made = []
+    for rate in (0.0, 30.0):
+        for name in ("CODE_RATE", "SCALE_RATE"):
+            monkeypatch.setattr(codes, name, rate)
+        monkeypatch.setattr(codes, "STEPS", 2)
+        found = run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "out", workers=1, force=True)
+        said = found.lock["budget"]["learned"]["divergence"]
+        assert said["after"] == said["before"]
+        made.append(files_of(tmp_path / "out"))
+    assert made[0] == made[1]
+
+
+def test_a_level_has_the_gradient_of_the_number_that_it_is_nearest_to() -> None:
+    """The product is that of the levels, and its gradients those of a float64 product of numbers that are levels."""
+    from deltamerge.calibrate.q.codes import Latent
+
+    rng, count = np.random.default_rng(0), np.array([3, 4, 4, 16])
+    left, right = (np.stack([rng.choice(LEVELS[c], side) for c in count]).astype(np.int8) for side in (5, 7))
+    scales = coded_scales(rng.uniform(0.001, 0.1, 4))
+    start = Factored(count, left, right, scales)
+    latent = Latent(start, torch.device("cpu"))
+    top = np.array([float(LEVELS[c][-1]) for c in count])[:, None]
+    with torch.no_grad():  # still nearest to the same levels
+        latent.left += torch.tensor(rng.uniform(-0.04, 0.04, left.shape))
+    made, weights = latent.product(), rng.standard_normal((5, 7))
+    u, v = left.astype(np.float64), right.astype(np.float64)
+    np.testing.assert_allclose(made.detach(), (u * scales[:, None]).T @ v, rtol=1e-5, atol=1e-6)
+    made.backward(torch.tensor(weights, dtype=torch.float32))
+    scaled = scales[:, None]
+    np.testing.assert_allclose(latent.left.grad, scaled * top * (v @ weights.T), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latent.right.grad, scaled * top * (u @ weights), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(latent.logs.grad, scales * np.einsum("ki,ij,kj->k", u, weights, v), rtol=1e-4, atol=1e-5)
+    found = latent.rounded()
+    assert all(np.array_equal(a, b) for a, b in ((found.left, left), (found.right, right), (found.scales, scales)))
+    part, stored = found.store()
+    again = sum_of([part], stored, 5, 7).factors
+    assert again is not None
+    assert all(np.array_equal(getattr(again, name), getattr(found, name)) for name in ("levels", "left", "right"))
+    np.testing.assert_allclose(again.scales, found.scales, rtol=1e-3)
 
 
 def logits(folder: Path, ids: Any) -> torch.Tensor:

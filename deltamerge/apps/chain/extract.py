@@ -150,7 +150,7 @@ def extract(
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out, and rows weigh what is lost.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out; rows teach its codes.
     Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
     that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
     folder if not given. `options` are those of `run`.

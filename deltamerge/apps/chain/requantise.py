@@ -183,8 +183,8 @@ class QuantisedChain:
         held   the stored parts before it, by plain tensor; None: they are read
         kept   gets those after it
         """
-        own = self._line()
-        now, written, fresh = folded(own) if own else None, list[WrittenDiffs](), not own
+        own = self._line() if held is None else ()
+        now, written, fresh = folded(own) if own else None, list[WrittenDiffs](), self._last is None
         with ExitStack() as stack:
             reader = stack.enter_context(Reader())
             ends, places = list[ExitStack](), list[_NewVersion]()

@@ -26,7 +26,7 @@ from deltamerge.apps.recommend.meeting import Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, ScoredTask
-from deltamerge.apps.search.judge import StudyJudge
+from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
 from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
@@ -43,7 +43,6 @@ from deltamerge.run.options import Options
 RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
 STAY = 0.8  # of what the usual λ loses: another is taken where it loses less
-SEEN = 0.5  # what a share seen on rows counts beside what the merge kept of the benchmarks' skills
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -61,7 +60,6 @@ class Way:
 
     fitted     the scope of fitted coefficients, from task arithmetic at its best λ
     balanced   whether its recipe has `balance: norm`
-    kept       mean share of the benchmarks' skills that it kept, of encoders that chose and of decoders; None: unknown
     """
 
     name: str
@@ -71,7 +69,6 @@ class Way:
     over_models: bool = False
     fitted: str | None = None
     balanced: bool = False
-    kept: tuple[float | None, float | None] = (None, None)
 
     def usual(self, models: int) -> float:
         """Return the λ of so many models in the middle of those tried."""
@@ -86,26 +83,23 @@ class Way:
         return self.fitted is not None or MERGE[self.method].rows is not None
 
 
-ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True, kept=(0.91, 0.21))  # from the mean
-ISO_C = Way("iso_c, balanced", "iso_c", balanced=True, kept=(0.96, 0.41))
+ARITHMETIC = Way("task_arithmetic", "task_arithmetic", first=2.25, over_models=True)  # from the mean
+ISO_C = Way("iso_c, balanced", "iso_c", balanced=True)
 WHOLE = Way("iso_cts", "iso_cts")  # whose nodes have whole deltas, of LoRAs too
-TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True, kept=(0.98, 0.57))
-SVC = Way("svc, balanced", "svc", balanced=True, kept=(0.95, None))
-WUDI = Way("wudi", "wudi", kept=(0.95, 0.76))
+TSV_M = Way("tsv_m, balanced", "tsv_m", balanced=True)
+SVC = Way("svc, balanced", "svc", balanced=True)
+WUDI = Way("wudi", "wudi")
 WAYS = (
     ARITHMETIC,
-    Way("ties", "ties", {"density": 0.2}, kept=(0.90, 0.19)),
+    Way("ties", "ties", {"density": 0.2}),
     ISO_C,
     TSV_M,
     SVC,
     WUDI,
-    Way("wudi, balanced", "wudi", balanced=True, kept=(0.95, 0.69)),
-    Way("regmean", "regmean", kept=(0.89, 0.93)),
+    Way("wudi, balanced", "wudi", balanced=True),
+    Way("regmean", "regmean"),
 )
-FITTED = tuple(
-    Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope, kept=kept)
-    for scope, kept in (("layer", (0.93, None)), ("row", (0.96, 0.89)))
-)
+FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
 class MergeTrial(Figures):
@@ -300,12 +294,13 @@ class _Adviser:
             with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,))) as judge:
                 classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 search, held = judge.rows("search"), judge.rows("held")
-                found = self._judge(judge, FITTED if fit else (), conflict, classes, held)
+                both: dict[Part, Mapping[str, int]] = {"search": search, "held": held}
+                found = self._judge(judge, FITTED if fit else (), conflict, classes, both)
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}
         if found and not judged:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
         if judged:
-            way, factor, why = with_rows(judged, talks=talks)
+            way, factor, why = with_rows(judged)
             forecast = judged[way].forecast
         else:
             way, factor, why = without_rows(conflict, count, talks=talks)
@@ -348,9 +343,9 @@ class _Adviser:
         fitted: Sequence[Way],
         conflict: Conflict,
         classes: Mapping[str, int | None],
-        rows: Mapping[str, int],
+        rows: Mapping[Part, Mapping[str, int]],
     ) -> dict[Way, MergeCandidate]:
-        """Return every way at its best λ, on held-out rows."""
+        """Return every way at its best λ, on all rows; what is fitted on those that it was not fitted on."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
             for way in (*WAYS, *fitted):
@@ -362,12 +357,18 @@ class _Adviser:
                 trying.step(1)
         good = [way for way, one in found.items() if one.error is None]
         made = [self.candidates.of(self._recipe(way, found[way].factor or 1.0)) for way in good]
-        for way, scores in zip(good, judge.scores(made, "held"), strict=True):
+        scored = {part: judge.scores(made, part) for part in rows}
+        for number, way in enumerate(good):
+            parts = [part for part in rows if part == "held" or way.fitted is None]  # rows of a fit tell nothing new
+            counts = {name: sum(rows[part][name] for part in parts) for name in rows["held"]}
+            scores = {
+                name: _pooled([(scored[part][number][name], rows[part][name]) for part in parts]) for name in counts
+            }
             lost = {name: own[DISTANCE] for name, own in scores.items()}
             same = {name: own[SAME] for name, own in scores.items() if SAME in own}
             texts = {name: own[TEXTS] for name, own in scores.items() if TEXTS in own}
             worth = {"lost": lost, "lost_mean": fmean(lost.values()), "lost_worst": max(lost.values())}
-            skills = of_answers(self.setting.names, conflict, same, classes, rows, texts)
+            skills = of_answers(self.setting.names, conflict, same, classes, counts, texts)
             found[way] = found[way].model_copy(update={**worth, "agreement": same, "forecast": skills})
         return found
 
@@ -413,6 +414,12 @@ class _Adviser:
         return dict(zip(rounded, found, strict=True))
 
 
+def _pooled(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Return the means of measures over parts of so many rows."""
+    total = sum(count for _, count in parts)
+    return {key: sum(own[key] * count for own, count in parts) / total for key in parts[0][0]}
+
+
 def usual_or_better(lost: Mapping[float, float], usual: float) -> float:
     """Return the λ of least loss, or the one nearest to the usual where that loses hardly more."""
     best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
@@ -439,22 +446,16 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
         return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
-    kept = "without data tsv_m of balanced deltas keeps most of unlike fine-tunes, or is near it"
-    return TSV_M, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
+    way = SVC if count > 2 else TSV_M
+    kept = f"without data {way.method} of balanced deltas is the safest for {'more' if count > 2 else 'two'} models"
+    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", more]
 
 
-def with_rows(judged: Mapping[Way, MergeCandidate], *, talks: bool = False) -> tuple[Way, float, list[str]]:
-    """Return the way of the largest expected share: the mean of what rows tell and of what it kept in the benchmarks.
-
-    Fifty rows alone tell shares apart by four points. Where rows do not tell shares, the distance of outputs decides.
-    """
+def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
+    """Return the way of the largest expected share; where rows do not tell shares, that which loses least."""
     lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
-    seen = {way: share for way, one in judged.items() if (share := mean_share(one.forecast)) is not None}
-    kept = {way: share if (known := way.kept[talks]) is None else known for way, share in seen.items()}
-    if seen:
-        way = max(seen, key=lambda one: (SEEN * seen[one] + (1 - SEEN) * kept[one], -lost[one]))
-    else:
-        way = min(lost, key=lambda one: lost[one])
+    shares = {way: share for way, one in judged.items() if (share := mean_share(one.forecast)) is not None}
+    way = max(shares or lost, key=lambda one: (shares.get(one, 0.0), -lost[one]))
     best = judged[way]
     plain = {one: value for one, value in lost.items() if one.fitted is None}
     others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []

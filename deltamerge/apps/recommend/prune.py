@@ -24,6 +24,8 @@ from deltamerge.calibrate.rows import has_head, metric_of
 from deltamerge.errors import OutputError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
+from deltamerge.formats.delta.positions import expected_bits
+from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
@@ -217,6 +219,12 @@ def advise(
     evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
     candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
     method, why = decide(evidence, candidates, question.density)
+    bits = expected_bits(question.density, VALUE_BITS["bfloat16"])
+    nbytes = math.ceil(sum(found[name].count for name in pruned if name in found) * bits / 8)
+    why.append(
+        f"if bytes matter rather than a density: extract --budget {nbytes} takes no more than this in bfloat16, and "
+        "was nearer to the fine-tune at every size measured (docs/measurements/bytes.md)"
+    )
     return Recommendation(
         model=question.model,
         base=question.base,

@@ -289,7 +289,7 @@ class HotMerge:
     def update(self) -> HotUpdate:
         """Make the model what the recipe, as its file says now, merges. All or nothing.
 
-        RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, calibrates, makes other
+        RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, makes other
         tensors, or values that are not finite.
         """
         begun = time.monotonic()
@@ -357,7 +357,7 @@ class HotServer:
     def update(self) -> HotUpdate:
         """Make the server's model what the recipe, as its file says now, merges.
 
-        RecipeError, InputError, OutputError: the recipe is wrong, calibrates, or makes other tensors; the server does
+        RecipeError, InputError, OutputError: the recipe is wrong, or makes other tensors; the server does
         not answer, or has not taken the change: it then holds what it held.
         """
         begun = time.monotonic()

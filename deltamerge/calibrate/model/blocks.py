@@ -437,8 +437,9 @@ class BlockModel:
             shell = Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
+                tensors = self._tensors(weights, 1 + i, quick=precision == "bfloat16")
                 with same_every_time(self.device), multiplying(precision, self.device):
-                    return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
+                    return functional_call(shell, self._local(tensors, i), args, kwargs)
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 

@@ -85,7 +85,7 @@ def learn(
     low, high = math.log(bounds[0]), math.log(bounds[1])
     logs = {name: _log(q, low, high, first.device) for name, q in start.items()}
     optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
-    places, stop = [first, *others(first.objective)], _subset(first.objective, held_out)
+    places, stop = [first, *others(first.objective)], subset(first.objective, held_out)
 
     def look() -> float:
         return stop.value(first.model.run(stop.batches, [first.weights(logs)], stop.reduce)[0])
@@ -152,7 +152,8 @@ def _copy(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: log.detach().exp().cpu() for name, log in logs.items()}
 
 
-def _subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+def subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+    """Return the objective on some of its batches."""
     return Distribution(
         [objective.batches[b] for b in batches], [objective.targets[b] for b in batches], objective.regression
     )

@@ -387,12 +387,12 @@ class Subject:
         return has_head(self.settings, self.task)
 
     def steps(
-        self, step: int = STEP_ROWS, size: int = 16
+        self, step: int = STEP_ROWS, size: int = 16, share: float = STOP_SHARE
     ) -> tuple[list[dict[str, torch.Tensor]], list[list[int]], list[dict[str, torch.Tensor]]]:
         """Return (batches of `size` rows to learn on, the batch indices of each step of `step` rows, batches that
-        decide when to stop)."""
+        decide when to stop: `share` of all)."""
         rows = self.rows["search"]
-        stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
+        stop = select(rows, max(1, round(share * len(rows))), self.source.seed + 1)
         batches, groups = self.reads.steps(without(rows, stop), step=step, size=size)
         return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 

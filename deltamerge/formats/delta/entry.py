@@ -7,7 +7,7 @@ one text of it: tensors in memory, files that are written and lazy tensors are m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,19 +34,28 @@ DAMAGED = "the delta is damaged: copy, download or extract it again"
 Read = Callable[[int, int], Any]
 """Flat elements [start, stop) of a tensor, as a numpy array of its dtype or of equally wide integers."""
 
+NOTHING = np.empty(0, np.uint8)
+
 Where: TypeAlias = "Array | slice"
 """Ascending positions, or a range of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of an artifact: its record, and its stored arrays (bits; None where nothing is stored)."""
+    """A tensor of an artifact: its record, and its stored arrays (bits; None where nothing is stored).
+
+    versions   of a tensor through several versions, from the base on: the entry of each, and its version's name. Of the
+               entry itself only the record is used then
+    every      check the hash of what each of them makes, not of the last alone
+    """
 
     name: str
     record: Record
     values: Sliced
     index: Sliced | None = None
     scales: Sliced | None = None
+    versions: tuple[tuple[str, Entry], ...] = ()
+    every: bool = False
 
     @property
     def size(self) -> int:
@@ -72,16 +81,6 @@ class Entry:
     def base_kind(self) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape of the base's tensor."""
         return self.record.base_kind
-
-    @property
-    def lineage(self) -> Sequence[tuple[str, Entry]]:
-        """The entries that make the result of the base's tensor, the first one first, each with its version's name."""
-        return (("", self),)
-
-    @property
-    def every(self) -> bool:
-        """Whether the result of each of them is checked, not the last alone."""
-        return False
 
     def key_in(self, state: Container[str]) -> str:
         """Where the base's tensor stands in a state: under its name in the base, else in the result."""
@@ -121,8 +120,9 @@ class Entry:
             raise
 
     def _tiles(self, read: Read | None, check: bool, tile: int) -> Iterator[Array]:
-        changing = [(v, e) for v, e in self.lineage if e.record.count or e.kind != e.base_kind]
-        levels = [_Level(version, Decoder(entry)) for version, entry in changing or self.lineage[-1:]]
+        line = self.versions or (("", self),)
+        changing = [(v, e) for v, e in line if e.record.count or e.kind != e.base_kind]
+        levels = [_Level(version, Decoder(entry)) for version, entry in changing or line[-1:]]
         has_steps = any(level.decoder.entry.has_steps for level in levels)
         span = -(-tile // STEP_TILE) * STEP_TILE if has_steps else tile
         base_hash = blake3()

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import MAX_BYTES, parse_json, read_json
-from deltamerge.formats.delta.entry import Entry
+from deltamerge.formats.delta.entry import NOTHING, Entry
 from deltamerge.formats.delta.manifest import (
     FORMAT,
     VERSIONS,
@@ -102,7 +102,6 @@ SINGLE = "delta.safetensors"
 INDEX = "delta.safetensors.index.json"
 
 _SHARD = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
-_NOTHING = np.empty(0, np.uint8)
 
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
@@ -151,7 +150,7 @@ def entry_of(name: str, record: Record, stored: Sequence[Tensor], read: Read) ->
     arrays: dict[str, Sliced] = dict(
         zip([*stored_arrays(record)] or [VALUES], (StoredArray(read, one) for one in stored), strict=False)
     )
-    values, scales = arrays.pop(VALUES, _NOTHING), arrays.pop(".scales", None)
+    values, scales = arrays.pop(VALUES, NOTHING), arrays.pop(".scales", None)
     return Entry(name, record, values, next(iter(arrays.values()), None), scales)
 
 

@@ -159,13 +159,19 @@ def _bytes_of(levels: int) -> Array:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Factors:
-    """Integer factors (R, m) and (R, n), and a scale for each component."""
+class Factored:
+    """Components as numbers.
 
+    levels   (R) how many levels each has, in ascending order
+    left     (R, m) its levels u, int8
+    right    (R, n) its levels v, int8
+    scales   (R) of the products, float64; each is one that `coded_scales` gives
+    """
+
+    levels: Array
     left: Array
     right: Array
     scales: Array
-    unit: int
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +180,16 @@ class _Factors:
     def add(self, out: Array, first: int) -> None:
         """Add rows from `first` on to `out` (rows, n) float64."""
         left = self.left[:, first : first + len(out)] * self.scales[:, None]
-        out += np.ldexp(left.T @ self.right.astype(np.float64), self.unit)
+        out += left.T @ self.right.astype(np.float64)
+
+    def store(self) -> tuple[FactorsPart, Array]:
+        """Return them as a part, and its bytes."""
+        groups = []
+        for count in np.unique(self.levels).tolist():
+            rows = self.levels == count
+            u, v = (np.searchsorted(LEVELS[count], side[rows]) for side in (self.left, self.right))
+            groups.append((count, u, v, self.scales[rows]))
+        return store_factors(groups)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,10 +226,15 @@ class _Entries:
 class PartSum:
     """The parts of a tensor in memory, from which any range of its values is computed."""
 
-    parts: tuple[_Factors | _Entries, ...]
+    parts: tuple[Factored | _Entries, ...]
     m: int
     n: int
     nbytes: int
+
+    @property
+    def factors(self) -> Factored | None:
+        """The components, of a tensor whose only part they are."""
+        return self.parts[0] if len(self.parts) == 1 and isinstance(self.parts[0], Factored) else None
 
     def values(self, start: int, stop: int) -> Array:
         """The float32 values to add to the flat elements [start, stop)."""
@@ -233,7 +253,7 @@ class PartSum:
 
 def sum_of(parts: Sequence[Part], stored: Sliced, m: int, n: int) -> PartSum:
     """Decode the parts of a matrix (m, n) from their stored bytes. InputError: they are damaged."""
-    decoded: list[_Factors | _Entries] = []
+    decoded: list[Factored | _Entries] = []
     at = 0
     for part in parts:
         nbytes = part.nbytes(m, n)
@@ -245,7 +265,7 @@ def sum_of(parts: Sequence[Part], stored: Sliced, m: int, n: int) -> PartSum:
     return PartSum(tuple(decoded), m, n, sum(one.nbytes for one in decoded))
 
 
-def _factors(part: FactorsPart, data: Array, m: int, n: int) -> _Factors:
+def _factors(part: FactorsPart, data: Array, m: int, n: int) -> Factored:
     left, right, at = [], [], part.rank
     for levels, rank in part.groups:
         long, wide = packed_bytes(m, levels), packed_bytes(n, levels)
@@ -255,7 +275,8 @@ def _factors(part: FactorsPart, data: Array, m: int, n: int) -> _Factors:
         at += rank * (long + wide)
     u = np.concatenate(left) if left else np.zeros((0, m), np.int8)
     v = np.concatenate(right) if right else np.zeros((0, n), np.int8)
-    return _Factors(u, v, SCALES[data[: part.rank]], part.unit)
+    kinds: Array = np.repeat(*np.array(part.groups, np.int64).reshape(-1, 2).T)
+    return Factored(kinds, u, v, np.ldexp(SCALES[data[: part.rank]], part.unit))
 
 
 def _entries(part: EntriesPart, data: Array, m: int, n: int) -> _Entries:
@@ -277,6 +298,13 @@ def scale_codes(scales: Array) -> tuple[Array, int]:
     unit = min(max(unit, PART_UNITS[0]), PART_UNITS[1])
     codes = np.searchsorted((SCALES[1:] + SCALES[:-1]) / 2, np.ldexp(scales, -unit))
     return codes.astype(np.uint8), unit
+
+
+def coded_scales(scales: Array) -> Array:
+    """Return scales of at least zero as they are stored: the nearest that have codes."""
+    codes, unit = scale_codes(scales)
+    found: Array = np.ldexp(SCALES[codes], unit)
+    return found
 
 
 def store_factors(groups: Sequence[tuple[int, Array, Array, Array]]) -> tuple[FactorsPart, Array]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from deltamerge.methods.registry import PruneMethod
 
-# What is chosen and made: `methods.rate`; how it is written: `outputs.parts`.
+# What is chosen and made: `methods.rate`; how it is written: `outputs.shares`.
 budget = PruneMethod(
     "budget",
     None,
     "the delta artifact of so many bytes that loses least: low rank and entries, in 1 to 8 bits a number",
-    options=frozenset({"bytes", "ratio", "length", "weigh"}),
+    options=frozenset({"bytes", "ratio", "length"}),
     shares=True,
 )
