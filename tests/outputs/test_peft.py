@@ -325,7 +325,8 @@ def test_the_objective_is_that_of_the_adapted_model(tmp_path: Path) -> None:
     base = load_tensors(tmp_path / "base")
     ((stage, spec),) = planned.specs.items()
     assert len(spec.pruned) == 9
-    (masked,) = spec.masked(stage.inputs)
+    (model,) = spec.models(stage.inputs)
+    (masked,) = model.masks
     for pruned in spec.pruned:
         node = masked[pruned.stored]
         with Reader() as reader:

@@ -659,7 +659,7 @@ def test_patches_are_what_vllm_takes(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(result[name], wanted[name]) for name in wanted)
 
 
-def test_load_delta_is_lazy_and_refuses_values_to_add(tmp_path: Path) -> None:
+def test_load_delta_is_lazy_and_needs_a_base_to_add_to(tmp_path: Path) -> None:
     models(tmp_path, torch.bfloat16)
     delta = run(tmp_path, "delta", RECIPES["dare"], kind="delta")
     code = "import sys, deltamerge; deltamerge.load_delta; sys.exit('torch' in sys.modules)"
@@ -676,8 +676,8 @@ def test_load_delta_is_lazy_and_refuses_values_to_add(tmp_path: Path) -> None:
         deltamerge.nothing  # noqa: B018  # the access is the test
     shutil.rmtree(delta)
     run(tmp_path, "delta", RECIPES["dare"], kind="delta", values="bfloat16")
-    with pytest.raises(deltamerge.errors.InputError, match="holds values to add"):
-        deltamerge.load_delta(delta)
+    with pytest.raises(deltamerge.errors.InputError, match="base"):
+        list(deltamerge.load_delta(delta))
 
 
 @pytest.mark.parametrize("command", ["apply", "extract"])

@@ -111,7 +111,7 @@ class _Merge:
         from deltamerge.calibrate.q.learned import row_shape
 
         first, layers = self.subjects[0], self.subjects[0].layers
-        plain = torch.tensor(self.spec.starts, dtype=torch.float32, device=first.device)
+        plain = torch.tensor(self.spec.starts, dtype=torch.float32).to(first.device)
         found = {}
         for name, stored in self.stored[0].items():
             shape: tuple[int, ...] = ()

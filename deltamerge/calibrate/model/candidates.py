@@ -234,6 +234,10 @@ def _slabs(delta: Masked, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, delta[rows].to(like.device, torch.float32)
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Shared:
     """Sums that several backward passes share: each is made once, and its gradients are added up.
 
@@ -247,8 +251,8 @@ class Shared:
 
     def sum(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return the sum of that name, which `make` computes; its gradients stay here."""
-        if name not in self._made:
-            with torch.enable_grad():
+        if name not in self._made:  # its saved tensors are no checkpoint's, which would miss them in its second pass
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 self._made[name] = make()
         return tapped(self._made[name].detach(), self._spark, name, self._add)
 
