@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from calls import call
-from conftest import load_tensors, make_checkpoint, tiny_llama
+from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from running import make_plan, run
 from safetensors.torch import save_file
 
@@ -359,6 +359,26 @@ def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pyt
         assert said["after"] == said["before"]
         made.append(files_of(tmp_path / "out"))
     assert made[0] == made[1]
+
+
+def test_numbers_teach_no_codes(tmp_path: Path) -> None:
+    """Of a head whose outputs are numbers the squared error falls, and the score with it."""
+    tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.0, tokenizer=True)
+    tensors = load_tensors(tmp_path / "tuned")
+    for seed, (name, tensor) in enumerate(tensors.items()):
+        if "dense.weight" in name:
+            tensors[name] = tensor + torch.tensor(8 * spectrum(*tensor.shape, seed), dtype=torch.float32)
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    texts = "".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(5, 90))
+    (tmp_path / "rows.jsonl").write_text(texts)
+    found = {}
+    for problem in ("regression", "single_label_classification"):
+        (tmp_path / "tuned" / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
+        made = run(recipe(tmp_path, "bytes: 8500", ROWS.replace("180", "40")), tmp_path / problem, workers=1)
+        found[problem] = made.lock["budget"]["learned"]["divergence"]
+    assert found["regression"]["after"] == found["regression"]["before"]
+    assert found["single_label_classification"]["after"] < found["single_label_classification"]["before"]
 
 
 def test_a_level_has_the_gradient_of_the_number_that_it_is_nearest_to() -> None:

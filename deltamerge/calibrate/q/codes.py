@@ -36,7 +36,8 @@ DECIDING = 0.1  # share of the rows that decide
 class LearnedCodes:
     """Factors by the fine-tune's names, and the loss on the rows that decide, before and after.
 
-    Where learning made it no smaller, the factors are those of the start.
+    Where learning made it no smaller, the factors are those of the start; and where the head's outputs are numbers, of
+    which it lost score (docs/measurements/bytes.md).
     """
 
     factors: Mapping[str, Factored]
@@ -88,6 +89,8 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         return deciding.value(found[0])
 
     before = look(start)
+    if subject.is_regression:
+        return LearnedCodes(start, before, before)
     codes = [tensor for latent in latents.values() for tensor in (latent.left, latent.right)]
     optimiser = torch.optim.Adam(
         [{"params": codes, "lr": CODE_RATE}, {"params": [one.logs for one in latents.values()], "lr": SCALE_RATE}],
