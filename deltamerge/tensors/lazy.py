@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray as NDArray
 else:
 
-    class _Module:
+    class _LazyModule:
         """A module, by its attributes."""
 
         def __init__(self, name: str) -> None:
@@ -23,5 +23,5 @@ else:
                 setattr(self, name, found)  # the next look finds it without a call
             return found
 
-    numpy, torch = _Module("numpy"), _Module("torch")
+    numpy, torch = _LazyModule("numpy"), _LazyModule("torch")
     NDArray = Any  # annotations are never evaluated
