@@ -26,6 +26,7 @@ FOLDER = ROOT / "recipes" / "demo"
 RECIPES = {
     "dare.yaml": "JSON, DARE at 1 %",
     "darex-q.yaml": "JSON, DAREx-q at 1 %",
+    "budget.yaml": "JSON, budget of 1 MB",
     "ties.yaml": "both, TIES",
     "iso-c.yaml": "both, Iso-C",
 }
@@ -129,7 +130,8 @@ def fine_tune(base: Path, skill: str) -> None:
 
 def row(name: str, folder: Path, made_by: str) -> str:
     """A line of the table: what the model's delta takes on the disk, and what it answers right."""
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    whole = applied(folder)
+    model, tokenizer = load(whole), AutoTokenizer.from_pretrained(whole)
     scores = []
     for skill in SKILLS:
         test, _ = rows(skill)
@@ -138,18 +140,30 @@ def row(name: str, folder: Path, made_by: str) -> str:
     return LINE.format(name, f"{delta_megabytes(folder):.2f}", *scores, made_by)
 
 
+def applied(folder: Path) -> Path:
+    """The model of a folder: that of a delta artifact is made here."""
+    if not (folder / "delta.json").is_file():
+        return folder
+    out = WORK / "applied"
+    smollm2.deltamerge("apply", folder, "--base", WORK / "base", "--out", out, "--force")
+    return out
+
+
 def load(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 
 def delta_megabytes(folder: Path) -> float:
-    """MB of the files that `deltamerge extract` makes: what differs from the base, exactly, and where."""
+    """MB of the files of a delta artifact: that of a model is what differs from the base, exactly, and where."""
     base, out = WORK / "base", WORK / "delta"
     if folder == base:
         return 0.0
-    shutil.rmtree(out, ignore_errors=True)
-    smollm2.deltamerge("extract", folder, "--base", base, "--out", out)
+    if (folder / "delta.json").is_file():
+        out = folder
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        smollm2.deltamerge("extract", folder, "--base", base, "--out", out)
     return sum(file.stat().st_size for file in out.glob("delta*")) / 1e6
 
 
