@@ -251,7 +251,7 @@ def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
 
 
 def _plain(reference: str, pickles: bool, delta: DeltaFile | None = None) -> Checkpoint:
-    """Return a model whose stored tensors are its own, or are those that a `delta` changes.
+    """Return a model whose tensors are stored: its own, or the tensors that a `delta` changes.
 
     InputError: it is quantised, and the delta is not of its codes; or it has several components.
     """

@@ -1,7 +1,7 @@
 """A chain of a plain model, kept for a server that computes with its quantised checkpoint too.
 
-Each version is a delta of codes and scales. They are those that quantising the version's weights anew gives, byte for
-byte: a unit of rows is coded again where an element of it has changed, and stays where none has.
+Each version is a delta of codes and scales. Quantising the version's weights as a whole gives the same bytes. Only
+units of rows with a changed element are coded again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from deltamerge.models.chain.folder import Named, Version, head, is_chain, line,
 from deltamerge.models.chain.mirror import BATCH, Kind, WrittenDiffs
 from deltamerge.models.chain.publish import one_writer, publishing
 from deltamerge.models.checkpoint import Checkpoint, decoded
+from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.delta_over_base import check_complete, folded
 from deltamerge.models.references import open_model, open_origin
 from deltamerge.outputs.delta import base_of
@@ -53,7 +55,9 @@ class _QuantisedTensor:
     coding: Coding | None
 
     def again(self, old: Array | None, new: Array, stored: Sequence[Array], reader: Reader) -> list[Array]:
-        """Return the stored parts of `new`, bits, where those of `old` are `stored`; of None nothing is known.
+        """Return the stored parts of the bits `new`.
+
+        old      the bits before, whose parts are `stored`; None: not known, so that every unit is coded
 
         InputError: a value is not finite.
         """
@@ -108,7 +112,7 @@ class QuantisedChain:
         return len(names(self.folder))
 
     def is_at(self, state: str | None) -> bool:
-        """Return whether the newest version is of the one that makes a state. None: whether there is none."""
+        """Return whether the newest version follows the one that makes `state`. None: whether there is none."""
         return (None if self._last is None else _source(self._last)) == state
 
     def catch_up(self, versions: Sequence[Version], origin: Checkpoint, workers: int) -> list[WrittenDiffs]:
@@ -124,15 +128,9 @@ class QuantisedChain:
         for begin in range(first, len(versions), BATCH):
             batch = versions[begin : begin + BATCH]
             before = folded(versions[:begin]) if begin else None
+            unknown = gap and begin == first
             with Reader() as reader:
-
-                def turn(name: str) -> Turn:
-                    info = origin.tensors[name]
-                    read = elements(reader, info)
-                    bits: Array = before.entries[name].whole(read) if before else read(0, math.prod(info.shape))  # noqa: B023
-                    unknown = gap and batch[0] is versions[first]  # noqa: B023
-                    return None if unknown else bits, _after(bits, name, batch, every=unknown)  # noqa: B023
-
+                turn = partial(_turn, origin, before, reader, batch, unknown)
                 written += self._publish(batch, turn, workers)
         return written
 
@@ -149,9 +147,9 @@ class QuantisedChain:
         self._held = kept
 
     def _begin(self, versions: Sequence[Version]) -> tuple[int, bool]:
-        """Return the first version of a line that is missing, and whether the one that was followed last is folded.
+        """Return the place in a line of the first version that is missing here, and whether there is a gap before it.
 
-        InputError: it is none of them.
+        There is a gap where the version that was followed last has been folded since. InputError: the line lacks it.
         """
         if self._last is None:
             return 0, False
@@ -226,7 +224,7 @@ class QuantisedChain:
                 source = Named(name=version.name, state=version.state)
                 step = None if version.note is None else version.note.step
                 note_version(place.folder, version.name, self._last, assets_of(self._raw), step, source)
-                end.close()  # in order: a version is never there before the one that it changes
+                end.close()  # published in order
                 self._last = open_version(self.folder / version.name)
                 changed = sum(bool(entry.record.count) for entry in self._last.delta.entries.values())
                 written.append(WrittenDiffs(self._last.path, changed, summary.nbytes))
@@ -303,15 +301,32 @@ def _tensors_of(raw: Checkpoint, plain: Checkpoint) -> list[_QuantisedTensor]:
     return found
 
 
+def _turn(
+    origin: Checkpoint, before: DeltaFile | None, reader: Reader, batch: Sequence[Version], unknown: bool, name: str
+) -> Turn:
+    """Return a tensor before and after the versions of a batch; `unknown`: its parts here are not those before it."""
+    info = origin.tensors[name]
+    read = elements(reader, info)
+    bits: Array = before.entries[name].whole(read) if before else read(0, math.prod(info.shape))
+    return None if unknown else bits, _after(bits, name, batch, every=unknown)
+
+
+def _part(bits: Array, start: int, stop: int) -> Array:
+    return bits[start:stop]
+
+
 def _after(bits: Array, name: str, batch: Sequence[Version], *, every: bool) -> Iterator[Array | None]:
-    """Yield a tensor as each version of a batch makes it; None: as before it, but at first if `every` is asked for."""
+    """Yield a tensor as each version of a batch makes it, or None where it has not changed.
+
+    With `every` the first is never None.
+    """
     for number, version in enumerate(batch):
         entry = version.delta.entries[name]
         if not entry.record.count:
             yield bits if every and not number else None
             continue
         with errors.context(str(version.path)):
-            bits = entry.whole(lambda start, stop: bits[start:stop])  # noqa: B023
+            bits = entry.whole(partial(_part, bits))
         yield bits
 
 

@@ -27,7 +27,7 @@ DROWNED, DANGER = 1.0, 0.6  # disturbances from which on a skill will probably, 
 KEPT = {"tsv_m": (0.88, 0.76, 0.98), "svc": (0.86, 0.73, 0.97), "wudi": (0.68, 0.0, 0.94)}
 """Mean share of the benchmarks' skills, and where 8 in 10 lay: tsv_m of two encoders, svc of more, wudi of decoders."""
 AS_RIGHT = 0.7
-"""What an answer is worth that is not the fine-tune's, beside one that is: 0.74 and 0.58 in two families of experts."""
+"""The score of answers that differ from the fine-tune's, over that of equal ones: 0.74 and 0.58 in two families."""
 ANSWERS_MARGIN = 0.05  # beside the margin of sampling rows
 
 

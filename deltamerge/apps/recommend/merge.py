@@ -345,7 +345,7 @@ class _Adviser:
         classes: Mapping[str, int | None],
         rows: Mapping[Part, Mapping[str, int]],
     ) -> dict[Way, MergeCandidate]:
-        """Return every way at its best λ, on all rows; what is fitted on those that it was not fitted on."""
+        """Return every way at its best λ, judged on all rows. Fitted ways are judged on held-out rows alone."""
         found: dict[Way, MergeCandidate] = {}
         with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
             for way in (*WAYS, *fitted):
