@@ -84,7 +84,7 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         self._served.at = None
 
     def _target(self) -> ServedModel:
-        """Return what is known of the model that is updated."""
+        """Return the state of the model that is updated."""
         if self.model is self._default:
             return self._served
         if self._draft is None:

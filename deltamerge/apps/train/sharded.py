@@ -72,7 +72,7 @@ class ShardedDeltaWriter(ChainWriter):
             raise
 
     def write(self, *, step: int | None = None) -> Future[WrittenVersion]:
-        """Write what has changed since the last version as the next one; returns what will say what was written.
+        """Write the changes since the last version as the next one. Return a future of the written version.
 
         `step` is noted, and the version's number is at least it. Whatever the version before failed with is raised
         here, and that version is not there: what it would have held is part of this one, if `write` is called again.

@@ -183,7 +183,7 @@ class DeltaWriter(ChainWriter):
             raise
 
     def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
-        """Write what has changed since the last version as the next one; returns what will say what was written.
+        """Write the changes since the last version as the next one. Return a future of the written version.
 
         `state` is the model's if not given; `step` is noted, and the version's number is at least it. InputError: its
         tensors are not those of the base. Whatever the version before failed with is raised here, and that version is

@@ -157,7 +157,7 @@ class Resident:
         return made
 
     def shed(self) -> bool:
-        """Free what stays there, from now on; whether there was any."""
+        """Free the tensors that stay there, and keep no more. Return whether there were any."""
         found = bool(self.there)
         self.clear()
         self.room = Room(0)

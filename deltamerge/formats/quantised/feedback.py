@@ -149,7 +149,7 @@ def _of_rows(made: CodedMatrix, rows: slice, blocks: slice) -> CodedMatrix:
 def _matrix(
     values: Floats, lattice: Lattice, moments: Doubles | None, delta: Floats | None, made: CodedMatrix, asked: Feedback
 ) -> None:
-    """Choose the codes of one matrix, of which `made` has the nearest, and add its sums."""
+    """Choose the codes of one matrix, and add its sums. `made` has the nearest codes."""
     found = None if moments is None else factor(moments)
     moments = moments if found is not None else None
     other: CodedMatrix | None = None

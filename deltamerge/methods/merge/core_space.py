@@ -36,7 +36,7 @@ class Update:
 
     @classmethod
     def of(cls, tensor: Node | None) -> Update | None:
-        """Return what the view of a LoRA (`formats.peft.lora.low_rank`) says; None of none."""
+        """Return what the view of a LoRA (`formats.peft.lora.low_rank`) says. None: the node has no such view."""
         if tensor is None:
             return None
         return cls(tensor.inputs[1].shape[0], tensor.parameter("scale"), tensor.parameter("transposed"))
