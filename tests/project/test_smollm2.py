@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 smollm2 = importlib.import_module("benchmarks.smollm2")
 smollm2_rows = importlib.import_module("benchmarks.smollm2_rows")
 merging = importlib.import_module("benchmarks.merging.decoder")
+pages = importlib.import_module("benchmarks.merging.pages")
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,28 @@ def test_a_merge_of_one_expert_keeps_all_of_it(folder: Path) -> None:
     each = merging.cell(family, merging.Merge("emr", {"merge_method": "emr"}, each=True), names[:1], known)
     assert each["shares"] == {names[0]: 100.0}
     assert [some for _, some in family.merged(whole, names[:2])] == [list(names[:2])]
+
+
+def test_tables_have_a_line_for_each_merge_and_a_column_for_each_set() -> None:
+    tasks = {"report": ["a", "b", "c", "d"], "choose": ["e", "f", "g", "h"]}
+    cells = [
+        {
+            "family": family, "tasks": names[:size], "merge": merge, "rows": 50 * fitted,
+            "lambda": None if fitted else 2.25,
+            "shares": dict.fromkeys(names[:size], 60.0 + fitted), "mean": 60.0 + fitted, "worst": 60.0 + fitted,
+            "text": -1.5, "instructions": 0.4, "cpu_s": 9.6, "tried": {},
+        }
+        for family, names in tasks.items()
+        for size in (4, 2)
+        for fitted, merge in enumerate(("iso_c", "regmean"))
+        if (family, merge) != ("choose", "regmean")
+    ]  # fmt: skip
+    fours = pages.fours_of_decoder({"cells": cells}).splitlines()
+    assert fours[2] == "| regmean | – | 50 | 61.0 / 61.0 | 61, 61, 61, 61 | -1.5 | 0.40 | – | – | 10 |"
+    assert (
+        fours[3]
+        == "| iso_c | 2.25 | – | 60.0 / 60.0 | 60, 60, 60, 60 | -1.5 | 0.40 | 60.0 / 60.0 | 60, 60, 60, 60 | 10 |"
+    )
+    sets = pages.sets_of_decoder({"cells": cells}).splitlines()
+    assert sets[0] == "| merge | choose, 2 | choose, 4 | report, 2 | report, 4 |"
+    assert sets[2:] == ["| iso_c | 60.0 / 60.0 | 60.0 / 60.0 | 60.0 / 60.0 | 60.0 / 60.0 |"]
