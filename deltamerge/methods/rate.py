@@ -7,7 +7,8 @@ makes distortion + λ bytes least. One λ for all tensors is a point of their co
 would gain more in another tensor.
 
 The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ V̂ (V̂ᵀ V̂)⁻¹, and are
-quantised too; the scales of the products are solved for together.
+quantised too; the scales of the products are solved for together. One and two bits a number are trellis codes, unless
+codes are learned.
 
 What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
 skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not. With
@@ -24,14 +25,16 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.formats.delta.parts import LEVELS, Part, packed_bytes, store_entries, store_factors
+from deltamerge.formats.delta import trellis
+from deltamerge.formats.delta.parts import LEVELS, Part, levels_of, packed_bytes, store_entries, store_factors
 from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.lazy import torch
 
 Floats = NDArray[np.float64]
 
-FACTOR_LEVELS = (2, 3, 4, 8, 16, 255)
+FACTOR_LEVELS = (257, 258, 8, 16, 255)  # trellis codes lose less than plain ones of as many bits
+LEARNED_LEVELS = (2, 3, 4, 8, 16, 255)  # of factors whose codes are learned
 ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
 LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
 ROUNDS = 3  # of fitting a scale and choosing codes in turns
@@ -75,6 +78,11 @@ def table(count: int) -> LevelTable:
     return LevelTable(levels * scale, lost)
 
 
+def distortion(levels: int) -> float:
+    """What codes of so many levels, or trellis codes, lose of a unit Gaussian."""
+    return trellis.DISTORTION[levels] if levels in trellis.BITS else table(levels).distortion
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """What the parts of a tensor (m, n) may take and lose.
@@ -83,6 +91,7 @@ class Curve:
     energy   what is lost if nothing is stored
     counts   how many entries have squares of each bin, the largest first
     squares  their weighed sums
+    levels   the numbers of levels that components may have
     """
 
     m: int
@@ -91,6 +100,7 @@ class Curve:
     energy: float
     counts: Floats
     squares: Floats
+    levels: tuple[int, ...] = FACTOR_LEVELS
 
     def choice(self, price: float) -> Choice:
         """What makes distortion + price · bytes least."""
@@ -119,9 +129,9 @@ class Curve:
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
         nbytes = np.zeros_like(self.gains)
-        for levels in FACTOR_LEVELS:
+        for levels in self.levels:
             each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
-            gain = self.gains * (1 - table(levels).distortion) ** 2
+            gain = self.gains * (1 - distortion(levels)) ** 2
             better = gain - price * each > best - price * nbytes
             best, nbytes = np.where(better, gain, best), np.where(better, each, nbytes)
             which[better] = levels
@@ -219,10 +229,18 @@ def histogram(delta: Array, weight: float) -> tuple[Floats, Floats]:
     return counts, np.bincount(bins, squares, BINS).astype(np.float64)
 
 
-def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:
+def curve_of(
+    m: int,
+    n: int,
+    gains: Floats,
+    energy: float,
+    counts: Floats,
+    squares: Floats,
+    levels: tuple[int, ...] = FACTOR_LEVELS,
+) -> Curve:
     """The curve of a tensor from the gains of its components and its histogram."""
     filled = np.flatnonzero(squares)[::-1]
-    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
+    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled], levels)
 
 
 def parts_of(delta: Array, choice: Choice, vectors: Array | None, longer: float = 1.0) -> tuple[list[Part], Array]:
@@ -262,6 +280,14 @@ def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
     return codes, np.maximum(scale, 0.0)
 
 
+def _codes(vectors: Array, levels: int) -> Array:
+    """Codes of each row of the vectors of components."""
+    if levels not in trellis.BITS:
+        return quantise(vectors, levels)[0]
+    scale = np.sqrt(np.mean(np.square(vectors), axis=1, keepdims=True)) * trellis.UNIT[levels]
+    return trellis.nearest(vectors / np.where(scale > 0, scale, 1.0), levels)
+
+
 def scratch(shapes: Sequence[tuple[int, int]], workers: int, learned: float = 0.0) -> int:
     """About the bytes of deltas (m, n) that are collected, factored and coded at one time.
 
@@ -277,16 +303,16 @@ def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> 
     kept = np.flatnonzero(components)
     kept = kept[np.argsort(components[kept], kind="stable")]
     counts = components[kept]
-    groups = [levels for levels in FACTOR_LEVELS if (counts == levels).any()]
+    groups = sorted({*counts.tolist()})
     d = torch.from_numpy(np.asarray(delta, np.float64))
     right = np.asarray(vectors[kept], np.float64)
-    v_codes = {levels: quantise(right[counts == levels], levels)[0] for levels in groups}
-    v = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[v_codes[levels]] for levels in groups]))
+    v_codes = {levels: _codes(right[counts == levels], levels) for levels in groups}
+    v = torch.from_numpy(np.concatenate([levels_of(v_codes[levels], levels) for levels in groups]).astype(np.float64))
     inner = v @ v.T
     image = d @ v.T
     left = _solve(inner, image.T).numpy()
-    u_codes = {levels: quantise(left[counts == levels], levels)[0] for levels in groups}
-    u = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[u_codes[levels]] for levels in groups]))
+    u_codes = {levels: _codes(left[counts == levels], levels) for levels in groups}
+    u = torch.from_numpy(np.concatenate([levels_of(u_codes[levels], levels) for levels in groups]).astype(np.float64))
     scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0) * longer
     made = [(levels, u_codes[levels], v_codes[levels], scales[counts == levels]) for levels in groups]
     return store_factors(made)

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,23 @@ from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
+from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.methods.rate import MOST_LEARNED, Choice, Curve, curve_of, histogram, parts_of, share
+from deltamerge.methods.rate import (
+    FACTOR_LEVELS,
+    LEARNED_LEVELS,
+    MOST_LEARNED,
+    Choice,
+    Curve,
+    curve_of,
+    histogram,
+    parts_of,
+    share,
+)
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.outputs.collected import Collector
@@ -56,6 +67,7 @@ SPARE = 200  # bytes that records of learned codes may take more, compressed
 VECTORS = 64.0
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
+CODES = {kind: f"{bits}-bit trellis codes" for kind, bits in trellis.BITS.items()}
 
 
 def bytes_of(planned: Plan) -> int | None:
@@ -224,8 +236,18 @@ class ByteShares:
         """Whether codes of the artifact are learned: there are rows, and it is no larger than memory is planned for."""
         return bool(self.planned.measured) and self.nbytes <= MOST_LEARNED
 
-    def learn(self, folder: Path) -> None:
-        """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
+    @property
+    def has_learned(self) -> bool:
+        """Whether learned codes are nearer to the fine-tune."""
+        return self.learned is not None and self.learned.after < self.learned.before
+
+    def stop_learning(self) -> None:
+        """Take the codes that are best without rows."""
+        self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
+        self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
+
+    def learn(self, folder: Path) -> bool:
+        """Learn on the rows the codes of the layers' factors in the artifact in `folder`; return whether that helps."""
         from deltamerge.calibrate.q.codes import learn_codes
 
         entries = DeltaFile.open(folder).entries
@@ -238,7 +260,7 @@ class ByteShares:
         layers = measured.tensors.pairs
         start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
         if not start:
-            return
+            return False
 
         def fixed(name: str) -> Any:
             if (one := stored.get(name)) is None:
@@ -248,6 +270,7 @@ class ByteShares:
 
         with Reader() as reader:
             self.learned = learn_codes(measured, start, fixed)
+        return self.has_learned
 
     def account(self, summary: Summary) -> SharesAccount:
         """Return what there is to say of the artifact that was written last."""
@@ -308,7 +331,8 @@ class ByteShares:
     def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
         m, n = self.shapes[name]
         counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
-        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
+        levels = LEARNED_LEVELS if self.learns else FACTOR_LEVELS
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
 
     def _vectors(self, name: str) -> Array | None:
         """The right vectors (k, n)."""
@@ -365,8 +389,8 @@ def _form(parts: list[Part]) -> str:
             count = "all" if part.count is None else f"{part.count:,}"
             words.append(f"entries {count} of {part.levels} levels")
         else:
-            ranks = ", ".join(f"{rank} of {levels}" for levels, rank in part.ranks.items())
-            words.append(f"factors of rank {part.rank}: {ranks} levels")
+            ranks = ", ".join(f"{rank} of {CODES.get(levels, f'{levels} levels')}" for levels, rank in part.groups)
+            words.append(f"factors of rank {part.rank}: {ranks}")
     return " and ".join(words) or FORMS[0]
 
 
