@@ -19,6 +19,7 @@ from blake3 import blake3
 from format_reader import documented
 from safetensors.numpy import load_file, save_file
 
+from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.formats.delta import parts, trellis
 from deltamerge.formats.delta.entry import Decoder
@@ -65,8 +66,8 @@ def made_of(name: str, ranks: Sequence[tuple[int, int]]) -> tuple[list[parts.Par
     found: list[tuple[parts.Part, Array]] = []
     groups = []
     for levels, rank in ranks:
-        codes = 1 << BITS[levels] if levels in trellis.BITS else levels
-        u, v = (mixed(rank * side, codes, levels + side).reshape(rank, side) for side in (m, n))
+        most = 1 << BITS[levels] if levels in trellis.BITS else levels
+        u, v = (mixed(rank * side, most, levels + side).reshape(rank, side) for side in (m, n))
         groups.append((levels, u, v, 1e-4 * (1.0 + mixed(rank, 50, levels))))
     found.append(store_factors(groups))
     for levels, along, count in ((4, "row", 9), (3, "column", None), (255, "all", 5), (8, "row", None)):
@@ -312,7 +313,7 @@ def test_kernels_and_numpy_find_the_same_codes(levels: int, kernel_level: str, m
     x = np.random.default_rng(1).standard_normal((3, 300)) / trellis.UNIT[levels]
     x[1] = 0
     compiled = trellis.nearest(x, levels)
-    monkeypatch.setattr(trellis.kernels, "native", lambda: None)
+    monkeypatch.setattr(kernels, "native", lambda: None)
     assert (trellis.nearest(x, levels) == compiled).all()
     assert trellis.nearest(x[:0], levels).shape == (0, 300)
 
