@@ -10,9 +10,10 @@ The right vectors of factors are quantised first. The left ones are then the bes
 quantised too; the scales of the products are solved for together. One and two bits a number are trellis codes, unless
 codes are learned.
 
-What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
-skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not. With
-rows codes and scales are learned instead (`calibrate.q.codes`).
+Least squares makes parts shorter than Δ. A component of codes that lose D has 1 - D of its length, as what they miss is
+noise beside it: it gets this back (divided by 1 - D). What components that are left out had is not given back: a
+fine-tune whose small components are skill is nearer with it, as with a q below 1 for importance masks, but one whose
+are noise is not. With rows codes and scales are learned instead (`calibrate.q.codes`).
 """
 
 from __future__ import annotations
@@ -243,17 +244,20 @@ def curve_of(
     return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled], levels)
 
 
-def parts_of(delta: Array, choice: Choice, vectors: Array | None, longer: float = 1.0) -> tuple[list[Part], Array]:
+def parts_of(
+    delta: Array, choice: Choice, vectors: Array | None, longer: float | None = 1.0
+) -> tuple[list[Part], Array]:
     """The parts that a choice is for a delta (m, n) float32, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares.
+    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares;
+    None: each component as long as before its codes.
     """
     if any(choice.components) and vectors is not None:
         part, stored = _factors(delta, vectors, np.array(choice.components), longer)
         return [part], stored
     if choice.entries is not None:
         levels, count = choice.entries
-        part, stored = _entries(delta, levels, count, longer)
+        part, stored = _entries(delta, levels, count, 1.0 if longer is None else longer)
         return [part], stored
     return [], np.empty(0, np.uint8)
 
@@ -299,7 +303,7 @@ def scratch(shapes: Sequence[tuple[int, int]], workers: int, learned: float = 0.
     return TORCH + max(making, LATENT * math.ceil(learned) if learned <= MOST_LEARNED else 0)
 
 
-def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> tuple[Part, Array]:
+def _factors(delta: Array, vectors: Array, components: Array, longer: float | None) -> tuple[Part, Array]:
     kept = np.flatnonzero(components)
     kept = kept[np.argsort(components[kept], kind="stable")]
     counts = components[kept]
@@ -313,7 +317,8 @@ def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> 
     left = _solve(inner, image.T).numpy()
     u_codes = {levels: _codes(left[counts == levels], levels) for levels in groups}
     u = torch.from_numpy(np.concatenate([levels_of(u_codes[levels], levels) for levels in groups]).astype(np.float64))
-    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0) * longer
+    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0)
+    scales *= [1 / (1 - distortion(levels)) for levels in np.sort(counts)] if longer is None else longer
     made = [(levels, u_codes[levels], v_codes[levels], scales[counts == levels]) for levels in groups]
     return store_factors(made)
 

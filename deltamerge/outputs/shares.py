@@ -100,7 +100,7 @@ class SharesAccount(Account):
     nbytes    the budget
     tensors   what each tensor got
     lost      the share of all squares that is lost, as predicted
-    length    how far tensors have the lengths of their deltas
+    length    how far tensors have the lengths of their deltas; None: as far as codes take it from their components
     learned   the divergence of the outputs from the fine-tune's on rows beside those that codes were learned on, before
               and after
     """
@@ -109,7 +109,7 @@ class SharesAccount(Account):
     tensors: Mapping[str, TensorShare]
     lost: float
     delta: Summary
-    length: float = 0.0
+    length: float | None = None
     learned: tuple[float, float] | None = None
 
     def spent(self) -> dict[str, int]:
@@ -172,7 +172,7 @@ class ByteShares:
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
-        self.length = effective_prune(recipe, recipe.fine_tunes[0]).length or 0.0
+        self.length = effective_prune(recipe, recipe.fine_tunes[0]).length
         self.tensors = {one.name: one for one in self.planned.budgeted if one.name in self.outputs}
 
     def measure(self, progress: Callable[[int], None]) -> None:
@@ -225,11 +225,17 @@ class ByteShares:
             part, stored = factors.store()
             parts.append(part)
         else:
-            parts, stored = parts_of(delta, choice, self._vectors(name), choice.longer(curve.energy, self.length))
+            parts, stored = parts_of(delta, choice, self._vectors(name), self._longer(choice, curve))
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
+
+    def _longer(self, choice: Choice, curve: Curve) -> float | None:
+        """By how much values are longer than those of least squares, which is what learning begins with."""
+        if self.length is not None:
+            return choice.longer(curve.energy, self.length)
+        return 1.0 if curve.levels == LEARNED_LEVELS else None
 
     @property
     def learns(self) -> bool:
