@@ -206,6 +206,7 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
     nbytes = bytes_of(planned)
     assert nbytes is not None
     outputs, rest = shared_outputs(planned)
+    kept = job.choices.learned if job.choices is not None else None
     job.work.empty()
     sharing = ByteShares(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
     done = False
@@ -242,7 +243,11 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
 
             values, summary, fitting = fit(nbytes - SPARE * sharing.learns)
             if sharing.learns:
-                if sharing.learn(job.work.folder):
+                if kept is None:
+                    sharing.learn(job.work.folder)
+                else:
+                    sharing.restore(kept)
+                if sharing.has_learned:
                     values, summary = write(fitting)
                 if not sharing.has_learned or summary.nbytes > nbytes:  # records of learned codes may take more
                     sharing.stop_learning()

@@ -23,10 +23,11 @@ from deltamerge import errors
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
 from deltamerge.formats.delta import trellis
+from deltamerge.formats.delta.manifest import parts_bytes
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
@@ -46,7 +47,7 @@ from deltamerge.methods.rate import (
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.outputs.collected import Collector
-from deltamerge.outputs.output import Account
+from deltamerge.outputs.output import Account, LearnedArtifact
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
@@ -165,6 +166,7 @@ class ByteShares:
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
     learned: LearnedCodes | None = None
+    restored: dict[str, tuple[list[Part], Array]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -221,7 +223,9 @@ class ByteShares:
     def parts(self, name: str, delta: Array) -> tuple[list[Part], Array]:
         """Make the parts of a tensor, as it was chosen."""
         choice, curve, parts = self.choices[name], self.curves[name], list[Part]()
-        if self.learned is not None and (factors := self.learned.factors.get(self.tensors[name].tune.name)):
+        if name in self.restored:
+            parts, stored = self.restored[name]
+        elif self.learned is not None and (factors := self.learned.factors.get(self.tensors[name].tune.name)):
             part, stored = factors.store()
             parts.append(part)
         else:
@@ -249,11 +253,12 @@ class ByteShares:
 
     def stop_learning(self) -> None:
         """Take the codes that are best without rows."""
+        self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
         self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
 
-    def learn(self, folder: Path) -> bool:
-        """Learn on the rows the codes of the layers' factors in the artifact in `folder`; return whether that helps."""
+    def learn(self, folder: Path) -> None:
+        """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
         from deltamerge.calibrate.q.codes import learn_codes
 
         entries = DeltaFile.open(folder).entries
@@ -266,7 +271,7 @@ class ByteShares:
         layers = measured.tensors.pairs
         start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
         if not start:
-            return False
+            return
 
         def fixed(name: str) -> Any:
             if (one := stored.get(name)) is None:
@@ -276,7 +281,19 @@ class ByteShares:
 
         with Reader() as reader:
             self.learned = learn_codes(measured, start, fixed)
-        return self.has_learned
+
+    def restore(self, kept: LearnedArtifact) -> None:
+        """Take over the parts of an artifact whose codes were learned. VerifyError: it is not of these tensors."""
+        from deltamerge.calibrate.q.codes import LearnedCodes
+
+        entries = DeltaFile.open(kept.folder).entries
+        for name in self.tensors:
+            if name not in entries:
+                raise VerifyError(f"{kept.folder}: has no codes of {name}", hint="run without --locked")
+            record = entries[name].record
+            stored = entries[name].values[: parts_bytes(record)] if record.parts else ()
+            self.restored[name] = [*record.parts], np.array(stored, np.uint8)
+        self.learned = LearnedCodes({}, kept.before, kept.after)
 
     def account(self, summary: Summary) -> SharesAccount:
         """Return what there is to say of the artifact that was written last."""
