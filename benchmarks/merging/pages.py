@@ -38,7 +38,7 @@ def write_words(found: dict[str, Any]) -> None:
 
 def write_cases(found: list[dict[str, Any]]) -> None:
     """Write the tables of cases.py: how near the advice is to the best merge, and what merges of so many keep."""
-    _put("cases", {"advice": advice, "methods": methods_of_cases}, found)
+    _put("cases", {"advice": advice, "methods": methods_of_cases, "signs": signs_of_cases}, found)
 
 
 def _put(kind: str, tables: Mapping[str, Callable[[Any], str]], found: Any) -> None:
@@ -83,6 +83,16 @@ def methods_of_cases(found: list[dict[str, Any]]) -> str:
             for some in columns.values()
         ]
         lines.append([merge, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def signs_of_cases(found: list[dict[str, Any]]) -> str:
+    """By sign: the cases in which what it names is within a point of the best method, and points behind."""
+    lines = [["decided by", "within 1 point", "behind, mean (most)"], ["---"] * 3]
+    for sign in found[0]["behind by sign"]:
+        behind = [case["behind by sign"][sign] for case in found]
+        near = f"{sum(one <= 1.0 for one in behind)} of {len(behind)}"
+        lines.append([sign, near, f"{fmean(behind):.1f} ({max(behind):.1f})"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
