@@ -53,6 +53,7 @@ EACH = (
 ROWS_SAVE = (
     "to save a skill: about 50 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
+ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
 STUDY = Study.model_validate({"together": 2})
 
 
@@ -504,13 +505,12 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
             float(f"{1 / count:.3g}"),
             [f"{said}: they go the same way, and their mean keeps what they do"],
         )
-    more = "give rows with --calibration: they choose method and λ, and fit coefficients"
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
-        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
+        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
     way = SVC if count > 2 else TSV_M
     kept = f"without data {way.method} of balanced deltas is the safest for {'more' if count > 2 else 'two'} models"
-    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", more]
+    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
 
 
 def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
