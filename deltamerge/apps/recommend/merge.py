@@ -558,9 +558,7 @@ def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillFor
         kept = "" if one.by == "weights" else f", {one.share:.0%} of its score is expected and {one.low:.0%} at worst"
         rival = ""
         if one.rival is not None and (one.disturbance or 0.0) >= DANGER:
-            rival = (
-                f": {one.rival} does {one.disturbance:.2g} times as much to its inputs as its own delta; leave it out"
-            )
+            rival = f": {one.rival}, as long, does {one.disturbance:.2g} times as much to its inputs; leave it out"
         said.append(f"{one.model} {how}{kept}{rival}")
     if not rows:
         for i, j in combinations(range(len(names)), 2):

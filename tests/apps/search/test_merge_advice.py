@@ -293,8 +293,11 @@ def test_a_drowned_skill_and_what_would_save_it() -> None:
         ["none", "none"], ["possible", "none"], ["probable", "none"]
     ]  # fmt: skip
     assert not rescue(names, meeting(), quiet, rows=False)
+    longer = meeting(1.4).model_copy(update={"relative_norm": [0.1, 0.2]})  # which a balanced merge makes as long
+    assert of_weights(names, longer, "tsv_m")[0].loss == "none"
+    assert of_weights(names, longer, "tsv_m")[0].disturbance == pytest.approx(0.35)
     first, *more = rescue(names, meeting(1.4), drowned, rows=False)
-    assert first == ("a will probably be lost: b does 1.4 times as much to its inputs as its own delta; leave it out")
+    assert first == ("a will probably be lost: b, as long, does 1.4 times as much to its inputs; leave it out")
     assert "emr" in more[0]
     assert "--calibration" in more[1]
     decoder = of_weights(names, meeting(), "wudi")
