@@ -1,6 +1,6 @@
 """PEFT's adapters on a base, read as if merged: only headers and configs are opened, weights are computed when read.
 
-The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`; `adapter_parts` says what its tensors are.
+The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`; `adapter_parts` knows its tensors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from deltamerge.tensors.views import cast
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-MOST_PARAMETERS = 6  # of one module; which factors are whose is told by shapes
+MOST_PARAMETERS = 6  # factors of one module; shapes tell which parameter each belongs to
 Tensors = dict[str, TensorInfo]
 
 
@@ -189,7 +189,7 @@ def _as_stored(info: TensorInfo, old: TensorInfo | None) -> TensorInfo:
 
 
 def _is_inside(part: Tensor, whole: Tensor) -> bool:
-    """Tell whether a tensor is a part of another that nothing changes."""
+    """Tell whether a tensor is a part of another tensor that the adapter does not change."""
     return part.whole is whole.whole or (part.kind == whole.kind == "stored" and part.path == whole.path)
 
 
@@ -226,10 +226,10 @@ def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[st
 
 
 def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[str, dict[str, str]]:
-    """What to put before the base's names, and the name there of each tensor that the adapter changes.
+    """The prefix for the base's names, and the base's name of each tensor that the adapter changes.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
-    the other way round; all other differences are matched as those of two models are.
+    the other way round. All other differences are matched as between two models.
     """
     asked = [*wanted, *found.whole]
     first = next(iter(wanted or found.whole), "").partition(".")[0] + "."
@@ -249,7 +249,7 @@ def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[
 
 
 def _inside(name: str, names: Tensors) -> str | None:
-    """A name that the base has; for experts, of the same layer and whatever module they are in."""
+    """A name in the base. Experts are matched within their layer, in whatever module they are."""
     if name in names or name.split(".")[-2:-1] != ["experts"]:
         return name if name in names else None
     end, block = "." + ".".join(name.split(".")[-2:]), block_name(name)
@@ -275,7 +275,7 @@ def _update(
                 continue
             info = _place(f"{root}.weight", tensors, places)
             key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
-            # PEFT loads a stored base layer last: what A and B began with is subtracted from it already.
+            # PEFT loads a stored base layer last; the initial B A is already subtracted from it.
             own = {**config, "init_lora_weights": True} if f"{root}.weight" in found.whole else config
             tensors[info.name] = _updated(info, levels[0], key, own, turned=root in turned)
             if "B.bias" in levels[0]:
@@ -308,8 +308,10 @@ def _update_experts(
     places: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """Put the updates of a module's parameters, the innermost wrapper's first, on those that they fit; PEFT wraps them
-    in the order of the module, the gate first."""
+    """Put the updates of a module's parameters on the parameters that they fit, the innermost wrapper's first.
+
+    PEFT wraps parameters in the order of the module, the gate first.
+    """
     if len(targets) > MOST_PARAMETERS:
         raise InputError(f"target_parameters names {len(targets)} parameters of it", hint=BY_PEFT)
     infos = {target: _place(f"{root}.{target}", tensors, places) for target in sorted(targets, reverse=True)}
@@ -357,16 +359,17 @@ def _turned(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> set[str]:
-    """The modules whose weight is stored (in, out): of the class Conv1D, which model type and name tell.
+    """The modules whose weight is stored (in, out): of class Conv1D, as known by model type and name.
 
-    Shapes tell it of models that transformers does not have. A square weight there is stored as others of its name or
-    beside it, whose biases tell the outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts shapes.
+    For models that transformers does not have, shapes tell. A square weight there is stored like others of its name, or
+    beside it, whose biases give the number of outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts
+    shapes.
     """
     found, square, shapes = set(), [], set()
     for root, levels in nested.items():
         info, shape = tensors.get(places.get(f"{root}.weight", "")), expected(levels[0])
         if info is None or shape is None or len(shape) != 2 or "weight" in parameters_of(config, root):
-            continue  # PEFT takes a parameter, of any class, as (out, in)
+            continue  # PEFT reads a parameter of any class as (out, in)
         if is_conv1d(info.name, base):
             found.add(root)
         elif shape[0] == shape[1]:

@@ -38,11 +38,10 @@ _NOTHING = np.empty(0, np.float32)
 
 
 def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size, for an entry with stored
-    values.
+    """Turn the base tensor's flat `bits` into the result's bits (same dtype and size), for an entry with values.
 
-    Hashes are not checked. InputError: stored arrays are damaged, or the file has become shorter; `bits` may have
-    changed.
+    Hashes are not checked. InputError: stored arrays are damaged, or the file was shortened. `bits` may have changed
+    then.
     """
     if is_compiled(entry):
         with damage_told():
@@ -57,7 +56,7 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
 
 
 def is_compiled(entry: Entry) -> bool:
-    """Whether one compiled pass does it."""
+    """Whether a compiled pass handles the entry."""
     record = entry.record
     is_simple = (
         not (entry.has_steps or record.parts or (entry.index is None and record.values is None))
@@ -80,7 +79,7 @@ def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
         values, group = values.view(NUMPY[STORED_VALUES[kind]]), record.group
         ok = add(coding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
-        deque(entry.positions(), maxlen=0)  # raises the error that says what is wrong
+        deque(entry.positions(), maxlen=0)  # raises the error that names the fault
         raise InputError("positions are damaged")
 
 
@@ -150,7 +149,7 @@ def _positions(coding: Coding, stored: Array, k: int, count: int, out: Array) ->
 
 
 THREADED = 1 << 15
-DENSE = 3  # above one entry in so many a patch that is computed has the whole tensor
+DENSE = 3  # if more than one entry in so many changes, a computed patch has the whole tensor
 
 
 class Patch(NamedTuple):
@@ -171,7 +170,7 @@ class Patch(NamedTuple):
 class ResultTensor:
     """A tensor of the result.
 
-    base_name   the base's tensor that it comes from; None: the base has none
+    base_name   its tensor in the base; None: the base has none
     entry       its changes; None: it is unchanged
     """
 
@@ -201,9 +200,8 @@ class DeltaFile:
     def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
         """Final values, tensor by tensor, without unchanged ones.
 
-        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which steps and values to
-        add have need. InputError: these, and no base (before the first tensor); or another base than the delta was made
-        from.
+        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder. Steps and values to add need
+        it. InputError: it is needed and missing (raised before the first tensor), or it is another base.
         """
         if base is None and (name := next((name for name, e in self.entries.items() if e.needs_base), None)):
             holds = "steps from the base's values" if self.entries[name].has_steps else "values to add to the base's"
@@ -247,12 +245,12 @@ class DeltaFile:
     def apply_to(self, state: MutableMapping[str, Any], *, check: bool = False) -> None:
         """Turn a state dict of the base (torch tensors on any device) into the result's, in place where possible.
 
-        A tensor is found by its name in the base, else by its name in the result. New tensors, and those whose dtype or
-        shape changes, are created; removed ones are deleted. On the CPU large tensors use as many threads as torch has.
-        Steps can only be taken from the base's own values: the hashes of such tensors, with `check` of all tensors and
-        of what becomes of them, too, are checked before anything is changed. A tensor that has its result already stays
+        A tensor is found by its name in the base, otherwise by its name in the result. New tensors, and tensors whose
+        dtype or shape changes, are created; removed tensors are deleted. On the CPU large tensors use as many threads
+        as torch has. Steps need exactly the base's values, so the hashes of such tensors are checked before anything is
+        changed. With `check`, all tensors and their results are checked. A tensor that already equals its result stays
         as it is. InputError: a tensor is missing or differs from the base's in dtype or shape, or a hash differs (then
-        nothing has been changed); stored arrays are damaged; or the file has become shorter.
+        nothing has been changed); stored arrays are damaged; or the file was shortened.
         """
         entries = list(self.entries.values())
         keys = [entry.key_in(state) for entry in entries]
@@ -286,8 +284,10 @@ class DeltaFile:
         state.update(targets)
 
     def _is_done(self, entry: Entry, target: Any, check: bool) -> bool:
-        """Whether a tensor with steps, or any with `check`, is the result already. InputError: nor is it the base's, or
-        with `check` what is stored does not make the one of the other."""
+        """Whether a tensor with steps, or with `check` any tensor, already equals the result.
+
+        InputError: it is not the base's either, or with `check` the stored change does not give the result.
+        """
         record = entry.record
         if not (check or entry.has_steps):
             return False
@@ -308,7 +308,7 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
 
 
 def bits_of(tensor: Any) -> Array:
-    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
+    """A tensor's bits, flat, on the CPU; its own memory if it is contiguous there."""
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
@@ -336,7 +336,7 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
 
 
 def _fitting(entry: Entry, target: Any) -> Any:
-    """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
+    """`target`, if it has the dtype and shape of the base's tensor. InputError: it has not."""
     dtype, shape = entry.base_kind
     if target is None or _described(target) != (dtype, shape):
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
@@ -373,7 +373,7 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
 
 
 def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
-    """What reads the tensor of `base` that an entry changes."""
+    """A function that reads the tensor of `base` that an entry changes."""
     if isinstance(base, Mapping):
         state = base
 
@@ -395,7 +395,7 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:
-    """The patch of an entry; `read` is the base's tensor where that is needed."""
+    """The patch of an entry. `read` reads the base's tensor if it is needed."""
     record, where = entry.record, None
     if read is None:
         stored = entry.values[:]
