@@ -104,7 +104,7 @@ def command(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Merge the models of RECIPE into one that transformers loads.
+    """Merge the models of RECIPE into one checkpoint.
 
     If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
 
