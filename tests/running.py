@@ -23,7 +23,7 @@ def _read(
     path: Path, *, mergekit_exact: bool = False, locked: bool = False, pictures: bool = False, **options: Any
 ) -> tuple[RecipeFile, Options]:
     file = read_recipe(path, mergekit_exact=mergekit_exact)
-    lock = Lock.read(file.lock_path) if locked else None
+    lock = Lock.read(file.lock_path) if locked else options.pop("lock", None)
     return file, Options(lock=lock, drawing=drawing if pictures else None, **options)
 
 

@@ -114,6 +114,7 @@ SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and value
 BASELINE_BYTES = 400_000_000
 # freed blocks that wait in the heap for the next layer: at most half of the temporary memory; measured at 135 M
 WAITING_BYTES = 1 << 28
+HELD = 6  # bytes that a block holds for its backward pass, of each token and each input and output of its layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,6 +544,21 @@ def ahead(tensors: Sequence[TensorHeader]) -> int:
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stored = {tensor.name: tensor.nbytes for tensor in tensors}
     return max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
+
+
+def held_weights(source: CalibrationInput) -> int:
+    """Return the bytes of all weights as they are multiplied: of blocks in the precision of products."""
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    inside = sum(block_sizes(shapes, sizes))
+    return (2 if source.precision == "bfloat16" else 4) * inside + 4 * (sum(sizes.values()) - inside)
+
+
+def held_rows(source: CalibrationInput, rows: int, length: int | None = None) -> int:
+    """Return about the bytes of all that blocks compute of so many rows, which a backward pass takes."""
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors if len(tensor.shape) == 2}
+    sides = block_sizes(shapes, {name: sum(shape) for name, shape in shapes.items()})
+    return HELD * sum(sides) * rows * (length or source.calibration.length)
 
 
 def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:

@@ -41,10 +41,17 @@ HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger o
 TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
+LEARNING_STEPS, LEARNING_ROWS = 100, 8  # steps that codes are learned in, and the rows of each
+LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
 LATENT = 80  # bytes of memory a byte of codes that are learned: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
+
+
+def learning_passes(sequences: int) -> int:
+    """About the forward passes over so many rows that learning codes takes; a backward pass counts as two."""
+    return math.ceil(3 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +269,12 @@ def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
     return codes, np.maximum(scale, 0.0)
 
 
-def scratch(shapes: Sequence[tuple[int, int]], workers: int, learned: float = 0.0) -> int:
-    """About the bytes of deltas (m, n) that are collected, factored and coded at one time.
-
-    `learned` are those of an artifact whose codes are learned.
-    """
+def scratch(shapes: Sequence[tuple[int, int]], workers: int) -> int:
+    """About the bytes of deltas (m, n) that are collected, factored and coded at one time."""
     held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
     work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=False) for m, n in shapes), reverse=True)
     making = sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
-    return TORCH + max(making, LATENT * math.ceil(learned) if learned <= MOST_LEARNED else 0)
+    return TORCH + making
 
 
 def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> tuple[Part, Array]:

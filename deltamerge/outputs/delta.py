@@ -206,6 +206,7 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
     nbytes = bytes_of(planned)
     assert nbytes is not None
     outputs, rest = shared_outputs(planned)
+    kept = job.choices.learned if job.choices is not None else None
     job.work.empty()
     sharing = ByteShares(planned, Spool(job.work.folder, job.work.journal), outputs, nbytes)
     done = False
@@ -239,7 +240,10 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
             if summary.nbytes != best:
                 values, summary = write(fitting)
             if sharing.learns:
-                sharing.learn(job.work.folder)
+                if kept is None:
+                    sharing.learn(job.work.folder)
+                else:
+                    sharing.restore(kept)
                 values, summary = write(fitting)
                 if summary.nbytes > nbytes:  # records of learned codes, compressed, take more than SPARE
                     sharing.learned = None

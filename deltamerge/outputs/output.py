@@ -30,12 +30,25 @@ if TYPE_CHECKING:
     from deltamerge.formats.delta.writer import Summary
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedArtifact:
+    """A delta artifact whose codes were learned, and the divergences on the rows that decided, before and after."""
+
+    folder: Path
+    before: float
+    after: float
+
+
 class Choices(Protocol):
     """The choices of an earlier run, from a lock."""
 
     @property
     def densities(self) -> Mapping[str, float]:
         """The densities that a budget allowed."""
+
+    @property
+    def learned(self) -> LearnedArtifact | None:
+        """The artifact that has its learned codes; None: none were learned."""
 
     def calibrated(self, plan: Plan) -> Mapping[Node, Any]:
         """Return the values of a plan's calibration stages."""

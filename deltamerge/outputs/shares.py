@@ -23,9 +23,10 @@ from deltamerge import errors
 from deltamerge.engine.backends import single_threaded
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.worker import Task
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
+from deltamerge.formats.delta.manifest import parts_bytes
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
@@ -35,7 +36,7 @@ from deltamerge.methods.rate import MOST_LEARNED, Choice, Curve, curve_of, histo
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.outputs.collected import Collector
-from deltamerge.outputs.output import Account
+from deltamerge.outputs.output import Account, LearnedArtifact
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
@@ -153,6 +154,7 @@ class ByteShares:
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
     learned: LearnedCodes | None = None
+    restored: dict[str, tuple[list[Part], Array]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -209,7 +211,9 @@ class ByteShares:
     def parts(self, name: str, delta: Array) -> tuple[list[Part], Array]:
         """Make the parts of a tensor, as it was chosen."""
         choice, curve, parts = self.choices[name], self.curves[name], list[Part]()
-        if self.learned is not None and (factors := self.learned.factors.get(self.tensors[name].tune.name)):
+        if name in self.restored:
+            parts, stored = self.restored[name]
+        elif self.learned is not None and (factors := self.learned.factors.get(self.tensors[name].tune.name)):
             part, stored = factors.store()
             parts.append(part)
         else:
@@ -248,6 +252,19 @@ class ByteShares:
 
         with Reader() as reader:
             self.learned = learn_codes(measured, start, fixed)
+
+    def restore(self, kept: LearnedArtifact) -> None:
+        """Take over the parts of an artifact whose codes were learned. VerifyError: it is not of these tensors."""
+        from deltamerge.calibrate.q.codes import LearnedCodes
+
+        entries = DeltaFile.open(kept.folder).entries
+        for name in self.tensors:
+            if name not in entries:
+                raise VerifyError(f"{kept.folder}: has no codes of {name}", hint="run without --locked")
+            record = entries[name].record
+            stored = entries[name].values[: parts_bytes(record)] if record.parts else ()
+            self.restored[name] = [*record.parts], np.array(stored, np.uint8)
+        self.learned = LearnedCodes({}, kept.before, kept.after)
 
     def account(self, summary: Summary) -> SharesAccount:
         """Return what there is to say of the artifact that was written last."""

@@ -30,6 +30,7 @@ from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
 from deltamerge.methods.ops import dense, is_difference
+from deltamerge.methods.rate import MOST_LEARNED
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
@@ -73,7 +74,12 @@ class StageMaker:
         """Return the measurement of the inputs of a model's layers."""
         refuse_gathered(tunes, "leave calibration out")
         source, tensors = self._source(deltas, tunes)
-        return InputMeasurement(source, tensors, {t.name: t.tensor.name for t in tunes})
+        prune, codes = deltas.prune_of(tunes[0]), 0.0
+        if PRUNE[prune.method].shares:
+            codes = prune.bytes or sum(one.nbytes for one in source.tensors) / (prune.ratio or 1.0)
+        return InputMeasurement(
+            source, tensors, {t.name: t.tensor.name for t in tunes}, codes if codes <= MOST_LEARNED else 0.0
+        )
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
         """Return the stages so far and the stages of model `index`, whose tensors are `tunes`."""

@@ -437,20 +437,17 @@ def _held(
             "quantised_outputs": held_coded(outputs, workers),
             "rounding": held_rounding(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
-            "sharing": _shared_bytes(recipe, outputs, shared, workers) if shared else 0,
+            "sharing": _shared_bytes(outputs, shared, workers) if shared else 0,
         }
     )
 
 
-def _shared_bytes(recipe: Recipe, outputs: Sequence[OutputTensor], shared: Container[str], workers: int) -> int:
-    """Return the memory of deltas that share the bytes of an artifact, while they are factored, coded and learned."""
+def _shared_bytes(outputs: Sequence[OutputTensor], shared: Container[str], workers: int) -> int:
+    """Return the memory of deltas that share the bytes of an artifact, while they are factored and coded."""
     from deltamerge.formats.delta.parts import matrix_shape
     from deltamerge.methods.rate import scratch
 
-    asked = prune.effective_prune(recipe, recipe.fine_tunes[0])
-    nbytes = asked.bytes or sum(out.nbytes for out in outputs) / (asked.ratio or 1.0)
-    shapes = [matrix_shape(out.shape) for out in outputs if out.name in shared]
-    return scratch(shapes, workers, nbytes if recipe.calibration is not None else 0.0)
+    return scratch([matrix_shape(out.shape) for out in outputs if out.name in shared], workers)
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:
@@ -538,6 +535,7 @@ def _notes(
     for node in stages.calibrations:
         if remark := node.parameter("spec").remark:
             yield remark
+    yield from filter(None, (one.note for one in stages.inputs.values()))
     yield from kind.notes(recipe.output, weighed=bool(stages.inputs))
 
 

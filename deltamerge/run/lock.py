@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from deltamerge.files.ownership import MADE_BY, Maker, has_weights, refuse_other
 from deltamerge.files.ownership import ROWS as ROWS
 from deltamerge.files.ownership import read_lock as read_lock
 from deltamerge.formats.safetensors import read_header
+from deltamerge.outputs.output import LearnedArtifact
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.hashes import DATA, describe_files
@@ -169,6 +171,29 @@ class Lock:
         return {str(name): float(p) for name, p in found.items()}
 
     @property
+    def artifact(self) -> list[str]:
+        """The files of the delta artifact that has the learned codes of this lock; []: none were learned."""
+        budget = self.content.get("budget")
+        learned = isinstance(budget, dict) and "learned" in budget
+        return [name for name in self.content["outputs"] if learned and re.fullmatch(r"delta[\w.-]*", name)]
+
+    @property
+    def learned(self) -> LearnedArtifact | None:
+        """The artifact beside it that has the learned codes. VerifyError: it is not there, or is another."""
+        if not self.artifact:
+            return None
+        for name in self.artifact:
+            path = self.path.parent / name
+            if not path.is_file():
+                raise VerifyError(
+                    f"{path}: missing, it holds the learned codes", hint="give the output's folder: --lock FOLDER"
+                )
+            if hash_output(path) != self.content["outputs"][name].get("hash"):
+                raise VerifyError(f"{path}: holds other learned codes than the lock was written with")
+        said = self.content["budget"]["learned"].get("divergence") or {}
+        return LearnedArtifact(self.path.parent, *(float(said.get(key, "nan")) for key in ("before", "after")))
+
+    @property
     def figures(self) -> Run:
         """The calibration, for reports and pictures. InputError: it does not have the form that a run writes."""
         from deltamerge.run.calibration_record import Run, choices
@@ -211,7 +236,8 @@ class Lock:
                 inputs[moved] = inputs.pop(reference)
         for reference in sorted(known.keys() | inputs.keys()):
             then, now = known.get(reference), inputs.get(reference)
-            if reference.startswith(DATA) and now is None:  # the q's are in the lock: the data is not needed
+            # q's and codes come with the lock: the data is not needed
+            if reference.startswith(DATA) and (now is None or (then and then["files"] and not now["files"])):
                 continue
             if then is None or now is None:
                 wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")

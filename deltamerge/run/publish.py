@@ -94,6 +94,10 @@ def fetch(reference: str, folder: Path) -> HubMerge:
             if path.name in (RECIPE_NAME, LOCK_NAME) or path.suffix == ROWS:
                 shutil.copyfile(path, folder / path.name)
         lock = Lock.read(folder / LOCK_NAME)
+        if lock.artifact:
+            codes = hub.download(name, lock.artifact)
+            for file in lock.artifact:
+                shutil.copyfile(codes / file, folder / file)
         local = [name for name, entry in lock.content["inputs"].items() if name != DATA and "commit" not in entry]
         if local:
             raise InputError(

@@ -17,7 +17,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from running import make_plan, run
 from safetensors.torch import save_file
 
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, VerifyError
 from deltamerge.formats.delta.entry import Decoder
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales, matrix_shape, sum_of
 from deltamerge.methods.low_rank import Wanted, factor
@@ -34,6 +34,7 @@ from deltamerge.methods.rate import (
 )
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.run.apply import apply
+from deltamerge.run.lock import Lock
 
 Array = np.ndarray[Any, Any]
 RECIPE = """
@@ -345,6 +346,28 @@ def test_rows_teach_the_codes(tmp_path: Path) -> None:
     assert "learned codes: divergence on held-out rows" in (tmp_path / "taught" / "README.md").read_text()
 
 
+def test_a_lock_keeps_learned_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in the artifact beside it: neither rows nor gradients are needed for the same bytes."""
+    taught(tmp_path)
+    path = recipe(tmp_path, "bytes: 7500", ROWS)
+    made = run(path, tmp_path / "taught", workers=1)
+    (note,) = (one for one in made.plan.notes if "are learned" in one)
+    assert "100 steps of 8 rows: about 16 forward passes over the rows in float32" in note
+    (tmp_path / "rows.jsonl").unlink()
+    monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", None)
+    lock = Lock.read(shutil.copytree(tmp_path / "taught", tmp_path / "kept") / "recipe.lock")
+    again = run(path, tmp_path / "again", workers=2, lock=lock)
+    assert files_of(tmp_path / "taught") == files_of(tmp_path / "again")
+    assert again.lock["budget"] == made.lock["budget"]
+    (tmp_path / "kept" / "delta.safetensors").write_bytes(b"other")
+    with pytest.raises(VerifyError, match="holds other learned codes than the lock was written with"):
+        run(path, tmp_path / "third", workers=1, lock=lock)
+    (tmp_path / "kept" / "delta.safetensors").unlink()
+    with pytest.raises(VerifyError, match="missing, it holds the learned codes"):
+        run(path, tmp_path / "third", workers=1, lock=lock)
+    assert not (tmp_path / "third").exists()
+
+
 def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deltamerge.calibrate.q import codes
 
@@ -353,7 +376,7 @@ def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pyt
     for rate in (0.0, 30.0):
         for name in ("CODE_RATE", "SCALE_RATE"):
             monkeypatch.setattr(codes, name, rate)
-        monkeypatch.setattr(codes, "STEPS", 2)
+        monkeypatch.setattr(codes, "LEARNING_STEPS", 2)
         found = run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "out", workers=1, force=True)
         said = found.lock["budget"]["learned"]["divergence"]
         assert said["after"] == said["before"]
@@ -391,13 +414,19 @@ def test_a_level_has_the_gradient_of_the_number_that_it_is_nearest_to() -> None:
     start = Factored(count, left, right, scales)
     latent = Latent(start, torch.device("cpu"))
     top = np.array([float(LEVELS[c][-1]) for c in count])[:, None]
-    with torch.no_grad():  # still nearest to the same levels
-        latent.left += torch.tensor(rng.uniform(-0.04, 0.04, left.shape))
-    made, weights = latent.product(), rng.standard_normal((5, 7))
+    latent.left += torch.tensor(rng.uniform(-0.04, 0.04, left.shape))  # still nearest to the same levels
+    latent.place(torch.float32)
+    made, x, y = latent.product(), rng.standard_normal((3, 7)), rng.standard_normal((3, 5))
     u, v = left.astype(np.float64), right.astype(np.float64)
     np.testing.assert_allclose(made.detach(), (u * scales[:, None]).T @ v, rtol=1e-5, atol=1e-6)
-    made.backward(torch.tensor(weights, dtype=torch.float32))
-    scaled = scales[:, None]
+    given = torch.tensor(x, dtype=torch.float32)
+    np.testing.assert_allclose(latent.of(given).detach(), x @ made.detach().double().numpy().T, rtol=1e-5, atol=1e-5)
+    latent.of(given).backward(torch.tensor(y, dtype=torch.float32))
+    latent.pull()
+    assert latent.left.grad is not None
+    assert latent.right.grad is not None
+    assert latent.logs.grad is not None
+    scaled, weights = scales[:, None], y.T @ x
     np.testing.assert_allclose(latent.left.grad, scaled * top * (v @ weights.T), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(latent.right.grad, scaled * top * (u @ weights), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(latent.logs.grad, scales * np.einsum("ki,ij,kj->k", u, weights, v), rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from calibration_rows import rows
 from conftest import load_tensors, tiny_llama
+from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -26,6 +27,7 @@ process = importlib.import_module("benchmarks.process")
 merge_speed = importlib.import_module("benchmarks.speed.merge_speed")
 quality = importlib.import_module("benchmarks.pruning.quality")
 budgets = importlib.import_module("benchmarks.pruning.bytes")
+field = importlib.import_module("benchmarks.pruning.field")
 pages = importlib.import_module("benchmarks.pages")
 
 
@@ -167,6 +169,47 @@ def test_tables_of_bytes_are_those_of_the_results() -> None:
     text = budgets.PAGE.read_text()
     assert "| ours | " in text
     assert budgets.documented(text) == text, "run python -m benchmarks.pruning.bytes --page"
+
+
+def test_what_recommend_says_of_a_budget_was_measured() -> None:
+    """The sentence is of `recommend.prune.advise`, of the budget and of a density in the same bytes."""
+    cells = {(cell.model, cell.ratio, cell.method): cell.kl for cell in budgets.known(budgets.FILE)}
+    pairs = [
+        (kl, cells[model, ratio, "ours"])
+        for (model, ratio, method), kl in cells.items()
+        if method in ("DARE", "DAREx-q", "magnitude q_e") and (model, ratio, "ours") in cells
+    ]
+    assert pairs
+    assert all(ours < other for other, ours in pairs)
+
+
+@pytest.mark.parametrize(("ratio", "lost"), [(8, 0.1), (32, 0.8)])
+def test_the_field_s_deltas_fit_and_come_nearer(ratio: int, lost: float, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (96, 80), "b.weight": (64, 128), "embed.weight": (60, 32)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tuned = {"score.weight": torch.ones(2, 32)}
+    for name, (m, n) in shapes.items():
+        few = torch.randn(m, 4, generator=generator) @ torch.randn(4, n, generator=generator)
+        tuned[name] = base[name] + 1e-2 * few + 1e-3 * torch.randn(m, n, generator=generator)
+    for name, weights in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+
+    def distance(state: dict[str, torch.Tensor]) -> float:
+        return float(sum((state[name] - tuned[name]).square().sum() for name in ("a.weight", "b.weight")))
+
+    of = field.Deltas(
+        tmp_path / "base", tmp_path / "tuned", lambda: {name: torch.eye(n) for name, (_, n) in shapes.items()}, distance
+    )
+    budget, whole = 2 * sum(one.numel() for one in tuned.values()) // ratio, distance(of.origin)
+    for method, make in field.METHODS.items():
+        nbytes, state = make(of, budget, tmp_path)
+        assert nbytes <= (1.05 if method == "UltraDelta" else 1) * budget or method == "BitDelta"
+        assert torch.equal(state["score.weight"], tuned["score.weight"])
+        assert distance(state) <= whole or (method, ratio) == ("DARE", 32)
+        if method in ("Delta-CoMe", "ImPart-Qt"):
+            assert distance(state) < lost * whole
 
 
 def test_results_of_several_runs_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

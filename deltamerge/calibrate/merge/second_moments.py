@@ -24,8 +24,10 @@ from deltamerge.calibrate.spec import CalibrationInput, ModelTensors, Share, mas
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.values import Spooled
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import human
 from deltamerge.files import progress
 from deltamerge.files.descriptors import writing
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -44,16 +46,35 @@ MEASURING = "measuring inputs of"
 
 @dataclass(frozen=True, slots=True)
 class InputMeasurement:
-    """A fine-tune whose layers' inputs are measured. `names` maps names in the output to its tensors' names."""
+    """A fine-tune whose layers' inputs are measured. `names` maps names in the output to its tensors' names.
+
+    codes   about the bytes of the artifact whose codes are learned on the rows instead
+    """
 
     source: CalibrationInput
     tensors: ModelTensors
     names: Mapping[str, str]
+    codes: float = 0.0
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of the C's of one block."""
-        return block_bytes(self.source, set(self.names.values()))
+        """Return about the bytes of the C's of one block, or of what is held to learn codes."""
+        if not self.codes:
+            return block_bytes(self.source, set(self.names.values()))
+        codes = math.ceil(LATENT * self.codes)
+        held = codes + spec.held_weights(self.source) + spec.held_rows(self.source, LEARNING_ROWS)
+        return max(codes, min(self.source.cache, held))
+
+    @property
+    def note(self) -> str:
+        """Say what learning codes takes; "": none are learned."""
+        if not self.codes:
+            return ""
+        passes = learning_passes(self.source.calibration.sequences)
+        return (
+            f"codes of {self.source.model} are learned in {LEARNING_STEPS} steps of {LEARNING_ROWS} rows: "
+            f"about {passes} forward passes over the rows in {self.source.precision}, {human(self.memory)} of memory"
+        )
 
 
 def block_bytes(source: CalibrationInput, wanted: Collection[str]) -> int:

@@ -429,9 +429,12 @@ class BlockModel:
             traces.append(trace)
         return traces
 
-    def differentiable(self, inputs: Inputs, weights: Weights, precision: Precision = "float32") -> BlockOutput:
+    def differentiable(
+        self, inputs: Inputs, weights: Weights, precision: Precision = "float32", *, held: bool = False
+    ) -> BlockOutput:
         """Return the forward with gradients to whatever `weights` computes from, which is called again in the backward
-        pass (activation checkpointing, block by block): a block's tensors exist only while it runs."""
+        pass (activation checkpointing, block by block): a block's tensors exist only while it runs. `held`: all that
+        blocks compute is held instead."""
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -441,7 +444,7 @@ class BlockModel:
                 with same_every_time(self.device), multiplying(precision, self.device):
                     return functional_call(shell, self._local(tensors, i), args, kwargs)
 
-            return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
+            return inner if held else partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
         with patched(self.blocks, wrap), same_every_time(self.device):
             return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))

@@ -3,32 +3,43 @@
 The loss is that of learned scales (`objectives.Distribution`). A level is the nearest to a number of its own, which
 takes the level's gradient (the straight-through estimator, arXiv 1308.3432); scales are learned beside them. How many
 components have how many levels is given, and stays: so do the bytes.
+
+A layer's product is taken of its inputs, x V Uᵀ, and added to what the base's weight makes of them, so that no gradient
+is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
+from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
-from deltamerge.calibrate.q.learned import descend, subset
+from deltamerge.calibrate.model.passes import BlockOutput, Logits, Weights
+from deltamerge.calibrate.q.learned import subset
+from deltamerge.calibrate.q.objectives import Distribution
 from deltamerge.calibrate.q.subject import Subject
+from deltamerge.calibrate.rows import DataRow, select, without
+from deltamerge.calibrate.spec import held_rows, held_weights
 from deltamerge.calibrate.stage import calibrating
+from deltamerge.files import progress
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
-STEPS = 100
-STEP = 8  # rows of a step
 CODE_RATE, SCALE_RATE = 0.012, 0.03  # learning rates, in units of the largest level, and of a scale's logarithm
 WARM = 5  # steps
-LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
+CODES = 4  # codes in a byte, about
 DECIDING = 0.1  # share of the rows that decide
 
 
@@ -50,7 +61,7 @@ def learn_codes(
 ) -> LearnedCodes:
     """Fit the factors of layers; `fixed` makes the model's other tensors, None: one is the fine-tune's own."""
     source = measured.source
-    passes = math.ceil(3 * STEPS * STEP / source.calibration.sequences) + LOOKS
+    passes = learning_passes(source.calibration.sequences)
     with calibrating(source.model, passes, LEARNING, device=source.device), Reader() as reader:
         subject = Subject(source, measured.tensors, reader)
         found = _learned(subject, start, fixed)
@@ -59,101 +70,274 @@ def learn_codes(
 
 
 def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[str], Tensor | None]) -> LearnedCodes:
+    model, device = subject.model, subject.device
+    dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
+    latents = {name: Latent(one, device) for name, one in start.items() if name not in model.lookups}
+    outside = {*model.parts[0]} if not model.whole else set[str]()
+
     def still(name: str) -> Tensor:
+        """Return the tensor that is the same in each step."""
+        if name in latents:
+            return subject.start(name).to(dtype)
         made = fixed(name)
-        return subject.tune([name])[name] if made is None else made.to(subject.device)
+        made = subject.tune([name])[name] if made is None else made.to(device)
+        return made.to(torch.float32) if name in outside and made.is_floating_point() else made
 
-    kept = Cache(lambda names: {name: still(name) for name in names}, 0, subject.source.cache)
-    dtype = torch.bfloat16 if subject.model.precision == "bfloat16" else torch.float32
-    latents = {name: Latent(one, subject.device) for name, one in start.items()}
+    def count(batches: Sequence[Mapping[str, Tensor]], times: int) -> None:
+        rows = sum(len(next(iter(batch.values()))) for batch in batches)
+        progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
 
-    def weights(products: Callable[[str], Tensor]) -> Callable[[Sequence[str]], Mapping[str, Tensor]]:
+    learned, deciding = _split(subject)
+    room = max(0, subject.source.cache - LATENT * sum(one.nbytes for one in start.values()) // CODES)
+    batches, groups, held = _batches(subject, learned, room)
+    kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)
+    stop = subject.reads.batches(deciding, size=subject.size).inputs
+    objective = subject.distribution([*batches, *stop])
+    last = subset(objective, range(len(batches), len(objective.batches)))
+
+    def look() -> float:
+        """Return the loss of the codes on the rows that decide."""
+
         def made(name: str) -> Tensor:
             if name not in latents:
                 return kept(name)
-            base = subject.start(name).to(dtype)
-            return base + products(name).view(base.shape)
+            base = subject.start(name)
+            return (base.float() + latents[name].product().view(base.shape)).to(base.dtype)
 
-        return lambda names: {name: made(name) for name in names}
+        with torch.no_grad():
+            found = model.run(last.batches, [lambda names: {name: made(name) for name in names}], last.reduce)
+        count(last.batches, 1)
+        return last.value(found[0])
 
-    batches, groups, stop = subject.steps(STEP, STEP, DECIDING)
-    objective = subject.distribution([*batches, *stop])
-    deciding = subset(objective, range(len(batches), len(objective.batches)))
-
-    def look(some: Mapping[str, Factored]) -> float:
-        placed = {name: Latent(one, subject.device) for name, one in some.items()}
-        found = subject.model.run(
-            deciding.batches, [weights(lambda name: placed[name].product(dtype))], deciding.reduce
-        )
-        subject.count(deciding.batches)
-        return deciding.value(found[0])
-
-    before = look(start)
+    before = look()
     if subject.is_regression:
         return LearnedCodes(start, before, before)
-    codes = [tensor for latent in latents.values() for tensor in (latent.left, latent.right)]
+    layers = _layers(model, latents)
+
+    def weights(names: Sequence[str]) -> Mapping[str, Tensor]:
+        found = {name: kept(name) for name in names}
+        for name in found.keys() & (latents.keys() - layers.keys()):
+            found[name] = found[name] + latents[name].product().view(found[name].shape)
+        return found
+
     optimiser = torch.optim.Adam(
-        [{"params": codes, "lr": CODE_RATE}, {"params": [one.logs for one in latents.values()], "lr": SCALE_RATE}],
+        [
+            {"params": [side for one in latents.values() for side in (one.left, one.right)], "lr": CODE_RATE},
+            {"params": [one.logs for one in latents.values()], "lr": SCALE_RATE},
+        ],
         betas=(0.9, 0.99),
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
-    products = weights(lambda name: latents[name].product(dtype))
-    for step in range(STEPS):
-        optimiser.zero_grad()
-        group = groups[step % len(groups)]
-        count = sum(map(objective.count, group))
-        for batch in group:
-            descend(subject.model, objective, batch, products, count, subject.model.precision)
-        optimiser.step()
-        rates.step()
-        subject.count([batches[batch] for batch in group], 3)
-    found = {name: latent.rounded() for name, latent in latents.items()}
-    after = look(found)
-    return LearnedCodes(found, before, after) if after < before else LearnedCodes(start, before, before)
+    order = _order(len(groups), subject.source.seed)
+    with _added(layers, latents):
+        for _ in range(LEARNING_STEPS):
+            group = groups[next(order)]
+            for one in latents.values():
+                one.place(dtype)
+            size = sum(map(objective.count, group))
+            for batch in group:
+                _descend(model, objective, batch, weights, size, held=held > 0)
+            for one in latents.values():
+                one.pull()
+            optimiser.step()
+            optimiser.zero_grad()
+            rates.step()
+            count([batches[batch] for batch in group], 3)
+    for one in latents.values():
+        one.settle()
+    after = look()
+    if not after < before:
+        return LearnedCodes(start, before, before)
+    return LearnedCodes({**start, **{name: one.rounded() for name, one in latents.items()}}, before, after)
+
+
+def _split(subject: Subject) -> tuple[list[DataRow], list[DataRow]]:
+    """Return the rows to learn on, and those that decide."""
+    search, held = subject.rows["search"], subject.rows["held"]
+    rows = subject.source.calibration.sequences
+    deciding = select(held, max(1, round(DECIDING * rows)), subject.source.seed + 1)
+    return [*search, *without(held, deciding)][:rows], deciding
+
+
+def _batches(
+    subject: Subject, rows: Sequence[DataRow], room: int
+) -> tuple[list[dict[str, Tensor]], list[list[int]], int]:
+    """Return batches of rows of about one length, the batch indices of each step, and the bytes of what is held of a
+    batch for its backward pass. With all weights they are at most `room`; 0: it is computed again, block by block."""
+    near = sorted(rows, key=lambda row: len(str(row.content)) + len(row.completion or ""))
+    for size in (LEARNING_ROWS, LEARNING_ROWS // 2, LEARNING_ROWS // 4, 1):
+        batches, groups = subject.reads.steps(near, step=LEARNING_ROWS, size=size)
+        longest = max(next(iter(batch.values())).shape[1] for batch in batches.inputs)
+        held = held_rows(subject.source, size, longest)
+        if subject.model.blocks and held + held_weights(subject.source) <= room:
+            return batches.inputs, groups, held
+    batches, groups = subject.reads.steps(near, step=LEARNING_ROWS, size=LEARNING_ROWS)
+    return batches.inputs, groups, 0
+
+
+def _order(groups: int, seed: int) -> Iterator[int]:
+    """Yield the groups in turns, each turn in an order of its own."""
+    draw = np.random.default_rng(seed)
+    while True:
+        yield from draw.permutation(groups).tolist()
 
 
 def _rate(step: int) -> float:
-    """The share of the learning rate: up over the first steps, then down along a cosine."""
-    return min((step + 1) / WARM, 1.0) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    """Return the share of the learning rate: up over the first steps, then down along a cosine."""
+    return min((step + 1) / WARM, 1.0) * 0.5 * (1 + math.cos(math.pi * step / LEARNING_STEPS))
+
+
+def _layers(model: BlockModel, latents: Mapping[str, Latent]) -> dict[str, nn.Linear]:
+    """Return the layers of latents whose product is taken of their inputs: all of the blocks that rows have reached."""
+    inside = {name for part in model.parts[1:] for name in part}
+    found = {}
+    for path, module in model.module.named_modules():
+        name = model.checkpoint_name.get(f"{path}.weight", "")
+        if type(module) is nn.Linear and name in latents and name in inside & model.reached:
+            found[name] = module
+    return found
+
+
+@contextmanager
+def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent]) -> Iterator[None]:
+    """Add the products of latents to what their layers give."""
+
+    def adding(latent: Latent) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, inputs, output: output + latent.of(inputs[0])
+
+    hooks = [layer.register_forward_hook(adding(latents[name])) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _descend(
+    model: BlockModel, objective: Distribution, batch: int, weights: Weights, size: float, *, held: bool
+) -> None:
+    """Add the gradient of a batch's loss / `size` to the tensors that the weights are computed from."""
+    output = model.differentiable(objective.batches[batch], weights, model.precision, held=held)
+    total, _ = objective.loss(batch, _summed(output, model))
+    torch.autograd.backward(total / size)
+
+
+def _summed(output: BlockOutput, model: BlockModel) -> BlockOutput:
+    """Return the output with the gradients of a last layer's logits computed beside them."""
+    scores = output.scores
+    if scores is None or scores.weight is None or scores.weight.requires_grad:
+        return output
+    weight = scores.weight.to(torch.bfloat16) if model.precision == "bfloat16" else scores.weight
+    return replace(output, scores=SlopedLogits(scores.x, scores.weight, scores.bias, weight))
+
+
+@dataclass(frozen=True, slots=True)
+class SlopedLogits(Logits):
+    """Logits whose gradients are computed with them, so that no logit is computed twice.
+
+    sloping   the weight that gradients are multiplied with, in their precision
+    """
+
+    sloping: Tensor | None = None
+
+    def map(self, value: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
+        """Return `value`, a number for each row, of rows and their logits, piece by piece."""
+        found = []
+        for rows, x in self._rows():
+            logits = replace(self, x=x.detach()).computed.requires_grad_()
+            values = value(rows, logits)
+            (slope,) = torch.autograd.grad(values.sum(), logits)
+            assert self.sloping is not None
+            found.append(_sloped(x, values.detach(), (slope.to(self.sloping.dtype) @ self.sloping).to(x.dtype)))
+        return found
+
+
+def _sloped(x: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+    apply: Callable[..., Tensor] = _Sloped.apply
+    return apply(x, values, slope)
+
+
+class _Sloped(torch.autograd.Function):
+    """Values (N) of the rows of x (N, H), whose gradients (N, H) are known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0][:, None], None, None
 
 
 class Latent:
-    """The numbers that a tensor's factors are the nearest levels to, in units of the largest level, and log scales."""
+    """The numbers that a tensor's factors are the nearest levels to, in units of the largest level, and log scales.
+
+    A step places the factors as they are now, multiplies by them, and pulls their gradients back to the numbers.
+    """
 
     def __init__(self, start: Factored, device: torch.device) -> None:
         self._start = start
         top = np.array([float(LEVELS[int(count)][-1]) for count in start.levels])
-        self._groups = [(int(count), torch.from_numpy(start.levels == count)) for count in np.unique(start.levels)]
         self._top = torch.tensor(top, dtype=torch.float32, device=device)[:, None]
-        self.left, self.right = (self._placed(side / top[:, None]) for side in (start.left, start.right))
+        counts, firsts = np.unique(start.levels, return_index=True)
+        ends = [*firsts[1:].tolist(), len(top)]
+        self._groups = [
+            (torch.tensor(LEVELS[count], dtype=torch.float32, device=device), slice(first, end))
+            for count, first, end in zip(counts.tolist(), firsts.tolist(), ends, strict=True)
+        ]
+        self.left, self.right = (self._numbers(side / top[:, None]) for side in (start.left, start.right))
         self._is_nothing = start.scales <= 0
-        self.logs = self._placed(np.log(np.where(self._is_nothing, 1.0, start.scales) * top**2))
+        self.logs = self._numbers(np.log(np.where(self._is_nothing, 1.0, start.scales) * top**2))
         self._kept = torch.from_numpy(~self._is_nothing).to(device)
+        self.place(torch.float32)
 
-    def _placed(self, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._top.device, requires_grad=True)
-
-    def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return Σ_k scale_k u_k v_kᵀ (m, n), multiplied in `dtype`, with gradients to the numbers as if they were the
-        levels."""
-        scales = torch.where(self._kept, self.logs.exp(), 0.0)
-        left, right = (side + (self._nearest(side.detach()) / self._top - side).detach() for side in self._sides)
-        return (left * scales[:, None]).to(dtype).T @ right.to(dtype)
+    def _numbers(self, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._top.device)
 
     @property
-    def _sides(self) -> tuple[Tensor, Tensor]:
-        return self.left, self.right
+    def _scales(self) -> Tensor:
+        return torch.where(self._kept, self.logs.exp(), 0.0)[:, None]
+
+    def place(self, dtype: torch.dtype) -> None:
+        """Make the factors of the numbers as they are now, in `dtype`; they have gradients."""
+        left = self._nearest(self.left) / self._top * self._scales
+        right = self._nearest(self.right) / self._top
+        self._u, self._v = (side.to(dtype).requires_grad_() for side in (left, right))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return x V Uᵀ (…, m) of inputs (…, n)."""
+        return F.linear(F.linear(x, self._v), self._u.T)
+
+    def product(self) -> Tensor:
+        """Return Uᵀ V (m, n), the sum of the components."""
+        return self._u.T @ self._v
+
+    def pull(self) -> None:
+        """Give the numbers the gradients of the factors, as if numbers were levels."""
+        u, v = self._u.grad, self._v.grad
+        if u is None or v is None:  # no row has reached the layer
+            return
+        u, v, scales = u.float(), v.float(), self._scales
+        self.left.grad, self.right.grad = u * scales, v
+        self.logs.grad = (u * self._u.detach().float()).sum(1)
+
+    def settle(self) -> None:
+        """Round the scales as they are stored, and place the factors in float32."""
+        scales = torch.from_numpy(np.where(self._is_nothing, 1.0, self.rounded().scales))
+        self.logs.copy_((scales.to(self.logs.device) * self._top[:, 0].double() ** 2).log())
+        self.place(torch.float32)
 
     def _nearest(self, side: Tensor) -> Tensor:
         """Return the levels, as integers in float32."""
         found, scaled = torch.empty_like(side), side * self._top
-        for count, rows in self._groups:
-            levels = torch.tensor(LEVELS[count], dtype=torch.float32, device=side.device)
+        for levels, rows in self._groups:
             found[rows] = levels[torch.bucketize(scaled[rows], (levels[1:] + levels[:-1]) / 2)]
         return found
 
     def rounded(self) -> Factored:
         """Return the factors as they are stored, scales rounded too."""
-        left, right = (self._nearest(side.detach()).cpu().numpy().astype(np.int8) for side in self._sides)
-        scales = self.logs.detach().double().exp().cpu().numpy() / self._top[:, 0].double().cpu().numpy() ** 2
+        left, right = (self._nearest(side).cpu().numpy().astype(np.int8) for side in (self.left, self.right))
+        scales = self.logs.double().exp().cpu().numpy() / self._top[:, 0].double().cpu().numpy() ** 2
         return Factored(self._start.levels, left, right, coded_scales(np.where(self._is_nothing, 0.0, scales)))
