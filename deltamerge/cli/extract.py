@@ -49,7 +49,7 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--as", "style", type=click.Choice(["slime", "slime:overwrite", "skyrl"]),
-    help="Write OUT as another project's version. If MODEL is a chain: write those of its versions that OUT lacks.",
+    help="Write OUT as another project's version. If MODEL is a chain: write its versions that OUT lacks.",
 )  # fmt: skip
 @click.option(
     "--quantized", type=MODEL, metavar="MODEL",
@@ -82,7 +82,7 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
-    help="Of a LoRA: what is stored whole, instead of --for. keep: all that changed and has no factors. heads: heads, "
+    help="Of a LoRA: what is stored whole, instead of --for. keep: all changed tensors without factors. heads: heads, "
     "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")

@@ -71,7 +71,7 @@ def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[s
 
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    """Return the pruning methods that begin with the typed text, including those of other packages."""
+    """Return the pruning methods that begin with the typed text, including methods of other packages."""
     from deltamerge.methods.registry import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))

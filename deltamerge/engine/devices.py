@@ -48,13 +48,13 @@ def torch_device(device: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that nobody has taken."""
+    """Free bytes of a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
 
 
 def fitting(device: torch.device, workers: int, tile_elements: int) -> int:
-    """Elements of a tile of which `workers` may hold one each at a time in half of a GPU's free memory."""
+    """Elements of a tile, so that a tile for each of `workers` fits in half of a GPU's free memory."""
     room = free_bytes(device) // TILES_SHARE
     while tile_elements > 1024 and workers * ALIVE * tile_elements > room:
         tile_elements //= 2
@@ -91,7 +91,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one on which torch starts its kernels."""
+    """A context in which torch starts its kernels on the device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -161,8 +161,11 @@ class Lane:
 
 
 class GpuLane(Lane):
-    """One worker's stream and pinned buffers, of which there are two sets: one tile's are filled while those of the
-    tile before are on their way. A finished tile is given when the next one has been sent."""
+    """One worker's stream and two sets of pinned buffers.
+
+    One tile's buffers are filled while the previous tile's are on their way. A finished tile is passed on when the next
+    tile has been sent.
+    """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader, device)

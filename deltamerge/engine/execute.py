@@ -82,7 +82,7 @@ def execute(
 
 @dataclass(eq=False)
 class _Engine:
-    """A queue of jobs in planned order; a pass of a tensor starts when the one before is complete."""
+    """A queue of jobs in planned order. A pass of a tensor starts when the previous pass is complete."""
 
     upcoming: Iterator[Task]
     reader: Reader

@@ -268,7 +268,7 @@ class Worker:
         lane.flush()
 
     def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
-        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
+        """Half the elements of a tile that did not fit in a GPU's memory. InputError: it was one block."""
         block = block_elements(tile.shape)
         if tile.size <= block:
             raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")

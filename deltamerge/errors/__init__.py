@@ -146,7 +146,7 @@ def context(where: str) -> Iterator[None]:
 
 @contextmanager
 def app(name: str) -> Iterator[None]:
-    """Import an app in this block. InputError: its folder, or that of an app below it, is not installed."""
+    """Import an app in this block. InputError: its folder, or the folder of an app below it, is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

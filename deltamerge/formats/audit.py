@@ -36,8 +36,8 @@ class NonFinite(NamedTuple):
 def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
     """NaNs and infinities among the elements whose bytes are `raw`, of the safetensors dtype `dtype`.
 
-    Two integer maxima settle the usual case: the bits of positive values are ordered as signed integers, those of
-    negative values as unsigned ones.
+    Two integer maxima settle the usual case: the bits of positive values sort as signed integers, the bits of negative
+    values as unsigned integers.
     """
     if dtype not in INFINITY or not raw.size:
         return NonFinite(0, 0)

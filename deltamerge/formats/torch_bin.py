@@ -318,9 +318,9 @@ class Bound:
     most: int
 
 
-# A tensor of torch.save takes 80 to 150 bytes, and in them 10 entries of the memo and 9 containers, of which one is a
-# table (of its module). On the stack it takes two places until a thousand are put into their table. A pickle that makes
-# more than that is refused when it does so, whatever bytes follow.
+# A tensor of torch.save takes 80 to 150 bytes, with 10 entries of the memo and 9 containers (one is its module's
+# table). On the stack it takes two places until a thousand are put into their table. A pickle that makes more is
+# refused at once, whatever bytes follow.
 FREE = 20_000
 BOUNDS = {
     "operations": Bound(1.5, MAX_OPERATIONS),

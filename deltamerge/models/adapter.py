@@ -92,11 +92,10 @@ def check_files(names: Collection[str], *, pickles: bool = False) -> str:
 
 
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
-    """`base` with `adapter` merged into it, tensor by tensor; names are the base's, or those of the adapted model where
-    it has a head that the base lacks.
+    """`base` with `adapter` merged into it, tensor by tensor.
 
-    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
-    whose shape does not fit.
+    Names are the base's, or the adapted model's if it has a head that the base lacks. A quantised base is decoded.
+    InputError: it cannot be decoded, or a tensor of the adapter has no place in the base, or another shape.
     """
     with errors.context(base.reference):
         base = decoded(base)
@@ -194,8 +193,11 @@ def _is_inside(part: Tensor, whole: Tensor) -> bool:
 
 
 def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[str, list[str]]:
-    """The parameters of each adapted module that factors can be for: those of `target_parameters` that a module of this
-    name has in the base, else its weight. InputError: fewer than there are factors."""
+    """The parameters of each adapted module that can have factors.
+
+    These are the `target_parameters` that the module has in the base, or its weight. InputError: there are fewer
+    parameters than factors.
+    """
     ends = {tuple(name.split(".")[-2:]) for name in names}
     result = {}
     for root, levels in found.nested().items():
@@ -390,8 +392,10 @@ def _turned(
 
 
 def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
-    """Whether weights are stored (in, out), by the last part of their module's name, and by what stands before that
-    part (with its dot): told by the lengths of biases, for weights that are not square."""
+    """Whether weights are stored (in, out), by the lengths of biases, for weights that are not square.
+
+    Keys are the last part of a module's name, and the part before it (with its dot).
+    """
     found: dict[str, set[bool]] = {}
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
@@ -408,8 +412,10 @@ def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
 def _shared(
     whole: dict[str, tuple[str, TensorInfo]], embedding: str, config: Mapping[str, Any]
 ) -> dict[str, tuple[str, TensorInfo]]:
-    """The whole tensors by their names, with those that PEFT loads into the weight that `embedding` shares with the
-    head, which both then have; a module of `modules_to_save` has a copy of its own."""
+    """The whole tensors by their names, including tensors that PEFT loads into the weight that `embedding` shares.
+
+    Both names then get the tensor. A module of `modules_to_save` has its own copy.
+    """
     ends = config.get("modules_to_save") or ()
     saved = {name for name in (embedding, LM_HEAD) if any(f".{end}." in f".{name}" for end in ends)}
     loaded = [whole[name] for name in (embedding, LM_HEAD) if name in whole and name not in saved]
@@ -417,8 +423,10 @@ def _shared(
 
 
 def _leave_residual(tensors: Tensors, embedding: str, old: TensorInfo) -> None:
-    """Give an embedding what PEFT leaves of it where A and B of the head begin with a part of the weight that both
-    share. InputError: the embedding has factors of its own."""
+    """Give an embedding its residual, if A and B of the head start with a part of their shared weight.
+
+    InputError: the embedding has factors of its own.
+    """
     head = tensors[LM_HEAD]
     if not is_low_rank(head.tensor) or not is_residual(head.tensor.inputs[0]):
         return

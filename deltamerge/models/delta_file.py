@@ -155,7 +155,7 @@ DENSE = 3  # if more than one entry in so many changes, a computed patch has the
 class Patch(NamedTuple):
     """Final values of a checkpoint tensor: 1-D `values` of `dtype` at flat ascending `indices`; None: at all of them.
 
-    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are those of vLLM's
+    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are the fields of vLLM's
     CheckpointWeightPatch: vllm/model_executor/model_loader/checkpoint_weight_patch.py.
     """
 

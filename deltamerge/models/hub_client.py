@@ -242,7 +242,7 @@ def within(bounds: Bounds, call: Callable[[], T], *, whole: bool = True) -> T:
 
     With `whole` its total time is bounded too; a thread that is late is left behind.
 
-    InputError: an answer beyond the bounds, or one that the client cannot read.
+    InputError: an answer exceeds the bounds, or the client cannot read it.
     """
     guard()
     bounds.asked = time.monotonic()

@@ -66,7 +66,7 @@ class AdapterOutput(CheckpointOutput):
         return f'PeftModel.from_pretrained(base, "{folder}")'
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
-        """Return its base, and the library that loads it."""
+        """Return the base, and the library that loads the adapter."""
         base = plan.inputs.base
         if base is None:
             return super().front_matter(plan)
@@ -78,7 +78,7 @@ class PrunedAdapterOutput(AdapterOutput):
     """The adapter that is the recipe's only model, with its own weights pruned; its config stays."""
 
     def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
-        """Return the one file of an adapter."""
+        """Return the single file of an adapter."""
         return plan_layout(tensors, None, (ADAPTER,))
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:

@@ -371,7 +371,7 @@ def factor_calibration(
 ) -> Node:
     """Return the stage that calibrates an adapter's own A and B.
 
-    Masks and q are those of their product, the update of the weight.
+    Masks and q are for their product, the update of the weight.
     """
     node, stages = deltas.graph.node, deltas.stages
     shared = [known[index] for known in (stages.activations, stages.cuts) if index in known]

@@ -359,7 +359,7 @@ def _grouped(
 def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
     """If some model has a head of its own, give models that tie their head the embedding as a head.
 
-    Also returns the names of those models, and whether any model has a head of its own.
+    Also return the names of models that tie their head, and whether any model has a head of its own.
     """
     own = [m for m in models if LM_HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
     if not own:

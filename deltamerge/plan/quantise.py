@@ -294,7 +294,7 @@ def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
 def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:
     """Return the dtypes of the output's tensors that quantised weights of a model become.
 
-    Where layers of a stack have other names, return those of all tensors.
+    If layers of a stack have other names, return the dtypes of all tensors.
     """
     stored = (inputs.template.stored.get(name) for name, info in model.tensors.items() if info.saved_as)
     found = {dtypes[name] for name in stored if name is not None and name in dtypes}

@@ -128,7 +128,7 @@ def is_buffer(tensor: Tensor | TensorInfo) -> bool:
 
 
 def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
-    """Name tensors in a message; those of numbered blocks by their block."""
+    """Name tensors in a message. Tensors of numbered blocks are named by their block."""
     blocks: dict[str, int] = {}
     for name in names:
         place = block_of(name)

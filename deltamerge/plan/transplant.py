@@ -66,7 +66,7 @@ class Transplant(Vocabulary):
 
     @property
     def common(self) -> Rows:
-        """Ids of tokens that both have, of which the donor has a row."""
+        """Ids of tokens that both have, and for which the donor has a row."""
         there = np.flatnonzero(self.origin >= 0)
         return there[there < self.donors["embedding"].shape[0]].astype(np.int32)
 

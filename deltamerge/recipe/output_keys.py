@@ -114,7 +114,7 @@ class Output(Keys):
     )
     whole: Literal["keep", "heads", "task_heads", "drop", "refuse"] | None = Field(
         None,
-        description="peft with a rank: what is stored whole of the tensors that changed and have no factors. keep: all "
+        description="peft with a rank: which changed tensors without factors are stored whole. keep: all "
         "(embeddings, heads, norms, biases). heads: heads, and what the base lacks. task_heads: the same without a "
         "language model's head. drop: nothing. refuse: such a tensor is an error. Default: keep.",
     )

@@ -54,8 +54,8 @@ class ChosenQ(_Figures):
         description="Every point: family if there are several, variable, value, objective."
     )
     q: dict[str, Finite] = Field(
-        description="Of tensors that have one other than 1; the mean where rows have theirs. Of coefficients, which "
-        "may be negative, those of each delta's tensors, by delta:tensor."
+        description="The q's of tensors other than 1; the mean if rows have their own. Or the coefficients of each "
+        "delta's tensors, which may be negative, by delta:tensor."
     )
     rows: dict[str, tuple[Finite, Finite]] = Field(
         description="Smallest and largest q of rows, where they have theirs."

@@ -133,7 +133,7 @@ def from_lock(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.floa
     if record.get("gate_mode") != spec.mode:
         raise VerifyError(f"{where}: its routers are {record.get('gate_mode')}, the recipe says {spec.mode}")
     if values.shape != (spec.layers, len(spec.experts), spec.width) or values.dtype != np.float32:
-        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which is not that of the mixture")
+        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which does not fit the mixture")
     kept = {key: value for key, value in record.items() if key not in ("rows", "rows_hash")}
     return Routers(values, kept)
 

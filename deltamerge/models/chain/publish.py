@@ -257,12 +257,12 @@ def publishing(chain: Path, name: str, work: Work) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Iterator[None]:
-    """A context in which a run may give `target` its name, also where it has replaced what is there; meanwhile nobody
-    adds to a chain that it is in, or folds it.
+    """A context in which a run may give its result the name `target`, perhaps in place of an old result.
 
-    `delta`: what is made is a delta artifact; `adding`: it comes after a version of the chain, whose lock is held.
-    OutputError: what is there is never replaced, not even by force: a version that others come after, a delta of a
-    store; or the name is that of a version that was folded, or `delta` would be a second beginning of a chain.
+    Meanwhile nobody adds to the chain around it, or folds it. `delta`: the result is a delta artifact; `adding`: it
+    follows a version of the chain, whose lock is held. OutputError: the old result is never replaced, not even by
+    force, because it is a version with successors or a delta of a store; or the name belongs to a folded version, or
+    `delta` would be a second beginning of a chain.
     """
     resolved = Path(os.path.realpath(target))
     chain, name = resolved.parent, resolved.name
