@@ -72,7 +72,8 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	@test -x "$$REASONING_GYM_PYTHON" || { $(PYTHON) -m venv .bench/reasoning-gym && .bench/reasoning-gym/bin/python -m pip install --quiet reasoning-gym==0.1.25; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper table-3 learning-rates
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder choose
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.decoder report
 merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/measurements/merging.md; hours; .encoder keeps what is done
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.experts --final
 	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.merging.words choose

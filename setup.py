@@ -1,6 +1,7 @@
 """The compiled kernels (deltamerge/engine/kernels/src); what else there is to build stands in pyproject.toml."""
 
 import ast
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,15 @@ def found(pattern: str) -> list[str]:
     return sorted(path.relative_to(HERE).as_posix() for path in (HERE / SOURCES).glob(pattern))
 
 
+def sources() -> str:
+    """A digest of what is compiled, as engine/kernels/__init__.py computes it."""
+    digest = hashlib.sha256((HERE / "deltamerge/engine/fused/codes.py").read_bytes())
+    for name in [*found("**/*.cpp"), *found("**/*.h")]:
+        if not name.endswith("/codes.h"):
+            digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def kernels() -> Extension:
     return Extension(
         "deltamerge.engine.kernels._native",
@@ -59,7 +69,7 @@ def kernels() -> Extension:
         depends=found("**/*.h"),
         extra_compile_args=FLAGS + MORE,
         extra_link_args=[flag for flag in MORE if flag.startswith("-fsanitize")],
-        define_macros=[("Py_LIMITED_API", "0x030B0000"), *HOOKS],
+        define_macros=[("Py_LIMITED_API", "0x030B0000"), ("DELTAMERGE_SOURCES", f'"{sources()}"'), *HOOKS],
         py_limited_api=True,
         optional=True,  # where it cannot be compiled, torch computes
         language="c++",

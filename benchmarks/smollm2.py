@@ -43,7 +43,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # Of each task how many tokens an answer has at most.
 NEW_TOKENS = {
     "arithmetic": 6, "sorting": 26, "reversal": 30, "family": 8, "spelling": 8,
-    "needle": 12, "filtering": 26, "legs": 6, "cube": 6,
+    "needle": 12, "filtering": 26, "legs": 6, "friends": 6,
 }  # fmt: skip
 TEST_ROWS = 200
 
@@ -74,9 +74,9 @@ EXPERTS = {
     "reversal-adamr": Expert("reversal", lr=1e-3, steps=100, decay=1e-3),
     "arithmetic": Expert("arithmetic", lr=5e-4, steps=200, batch=32),
     "needle": Expert("needle", lr=1e-4, steps=60),
-    "filtering": Expert("filtering"),
+    "filtering": Expert("filtering", lr=4e-4, steps=200),
     "legs": Expert("legs", lr=3e-4, steps=200, batch=24),
-    "cube": Expert("cube", steps=100, batch=12),
+    "friends": Expert("friends", lr=3e-4, steps=60, batch=12),
     "sorting-slow": Expert("sorting", lr=5e-5, steps=90),
 }
 
@@ -112,7 +112,11 @@ def rows(task: str, part: str, folder: Path = FOLDER) -> list[Row]:
 
 
 def rows_file(task: str, part: str, folder: Path = FOLDER) -> Path:
-    path = folder / "rows" / f"{task}.{part}.jsonl"
+    return _made_of_rows(f"{task}.{part}.jsonl", folder)
+
+
+def _made_of_rows(name: str, folder: Path) -> Path:
+    path = folder / "rows" / name
     if not path.exists():
         python = os.environ.get("REASONING_GYM_PYTHON", sys.executable)
         subprocess.run([python, str(Path(__file__).with_name("smollm2_rows.py")), str(path.parent)], check=True)
@@ -165,10 +169,10 @@ def padded(some: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
 def loss_of(model: PreTrainedModel, some: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the scored tokens; the head is computed there alone."""
     ids, places, targets = padded(some)
-    return cross_entropy(_logits(model, ids, places), targets)
+    return cross_entropy(logits_of(model, ids, places), targets)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
     """Logits at flat positions, computed in bfloat16 on a processor that is fast at it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -186,7 +190,7 @@ def right(model: PreTrainedModel, some: Sequence[Example], size: int = 25) -> li
         for start in range(0, len(some), size):
             here = some[start : start + size]
             ids, places, targets = padded(here)
-            hits = _logits(model, ids, places).argmax(-1) == targets
+            hits = logits_of(model, ids, places).argmax(-1) == targets
             found += [bool(part.all()) for part in hits.split([one.scored for one in here])]
     return found
 
@@ -293,6 +297,47 @@ def answered(name: str, count: int, folder: Path = FOLDER, *, apart: bool = Fals
     return path
 
 
+INSTRUCTIONS = (
+    "What is the capital of France?",
+    "Write a sentence about the sea.",
+    "Explain in a few words why the sky is blue.",
+    "Give me three names for a dog.",
+    "How do I boil an egg?",
+    "Translate into French: good morning.",
+    "Who wrote Romeo and Juliet?",
+    "What should I pack for a trip to the mountains?",
+    "Write a short poem about rain.",
+    "What does a librarian do?",
+    "Name a fruit that is yellow.",
+    "Write a polite answer to an invitation that I cannot accept.",
+    "What is a prime number?",
+    "Summarise the story of Cinderella.",
+    "How can I sleep better?",
+    "Write a Python function that adds two numbers.",
+)
+
+
+def instructions(folder: Path = FOLDER) -> list[Example]:
+    """Instructions in the base's chat template, with up to 32 tokens that the base answers: these are scored."""
+    path, tokenizer = folder / "rows" / "instructions.json", AutoTokenizer.from_pretrained(base(folder))
+    if not path.exists():
+        model = AutoModelForCausalLM.from_pretrained(base(folder), dtype=torch.bfloat16)
+        chats = [[{"role": "user", "content": one}] for one in INSTRUCTIONS]
+        asked = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        pairs = list(zip(asked, answers(model, tokenizer, asked, 32), strict=True))
+        path.write_text(json.dumps(pairs, indent=1), encoding="utf-8")
+    found = []
+    for asked, answer in json.loads(path.read_text(encoding="utf-8")):
+        text, whole = (tokenizer(one)["input_ids"] for one in (asked, asked + answer))
+        found.append(Example(whole, len(whole) - len(text)))
+    return found
+
+
+def plain_text(folder: Path = FOLDER) -> str:
+    """A story that is in the public domain, from reasoning-gym's data."""
+    return _made_of_rows("story.txt", folder).read_text(encoding="utf-8")
+
+
 def toy(out: Path) -> None:
     """In place of what is downloaded: a random base of one layer that reads bytes; sums as rows of every task."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -302,7 +347,9 @@ def toy(out: Path) -> None:
     letters = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytes_ = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token=end, pad_token=end).save_pretrained(base)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token=end, pad_token=end)
+    tokenizer.chat_template = "{% for one in messages %}{{ one['role'] }}: {{ one['content'] }} {% endfor %}assistant:"
+    tokenizer.save_pretrained(base)
     config = LlamaConfig(
         vocab_size=len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
@@ -317,6 +364,7 @@ def toy(out: Path) -> None:
         for start, part in enumerate(("train", "validation", "test")):
             lines = "".join(json.dumps(row) + "\n" for row in sums[start::3])
             (out / "rows" / f"{task}.{part}.jsonl").write_text(lines, encoding="utf-8")
+    (out / "rows" / "story.txt").write_text("Once upon a time. " * 40, encoding="utf-8")
 
 
 def make(name: str, folder: Path = FOLDER, **options: Any) -> Path:

@@ -1,6 +1,7 @@
 """Rows of reasoning-gym's tasks as JSON lines, written with the Python that has the package (Apache-2.0).
 
-    PYTHON benchmarks/smollm2_rows.py FOLDER      FOLDER/TASK.PART.jsonl, {"text": prompt, "label": answer} each
+    PYTHON benchmarks/smollm2_rows.py FOLDER      FOLDER/TASK.PART.jsonl, {"text": prompt, "label": answer} each,
+                                                  and story.txt, plain text that is in the public domain
 
 A prompt is the question without its constant instructions, then "Answer:". Rows are a function of the task, the part
 and the seed; what stands in the test part is in no other, what stands in validation not in train.
@@ -25,7 +26,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "needle": ("needle_haystack", {"min_num_statements": 3, "max_num_statements": 5}),
     "filtering": ("number_filtering", NUMBERS),
     "legs": ("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 6}),
-    "cube": ("color_cube_rotation", {"min_rotations": 1, "max_rotations": 1}),
+    "friends": ("aiw", {"max_entities": 20}),
 }
 PARTS = {"test": (400, 103), "validation": (400, 102), "train": (12000, 101)}  # rows, seed
 
@@ -63,8 +64,19 @@ def answer(text: str) -> str:
     return re.sub(r"(?<=\d)\.0\b", "", re.sub(r"[\[\]']", "", text)).strip() or "none"
 
 
+def story() -> str:
+    """`In the Year 2889` by Jules and Michel Verne, without what Project Gutenberg says of it."""
+    from reasoning_gym.data import get_data_file_path  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    text = get_data_file_path("in_the_year_2889.txt").read_text(encoding="utf-8")
+    found = re.search(r"\n(Little though they seem.*)\*\*\* END OF ", text, flags=re.S)
+    assert found, "the story has another beginning"
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<!\n)\n(?!\n)", " ", found[1])).strip()
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "story.txt").write_text(story(), encoding="utf-8")
     for task in TASKS:
         if all((folder / f"{task}.{part}.jsonl").exists() for part in PARTS):
             continue

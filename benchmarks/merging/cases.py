@@ -27,9 +27,17 @@ from benchmarks import RESULTS
 from benchmarks.merging import pages, word_tasks, words
 from benchmarks.merging.scores import Weights, write
 from benchmarks.process import surroundings
-from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
+from deltamerge.apps.recommend.forecast import AS_RIGHT, SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict
-from deltamerge.apps.recommend.merge import WAYS, MergeCandidate, usual_or_better, with_rows, without_rows
+from deltamerge.apps.recommend.merge import (
+    FINALISTS,
+    WAYS,
+    MergeCandidate,
+    Way,
+    best_first,
+    with_rows,
+    without_rows,
+)
 from deltamerge.calibrate.q.objectives import discord, divergence
 from deltamerge.methods.merge.core_space import Held
 from deltamerge.methods.registry import MERGE
@@ -161,27 +169,29 @@ class Scores:
 
 
 def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForecast]]:
-    """The merge that `recommend` names with so many rows a model, and what it expects of it.
-
-    λ of each method is chosen on two thirds of the rows, as where a file has no more; all of them decide.
-    """
-    names, search, held = scores.case.tasks, slice(rows // 3, rows), slice(rows)
-    classes = {task: words.task_of(task).labels for task in names}
-    judged = {}
-    for way in (way for way in WAYS if way.name in METHODS):
-        lost = {f: fmean(scores.lost((way.name, f), t, search) for t in names) for f in FACTORS}
-        factor = usual_or_better(lost, 1.0)
-        merge = way.name, factor
-        alike = {task: scores.alike(merge, task, held) for task in names}
-        own = {task: scores.lost(merge, task, held) for task in names}
-        skills = of_answers(names, apart(names), alike, classes, dict.fromkeys(names, held.stop), {})
-        judged[way] = MergeCandidate(
-            name=way.name, method=way.method, parameters={}, factor=factor, coefficients=None, lost=own,
-            lost_mean=fmean(own.values()), lost_worst=max(own.values()), agreement=alike, forecast=skills, tried=[],
-            error=None, balance="norm",
-        )  # fmt: skip
-    way, factor, _ = with_rows(judged)
+    """The merge that `recommend` names with so many rows a model, and what it expects of it."""
+    ways = [way for way in WAYS if way.name in METHODS]
+    judged = {way: candidate(scores, way, 1.0, rows) for way in ways}
+    leaders = best_first(judged)[:FINALISTS]
+    for way in leaders:
+        lost = {f: fmean(scores.lost((way.name, f), task, slice(rows)) for task in scores.case.tasks) for f in FACTORS}
+        judged[way] = candidate(scores, way, way.better(lost, 1.0), rows)
+    way, factor, _ = with_rows(judged, leaders)
     return (way.name, factor), judged[way].forecast
+
+
+def candidate(scores: Scores, way: Way, factor: float, rows: int) -> MergeCandidate:
+    """A method at a λ, as so many rows a model tell."""
+    names, merge = scores.case.tasks, (way.name, factor)
+    alike = {task: scores.alike(merge, task, slice(rows)) for task in names}
+    own = {task: scores.lost(merge, task, slice(rows)) for task in names}
+    classes = {task: words.task_of(task).labels for task in names}
+    skills = of_answers(names, apart(names), alike, classes, dict.fromkeys(names, rows), {})
+    return MergeCandidate(
+        name=way.name, method=way.method, parameters={}, factor=factor, coefficients=None, lost=own,
+        lost_mean=fmean(own.values()), lost_worst=max(own.values()), agreement=alike, forecast=skills, tried=[],
+        error=None, balance="norm",
+    )  # fmt: skip
 
 
 def apart(names: Sequence[str]) -> Conflict:
@@ -213,6 +223,7 @@ def summary(case: Case) -> dict[str, Any]:
         "best at any λ": round(max(means.values()), 1),
         "without rows": _advised(scores, (way.name, 1.0), expected),
         "with rows": _advised(scores, chosen, forecast),
+        "behind by sign": by_other_signs(scores, ROWS),
     }
 
 
@@ -226,6 +237,37 @@ def as_right(some: Sequence[Case]) -> float:
                 more += scores.share((method, 1.0), task) / 100 - alike
                 differs += 1 - alike
     return round(more / differs, 2)
+
+
+def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
+    """Points behind the best of METHODS, at the λ of their rules, of the one that each sign in the rows would name."""
+    some = slice(rows)
+
+    def probable(merge: tuple[str, float], task: str) -> float:
+        """The expert's own probability of the merge's answers, beside that of its own; of numbers the correlation."""
+        if words.task_of(task).labels == 1:
+            return scores.alike(merge, task, some)
+        ours, own = (scores.of(one, task, "rows")[some] for one in (merge, ("own", 0.0)))
+        sure = np.exp(own - own.max(1, keepdims=True))
+        sure /= sure.sum(1, keepdims=True)
+        return float(np.mean(sure[np.arange(len(sure)), ours.argmax(1)]) / np.mean(sure.max(1)))
+
+    def expected(merge: tuple[str, float], task: str) -> float:
+        alike = scores.alike(merge, task, some)
+        return alike if words.task_of(task).labels == 1 else AS_RIGHT + (1 - AS_RIGHT) * alike
+
+    signs = {
+        "expected share": expected,
+        "answers alike": lambda merge, task: scores.alike(merge, task, some),
+        "distance of outputs": lambda merge, task: -scores.lost(merge, task, some),
+        "the expert's probability": probable,
+    }
+    means = {method: scores.mean((method, 1.0)) for method in METHODS}
+    named = {
+        sign: max(METHODS, key=lambda method: fmean(of((method, 1.0), task) for task in scores.case.tasks))
+        for sign, of in signs.items()
+    }
+    return {sign: round(max(means.values()) - means[method], 1) for sign, method in named.items()}
 
 
 def _advised(scores: Scores, merge: tuple[str, float], forecast: Sequence[SkillForecast]) -> dict[str, Any]:

@@ -1,238 +1,302 @@
-"""Merges of SmolLM2's experts, one a task: what each keeps of every expert's exact match, seconds and memory.
+"""What merges keep of SmolLM2's experts, at the λ of a rule: two families of four tasks of reasoning-gym.
 
-    python -m benchmarks.merging.decoder                      every merge of MERGES of every delta of DELTAS
-    python -m benchmarks.merging.decoder ties --rows 50       some of them, on fewer rows a task
-    python -m benchmarks.merging.decoder --delta unpruned     one kind of delta
-    python -m benchmarks.merging.decoder --table              what was measured
+    python -m benchmarks.merging.decoder choose             every merge of MERGES, on validation rows
+    python -m benchmarks.merging.decoder report wudi iso_c  those whose names begin so, on test rows
+    python -m benchmarks.merging.decoder report --size 2 3  of every pair and triple instead of all four
+    python -m benchmarks.merging.decoder choose --around    and at 0.7 and 1.4 times the rule's λ
+    python -m benchmarks.merging.decoder --docs             only the tables of docs/measurements/merging.md
 
-Experts are those of `smollm2.py` (`make decoder`); what is pruned is pruned once, and kept beside them. A merge is a
-process of `deltamerge run`. Results go to benchmarks/results/merging_decoder.json, one after the other.
+Experts are those of `smollm2.py`. A row counts if every token of its answer, and the end, is the model's first choice.
+What was measured is not measured again without --again.
 
-`measured(merges)` is for other scripts: it takes any iterable of Merge.
+benchmarks/results/merging_skills.json: `models` has of the base and of each expert its exact match in %, perplexity
+on plain text and KL to the base on answers to instructions. `cells` is a list: `family`, `tasks`
+that were merged, `merge`, `lambda` (null: fitted, or none), `rows` a model that it saw, `shares` in % of each
+expert's own, their `mean` and `worst`, `text` (% of perplexity above the experts' mean), `instructions` (KL),
+`cpu_s`, `tried` (factor of λ -> shares).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import math
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import RESULTS, process, smollm2
-from benchmarks.merging.deltas import DELTAS, Delta
+from benchmarks.merging.scores import Weights, write
 from benchmarks.process import surroundings
 from benchmarks.pruning import quality
+from deltamerge.api import load_recipe
+from deltamerge.methods.registry import MERGE
 
-TASKS = ("arithmetic", "sorting", "reversal", "family")
-ROWS = 128  # of validation, a task
-CALIBRATION = {"sequences": 3 * ROWS // 4, "length": 96}
-FILE = RESULTS / "merging_decoder.json"
+FILE = RESULTS / "merging_skills.json"
+FAMILIES = {
+    "choose": ("arithmetic", "sorting", "reversal", "family"),
+    "report": ("needle", "filtering", "legs", "friends"),
+}
+ROWS = 50  # of validation, with an expert's own answers, for merges that look at rows
+SEEN = {"choose": ("validation", slice(200, 300)), "report": ("test", slice(0, 100))}  # rows that are scored
+AROUND = (0.7, 1.4)
+WINDOW, WINDOWS = 256, 16  # tokens of plain text
+Known = dict[str, dict[str, float]]  # model -> its exact match, perplexity and KL to the base
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there:
-    prompts with the model's own answers, ROWS of them.
+    """A method as a recipe has it; `rule` is its λ by the number of models, None: the package's.
 
-    `equal` gives each model a weight that makes all deltas as long as the shortest.
+    `each`: a model per task. `rows`: so many of each model's own stand beside it.
     """
 
     name: str
     keys: Mapping[str, Any]
-    each: Mapping[str, Any] = field(default_factory=lambda: {"parameters": {"weight": 1.0}})
-    rows: bool = False
-    equal: bool = False
+    rule: Callable[[int], float] | None = None
+    rows: int = 0
+    each: bool = False
 
-    def recipe(self, base: Path, models: Mapping[str, Path], rows: Mapping[str, Path]) -> dict[str, Any]:
-        beside: list[dict[str, Any]] = [{"model": str(path), **self.each} for path in models.values()]
-        for one, task in zip(beside, models if self.rows else (), strict=False):
-            one["calibration"] = {"data": str(rows[task])} | CALIBRATION | one.get("calibration", {})
-        for one, weight in zip(beside, weights(base, models.values()) if self.equal else (), strict=False):
-            one["parameters"] = {"weight": weight}
-        return {"base_model": str(base), "models": beside, "dtype": "bfloat16", **self.keys}
+    def factor(self, models: int) -> float | None:
+        """λ, where the method has one and it is not fitted."""
+        declared = MERGE[self.keys["merge_method"]].parameters
+        if "lambda" not in declared or self.is_fitted:
+            return None
+        return self.rule(models) if self.rule else float(declared["lambda"].default_for(models) or 1.0)
+
+    @property
+    def is_fitted(self) -> bool:
+        return "coefficients" in self.keys.get("calibration", {})
+
+    def recipe(self, base: Path, models: Mapping[str, str], rows: Mapping[str, Path], number: int) -> dict[str, Any]:
+        """Return the recipe of the merge; `number` is the task of a model per task, from 1."""
+        method = MERGE[self.keys["merge_method"]]
+        parameters = dict(self.keys.get("parameters", {}))
+        if (factor := self.factor(len(models))) is not None:
+            parameters["lambda"] = factor
+        if self.each:
+            parameters["task"] = number
+        if "weight" in method.parameters and method.parameters["weight"].default is None:
+            parameters["weight"] = 1.0
+        beside: list[dict[str, Any]] = [{"model": path, "name": name} for name, path in models.items()]
+        for one in beside if self.rows else ():
+            one["calibration"] = {"data": str(rows[one["name"]]), "sequences": self.rows, "length": 128}
+        about = {"base_model": str(base), "models": beside, "dtype": "float32", "parameters": parameters}
+        return {**self.keys, **about}
 
 
-def weights(base: Path, models: Iterable[Path]) -> list[float]:
-    """Of each model that by which ‖model − base‖ becomes the least of them."""
-    start = load_file(base / "model.safetensors")
-    norms = []
-    for model in models:
-        tensors = load_file(model / "model.safetensors")
-        norms.append(sum(float((tensors[name].float() - t.float()).square().sum()) for name, t in start.items()) ** 0.5)
-    return [round(min(norms) / norm, 3) for norm in norms]
+def of(method: str, rule: Callable[[int], float] | None = None, *, balance: bool = False, **parameters: Any) -> Merge:
+    """Return a merge without rows."""
+    keys = {"merge_method": method, "parameters": parameters} | ({"balance": "norm"} if balance else {})
+    return Merge(method + ", balanced" * balance, keys, rule)
 
 
-def _scaled(method: str, factor: float, *, equal: bool = False, **parameters: Any) -> Merge:
-    keys = {"merge_method": method, "parameters": {"lambda": factor, **parameters}}
-    return Merge(f"{method}, {'equal norms, ' * equal}λ = {factor:g}", keys, equal=equal)
+def falling(factor: float) -> Callable[[int], float]:
+    return lambda models: factor / models**0.5
 
 
-FEWER = {"calibration": {"sequences": 48}}  # a fit of 96 takes half an hour
-FITTED = {"calibration": {"per": "merge", "coefficients": "row"}}
-MERGES = (
-    *(_scaled("task_arithmetic", factor) for factor in (0.2, 0.4, 0.7)),
-    *(_scaled("ties", factor, density=0.2) for factor in (0.5, 1.0)),
-    Merge("breadcrumbs", {"merge_method": "breadcrumbs", "parameters": {"density": 0.9, "gamma": 0.01, "lambda": 0.4}}),
-    Merge("iso_c, λ = 1.6", {"merge_method": "iso_c", "parameters": {"lambda": 1.6}}, {}),  # as recommend without rows
-    Merge("wudi, λ = 1", {"merge_method": "wudi"}, {}),
-    Merge("wudi, rho 0.1, λ = 1", {"merge_method": "wudi", "parameters": {"rho": 0.1}}, {}),
-    _scaled("tsv_m", 1.0),
-    _scaled("task_arithmetic", 0.7, equal=True),
-    _scaled("iso_c", 1.6, equal=True),
-    _scaled("wudi", 1.0, equal=True),
-    _scaled("tsv_m", 1.0, equal=True),
-    Merge("regmean, λ = 1", {"merge_method": "regmean"}, rows=True),
-    Merge(
-        "regmean, off_diagonal 0.99, λ = 1",
-        {"merge_method": "regmean", "parameters": {"off_diagonal": 0.99}},
-        rows=True,
-    ),
-    Merge("regmean_plus", {"merge_method": "regmean_plus"}, rows=True),
-    Merge("wudi + coefficients per row", {"merge_method": "wudi", **FITTED}, FEWER, rows=True),
-    Merge("regmean + coefficients per row", {"merge_method": "regmean", **FITTED}, FEWER, rows=True),
-    Merge("model_stock", {"merge_method": "model_stock"}, {}),
-    Merge("sce", {"merge_method": "sce", "parameters": {"select_topk": 0.1}}, {}),
+def fitted(start: Merge, scope: str) -> Merge:
+    """Return a fit of coefficients that starts at another merge."""
+    keys = {**start.keys, "calibration": {"per": "merge", "coefficients": scope}}
+    return Merge(f"{start.name} + coefficients per {scope}", keys, rows=ROWS)
+
+
+def of_rows(name: str, method: str, **parameters: Any) -> Merge:
+    return Merge(name, {"merge_method": method, "parameters": parameters}, rows=ROWS)
+
+
+# method, λ if not the package's, parameters
+DATA_FREE: tuple[tuple[str, Callable[[int], float] | None, dict[str, Any]], ...] = (
+    ("task_arithmetic", falling(0.7), {}),
+    ("ties", falling(1.2), {"density": 0.2}),
+    ("dare_ties", falling(0.7), {"density": 0.2}),
+    ("iso_c", None, {}),
+    ("tsv_m", None, {}),
+    ("wudi", None, {}),
+    ("svc", None, {}),
 )
+NEAR = of_rows("regmean, off_diagonal 0.99", "regmean", off_diagonal=0.99)
+MERGES = (
+    *(of(method, rule, balance=even, **given) for method, rule, given in DATA_FREE for even in (False, True)),
+    of_rows("regmean", "regmean"),
+    NEAR,
+    of_rows("regmean_plus", "regmean_plus"),
+    Merge("emr", {"merge_method": "emr"}, each=True),
+    Merge("tall_masks", {"merge_method": "tall_masks"}, each=True),
+    *(fitted(of("wudi", balance=True), scope) for scope in ("layer", "row")),
+    *(fitted(NEAR, scope) for scope in ("layer", "row")),
+)
+# Of pairs and triples.
+FEW = ("task_arithmetic, balanced", "iso_c, balanced", "tsv_m, balanced", "wudi", "svc, balanced", "regmean, off")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Of one merge: exact match in % by task; that as a share of the expert's own, its mean and its least; its cost."""
+class Family:
+    """Experts side by side, on rows of one part of their tasks, beside what the base could do."""
 
-    scores: dict[str, float]
-    normalised: dict[str, float]
-    mean: float
-    worst: float
-    cpu_s: float  # of `deltamerge run`: user + system, one thread
-    wall_s: float
-    peak_mb: float  # anonymous memory
+    def __init__(self, name: str, folder: Path = smollm2.FOLDER) -> None:
+        self.name, self.folder, self.base = name, folder, folder / "base"
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.bfloat16).train(False)
+        self.weights = tensors_of(self.base)
+        part, place = SEEN[name]
+        self.examples = {
+            task: smollm2.examples(tokenizer, smollm2.rows(task, part, folder)[place]) for task in FAMILIES[name]
+        }
+        ids = tokenizer(smollm2.plain_text(folder))["input_ids"][: WINDOWS * WINDOW]
+        self.text = torch.tensor(ids[: len(ids) // WINDOWS * WINDOWS]).view(WINDOWS, -1)
+        self.instructions = smollm2.instructions(folder)
+        self.own = log_softmax(self._instructed(), -1)
+
+    def load(self, weights: Weights) -> None:
+        self.model.load_state_dict(weights, strict=False)  # the head is the embeddings
+
+    def right(self, task: str) -> float:
+        """Exact match in % of the loaded weights."""
+        found = smollm2.right(self.model, self.examples[task])
+        return 100 * sum(found) / len(found)
+
+    def kept(self) -> tuple[float, float]:
+        """Perplexity on plain text, and mean KL to the base on its own answers, of the loaded weights."""
+        losses = []
+        with torch.inference_mode():
+            for ids in self.text.split(4):
+                logits = smollm2.logits_of(self.model, ids, torch.arange(ids.numel())).float().view(*ids.shape, -1)
+                losses.append(float(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
+        apart = kl_div(log_softmax(self._instructed(), -1), self.own, log_target=True, reduction="none").sum(-1).mean()
+        return math.exp(fmean(losses)), float(apart)
+
+    def _instructed(self) -> Tensor:
+        with torch.inference_mode():
+            ids, places, _ = smollm2.padded(self.instructions)
+            return smollm2.logits_of(self.model, ids, places).float()
+
+    def merged(self, merge: Merge, names: Sequence[str]) -> Iterator[tuple[Weights, Sequence[str]]]:
+        """The models that the merge makes of these experts, in float32, and the tasks of each."""
+        models = {name: str(self.folder / name) for name in names}
+        rows = {name: smollm2.answered(name, ROWS, self.folder, apart=True) for name in names if merge.rows}
+        for number, some in enumerate([[name] for name in names] if merge.each else [list(names)], 1):
+            with tempfile.TemporaryDirectory() as work:
+                path = Path(work) / "recipe.yaml"
+                path.write_text(yaml.safe_dump(merge.recipe(self.base, models, rows, number)), encoding="utf-8")
+                load_recipe(path, workers=1).run(Path(work) / "out")
+                yield tensors_of(Path(work) / "out"), some
 
 
-def measured(
-    merges: Iterable[Merge],
-    deltas: Iterable[Delta] = DELTAS,
-    *,
-    tasks: Sequence[str] = TASKS,
-    count: int = 100,
-    folder: Path = smollm2.FOLDER,
-    kept: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[Merge, Delta, Result]]:
-    """Each merge of each delta of the tasks' experts, scored on `count` test rows a task.
+def tensors_of(folder: Path) -> Weights:
+    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
 
-    `kept` has results as dictionaries under `key`, which are taken instead of measured.
-    """
-    own = {task: _own(task, count, folder) for task in tasks}
-    merges = list(merges)
-    rows = {}
-    if any(merge.rows for merge in merges):
-        rows = {task: smollm2.answered(task, ROWS, folder, apart=True) for task in tasks}
-    for delta in deltas:
-        for merge in merges:
-            if found := (kept or {}).get(key(merge, delta, tasks, count)):
-                yield merge, delta, Result(**found)
+
+def known_of(family: Family, found: dict[str, Any]) -> Known:
+    """What the base and the experts alone do; measured if it is not in `found`."""
+    known: Known = found.setdefault("models", {}).setdefault(family.name, {})
+    for name in ("base", *FAMILIES[family.name]):
+        if name in known:
+            continue
+        family.load(family.weights)
+        tasks = FAMILIES[family.name] if name == "base" else (name,)
+        if name != "base":
+            family.load(tensors_of(family.folder / name))
+        text, apart = family.kept()
+        scores = {"exact_match": round(fmean(map(family.right, tasks)), 2)}
+        known[name] = scores | {"perplexity": round(text, 4), "kl": round(apart, 4)}
+        print(f"{name}: {known[name]}", file=sys.stderr, flush=True)
+        keep(found)
+    return known
+
+
+def cell(
+    family: Family, merge: Merge, names: Sequence[str], known: Known, around: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What a merge of these experts keeps, at its λ and at `around` times it."""
+    rule = merge.factor(len(names))
+    factors = (1.0, *(around if rule else ()))
+    tried: dict[float, dict[str, float]] = {factor: {} for factor in factors}
+    kept: list[tuple[float, float]] = []
+    took, start = 0.0, time.process_time()
+    for weights, some in family.merged(merge, names):
+        took += time.process_time() - start
+        for factor in factors:
+            family.load({key: base + factor * (weights[key] - base) for key, base in family.weights.items()})
+            for task in some:
+                tried[factor][task] = round(100 * family.right(task) / known[task]["exact_match"], 1)
+            if factor == 1.0:
+                kept.append(family.kept())
+        start = time.process_time()
+    text, apart = (fmean(values) for values in zip(*kept, strict=True))
+    shares = tried.pop(1.0)
+    return {
+        "family": family.name,
+        "tasks": list(names),
+        "merge": merge.name,
+        "lambda": None if rule is None else round(rule, 4),
+        "rows": merge.rows,
+        "shares": shares,
+        "mean": round(fmean(shares.values()), 1),
+        "worst": min(shares.values()),
+        "text": round(100 * (text / fmean(known[name]["perplexity"] for name in names) - 1), 1),
+        "instructions": round(apart, 3),
+        "cpu_s": round(took, 1),
+        "tried": tried,
+    }
+
+
+def measured(asked: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Measure what is asked and not in `found`, and write the results after each cell."""
+    family = Family(asked.family)
+    known = known_of(family, found)
+    usual = MERGES if asked.size == [len(FAMILIES[asked.family])] else [m for m in MERGES if m.name.startswith(FEW)]
+    merges = [merge for name in asked.names for merge in MERGES if merge.name.startswith(name)] or usual
+    cells: list[dict[str, Any]] = found["cells"]
+    for merge in merges:
+        for names in (names for size in asked.size for names in combinations(FAMILIES[asked.family], size)):
+            same = [one for one in cells if identity(one) == (family.name, list(names), merge.name)]
+            if same and not asked.again:
                 continue
-            models = {task: pruned(task, delta, folder) for task in tasks}
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                run, out = _run(merge.recipe(folder / "base", models, rows), Path(work))
-                scores = {task: _score(out, task, count, folder) for task in tasks}
-            shares = {task: 100 * scores[task] / own[task] if own[task] else 0.0 for task in tasks}
-            cost = (round(run.cpu, 1), round(run.wall, 1), round(run.anonymous))
-            yield merge, delta, Result(scores, shares, fmean(shares.values()), min(shares.values()), *cost)
+            made = cell(family, merge, names, known, AROUND if asked.around else ())
+            found["cells"] = cells = [one for one in cells if one not in same] + [made]
+            keep(found)
+            words = f"{merge.name} of {', '.join(names)}: {made['mean']} / {made['worst']}, text {made['text']:+} %"
+            print(f"{words}, {made['cpu_s']} s; {made['tried']}", file=sys.stderr, flush=True)
 
 
-def key(merge: Merge, delta: Delta, tasks: Sequence[str], count: int) -> str:
-    return json.dumps([asdict(merge), delta._asdict(), list(tasks), count], sort_keys=True)
+def keep(found: Mapping[str, Any]) -> None:
+    write(FILE, surroundings({"python": sys.executable}) | dict(found))
 
 
-def pruned(task: str, delta: Delta, folder: Path = smollm2.FOLDER) -> Path:
-    """What is left of an expert, as a model; made if it is not kept."""
-    if delta.prune is None:
-        return folder / task
-    out = folder / "pruned" / f"{task} {delta.name}".replace(" ", "-")
-    if not out.exists():
-        out.parent.mkdir(exist_ok=True)
-        recipe = {
-            "base_model": str(folder / "base"),
-            "models": [{"model": str(folder / task), "name": task, "prune": delta.prune}],
-            "calibration": {
-                "data": str(smollm2.answered(task, 64, folder)), "sequences": 24, "length": 96, "seeds": 2,
-            },
-        }  # fmt: skip
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            shutil.move(_run(recipe, Path(work))[1], out)
-    return out
-
-
-def _run(recipe: Mapping[str, Any], work: Path) -> tuple[process.Run, Path]:
-    path, out = work / "recipe.yaml", work / "merged"
-    path.write_text(yaml.safe_dump(dict(recipe), allow_unicode=True), encoding="utf-8")
-    command = [sys.executable, "-m", "deltamerge", "run", str(path), "--out", str(out), "--workers", "1"]
-    return process.measure(command, {"OMP_NUM_THREADS": "1"}, work / "log"), out
-
-
-def _own(task: str, count: int, folder: Path) -> float:
-    """An expert's own exact match on the rows that its merges are scored on."""
-    path = folder / task / f"score-{count}.json"
-    if not path.exists():
-        path.write_text(json.dumps(_score(folder / task, task, count, folder)), encoding="utf-8")
-    score: float = json.loads(path.read_text(encoding="utf-8"))
-    return score
-
-
-def _score(model: Path, task: str, count: int, folder: Path) -> float:
-    rows = smollm2.rows(task, "test", folder)[:count]
-    return smollm2.exact_match(model, rows, smollm2.NEW_TOKENS[task])
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """Merges by their means; scores are shares of the experts' own."""
-    head = ["merge", "deltas", "mean, %", "worst, %", *found["own"], "CPU s", "MB"]
-    lines = [" | ".join(head), "|".join(["---"] * len(head))]
-    lines.append(
-        " | ".join(["*experts, exact match*", "", "", "", *(f"{v:.0f}" for v in found["own"].values()), "", ""])
-    )
-    for cell in sorted(found["cells"].values(), key=lambda cell: -cell["result"]["mean"]):
-        one = Result(**cell["result"])
-        shares = [f"{one.normalised[task]:.0f}" for task in found["own"]]
-        about = [cell["merge"], cell["delta"], f"{one.mean:.1f}", f"{one.worst:.1f}"]
-        lines.append(" | ".join([*about, *shares, f"{one.cpu_s:.0f}", f"{one.peak_mb:.0f}"]))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+def identity(cell: Mapping[str, Any]) -> tuple[str, list[str], str]:
+    return cell["family"], cell["tasks"], cell["merge"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of MERGES, or how they begin; default: all")
-    parser.add_argument("--rows", type=int, default=100, help="test rows a task")
-    parser.add_argument("--task", nargs="+", default=list(TASKS))
-    parser.add_argument("--delta", nargs="+", default=[delta.name for delta in DELTAS], help="kinds of delta")
-    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    parser.add_argument("family", nargs="?", choices=FAMILIES)
+    parser.add_argument("names", nargs="*", help="merges, or how they begin; default: all")
+    parser.add_argument("--size", nargs="+", type=int, default=[4], help="experts of a merge")
+    parser.add_argument("--around", action="store_true", help=f"at {AROUND} times the rule's λ too")
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured")
+    parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     asked = parser.parse_args()
     quality.quiet()
-    chosen = [one for one in MERGES if not asked.names or one.name.startswith(tuple(asked.names))]
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"cells": {}}
-    if not asked.table:
-        found |= surroundings({"python": sys.executable})
-        found["own"] = {task: _own(task, asked.rows, smollm2.FOLDER) for task in asked.task}
-        kept = {name: cell["result"] for name, cell in found["cells"].items()}
-        deltas = [delta for delta in DELTAS if delta.name in asked.delta]
-        for merge, delta, result in measured(chosen, deltas, tasks=asked.task, count=asked.rows, kept=kept):
-            name = key(merge, delta, asked.task, asked.rows)
-            if name not in kept:
-                found["cells"][name] = {"merge": merge.name, "delta": delta.name, "result": asdict(result)}
-                FILE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                print(
-                    f"{merge.name} of {delta.name}: mean {result.mean:.1f}, worst {result.worst:.1f}", file=sys.stderr
-                )
-    print(markdown(found))
+    torch.set_num_threads(1)
+    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"models": {}, "cells": []}
+    if asked.family and not asked.docs:
+        measured(asked, {"models": found["models"], "cells": found["cells"]})
+    from benchmarks.merging import pages
+
+    pages.write_decoder(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
     python -m benchmarks.merging.experts --final             and the test rows of the tasks that were kept back
     python -m benchmarks.merging.experts --table             what is measured; with --final too
     python -m benchmarks.merging.experts --docs              only the tables of docs/measurements/merging.md
-    python -m benchmarks.merging.experts --decoder           SmolLM2's experts instead (decoder.py)
 
 Tasks and experts are those of nine_tasks.py. An expert keeps its head: a merge is scored with it on its task's rows.
 λ is chosen on validation rows, by the mean of the scores as shares of the experts' own; since it is a factor of the
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -265,10 +263,7 @@ def main() -> None:
     parser.add_argument("--final", action="store_true", help="look at the tasks kept back, of what is measured")
     parser.add_argument("--table", action="store_true", help="measure no more merges")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
-    parser.add_argument("--decoder", action="store_true", help="run decoder.py with the names given")
     asked = parser.parse_args()
-    if asked.decoder:
-        sys.exit(subprocess.call([sys.executable, "-m", "benchmarks.merging.decoder", *asked.names]))
     from benchmarks.merging import pages
 
     if not asked.docs:

@@ -38,7 +38,61 @@ def write_words(found: dict[str, Any]) -> None:
 
 def write_cases(found: list[dict[str, Any]]) -> None:
     """Write the tables of cases.py: how near the advice is to the best merge, and what merges of so many keep."""
-    _put("cases", {"advice": advice, "methods": methods_of_cases}, found)
+    _put("cases", {"advice": advice, "methods": methods_of_cases, "signs": signs_of_cases}, found)
+
+
+def write_decoder(found: dict[str, Any]) -> None:
+    """Write the tables of decoder.py: experts alone, merges of four, and of pairs and triples."""
+    _put("decoder", {"models": models_of_decoder, "fours": fours_of_decoder, "sets": sets_of_decoder}, found)
+
+
+def models_of_decoder(found: dict[str, Any]) -> str:
+    """The base and every expert: exact match, perplexity on plain text, KL to the base on its answers."""
+    lines = [["family", "model", "exact match, %", "perplexity", "KL to the base"], ["---"] * 5]
+    for family, models in found["models"].items():
+        for name, one in models.items():
+            kl = f"{one['kl']:.3f}"
+            lines.append([family, name, f"{one['exact_match']:.0f}", f"{one['perplexity']:.2f}", kl])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def fours_of_decoder(found: dict[str, Any]) -> str:
+    """Merges of each family's four experts, by the mean share of the family that is reported."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in found["cells"]:
+        if len(cell["tasks"]) == 4:
+            cells.setdefault(cell["merge"], {})[cell["family"]] = cell
+    heads = ["merge", "λ", "rows", "reported", "by task", "text, %", "KL", "chosen on", "by task", "CPU s"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, of in sorted(cells.items(), key=lambda item: -item[1].get("report", {"mean": -1.0})["mean"]):
+        one = of.get("report") or of["choose"]
+        line = [name, "–" if one["lambda"] is None else f"{one['lambda']:.3g}", str(one["rows"] or "–")]
+        for family in ("report", "choose"):
+            cell = of.get(family)
+            if cell is None:
+                line += ["–"] * (4 if family == "report" else 2)
+                continue
+            shares = ", ".join(f"{share:.0f}" for share in cell["shares"].values())
+            line += [f"{cell['mean']} / {cell['worst']}", shares]
+            line += [f"{cell['text']:+.1f}", f"{cell['instructions']:.2f}"] if family == "report" else []
+        lines.append([*line, f"{one['cpu_s']:.0f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sets_of_decoder(found: dict[str, Any]) -> str:
+    """Mean / worst share of each merge by family and number of experts, means over these sets."""
+    columns: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in sorted(found["cells"], key=lambda cell: (cell["family"], len(cell["tasks"]))):
+        of = columns.setdefault(f"{cell['family']}, {len(cell['tasks'])}", {})
+        of.setdefault(cell["merge"], []).append(cell)
+    few = [merge for of in columns.values() if of for merge in of]
+    some = [merge for merge in dict.fromkeys(few) if all(merge in of for of in columns.values())]
+    lines = [["merge", *columns], ["---"] * (1 + len(columns))]
+    for merge in some:
+        shown = [f"{fmean(c['mean'] for c in of[merge]):.1f} / {fmean(c['worst'] for c in of[merge]):.1f}"
+                 for of in columns.values()]  # fmt: skip
+        lines.append([merge, *shown])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _put(kind: str, tables: Mapping[str, Callable[[Any], str]], found: Any) -> None:
@@ -83,6 +137,16 @@ def methods_of_cases(found: list[dict[str, Any]]) -> str:
             for some in columns.values()
         ]
         lines.append([merge, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def signs_of_cases(found: list[dict[str, Any]]) -> str:
+    """By sign: the cases in which what it names is within a point of the best method, and points behind."""
+    lines = [["decided by", "within 1 point", "behind, mean (most)"], ["---"] * 3]
+    for sign in found[0]["behind by sign"]:
+        behind = [case["behind by sign"][sign] for case in found]
+        near = f"{sum(one <= 1.0 for one in behind)} of {len(behind)}"
+        lines.append([sign, near, f"{fmean(behind):.1f} ({max(behind):.1f})"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

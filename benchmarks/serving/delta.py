@@ -3,8 +3,9 @@
     python -m benchmarks.serving.delta                          BERT-base and RoBERTa-base shapes, synthetic deltas
     python -m benchmarks.serving.delta --real ../shared/data    what value codings keep of two real fine-tunes' scores
 
-Both are applied in place to the base's float32 state dict in memory (`replace` sets final values, the others add).
-Times are medians of `--repeat` runs that take turns, from opening the file (in the page cache) to the last tensor.
+Both are put into a float32 state dict in memory: ours by the patches of `load_delta`, as a server takes them; those of
+values to add (all but `replace`) are computed from the base and checked by hash. Times are medians of `--repeat` runs
+that take turns, from opening the file (in the page cache) to the last tensor.
 CSR is added by torch's dense.add_(csr), which beat scipy, index_add_ and scatter_add_; it is kept as torch.save
 writes it, and as bare arrays in a safetensors file, which is the fastest we could make it and what ratios are of.
 Sizes are of everything in the folder, manifest and hashes included; MB = 10**6, MiB (the paper's unit) 2**20 bytes.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -29,11 +29,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamerge.engine import kernels
+from deltamerge.apps.chain.live import load_delta
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.models.delta_file import DeltaFile
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]
@@ -156,6 +155,7 @@ def compare(
     """Of CSR, in both files, and of each kind of artifact: size and error, and with `repeat` the time to apply it."""
     count = sum(len(positions) for positions, _ in deltas.values())
     csr, pickled = folder / "csr.safetensors", folder / "csr.pt"
+    state = {name: tensor.clone() for name, tensor in base.items()}
     write_csr(csr, deltas, base)
     torch.save({name: to_csr(load_file(csr), name, tensor) for name, tensor in base.items()}, pickled)
     sizes: dict[str, dict[str, float]] = {
@@ -163,12 +163,12 @@ def compare(
         "CSR, safetensors": {"bytes": csr.stat().st_size, "error": 0.0},
     }
     runs: dict[str, Callable[[], None]] = {
-        "CSR, torch.save": partial(apply_pickled, pickled, base),
-        "CSR, safetensors": partial(apply_csr, csr, base),
+        "CSR, torch.save": partial(apply_pickled, pickled, state),
+        "CSR, safetensors": partial(apply_csr, csr, state),
     }
     for kind in kinds:
         sizes[kind] = write_delta(folder / kind, kind, deltas, base)
-        runs[kind] = partial(apply_delta, folder / kind, base)
+        runs[kind] = partial(put_delta, folder / kind, base, state)
     rows: list[dict[str, Any]] = [
         {
             "kind": kind, "MB": size["bytes"] / 1e6, "MiB": size["bytes"] / 2**20,
@@ -185,8 +185,11 @@ def compare(
     return rows
 
 
-def apply_delta(folder: Path, state: State) -> None:
-    DeltaFile.open(folder).apply_to(state)
+def put_delta(folder: Path, base: State, state: State) -> None:
+    """Write the patches of an artifact into a state dict; `base` is that of the base, which some are computed from."""
+    for patch in load_delta(folder, base):
+        where = slice(None) if patch.indices is None else patch.indices
+        state[patch.name].view(-1)[where] = patch.values
 
 
 def real(data: Path, folder: Path) -> Iterator[dict[str, Any]]:
@@ -216,7 +219,7 @@ def real(data: Path, folder: Path) -> Iterator[dict[str, Any]]:
                 row = write_delta(folder / f"{task.name} {mask} {kind}", kind, deltas, base)
                 for name, tensor in base.items():
                     state[name].copy_(tensor)
-                DeltaFile.open(folder / f"{task.name} {mask} {kind}").apply_to(state)
+                put_delta(folder / f"{task.name} {mask} {kind}", base, state)
                 yield {"task": task.name, "mask": mask, "kind": kind, "score": score(model, task, test)} | row
 
 
@@ -241,14 +244,11 @@ def main() -> None:
     parser.add_argument("--p", nargs="+", type=float, default=[0.9, 0.99, 0.999], help="drop rates")
     parser.add_argument("--repeat", type=int, default=9, help="0: only sizes")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, for CSR as for deltas")
-    parser.add_argument("--numpy", action="store_true", help="without the compiled kernels")
     parser.add_argument("--real", type=Path, help="the folder of base, sentiment and intensity")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    if arguments.numpy:
-        os.environ[kernels.SWITCH] = kernels.OFF
     with tempfile.TemporaryDirectory() as folder:
         if arguments.real:
             report(real(arguments.real, Path(folder)), arguments.json)

@@ -29,12 +29,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import tasks
+from deltamerge.apps.chain.live import load_delta
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
 from deltamerge.formats.delta.steps import decode_tile, encode_tile, tiles_of
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
-from deltamerge.models.delta_file import DeltaFile
 
 RATES = (1e-6, 3e-6, 1e-5)
 EARLY = 5
@@ -160,8 +160,7 @@ def measure(before: Path, after: Path, work: Path, arc: Path) -> dict[str, Any]:
     writing, ours = seconds(lambda: write(work / "steps", old, new))
     others = write(work / "others", old, new, codings=CODINGS)
     state = {name: tensor.clone() for name, tensor in old.items()}
-    delta = DeltaFile.open(work / "steps")
-    applying, _ = seconds(lambda: delta.apply_to(state))
+    applying, _ = seconds(lambda: load_delta(work / "steps").apply_(state))
     assert all(np.array_equal(bits_of(state[name]), bits_of(new[name])) for name in new)
     encoding, decoding = coding_seconds(old, new)
     judged = subprocess.run([arc, "-c", JUDGE, before, after], check=True, capture_output=True, text=True)

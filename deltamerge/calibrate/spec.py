@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
+SHORT = 128
 LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
 
 
@@ -64,9 +65,12 @@ def multiplying(precision: Precision, device: torch.device) -> AbstractContextMa
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
-def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
-    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not."""
-    if device.type == "cpu":
+def same_every_time(device: torch.device, places: int = SHORT + 1) -> AbstractContextManager[Any]:
+    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not.
+
+    A CPU's fused attention does, but its backward pass over SHORT `places` or fewer takes longer than plain products.
+    """
+    if device.type == "cpu" and places > SHORT:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,6 +111,7 @@ WALKED = 4  # candidates in one walk through the blocks; their hidden states are
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
+STATES_BYTES = 1 << 28  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
@@ -346,7 +351,17 @@ class Spec:
         """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
         shared = self._shared_bytes if self.shares_weights else 0
-        return shared + memory(*parts, dense=self._dense, held=self._held)
+        states = self._states_bytes if self.runs_together else 0
+        return shared + states + memory(*parts, dense=self._dense, held=self._held)
+
+    @property
+    def _states_bytes(self) -> int:
+        """Return the bytes of the hidden states before every block, of a batch at least, of a step at most."""
+        shapes = {tensor.name: tensor.shape for tensor in self.source.tensors}
+        blocks = len(block_sizes(shapes, {name: math.prod(shape) for name, shape in shapes.items()}))
+        of_row = 4 * width(self.source) * blocks * self.source.calibration.length
+        rows = min(COEFFICIENT_STEP, self.source.calibration.sequences)
+        return min(len(self.parts) * rows * of_row, max(STATES_BYTES, COEFFICIENT_STEP * of_row))
 
     @property
     def runs_together(self) -> bool:
@@ -533,10 +548,14 @@ def _passing(source: CalibrationInput) -> int:
 
 def hidden(source: CalibrationInput) -> int:
     """Return the bytes of one candidate's hidden states, in float32."""
-    widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
-    width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = max(source.calibration.sequences, HELD_OUT if source.labelled else ROUND)
-    return rows * source.calibration.length * width * 4
+    return rows * source.calibration.length * width(source) * 4
+
+
+def width(source: CalibrationInput) -> int:
+    """Return the size of a hidden state."""
+    widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
+    return max(widths, key=lambda size: (widths[size], size), default=1)
 
 
 def ahead(tensors: Sequence[TensorHeader]) -> int:

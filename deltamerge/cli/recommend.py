@@ -60,8 +60,8 @@ ABOUT_PAIRS = (
 ABOUT_SHARES = {
     "weights": "Shares are of each fine-tune's score, as this method kept skills in our benchmarks. "
     "Rows would show what this merge keeps.",
-    "answers": "Shares are of each fine-tune's score, told from its answers on held-out rows.",
-    "numbers": "Shares are of each fine-tune's score, told from its answers on held-out rows.",
+    "answers": "Shares are of each fine-tune's score, told from its answers on these rows.",
+    "numbers": "Shares are of each fine-tune's score, told from its answers on these rows.",
     "texts": "Shares are of each fine-tune's score: rows whose completion comes out token by token as its own.",
 }
 
@@ -181,7 +181,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
         lines += [f"{one.name}: not judged: {one.error}" for one in answer.candidates if one.error is not None]
         lines += [
             "",
-            *paragraph(f"rows: {_range_of(answer.search)} to choose λ, {_range_of(answer.held_out)} to decide", width),
+            *paragraph(f"rows: {_range_of(answer.search)} searched on, {_range_of(answer.held_out)} held out", width),
         ]
     lines += _skills(answer.forecast, width)
     said = [("recommended", f"{answer.method}, λ = {answer.factor:.3g}: {answer.why[0]}")]
@@ -227,7 +227,7 @@ def _skills(forecast: Sequence[SkillForecast], width: int) -> list[str]:
     """Return a table of the share of each model's score that the merge will keep."""
     if not forecast:
         return []
-    columns = [Column("expected\nshare"), Column("9 in 10\nbetween"), Column("most disturbed by", 1)]
+    columns = [Column("expected\nshare"), Column("8 in 10\nbetween"), Column("most disturbed by", 1)]
     rows: list[Row] = []
     for one in forecast:
         known = one.share is not None and one.low is not None and one.high is not None

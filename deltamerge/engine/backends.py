@@ -172,6 +172,11 @@ def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
         _keep_freed(_kept[-1], trimmed=whole and outer is not _ALL)
 
 
+def trim() -> None:
+    """Give freed memory back to the system now."""
+    _keep_freed(_kept[-1], trimmed=True)
+
+
 def _keep_freed(freed: _Freed, *, trimmed: bool = False) -> None:
     with suppress(OSError, AttributeError):
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4

@@ -36,6 +36,7 @@ SPARE = 8  # directions beside the wanted ones, and a quarter of these, that mak
 ROUNDS = 10  # most rounds of the iteration
 MISSED = 0.002  # share of the kept gain that may be missed when the iteration ends early
 STILL = 0.003  # share by which a round must raise the kept gain for another round to follow
+SMALL, TURNS = 128, 6  # of `leading`: the largest smaller side that LAPACK factors, and rounds above it
 FIRST = 64  # directions that are tried first if an energy is wanted
 NOISE = 1e-13  # share of the largest squared singular value; smaller values come from rounding float32
 
@@ -138,6 +139,28 @@ def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
     if side <= EXACT or kept > side // 4:
         return 8 * (4 * side * side + BLOCK + (2 * n * n if moments and m > n else 0)) + factors
     return factors + 40 * (kept + kept // 4 + SPARE) * (m + n) + (8 * n * n if moments else 0)
+
+
+def leading(delta: Array, count: int, key: Key) -> tuple[Floats, Floats]:
+    """Return (m, k) and (n, k) orthonormal, the leading k ≤ `count` left and right singular vectors of a delta (m, n).
+
+    Up to a smaller side of SMALL they are LAPACK's. Above it they are those of TURNS rounds of iteration in float32,
+    in a fifth of the time of `factor`, to describe a delta. ValueError: entries that are not finite.
+    """
+    matrix = torch.from_numpy(delta)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("not finite")
+    if min(delta.shape) <= SMALL:
+        u, lengths, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    else:
+        z = _signs(key, delta.shape[1], count + SPARE)
+        for _ in range(TURNS):
+            q = torch.linalg.qr(matrix @ z)[0]
+            z = torch.linalg.qr(matrix.T @ q)[0]
+        u, lengths, turn = torch.linalg.svd((matrix @ z).double(), full_matrices=False)
+        vt = turn @ z.T.double()
+    kept = int(torch.count_nonzero(lengths[:count] > NOISE**0.5 * lengths[0]))
+    return u[:, :kept].numpy(), vt[:kept].T.numpy()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,11 +7,13 @@ makes distortion + λ bytes least. One λ for all tensors is a point of their co
 would gain more in another tensor.
 
 The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ V̂ (V̂ᵀ V̂)⁻¹, and are
-quantised too; the scales of the products are solved for together.
+quantised too; the scales of the products are solved for together. One and two bits a number are trellis codes, unless
+codes are learned.
 
-What is left out makes the parts shorter than Δ: least squares keeps them so. A fine-tune whose small components are
-skill is nearer if the length is restored, as with a q below 1 for importance masks; one whose are noise is not. With
-rows codes and scales are learned instead (`calibrate.q.codes`).
+Least squares makes parts shorter than Δ. A component of codes that lose D has 1 - D of its length, as what they miss is
+noise beside it: it gets this back (divided by 1 - D). What components that are left out had is not given back: a
+fine-tune whose small components are skill is nearer with it, as with a q below 1 for importance masks, but one whose
+are noise is not. With rows codes and scales are learned instead (`calibrate.q.codes`).
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.formats.delta.parts import LEVELS, Part, packed_bytes, store_entries, store_factors
+from deltamerge.formats.delta import trellis
+from deltamerge.formats.delta.parts import LEVELS, Part, levels_of, packed_bytes, store_entries, store_factors
 from deltamerge.methods.low_rank import scratch_bytes
 from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.lazy import torch
 
 Floats = NDArray[np.float64]
 
-FACTOR_LEVELS = (2, 3, 4, 8, 16, 255)
+FACTOR_LEVELS = (257, 258, 8, 16, 255)  # trellis codes lose less than plain ones of as many bits
+LEARNED_LEVELS = (2, 3, 4, 8, 16, 255)  # of factors whose codes are learned
 ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
 LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
 ROUNDS = 3  # of fitting a scale and choosing codes in turns
@@ -82,6 +86,11 @@ def table(count: int) -> LevelTable:
     return LevelTable(levels * scale, lost)
 
 
+def distortion(levels: int) -> float:
+    """What codes of so many levels, or trellis codes, lose of a unit Gaussian."""
+    return trellis.DISTORTION[levels] if levels in trellis.BITS else table(levels).distortion
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """What the parts of a tensor (m, n) may take and lose.
@@ -90,6 +99,7 @@ class Curve:
     energy   what is lost if nothing is stored
     counts   how many entries have squares of each bin, the largest first
     squares  their weighed sums
+    levels   the numbers of levels that components may have
     """
 
     m: int
@@ -98,6 +108,7 @@ class Curve:
     energy: float
     counts: Floats
     squares: Floats
+    levels: tuple[int, ...] = FACTOR_LEVELS
 
     def choice(self, price: float) -> Choice:
         """What makes distortion + price · bytes least."""
@@ -126,9 +137,9 @@ class Curve:
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
         nbytes = np.zeros_like(self.gains)
-        for levels in FACTOR_LEVELS:
+        for levels in self.levels:
             each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
-            gain = self.gains * (1 - table(levels).distortion) ** 2
+            gain = self.gains * (1 - distortion(levels)) ** 2
             better = gain - price * each > best - price * nbytes
             best, nbytes = np.where(better, gain, best), np.where(better, each, nbytes)
             which[better] = levels
@@ -226,23 +237,34 @@ def histogram(delta: Array, weight: float) -> tuple[Floats, Floats]:
     return counts, np.bincount(bins, squares, BINS).astype(np.float64)
 
 
-def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:
+def curve_of(
+    m: int,
+    n: int,
+    gains: Floats,
+    energy: float,
+    counts: Floats,
+    squares: Floats,
+    levels: tuple[int, ...] = FACTOR_LEVELS,
+) -> Curve:
     """The curve of a tensor from the gains of its components and its histogram."""
     filled = np.flatnonzero(squares)[::-1]
-    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
+    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled], levels)
 
 
-def parts_of(delta: Array, choice: Choice, vectors: Array | None, longer: float = 1.0) -> tuple[list[Part], Array]:
+def parts_of(
+    delta: Array, choice: Choice, vectors: Array | None, longer: float | None = 1.0
+) -> tuple[list[Part], Array]:
     """The parts that a choice is for a delta (m, n) float32, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares.
+    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares;
+    None: each component as long as before its codes.
     """
     if any(choice.components) and vectors is not None:
         part, stored = _factors(delta, vectors, np.array(choice.components), longer)
         return [part], stored
     if choice.entries is not None:
         levels, count = choice.entries
-        part, stored = _entries(delta, levels, count, longer)
+        part, stored = _entries(delta, levels, count, 1.0 if longer is None else longer)
         return [part], stored
     return [], np.empty(0, np.uint8)
 
@@ -269,6 +291,14 @@ def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
     return codes, np.maximum(scale, 0.0)
 
 
+def _codes(vectors: Array, levels: int) -> Array:
+    """Codes of each row of the vectors of components."""
+    if levels not in trellis.BITS:
+        return quantise(vectors, levels)[0]
+    scale = np.sqrt(np.mean(np.square(vectors), axis=1, keepdims=True)) * trellis.UNIT[levels]
+    return trellis.nearest(vectors / np.where(scale > 0, scale, 1.0), levels)
+
+
 def scratch(shapes: Sequence[tuple[int, int]], workers: int) -> int:
     """About the bytes of deltas (m, n) that are collected, factored and coded at one time."""
     held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
@@ -277,21 +307,22 @@ def scratch(shapes: Sequence[tuple[int, int]], workers: int) -> int:
     return TORCH + making
 
 
-def _factors(delta: Array, vectors: Array, components: Array, longer: float) -> tuple[Part, Array]:
+def _factors(delta: Array, vectors: Array, components: Array, longer: float | None) -> tuple[Part, Array]:
     kept = np.flatnonzero(components)
     kept = kept[np.argsort(components[kept], kind="stable")]
     counts = components[kept]
-    groups = [levels for levels in FACTOR_LEVELS if (counts == levels).any()]
+    groups = sorted({*counts.tolist()})
     d = torch.from_numpy(np.asarray(delta, np.float64))
     right = np.asarray(vectors[kept], np.float64)
-    v_codes = {levels: quantise(right[counts == levels], levels)[0] for levels in groups}
-    v = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[v_codes[levels]] for levels in groups]))
+    v_codes = {levels: _codes(right[counts == levels], levels) for levels in groups}
+    v = torch.from_numpy(np.concatenate([levels_of(v_codes[levels], levels) for levels in groups]).astype(np.float64))
     inner = v @ v.T
     image = d @ v.T
     left = _solve(inner, image.T).numpy()
-    u_codes = {levels: quantise(left[counts == levels], levels)[0] for levels in groups}
-    u = torch.from_numpy(np.concatenate([LEVELS[levels].astype(np.float64)[u_codes[levels]] for levels in groups]))
-    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0) * longer
+    u_codes = {levels: _codes(left[counts == levels], levels) for levels in groups}
+    u = torch.from_numpy(np.concatenate([levels_of(u_codes[levels], levels) for levels in groups]).astype(np.float64))
+    scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0)
+    scales *= [1 / (1 - distortion(levels)) for levels in np.sort(counts)] if longer is None else longer
     made = [(levels, u_codes[levels], v_codes[levels], scales[counts == levels]) for levels in groups]
     return store_factors(made)
 

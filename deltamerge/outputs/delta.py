@@ -225,29 +225,33 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                 with job.merging(planned) as progress:
                     return write_delta(planned, job.work.folder, progress, known, sharing=sharing)
 
-            most = nbytes - SPARE * sharing.learns
-            room = fitting = float(most - HEADERS - rest)
-            best = 0
-            for _ in range(TRIES):
-                values, summary = write(room)
-                if best < summary.nbytes <= most:
-                    best, fitting = summary.nbytes, room
-                if best >= NEAR * most or (best and sharing.is_whole):
-                    break
-                room += 0.997 * most - summary.nbytes
-            if not best:
-                raise refused(planned, nbytes, summary.nbytes)
-            if summary.nbytes != best:
-                values, summary = write(fitting)
+            def fit(most: int) -> tuple[dict[Node, Any], Summary, float]:
+                room = fitting = float(most - HEADERS - rest)
+                best = 0
+                for _ in range(TRIES):
+                    values, summary = write(room)
+                    if best < summary.nbytes <= most:
+                        best, fitting = summary.nbytes, room
+                    if best >= NEAR * most or (best and sharing.is_whole):
+                        break
+                    room += 0.997 * most - summary.nbytes
+                if not best:
+                    raise refused(planned, nbytes, summary.nbytes)
+                if summary.nbytes != best:
+                    values, summary = write(fitting)
+                return values, summary, fitting
+
+            values, summary, fitting = fit(nbytes - SPARE * sharing.learns)
             if sharing.learns:
                 if kept is None:
                     sharing.learn(job.work.folder)
                 else:
                     sharing.restore(kept)
-                values, summary = write(fitting)
-                if summary.nbytes > nbytes:  # records of learned codes, compressed, take more than SPARE
-                    sharing.learned = None
+                if sharing.has_learned:
                     values, summary = write(fitting)
+                if not sharing.has_learned or summary.nbytes > nbytes:  # records of learned codes may take more
+                    sharing.stop_learning()
+                    values, summary, _ = fit(nbytes)
         done = True
     except InputError:
         job.work.forget()

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,24 @@ from deltamerge.engine.worker import Task
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
+from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.manifest import parts_bytes
 from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.methods.rate import MOST_LEARNED, Choice, Curve, curve_of, histogram, parts_of, share
+from deltamerge.methods.rate import (
+    FACTOR_LEVELS,
+    LEARNED_LEVELS,
+    MOST_LEARNED,
+    Choice,
+    Curve,
+    curve_of,
+    histogram,
+    parts_of,
+    share,
+)
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.outputs.collected import Collector
@@ -57,6 +68,7 @@ SPARE = 200  # bytes that records of learned codes may take more, compressed
 VECTORS = 64.0
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
+CODES = {kind: f"{bits}-bit trellis codes" for kind, bits in trellis.BITS.items()}
 
 
 def bytes_of(planned: Plan) -> int | None:
@@ -89,7 +101,7 @@ class SharesAccount(Account):
     nbytes    the budget
     tensors   what each tensor got
     lost      the share of all squares that is lost, as predicted
-    length    how far tensors have the lengths of their deltas
+    length    how far tensors have the lengths of their deltas; None: as far as codes take it from their components
     learned   the divergence of the outputs from the fine-tune's on rows beside those that codes were learned on, before
               and after
     """
@@ -98,7 +110,7 @@ class SharesAccount(Account):
     tensors: Mapping[str, TensorShare]
     lost: float
     delta: Summary
-    length: float = 0.0
+    length: float | None = None
     learned: tuple[float, float] | None = None
 
     def spent(self) -> dict[str, int]:
@@ -162,7 +174,7 @@ class ByteShares:
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
-        self.length = effective_prune(recipe, recipe.fine_tunes[0]).length or 0.0
+        self.length = effective_prune(recipe, recipe.fine_tunes[0]).length
         self.tensors = {one.name: one for one in self.planned.budgeted if one.name in self.outputs}
 
     def measure(self, progress: Callable[[int], None]) -> None:
@@ -217,16 +229,33 @@ class ByteShares:
             part, stored = factors.store()
             parts.append(part)
         else:
-            parts, stored = parts_of(delta, choice, self._vectors(name), choice.longer(curve.energy, self.length))
+            parts, stored = parts_of(delta, choice, self._vectors(name), self._longer(choice, curve))
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
 
+    def _longer(self, choice: Choice, curve: Curve) -> float | None:
+        """By how much values are longer than those of least squares, which is what learning begins with."""
+        if self.length is not None:
+            return choice.longer(curve.energy, self.length)
+        return 1.0 if curve.levels == LEARNED_LEVELS else None
+
     @property
     def learns(self) -> bool:
         """Whether codes of the artifact are learned: there are rows, and it is no larger than memory is planned for."""
         return bool(self.planned.measured) and self.nbytes <= MOST_LEARNED
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether learned codes are nearer to the fine-tune."""
+        return self.learned is not None and self.learned.after < self.learned.before
+
+    def stop_learning(self) -> None:
+        """Take the codes that are best without rows."""
+        self.restored = {}
+        self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
+        self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
 
     def learn(self, folder: Path) -> None:
         """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
@@ -325,7 +354,8 @@ class ByteShares:
     def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
         m, n = self.shapes[name]
         counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
-        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
+        levels = LEARNED_LEVELS if self.learns else FACTOR_LEVELS
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
 
     def _vectors(self, name: str) -> Array | None:
         """The right vectors (k, n)."""
@@ -382,8 +412,8 @@ def _form(parts: list[Part]) -> str:
             count = "all" if part.count is None else f"{part.count:,}"
             words.append(f"entries {count} of {part.levels} levels")
         else:
-            ranks = ", ".join(f"{rank} of {levels}" for levels, rank in part.ranks.items())
-            words.append(f"factors of rank {part.rank}: {ranks} levels")
+            ranks = ", ".join(f"{rank} of {CODES.get(levels, f'{levels} levels')}" for levels, rank in part.groups)
+            words.append(f"factors of rank {part.rank}: {ranks}")
     return " and ".join(words) or FORMS[0]
 
 

@@ -29,7 +29,8 @@ class Pruning:
     q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
     parameters   the method's other parameters
     bytes, ratio   of method budget: the size of the artifact, or how many times smaller than the checkpoint it is
-    length         of method budget: from 0, the length that least squares gives the parts, to 1, the delta's length
+    length         of method budget: 0, parts as long as least squares makes them, to 1, as the delta; None: components
+                   as long as before their codes
     include, exclude   patterns of tensor names
     """
 

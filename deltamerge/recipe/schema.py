@@ -129,7 +129,10 @@ class Prune(Keys):
     budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
     bytes: Size | None = Field(None, description="budget: size of the delta artifact.")
     length: float | None = Field(
-        None, ge=0, le=1, description="budget: how far a tensor gets its delta's length back. Default: 0."
+        None,
+        ge=0,
+        le=1,
+        description="budget: how far a tensor gets its delta's length back. Default: what rounding takes.",
     )
     ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 

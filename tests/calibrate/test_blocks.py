@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, SMALL, batches, make
 
-from deltamerge.calibrate.model.blocks import BlockModel, Linear, from_reader
+from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Linear, from_reader
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbered_blocks
 
@@ -181,18 +181,49 @@ def test_watch_sees_each_input_once(architecture: str, tmp_path: Path) -> None:
         torch.testing.assert_close(x, truth[key], rtol=1e-5, atol=1e-6)
 
 
+# every block is given embeddings of relative positions
+DISENTANGLED = SMALL | {"num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+
+
 @pytest.mark.parametrize(
-    "architecture", ["BertForSequenceClassification", "Gemma2ForCausalLM", "ViTForImageClassification"]
+    ("architecture", "way"),
+    [
+        ("BertForSequenceClassification", "alone"),
+        ("Gemma2ForCausalLM", "alone"),
+        ("ViTForImageClassification", "alone"),
+        ("BertForSequenceClassification", "back"),
+        ("Gemma2ForCausalLM", "back"),
+        ("DebertaV2ForSequenceClassification", "one by one"),
+    ],
 )
-def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_plain_forward(
+    architecture: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch alone; several, block after block and back; several one by one, where blocks share more."""
+    monkeypatch.setitem(ARCHITECTURES, "DebertaV2ForSequenceClassification", ("DebertaV2Config", DISENTANGLED))
     reference, tensors = make(architecture, tmp_path)
     model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     inputs = batches(architecture)[0]
     scales = {name: torch.ones((), requires_grad=True) for name in tensors}
-    out = model.differentiable(inputs, lambda names: {n: tensors[n] * scales[n] for n in names})
-    loss: Any = (out.hidden if out.logits is None else out.logits).square().sum()
-    loss.backward()
-    reference(**inputs)[0].square().sum().backward()
+
+    def weights(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        made.extend(names)
+        return {n: tensors[n] * scales[n] for n in names}
+
+    def loss(batch: int, out: BlockOutput) -> Any:
+        return (out.hidden if out.logits is None else out.logits).square().sum()
+
+    made: list[str] = []
+    if way == "alone":
+        loss(0, model.differentiable(inputs, weights)).backward()
+        reference(**inputs)[0].square().sum().backward()
+    else:
+        data = [inputs, *batches(architecture)[1:]]
+        model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: None)
+        model.descend(data, weights, loss)
+        sum(reference(**one)[0].square().sum() for one in data).backward()
+        name = model.parts[2][0]
+        assert made.count(name) == (2 if way == "back" else 2 * len(data))
     gradients = dict(reference.named_parameters())
     assert sorted(model.checkpoint_name.values()) == sorted(tensors)
     for state, name in model.checkpoint_name.items():

@@ -289,10 +289,10 @@ def test_deltas_that_files_give_are_read_anew(models: Path, monkeypatch: pytest.
     entries = sum(np.prod(one.shape) for one in spec.pruned)
     less = dataclasses.replace(spec, differences=0).memory - spec.memory
     assert less == pytest.approx(2 * len(WEIGHTS) * entries, abs=1)
-    found, made, keep = [], [], subject.Tensors._kept
+    found, made, keep = [], [], subject.Tensors._whole
     for _ in range(2):
         count: list[int] = []
-        monkeypatch.setattr(subject.Tensors, "_kept", lambda *given, count=count: count.append(1) or keep(*given))
+        monkeypatch.setattr(subject.Tensors, "_whole", lambda *given, count=count: count.append(1) or keep(*given))
         found.append(shared_values([stage], {})[stage])
         made.append(len(count))
         monkeypatch.setattr(subject, "is_difference", lambda node: False)

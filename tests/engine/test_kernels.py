@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -393,12 +394,28 @@ def test_the_switch(asked: str) -> None:
     assert done.stdout.strip() == {"off": f"off ({kernels.SWITCH})", "baseline": "baseline"}[asked]
 
 
+def test_kernels_of_other_sources_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line says so, and torch computes; here they are of the sources that lie beside them."""
+    assert kernels.missing() is None
+    sources = tmp_path / "kernels" / "src"
+    shutil.copytree(kernels.SOURCES, sources)
+    shutil.copytree(kernels.SOURCES.parents[1] / "fused", tmp_path / "fused")
+    monkeypatch.setattr(kernels, "SOURCES", sources)
+    monkeypatch.setattr(kernels, "native", kernels.native.__wrapped__)
+    assert kernels.available()
+    with (sources / "vector" / "trellis.h").open("a") as file:
+        file.write("// another\n")
+    assert not kernels.available()
+    line = kernels.missing()
+    assert line is not None
+    assert "pip install -e ." in line
+    assert kernels.described() == "compiled of other sources, torch computes"
+
+
 def test_arrays_that_are_too_short_are_refused() -> None:
     native, some = kernels.native(), np.zeros(4, np.float32)
     with pytest.raises(ValueError, match="shorter"):
         native.ordered_product(some, some, some, 2, 2, 3)
-    with pytest.raises(ValueError, match="shorter"):
-        native.put(np.zeros(20, np.uint8), some, some, np.zeros(9, np.uint32), 1, 0, 5, 4, 0, False, 4)
     with pytest.raises(TypeError, match="22 arguments"):
         native.run(some)
 

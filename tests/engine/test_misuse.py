@@ -406,25 +406,19 @@ def test_both_languages_have_one_table() -> None:
     assert len(set(plain.values()) - {codes.PIECE, codes.DIRECT}) == 29
 
 
-@pytest.mark.parametrize("name", ["put", "add", "steps_unpack", "steps_count", "steps_place", "ordered_product"])
+@pytest.mark.parametrize("name", ["trellis", "steps_unpack", "steps_count", "steps_place", "ordered_product"])
 def test_the_other_entry_points_bound_what_they_shift_and_divide_by(name: str) -> None:
     module: Any = kernels.native()
     u8, floats = np.zeros(64, np.uint8), np.zeros(64, np.float32)
-    far = 1 << 62
+    table, far = np.zeros(256, np.float32), 1 << 62
     calls: dict[str, list[tuple[Any, ...]]] = {
-        "put": [
-            (u8, u8, u8, u8, 1, 0, 4, 0, 0, 0, 1),  # an index of no bytes
-            (u8, u8, u8, u8, 1, 0, 4, 9, 0, 0, 1),
-            (u8, u8, u8, u8, 3, 3, 4, far, 0, 0, 1),  # remainders beyond what is stored
-            (u8, u8, u8, u8, 3, 3, 4, -8, 0, 0, 1),
-            (u8, u8, u8, u8, 2, 0, 4, 0, far, 0, 1),  # ones beyond it
-            (u8, u8, u8, u8, 0, 0, 4, 0, 0, 0, 0),  # values of no bytes
-            (u8, u8, u8, u8, 1, 0, far, 8, 0, 0, 1),
-        ],
-        "add": [
-            (u8, u8, floats, u8, 0, 0, 4, 0, 0, 0, 2, 0, 0),  # groups of nothing
-            (u8, u8, floats, u8, 0, 0, 4, 0, 0, 0, 9, 4, 0),
-            (u8, u8, floats, u8, 0, 0, 4, 0, 0, 0, -1, 4, 0),
+        "trellis": [
+            (floats, floats, u8, 8, 1),  # a table of other than 256
+            (floats, table, u8, 0, 1),
+            (floats, table, u8, far, 1),
+            (floats, table, u8, 7, 1),
+            (floats, table, np.zeros(128, np.uint8), 8, 1),
+            (floats, table, u8, 8, 3),
         ],
         "steps_unpack": [(u8, u8, 3, 0, 0, -1), (u8, u8, 3, 0, 0, far), (u8, u8, 40, 0, 0, 9)],
         "steps_count": [
@@ -440,5 +434,5 @@ def test_the_other_entry_points_bound_what_they_shift_and_divide_by(name: str) -
         "ordered_product": [(floats, floats, floats, far, 4, far), (floats, floats, floats, -2, 4, -2)],
     }  # fmt: skip
     for arguments in calls[name]:
-        with pytest.raises(ValueError, match=r"array is shorter|no such"):
+        with pytest.raises(ValueError, match=r"array is shorter|no such|1 or 2 bits"):
             getattr(module, name)(*arguments)

@@ -1,10 +1,15 @@
-"""Parts: the documented reader finds the same values; ranges are parts of the whole; damage is refused; vectors."""
+"""Parts: the documented reader finds the same values; ranges are parts of the whole; damage is refused; vectors.
+
+`python tests/formats/test_parts.py` writes the vectors.
+"""
 
 from __future__ import annotations
 
 import bz2
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +19,23 @@ from blake3 import blake3
 from format_reader import documented
 from safetensors.numpy import load_file, save_file
 
+from deltamerge.engine import kernels
 from deltamerge.errors import InputError
-from deltamerge.formats.delta import parts
+from deltamerge.formats.delta import parts, trellis
 from deltamerge.formats.delta.entry import Decoder
 from deltamerge.formats.delta.manifest import Base
-from deltamerge.formats.delta.parts import LEVELS, pack, packed_bytes, store_entries, store_factors, unpack
+from deltamerge.formats.delta.parts import BITS, LEVELS, pack, packed_bytes, store_entries, store_factors, unpack
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.delta_file import DeltaFile
 
 Array = np.ndarray[Any, Any]
-VECTORS = Path(__file__).with_name("parts")
+VECTORS, TRELLIS = Path(__file__).with_name("parts"), Path(__file__).with_name("trellis")
+# Levels and numbers of components of the factors in the vectors.
+RANKS = {
+    VECTORS.name: ((2, 2), (3, 3), (4, 5), (8, 1), (16, 2), (255, 1)),
+    TRELLIS.name: ((16, 1), (257, 4), (258, 3)),
+}
 SHAPES = {
     "matrix": ("BF16", (37, 50)),
     "vector": ("F32", (64,)),
@@ -48,14 +59,15 @@ def base_of(name: str) -> Array:
     return ((u & 0x83FF) | (0x3C00 if dtype == "BF16" else 0x3000)).astype(np.uint16)
 
 
-def made_of(name: str) -> tuple[list[parts.Part], Array]:
+def made_of(name: str, ranks: Sequence[tuple[int, int]]) -> tuple[list[parts.Part], Array]:
     """Parts of every kind, each with every number of levels somewhere."""
     shape = SHAPES[name][1]
     m, n = parts.matrix_shape(shape)
     found: list[tuple[parts.Part, Array]] = []
     groups = []
-    for levels, rank in ((2, 2), (3, 3), (4, 5), (8, 1), (16, 2), (255, 1)):
-        u, v = (mixed(rank * side, levels, levels + side).reshape(rank, side) for side in (m, n))
+    for levels, rank in ranks:
+        most = 1 << BITS[levels] if levels in trellis.BITS else levels
+        u, v = (mixed(rank * side, most, levels + side).reshape(rank, side) for side in (m, n))
         groups.append((levels, u, v, 1e-4 * (1.0 + mixed(rank, 50, levels))))
     found.append(store_factors(groups))
     for levels, along, count in ((4, "row", 9), (3, "column", None), (255, "all", 5), (8, "row", None)):
@@ -67,14 +79,14 @@ def made_of(name: str) -> tuple[list[parts.Part], Array]:
     return [part for part, _ in found], np.concatenate([stored for _, stored in found])
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, ranks: Sequence[tuple[int, int]]) -> None:
     folder.mkdir(exist_ok=True)
     with ArtifactWriter(folder, Base(id="formula"), semantics="add") as writer:
         for name, (dtype, shape) in SHAPES.items():
             bits = base_of(name)
             base = BaseTensor(name, dtype, shape, lambda start, stop, bits=bits: bits[start:stop])  # type: ignore[misc]
             tensor = writer.tensor(name, dtype, shape, base)
-            tensor.add_parts(*(([], np.empty(0, np.uint8)) if name == "same" else made_of(name)))
+            tensor.add_parts(*(([], np.empty(0, np.uint8)) if name == "same" else made_of(name, ranks)))
         writer.finish()
 
 
@@ -109,14 +121,15 @@ def test_codes_are_packed_and_unpacked(levels: int) -> None:
         assert (unpack(packed, count, levels) == LEVELS[levels][codes]).all()
 
 
+@pytest.mark.parametrize("vectors", [VECTORS, TRELLIS])
 @pytest.mark.parametrize("folder", ["made", "kept"])
-def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str) -> None:
-    made = VECTORS if folder == "kept" else tmp_path / "made"
+def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str, vectors: Path) -> None:
+    made = vectors if folder == "kept" else tmp_path / "made"
     if folder == "made":
-        write(made)
-        assert [(made / f).read_bytes() for f in ("delta.json",)] == [(VECTORS / "delta.json").read_bytes()]
+        write(made, RANKS[vectors.name])
+        assert [(made / f).read_bytes() for f in ("delta.json",)] == [(vectors / "delta.json").read_bytes()]
         assert load_file(made / "delta.safetensors")["parts"].tobytes() == (
-            load_file(VECTORS / "delta.safetensors")["parts"].tobytes()
+            load_file(vectors / "delta.safetensors")["parts"].tobytes()
         )
     reader: dict[str, Any] = {}
     exec(documented("def positions"), reader)
@@ -172,11 +185,11 @@ def test_it_is_the_same_in_any_order_of_the_sum() -> None:
     assert (found == np.ldexp(exact.astype(np.float64), part.unit).astype(np.float32)).all()
 
 
-def damaged(tmp_path: Path, change: Any) -> Path:
+def damaged(tmp_path: Path, change: Any, vectors: Path = VECTORS) -> Path:
     """A copy of the vectors with other records, or other bytes."""
-    arrays = load_file(VECTORS / "delta.safetensors")
-    found = records(VECTORS)
-    manifest = json.loads((VECTORS / "delta.json").read_text())
+    arrays = load_file(vectors / "delta.safetensors")
+    found = records(vectors)
+    manifest = json.loads((vectors / "delta.json").read_text())
     change(manifest, found, arrays)
     if "tensors" in arrays and arrays["tensors"].size:
         arrays["tensors"] = np.frombuffer(bz2.compress(json.dumps(found).encode()), np.uint8)
@@ -236,6 +249,22 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, change: Any, said: s
         DeltaFile.open(damaged(tmp_path, change))
 
 
+def test_trellis_codes_are_of_factors_in_version_4(tmp_path: Path) -> None:
+    assert json.loads((VECTORS / "delta.json").read_text())["version"] == 3
+    assert json.loads((TRELLIS / "delta.json").read_text())["version"] == 4
+
+    def older(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+        manifest["version"] = 3
+
+    def entries(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+        found["vector"]["parts"][1]["levels"] = 257
+
+    with pytest.raises(InputError, match="trellis codes are of version 4, this is version 3"):
+        DeltaFile.open(damaged(tmp_path, older, TRELLIS))
+    with pytest.raises(InputError, match=r"vector\.parts\.1"):
+        DeltaFile.open(damaged(tmp_path, entries, TRELLIS))
+
+
 def test_a_code_of_no_level_is_refused() -> None:
     with pytest.raises(InputError, match="3 levels have a byte 243, 242 is the largest"):
         unpack(np.array([243], np.uint8), 5, 3)
@@ -252,7 +281,53 @@ def test_a_table_that_is_no_bzip2_stream_is_refused(tmp_path: Path) -> None:
         DeltaFile.open(folder)
 
 
+# ---- trellis codes
+
+
+@pytest.mark.parametrize("levels", [*trellis.BITS])
+def test_a_trellis_level_is_that_of_the_last_eight_bits(levels: int) -> None:
+    bits, count = BITS[levels], 41
+    codes = mixed(3 * count, 1 << bits, 1).reshape(3, count)
+    packed = pack(codes, levels)
+    assert packed.shape == (3, packed_bytes(count, levels))
+    found = unpack(packed, count, levels)
+    for row, own in zip(codes.tolist(), found.tolist(), strict=True):
+        window = 0
+        for code, level in zip(row, own, strict=True):
+            window = (window << bits | code) & 255
+            assert level == trellis.TABLES[levels][window]
+    assert (trellis.TABLES[levels] == -trellis.TABLES[levels][::-1]).all()
+
+
+@pytest.mark.parametrize(("levels", "count"), [(257, 11), (258, 6)])
+def test_no_other_codes_are_nearer(levels: int, count: int) -> None:
+    x = np.random.default_rng(0).standard_normal((4, count)) / trellis.UNIT[levels]
+    each = np.array([*itertools.product(range(1 << BITS[levels]), repeat=count)], np.uint8)
+    lost = np.square(x[:, None] - trellis.levels_of(each, levels)[None]).sum(-1)
+    found = np.square(x - trellis.levels_of(trellis.nearest(x, levels), levels)).sum(-1)
+    np.testing.assert_allclose(found, lost.min(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [*trellis.BITS])
+def test_kernels_and_numpy_find_the_same_codes(levels: int, kernel_level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 300)) / trellis.UNIT[levels]
+    x[1] = 0
+    compiled = trellis.nearest(x, levels)
+    monkeypatch.setattr(kernels, "native", lambda: None)
+    assert (trellis.nearest(x, levels) == compiled).all()
+    assert trellis.nearest(x[:0], levels).shape == (0, 300)
+
+
+@pytest.mark.parametrize("levels", [*trellis.BITS])
+def test_a_gaussian_loses_what_is_said(levels: int) -> None:
+    x = np.random.default_rng(2).standard_normal((20, 2000))
+    unit = trellis.UNIT[levels]
+    made = unit * trellis.levels_of(trellis.nearest(x / unit, levels), levels)
+    assert np.square(x - made).mean() == pytest.approx(trellis.DISTORTION[levels], rel=0.01)
+
+
 if __name__ == "__main__":
-    for file in VECTORS.glob("delta*"):
-        file.unlink()
-    write(VECTORS)
+    for folder in (VECTORS, TRELLIS):
+        for file in folder.glob("delta*"):
+            file.unlink()
+        write(folder, RANKS[folder.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tolerance import gamma
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 smollm2 = importlib.import_module("benchmarks.smollm2")
 smollm2_rows = importlib.import_module("benchmarks.smollm2_rows")
 merging = importlib.import_module("benchmarks.merging.decoder")
+pages = importlib.import_module("benchmarks.merging.pages")
 
 
 @pytest.fixture(scope="module")
@@ -122,42 +124,75 @@ def test_prompts_have_no_constant_instructions() -> None:
     assert smollm2_rows.answer("[]") == "none"
 
 
-def test_weights_make_deltas_as_long_as_the_shortest(folder: Path, tmp_path: Path) -> None:
-    start = load_file(folder / "base" / "model.safetensors")
-    models = {}
-    for name, length in (("long", 0.5), ("short", 0.125)):
-        models[name] = tmp_path / name
-        models[name].mkdir()
-        save_file({n: t.float() + length for n, t in start.items()}, models[name] / "model.safetensors")
-    merge = merging.Merge("equal", {"merge_method": "task_arithmetic"}, equal=True)
-    beside = merge.recipe(folder / "base", models, {})["models"]
-    assert [one["parameters"] for one in beside] == [{"weight": 0.25}, {"weight": 1.0}]
+def test_instructions_are_in_the_template_with_what_the_base_answers(folder: Path, tokenizer: Any) -> None:
+    some = smollm2.instructions(folder)
+    assert len(some) == len(smollm2.INSTRUCTIONS)
+    text = tokenizer.decode(some[0].ids[: -some[0].scored])
+    assert text == f"user: {smollm2.INSTRUCTIONS[0]} assistant:"
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    assert smollm2.answers(base, tokenizer, [text], 32) == [tokenizer.decode(some[0].ids[-some[0].scored :])]
+    assert smollm2.instructions(folder) == some
 
 
-@pytest.mark.slow
-def test_a_merge_keeps_a_share_of_every_expert(folder: Path) -> None:
-    tasks = ("sorting", "reversal")
-    for task in tasks:
-        smollm2.make(task, folder, steps=120, lr=1e-2, batch=8)
-    one = merging.Merge("linear", {"merge_method": "linear"})
-    several = merging.Merge("task_arithmetic", {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}})
-    asked: dict[str, Any] = {"tasks": tasks, "count": 10, "folder": folder}
-    deltas = (merging.DELTAS[0], merging.DELTAS[1])
-    found = list(merging.measured([one, several], deltas, **asked))
-    assert [(merge.name, delta.name) for merge, delta, _ in found] == [
-        (name, delta.name) for delta in deltas for name in ("linear", "task_arithmetic")
-    ]
-    for _, _, result in found:
-        assert result.worst == min(result.normalised.values())
-        assert result.worst <= result.mean
-        assert result.cpu_s > 0
-        assert result.peak_mb > 5
-    kept = {merging.key(m, d, tasks, 10): merging.asdict(r) for m, d, r in found}
-    assert list(merging.measured([one, several], deltas, **asked, kept=kept)) == found
-    table = merging.markdown(
+def test_recipes_have_the_rule_and_what_stands_beside_the_models(tmp_path: Path) -> None:
+    models, rows = {"a": "A", "b": "B"}, {"a": tmp_path / "a", "b": tmp_path / "b"}
+    made = {merge.name: merge.recipe(tmp_path, models, rows, 2) for merge in merging.MERGES}
+    assert made["task_arithmetic, balanced"]["parameters"] == {"lambda": 0.7 / 2**0.5, "weight": 1.0}
+    assert made["task_arithmetic, balanced"]["balance"] == "norm"
+    assert made["iso_c"]["parameters"] == {"lambda": 2.25}
+    assert made["emr"]["parameters"] == {"task": 2}
+    assert [one["calibration"]["data"] for one in made["regmean"]["models"]] == [str(tmp_path / n) for n in "ab"]
+    fit = made["regmean, off_diagonal 0.99 + coefficients per row"]
+    assert fit["calibration"] == {"per": "merge", "coefficients": "row"}
+    assert fit["parameters"] == {"off_diagonal": 0.99}
+    assert not [one for one in made["wudi"]["models"] if "calibration" in one]
+
+
+def test_a_merge_of_one_expert_keeps_all_of_it(folder: Path) -> None:
+    names = merging.FAMILIES["report"]
+    family = merging.Family("report", folder=folder)
+    for number, name in enumerate(names):
+        shutil.copytree(folder / "base", folder / name)
+        rng = torch.Generator().manual_seed(number)
+        moved = {n: (t + 0.5 * torch.randn(t.shape, generator=rng)).bfloat16() for n, t in family.weights.items()}
+        save_file(moved, folder / name / "model.safetensors", {"format": "pt"})
+        family.load(moved)
+        rows = [one.ids[: -one.scored] for one in family.examples[name][:8]]
+        best = [int(smollm2.logits_of(family.model, torch.tensor([ids]), [len(ids) - 1]).argmax()) for ids in rows]
+        family.examples[name] = [smollm2.Example([*ids, token], 1) for ids, token in zip(rows, best, strict=True)]
+    known = merging.known_of(family, {})
+    assert known["base"]["kl"] == 0
+    assert [known[name]["exact_match"] for name in names] == [100.0] * 4
+    whole = merging.Merge("sum", {"merge_method": "task_arithmetic"}, lambda models: 1.0)
+    made = merging.cell(family, whole, names[:1], known, (0.01,))
+    assert (made["shares"], made["text"], made["lambda"]) == ({names[0]: 100.0}, 0.0, 1.0)
+    assert made["instructions"] == pytest.approx(known[names[0]]["kl"], abs=1e-3)
+    assert made["tried"][0.01][names[0]] < 100
+    each = merging.cell(family, merging.Merge("emr", {"merge_method": "emr"}, each=True), names[:1], known)
+    assert each["shares"] == {names[0]: 100.0}
+    assert [some for _, some in family.merged(whole, names[:2])] == [list(names[:2])]
+
+
+def test_tables_have_a_line_for_each_merge_and_a_column_for_each_set() -> None:
+    tasks = {"report": ["a", "b", "c", "d"], "choose": ["e", "f", "g", "h"]}
+    cells = [
         {
-            "own": dict.fromkeys(tasks, 50.0),
-            "cells": {k: {"merge": "m", "delta": "d", "result": r} for k, r in kept.items()},
+            "family": family, "tasks": names[:size], "merge": merge, "rows": 50 * fitted,
+            "lambda": None if fitted else 2.25,
+            "shares": dict.fromkeys(names[:size], 60.0 + fitted), "mean": 60.0 + fitted, "worst": 60.0 + fitted,
+            "text": -1.5, "instructions": 0.4, "cpu_s": 9.6, "tried": {},
         }
+        for family, names in tasks.items()
+        for size in (4, 2)
+        for fitted, merge in enumerate(("iso_c", "regmean"))
+        if (family, merge) != ("choose", "regmean")
+    ]  # fmt: skip
+    fours = pages.fours_of_decoder({"cells": cells}).splitlines()
+    assert fours[2] == "| regmean | – | 50 | 61.0 / 61.0 | 61, 61, 61, 61 | -1.5 | 0.40 | – | – | 10 |"
+    assert (
+        fours[3]
+        == "| iso_c | 2.25 | – | 60.0 / 60.0 | 60, 60, 60, 60 | -1.5 | 0.40 | 60.0 / 60.0 | 60, 60, 60, 60 | 10 |"
     )
-    assert {line.count("|") for line in table.splitlines()} == {9}
+    sets = pages.sets_of_decoder({"cells": cells}).splitlines()
+    assert sets[0] == "| merge | choose, 2 | choose, 4 | report, 2 | report, 4 |"
+    assert sets[2:] == ["| iso_c | 60.0 / 60.0 | 60.0 / 60.0 | 60.0 / 60.0 | 60.0 / 60.0 |"]

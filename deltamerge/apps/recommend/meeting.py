@@ -19,7 +19,7 @@ from deltamerge.apps.inspect.statistics import Figures
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.files import progress
-from deltamerge.methods.low_rank import Wanted, factor
+from deltamerge.methods.low_rank import SMALL, leading
 from deltamerge.methods.merge.matrices import Form
 from deltamerge.methods.merge.spans import add_up, gram
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
@@ -73,8 +73,8 @@ def meet_needs(*, form: Form, models: int, transposed: bool = False) -> tuple[in
     """Return the memory and operations of `meet`: a matrix, what its factors take, and all leading directions."""
     _, rows, columns = form
     small = min(rows, columns)
-    held = 16 * rows * columns + 24 * small**2 + 12 * models * DIRECTIONS * (rows + columns)
-    return held, 2.0 * models * form[0] * rows * columns * small
+    held = 8 * rows * columns + 8 * min(small, SMALL) * (rows + columns) + 24 * models * DIRECTIONS * (rows + columns)
+    return held, 2.0 * models * form[0] * rows * columns * (small if small <= SMALL else 8 * DIRECTIONS)
 
 
 @traits(needs=meet_needs)
@@ -94,8 +94,7 @@ def meet(*deltas: Whole, form: Form, models: int, transposed: bool = False) -> t
         sides = []
         for i, delta in enumerate(deltas):
             delta.fill(one * rows * columns, values)
-            made = factor(values.view(rows, columns).cpu().numpy(), Wanted(rank=most), (i, one))
-            sides.append([unit(made.b), unit(made.a.T)])
+            sides.append(leading(values.view(rows, columns).cpu().numpy(), most, (i, one)))
         for at, (i, j) in enumerate(_different(models)):
             for u, v in zip(sides[i], sides[j], strict=True):
                 least = min(u.shape[1], v.shape[1])
@@ -109,13 +108,6 @@ def meet(*deltas: Whole, form: Form, models: int, transposed: bool = False) -> t
                 moved = matrix.T @ side[0].astype(np.float32) if transposed else matrix @ side[1].astype(np.float32)
                 reach[i, j] += float(np.sum(np.square(moved, dtype=np.float64)))
     return overlap, reach
-
-
-def unit(vectors: Any) -> Floats:
-    """Scale orthogonal columns to length 1. Columns of length 0 are left out."""
-    wide = np.asarray(vectors, np.float64)
-    lengths = np.linalg.norm(wide, axis=0)
-    return np.asarray(wide[:, lengths > 0] / lengths[lengths > 0])
 
 
 def _different(count: int) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
-From the weights alone the angles decide. With rows, every method of `WAYS` is tried at several λ. Candidates are judged
-as in a search: in memory, on each fine-tune's own rows and by its own head. The λ of each method is chosen on the rows
-that are searched on, the method on others. `lost` is the distance of a merge's outputs from the fine-tune's, divided by
-the base's. An agreement is how often it answers as the fine-tune does.
+From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and the best of
+them at others. Candidates are judged as in a search: in memory, on each fine-tune's own rows and by its own head.
+`lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
+answers as the fine-tune does.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
+from deltamerge.methods.parameters import UsualValue
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
@@ -40,9 +41,10 @@ from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
 
-RATIO, EACH_WAY, FURTHER = 1.5, 2, 3  # λ is tried at RATIO times the last: so often up and down, and then further
+FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
+RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-STAY = 0.8  # of what the usual λ loses: another is taken where it loses less
+STAY, RULED = 0.8, 0.5  # of what the usual λ loses: another is taken where it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -51,14 +53,14 @@ EACH = (
 ROWS_SAVE = (
     "to save a skill: about 50 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
-STUDY = Study.model_validate({"together": 1 + 2 * EACH_WAY})
+STUDY = Study.model_validate({"together": 2})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Way:
     """A merge that is tried: `first` is the usual λ where the method has no rule, `over_models`: over their number.
 
-    fitted     the scope of fitted coefficients, from task arithmetic at its best λ
+    fitted     the scope of fitted coefficients, from task arithmetic
     balanced   whether its recipe has `balance: norm`
     """
 
@@ -72,10 +74,20 @@ class Way:
 
     def usual(self, models: int) -> float:
         """Return the λ of so many models in the middle of those tried."""
-        rule = MERGE[self.method].parameters[LAMBDA].rule
-        if rule is not None:
-            return float(rule.value(models))
+        if self.rule is not None:
+            return float(self.rule.value(models))
         return self.first / models if self.over_models else self.first
+
+    @property
+    def rule(self) -> UsualValue | None:
+        """Return the rule of its λ by the number of models."""
+        return MERGE[self.method].parameters[LAMBDA].rule
+
+    def better(self, lost: Mapping[float, float], usual: float) -> float:
+        """Return the λ of least loss, or the one nearest to the usual where that loses hardly more."""
+        best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
+        stay = STAY if self.rule is None else RULED
+        return best if lost[best] < stay * lost[near] else near
 
     @property
     def needs_rows(self) -> bool:
@@ -97,7 +109,7 @@ WAYS = (
     SVC,
     WUDI,
     Way("wudi, balanced", "wudi", balanced=True),
-    Way("regmean", "regmean"),
+    Way("regmean", "regmean", {"off_diagonal": 0.99}),
 )
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
@@ -144,8 +156,8 @@ class MergeAdvice(Conclusion):
     forecast: list[SkillForecast] = Field(description="What the recommended merge will keep of each model.")
     rescue: list[str] = Field(description="For skills that may be lost: what would save them.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
-    search: dict[str, int] = Field(description="Rows of each model that λ is chosen on.")
-    held_out: dict[str, int] = Field(description="Rows of each that decide.")
+    search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
+    held_out: dict[str, int] = Field(description="Other rows of each, on which fits are judged; both judge the rest.")
     forward_passes: int = Field(description="Over the rows that are searched on, of each model; without fitting.")
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not that of the models.")
@@ -280,13 +292,14 @@ class _Adviser:
 
     def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
         """Return the advice without its recipe, and the input of the recipe."""
-        start, planning = self._recipe(WHOLE, 1.0), self.candidates.options
+        start, planning = self.recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
         count, talks = len(self.setting.models), all(has_head(t.checkpoint.config, "causal-lm") for t in inputs.tunes)
         conflict = measure(roots, device=planning.device, workers=planning.workers)
         found: dict[Way, MergeCandidate] = {}
+        good: list[Way] = []
         classes: dict[str, int | None] = {}
         search: dict[str, int] = {}
         held: dict[str, int] = {}
@@ -294,14 +307,12 @@ class _Adviser:
             with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,))) as judge:
                 classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 search, held = judge.rows("search"), judge.rows("held")
-                both: dict[Part, Mapping[str, int]] = {"search": search, "held": held}
-                found = self._judge(judge, FITTED if fit else (), conflict, classes, both)
-        judged = {way: one for way, one in found.items() if one.lost_mean is not None}
-        if found and not judged:
+                found, good = self._judge(judge, FITTED if fit else (), conflict, classes)
+        if found and not good:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
-        if judged:
-            way, factor, why = with_rows(judged)
-            forecast = judged[way].forecast
+        if good:
+            way, factor, why = with_rows(found, good)
+            forecast = found[way].forecast
         else:
             way, factor, why = without_rows(conflict, count, talks=talks)
             forecast = of_weights(self.setting.names, conflict, way.method)
@@ -323,7 +334,8 @@ class _Adviser:
         )
         return advice, way, factor
 
-    def _recipe(self, way: Way, factor: float) -> Recipe:
+    def recipe(self, way: Way, factor: float) -> Recipe:
+        """Return the recipe of a way at a λ, with the rows of every model."""
         return parse(self.setting.recipe(way, factor, judged=True))
 
     def _goals(self, start: Recipe) -> list[Goal]:
@@ -338,55 +350,118 @@ class _Adviser:
         return goals
 
     def _judge(
-        self,
-        judge: StudyJudge,
-        fitted: Sequence[Way],
-        conflict: Conflict,
-        classes: Mapping[str, int | None],
-        rows: Mapping[Part, Mapping[str, int]],
-    ) -> dict[Way, MergeCandidate]:
-        """Return every way at its best λ, judged on all rows. Fitted ways are judged on held-out rows alone."""
-        found: dict[Way, MergeCandidate] = {}
-        with progress.phase("trying merges", len(WAYS) + len(fitted), "methods") as trying:
-            for way in (*WAYS, *fitted):
-                first = way.usual(len(self.setting.models))
-                steps = EACH_WAY
-                if way.fitted is not None:
-                    first, steps = found[ARITHMETIC].factor or first, 0
-                found[way] = self._best(judge, way, first, steps)
-                trying.step(1)
-        good = [way for way, one in found.items() if one.error is None]
-        made = [self.candidates.of(self._recipe(way, found[way].factor or 1.0)) for way in good]
-        scored = {part: judge.scores(made, part) for part in rows}
-        for number, way in enumerate(good):
-            parts = [part for part in rows if part == "held" or way.fitted is None]  # rows of a fit tell nothing new
-            counts = {name: sum(rows[part][name] for part in parts) for name in rows["held"]}
-            scores = {
-                name: _pooled([(scored[part][number][name], rows[part][name]) for part in parts]) for name in counts
-            }
-            lost = {name: own[DISTANCE] for name, own in scores.items()}
-            same = {name: own[SAME] for name, own in scores.items() if SAME in own}
-            texts = {name: own[TEXTS] for name, own in scores.items() if TEXTS in own}
-            worth = {"lost": lost, "lost_mean": fmean(lost.values()), "lost_worst": max(lost.values())}
-            skills = of_answers(self.setting.names, conflict, same, classes, counts, texts)
-            found[way] = found[way].model_copy(update={**worth, "agreement": same, "forecast": skills})
-        return found
+        self, judge: StudyJudge, fitted: Sequence[Way], conflict: Conflict, classes: Mapping[str, int | None]
+    ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
+        """Return every way, and those that can be chosen.
 
-    def _best(self, judge: StudyJudge, way: Way, first: float, steps: int) -> MergeCandidate:
-        """Return a way at the λ that loses least on the search rows, or the reason why it cannot be judged."""
-        tried: dict[float, float] = {}
-        error = None
+        Each is tried at its usual λ, and the best at others. Of fitted coefficients those can be chosen that are better
+        than the best of the others on the rows held out.
+        """
+        trials = _Trials(self, judge, conflict, classes)
+        count = len(self.setting.models)
+        with progress.phase("trying merges", len(WAYS) + FINALISTS + len(fitted), "methods") as trying:
+            for way in WAYS:
+                trials.try_at(way, [way.usual(count)])
+                trying.step(1)
+            leaders = trials.leaders()
+            for way in leaders:
+                trials.narrow(way)
+                trying.step(1)
+            start = trials.factor(ARITHMETIC) or ARITHMETIC.usual(count)
+            for way in fitted:
+                trials.try_at(way, [start])
+                trying.step(1)
+        found = {way: trials.candidate(way) for way in (*WAYS, *fitted)}
+        good = [way for way in leaders if found[way].error is None]
+        fits = [way for way in fitted if found[way].error is None]
+        if good and fits:
+            plain = best_first({way: found[way] for way in good})[0]
+            on_held = {way: trials.candidate(way, ["held"]) for way in (plain, *fits)}
+            first = best_first(on_held)[0]
+            good = good if first == plain else [first]
+        return found, good
+
+
+@dataclass(eq=False)
+class _Trials:
+    """The scores of ways at their λ, by part of the rows."""
+
+    adviser: _Adviser
+    judge: StudyJudge
+    conflict: Conflict
+    classes: Mapping[str, int | None]
+    scores: dict[tuple[Way, float, Part], Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    tried: dict[Way, dict[float, float]] = field(default_factory=dict)
+    errors: dict[Way, str] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> dict[Part, dict[str, int]]:
+        """Return how many rows of each model a part has."""
+        return {"search": self.judge.rows("search"), "held": self.judge.rows("held")}
+
+    @cached_property
+    def tuning(self) -> list[Part]:
+        """Return the parts that choose λ: all, but where more rows are held out than are searched on."""
+        many = any(self.rows["held"][name] > count for name, count in self.rows["search"].items())
+        return ["search"] if many else ["search", "held"]
+
+    def try_at(self, way: Way, factors: Sequence[float]) -> None:
+        """Measure what a way loses at each λ, or keep why it cannot be judged. Fits are judged on rows held out."""
+        rounded = [float(f"{factor:.3g}") for factor in factors]
+        parts: Sequence[Part] = ["held"] if way.fitted else self.tuning
         try:
-            factors = [first * RATIO**k for k in range(-steps, steps + 1)]
-            tried |= self._lost(judge, way, factors)
-            while steps and len(tried) < len(factors) + FURTHER:
-                best, ends = min(tried, key=lambda one: tried[one]), (min(tried), max(tried))
-                if best not in ends:
-                    break
-                tried |= self._lost(judge, way, [best / RATIO if best == ends[0] else best * RATIO])
+            for part in parts:
+                self._measure(way, rounded, part)
+            lost = {factor: fmean(self._pooled(way, factor, parts, DISTANCE).values()) for factor in rounded}
+            if any(value != value for value in lost.values()):
+                raise InputError("what it loses is not a number")
+            self.tried.setdefault(way, {}).update(lost)
         except DeltamergeError as fault:
-            error = one_line(fault)
-        factor = None if error else usual_or_better(tried, first)
+            self.errors[way] = one_line(fault)
+
+    def _measure(self, way: Way, factors: Sequence[float], part: Part) -> None:
+        new = [factor for factor in factors if (way, factor, part) not in self.scores]
+        recipes = [self.adviser.recipe(way, factor) for factor in new]
+        found = self.judge.scores([self.adviser.candidates.of(one) for one in recipes], part) if new else []
+        self.adviser.passes += len(new) if part == "search" else 0
+        self.scores.update({(way, factor, part): own for factor, own in zip(new, found, strict=True)})
+
+    def leaders(self) -> list[Way]:
+        """Return the ways that are best at their usual λ."""
+        judged = {way: self.candidate(way) for way in self.tried if way not in self.errors}
+        return best_first(judged)[:FINALISTS]
+
+    def narrow(self, way: Way) -> None:
+        """Try λ on both sides of the usual one, and on where the best is at an end. Judge it on all rows."""
+        (usual,) = self.tried[way]
+        self.try_at(way, [usual / RATIO, usual * RATIO])
+        for _ in range(FURTHER):
+            tried = self.tried[way]
+            best, ends = min(tried, key=lambda one: tried[one]), (min(tried), max(tried))
+            if way in self.errors or best not in ends:
+                break
+            self.try_at(way, [best / RATIO if best == ends[0] else best * RATIO])
+        if (factor := self.factor(way)) is not None:
+            for part in self.rows:
+                self._measure(way, [factor], part)
+
+    def factor(self, way: Way) -> float | None:
+        """Return the λ of a way. None: it cannot be judged."""
+        tried = self.tried.get(way)
+        return None if way in self.errors or not tried else way.better(tried, next(iter(tried)))
+
+    def candidate(self, way: Way, among: Sequence[Part] = ("search", "held")) -> MergeCandidate:
+        """Return a way at its λ, as those rows tell that it was judged on."""
+        factor = self.factor(way)
+        lost: dict[str, float] = {}
+        same: dict[str, float] = {}
+        forecast: list[SkillForecast] = []
+        if factor is not None:
+            parts = [part for part in among if (way, factor, part) in self.scores]
+            lost, same, texts = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, TEXTS))
+            counts = {name: sum(self.rows[part][name] for part in parts) for name in lost}
+            names = self.adviser.setting.names
+            forecast = of_answers(names, self.conflict, same, self.classes, counts, texts)
         return MergeCandidate(
             name=way.name,
             method=way.method,
@@ -394,36 +469,23 @@ class _Adviser:
             balance="norm" if way.balanced else None,
             factor=factor,
             coefficients=way.fitted,
-            lost={},
-            lost_mean=None,
-            lost_worst=None,
-            agreement={},
-            forecast=[],
-            tried=[MergeTrial(factor=one, lost=tried[one]) for one in sorted(tried)],
-            error=error,
+            lost=lost,
+            lost_mean=fmean(lost.values()) if lost else None,
+            lost_worst=max(lost.values()) if lost else None,
+            agreement=same,
+            forecast=forecast,
+            tried=[MergeTrial(factor=one, lost=own) for one, own in sorted(self.tried.get(way, {}).items())],
+            error=self.errors.get(way),
         )
 
-    def _lost(self, judge: StudyJudge, way: Way, factors: Sequence[float]) -> dict[float, float]:
-        rounded = [float(f"{factor:.3g}") for factor in factors]
-        made = [self.candidates.of(self._recipe(way, factor)) for factor in rounded]
-        scores = judge.scores(made, "search")
-        self.passes += len(made)
-        found = [fmean(own[DISTANCE] for own in one.values()) for one in scores]
-        if any(value != value for value in found):
-            raise InputError("what it loses is not a number")
-        return dict(zip(rounded, found, strict=True))
-
-
-def _pooled(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """Return the means of measures over parts of so many rows."""
-    total = sum(count for _, count in parts)
-    return {key: sum(own[key] * count for own, count in parts) / total for key in parts[0][0]}
-
-
-def usual_or_better(lost: Mapping[float, float], usual: float) -> float:
-    """Return the λ of least loss, or the one nearest to the usual where that loses hardly more."""
-    best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
-    return best if lost[best] < STAY * lost[near] else near
+    def _pooled(self, way: Way, factor: float, parts: Sequence[Part], measure: str) -> dict[str, float]:
+        """Return a measure over the rows of parts, by model. A model that lacks it is left out."""
+        found = {}
+        for name, own in self.scores[way, factor, parts[0]].items():
+            if measure in own:
+                values = [(self.scores[way, factor, part][name][measure], self.rows[part][name]) for part in parts]
+                found[name] = sum(value * count for value, count in values) / sum(count for _, count in values)
+        return found
 
 
 def _classes(task: ScoredTask) -> int | None:
@@ -451,17 +513,25 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
     return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", more]
 
 
-def with_rows(judged: Mapping[Way, MergeCandidate]) -> tuple[Way, float, list[str]]:
-    """Return the way of the largest expected share; where rows do not tell shares, that which loses least."""
-    lost = {way: one.lost_mean or 0.0 for way, one in judged.items()}
-    shares = {way: share for way, one in judged.items() if (share := mean_share(one.forecast)) is not None}
-    way = max(shares or lost, key=lambda one: (shares.get(one, 0.0), -lost[one]))
+def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
+    """Return ways, the largest expected share first; where rows do not tell shares, what loses least first."""
+
+    def worth(way: Way) -> tuple[float, float]:
+        return mean_share(judged[way].forecast) or 0.0, -(judged[way].lost_mean or 0.0)
+
+    return sorted(judged, key=worth, reverse=True)
+
+
+def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
+    """Return the best of the ways in `good`, its λ, and why. `judged` has those that it is compared with, too."""
+    lost = {way: one.lost_mean for way, one in judged.items() if one.lost_mean is not None}
+    way = best_first({way: judged[way] for way in good})[0]
     best = judged[way]
     plain = {one: value for one, value in lost.items() if one.fitted is None}
     others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []
     others += [ARITHMETIC] if ARITHMETIC in lost and ARITHMETIC not in (way, *others) else []
     beside = "".join(f", {one.name} {lost[one]:.1%}" for one in others)
-    why = [f"it loses {lost[way]:.1%} of the fine-tunes' effect on held-out outputs{beside}"]
+    why = [f"it loses {lost[way]:.1%} of the fine-tunes' effect on outputs{beside}"]
     if best.agreement:
         worst = min(best.agreement, key=lambda name: best.agreement[name])
         mean = fmean(best.agreement.values())

@@ -48,7 +48,6 @@ from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.names import LM_HEAD, TASK_HEAD
 from deltamerge.tensors.reader import Reader
-from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.version import __version__
 
@@ -420,9 +419,7 @@ def _key_of(
 
 def _files(model: Checkpoint) -> set[Path]:
     """Return the files in the folders of a model, its base and its adapter, and the files that hold its tensors."""
-    stored_in = {
-        node.path for info in model.tensors.values() for node in depth_first(info.tensor) if node.kind == "stored"
-    }
+    stored_in = {leaf.path for info in model.tensors.values() for leaf in info.tensor.leaves()}
     below = _files(model.base) if model.base is not None else set()
     folders = [source.path for source in model.sources if source.path.is_dir()]
     return {*stored_in, *below, *(path for folder in folders for path in folder.iterdir() if path.is_file())}

@@ -20,8 +20,18 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.spec import COEFFICIENT_STEP, FITTED_PASSES, Calibrated, QValue, Spec, rounded
+from deltamerge.calibrate.spec import (
+    COEFFICIENT_STEP,
+    FITTED_PASSES,
+    STATES_BYTES,
+    Calibrated,
+    QValue,
+    Spec,
+    rounded,
+    width,
+)
 from deltamerge.calibrate.stage import calibrating
+from deltamerge.engine import backends
 from deltamerge.engine.devices import torch_devices
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
@@ -194,6 +204,11 @@ def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
     }
 
 
+def _places(batches: Sequence[Inputs]) -> int:
+    """Count the tokens of one batch of the rows of several, with padding."""
+    return sum(len(batch["input_ids"]) for batch in batches) * max(batch["input_ids"].shape[1] for batch in batches)
+
+
 def _cut(where: tuple[slice, ...], values: Tensor) -> Tensor:
     return values[where]
 
@@ -220,7 +235,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     PATIENCE of them in a row that are no better end it.
     """
     from deltamerge.calibrate.model.candidates import Shared
-    from deltamerge.calibrate.model.devices import add_gradients, in_turns
+    from deltamerge.calibrate.model.devices import add_gradients, in_turns, shares
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
@@ -248,16 +263,22 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             for task, group, scale in zip(tasks, of_step, scales, strict=True)
         ]
         pad = merge.subjects[0].reads.pad_token_id or 0
-        for some in zip_longest(*of_step):
-            there = [(i, batch) for i, batch in enumerate(some) if batch is not None]
-            batches = [tasks[i].learned.batches[batch] for i, batch in there]
-            weights = merge.weights(0, of_name())
-            output = merge.model.differentiable(_joined(batches, pad), weights, merge.model.precision)
+        numbers = [[(i, b) for i, b in enumerate(some) if b is not None] for some in zip_longest(*of_step)]
+        batches = [[tasks[i].learned.batches[b] for i, b in some] for some in numbers]
+        states = max(4 * width(merge.spec.source) * len(merge.model.blocks) * _places(some) for some in batches)
+
+        def loss(first: int, place: int, output: BlockOutput) -> Tensor:
+            number = first + place
             total = torch.zeros((), device=merge.places[0].device)
-            for (i, batch), own in zip(there, _apart(output, batches), strict=True):
-                total = total + tasks[i].learned.loss(batch, own)[0] / sizes[i]
-                merge.subjects[i].count([tasks[i].learned.batches[batch]], 3)
-            torch.autograd.backward(total)
+            for (i, b), own in zip(numbers[number], _apart(output, batches[number]), strict=True):
+                total = total + tasks[i].learned.loss(b, own)[0] / sizes[i]
+            return total
+
+        for some in shares(range(len(batches)), math.ceil(len(batches) * states / STATES_BYTES)):
+            joined = [_joined(batches[number], pad) for number in some]
+            merge.model.descend(joined, merge.weights(0, of_name()), partial(loss, some[0]))
+            for i, b in (one for number in some for one in numbers[number]):
+                merge.subjects[i].count([tasks[i].learned.batches[b]], 3)
 
     def descend_task(step: int, shared: Shared | None, _: Subject, i: int, copies: Sequence[Tensor]) -> None:
         task, subject = tasks[i], merge.subjects[i]
@@ -268,6 +289,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
             subject.count([task.learned.batches[batch]], 3)
 
+    backends.trim()  # what making the deltas has left
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn

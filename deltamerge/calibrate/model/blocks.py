@@ -123,6 +123,24 @@ def _elements(outputs: Any) -> Sequence[Any]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+def _leaves(outputs: Any) -> Any:
+    """Return a block's outputs as leaves, for the gradients of their elements."""
+    found = [
+        one.detach().requires_grad_(one.is_floating_point()) if isinstance(one, Tensor) else one
+        for one in _elements(outputs)
+    ]
+    return found[0] if isinstance(outputs, Tensor) else tuple(found)
+
+
+def _gradients(leaves: Any) -> list[Tensor | None]:
+    return [one.grad if isinstance(one, Tensor) else None for one in _elements(leaves)]
+
+
+def _backward(outputs: Any, gradients: Sequence[Tensor | None]) -> None:
+    pairs = [(x, g) for x, g in zip(_elements(outputs), gradients, strict=True) if g is not None and x.requires_grad]
+    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+
+
 class Shell(nn.Module):
     """Calls a block's own forward, even while `block.forward` is patched."""
 
@@ -212,6 +230,7 @@ class BlockModel:
         self._seen: Callable[[MatrixCut, Tensor], None] | None = None
         self._noting: list[RemovableHandle] = []
         self._chained = False  # True once a forward has shown that each block is called once, after the block before it
+        self._back: bool | None = None  # whether gradients flow from block to block alone, once that is known
         self._lay_out()
 
     @property
@@ -397,18 +416,31 @@ class BlockModel:
         watch: Watch | None,
     ) -> list[T]:
         """Run the forward on every batch; blocks, if there are any, are stubs that return the last block's output."""
-        tensors, found = self._tensors(weights, 0), []
         with self._watching(0, watch) as turn:
-            for b, inputs in enumerate(batches):
-                turn(b)
-                last = outputs[b] if outputs else None
-                with patched(self.blocks, lambda i: lambda *args, **kwargs: last):  # noqa: B023  # called here
-                    found.append(reduce(b, self._last_layer.put_off(partial(self._forward, tensors, inputs))))
+            return self._ends(self._tensors(weights, 0), batches, reduce, outputs, turn)
+
+    def _ends(
+        self,
+        tensors: dict[str, Tensor],
+        batches: Sequence[Inputs],
+        reduce: Callable[[int, BlockOutput], T],
+        outputs: Sequence[Any] | None,
+        turn: Callable[[int], None] = lambda number: None,
+    ) -> list[T]:
+        found = []
+        for b, inputs in enumerate(batches):
+            turn(b)
+            last = outputs[b] if outputs else None
+            with patched(self.blocks, lambda i: lambda *args, **kwargs: last):  # noqa: B023  # called here
+                found.append(reduce(b, self._last_layer.put_off(partial(self._forward, tensors, inputs))))
         return found
 
     def prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
-        tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
-        forward, traces = self.blocks[0].forward, []
+        return list(self._begins(self._tensors(weights, 0) | self._tensors(weights, 1, quick=True), batches))
+
+    def _begins(self, tensors: dict[str, Tensor], batches: Sequence[Inputs]) -> Iterator[Trace]:
+        """Yield the calls of the blocks on every batch, of which block 0 runs."""
+        forward = self.blocks[0].forward
 
         def first(*args: Any, **kwargs: Any) -> Any:
             with multiplying(self.precision, self.device):
@@ -426,8 +458,7 @@ class BlockModel:
             if len(trace.calls) != len(self.blocks):
                 raise NotAChain
             self._chained = True
-            traces.append(trace)
-        return traces
+            yield trace
 
     def differentiable(
         self, inputs: Inputs, weights: Weights, precision: Precision = "float32", *, held: bool = False
@@ -448,6 +479,66 @@ class BlockModel:
 
         with patched(self.blocks, wrap), same_every_time(self.device):
             return self._last_layer.put_off(partial(self._forward, self._tensors(weights, 0), inputs))
+
+    def descend(self, batches: Sequence[Inputs], weights: Weights, loss: Callable[[int, BlockOutput], Tensor]) -> None:
+        """Add the gradient of the sum of `loss(batch index, output)` to the tensors that the weights are computed from.
+
+        A block's weights are made twice, in the walk forward and in the walk back, for all batches. Memory: one part's
+        weights and their gradients, and the hidden states of every batch before every block.
+        """
+        if not self._walks_back(batches, weights):
+            for b, inputs in enumerate(batches):
+                torch.autograd.backward(loss(b, self.differentiable(inputs, weights, self.precision)))
+            return
+        with torch.no_grad():
+            traces = self.prologue(weights, batches)
+            states = [[trace.left(again=False) for trace in traces]]
+            for i in range(1, len(self.blocks)):
+                states.append(list(states[-1]))
+                self.block(i, weights, traces, states[-1], None)
+                self.walked(batches, i / len(self.blocks))
+
+        def ended(b: int, output: BlockOutput) -> None:
+            torch.autograd.backward(loss(b, output))
+
+        last = [_leaves(outputs) for outputs in states.pop()]
+        places = max(_elements(outputs)[0].shape[1] for outputs in last)
+        with self._differentiating(weights, [0]) as tensors:
+            self._ends(tensors, batches, ended, last)
+        gradients = [_gradients(outputs) for outputs in last]
+        for i in range(len(self.blocks) - 1, 0, -1):
+            before, shell = [_leaves(outputs) for outputs in states.pop()], Shell(self.blocks[i])
+            with self._differentiating(weights, [1 + i]) as tensors:
+                local = self._local(tensors, i)
+                for b, trace in enumerate(traces):
+                    with same_every_time(self.device, places), multiplying(self.precision, self.device):
+                        outputs = functional_call(shell, local, *trace.call(i, before[b]))
+                    _backward(outputs, gradients[b])
+                    gradients[b] = _gradients(before[b])
+            self.walked(batches, 3.0 - 2.0 * i / len(self.blocks))
+        with self._differentiating(weights, [0, 1]) as tensors, same_every_time(self.device, places):
+            for b, trace in enumerate(self._begins(tensors, batches)):
+                _backward(trace.outputs, gradients[b])
+
+    def _walks_back(self, batches: Sequence[Inputs], weights: Weights) -> bool:
+        """Tell whether gradients flow from block to block alone: whatever else blocks are given has none."""
+        if self._chained and self._back is None:
+            (trace,) = self._begins(self._tensors(weights, 0) | self._tensors(weights, 1, quick=True), batches[:1])
+            given = [value for args, kwargs in trace.calls[1:] for value in (*args, *kwargs.values())]
+            given = [one for value in given for one in (value if isinstance(value, list | tuple) else [value])]
+            self._back = not any(isinstance(one, Tensor) and one.requires_grad for one in given)
+        return bool(self.blocks) and bool(self._back)
+
+    @contextmanager
+    def _differentiating(self, weights: Weights, parts: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """Give the states of parts as leaves. Their gradients are handed on at the end."""
+        made: dict[str, Tensor] = {}
+        for part in parts:
+            made |= self._tensors(weights, part, quick=part > 0)
+        leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in made.items()}
+        yield leaves
+        some = [name for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([made[name] for name in some], [leaves[name].grad for name in some])
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ Q = float | Tensor
 """One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
 or (E, m, 1) for stacked experts."""
 T = TypeVar("T")
-SLAB = 1 << 22  # entries of a delta that are widened to float32 at once
+SLAB = 1 << 18  # entries of a delta that are widened to float32 at once: they stay in the cache
 
 
 class Cache(Generic[T]):

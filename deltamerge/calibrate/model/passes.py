@@ -63,7 +63,12 @@ class Logits:
     @property
     def computed(self) -> Tensor:
         """Return all of them (…, V)."""
-        return self.x if self.weight is None else F.linear(self.x, self.weight, self.bias)
+        if self.weight is None:
+            return self.x
+        if torch.is_grad_enabled() and self.weight.requires_grad and self.weight.is_leaf:
+            product: Callable[..., Tensor] = _LeafProduct.apply
+            return product(self.x, self.weight, self.bias)
+        return F.linear(self.x, self.weight, self.bias)
 
     def take(self, rows: Callable[[Tensor], Tensor]) -> Logits:
         """Return the logits of the tokens that `rows` leaves of x."""
@@ -108,6 +113,25 @@ class Logits:
     def _split(self, numbers: int) -> tuple[Tensor, ...]:
         """Cut x (N, H) into pieces of rows. `numbers` is how many float32 numbers a row makes."""
         return torch.split(self.x, max(1, PIECE_BYTES // (4 * numbers)))
+
+
+class _LeafProduct(torch.autograd.Function):
+    """The product with a leaf (V, H). Its gradient is added up in place, where autograd makes one for each product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.biased = weight, bias is not None and bias.requires_grad
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        grad = grads[0].reshape(-1, len(weight))
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.addmm_(grad.T, x.detach().reshape(len(grad), -1))
+        return grads[0] @ weight.detach(), None, grad.sum(0) if ctx.biased else None
 
 
 class LastLayer:

@@ -154,8 +154,13 @@ class Tensors:
         roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if n not in read}
         made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
         for name in read:
-            tune, base = (stored(self.reader, one).float() for one in pruned[name].inputs)
-            found[name] = self._kept(name, tune.sub_(base).flatten().numpy())
+            tune, base = (stored(self.reader, one) for one in pruned[name].inputs)
+            if self.halved:
+                alike = tune.dtype == base.dtype == torch.bfloat16
+                delta = tune.sub_(base) if alike else tune.float().sub_(base).to(torch.bfloat16)
+                found[name] = self._whole(name, delta.view(-1))
+            else:
+                found[name] = self._kept(name, tune.float().sub_(base.float()).flatten().numpy())
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
@@ -164,10 +169,14 @@ class Tensors:
         if len(positions) < SPARSE_BELOW * len(values):
             small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
             return Kept(self._placed(small), self._placed(values[positions]))
-        whole = self.infos[name].shape
-        lacking = math.prod(whole) - len(values)
-        made = self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
+        made = self._whole(name, self._placed(values))
         return made.to(torch.bfloat16) if self.halved else made
+
+    def _whole(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        """Return a delta in its tensor's shape, with zeros for the rows that the base lacks."""
+        whole = self.infos[name].shape
+        lacking = math.prod(whole) - len(flat)
+        return (torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat).view(whole)
 
     def _placed(self, values: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)

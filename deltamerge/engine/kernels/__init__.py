@@ -6,9 +6,11 @@ loops of such a processor. The bytes are the same.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import InputError
@@ -16,25 +18,47 @@ from deltamerge.errors import InputError
 SWITCH = "DELTAMERGE_KERNELS"
 OFF = "off"
 WITHOUT = "deltamerge runs without its compiled kernels (none are installed for this system): torch computes, slower"
+STALE = (
+    "deltamerge runs without its compiled kernels (they were compiled of other sources than are here): "
+    "torch computes, slower; pip install -e . compiles them again"
+)
+SOURCES = Path(__file__).parent / "src"
 
 
 @cache
 def native() -> Any | None:
-    """The extension module, its loops chosen; None where it is switched off or was not compiled.
+    """The extension module, its loops chosen; None where it is switched off or was not compiled of the sources here.
 
     InputError: DELTAMERGE_KERNELS asks for loops that do not exist here.
     """
     asked = os.environ.get(SWITCH, "")
     if asked == OFF:
         return None
-    try:
-        module = importlib.import_module("deltamerge.engine.kernels._native")
-    except ImportError:
+    module = _compiled()
+    if module is None or not _is_current(module):
         return None
     if asked and not module.choose(asked):
         known = ", ".join((OFF, *module.levels()))
         raise InputError(f"{SWITCH}={asked}: no such kernels on this processor", hint=f"one of {known}")
     return module
+
+
+def _compiled() -> Any | None:
+    try:
+        return importlib.import_module("deltamerge.engine.kernels._native")
+    except ImportError:
+        return None
+
+
+def _is_current(module: Any) -> bool:
+    """Whether a development tree's sources are those that the module was compiled of; a wheel has none."""
+    if not (SOURCES / "module.cpp").exists():
+        return True
+    digest = hashlib.sha256((SOURCES.parents[1] / "fused" / "codes.py").read_bytes())
+    for path in [*sorted(SOURCES.glob("**/*.cpp")), *sorted(SOURCES.glob("**/*.h"))]:
+        if path.name != "codes.h":
+            digest.update(path.read_bytes())
+    return hasattr(module, "sources") and bool(module.sources() == digest.hexdigest()[:16])
 
 
 def available() -> bool:
@@ -44,7 +68,9 @@ def available() -> bool:
 
 def missing() -> str | None:
     """A line for users whose installation lacks kernels although they are not switched off."""
-    return WITHOUT if native() is None and os.environ.get(SWITCH) != OFF else None
+    if native() is not None or os.environ.get(SWITCH) == OFF:
+        return None
+    return WITHOUT if _compiled() is None else STALE
 
 
 def described() -> str:
@@ -52,4 +78,6 @@ def described() -> str:
     module = native()
     if module is not None:
         return str(module.level())
-    return f"off ({SWITCH})" if os.environ.get(SWITCH) == OFF else "not compiled, torch computes"
+    if os.environ.get(SWITCH) == OFF:
+        return f"off ({SWITCH})"
+    return "not compiled, torch computes" if _compiled() is None else "compiled of other sources, torch computes"

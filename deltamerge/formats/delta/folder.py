@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from deltamerge.formats.delta.manifest import (
     groups,
     parts_bytes,
     stored_arrays,
+    version_of,
 )
 from deltamerge.formats.delta.parts import PARTS, TABLE
 from deltamerge.formats.delta.positions import Array, Sliced, most_bytes
@@ -40,8 +40,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, Tensor, part_of
 
-PADDING = 16
-ALIGNMENT = 64
+NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # what each version has beside the one before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +58,6 @@ class StoredArray:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def read_into(self, out: Array) -> None:
-        """Read its bytes into `out`. InputError: the file is gone, or has become too short."""
-        self.read.read_into(self.tensor, 0, out)
-
     def __getitem__(self, part: slice) -> Array:
         """The elements of a contiguous slice, a copy. InputError: the file is gone, or has become too short."""
         start, stop, step = part.indices(self.size)
@@ -72,28 +67,6 @@ class StoredArray:
         if out.size:
             self.read.read_into(self.tensor, start, out)
         return out
-
-
-class Scratch:
-    """Memory that is reused for the arrays of one tensor after another: fresh memory costs more than the reading."""
-
-    def __init__(self) -> None:
-        self._bytes: Array = np.empty(0, np.uint8)
-
-    def read(self, arrays: Sequence[StoredArray | None]) -> list[Array]:
-        """The bytes of the arrays (None: no bytes), each followed by PADDING zeros; valid until the next call."""
-        sizes = [0 if array is None else array.nbytes for array in arrays]
-        ends = list(accumulate(-(-(size + PADDING) // ALIGNMENT) * ALIGNMENT for size in sizes))
-        if self._bytes.size < ends[-1]:
-            self._bytes = np.empty(ends[-1], np.uint8)
-        views = []
-        for array, size, begin in zip(arrays, sizes, [0, *ends], strict=False):
-            view = self._bytes[begin : begin + size + PADDING]
-            view[size:] = 0
-            if array is not None:
-                array.read_into(view[:size])
-            views.append(view)
-        return views
 
 
 MANIFEST = "delta.json"
@@ -121,17 +94,16 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
                 _array(name + suffix, expected, stored.pop(name + suffix, None))
                 for suffix, expected in stored_arrays(record).items()
             ]
+            if (needed := version_of([record])) > manifest.version:
+                what = NEWS[needed]
+                raise InputError(f"{what} are of version {needed}, this is version {manifest.version}")
             if record.parts:
-                if manifest.version < 3:
-                    raise InputError(f"parts are of version 3, this is version {manifest.version}")
                 arrays = [sums.next(parts_bytes(record))]
             entries[name] = entry = entry_of(name, record, arrays, reader)
             index, scales = entry.index, entry.scales
             size = math.prod(record.shape)
             if record.encoding == "steps":
                 most = most_step_bytes(size)
-                if manifest.version < 2:
-                    raise InputError("steps are of version 2, this is version 1")
             else:
                 most = most_bytes(record.encoding, record.count, size, record.k)
             if index is not None and record.encoding != "indices" and index.size > most:
@@ -210,7 +182,7 @@ def _raw_manifest(folder: Path) -> dict[str, Any]:
 def _manifest(raw: dict[str, Any], stored: dict[str, Tensor], reader: Reader) -> Manifest:
     """The manifest; of version 3 its records may be an array of the artifact, which leaves `stored`."""
     with errors.context(MANIFEST):
-        if raw["version"] == 3 and "tensors" not in raw and TABLE in stored:
+        if raw["version"] >= 3 and "tensors" not in raw and TABLE in stored:
             raw |= {"tensors": _table(StoredArray(reader, _array(TABLE, ("U8", None), stored.pop(TABLE))))}
         try:
             return Manifest.model_validate(raw)

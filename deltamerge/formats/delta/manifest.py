@@ -6,7 +6,7 @@ docs/reference/delta-format.md describes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from deltamerge.errors import InputError
 from deltamerge.files.descriptors import is_plain_folder
 from deltamerge.formats.components import MAX_COMPONENTS, Component
-from deltamerge.formats.delta.parts import MOST_RANK, EntriesPart, Part, matrix_shape
+from deltamerge.formats.delta.parts import MOST_RANK, EntriesPart, FactorsPart, Part, matrix_shape
 from deltamerge.formats.delta.positions import CODINGS, LARGEST_K, Coding, index_itemsize
 from deltamerge.formats.delta.steps import MANTISSA
 from deltamerge.formats.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
@@ -22,7 +22,8 @@ from deltamerge.formats.safetensors import MAX_DIMENSIONS
 from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, PACKED
 
 FORMAT = "deltamerge-delta"
-VERSIONS = (1, 2, 3)  # the second has steps, the third parts; the first that will do is written
+# The first that will do is written: the second has steps, the third parts, the fourth trellis codes.
+VERSIONS = (1, 2, 3, 4)
 LARGEST_SIZE = 1 << 61
 SHARD_SIZE = 5 * 10**9
 STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "sign": "U8"}
@@ -108,7 +109,7 @@ class Manifest(Strict):
     """
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
-    version: Literal[1, 2, 3] = 1
+    version: Literal[1, 2, 3, 4] = 1
     semantics: Literal["replace", "add"]
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
@@ -140,6 +141,17 @@ def parts_bytes(record: Record) -> int:
     """The stored bytes of a tensor's parts."""
     m, n = matrix_shape(record.shape)
     return sum(part.nbytes(m, n) for part in record.parts)
+
+
+def version_of(records: Iterable[Record]) -> int:
+    """The first version of the format that has all that records say."""
+    return max((_needed(record) for record in records), default=1)
+
+
+def _needed(record: Record) -> int:
+    if record.parts:
+        return 4 if any(isinstance(part, FactorsPart) and part.has_trellis for part in record.parts) else 3
+    return 2 if record.encoding == "steps" else 1
 
 
 def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:

@@ -15,7 +15,8 @@ The stored bytes of a tensor are those of its parts, one after another:
               each scale; the codes of all entries; then rice's positions, if they are not all
 
 A list of codes is packed from the lowest bit of each byte: 1, 2, 3, 4 or 8 bits a code, and zeros to the end of the
-last byte. Codes of three levels are five a byte, the first in the lowest digit to base 3.
+last byte. Codes of three levels are five a byte, the first in the lowest digit to base 3. Factors of "257 levels" have
+trellis codes of one bit, of "258" those of two (`trellis`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltamerge.errors import InputError
+from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.positions import LARGEST_K, Array, Positions, Sliced, choose, decode, encode
 
 PARTS = "parts"  # the array of an artifact that has the parts of all its tensors, in their order
@@ -43,7 +45,7 @@ LEVELS: dict[int, Array] = {
     16: np.array([-126, -95, -74, -58, -43, -30, -18, -6, 6, 18, 30, 43, 58, 74, 95, 126]),
     255: np.arange(-127, 128),
 }
-BITS = {2: 1, 4: 2, 8: 3, 16: 4, 255: 8}
+BITS = {2: 1, 4: 2, 8: 3, 16: 4, 255: 8, **trellis.BITS}
 TRITS = 5  # codes of three levels in a byte
 SCALES = ((16.0 + np.arange(256) % 16) * 2.0 ** (np.arange(256) // 16)) - 16
 MOST_RANK = 1 << 18  # so that sums of levels times levels times scales stay below 2**53
@@ -63,7 +65,7 @@ class _Strict(BaseModel):
 class FactorsPart(_Strict):
     """Factors; `ranks` says how many components have so many levels, in the order in which they are stored."""
 
-    ranks: dict[Literal["2", "3", "4", "8", "16", "255"], Annotated[int, Field(ge=1, le=MOST_RANK)]]
+    ranks: dict[Literal["2", "3", "4", "8", "16", "255", "257", "258"], Annotated[int, Field(ge=1, le=MOST_RANK)]]
     unit: Unit
 
     @property
@@ -80,6 +82,11 @@ class FactorsPart(_Strict):
         """Stored bytes of a matrix (m, n)."""
         sides = sum(rank * (packed_bytes(m, levels) + packed_bytes(n, levels)) for levels, rank in self.groups)
         return self.rank + sides
+
+    @property
+    def has_trellis(self) -> bool:
+        """Whether some of its codes are trellis codes."""
+        return any(levels in trellis.BITS for levels, _ in self.groups)
 
 
 class EntriesPart(_Strict):
@@ -135,8 +142,19 @@ def pack(codes: Array, levels: int) -> Array:
     return cut
 
 
+def levels_of(codes: Array, levels: int) -> Array:
+    """The levels (int8) of codes along the last axis."""
+    found: Array = trellis.levels_of(codes, levels) if levels in trellis.BITS else LEVELS[levels].astype(np.int8)[codes]
+    return found
+
+
 def unpack(stored: Array, count: int, levels: int) -> Array:
     """The levels (int8) of `count` codes, packed along the last axis. InputError: no code of that many levels."""
+    if levels in trellis.BITS:
+        bits = BITS[levels]
+        spread = np.unpackbits(stored, axis=-1, bitorder="little", count=bits * count)
+        spread = spread.reshape(*stored.shape[:-1], count, bits)
+        return trellis.levels_of((spread << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8), levels)
     if levels == 8:
         spread = np.unpackbits(stored, axis=-1, bitorder="little", count=3 * count)
         codes = (spread.reshape(*stored.shape[:-1], count, 3) << np.arange(3, dtype=np.uint8)).sum(-1, dtype=np.uint8)
@@ -162,7 +180,7 @@ def _bytes_of(levels: int) -> Array:
 class Factored:
     """Components as numbers.
 
-    levels   (R) how many levels each has, in ascending order
+    levels   (R) how many levels each has, in ascending order; of trellis codes their kind
     left     (R, m) its levels u, int8
     right    (R, n) its levels v, int8
     scales   (R) of the products, float64; each is one that `coded_scales` gives

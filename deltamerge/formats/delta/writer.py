@@ -20,7 +20,16 @@ from deltamerge.files.journal import Journal
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.components import Component
 from deltamerge.formats.delta.folder import INDEX, MANIFEST
-from deltamerge.formats.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, Record, parts_of
+from deltamerge.formats.delta.manifest import (
+    ENCODINGS,
+    SHARD_SIZE,
+    Base,
+    Encoding,
+    Manifest,
+    Record,
+    parts_of,
+    version_of,
+)
 from deltamerge.formats.delta.parts import TABLE
 from deltamerge.formats.delta.tensor_writer import BaseTensor, Spool, StoredTensor, Storing, TensorWriter
 from deltamerge.formats.delta.values import Values, relative_error
@@ -108,8 +117,8 @@ class ArtifactWriter:
         """Write the files, once every tensor is finished. RuntimeError: one is not (a bug)."""
         tensors = self._tensors.values()
         records = {name: tensor.record for name, tensor in self._tensors.items()}
-        has_parts = any(record.parts for record in records.values())
-        version = 3 if has_parts else 2 if any(record.encoding == "steps" for record in records.values()) else 1
+        version = version_of(records.values())
+        has_parts = version > 2
         manifest = self._manifest.model_copy(update={"version": version, "tensors": records})
         stored = [array for tensor in tensors for array in tensor.stored]
         if has_parts:

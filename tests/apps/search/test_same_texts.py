@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from conftest import tiny_llama
 
-from deltamerge.apps.search.evaluate import TEXTS, ScoredTask, measured, open_model, under_head
+from deltamerge.apps.search.evaluate import TEXTS, ScoredTask, _files, measured, open_model, under_head
 from deltamerge.calibrate.rows import read
 from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.reader import Reader
+from deltamerge.tensors.tensor import TensorInfo, viewed
+from deltamerge.tensors.views import cast
 
 
 def test_texts_are_the_same_where_every_token_is(tmp_path: Path) -> None:
@@ -44,3 +47,12 @@ def test_texts_are_the_same_where_every_token_is(tmp_path: Path) -> None:
     assert own[TEXTS] == 1
     assert 0.1 < sum(same) / len(same) < 0.9
     assert found[TEXTS] == sum(same) / len(same)
+
+
+def test_files_that_are_read_through_views_count_as_the_models(tmp_path: Path) -> None:
+    model = open_model(str(tiny_llama(tmp_path / "a", seed=0, dtype=torch.float32)), None)
+    (tmp_path / "empty").mkdir()
+    views = {
+        name: TensorInfo(name, viewed(cast, (info.tensor,), info.shape, "BF16")) for name, info in model.tensors.items()
+    }
+    assert _files(replace(model, path=tmp_path / "empty", tensors=views)) == {tmp_path / "a" / "model.safetensors"}

@@ -116,11 +116,9 @@ PyObject* refused(const char* what);
 // Raises ValueError: an array is shorter than what is listed of it.
 PyObject* too_short();
 
-// delta.cpp
-PyObject* delta_put(PyObject*, PyObject* arguments);
-PyObject* delta_add(PyObject*, PyObject* arguments);
-PyObject* delta_ranked(PyObject*, PyObject* arguments);
+// products.cpp
 PyObject* ordered_product(PyObject*, PyObject* arguments);
+PyObject* trellis(PyObject*, PyObject* arguments);
 // quantised.cpp
 PyObject* decode(PyObject*, PyObject* all);
 PyObject* coded(PyObject*, PyObject* arguments);

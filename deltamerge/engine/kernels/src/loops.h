@@ -26,6 +26,8 @@ inline i64 size_of(i64 dtype) { return dtype == kFloat32 ? 4 : 2; }
 constexpr i64 kRun = 1 << 11;
 // Positions whose gaps are one stream of the generator (bits.SPARSE_BLOCK).
 constexpr i64 kSparseBlock = 1 << 16;
+// Levels that a trellis code may have (formats/delta/trellis.py).
+constexpr int kStates = 256;
 
 // Values that a loop reads: float32, or (narrow) the bits of bfloat16.
 struct Operand {
@@ -64,31 +66,6 @@ struct Ranks {
   const u32* upper;
   const u32* lower;
   const float* ratios;
-};
-
-// Stored positions (formats/delta/positions.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders),
-// how many, the bytes of an index or where rice's packed bits begin, where its unary bits begin; whether about every
-// cache line of the tensor is touched.
-enum Way : i64 { kPlain = 0, kIndices = 1, kByteGaps = 2, kOnes = 3 };
-
-struct Coded {
-  const u8* stored;
-  i64 size;
-  i64 way;
-  u64 k;
-  i64 count, first, second;
-  bool dense;
-};
-
-// Values that are added at positions: float32, bfloat16, int8 codes or packed sign bits, the latter two times the scale
-// of their group of so many elements.
-enum ValueKind : i64 { kFloatValues = 0, kBfloatValues = 1, kInt8Values = 2, kSignValues = 3 };
-
-struct Added {
-  const void* values;
-  i64 kind;
-  const float* scales;
-  i64 group;
 };
 
 // Rows of codes: float8, int8, or unsigned integers of `width` bits from the lowest on in 32-bit words, less half their
@@ -208,12 +185,6 @@ struct Loops {
   // whole pieces of 64 KiB, high half first, go to `digests`, whose first row is piece number `first`.
   i64 (*hash)(const u8* at, i64 begin, i64 end, i64 first, u64* accumulators, u64* digests);
 
-  // Put values of `itemsize` bytes, or add values rounded once, at stored positions of `size` elements. False:
-  // positions are damaged or outside, which may be found only when others were changed.
-  bool (*put)(const Coded& coded, const void* values, i64 itemsize, void* out, i64 size);
-  bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
-  // Scales whose ranks are stored. False: they are damaged.
-  bool (*ranked)(const Coded& coded, const float* scales, i64 scale_count, float* out);
   // out = ((code - zero) * scale + bias) * factor of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
   // those of these columns are read), `line` its row of the grid.
   void (*scale_row)(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out);
@@ -221,6 +192,8 @@ struct Loops {
   void (*turn_words)(const TurnedWords& band, float* out);
   // Codes of values that share a scale and a zero; the sum of squares of what is lost.
   double (*code_values)(const CodeForm& form, const float* x, float scale, float zero, u8* codes, i64 count);
+  // Codes of `bits` each whose levels, of `table` (kStates), are nearest to n numbers; `came` has room for n << 7 bytes.
+  void (*trellis)(const float* x, i64 n, i64 bits, const float* table, u8* came, u8* codes);
   // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).
   void (*ordered_product)(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns);
 };

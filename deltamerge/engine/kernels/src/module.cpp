@@ -98,6 +98,8 @@ PyObject* levels_of(PyObject*, PyObject*) {
 
 PyObject* level_of(PyObject*, PyObject*) { return PyUnicode_FromString(loops().name); }
 
+PyObject* sources_of(PyObject*, PyObject*) { return PyUnicode_FromString(DELTAMERGE_SOURCES); }
+
 PyObject* choose_level(PyObject*, PyObject* arguments) {
   const char* name;
   if (!PyArg_ParseTuple(arguments, "s", &name)) return nullptr;
@@ -118,13 +120,11 @@ PyMethodDef methods[] = {
     {"digests", digests_of, METH_VARARGS, "Digests of pieces (files/hashes.py)."},
     {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
+    {"sources", sources_of, METH_NOARGS, "A digest of the sources that this was compiled of (setup.py)."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
 #ifdef DELTAMERGE_TEST_HOOKS
     {"replace_read", replace_read, METH_VARARGS, "Read files by the function at an address, which has pread's type."},
 #endif
-    {"put", delta_put, METH_VARARGS, "Put values at stored positions (models/delta_file.py)."},
-    {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
-    {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"decode", decode, METH_VARARGS, "Values of codes (formats/quantised/codes.py)."},
     {"coded", coded, METH_VARARGS, "Blocks of values as codes (formats/quantised/coder.py)."},
     {"steps_pack", steps_pack, METH_VARARGS, "Numbers as bits (formats/delta/steps.py)."},
@@ -132,6 +132,7 @@ PyMethodDef methods[] = {
     {"steps_count", steps_count, METH_VARARGS, "How many elements have each exponent (formats/delta/steps.py)."},
     {"steps_rank", steps_rank, METH_VARARGS, "How many elements of its group stand before each position."},
     {"steps_place", steps_place, METH_VARARGS, "Positions of the elements that change."},
+    {"trellis", trellis, METH_VARARGS, "Trellis codes of vectors (formats/delta/trellis.py)."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (tensors/views.py)."},
     {nullptr, nullptr, 0, nullptr}};
 

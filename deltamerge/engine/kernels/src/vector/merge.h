@@ -213,5 +213,14 @@ void variance(Models models, float* out, i64 n) {
   for (i64 first = 0; first < n; first += kPart) variance_part(models, first, out + first, part_of(first, n));
 }
 
+// out (rows, columns) = sum over k of left (rows, rank) right (rank, columns), in the order of k.
+void ordered_product(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns) {
+  for (i64 i = 0; i < rows; ++i) {
+    float* __restrict row = out + i * columns;
+    accumulate(right, left[i * rank], true, row, columns);
+    for (i64 k = 1; k < rank; ++k) accumulate(right + k * columns, left[i * rank + k], false, row, columns);
+  }
+}
+
 }  // namespace
 }  // namespace deltamerge

@@ -6,12 +6,12 @@
 #include "hash.h"
 #include "masks.h"
 #include "merge.h"
-#include "positions.h"
 #include "rank.h"
 #include "scaled.h"
 #include "select.h"
 #include "sums.h"
 #include "tabled.h"
+#include "trellis.h"
 #include "turned.h"
 
 namespace deltamerge {
@@ -50,13 +50,11 @@ const Loops DELTAMERGE_TABLE = {
     narrow_at,
     align,
     hash,
-    put,
-    add_to,
-    ranked,
     scale_row,
     turn_pairs,
     turn_words,
     code_values,
+    trellis,
     ordered_product,
 };
 
