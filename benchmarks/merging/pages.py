@@ -169,16 +169,20 @@ def words(found: dict[str, Any]) -> str:
 
 
 def seeds_of_words(found: dict[str, Any]) -> str:
-    """Mean / worst share at the rule's λ and the best mean, of the reported experts of every seed."""
+    """Mean / worst share at the rule's λ, of the reported experts of every seed and on average, the best mean first.
+
+    The best means of the λ tried stand at the end.
+    """
     seeds = {"0": found["cells"].get("report", {})}
     seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
-    heads = [words for seed in seeds for words in (f"seed {seed}", "at its best λ")]
-    lines = [["method", *heads], ["---"] * (1 + len(heads))]
-    for name in seeds["0"]:
-        if all(name in cells for cells in seeds.values()):
-            of_seeds = [cells[name] for cells in seeds.values()]
-            shown = [words for c in of_seeds for words in (f"{c['mean']} / {c['worst']}", f"{c['best']}")]
-            lines.append([of_seeds[0]["merge"], *shown])
+    every = [name for name in seeds["0"] if all(name in cells for cells in seeds.values())]
+    lines = [["method", "mean of seeds", *(f"seed {seed}" for seed in seeds), "at its best λ"]]
+    lines.append(["---"] * len(lines[0]))
+    for name in sorted(every, key=lambda name: -fmean(cells[name]["mean"] for cells in seeds.values())):
+        some = [cells[name] for cells in seeds.values()]
+        whole = f"{fmean(c['mean'] for c in some):.1f} / {fmean(c['worst'] for c in some):.1f}"
+        best = ", ".join(f"{c['best']}" for c in some)
+        lines.append([some[0]["merge"], whole, *(f"{c['mean']} / {c['worst']}" for c in some), best])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -85,19 +85,22 @@ def ours(one: Subject, budget: int, work: Path, find: Callable[..., Factors], *,
 
 
 def remembering() -> Callable[..., Factors]:
-    """The factors of a budget's tensors, each computed once; the left vectors are not looked at."""
-    known: dict[tuple[int, int], Factors] = {}
+    """The factors of a budget's tensors, computed again only where more are wanted; left vectors are not looked at."""
+    known: dict[tuple[int, int], tuple[int, Factors]] = {}
 
     def find(delta: Any, wanted: Wanted, key: tuple[int, int]) -> Factors:
-        if key not in known:
-            found = factor(delta, Wanted(), key)
-            known[key] = replace(found, b=found.b[:, :0])
-        whole, rank = known[key], wanted.rank
+        rank = wanted.rank or min(delta.shape)
+        if key not in known or known[key][0] < rank:
+            most = max(rank, AT_LEAST)
+            found = factor(delta, Wanted(most), key)
+            known[key] = most, replace(found, b=found.b[:, :0])
+        whole = known[key][1]
         return replace(whole, a=whole.a[:rank], energies=whole.energies[:rank], gains=whole.gains[:rank])
 
     return find
 
 
+AT_LEAST = 64  # factors that are computed of a tensor
 OURS = ("ours", "ours with rows")
 METHODS = (*OURS, *field.METHODS)
 

@@ -11,9 +11,9 @@ quantised too; the scales of the products are solved for together. One and two b
 codes are learned.
 
 Least squares makes parts shorter than Δ. A component of codes that lose D has 1 - D of its length, as what they miss is
-noise beside it: it gets this back (divided by 1 - D). What components that are left out had is not given back: a
-fine-tune whose small components are skill is nearer with it, as with a q below 1 for importance masks, but one whose
-are noise is not. With rows codes and scales are learned instead (`calibrate.q.codes`).
+noise beside it: it gets this back (divided by 1 - D). The length of components that are left out is not given back. It
+would help where small components are skill, as a q below 1 does with importance masks, and harm where they are noise.
+With rows codes and scales are learned instead (`calibrate.q.codes`).
 """
 
 from __future__ import annotations

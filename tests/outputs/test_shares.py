@@ -360,10 +360,12 @@ def test_rows_teach_the_codes(tmp_path: Path) -> None:
 def test_a_lock_keeps_learned_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in the artifact beside it: neither rows nor gradients are needed for the same bytes."""
     taught(tmp_path)
-    path = recipe(tmp_path, "bytes: 7500", ROWS)
+    path = recipe(tmp_path, "bytes: 7500", ROWS.replace("}", ", precision: bfloat16}"))
     made = run(path, tmp_path / "taught", workers=1)
+    said = made.lock["budget"]["learned"]["divergence"]
+    assert said["after"] < 0.8 * said["before"]
     (note,) = (one for one in made.plan.notes if "are learned" in one)
-    assert "100 steps of 8 rows: about 16 forward passes over the rows in float32" in note
+    assert "100 steps of 8 rows: about 16 forward passes over the rows in bfloat16" in note
     (tmp_path / "rows.jsonl").unlink()
     monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", None)
     lock = Lock.read(shutil.copytree(tmp_path / "taught", tmp_path / "kept") / "recipe.lock")

@@ -223,7 +223,8 @@ def advise(
     nbytes = math.ceil(sum(found[name].count for name in pruned if name in found) * bits / 8)
     why.append(
         f"if bytes matter rather than a density: extract --budget {nbytes} takes no more than this in bfloat16, and "
-        "was nearer to the fine-tune where both were measured (docs/measurements/bytes.md)"
+        "was nearer to the fine-tune than DARE, DAREx-q and magnitude of the same bytes wherever both were measured "
+        "(docs/measurements/bytes.md)"
     )
     return Recommendation(
         model=question.model,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
@@ -129,7 +130,8 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
     order = _order(len(groups), subject.source.seed)
-    with _added(layers, latents):
+    quick = _FloatAttention() if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
+    with _added(layers, latents, dtype), quick:
         for _ in range(LEARNING_STEPS):
             group = groups[next(order)]
             for one in latents.values():
@@ -199,18 +201,36 @@ def _layers(model: BlockModel, latents: Mapping[str, Latent]) -> dict[str, nn.Li
 
 
 @contextmanager
-def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent]) -> Iterator[None]:
-    """Add the products of latents to what their layers give."""
+def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent], dtype: torch.dtype) -> Iterator[None]:
+    """Add the products of latents to what their layers give; both take the same inputs, in `dtype`."""
+
+    def taking(module: nn.Module, inputs: Any) -> Any:
+        return inputs[0].to(dtype), *inputs[1:]
 
     def adding(latent: Latent) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         return lambda module, inputs, output: output + latent.of(inputs[0])
 
-    hooks = [layer.register_forward_hook(adding(latents[name])) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(taking) for layer in layers.values()]
+    hooks += [layer.register_forward_hook(adding(latents[name])) for name, layer in layers.items()]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _FloatAttention(TorchFunctionMode):
+    """Computes attention in float32: CPUs take three times as long for it in bfloat16."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.is_floating_point():
+            kwargs = {**kwargs, "attn_mask": mask.float()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*(side.float() for side in args[:3]), *args[3:], **kwargs).to(torch.bfloat16)
 
 
 def _descend(
