@@ -258,7 +258,7 @@ def measured(asked: argparse.Namespace, found: dict[str, Any]) -> None:
     family = Family(asked.family)
     known = known_of(family, found)
     usual = MERGES if asked.size == [len(FAMILIES[asked.family])] else [m for m in MERGES if m.name.startswith(FEW)]
-    merges = [merge for name in asked.names for merge in MERGES if merge.name.startswith(name)] or usual
+    merges = [merge for name in asked.names for merge in named(name)] or usual
     cells: list[dict[str, Any]] = found["cells"]
     for merge in merges:
         for names in (names for size in asked.size for names in combinations(FAMILIES[asked.family], size)):
@@ -270,6 +270,11 @@ def measured(asked: argparse.Namespace, found: dict[str, Any]) -> None:
             keep(found)
             words = f"{merge.name} of {', '.join(names)}: {made['mean']} / {made['worst']}, text {made['text']:+} %"
             print(f"{words}, {made['cpu_s']} s; {made['tried']}", file=sys.stderr, flush=True)
+
+
+def named(name: str) -> list[Merge]:
+    """Return the merge of that name, or those whose names begin so."""
+    return [one for one in MERGES if one.name == name] or [one for one in MERGES if one.name.startswith(name)]
 
 
 def keep(found: Mapping[str, Any]) -> None:

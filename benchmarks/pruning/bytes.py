@@ -103,6 +103,8 @@ def remembering() -> Callable[..., Factors]:
 AT_LEAST = 64  # factors that are computed of a tensor
 OURS = ("ours", "ours with rows")
 METHODS = (*OURS, *field.METHODS)
+BEFORE = tuple(f"{method} before" for method in OURS)  # kept cells of artifacts without trellis codes
+SHOWN = (*OURS, *BEFORE, *field.METHODS)
 
 
 def known(file: Path) -> list[Cell]:
@@ -158,7 +160,7 @@ def tables(cells: Sequence[Cell], whole: Mapping[str, float]) -> str:
         ratios = sorted({cell.ratio for cell in own})
         lines += [f"**{model}** (fine-tune {whole[model]:.1f}): KL / score", ""]
         lines += ["| method | " + " | ".join(f"1/{ratio}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
-        for method in METHODS:
+        for method in SHOWN:
             row = {cell.ratio: f"{cell.kl:.3g} / {cell.score:.1f}" for cell in own if cell.method == method}
             if row:
                 lines.append(f"| {method} | " + " | ".join(row.get(ratio, "–") for ratio in ratios) + " |")
@@ -169,7 +171,7 @@ def tables(cells: Sequence[Cell], whole: Mapping[str, float]) -> str:
 def draw(cells: Sequence[Cell], whole: Mapping[str, float], path: Path) -> None:
     """KL and score by bytes, two panels for each model."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for cell in sorted(cells, key=lambda cell: (cell.model, METHODS.index(cell.method), cell.ratio)):
+    for cell in sorted(cells, key=lambda cell: (cell.model, SHOWN.index(cell.method), cell.ratio)):
         for what, value in (("KL", math.log10(max(cell.kl, 1e-5))), ("score", cell.score)):
             own = panels.setdefault(f"{cell.model}: {what}", {}).setdefault(cell.method, [])
             own.append((cell.bytes / 1000, value))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
-from deltamerge.apps.recommend.merge import EACH, ROWS_SAVE, MergeAdvice, merge_advice, names_of
+from deltamerge.apps.recommend.merge import EACH, ROWS_CHOOSE, ROWS_SAVE, MergeAdvice, merge_advice, names_of
 from deltamerge.calibrate.rows import FILES
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
@@ -99,10 +99,11 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
         if told
         else "not known: give --rows, of a language model prompt and completion"
     )
-    helps = "; ".join(line.removeprefix("to save a skill: ") for line in savers)
+    helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
+    why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
     return [
         f"chosen: {advice.method}, λ = {advice.factor:.3g}, in {made.recipe}",
-        f"why: {'; '.join(advice.why)}",
+        f"why: {why}",
         f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
         f"in danger: {'; '.join(dangers) or doubt}",
         f"what helps: {helps or 'deltamerge eval scores the merge beside its models'}",

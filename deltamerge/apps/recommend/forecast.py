@@ -3,7 +3,8 @@
 A share is the merge's score over the fine-tune's own. docs/measurements/merging.md has what forecasts are worth.
 
 From weights no share of a single skill can be told; the forecast is what the method kept of the benchmarks' skills. But
-a skill is in danger where another delta does more to its inputs than its own does (`Conflict.disturbance`).
+a skill is in danger where another delta does more to its inputs than its own does (`Conflict.disturbance`). Deltas are
+compared as if all were as long: `balance: norm` makes them so, and `wudi` divides each by its square.
 
 From answers: a classifier that differs from its fine-tune is often as right, where that was not sure either. Of numbers
 the correlation is the share. Of a language model a row is kept where every token of its completion is.
@@ -46,7 +47,7 @@ class SkillForecast(Figures):
         "disturbance from 1 and from 0.6 on. unknown: the evidence does not tell."
     )
     rival: str | None = Field(description="The model whose delta changes most of what it needs.")
-    disturbance: float | None = Field(description="By how much, beside its own change.")
+    disturbance: float | None = Field(description="By how much, beside its own change, of deltas as long.")
 
 
 def of_weights(names: Sequence[str], conflict: Conflict, method: str) -> list[SkillForecast]:
@@ -115,8 +116,12 @@ def _made(name: str, shares: Sequence[float | None], by: str, loss: str, rival: 
 
 
 def _rival(names: Sequence[str], conflict: Conflict, i: int) -> Rival:
-    """Return the model that disturbs model i most, and by how much."""
-    others = {j: value for j, value in enumerate(conflict.disturbance[i]) if j != i and value is not None}
+    """Return the model that would disturb model i most were all deltas as long, and by how much."""
+    others: dict[int, float] = {}
+    for j, (value, norm) in enumerate(zip(conflict.disturbance[i], conflict.relative_norm, strict=True)):
+        if j != i and value is not None:
+            own = conflict.relative_norm[i]
+            others[j] = value * (own / norm) ** 2 if own and norm else value
     if not others:
         return None, None
     j = max(others, key=lambda one: others[one])

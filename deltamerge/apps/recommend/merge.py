@@ -53,6 +53,7 @@ EACH = (
 ROWS_SAVE = (
     "to save a skill: about 50 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
+ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
 STUDY = Study.model_validate({"together": 2})
 
 
@@ -504,13 +505,12 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
             float(f"{1 / count:.3g}"),
             [f"{said}: they go the same way, and their mean keeps what they do"],
         )
-    more = "give rows with --calibration: they choose method and λ, and fit coefficients"
     if talks:
         kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
-        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", more]
+        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
     way = SVC if count > 2 else TSV_M
     kept = f"without data {way.method} of balanced deltas is the safest for {'more' if count > 2 else 'two'} models"
-    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", more]
+    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
 
 
 def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
@@ -558,9 +558,7 @@ def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillFor
         kept = "" if one.by == "weights" else f", {one.share:.0%} of its score is expected and {one.low:.0%} at worst"
         rival = ""
         if one.rival is not None and (one.disturbance or 0.0) >= DANGER:
-            rival = (
-                f": {one.rival} does {one.disturbance:.2g} times as much to its inputs as its own delta; leave it out"
-            )
+            rival = f": {one.rival}, as long, does {one.disturbance:.2g} times as much to its inputs; leave it out"
         said.append(f"{one.model} {how}{kept}{rival}")
     if not rows:
         for i, j in combinations(range(len(names)), 2):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import deltamerge
 from deltamerge.apps.recommend import merge as merge_advice
-from deltamerge.apps.recommend.advised import rows_in
+from deltamerge.apps.recommend.advised import AdvisedMerge, in_five_lines, rows_in
 from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import DIRECTIONS, Conflict
 from deltamerge.apps.recommend.merge import (
@@ -293,8 +293,11 @@ def test_a_drowned_skill_and_what_would_save_it() -> None:
         ["none", "none"], ["possible", "none"], ["probable", "none"]
     ]  # fmt: skip
     assert not rescue(names, meeting(), quiet, rows=False)
+    longer = meeting(1.4).model_copy(update={"relative_norm": [0.1, 0.2]})  # which a balanced merge makes as long
+    assert of_weights(names, longer, "tsv_m")[0].loss == "none"
+    assert of_weights(names, longer, "tsv_m")[0].disturbance == pytest.approx(0.35)
     first, *more = rescue(names, meeting(1.4), drowned, rows=False)
-    assert first == ("a will probably be lost: b does 1.4 times as much to its inputs as its own delta; leave it out")
+    assert first == ("a will probably be lost: b, as long, does 1.4 times as much to its inputs; leave it out")
     assert "emr" in more[0]
     assert "--calibration" in more[1]
     decoder = of_weights(names, meeting(), "wudi")
@@ -373,6 +376,19 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     assert all(torch.equal(made[name], same[name]) for name in same)
     code, _, err = call(capsys, "run", recipe, "--out", out)
     assert (code, "up to date" in err) == (0, True)
+
+
+def test_merge_names_its_own_option_for_rows() -> None:
+    way, factor, why = without_rows(meeting(), 2, talks=True)
+    forecast = of_weights(["a", "b"], meeting(), way.method)
+    advice = merge_advice.MergeAdvice.model_construct(
+        method=way.name, factor=factor, why=why, forecast=forecast,
+        rescue=rescue(["a", "b"], meeting(), forecast, rows=False),
+    )  # fmt: skip
+    said = in_five_lines(AdvisedMerge(advice, Path("out.yaml"), Path("out"), OPTIONS))
+    assert said[1].endswith("(docs/measurements/merging.md)")
+    assert "rows of every task (--rows)" in said[4]
+    assert not any("--calibration" in line for line in said)
 
 
 def test_merge_from_python_without_a_method(folder: Path, tmp_path: Path) -> None:
