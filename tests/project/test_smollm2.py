@@ -148,7 +148,8 @@ def test_recipes_have_the_rule_and_what_stands_beside_the_models(tmp_path: Path)
     assert not [one for one in made["wudi"]["models"] if "calibration" in one]
 
 
-def test_a_merge_of_one_expert_keeps_all_of_it(folder: Path) -> None:
+def test_a_merge_of_one_expert_keeps_all_of_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "FILE", tmp_path / "found.json")
     names = merging.FAMILIES["report"]
     family = merging.Family("report", folder=folder)
     for number, name in enumerate(names):
@@ -161,6 +162,7 @@ def test_a_merge_of_one_expert_keeps_all_of_it(folder: Path) -> None:
         best = [int(smollm2.logits_of(family.model, torch.tensor([ids]), [len(ids) - 1]).argmax()) for ids in rows]
         family.examples[name] = [smollm2.Example([*ids, token], 1) for ids, token in zip(rows, best, strict=True)]
     known = merging.known_of(family, {})
+    assert json.loads(merging.FILE.read_text())["models"] == {"report": known}
     assert known["base"]["kl"] == 0
     assert [known[name]["exact_match"] for name in names] == [100.0] * 4
     whole = merging.Merge("sum", {"merge_method": "task_arithmetic"}, lambda models: 1.0)
