@@ -1,4 +1,4 @@
-"""deltamerge from Python: recipes, the commands as functions, and the same pruning of state dicts in memory."""
+"""deltamerge from Python: recipes, the commands as functions, and pruning of state dicts in memory."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class Planned:
         allow_nonfinite: bool = False,
         pictures: bool = False,
     ) -> Result:
-        """Make the recipe's result in `out`, as `deltamerge run` does; its folder, plan and lock.
+        """Make the recipe's result in `out`, as `deltamerge run` does. Return its folder, plan and lock.
 
-        DeltamergeError: whatever the command line would print and exit for.
+        DeltamergeError: any error that the command would print.
         """
         drawing = None
         if pictures:
@@ -106,7 +106,7 @@ def load_recipe(
 
     `memory` is a cap in bytes. `mergekit_exact` takes mergekit's defaults where ours follow the papers.
 
-    DeltamergeError: whatever `deltamerge plan` would print and exit for.
+    DeltamergeError: any error that `deltamerge plan` would print.
     """
     file = read_recipe(Path(recipe), mergekit_exact=mergekit_exact)
     options = Options(device=device, workers=workers, memory=memory)
@@ -126,16 +126,17 @@ def merge(
     force: bool = False,
     **keys: Any,
 ) -> Result:
-    """Merge models into the folder `out`: by a method, as the same recipe would, or by the one that suits them.
+    """Merge models into the folder `out`, by a method, or by a chosen method that suits the models.
 
         models         folders, hub ids, or items of a recipe's `models`: {"model": …, "parameters": {…}}
         method, base   `merge_method` and `base_model` of a recipe
-        rows           without a method: rows of text for all models, or one each, by which it is chosen
+        rows           without a method: rows of text for all models, or a list with rows for each; they choose the
+                       method
         keys           other keys of the recipe: parameters, prune, calibration, dtype, tokenizer_source, output, …
 
-    Without a method it is chosen, and its recipe written to OUT.yaml, as `deltamerge merge` does.
+    Without a method, a method is chosen and its recipe written to OUT.yaml, as `deltamerge merge` does.
 
-    RecipeError: the recipe is refused. DeltamergeError: whatever `deltamerge run` would print and exit for.
+    RecipeError: the recipe is refused. DeltamergeError: any error that `deltamerge run` would print.
     """
     options = Options(device=device, workers=workers, memory=memory, force=force)
     if method is None:
@@ -177,10 +178,10 @@ def extract(
 ) -> Result:
     """Make a delta artifact of a fine-tune, or a LoRA, as `deltamerge extract` does.
 
-    `lora` is a rank, or keys of a recipe's output (rank, energy, budget, whole, targets, dora). The others are the
-    options of the command. `out` is by default NAME-delta or NAME-lora in this folder.
+    `lora` is a rank, or keys of a recipe's output (rank, energy, budget, whole, targets, dora). The other arguments are
+    the options of the command. `out` is by default NAME-delta or NAME-lora in the current folder.
 
-    DeltamergeError: whatever the command would print and exit for.
+    DeltamergeError: any error that the command would print.
     """
     with app("chain"):
         from deltamerge.apps.chain.extract import extract as make
@@ -241,7 +242,8 @@ def recommend(
 ) -> Recommendation | MergeAdvice:
     """Advise on the pruning of one model at a density, or on the merge of several, as `deltamerge recommend` does.
 
-    `calibration`: rows for all models, or of several models one each. The recipe is `.recipe`, and is written to `out`.
+    `calibration` is rows for all models, or a list with rows for each model. The recipe is in `.recipe` of the result,
+    and is written to `out` if given.
 
     UsageError: a density for several models, none for one, or several rows for one.
     """
@@ -275,13 +277,13 @@ def prune(
     workers: int | None = None,
     **keys: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return base + the pruned delta of a fine-tune, state dict for state dict.
+    """Return base + pruned delta of a fine-tune, as a state dict.
 
     The tensors have the fine-tune's dtypes and are on the CPU.
 
-    `keys` are those of a recipe's `prune` (method, density, q, include, exclude, …); the result is that of a recipe
-    with them, this `seed`, and a model of this `name`, bit for bit. Nothing calibrated: that needs a model's folder.
-    RecipeError, InputError: what the recipe would be refused for.
+    `keys` are the keys of a recipe's `prune` (method, density, q, include, exclude, …). The result equals, bit for bit,
+    the result of a recipe with these keys, this `seed`, and a model of this `name`. A calibrated q needs a model's
+    folder, so it is refused here. RecipeError, InputError: the recipe would be refused.
     """
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
@@ -298,7 +300,7 @@ def prune(
 
     planned = plan(recipe, Path(), opener, PlanOptions(workers=workers or default_workers()))
     if planned.stages or planned.sources:
-        raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
+        raise InputError("nothing can be calibrated in memory", hint="give q a number, or write a recipe and run it")
     sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})
     with Reader() as reader:
         execute(planned.tasks, reader, sink, workers=planned.workers, tile_elements=planned.tile_elements)
@@ -324,5 +326,5 @@ class _Results:
 
     def write(self, name: str, offset: int, data: Any) -> None:
         view = memoryview(data).cast("B")
-        if len(view):  # an empty tensor's memory cannot be written
+        if len(view):  # the memory of an empty tensor cannot be written
             _bytes(self.tensors[name])[offset : offset + len(view)] = view

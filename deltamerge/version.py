@@ -1,3 +1,3 @@
-"""The version of deltamerge, that locks, cards and hashes name."""
+"""The version of deltamerge, which locks, cards and hashes name."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Probe a merged language model beside its parents: a few answers, perplexity on plain text, and what is wrong there.
+"""Probe a merged language model beside its parents: a few answers, perplexity on plain text, and its faults.
 
 It is no benchmark. It finds a merge that is broken: empty answers, repetition, a perplexity far above the parents'.
 Each model runs as it would in calibration, one after another. Greedy answers; nothing is random.
@@ -43,12 +43,12 @@ NEW_TOKENS, LENGTH = 40, 256
 HIGH = 1.5  # times the largest perplexity of a parent
 LOOP, LEAST = 3, 8  # a phrase that often in a row, at the end of an answer of so many words
 LONGEST = 12  # words of such a phrase
-EXTREME = 700.0  # of a loss, whose exponential is a number
+EXTREME = 700.0  # largest loss whose exponential is a number
 
 
 @dataclass(frozen=True, slots=True)
 class ProbedModel:
-    """What one model said. `perplexity` is of tokens of the plain texts."""
+    """The answers of one model. `perplexity` is per token of the plain texts."""
 
     model: str
     perplexity: float
@@ -67,7 +67,7 @@ class ProbedModel:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A merge and its parents on the same prompts and texts. `remarks` name what the merge does worse."""
+    """A merge and its parents on the same prompts and texts. `remarks` name the faults of the merge."""
 
     prompts: tuple[str, ...]
     texts: int
@@ -76,7 +76,7 @@ class Probe:
 
     @property
     def remarks(self) -> list[str]:
-        """Return what is wrong with the merge and not with its parents, a line each."""
+        """Return a line for each fault of the merge that its parents do not have."""
         found = []
         worst = max((one.perplexity for one in self.parents), default=math.inf)
         if not math.isfinite(self.merge.perplexity):
@@ -130,10 +130,10 @@ def probe(
     device: str = "auto",
     pickles: bool = False,
 ) -> Probe:
-    """Return what a merge and its parents answer, and their perplexities.
+    """Return the answers of a merge and its parents, and their perplexities.
 
         merge, parents   folders or hub ids, base+adapter, adapters and delta artifacts over `base`
-        rows             texts, and prompts where rows have them; default: a few of this module's
+        rows             texts, and prompts if rows have them; default: a few texts of this module
 
     InputError: a model is no language model, or cannot be run.
     """
@@ -168,7 +168,7 @@ def _room(checkpoint: Checkpoint) -> int:
 
 
 def _rows(data: Path | str | None) -> tuple[list[DataRow], list[DataRow]]:
-    """Return prompts and texts: those of `data`, where it has them, else this module's."""
+    """Return prompts and texts from `data`, or this module's if it has none."""
     own = [DataRow(text, None, i) for i, text in enumerate(PROMPTS, 1)]
     plain = [DataRow(text, None, i) for i, text in enumerate(TEXTS, 1)]
     if data is None:

@@ -67,7 +67,7 @@ class Tracker:
         self._try(lambda: self._run.log(plain_figures(figures), step=step))
 
     def close(self) -> None:
-        """End the run: what is still on its way is sent."""
+        """End the run, and send pending figures."""
         self._try(lambda: self._run.finish())
 
     def _try(self, act: Callable[[], Any]) -> None:

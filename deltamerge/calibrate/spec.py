@@ -99,8 +99,10 @@ ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
 LAST_ROUND = 2  # rounds at most where candidates differ by one number,
-CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
-MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
+CLOSER = (
+    3  # further candidates, one after the other, between candidates of a search that ended at the base's predictions
+)
+MORE_ROUNDS = 4  # further candidates for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows,
 MINIMA = 2  # and of a model of the output change
@@ -111,11 +113,11 @@ COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
 STATES_BYTES = 1 << 28  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
-CACHE_BYTES = 1 << 31  # of masks that are kept; masks beyond them are drawn again
+CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
-# of freed blocks that wait in the heap for the next layer: half of what comes and goes, at most; measured at 135 M
+# freed blocks that wait in the heap for the next layer: at most half of the temporary memory; measured at 135 M
 WAITING_BYTES = 1 << 28
 HELD = 6  # bytes that a block holds for its backward pass, of each token and each input and output of its layers
 
@@ -237,13 +239,13 @@ class Share:
 class Spec:
     """A search for q: which tensors it divides, and how it is searched.
 
-    The inputs of its stage are: of each of `pruned` its masked deltas, one a seed; the columns of the guarded ones;
-    `shared` measurements and thresholds that the masks need; and the tensors of the fine-tunes that run.
+    The inputs of its stage are: the masked deltas of each of `pruned`, one for each seed; the columns of guarded
+    tensors; `shared` measurements and thresholds that the masks need; and the tensors of the fine-tunes that run.
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
-    fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these, each of which is
-    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope. So many of
-    them as `differences` says are what two files give.
+    fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these deltas. Each is multiplied
+    by a number that is fitted, beginning at `starts`, for each model, layer or row, which is the scope. `differences`
+    of them are plain differences of two files.
     """
 
     source: CalibrationInput
@@ -289,10 +291,10 @@ class Spec:
 
     @property
     def _cases(self) -> tuple[tuple[float, float], ...]:
-        """Return the most passes of the search, and of its comparison on held-out rows, in each case that there is.
+        """Return the most passes of the search, and of its comparison on held-out rows, for each possible case.
 
-        One q is searched by a model of the output change, or by predictions. The plain choice takes passes of the
-        search where no point of the first round is the same.
+        One q is searched by a model of the output change, or by predictions. The plain choice takes extra passes if no
+        point of the first round equals it.
         """
         rows, how = self.source.calibration.sequences, (self.objective, self.scope, self.search)
         if how != ("output_change", "global", "auto") or self.source.labelled or self.parts:
@@ -377,9 +379,10 @@ class Spec:
 
     @property
     def shares_weights(self) -> bool:
-        """Tell whether the fine-tunes share merged weights and their gradients, 8 bytes an entry, in a step that fits
-        coefficients: there is room for them beside the deltas. Not on GPUs, where the sums would depend on their
-        number."""
+        """Tell whether fine-tunes share merged weights and gradients, 8 bytes an entry, when coefficients are fitted.
+
+        They do if there is room beside the deltas. They do not on GPUs, where the sums would depend on their number.
+        """
         if not self.coefficients or self.source.device != "cpu" or self.runs_together:
             return False
         return self._shared_bytes + self._held * mask_bytes(self.pruned, self._dense) <= self.source.cache
@@ -420,7 +423,7 @@ class Spec:
 
     @property
     def remark(self) -> str:
-        """Return a message about the tensors without a q of their own; "" where there is nothing to say."""
+        """Return a message about the tensors without a q of their own; "" if there are none."""
         words = in_words(self.not_calibrated)
         return f"calibration of {self.name}: {words}" if words else ""
 
@@ -450,9 +453,9 @@ class Spec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibrated:
-    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
+    """The chosen q's other than 1, by the tensor's name in the output; and the stage's record for the lock.
 
-    Tensors that calibration does not reach have the q of their method without it.
+    Tensors that calibration does not reach have the same q as without calibration.
     """
 
     q: Mapping[str, QValue]
@@ -470,10 +473,9 @@ class Calibrated:
 
 
 def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return (entries multiplied for each token, entries of the head), about. All experts count.
+    """Estimate (entries multiplied for each token, entries of the head). All experts count.
 
-    The entries are those of matrices but embeddings. Without a head the largest embedding is taken for one that is
-    tied.
+    Entries of matrices count, except embeddings. Without a head, the largest embedding counts as a tied head.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
     looked_up = {name: size for name, size in sizes.items() if EMBEDDING.search(name)}
@@ -493,7 +495,7 @@ def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
 
 
 def in_words(groups: Iterable[dict[str, Any]]) -> str:
-    """Return a message about the tensors that are divided as without calibration; "" where there are none."""
+    """Return a message about the tensors that are divided as without calibration; "" if there are none."""
     some = [group for group in groups if group["why"] != UNSCALED]
     shown = [f"{g['count']} × {g['tensors']} (q = {g['q']:.4g}: {g['why']})" for g in some[:SHOWN]]
     more = f", and {len(some) - SHOWN} more patterns" if len(some) > SHOWN else ""
@@ -522,10 +524,10 @@ def grid_step(low: float) -> float:
 
 
 def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
-    """Return about the anonymous bytes that a stage takes, with these fine-tunes side by side.
+    """Estimate the anonymous bytes of a stage, with these fine-tunes side by side.
 
-    They are masks, of which a share is `held`, of `dense` bytes an entry where they are dense; what comes and goes with
-    a walk; and freed blocks that wait in the heap.
+    They are: masks, of which a share is `held`, at `dense` bytes an entry if dense; temporary memory of a walk; and
+    freed blocks that wait in the heap.
     """
     masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)
@@ -533,8 +535,11 @@ def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
 
 
 def _passing(source: CalibrationInput) -> int:
-    """Return the bytes of a block stored and in float32, of the next one stored, and of the hidden states of a walk's
-    candidates; of pruned deltas of the largest while it is drawn."""
+    """Return the temporary bytes of a walk.
+
+    They are: a block as stored and in float32, the next block as stored, the hidden states of the candidates, and for
+    pruned deltas the largest while it is drawn.
+    """
     found = 2 * resident(source.tensors) + ahead(source.tensors) + WALKED * hidden(source)
     if source.pairs:
         found += 5 * max(math.prod(tune.shape) for tune in source.pairs)
@@ -554,7 +559,7 @@ def width(source: CalibrationInput) -> int:
 
 
 def ahead(tensors: Sequence[TensorHeader]) -> int:
-    """Return the bytes as stored of a model's largest block, or of what is outside its blocks: what is read ahead."""
+    """Return the bytes that are read ahead: a model's largest block, or the tensors outside its blocks, as stored."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stored = {tensor.name: tensor.nbytes for tensor in tensors}
     return max([outside_blocks(shapes, stored), *block_sizes(shapes, stored)])
@@ -583,7 +588,7 @@ def mask_bytes(pruned: Sequence[Pruned], dense: int = 4) -> float:
 
 
 def resident(tensors: Sequence[TensorHeader]) -> int:
-    """Return the bytes in float32 of a model's largest block and of what is outside its blocks."""
+    """Return the bytes in float32 of a model's largest block and of tensors outside its blocks."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
 

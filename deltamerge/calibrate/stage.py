@@ -58,9 +58,11 @@ def activations(*inputs: Tensor, known: Mapping[Tensor, Any], source: Calibratio
 
 @contextmanager
 def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str) -> Iterator[None]:
-    """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
-    silence transformers' advice on lengths and padding; reuse what a pass frees. InputError: the device has too little
-    memory."""
+    """Name the model in errors and in the phase of its calibration, of at most so many forward passes over the rows.
+
+    Silence transformers' advice on lengths and padding, and reuse memory that a pass frees. InputError: the device has
+    too little memory.
+    """
     with (
         quiet(),
         errors.context(f"calibration of {name}"),
@@ -117,7 +119,7 @@ def _in_turns(
 def totals(*inputs: Tensor, known: Mapping[Tensor, Any], names: tuple[str, ...], device: str) -> tuple[float, ...]:
     """Return the sums of the numbers of all blocks of all tensors, each exact and rounded once.
 
-    The inputs are a reduction to (blocks, k) float64 for each of `names`, and what they need.
+    The inputs are a reduction to (blocks, k) float64 for each of `names`, and the nodes that these need.
     """
     roots = list(zip(names, inputs, strict=False))
     with Reader() as reader:

@@ -22,8 +22,8 @@ from deltamerge.files.descriptors import writing
 from deltamerge.methods.prune import select
 from deltamerge.tensors.names import is_linear, is_unscaled
 
-FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
-MOMENTS = 7_000_000  # of those of a result's moments, which are there beside others
+FIRST = 4_000_000  # first of the numbers that name files in a spool folder
+MOMENTS = 7_000_000  # first number of files with a result's moments, which lie beside others
 
 
 def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
@@ -126,7 +126,7 @@ def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
 class Spooled:
     """Files by the tensor's name in the output and the model's number, in `folder`.
 
-    They hold moments, (in, in) float64, or squares of gradients, float32, of which `scales` has each model's mean.
+    They hold moments, (in, in) float64, or squares of gradients, float32. `scales` has each model's mean square.
     """
 
     folder: Path
@@ -142,7 +142,7 @@ class Spooled:
         return path
 
     def keep(self, name: str, model: int, moments: NDArray[np.float64]) -> None:
-        """Write those of a layer in a model."""
+        """Write the moments or squares of a layer in a model."""
         with writing():
             moments.tofile(self.begun(name, model))
 
@@ -191,8 +191,10 @@ class OfTensor:
     name: str
 
     def part(self, model: int, start: int, stop: int) -> NDArray[np.float32] | None:
-        """Return flat entries [start, stop), whose mean over the model is 1; None: no row of that model reached the
-        tensor, or its answers are so sure that their squares are no float32."""
+        """Return flat entries [start, stop), scaled to a mean of 1 over the model.
+
+        None: no row of that model reached the tensor, or its answers are so sure that squares underflow float32.
+        """
         path = self.squares.files.get((self.name, model))
         scale = np.float32(self.squares.scales.get(model, 0.0))
         if path is None or scale <= 0.0:

@@ -1,8 +1,8 @@
 """The command line: its table of commands, exit codes and errors. No other package prints or exits.
 
-A command stands in the file of its name, or in one that `FILES` names: its options and what it prints. The file is
-imported when the command is called. Other packages add commands by an entry point of the group `deltamerge.commands`,
-which is looked up for names that are not in the table, and in `--help`.
+Each command has a file with its options and its printing. The file has the command's name, unless `FILES` says
+otherwise. It is imported when the command is called. Other packages add commands by entry points of the group
+`deltamerge.commands`. They are looked up for names outside the table, and for `--help`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # errors of writing to stdout
 
 
-# The table of commands, by purpose: a command's name, and the first sentence of its help.
+# The commands by purpose, each with the first sentence of its help.
 SECTIONS = {
     "Write a recipe": {
         "init": "Write a commented first recipe for MODELS and their base.",
@@ -52,7 +52,7 @@ SECTIONS = {
     },
     "Run": {
         "merge": "Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.",
-        "run": "Merge the models of RECIPE into one that transformers loads.",
+        "run": "Merge the models of RECIPE into one checkpoint.",
         "convert": "Write MODEL to OUT in another dtype or format, without merging.",
         "serve": "Update a running vLLM server to the edited RECIPE.",
         "verify": "Check the output folder FOLDER against the hashes in its lock.",
@@ -132,7 +132,7 @@ _python_warning = warnings.formatwarning
 
 
 def _refuse(error: click.ClickException, *, machine: bool) -> int:
-    """Print what is wrong with the arguments, for a `machine` as JSON on stdout too."""
+    """Print what is wrong with the arguments. For a `machine`, also print it as JSON on stdout."""
     vars(error)["message"] = shown(error.message)
     said = io.StringIO()
     error.show(said)
@@ -144,7 +144,7 @@ def _refuse(error: click.ClickException, *, machine: bool) -> int:
 
 
 def _explain(error: Exception, *, machine: bool = False) -> int:
-    """Print why a command failed, for a `machine` as JSON on stdout too; returns its exit code."""
+    """Print why a command failed and return its exit code. For a `machine`, also print the error as JSON on stdout."""
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has closed it
         return 1
     known = error if isinstance(error, DeltamergeError) else _of_system(error)
@@ -162,10 +162,7 @@ def _say_as_json(error: DeltamergeError) -> None:
 
 
 def _of_system(error: Exception) -> DeltamergeError | None:
-    """Return the error for a fault of the system that the user can mend: a folder, a disk, memory, a name.
-
-    None: a bug.
-    """
+    """Return an error for a fault that the user can mend: a folder, a disk, memory, a name. None: it is a bug."""
     if isinstance(error, MemoryError):
         return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
@@ -177,7 +174,7 @@ def _of_system(error: Exception) -> DeltamergeError | None:
     try:
         Path.cwd()
     except OSError:
-        return InputError("the current folder is not there any more", hint="cd to one that is")
+        return InputError("the current folder no longer exists", hint="cd to a folder that exists")
     return None
 
 
@@ -199,7 +196,7 @@ def _report_bug(bug: Exception, *, machine: bool) -> int:
 
 
 class _CommandFailure(Exception):
-    """Wraps an error of a command that click would take for its own: for end of input, or a closed pipe."""
+    """Wraps an error of a command, so that click does not take it for end of input or a closed pipe."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -219,14 +216,14 @@ def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Commands(click.Group):
-    """The group of all commands. It knows their names and lines of help, and imports a command when it is called."""
+    """The group of all commands. It holds their names and help lines, and imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*HELP, *self.others]  # `list` is a command here
 
     @cached_property
     def others(self) -> dict[str, EntryPoint]:
-        """The commands of other packages by name, not imported. A warning: a name is taken."""
+        """The commands of other packages by name, not imported. Warns about a name that is taken."""
         found: dict[str, EntryPoint] = {}
         for point in plugins.points(plugins.COMMANDS):
             if point.name in HELP or point.name in found:
@@ -246,7 +243,7 @@ class Commands(click.Group):
         return self.commands.get(cmd_name)
 
     def _imported(self, name: str) -> click.Command | None:
-        """Return a command. None, and a warning: it is of another package, and cannot be used."""
+        """Return a command. Warns and returns None if it belongs to another package and cannot be used."""
         if name in HELP:
             file = importlib.import_module(f"{__name__}.{FILE_OF.get(name, name)}")
             return next(one for one in vars(file).values() if isinstance(one, click.Command) and one.name == name)
@@ -273,7 +270,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments name. One of mergekit's is refused with what to type here."""
+        """Return the command that the arguments name. mergekit's are refused, with the line to type instead."""
         if args[0] not in HELP and not args[0].startswith("-") and args[0] not in self.others:
             from difflib import get_close_matches
 

@@ -19,7 +19,7 @@ from deltamerge.errors.shown import human, shown
 def list_versions(folder: Path, as_json: bool) -> None:
     """List the versions of a chain, or the deltas of a store.
 
-    Shows how much each changes, and its size. Files that several deltas share count once.
+    Shows the size of each delta and how much it changes. Files that several deltas share count once.
     """
     from deltamerge.errors import InputError
     from deltamerge.models.chain.folder import described, head, is_chain, line, pinned
@@ -86,8 +86,8 @@ def _base(one: dict[str, Any]) -> str:
 def pin(version: Path, release: bool, quiet: bool) -> None:
     """Send the servers of a chain to VERSION and keep them there: a rollback.
 
-    Servers that follow the chain, or are given its own name, go there from any version, exactly. One that was killed
-    on its way goes there when it starts again. Trainers go on writing.
+    Servers that follow the chain, or are given its name, go to VERSION from any other version, exactly. A server that
+    was killed on its way goes there when it restarts. Trainers go on writing.
 
     \b
     deltamerge pin run/000040
@@ -106,7 +106,7 @@ def pin(version: Path, release: bool, quiet: bool) -> None:
 @click.command("squash")
 @click.argument("chain", type=FOLDER)
 @click.option("--keep", type=click.IntRange(0), required=True, help="Number of newest versions to leave as they are.")
-@click.option("--base", type=MODEL, help="Base of the chain's first version. Default: the one it names.")
+@click.option("--base", type=MODEL, help="Base of the chain's first version. Default: the base that the version names.")
 @WORKERS
 @PICKLES
 @AS_JSON
@@ -116,8 +116,8 @@ def squash(
 ) -> None:
     """Fold the older versions of CHAIN into one.
 
-    The result replaces the last of them in one step. The others are removed, and their names are refused from then on.
-    Newer versions stay as they are.
+    The result replaces the last folded version in one step. The other folded versions are removed, and their names are
+    refused from then on. Newer versions stay as they are.
     """
     with app("chain"):
         from deltamerge.apps.chain.squash import squash as squash_chain
@@ -140,8 +140,8 @@ def squash(
 def remove(delta: Path, quiet: bool) -> None:
     """Remove DELTA: the newest version of a chain, or a delta of a store.
 
-    A version with a successor is refused: remove the successor first, or fold both with `squash`. So is a folder with
-    files that no run wrote.
+    A version with a successor is refused: remove the successor first, or fold both with `squash`. A folder with files
+    that no run wrote is refused too.
     """
     from deltamerge.models.chain.publish import remove_newest
 

@@ -86,9 +86,8 @@ def command(
 def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile:
     """Return the recipe of `convert`: `passthrough` of one model (a folder, a lone file, a hub id).
 
-    It is as if it stood in this folder. torch's own files are read too. Keys of `output` that are None are left out.
-
-    RecipeError, of no line, as there is no file: a value that a recipe does not take.
+    Paths are relative to the current folder. torch's own files are read too. Keys of `output` that are None are left
+    out. RecipeError, without a line: a value that a recipe does not take.
     """
     import yaml
 

@@ -42,7 +42,7 @@ def doctor(as_json: bool) -> None:
 
 
 def findings() -> dict[str, Any]:
-    """Return what there is: a text for each subject, or a mapping of several."""
+    """Return the findings by subject: a text, or a mapping of several texts."""
     from deltamerge.engine import kernels
 
     return {

@@ -125,7 +125,7 @@ def command(
 
 
 def render_probe(found: Probe, width: int) -> str:
-    """Return perplexities, every prompt with the answers to it, and what is wrong with the merge."""
+    """Return the perplexities, each prompt with its answers, and the faults of the merge."""
     models = (found.merge, *found.parents)
     columns = [Column("perplexity"), Column("empty\nanswers"), Column("repeat\nthemselves")]
     rows: list[Row] = [(one.model, [cell(one.perplexity), str(one.empty), str(one.loops)]) for one in models]
@@ -139,7 +139,7 @@ def render_probe(found: Probe, width: int) -> str:
 
 
 def wrong_with(found: Probe) -> list[str]:
-    """Return a line for each thing that is wrong with a merge, or one that nothing is."""
+    """Return a line for each fault of a merge, or a line that says there is none."""
     name = found.merge.model
     return [f"wrong with {name}: {one}" for one in found.remarks] or [f"nothing wrong with {name} was seen"]
 

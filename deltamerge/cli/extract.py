@@ -1,4 +1,4 @@
-"""The commands extract and apply: a delta of two models, and the model of a delta."""
+"""The commands extract and apply: make a delta of two models, and put a delta on its base."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--as", "style", type=click.Choice(["slime", "slime:overwrite", "skyrl"]),
-    help="Write OUT as another project's version. If MODEL is a chain: write those of its versions that OUT lacks.",
+    help="Write OUT as another project's version. If MODEL is a chain: write its versions that OUT lacks.",
 )  # fmt: skip
 @click.option(
     "--quantized", type=MODEL, metavar="MODEL",
@@ -82,7 +82,7 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
-    help="Of a LoRA: what is stored whole, instead of --for. keep: all that changed and has no factors. heads: heads, "
+    help="Of a LoRA: what is stored whole, instead of --for. keep: all changed tensors without factors. heads: heads, "
     "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")
@@ -125,10 +125,10 @@ def extract(
 ) -> None:
     """Extract the delta of MODEL from its base: exact, pruned, or as a LoRA.
 
-    Without a density the delta is exact. With one it is pruned, and calibration rows choose q, which matters most at
-    densities near 0.01; 50 unlabelled rows do. With --budget or --ratio it holds values to add in few bits, those that
-    lose least. Several models are extracted one by one into a store, where files that several deltas share are kept
-    once.
+    Without a density the delta is exact. With a density it is pruned, and calibration rows choose q. That matters most
+    at densities near 0.01; 50 unlabelled rows are enough. With --budget or --ratio the delta holds values to add, in
+    few bits, chosen for the least loss. Several models are extracted one by one into a store, where files that several
+    deltas share are kept once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
@@ -164,7 +164,7 @@ def extract(
     if style is not None or quantized is not None:
         others = (density, method, q, values, lora, calibration, *budgets, *ratios)
         if style is not None and quantized is not None:
-            raise click.UsageError("--quantized makes a chain: then extract that one --as")
+            raise click.UsageError("--quantized makes a chain: extract that chain with --as in a second step")
         if len(models) > 1 or out is None or any(other is not None for other in others):
             flag = "--as is for one model or chain" if style is not None else "--quantized is for one chain"
             raise click.UsageError(f"{flag}, with --out; what changed is exact")
@@ -193,7 +193,7 @@ def extract(
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
     if len(sizes) > 1:
         if len(models) > 1 or after is not None:
-            raise click.UsageError("several sizes print what each would lose of one model, and make nothing")
+            raise click.UsageError("several sizes only print what each would lose, for one model")
         points = curve(models[0], base, sizes, calibration=calibration, options=Options(**options))
         _say_curve(points, as_json=as_json)
         return
@@ -268,7 +268,7 @@ def _write_as(
 
 
 def _delta_sizes(lora: str | None, budgets: Sequence[int], ratios: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the keys of a recipe's prune for --budget and --ratio; none of a LoRA."""
+    """Return the keys of a recipe's prune for --budget and --ratio. A LoRA has none."""
     if lora is not None:
         if ratios:
             raise click.UsageError("--ratio is of a delta: --lora takes --budget 20MB")
@@ -288,7 +288,7 @@ def _say_curve(points: Sequence[tuple[int, float]], *, as_json: bool) -> None:
 
 
 def _lora_size(text: str | None, budgets: Sequence[int]) -> dict[str, Any] | None:
-    """Return the keys of a recipe's output for --lora and --budget. None: there is no --lora."""
+    """Return the keys of a recipe's output for --lora and --budget. None without --lora."""
     if text is None:
         return None
     if len(budgets) > 1:

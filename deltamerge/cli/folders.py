@@ -25,8 +25,8 @@ from deltamerge.errors.shown import lines as one_a_line
 def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Check the output folder FOLDER against the hashes in its lock.
 
-    For a chain or one of its versions, also checks that each version was made from the result of the one before. For a
-    store, checks each delta.
+    For a chain or one of its versions, also checks that each version was made from its predecessor. For a store, checks
+    each delta.
     """
     from deltamerge.engine.execute import default_workers
     from deltamerge.models.chain.folder import VERSION, is_chain

@@ -1,4 +1,4 @@
-"""The command inspect: a delta in all, by layer and by tensor, as tables that fit a number of columns."""
+"""The command inspect: tables of a delta in total, by layer and by tensor."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ ABOUT_LAYERS = (
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.01,
     show_default=True,
-    help="Of the bound and the errors, with --calibration.",
+    help="Density of the bound and the errors, with --calibration.",
 )
 @click.option("--tensors", is_flag=True, help="List every tensor, not only layers.")
-@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help="Draw them on an HTML page.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help="Draw figures on an HTML page.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @DEVICE
 @WORKERS
@@ -94,7 +94,7 @@ def command(
 
 
 def render_inspect(found: Report, *, tensors: bool = False, width: int) -> str:
-    """Return the delta in all, by kind, by layer, and with `tensors` by tensor. And its layers on calibration rows."""
+    """Return tables of the delta in total, by kind, by layer, by tensor with `tensors`, and on calibration rows."""
     shorter = _Shorter([tensor.name for tensor in found.tensors])
     blocks: list[list[Row]] = [
         [("in all", _delta(found.total))],
@@ -117,7 +117,7 @@ def render_inspect(found: Report, *, tensors: bool = False, width: int) -> str:
 
 
 class _Shorter:
-    """Names without the prefix that all numbered blocks have in common, which stands for `…`."""
+    """Shortens names: `…` stands for the prefix that all numbered blocks have in common."""
 
     def __init__(self, names: Iterable[str]) -> None:
         from deltamerge.apps.report.page import stacks

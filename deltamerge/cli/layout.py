@@ -15,7 +15,7 @@ NOTHING = ("", "–")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of figures: its head, of one or two lines, and its rank. The largest rank is left out first; 0 stays."""
+    """A column of figures: its head of one or two lines, and its rank. The largest is left out first; 0 stays."""
 
     head: str
     rank: int = 0
@@ -33,10 +33,10 @@ Row = tuple[str, Sequence[str]]
 def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int) -> list[str]:
     """Return blocks of rows as lines of at most `width` columns.
 
-    Names are left, figures right. An empty line is between two blocks.
+    Names are aligned left, figures right. Blocks are separated by an empty line.
 
-    Columns without any figure are left out; where there is no room, long names are cut, then columns are left out, and
-    a last line names these. Cells may be a stranger's text.
+    Columns without any figure are left out. If there is no room, long names are cut, then columns are left out, and a
+    last line names them. Cells may hold untrusted text.
     """
     rows = [(shown(name, CELL), [shown(cell, CELL) for cell in cells]) for block in blocks for name, cells in block]
     there = [i for i in range(len(columns)) if any(cells[i] not in NOTHING for _, cells in rows)]
@@ -68,14 +68,14 @@ def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return rows of a table as lines. Long cells are cut; they may be a stranger's text."""
+    """Return rows of a table as lines. Long cells are cut; they may hold untrusted text."""
     rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def cut(text: str, most: int) -> str:
-    """Cut a text to at most so many characters. The beginning and most of the end stay."""
+    """Cut the middle out of a text that is longer than so many characters."""
     if len(text) <= most:
         return text
     end = (most - 1) * 2 // 3

@@ -1,4 +1,4 @@
-"""The commands lock and calibrate: what a recipe's inputs and rows give, written beside it."""
+"""The commands lock and calibrate: write input hashes, and q values chosen on rows, beside a recipe."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def calibrate(
 
 
 def render_calibration(found: Mapping[str, Any]) -> str:
-    """Return the chosen q of every model, its search path, and the q of every tensor that has its own."""
+    """Return the chosen q of every model, the points of its search, and each tensor's q where it differs."""
     lines = []
     for model, entry in found.items():
         path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]

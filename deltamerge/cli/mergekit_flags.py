@@ -1,4 +1,4 @@
-"""mergekit's command lines: its flags on our commands, a warning of those without effect, its commands as ours."""
+"""mergekit's command lines: accept its flags, warn about flags without effect, translate its commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 META = "deltamerge.mergekit_flags"
 _STREAMED = "tensors are streamed in tiles, and --memory caps them"
-# Flags without a meaning here, and why; docs/howto/from-mergekit.md has the same table. "--x/--no-x": both.
+# Flags without effect here, and why; docs/howto/from-mergekit.md has the same table. "--x/--no-x": both flags.
 WITHOUT_USE = {
     "--allow-crimes/--no-allow-crimes": "tensors fit by name and shape, whatever architecture they are of",
     "--async-write/--no-async-write": _STREAMED,
@@ -36,23 +36,23 @@ WITHOUT_USE = {
     "tokenizer_source in the recipe",
     "--write-model-card/--no-write-model-card": "always written",
 }
-# Those that take a value.
+# Flags without effect that take a value.
 VALUES_WITHOUT_USE = {
     "--intermediate-dir": "intermediate results lie in OUT-intermediate, or where output.path of each document says",
     "--lora-merge-cache": "adapters are added as tensors are read",
     "--lora-merge-dtype": "adapters are added in float32",
     "--write-threads": "--workers is the number of threads",
 }
-# Those of WITHOUT_USE that ask for what is done anyway.
+# Flags of WITHOUT_USE that ask for the default.
 DONE_ANYWAY = frozenset({"--copy-tokenizer", "--lazy", "--safe-serialization", "--write-model-card"})
-# Flags of mergekit-extract-lora that `extract` takes and that have no meaning there.
+# Flags of mergekit-extract-lora that `extract` accepts and that have no effect.
 OF_LORA_WITHOUT_USE = {
     "--distribute-scale/--no-distribute-scale": "both factors have the same scale",
     "--embed-lora/--no-embed-lora": "embeddings stay whole, or with --whole drop are left out",
     "--save-module": "what has no factors is in the adapter as it is",
     "--sv-epsilon": "--lora energy:0.95 leaves out small singular values",
 }
-# Flags of mergekit-evolve that `search` takes and that have no meaning there.
+# Flags of mergekit-evolve that `search` accepts and that have no effect.
 _IN_MEMORY = "candidates are judged in memory, as `study` in the recipe says"
 OF_EVOLVE_WITHOUT_USE = {
     "--batch-size": _IN_MEMORY,
@@ -76,8 +76,8 @@ _TAKE_VALUES = frozenset({
     "--batch-size", "--force-population-size", "--num-gpus", "--save-module", "--sigma0", "--strategy", "--sv-epsilon",
     "--task-search-path", "--timeout", "--wandb-entity", "--wandb-project",
 })  # fmt: skip
-# mergekit's commands, without "mergekit-": their arguments and options with what stands for each that is not given, and
-# the command here.
+# mergekit's commands, without "mergekit-": their arguments and options, each with a placeholder for a missing value,
+# and the command here.
 COMMANDS: dict[str, tuple[dict[str, str], str]] = {
     "extract-lora": (
         {"--model": "MODEL", "--base-model": "BASE", "--max-rank": "128", "--out-path": "OUT"},
@@ -118,7 +118,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 @dataclass(frozen=True, slots=True)
 class MergekitFlags:
-    """What mergekit's flags ask for where ours say nothing. `settings` are keys of the recipe."""
+    """The options that mergekit's flags ask for, used where ours are not given. `settings` are keys of the recipe."""
 
     out: str | None = None
     device: str | None = None
@@ -134,17 +134,17 @@ class MergekitFlags:
 
     @property
     def out_path(self) -> Path | None:
-        """Return the folder that is asked for."""
+        """Return the output folder."""
         return None if self.out is None else Path(self.out)
 
     @property
     def warning(self) -> str | None:
-        """Return a line about the flags that have no use."""
+        """Return a line that names the flags without effect."""
         return f"no effect here: {'; '.join(self.without_use)}" if self.without_use else None
 
 
 def given_flags(context: click.Context) -> MergekitFlags:
-    """Return the flags of mergekit's that a command was given. UsageError: a value is none."""
+    """Return the mergekit flags that a command was given. UsageError: a value is malformed."""
     given: dict[str, Any] = context.meta.get(META, {})
     settings: dict[Loc, str] = {}
     if "--random-seed" in given:
@@ -177,12 +177,12 @@ def given_flags(context: click.Context) -> MergekitFlags:
 
 
 def _done(name: str, value: Any) -> bool:
-    """Return whether a flag without use asks for nothing that differs from what is done."""
+    """Return whether a flag without effect asks for the default."""
     return value is (name in DONE_ANYWAY) if isinstance(value, bool) else False
 
 
 def mergekit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take mergekit's flags; they are not in its help."""
+    """Let a command accept mergekit's flags, without showing them in its help."""
     for name in reversed([*_GPU]):
         command = _option(f"{name}/{name.replace('--', '--no-', 1)}", default=None)(command)
     command = _without_use(WITHOUT_USE, command)
@@ -194,7 +194,7 @@ def mergekit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lora_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `extract` take the flags of mergekit-extract-lora; they are not in its help."""
+    """Let `extract` accept the flags of mergekit-extract-lora, without showing them in its help."""
     for name in ("--model", "--base-model"):
         command = _option(name)(command)
     command = _option("--max-rank", type=click.IntRange(1))(command)
@@ -205,7 +205,7 @@ def lora_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evolve_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `search` take the flags of mergekit-evolve; they are not in its help."""
+    """Let `search` accept the flags of mergekit-evolve, without showing them in its help."""
     command = _option("--max-fevals", type=click.IntRange(1))(command)
     command = _option("--storage-path")(command)
     command = _option("--random-seed", type=click.IntRange(0))(command)
@@ -222,7 +222,7 @@ def _without_use(table: Mapping[str, str], command: Callable[..., Any]) -> Calla
 
 
 def ours(name: str, arguments: Sequence[str]) -> str | None:
-    """Return our command line for one of mergekit's, or None if `name` is no command of its."""
+    """Return our command line for mergekit's command `name`. None: mergekit has no such command."""
     found = COMMANDS.get(name.removeprefix("mergekit-"))
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The commands methods and schema: what a recipe may say."""
+"""The commands methods and schema: list the methods, and print the JSON schema of a recipe."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Return every method of `merge` and `prune`, or those called `name`, in the order of the tables.
+    """Return every merge and pruning method, or the methods called `name`, in the order of the tables.
 
-    A parameter's `default` is a value, or "density" for the q of random masks. A `required` one has none. UsageError:
-    no method has that name.
+    A parameter's `default` is a value, or "density" for the q of random masks. A `required` parameter has none.
+    UsageError: no method has that name.
     """
     from deltamerge.methods.registry import MERGE, PRUNE
 
@@ -62,7 +62,8 @@ def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
 def _merge(method: MergeMethod) -> dict[str, Any]:
     """Describe a merge method.
 
-    `base`: "needed", "optional" or "a model" (an input like the others). `models`: from the least to the most.
+    `base` is "needed", "optional" or "a model" (an input like the others). `models` is the least and the largest
+    number.
     """
     return {
         "name": method.name,
@@ -101,7 +102,7 @@ def _parameter(param: Param, default: Any) -> dict[str, Any]:
 
 
 def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
-    """Return a line for each method: its name, what it needs, and what it does, as far as there is room."""
+    """Return a line for each method: its name, its needs, and as much of its summary as fits."""
     lines = []
     starts = align([(m["name"], ", ".join(m["needs"]) or "–") for methods in found.values() for m in methods])
     wide = max(map(len, starts), default=0)
@@ -113,7 +114,7 @@ def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
 
 
 def gist(summary: str, room: int) -> str:
-    """Return a summary in `room` columns: all of it, or the clauses that fill at least a third of them, or words."""
+    """Return a summary in `room` columns: whole, or cut after a clause that fills a third of them, or after a word."""
     if len(summary) <= room:
         return summary
     ends = [found.start() for found in re.finditer(r"[,;:] ", summary) if room // 3 <= found.start() <= room]
@@ -122,7 +123,7 @@ def gist(summary: str, room: int) -> str:
 
 
 def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
-    """Return the methods of one name: what each does, and for each parameter its name, default, range and meaning."""
+    """Return the methods of one name: their summaries, and each parameter's name, default, range and meaning."""
     lines: list[str] = []
     for title, key in METHODS:
         for method in found[key]:

@@ -71,7 +71,7 @@ def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[s
 
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    """Return the pruning methods that begin with the typed text, including those of other packages."""
+    """Return the pruning methods that begin with the typed text, including methods of other packages."""
     from deltamerge.methods.registry import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))
@@ -152,7 +152,7 @@ FORCE_FILES = click.option(
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 TRACK = click.option(
     "--track", metavar="TRACKER[:PROJECT]",
-    help="Log figures as they come to trackio or wandb (extras of those names), project deltamerge if not given.",
+    help="Log figures as they come to trackio or wandb (extras of the same names). Default project: deltamerge.",
     shell_complete=some("trackio", "wandb"),
 )  # fmt: skip
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
@@ -166,7 +166,7 @@ ROWS_OF_EACH = click.option(
 )  # fmt: skip
 ABOUT_ROWS = together(
     click.option(
-        "--text", multiple=True, metavar="KEY", help="Field of the rows that has the text. Twice for sentence pairs."
+        "--text", multiple=True, metavar="KEY", help="Field of the rows with the text. Twice for sentence pairs."
     ),
     click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Number of rows to use."),
     click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens per row."),
@@ -174,12 +174,12 @@ ABOUT_ROWS = together(
 
 
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that describe a recipe's `calibration`, and give the command that; its own `label` goes in."""
+    """Add the options about rows, and pass the command a recipe's `calibration`, with its own option `label` in it."""
     return _rows(command, ROWS_OF_ONE, lambda data, of: of(data))
 
 
 def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the same for rows that may be each model's own. The command gets a list, [None] without rows."""
+    """Add the same options for rows that may differ by model. The command gets a list, [None] without rows."""
     return _rows(command, ROWS_OF_EACH, lambda data, of: [of(one) for one in data or (None,)])
 
 
@@ -198,7 +198,7 @@ def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable
 def rows_in_folder(
     folder: Path | None, models: Sequence[str], *, text: tuple[str, ...], sequences: int, length: int
 ) -> list[dict[str, Any]]:
-    """Return the recipe's `calibration` of each model, whose rows lie in `folder` under its name. []: no folder."""
+    """Return each model's `calibration`: its rows lie in `folder` under its name. []: no folder is given."""
     if folder is None:
         calibration_of(None, text)
         return []
@@ -210,7 +210,7 @@ def rows_in_folder(
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
-    """Return a recipe's `calibration` from these options and `more`, which may be None. None: there is no data."""
+    """Return a recipe's `calibration` from these options and `more`. Options may be None. None: there is no data."""
     if data is None:
         if text or more.get("label"):
             raise click.UsageError("--text and --label need --calibration")
@@ -268,7 +268,7 @@ ALLOW_COMMAND = click.option(
 def tracked(
     where: str | None, name: str, config: Mapping[str, Any]
 ) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
-    """Give what logs figures at a step to the tracker of `--track`, or nowhere. Warn where that failed."""
+    """Yield a function that logs figures at a step to the tracker of `--track`, if given. Warn if logging fails."""
     if where is None:
         yield lambda figures, step: None
         return

@@ -1,4 +1,4 @@
-"""Text on stdout and stderr: results, JSON, CSV, messages, and errors with the line of a recipe that is wrong."""
+"""Text on stdout and stderr: results, JSON, CSV, messages, and errors with the faulty line of a recipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a result as one JSON object on stdout, in ASCII, so that nothing in it acts on a terminal or a CI log."""
+    """Print a result as one JSON object on stdout. As ASCII, nothing in it acts on a terminal or a CI log."""
     _say_ascii(json.dumps(value, sort_keys=True))
 
 
@@ -54,12 +54,12 @@ def _finite(value: Any) -> Any:
 
 
 def say_table(rows: Iterable[BaseModel]) -> None:
-    """Print records as CSV on stdout: a column for each field, and for each key of a field that is a mapping."""
+    """Print records as CSV on stdout: a column for each field, or for each key if the field is a mapping."""
     say_csv([dict(_columns(row.model_dump(mode="json"))) for row in rows])
 
 
 def say_csv(flat: Sequence[Mapping[str, Any]]) -> None:
-    """Print mappings as CSV on stdout: a column for each key of any."""
+    """Print mappings as CSV on stdout: a column for each key that any of them has."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
     table.writeheader()
@@ -101,7 +101,7 @@ def annotate(level: str, message: str, path: str, line: int | None = None, colum
 def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
     """Return an error as `--json` prints it.
 
-    It has the error's line, hint and exit code, and each problem of a recipe with its place.
+    It holds the error's line, hint and exit code, and the problems of a recipe with their places.
     """
     problems = error.problems if isinstance(error, RecipeError) else ()
     return {
@@ -118,7 +118,7 @@ def _problem(problem: Problem) -> dict[str, Any]:
 
 @contextmanager
 def of_command_line() -> Iterator[None]:
-    """Leave places of a recipe out of errors in this block: the command wrote it itself, and models have names."""
+    """Leave recipe lines out of errors in this block, because the command generated the recipe. Models are named."""
     try:
         yield
     except DeltamergeError as error:
@@ -127,9 +127,9 @@ def of_command_line() -> Iterator[None]:
 
 
 def complain(error: DeltamergeError, where: str) -> None:
-    """Print one error on stderr with its hint; problems of a recipe carry their own places.
+    """Print one error on stderr with its hint. Problems of a recipe carry their own places.
 
-    On a terminal this is in colour, with the recipe's lines.
+    On a terminal the error is in colour, with the recipe's lines.
     """
     if streams.is_terminal():
         progress.aside(partial(_show, error, where))
@@ -170,7 +170,7 @@ def _print(console: Console, text: Text) -> None:
 def excerpt(line: str, column: int, width: int) -> tuple[str, int]:
     """Return the part of a line around a column (from 1) that fits `width` columns of a terminal.
 
-    The second value is how many columns come before that place.
+    The second value is the number of terminal columns before the column.
     """
     from rich.cells import cell_len, set_cell_size
 

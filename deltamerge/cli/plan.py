@@ -1,4 +1,4 @@
-"""The command plan: the answer in a few lines, then tensors of one kind on one line."""
+"""The command plan: a summary of a run, then a line for each kind of tensor."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
 
 LABEL = 11  # characters before the text of a line
-# Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
-# inputs read: from whole processes of benchmarks/speed/merge_speed.py on two machines. torch computes more slowly.
+# Seconds of a run apart from its bytes, and the speeds of writing and reading as shares of a copy's speed in memory.
+# Measured on whole processes of benchmarks/speed/merge_speed.py on two machines. torch computes more slowly.
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
 PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
 BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16
-LIBRARIES = 200_000_000  # bytes of torch's and other libraries' files that a process which calibrates maps
+LIBRARIES = 200_000_000  # bytes of library files (torch and others) that a calibrating process maps
 OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
 @click.command("plan")
 @click.argument("recipe", type=RECIPE)
 @RESOURCES
-@click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
-@click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@click.option("--diff", "old", type=RECIPE, help="Print only what changed from this recipe to RECIPE, in Markdown.")
+@click.option("--graph", is_flag=True, help="Print the stages as a Mermaid flowchart.")
 @click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
 @MERGEKIT_EXACT
 @SET
@@ -110,7 +110,7 @@ def render_plan(
 ) -> str:
     """Return the plan of a run to `target` in lines of `width` characters.
 
-    `tensors`: each of them, whatever its width.
+    With `tensors`, list every tensor; those lines may be wider.
     """
     rows = _lines_of_all(described) if tensors else _lines_of_kinds(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])
@@ -166,7 +166,7 @@ def render_delta(delta: dict[str, Any]) -> str:
 
 
 def seconds(described: Mapping[str, Any]) -> float:
-    """Estimate the seconds of a run without its calibration, its inputs in the page cache.
+    """Estimate the seconds of a run without calibration, with its inputs in the page cache.
 
     The rate is measured: how fast this machine copies memory now.
     """
@@ -179,7 +179,7 @@ def seconds(described: Mapping[str, Any]) -> float:
 
 
 def copy_rate() -> float:
-    """Measure the bytes a second of a copy in memory: the best of a few of 16 MB."""
+    """Measure the bytes a second of a copy in memory: the best of a few copies of 16 MB."""
     source = b"\1" * (1 << 24)
     target, best = memoryview(bytearray(source)), float("inf")
     for _ in range(4):
@@ -190,7 +190,7 @@ def copy_rate() -> float:
 
 
 def calibration_seconds(stage: Mapping[str, Any]) -> float:
-    """Estimate the seconds of all forward passes of a stage. Products of a head are float32.
+    """Estimate the seconds of all forward passes of a stage. The head always multiplies in float32.
 
     The rate is measured: how fast this machine multiplies matrices now.
     """
@@ -200,7 +200,7 @@ def calibration_seconds(stage: Mapping[str, Any]) -> float:
 
 
 def product_rate() -> float:
-    """Measure multiply-adds a second of float32 matrix products: the best of a few of 512 × 512."""
+    """Measure the multiply-adds a second of float32 matrix products: the best of a few products of 512 × 512."""
     import numpy as np
 
     size, best = 512, float("inf")
@@ -219,7 +219,7 @@ def _duration(taken: float) -> str:
 
 
 def _of_model(tensors: list[dict[str, Any]], model: str) -> str:
-    """Return what is done to a model's tensors where it is the same for all. Of a gradient it is the range."""
+    """Return the settings that all tensors of a model share. A gradient is shown as its range."""
     texts = dict.fromkeys(
         detail.removeprefix(model).strip() for t in tensors for detail in t["sources"] if _is_of(detail, model)
     )
@@ -234,7 +234,7 @@ def _is_of(detail: str, model: str) -> bool:
 
 
 def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """Yield the future of the vocabulary, and the sources of rows for tokens that a model lacks."""
+    """Yield lines on the output's vocabulary, and on the sources of rows for tokens that a model lacks."""
     vocabulary = found["tokenizer"]
     if vocabulary is not None:
         sources = {"base": "the base's row", "one_model": "their only model's", "mean": "the mean of theirs",
@@ -271,7 +271,7 @@ def _mixture(mixture: Mapping[str, Any]) -> str:
 
 
 def _transplant(moved: Mapping[str, Any]) -> str:
-    """Say which rows a transplanted tokenizer's tokens get."""
+    """Describe the rows that a transplanted tokenizer's tokens get."""
     ways = {
         "omp": f"sums of {moved['k']} rows by matching pursuit over {moved['common']} common tokens",
         "common": f"sums of the {moved['k']} nearest of {moved['common']} common tokens",
@@ -282,7 +282,7 @@ def _transplant(moved: Mapping[str, Any]) -> str:
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
-    from deltamerge.calibrate.spec import BASELINE_BYTES  # numpy and pydantic, which --help needs not
+    from deltamerge.calibrate.spec import BASELINE_BYTES  # imports numpy and pydantic, which --help does not need
 
     blocks = f"{stage['blocks']} blocks one at a time" if stage["blocks"] else "the whole model at once"
     how = f"{stage['objective']}, scope {stage['scope']}, search {stage['search']}"
@@ -294,7 +294,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
 
 
 def _lines_of_kinds(found: Mapping[str, Any], width: int) -> Iterator[str]:
-    """Yield a line for the tensors of all layers that are alike: their name with * for numbers, and their count."""
+    """Yield a line for each kind of tensor: its name with * for layer numbers, and the count."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for tensor in found["tensors"]:
         key = (numbers_as_stars(tensor["name"]), tensor["dtype"], tuple(tensor["shape"]), tensor["method"])

@@ -1,4 +1,4 @@
-"""How far the work is, on stderr: bars on a terminal, elsewhere a line every ten seconds."""
+"""Progress on stderr: bars on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from deltamerge.files.progress import BYTES, Phase, heard
 EVERY = 10.0  # seconds between lines
 TICK = 0.125  # seconds between drawings
 SLOW = 0.5  # seconds before a phase is shown
-SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # what must have passed before the time left is estimated
+SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # seconds and share that must have passed before the time left is estimated
 APART, ALIKE = 1.0, 1.5  # seconds between two estimates that must agree, and how far the whole time may differ
 RECENT = 20.0  # seconds that a rate is measured over, or half of the time so far, if that is longer
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A phase in words: its name, the share that is done, how much of what, how fast, how long still.
+    """A phase in words: its name, the share done, the amount, the speed, and the time left.
 
-    The share is None where only a bound is known. Unknown words are "".
+    The share is None if only a bound is known. Unknown texts are "".
     """
 
     name: str
@@ -39,7 +39,7 @@ class State:
 
 @dataclass(slots=True)
 class PhaseHistory:
-    """A phase, when it had done how much, and when how much time was estimated for the whole of it."""
+    """A phase with its past amounts and its past estimates of the whole time, each with the time it was taken."""
 
     phase: Phase
     samples: deque[tuple[float, float]] = field(default_factory=deque)
@@ -71,7 +71,7 @@ class PhaseHistory:
         )
 
     def _steady(self, now: float, whole: float) -> bool:
-        """Return whether the phase lasts `whole` seconds by an earlier estimate too, and keep this one."""
+        """Return whether an earlier estimate agrees that the phase lasts `whole` seconds, and keep this estimate."""
         while len(self.estimates) > 1 and self.estimates[1][0] <= now - APART:
             self.estimates.popleft()
         known = [earlier for at, earlier in self.estimates if at <= now - APART]
@@ -80,7 +80,7 @@ class PhaseHistory:
 
 
 def amount(phase: Phase) -> str:
-    """Return how much is done, of how much; nothing where neither is known."""
+    """Return the amount done and the total as text, or "" if neither is known."""
     done = phase.reached
     if phase.total <= 0 and not done:
         return ""
@@ -91,7 +91,7 @@ def amount(phase: Phase) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """Return a time in the units that people use, to about a tenth."""
+    """Return a duration as text, such as "2 h 5 min", to about a tenth."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -109,7 +109,7 @@ def line(state: State) -> str:
 
 
 class Display(ABC):
-    """Shows every phase that lasts: a listener of phases, with a thread that prints."""
+    """Shows phases that last: a listener of phases, with a thread that prints."""
 
     def __init__(self) -> None:
         self.seen: list[PhaseHistory] = []
@@ -137,7 +137,7 @@ class Display(ABC):
             say()
 
     def close(self) -> None:
-        """Stop, and leave nothing behind."""
+        """Stop the thread and clear the display."""
         self._ended.set()
         with self._changed:
             self.clear()
@@ -153,15 +153,15 @@ class Display(ABC):
     @property
     @abstractmethod
     def every(self) -> float:
-        """Return the seconds between two looks."""
+        """Return the seconds between two updates."""
 
     @abstractmethod
     def show(self, states: list[State]) -> None:
-        """Print what phases are at."""
+        """Print the state of the phases."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Remove what does not stay."""
+        """Erase lines that shall not stay."""
 
 
 class LineDisplay(Display):
@@ -214,14 +214,14 @@ class BarDisplay(Display):
         return self._console
 
     def _erasing(self) -> str:
-        """Return the text that moves to the first line drawn, and erases all."""
+        """Return the control text that moves to the first drawn line and erases all lines."""
         return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._drawn - 1) if self._drawn else ""
 
 
 def bars(states: list[State], console: Any) -> list[str]:
     """Return the phases as lines that fit the terminal.
 
-    Where it is narrow the rate goes first, then bar, then time left.
+    On a narrow terminal the rate is left out first, then the bar, then the time left.
     """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -246,7 +246,7 @@ def bars(states: list[State], console: Any) -> list[str]:
 
 
 class BarLayout(NamedTuple):
-    """What of a phase is shown: columns of its bar, its rate, the time left."""
+    """The parts of a phase to show: columns of its bar, its rate, the time left."""
 
     bar: int
     rate: bool
@@ -280,7 +280,7 @@ def aside(say: Callable[[], None]) -> None:
 def display(*, quiet: bool, machine: bool) -> Iterator[None]:
     """Show phases on stderr while the block runs, unless it is `quiet`.
 
-    A `machine` gets results as data on stdout. It sees phases only on a terminal.
+    With `machine`, results are data on stdout, and phases are shown only on a terminal.
     """
     if quiet or (machine and not streams.is_terminal()):
         yield

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
 ABOUT_CANDIDATES = "Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
 ABOUT_NOTHING = (
-    ". Without rows it does not decide: what is kept and not rescaled has a small error, and still loses the skill"
+    ". Without rows it does not decide: a delta that is not rescaled has a small error, and still loses the skill"
 )
 ABOUT_ERRORS = (
-    "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
+    "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, share of the fine-tune's effect on held-out rows"
 )
 ABOUT_MERGES = (
     "→: recommended. lost: of the fine-tunes' effect on held-out outputs, mean and worst; alike: rows that the merge "
@@ -58,8 +58,8 @@ ABOUT_PAIRS = (
     "disturbs, disturbed: what the first does to the second's inputs, and the second to the first's, beside their own"
 )
 ABOUT_SHARES = {
-    "weights": "Shares are of each fine-tune's score: what this method kept of the benchmarks' skills. Weights alone "
-    "do not tell this merge's; rows do.",
+    "weights": "Shares are of each fine-tune's score, as this method kept skills in our benchmarks. "
+    "Rows would show what this merge keeps.",
     "answers": "Shares are of each fine-tune's score, told from its answers on these rows.",
     "numbers": "Shares are of each fine-tune's score, told from its answers on these rows.",
     "texts": "Shares are of each fine-tune's score: rows whose completion comes out token by token as its own.",
@@ -70,11 +70,11 @@ ABOUT_SHARES = {
 @click.argument("models", type=MODEL, nargs=-1, required=True)
 @BASE
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="For one MODEL: the fraction to keep."
 )
 @rows_of_each
 @click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
-@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
+@click.option("--no-fit", is_flag=True, help="For several MODELS: do not fit coefficients, the slowest step.")
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
@@ -95,8 +95,8 @@ def recommend(
     """Recommend a pruning for the delta of one MODEL, or a merge method for several MODELS.
 
     Prints the evidence and the recipe. Without --calibration, statistics of the deltas decide. With rows of text, each
-    candidate is tried and measured on each model's rows: prunings of one model, or merges at several λ and with fitted
-    coefficients.
+    candidate is measured on each model's rows. Candidates are prunings of one model, or merges at several λ and with
+    fitted coefficients.
 
     \b
     deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
@@ -193,7 +193,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
 
 
 def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
-    """Return how deltas meet: a row for each pair, the most alike first, and the two at the ends by name."""
+    """Return a table of how deltas meet: a row for each pair, the most alike first."""
     pairs = sorted(
         ((i, j) for j in range(len(models)) for i in range(j)), key=lambda pair: -found.cosine[pair[0]][pair[1]]
     )
@@ -224,7 +224,7 @@ def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
 
 
 def _skills(forecast: Sequence[SkillForecast], width: int) -> list[str]:
-    """Return what the merge will keep of each model's score."""
+    """Return a table of the share of each model's score that the merge will keep."""
     if not forecast:
         return []
     columns = [Column("expected\nshare"), Column("8 in 10\nbetween"), Column("most disturbed by", 1)]
@@ -318,8 +318,8 @@ def init(
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), NAME the last part of its path; or one file for all.",
 )  # fmt: skip
 @ABOUT_ROWS
-@click.option("--no-fit", is_flag=True, help="Fit no coefficients, which takes longest.")
-@click.option("--dry-run", is_flag=True, help="Stop before the run: the recipe is written.")
+@click.option("--no-fit", is_flag=True, help="Do not fit coefficients, the slowest step.")
+@click.option("--dry-run", is_flag=True, help="Write the recipe and stop before the run.")
 @click.option("--force", is_flag=True, help="Choose anew, and replace OUT.yaml and OUT.")
 @RESOURCES
 @PICKLES
@@ -343,7 +343,7 @@ def merge(
 ) -> None:
     """Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.
 
-    Says in five lines what was chosen, why, what each skill should keep, and what would save one that is in danger.
+    Prints the choice, its reason, the share that each skill should keep, and a remedy for a skill in danger.
 
     \b
     deltamerge merge ./math ./code --base ./base --out merged

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Warnings:
-    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before.
+    """Prints each warning of a run once: before the work if a plan is known by then, otherwise after it.
 
-    `first` is a line to print before them, once there is a plan.
+    `first` is a line to print before the warnings, once there is a plan.
     """
 
     def __init__(self, first: str = "") -> None:
@@ -28,7 +28,7 @@ class Warnings:
         self.first = first
 
     def watch(self, plan: Plan) -> Callable[[int], None]:
-        """Print those of `plan` that have not been printed yet; as `Options.watch`."""
+        """Print the warnings of `plan` that are not printed yet; serves as `Options.watch`."""
         if self.first:
             tell(self.first)
             self.first = ""
@@ -39,7 +39,7 @@ class Warnings:
         return lambda _: None
 
     def end(self, result: Result) -> None:
-        """Print those that have not been printed yet, and of what in the result is not finite."""
+        """Print the remaining warnings, and a warning about values of the result that are not finite."""
         from deltamerge.run.runner import describe_nonfinite
 
         self.watch(result.plan)
@@ -52,7 +52,7 @@ def _of_delta(delta: Summary) -> dict[str, Any]:
 
 
 def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
-    """Return the summary of a run for `--json`. It had `begun` then, by `time.monotonic`. `more` is added."""
+    """Return the summary of a run for `--json`. `begun` is its start by `time.monotonic`; `more` is added."""
     delta, quantised = result.delta, result.lock.get("quantization")
     return {
         "out": str(result.folder),
@@ -72,9 +72,9 @@ def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
 
 
 def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verbose: bool = False, **more: Any) -> None:
-    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object.
+    """Print the result of a run. `begun` is its start by `time.monotonic`; `more` is added to the JSON object.
 
-    `verbose`: of a LoRA, a line for each layer too.
+    With `verbose`, a LoRA also gets a line for each layer.
     """
     seconds = time.monotonic() - begun
     delta, quantised = result.delta, result.lock.get("quantization")
@@ -119,7 +119,7 @@ def _of_rounding(quantised: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def of_rounding(quantised: Mapping[str, Any]) -> str:
-    """Return what a rounding measured: the loss of the layers' outputs, and the share of the delta; "" for nothing."""
+    """Return the measures of a rounding as text: the loss of the layers' outputs, and the delta's share. "": none."""
     outputs, found = quantised.get("outputs"), ""
     if outputs is not None:
         found = f", of outputs {outputs['relative_error']:.3g} (nearest codes {outputs['nearest']:.3g})"
@@ -129,7 +129,7 @@ def of_rounding(quantised: Mapping[str, Any]) -> str:
 
 
 def of_lora(lora: LowRankSummary) -> str:
-    """Return what a LoRA is made of: factors, what they keep, and parts that are stored whole."""
+    """Return the contents of a LoRA as text: factors, their kept share, and parts that are stored whole."""
     ranks = [layer.rank for layer in lora.layers.values() if layer.rank]
     also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
     missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
@@ -140,7 +140,7 @@ def of_lora(lora: LowRankSummary) -> str:
 
 
 def of_layers(lora: LowRankSummary) -> Iterator[str]:
-    """Yield the energy that a LoRA keeps, layer by layer."""
+    """Yield a line for each layer of a LoRA with the energy that it keeps."""
     blocks: dict[str, list[LayerRank]] = {}
     for name, layer in lora.layers.items():
         blocks.setdefault(block_name(name) or name, []).append(layer)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from deltamerge.run.runner import Result
 
 WHOLE = 100  # percent
-PUBLISHED = "hf://"  # a recipe that someone pushed
+PUBLISHED = "hf://"  # the prefix of a recipe that was pushed to the hub
 
 
 @click.command("run")
@@ -62,7 +62,7 @@ PUBLISHED = "hf://"  # a recipe that someone pushed
 )  # fmt: skip
 @click.option("--locked", is_flag=True, help="Fail if the recipe or its inputs differ from the lock beside the recipe.")
 @click.option(
-    "--lock", "lock_path", type=FILE, metavar="PATH", help="The same, with this lock, or that of an output folder."
+    "--lock", "lock_path", type=FILE, metavar="PATH", help="The same, with this lock, or the lock of an output folder."
 )
 @MERGEKIT_EXACT
 @NONFINITE
@@ -104,7 +104,7 @@ def command(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Merge the models of RECIPE into one that transformers loads.
+    """Merge the models of RECIPE into one checkpoint.
 
     If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
 
@@ -209,7 +209,7 @@ def command(
 
 
 def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Plan) -> Callable[[int], None]:
-    """Log each percent of a plan's bytes, once. As `Options.watch`, when it has the first two."""
+    """Log each percent of a plan's bytes once. With the first two arguments bound, it serves as `Options.watch`."""
     told, done, said = watch(plan), 0, 0
 
     def step(nbytes: int) -> None:
@@ -225,7 +225,7 @@ def _watch(log: Callable[[Mapping[str, Any], int], None], watch: Watch, plan: Pl
 
 
 def _probed(result: Result, device: str) -> Probe | None:
-    """Probe a finished merge and its parents. A warning: it cannot be probed; the merge stays."""
+    """Probe a finished merge and its parents. Warn if it cannot be probed; the merge stays."""
     with app("probe"):
         from deltamerge.apps.probe import probe_models
         from deltamerge.apps.search.evaluate import open_model
@@ -243,7 +243,7 @@ def _probed(result: Result, device: str) -> Probe | None:
 
 
 def _tell_probe(found: Probe) -> None:
-    """Print perplexities and what is wrong with a merge."""
+    """Print the perplexities and the faults of a merge."""
     from deltamerge.cli.eval import wrong_with
     from deltamerge.cli.layout import cell
 

@@ -107,7 +107,7 @@ def sweep(
 
 
 def render_sweep(found: SweepResult, width: int) -> str:
-    """Return a line for each point, seeds averaged. The best is marked."""
+    """Return a line for each point, averaged over seeds. The best is marked."""
     columns = [Column(stacked(name)) for name in found.columns]
     best = dict(found.rows[found.best].labels) if found.best is not None else {}
     rows: list[Row] = []
@@ -137,9 +137,9 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _reference(goals: Any, scores: Any, base: Any, column: str) -> str:
-    """Return what the base or the fine-tunes score in a column: an objective, or a measure of one fine-tune.
+    """Return the score of the base or the fine-tunes in a column: an objective, or a measure of one fine-tune.
 
-    As of candidates, a distance is a share of the base's.
+    As for candidates, a distance is a share of the base's distance.
     """
     name, _, measure = column.rpartition(".")
     value = goals.get(column, scores.get(name, {}).get(measure))
@@ -233,7 +233,7 @@ def search(
 
 
 def render_search(found: SearchResult, width: int) -> str:
-    """Return the result, and the trials that were compared on held-out rows. → is the best."""
+    """Return the result, and the trials that were compared on held-out rows. → marks the best."""
     from deltamerge.apps.search.results import label
 
     names = list(found.chosen.params)
@@ -266,7 +266,7 @@ SHOWN = 8
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), or one file for all. Default: the recipe's calibration.",
 )  # fmt: skip
 @ABOUT_ROWS
-@click.option("--of", "skill", metavar="NAME", help="The model whose skill it is. Default: the one that loses most.")
+@click.option("--of", "skill", metavar="NAME", help="Model whose skill to explain. Default: the model that loses most.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
 @click.option("--force", is_flag=True, help="Replace the file of --plot.")
 @DEVICE
@@ -287,8 +287,8 @@ def bisect(
 ) -> None:
     """Name the model, the layers and the tensors that cost a skill of RECIPE's merge most.
 
-    Tensors are exchanged in memory for the fine-tune's own, and models left out, in at most 40 passes over its rows.
-    Nothing is labelled, and nothing is merged to a folder.
+    Tensors are exchanged in memory for the fine-tune's own, and models are left out, in at most 40 passes over its
+    rows. The rows need no labels, and no merge is written.
 
     \b
     deltamerge bisect recipe.yaml --rows rows --plot cost.svg
@@ -315,7 +315,7 @@ def bisect(
 
 
 def render_bisection(found: Bisection, width: int) -> str:
-    """Return what each skill loses, and what costs the worst most."""
+    """Return the loss of each skill, and what costs the worst skill most."""
     columns = [Column("lost")]
     rows: list[Row] = [(name, [f"{value:.1%}"]) for name, value in found.lost.items()]
     lines = [*table(columns, [rows], width), ""]
@@ -330,7 +330,7 @@ def render_bisection(found: Bisection, width: int) -> str:
                 *table([Column("lost"), Column("won")], [[_suspect(one) for one in some[:SHOWN]]], width),
                 "",
             ]
-    about = "lost: distance of outputs from the fine-tune's, of the base's; won: what is lost less so"
+    about = "lost: distance of outputs from the fine-tune's, as a share of the base's; won: by how much lost falls"
     lines += paragraph(f"{about}. {found.passes} passes over the rows of {found.skill}", width)
     lines += [f"note: {note}" for note in found.notes]
     return one_a_line([*lines, "", *paragraph(verdict(found), width)])
@@ -341,7 +341,7 @@ def _suspect(one: Suspect) -> Row:
 
 
 def verdict(found: Bisection) -> str:
-    """Return the answer in a sentence."""
+    """Return the finding in a sentence."""
     said = [f"{found.skill} loses {found.lost[found.skill]:.1%}"]
     if found.layers:
         tensor = f", there {found.tensors[0].name} ({found.tensors[0].won:.1%})" if found.tensors else ""

@@ -17,9 +17,9 @@ POLL = 0.3  # seconds between looks at a recipe
 @click.command("serve")
 @click.argument("recipe", type=MODEL)
 @click.option("--vllm", "url", metavar="URL", required=True, help="The running server, such as http://localhost:8000.")
-@click.option("--model", "folder", type=FOLDER, help="What the server serves: a result of RECIPE. Default: its target.")
-@click.option("--store", type=FOLDER, help="Where changes are written, which the server sees. Default: MODEL-hot.")
-@click.option("--watch", is_flag=True, help="Go on: update the server whenever RECIPE is saved.")
+@click.option("--model", "folder", type=FOLDER, help="Model being served, a result of RECIPE. Default: its target.")
+@click.option("--store", type=FOLDER, help="Folder for the changes, which the server must see. Default: MODEL-hot.")
+@click.option("--watch", is_flag=True, help="Keep running: update the server whenever RECIPE is saved.")
 @click.option("--undo", is_flag=True, help="Give the server the weights of MODEL again, exactly.")
 @WORKERS
 @AS_JSON
@@ -51,7 +51,7 @@ def command(
     from deltamerge.run.plans import target_of
 
     if watch and undo:
-        raise click.UsageError("--watch goes on with edits: --undo is done once")
+        raise click.UsageError("--undo runs once: leave --watch out")
     path = Path(recipe)
     server = HotServer(url, folder or target_of(read_recipe(path), None), path, store=store, workers=workers)
 

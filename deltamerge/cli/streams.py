@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEAST = 20  # columns that a terminal is taken to have, whatever it says
-PLAIN = 80  # columns where nobody says how many there are
+PLAIN = 80  # columns if the terminal does not say
 
 
 def prepare() -> None:
-    """Open every closed stream, so that no file of ours takes its number.
+    """Open every closed stream, so that no other file gets its number.
 
     Streams escape characters that they cannot encode.
     """
@@ -40,7 +40,7 @@ def prepare() -> None:
 
 
 def finish() -> OSError | None:
-    """Flush the streams; unwritable text is dropped, or the interpreter would complain on exit."""
+    """Flush the streams. Text that cannot be written is dropped, because the interpreter would complain on exit."""
     failed = None
     for stream in (sys.stderr, sys.stdout):
         try:
@@ -62,7 +62,7 @@ def to_stderr(text: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Return whether people read stderr as it is written."""
+    """Return whether stderr is a terminal."""
     try:
         return sys.stderr.isatty()
     except ValueError:  # it is closed
@@ -75,7 +75,7 @@ def moves() -> bool:
 
 
 def console() -> Console:
-    """Return a console for stderr, as the terminal can show it. NO_COLOR: without any colour or weight."""
+    """Return a console for stderr that suits the terminal. With NO_COLOR it has no colour or weight."""
     from rich.console import Console
 
     plain = bool(os.environ.get("NO_COLOR")) or not moves()

@@ -30,9 +30,11 @@ class Step:
 def steps(
     nodes: Sequence[Node], frees: Mapping[int, tuple[Node, ...]], root: Node, needless: Collection[int]
 ) -> list[Step]:
-    """The nodes of a pass with what to free after each, without needless reductions (by id) and what only these need.
+    """The nodes of a pass, each with the values to free after it.
 
-    What a left-out node would free is freed by the step before it.
+    Needless reductions (by id) and their inputs are left out.
+
+    A value that a left-out node would free is freed by the step before it.
     """
     ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
     wanted = {node for node in (root, *ends) if id(node) not in needless}
@@ -61,10 +63,10 @@ def fused_available() -> bool:
 
 
 def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
-    """ "fused" if the compiled loop can make a tensor on this device and is there, else "torch".
+    """ "fused" if the compiled loop is present and can make a tensor on this device, otherwise "torch".
 
-    Elementwise merges take as long as reading and hashing, so on "auto" the CPU's loop makes them, and torch, on a GPU,
-    what sorts rows.
+    Elementwise merges take as long as reading and hashing. So with "auto" the CPU's loop makes them, and torch on a
+    GPU makes tensors whose rows are sorted.
     """
     if device not in ("cpu", AUTO):
         return "torch"
@@ -115,7 +117,10 @@ class TorchBackend:
 
 
 class FusedBackend(TorchBackend):
-    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
+    """Passes that run whole in the compiled loop, bit-equal to torch.
+
+    If a pass fails, torch repeats it to find the error.
+    """
 
     on_gpu = False
 

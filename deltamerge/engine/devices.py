@@ -1,4 +1,4 @@
-"""A worker's way to a device: its buffers, its stream, the tiles that wait there, and the memory that there is."""
+"""A worker's access to a device: its buffers, its stream, the tiles that wait there, and the free memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from deltamerge.tensors.tiles import Tile
 
 # Bytes of a GPU for each element of a tile: stored and float32 values, and scratch inside a step.
 ALIVE = 128
-# Of a GPU's free memory tiles take at most a half, and what is kept between passes a third.
+# Tiles take at most half of a GPU's free memory, and tensors kept between passes a third.
 TILES_SHARE, KEPT_SHARE = 2, 3
 
-# The first GPU for what it does faster than the compiled loops, the CPU for the rest.
+# The first GPU for work that it does faster than the compiled loops, the CPU for the rest.
 AUTO = "auto"
 # All GPUs, as in "cuda:all".
 ALL = "all"
@@ -43,18 +43,18 @@ def torch_devices(device: str) -> tuple[torch.device, ...]:
 
 
 def torch_device(device: str) -> torch.device:
-    """The first of `torch_devices`, for what only one computes."""
+    """The first of `torch_devices`, for work that only one device does."""
     return torch_devices(device)[0]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that nobody has taken."""
+    """Free bytes of a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
 
 
 def fitting(device: torch.device, workers: int, tile_elements: int) -> int:
-    """Elements of a tile of which `workers` may hold one each at a time in half of a GPU's free memory."""
+    """Elements of a tile, so that a tile for each of `workers` fits in half of a GPU's free memory."""
     room = free_bytes(device) // TILES_SHARE
     while tile_elements > 1024 and workers * ALIVE * tile_elements > room:
         tile_elements //= 2
@@ -86,18 +86,18 @@ def pinned(nbytes: int) -> NDArray[np.uint8]:
 
 
 def new_stream(device: torch.device) -> Any:
-    """A stream of a GPU beside those that there are."""
+    """A new stream of a GPU."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one on which torch starts its kernels."""
+    """A context in which torch starts its kernels on the device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def memory_of(device: str) -> Iterator[None]:
-    """InputError instead of torch's where a GPU has too little memory for what is done."""
+    """Raise InputError in place of torch's error if a GPU has too little memory for the work."""
     try:
         yield
     except RuntimeError as error:
@@ -154,15 +154,18 @@ class Lane:
         give(memory)
 
     def flush(self) -> None:
-        """Give what has been emitted and not yet given."""
+        """Pass on the tiles that were emitted and are not yet passed on."""
 
     def wait(self) -> None:
-        """Until what was started is done, so that other lanes may use it."""
+        """Wait until all started work is done, so that other lanes may use its results."""
 
 
 class GpuLane(Lane):
-    """One worker's stream and pinned buffers, of which there are two sets: one tile's are filled while those of the
-    tile before are on their way. A finished tile is given when the next one has been sent."""
+    """One worker's stream and two sets of pinned buffers.
+
+    One tile's buffers are filled while the previous tile's are on their way. A finished tile is passed on when the next
+    tile has been sent.
+    """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader, device)
@@ -215,7 +218,7 @@ class GpuLane(Lane):
 
 
 def _give(waiting: list[tuple[Any, Any, NDArray[np.uint8], Give]]) -> None:
-    """Give memory to which tiles were copied, or whose tiles are in pinned memory beside it."""
+    """Pass on memory whose tiles were copied into it, or are in pinned memory beside it."""
     for event, host, memory, give in waiting:
         event.synchronize()
         if memory.size and host.data_ptr() != memory.ctypes.data:
@@ -224,14 +227,14 @@ def _give(waiting: list[tuple[Any, Any, NDArray[np.uint8], Give]]) -> None:
 
 
 class Room:
-    """Bytes that are left of a GPU's for what is kept there. Thread-safe."""
+    """The bytes of a GPU that are left for tensors kept there. Thread-safe."""
 
     def __init__(self, nbytes: int) -> None:
         self.left = nbytes
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Whether there is room for so many, which is then taken."""
+        """Take so many bytes if there is room, and return whether there was."""
         with self._lock:
             there = nbytes <= self.left
             self.left -= nbytes * there
@@ -261,7 +264,7 @@ class Uploads:
         return found[0]
 
     def put(self, node: Node, tile: Tile, value: Any, stream: Any) -> None:
-        """Keep a tile that `stream` has been sent, if there is room."""
+        """Keep a tile that was sent on `stream`, if there is room."""
         nbytes = value.numel() * value.element_size()
         if self.room.take(nbytes):
             event = stream.record_event()

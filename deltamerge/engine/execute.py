@@ -29,7 +29,7 @@ TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
-# On a GPU a job is so many tiles: one is read while another is computed.
+# Tiles of a job on a GPU: one is read while another is computed.
 GPU_TILES = 4
 
 
@@ -51,7 +51,7 @@ def execute(
         reader          reads the inputs
         sink            None: all roots are small or reductions
         device          "cpu" or GPUs;  workers   threads, of GPUs at least one each
-        tile_elements   of a tile; None: the device's own
+        tile_elements   elements of a tile; None: the device's default
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
         done            done(name, offset, nbytes): whether the sink has these bytes already (from an interrupted run)
@@ -82,7 +82,7 @@ def execute(
 
 @dataclass(eq=False)
 class _Engine:
-    """A queue of jobs in planned order; a pass of a tensor starts when the one before is complete."""
+    """A queue of jobs in planned order. A pass of a tensor starts when the previous pass is complete."""
 
     upcoming: Iterator[Task]
     reader: Reader
@@ -108,7 +108,7 @@ class _Engine:
                 thread.start()
             for thread in threads:
                 thread.join()
-        except BaseException as interruption:  # whoever called closes what the threads write to: first they end
+        except BaseException as interruption:  # the threads must end before the caller closes the sink
             self._fail(interruption)
             with self.changed:  # not by join: after an interrupted one Python 3.11 takes the thread for ended
                 while self.working:
@@ -279,7 +279,7 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
 
 
 def _share(root: Node, values: dict[Node, Any]) -> None:
-    """Add to `values` those of one root."""
+    """Add the values of one root to `values`."""
     tiled: set[Node] = set()
     for node in depth_first(root):
         if node.kind == "stage":
@@ -293,7 +293,7 @@ def _share(root: Node, values: dict[Node, Any]) -> None:
 
 
 def _staged(stage: Node, values: dict[Node, Any]) -> Any:
-    """The value of a stage; adds to `values` those of its inputs that need no tile."""
+    """The value of a stage. Adds the values of its inputs that need no tile to `values`."""
     small = [source for source in stage.inputs if source.kind in ("small", "stage")]
     for source in small:
         _share(source, values)
@@ -342,4 +342,4 @@ class _Buffers:
         return self.buffers[name][offset : offset + nbytes]
 
     def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Nothing: what was lent is the tensor itself."""
+        """Do nothing, because the lent memory is the tensor itself."""

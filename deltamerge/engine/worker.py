@@ -1,7 +1,7 @@
-"""Tasks, the jobs that they are cut into, and what one thread does with a job.
+"""Tasks, the jobs that they are cut into, and the work of a thread on a job.
 
-It copies bytes, or computes tiles on its device and gives them to the sink. A `whole` function reads its inputs through
-a `Source` each, which computes the tiles that it asks for.
+A thread copies bytes, or computes tiles on its device and passes them to the sink. A `whole` function reads each input
+through a `Source`, which computes the requested tiles.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Task:
 class Running:
     """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for.
 
-    device   of a task on a GPU the one that does all of it, where its tiles are kept; else "cpu", for any worker
+    device   for a task on a GPU, the device that does all of it and keeps its tiles; otherwise "cpu", for any worker
     """
 
     task: Task
@@ -89,7 +89,7 @@ class Running:
                 parts[start] = value
 
     def reduced(self) -> None:
-        """Make the values of the pass's reductions of what its jobs have given."""
+        """Compute the values of the pass's reductions from the results of its jobs."""
         for node in (item.node for item in self.steps if item.node.kind in REDUCTIONS):
             parts = [part for _, part in sorted(self.partials[id(node)].items())]
             self.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
@@ -125,7 +125,7 @@ class Making:
     stopped: Callable[[], bool]
 
     def value(self, node: Node, nodes: Sequence[Node], values: Mapping[int, Any]) -> Any:
-        """The value of a `whole` node; `nodes` are those of its pass, `values` those of earlier ones."""
+        """The value of a `whole` node. `nodes` are the nodes of its pass, `values` the values of earlier nodes."""
         tiled = [n for n in nodes if n.kind in TILED]
 
         def given(source: Node) -> Any:
@@ -145,9 +145,9 @@ class Source:
     """The values of a node that has tiles, over any range; nothing is kept between two reads.
 
     making    how tiles are computed
-    node      whose values these are
-    steps     what computes them
-    values    of small nodes and of reductions
+    node      the node with these values
+    steps     the steps that compute them
+    values    values of small nodes and of reductions
     """
 
     making: Making
@@ -268,7 +268,7 @@ class Worker:
         lane.flush()
 
     def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
-        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
+        """Half the elements of a tile that did not fit in a GPU's memory. InputError: it was one block."""
         block = block_elements(tile.shape)
         if tile.size <= block:
             raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")

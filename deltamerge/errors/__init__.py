@@ -47,7 +47,7 @@ GO_ON = "run the same command again"
 
 @contextmanager
 def interruptible(left: Callable[[str], str]) -> Iterator[None]:
-    """Add to a Ctrl-C a word on its remains: `left` of the words that it has from inside the block, or of ""."""
+    """Add to a Ctrl-C in this block a line on what it leaves: `left` of the line from an inner block, or of ""."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -56,7 +56,7 @@ def interruptible(left: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def after_folders(made: Iterable[object]) -> Iterator[None]:
-    """Say of a Ctrl-C, besides the words of the block inside, that these folders are complete."""
+    """Say of a Ctrl-C in this block that these folders are complete, besides the line from inside."""
     names = [str(folder) for folder in made]
 
     def left(said: str) -> str:
@@ -105,7 +105,7 @@ class Problem:
 
 
 class RecipeError(DeltamergeError):
-    """Every problem of one recipe at once. `hint` is the first that a problem has."""
+    """Every problem of one recipe at once. `hint` is the first hint of the problems."""
 
     def __init__(self, path: str, problems: Sequence[Problem]) -> None:
         hint = next((problem.hint for problem in problems if problem.hint), None)
@@ -133,7 +133,7 @@ class RecipeError(DeltamergeError):
 
 @contextmanager
 def context(where: str) -> Iterator[None]:
-    """Add a place (a file, a model, a tensor) to any error that passes through, where it is not its first already."""
+    """Add a place (a file, a model, a tensor) to any error that passes through, unless its first place is the same."""
     try:
         yield
     except RecipeError:
@@ -146,7 +146,7 @@ def context(where: str) -> Iterator[None]:
 
 @contextmanager
 def app(name: str) -> Iterator[None]:
-    """Import an app in this block. InputError: its folder, or that of an app below it, is not installed."""
+    """Import an app in this block. InputError: its folder, or the folder of an app below it, is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""Code of other packages: the entry points that they declare, and whose code failed.
+"""Code of other packages: their entry points, and whose code raised an error.
 
-A package adds methods by the group `deltamerge.methods` and commands by `deltamerge.commands`. What cannot be used is a
-warning, so that one broken package stops no run of what does not need it.
+A package adds methods by the group `deltamerge.methods` and commands by `deltamerge.commands`. An entry point that
+cannot be used is a warning, so that a broken package stops only runs that need it.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def refuse(point: EntryPoint, why: str) -> None:
 
 
 def loaded(point: EntryPoint) -> Any:
-    """Return what an entry point names; None, and a warning, where it cannot be imported."""
+    """Return the object of an entry point. Warns and returns None if it cannot be imported."""
     try:
         return point.load()
-    except Exception as error:  # whatever a package of somebody else raises while it is imported
+    except Exception as error:  # importing another package may raise anything
         refuse(point, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         return None
 
 
 def misfit(function: object, inputs: Sequence[str], named: Iterable[str]) -> str | None:
-    """Return why a package's function cannot be called with these arguments by position and by name; None: it can."""
+    """Return why a package's function cannot be called with these positional and named arguments. None: it can."""
     if not callable(function):
         return "its function is none"
     try:
@@ -82,7 +82,7 @@ class Culprit:
 
 
 def culprit(error: BaseException) -> Culprit | None:
-    """Return whose code an error went through last, of packages with entry points; None: of no such package."""
+    """Return the package with entry points whose code raised an error. None: no such package was involved."""
     owners = {point.module.partition(".")[0]: package_of(point) for point in _all_points()}
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):

@@ -59,7 +59,7 @@ def refuse_taken(path: Path, *, new: bool = False) -> None:
 
 
 def sweep(folder: int, name: str = "") -> None:
-    """Remove what killed writers of the file `name` left in an open folder; of every file if no name is given."""
+    """Remove leftovers of killed writers of the file `name` in an open folder; of all files without a name."""
     start = f".{name[:48]}." if name else "."
     for entry in os.listdir(folder):
         if not (entry.startswith(start) and PASSING.fullmatch(entry)):

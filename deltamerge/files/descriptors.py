@@ -50,7 +50,7 @@ def input_error(error: OSError) -> InputError:
 
 
 def output_error(error: OSError) -> OutputError:
-    """Return the OutputError for an OSError on a target, with what to do."""
+    """Return the OutputError for an OSError on a target, with a hint."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
     return OutputError(f"cannot be written: {reason}", hint=hint)
 
@@ -322,7 +322,7 @@ def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: i
         done += len(piece)
 
 
-# What lies in a folder; nothing is followed that is a link.
+# The content of a folder; links are not followed.
 
 
 DEEPEST = 4  # folders inside one another

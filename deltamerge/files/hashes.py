@@ -1,6 +1,6 @@
-"""Hashes of files: of one that is written, of one that is read, and whether one has changed since.
+"""Hashes of written files and of read files, and checks for later changes.
 
-An output has a BLAKE3. Whether it has changed is told by its seal, which every change breaks, else by its hash.
+An output has a BLAKE3. Its seal, which every change breaks, or its hash tells whether it has changed.
 An input has the XXH3-128 of the XXH3-128 digests (in canonical form) of its pieces of 64 KiB, the last perhaps shorter.
 A merge computes those while it reads the file anyway. A file in the hub's cache has the hub's own hash for a name.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
-# Pieces per read, of those that must still be read.
+# Pieces per read, among pieces that must still be read.
 AT_ONCE = 64
 
 
@@ -112,7 +112,7 @@ def learn(known: Digests, wanted: NDArray[np.bool_], read: Callable[[int, Any], 
 
 
 def size_of(known: Digests, wanted: NDArray[np.bool_]) -> int:
-    """Return bytes of the `wanted` pieces of a file, whose last may be shorter."""
+    """Return the number of bytes in the `wanted` pieces of a file. The last piece may be shorter."""
     short = -known.size % PIECE_BYTES if len(wanted) and wanted[-1] else 0
     return int(wanted.sum()) * PIECE_BYTES - short
 
@@ -242,7 +242,7 @@ def sha256_of(path: Path) -> str | None:
 
 
 def check_blobs(paths: Iterable[Path], workers: int) -> None:
-    """Hash the files of the hub's cache among `paths`. InputError: one differs from what the hub has."""
+    """Hash the files of the hub's cache among `paths`. InputError: a file differs from the hub's."""
     from concurrent.futures import ThreadPoolExecutor
 
     blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}

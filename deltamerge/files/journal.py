@@ -78,7 +78,7 @@ SUMS = (2, 9)  # numbers of a coded unit: plain, and with what a rounding measur
 
 
 def _is_sums(start: Any, sums: Any) -> bool:
-    """Return whether a unit of a coded weight has its start, and two sums, or those of a rounding."""
+    """Return whether a unit of a coded weight has its start, and two sums or a rounding's sums."""
     whole = type(start) is str and start.isdecimal() and len(start) < 20
     some = type(sums) is list and len(sums) in SUMS
     return whole and some and all(type(x) is float and 0 <= x < math.inf for x in sums)

@@ -69,10 +69,10 @@ class Outbox:
     is short. The page cache serves where direct writes are impossible: a file system in memory, a system other than
     Linux, the partial pages at a buffer's ends.
 
-        wrote(file, position, nbytes)   is called with what has been written
+        wrote(file, position, nbytes)   is called for written bytes
         reach(file, position)           returns up to where the bytes that follow have been written
-        room                            bytes on their way at most
-        allocate(nbytes)                makes memory, such as a GPU writes to
+        room                            most bytes on their way
+        allocate(nbytes)                makes memory, for example for a GPU
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Outbox:
         self._free: list[NDArray[np.uint8]] = []
         self._bytes = self._busy = 0
         self._closed = False
-        self._awaited: tuple[str, int, int] | None = None  # what `follow` waits for
+        self._awaited: tuple[str, int, int] | None = None  # the position that `follow` waits for
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -200,7 +200,7 @@ class Outbox:
         return ready if ready == stop or ready - position >= READ else None
 
     def _is_starved(self) -> bool:
-        """Return whether who hashes waits for bytes that are not there; not if it only has not yet woken."""
+        """Return whether the hasher waits for missing bytes. It does not count if it only has not woken yet."""
         return self._awaited is not None and self._found(*self._awaited) is None
 
     def _forget(self) -> None:
@@ -239,7 +239,7 @@ class Outbox:
                 self._release(sent)
 
     def _tell(self, file: str, position: int, nbytes: int) -> None:
-        """Report what has been written, and wake `follow` if it waits for it."""
+        """Report written bytes, and wake `follow` if it waits for them."""
         self._wrote(file, position, nbytes)
         with self._changed:
             if self._awaited is None or not self._is_starved():

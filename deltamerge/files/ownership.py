@@ -1,10 +1,10 @@
-"""Who made an output or a file beside a user's, and whether a command may put its own in the place.
+"""The makers of outputs and of files beside a user's file, and whether a command may replace them.
 
-The lock of an output names its maker: the command, the name of the recipe's file, the models. Where the recipe lies is
-no part of an output, whose bytes are the same on every machine: it is noted on the folder, as a hash in an attribute,
-where the file system has attributes.
+The lock of an output names its maker: the command, the name of the recipe's file, the models. The recipe's place is not
+in the output, whose bytes are the same on every machine. It is stored on the folder, as a hash in an attribute, if the
+file system has attributes.
 
-A file beside a user's, under a name that follows from his, ends in a mark: a last line with the hash of its text. It is
+A file beside a user's file, with a name derived from it, ends in a mark: a last line with the hash of its text. It is
 replaced only while it is unchanged.
 """
 
@@ -143,7 +143,7 @@ NOTE = b"user.deltamerge.place"
 WORKERS = 4
 COMMENTS = {".svg": ("<!-- ", " -->")}  # of all others: #
 WORDS = "written by deltamerge, which replaces it while it is unchanged: "
-MOST = 1 << 26  # bytes of a file that may be one of these
+MOST = 1 << 26  # most bytes of a marked file
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +151,11 @@ class Maker:
     """A command as the maker of an output.
 
     command   run, extract, …
-    recipe    the name of the recipe's file; "" where there is none
-    document  the name of a document that others need; "" of the output
-    models    what it is made of, as the recipe names it
-    place     a hash of where the recipe lies, seen from the output; of a command without one, of where its models lie
-    own       the output lies where the recipe puts it unasked
+    recipe    the name of the recipe's file; "" without a file
+    document  the name of a document that others need; "" for the output
+    models    the models, as the recipe names them
+    place     a hash of the recipe's place relative to the output; for a command without a recipe, of its models' places
+    own       the output lies at the recipe's default place
     """
 
     command: str
@@ -166,7 +166,7 @@ class Maker:
     own: bool = False
 
     def describe(self) -> dict[str, str]:
-        """Return the maker's entry of a lock, which is the same wherever the recipe lies."""
+        """Return the maker's entry in a lock. It does not depend on the recipe's place."""
         said = {"command": self.command, "recipe": self.recipe, "document": self.document}
         return {key: value for key, value in said.items() if value}
 
@@ -176,10 +176,10 @@ class Maker:
             os.setxattr(folder, NOTE, self.place.encode())
 
     def owns(self, folder: Path) -> bool:
-        """Return whether an output is of this maker, whose recipe may have said something else then.
+        """Return whether this maker made an output, perhaps with an earlier text of the recipe.
 
-        Where the lock does not name its maker, or no place is noted, the models must tell: all of a command's, two of a
-        recipe's, none where the output lies where the recipe puts it. InputError: the folder has no lock.
+        If the lock does not name its maker, or no place is stored, models must agree: all models of a command, two of a
+        recipe, none if the output lies at the recipe's default place. InputError: the folder has no lock.
         """
         lock = read_lock(folder / LOCK_NAME)
         said = lock.get(MADE_BY)
@@ -193,7 +193,7 @@ class Maker:
 
 
 def place_of(path: Path, folder: Path) -> str:
-    """Return a hash of where `path` lies, seen from the folder that `folder` is in."""
+    """Return a hash of the place of `path` relative to the parent of `folder`."""
     seen = os.path.relpath(Path(os.path.realpath(path.parent)) / path.name, os.path.realpath(folder.parent))
     return place_named(os.fsencode(seen))
 
@@ -224,8 +224,8 @@ Seals = dict[str, Seal]
 class Guard:
     """The part of `target` that a command may replace: the content when the command began.
 
-    maker    whose earlier output it may replace unasked; None: nobody's
-    began    the content then; None: nothing
+    maker    the maker whose earlier output may be replaced; None: nobody's
+    began    the content when the command began; None: nothing
     keeping  a context in which the target may be replaced. OutputError: it never is, or not now.
     """
 
@@ -308,7 +308,7 @@ def stamp(target: Path) -> Stamp | None:
 
 
 def has_weights(lock: Path) -> bool:
-    """Return whether a lock belongs to the output that it lies in: some weights of its list are there."""
+    """Return whether a lock belongs to its folder: some of its listed weights are present."""
     try:
         outputs = read_lock(lock)["outputs"]
     except InputError:
@@ -344,8 +344,8 @@ def refuse_others(
 ) -> None:
     """Raise OutputError if `path` is a link, a folder, or a file that was not written for the recipe file named `of`.
 
-    So is a file that somebody has changed since. `force` lets any file be replaced. `unmarked` tells whether a file
-    without a mark is of an earlier version.
+    A file that was changed since is refused too. `force` lets any file be replaced. `unmarked` tells whether a file
+    without a mark comes from an earlier version.
     """
     with errors.context(str(path)):
         refuse_taken(path)
@@ -372,7 +372,7 @@ def _mark(path: Path, text: bytes, of: str) -> bytes:
 
 
 def _parted(raw: bytes) -> tuple[bytes, bytes]:
-    """Return the text of a file, and from its mark on what follows; nothing if there is no mark."""
+    """Return the text of a file before its mark, and the rest from the mark on; "" if there is no mark."""
     at = raw.rfind(WORDS.encode())
     begin = raw.rfind(b"\n", 0, at) + 1 if at >= 0 else len(raw)
     return raw[:begin], raw[begin:]

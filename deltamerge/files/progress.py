@@ -1,7 +1,7 @@
 """Progress of long work: phases with a name, a total and the part that is done.
 
-The function that works opens a `phase` and steps it; a listener sees phases. Without a listener nothing is said.
-Functions deep below are not handed the phase: `here` is the phase of their thread.
+The working function opens a `phase` and steps it, and a listener sees phases. Without a listener nothing is shown.
+Functions deep below get the phase of their thread from `here`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PASSES = "passes"
 class Phase:
     """A piece of work. Thread-safe.
 
-    name    what is done, as "hashing"
-    total   how much of it there is, in `unit`; 0 where that is unknown
-    unit    "bytes", or what is counted, as "passes"
-    bound   whether `total` is the most that there can be
-    done    how much of it has been done
-    ahead   how much of the next step has been done
-    begun   when it began, by `time.monotonic`
+    name    the work, such as "hashing"
+    total   its amount in `unit`; 0 if unknown
+    unit    "bytes", or the counted things, such as "passes"
+    bound   whether `total` is only an upper bound
+    done    the amount done
+    ahead   the amount done of the next step
+    begun   its start by `time.monotonic`
     """
 
     name: str
@@ -114,6 +114,6 @@ def joined(one: Phase) -> Iterator[None]:
 
 
 def here(unit: str = BYTES) -> Phase:
-    """Return the phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
+    """Return the phase that this thread works for, if it counts in `unit`; otherwise a phase without listeners."""
     one = _here.phases[-1] if _here.phases else None
     return one if one is not None and one.unit == unit else Phase("", 0, unit)

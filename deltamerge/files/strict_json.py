@@ -63,7 +63,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 class SharedParts:
-    """Reads JSON objects that have large parts in common: a part whose text was read before is that very value.
+    """Reads JSON objects that share large parts. A part with a known text is not parsed again.
 
     Texts are kept up to the size of one file.
     """
@@ -73,7 +73,10 @@ class SharedParts:
         self._left = MAX_BYTES
 
     def read(self, path: Path, inside: str) -> dict[str, Any]:
-        """Read as `read_json` does. The parts are the values of the object, and those under its key `inside`."""
+        """Read like `read_json`.
+
+        The shared parts are the values of the object, and the values under its key `inside`.
+        """
         return _read(path, lambda raw: self._parsed(raw, inside))
 
     def _parsed(self, raw: bytes, inside: str) -> dict[str, Any]:
@@ -86,10 +89,10 @@ class SharedParts:
                 return value
         except (ValueError, IndexError, RecursionError):
             pass
-        return parse_json(raw)  # which says what is wrong with it
+        return parse_json(raw)  # which finds the fault
 
     def _object(self, text: str, at: int, place: str, inside: str) -> tuple[dict[str, Any], int]:
-        """Return the object at a place of a text, and where it ends. ValueError, IndexError: there is none."""
+        """Return the object at a place of a text, and its end. ValueError, IndexError: there is none."""
         table: dict[str, Any] = {}
         at = _gap(text, _after(text, at, "{"))
         while text[at] != "}":

@@ -2,25 +2,26 @@
 
 Beside the target NAME there is `.NAME.partial`:
 
-    deltamerge       the mark by which it is ours
-    lock             held while a run uses the folder; the system lets go of it when a process dies
-    journal          what a run has finished; journal-2-of-8: what part 2 of 8 has
+    deltamerge       the mark of our folders
+    lock             held while a run uses the folder; the system releases it when a process dies
+    journal          the finished work of a run; journal-2-of-8: of part 2 of 8
     part-2-of-8.lock held while that part runs
     calibration.lock and .rows: calibrated q's
     delta-spool/     finished tensors of an artifact
-    out/             what becomes the target; once it has changed places with a target, the old one
-    old/             the replaced target, for the moment between two renames, where places cannot be changed
+    out/             the future target; after an exchange with an old target, the old target
+    old/             the replaced target, between two renames, on systems that cannot exchange two folders
 
-A run that is killed leaves one of these, and whatever command comes next puts it right:
+A killed run leaves one of these states, and the next command repairs it:
 
-    no journal says that work is done: there is nothing to keep
-    out/ is there: the next run goes on with the work, or --finish
-    out/ is not there, or is the folder that was the target when the journal's last record named the new one: the target
-    is complete, and only the work folder has to go
-    old/ is there and the target is not: it is put back
+    no journal records finished work: there is nothing to keep
+    out/ exists: the next run, or --finish, continues the work
+    out/ is missing, or is the old target that the journal's last record names: the target is complete, and only the
+    work folder must be removed
+    old/ exists and the target does not: old/ is put back
 
-The folder is marked as ours, opened through no link, and cleared only of files that runs write. A cloned repository may
-contain a link of that name, or a folder with links in it; users may have such a folder, or keep files in ours.
+The folder carries our mark, is never opened through a link, and is cleared only of files that runs write. A cloned
+repository may contain a link of that name, or a folder with links in it; users may have such a folder, or keep files in
+ours.
 """
 
 from __future__ import annotations
@@ -241,12 +242,12 @@ def workspace(
         force    replace a target, and discard the work of an earlier run
         resume   continue the work of an earlier run
         part     "2-of-8": share the folder with other parts
-        finish   take over what the parts left
-        guard    what may be replaced unasked; None: nothing
+        finish   take over the finished parts
+        guard    the content that may be replaced; None: nothing
 
-    When the work ends without `publish`, the folder stays if there is work to resume, else it is removed. OutputError:
-    the target is a file, or not empty and may not be replaced; the work folder is not ours; another run uses it; or an
-    earlier run left work (without `resume` or `force`).
+    When the work ends without `publish`, the folder stays if there is work to resume; otherwise it is removed.
+    OutputError: the target is a file, or not empty and may not be replaced; the work folder is not ours; another run
+    uses it; or an earlier run left work (without `resume` or `force`).
     """
     resolved, state = Path(os.path.realpath(target)), state_of(target)
     _check_name(resolved)
@@ -359,11 +360,11 @@ def _journals(state: Path) -> list[list[dict[str, Any]]]:
 
 
 def _settle(state: Path, target: Path, *, idle: bool = True) -> None:
-    """Repair what a killed run left, if no run is active.
+    """Repair the leftovers of a killed run, if no run is active.
 
-    A replaced target gets its name back if the new one has not got it yet; the work folder is removed if the new one
-    has, or if the folder is `idle` and without work. A part of a run leaves a folder without work alone: other parts
-    may be starting in it.
+    A replaced target gets its name back if the new target does not have it yet. The work folder is removed if the new
+    target has its name, or if the folder is `idle` and without work. A part of a run leaves a folder without work
+    alone, because other parts may be starting in it.
     """
     if not idle and not _has_ended(state, target):
         return
@@ -490,7 +491,7 @@ def hold(state: Path, name: str, target: Path, *, shared: bool = False) -> Itera
         os.close(fd)  # a run that has just ended removed the file
     try:
         if not shared:
-            with suppress(OSError):  # the holder is only shown in messages; a full disk is reported by what needs it
+            with suppress(OSError):  # the holder is only shown in messages; a full disk is reported by the next write
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         with writing(state):
@@ -548,7 +549,8 @@ def mark(state: Path) -> None:
 def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
     """Remove run files from the work folder `state`. OSError: some could not be removed.
 
-    Journals go first, since they describe the other files. The journal that says that all is done goes last of them.
+    Journals are removed first, because they describe the other files. The journal that records the end is the last of
+    them.
     """
     with opened(state, _FOLDER) as folder:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
@@ -561,9 +563,9 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
 
 
 def remove(state: Path) -> None:
-    """Remove the work folder as far as it is ours; the caller holds its lock.
+    """Remove our files and the work folder. The caller holds its lock.
 
-    The mark and the lock go last, so that what a killed process leaves is still recognised as ours.
+    The mark and the lock are removed last, so that leftovers of a killed process are still recognised as ours.
     """
     with suppress(OSError):
         clear(state)
@@ -620,7 +622,7 @@ def _foreign(folder: int, name: str) -> list[str]:
 
 
 def _empty(folder: int, name: str) -> None:
-    """Remove what runs wrote from a folder of the work folder. OSError: some could not be removed."""
+    """Remove files of runs from a folder of the work folder. OSError: some could not be removed."""
     for inner, one, mode, ours, _ in _walk(folder, name):
         if ours and stat.S_ISDIR(mode):
             os.rmdir(one, dir_fd=inner)
@@ -629,7 +631,7 @@ def _empty(folder: int, name: str) -> None:
 
 
 def _is_part(name: str, mode: int, inside: str) -> bool:
-    """Return whether an entry is the folder of a component of what was made."""
+    """Return whether an entry is the folder of a component of the output."""
     return inside in (OUT, OLD) and stat.S_ISDIR(mode) and is_plain_folder(name)
 
 

@@ -36,8 +36,8 @@ class NonFinite(NamedTuple):
 def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
     """NaNs and infinities among the elements whose bytes are `raw`, of the safetensors dtype `dtype`.
 
-    Two integer maxima settle the usual case: the bits of positive values are ordered as signed integers, those of
-    negative values as unsigned ones.
+    Two integer maxima settle the usual case: the bits of positive values sort as signed integers, the bits of negative
+    values as unsigned integers.
     """
     if dtype not in INFINITY or not raw.size:
         return NonFinite(0, 0)
@@ -72,14 +72,14 @@ class Audit:
     """A thread that hashes `files` of `folder` as they are written; a file is (name, size, its tensors in order of
     place).
 
-    It reads the memory that is on its way through `outbox`. What an earlier run wrote, or what was written long before
-    its turn, it reads from the file.
+    It reads the memory that is on its way through `outbox`. Bytes of an earlier run, or bytes written long before their
+    turn, are read from the file.
     """
 
     def __init__(
         self, folder: Path, files: Iterable[tuple[str, int, Sequence[TensorSpan]]], outbox: Outbox, threads: int = 1
     ) -> None:
-        """`threads`: those that hash a piece together."""
+        """`threads`: the threads that hash a piece together."""
         self._threads = threads
         self._folder, self._files, self._outbox = folder, list(files), outbox
         self._found = Findings()

@@ -1,4 +1,4 @@
-"""A model's folder by its own word: its config, its components, the front matter of its card, a running sum's file.
+"""The descriptions in a model's folder: its config, its components, the front matter of its card, a running sum's file.
 
 A diffusers pipeline lists its components in model_index.json (`unet`, `vae`, `text_encoder`), a sentence-transformers
 model its modules in modules.json (``, `1_Pooling`, `2_Dense`). A tensor of a component is named by its folder, a slash
@@ -54,12 +54,12 @@ class Component:
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, name: str) -> str:
-        """The name, or path below the model's folder, of what is called `name` in this component."""
+        """The name, or path below the model's folder, of the item `name` in this component."""
         return f"{self.folder}/{name}" if self.folder else name
 
     @property
     def single(self) -> str:
-        """The path of the weight file where there is only one."""
+        """The path of the weight file, if there is only one."""
         return self.at(f"{self.stem}{self._dotted}.safetensors")
 
     @property
@@ -77,9 +77,9 @@ class Component:
 
 
 def named_by(source: str, folder: str = "") -> Component:
-    """The component whose weight file or index is called `source`; its output is called so too, as safetensors.
+    """The component with the weight file or index `source`; its output has the same name, as safetensors.
 
-    A plain transformers model has `model.safetensors` whatever its variant, which is what loads without further words.
+    A plain transformers model gets `model.safetensors` whatever its variant, which loads without further arguments.
     """
     if pickled := _PICKLED.fullmatch(source):
         stem = "model" if pickled["stem"] == "pytorch_model" else pickled["stem"]
@@ -91,7 +91,7 @@ def named_by(source: str, folder: str = "") -> Component:
 
 
 def is_composed(names: Collection[str]) -> bool:
-    """Whether a model's file names are those of a model of several components."""
+    """Whether a model's file names show a model of several components."""
     return PIPELINE in names or MODULES in names
 
 
@@ -117,7 +117,7 @@ def listed_folders(path: Path) -> list[str]:
 
 
 def check_folder(path: Path, folder: str) -> bool:
-    """Whether the folder of a component is there. InputError: it is, or lies behind, a link that leaves the model's."""
+    """Whether the folder of a component exists. InputError: it is, or lies behind, a link out of the model's folder."""
     at = path
     for part in folder.split("/"):
         at = at / part
@@ -131,7 +131,7 @@ def folders_of(components: Iterable[Component]) -> tuple[str, ...]:
 
 
 def split(name: str, folders: Sequence[str]) -> tuple[str, str]:
-    """The folder of a tensor's component, of those that `folders_of` gives, and its name there."""
+    """The folder of a tensor's component, from `folders_of`, and the tensor's name there."""
     for folder in folders:
         if name.startswith(folder) and name[len(folder) : len(folder) + 1] == "/":
             return folder, name[len(folder) + 1 :]
@@ -178,7 +178,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def code_of(config: Mapping[str, Any]) -> list[str]:
-    """The modules that a config's `auto_map` names, as files; one of another repository with its name."""
+    """The modules that a config's `auto_map` names, as files; with the repository's name if it is another."""
     found = []
     table = config.get("auto_map")
     for value in table.values() if isinstance(table, dict) else ():
@@ -239,7 +239,7 @@ MATTER_BYTES = 1 << 16
 
 
 def front_matter(card: Path) -> dict[str, object]:
-    """The front matter of the file `card`; empty where there is no card or no valid YAML mapping."""
+    """The front matter of the file `card`; empty without a card or a valid YAML mapping."""
     if not card.is_file():  # reading a pipe would wait
         return {}
     try:
@@ -261,7 +261,7 @@ def card(matter: Mapping[str, object], title: str) -> list[str]:
     return ["---", yaml.safe_dump(dict(matter), sort_keys=False).rstrip(), "---", "", f"# {title}", ""]
 
 
-# Running sums: what the folder of one says beside its tensors, so that a later run goes on from it.
+# Running sums: the records beside the tensors, with which a later run continues the sum.
 #
 #     {"format": 1, "schedule": "constant", "decay": null, "total": 20.0,
 #      "models": ["run/step-100", …], "dtypes": {"model.norm.weight": "BF16", …}}
@@ -272,7 +272,7 @@ def card(matter: Mapping[str, object], title: str) -> list[str]:
 RUNNING_SUM = "running_sum.json"
 SUM_FORMAT = 1
 SCHEDULES = ("constant", "ema")
-"""Schedules under which a further checkpoint leaves the weights of those before it in proportion."""
+"""Schedules under which a further checkpoint keeps the earlier weights in proportion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,14 +299,14 @@ class RunningSum:
         }  # fmt: skip
 
     def marked(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors of its folder, those of outputs in the dtypes of an average."""
+        """The tensors of its folder, with an average's dtypes for outputs."""
         return {name: replace(info, saved_as=self.dtypes.get(name)) for name, info in tensors.items()}
 
 
 def read_running_sum(folder: Path) -> RunningSum | None:
-    """What the folder's file says; None where it has none. InputError: it is damaged, or of a later version."""
+    """The record in the folder's file. None: there is no file. InputError: it is damaged, or has a later version."""
     path = folder / RUNNING_SUM
-    if not os.path.isfile(path):  # which says no where a path cannot be looked at: what opens it says why
+    if not os.path.isfile(path):  # False if a path cannot be examined; opening it raises the error
         return None
     said = read_json(path)
     with errors.context(RUNNING_SUM):

@@ -1,7 +1,7 @@
 """Checkpoints of torch.distributed.checkpoint (DCP), read without torch and without unpickling.
 
-    step-1000/.metadata        a pickle of torch's classes: each tensor's dtype, size and chunks, and where they lie
-    step-1000/__0_0.distcp     what one writer wrote: a torch.save of each chunk, one after another
+    step-1000/.metadata        a pickle of torch's classes: each tensor's dtype, size and chunks, and their places
+    step-1000/__0_0.distcp     the file of one writer: a torch.save of each chunk, one after another
 
 The pickle is read by a machine that knows the classes of `CLASSES` as records and calls nothing. Chunks are read in
 place, and a tensor that ranks share is put together as it is read. Of
@@ -67,7 +67,7 @@ Opener = Callable[[str], tuple[Path, BinaryIO]]
 
 
 class PickledRecord:
-    """An object of one of torch's classes: its attributes, or the tuple that it is pickled as."""
+    """An object of one of torch's classes: its attributes, or its pickled tuple."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -222,7 +222,7 @@ def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
-    """Of each chunk, by its tensor's key and its offsets: file, offset and bytes."""
+    """The file, offset and bytes of each chunk, by its tensor's key and its offsets."""
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     for index, info in stored.items():
         if not (isinstance(index, PickledRecord) and index.name == "MetadataIndex"):

@@ -1,8 +1,8 @@
-"""Safetensors files: headers are checked before anything in them is believed, and files are written in place.
+"""Safetensors files: headers are checked before they are used, and files are written in place.
 
 A file is 8 bytes (little-endian length n), n bytes of JSON, and the tensors' bytes without overlap or gap:
-https://huggingface.co/docs/safetensors#format. Reading a header reads no byte of a weight. Of what is written names,
-offsets and headers are known before the first byte (`Layout`): the header comes first, and tensors go to their places.
+https://huggingface.co/docs/safetensors#format. Reading a header reads no byte of a weight. When writing, names, offsets
+and headers are known before the first byte (`Layout`): the header comes first, and tensors go to their places.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def header_length(first: bytes, size: int) -> int:
 
 
 def parse_header(text: bytes, path: Path, size: int) -> Header:
-    """The header whose JSON is `text`, of the file at `path` of `size` bytes.
+    """The header with the JSON `text`, of the file at `path` of `size` bytes.
 
-    What it accepts the official reader accepts too. tests/formats/test_safetensors_verdicts.py lists what only the
-    official reader accepts.
+    The official reader accepts every header that is accepted here. tests/formats/test_safetensors_verdicts.py lists
+    headers that only the official reader accepts.
 
     InputError: not a JSON object, a key twice, more than 200,000 tensors, names that do not print, unknown
     dtypes, shapes that are no lists of natural numbers or do not fit the offsets, tensors that overlap or
@@ -211,11 +211,10 @@ PIECE = 1 << 22
 class Writer:
     """Writes the tensors of a layout into `folder`, each byte once, from any number of threads.
 
-    Files are created at once, with headers and full size; space is reserved where the file system can. `files` selects
-    some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded; what its
-    records list, of files that still exist, is kept and need not be written again (`has`). What `notes` returns is
-    recorded with it. `room` bytes may be on their way, in memory that `allocate` makes (`outbox.Outbox`);
-    `hashers` threads hash them together.
+    Files are created at once, with headers and full size; space is reserved if the file system can. `files` selects
+    some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded. Recorded
+    bytes of files that still exist need not be written again (`has`). The result of `notes` is recorded too. `room`
+    bytes may be on their way, in memory that `allocate` makes (`outbox.Outbox`); `hashers` threads hash them together.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
     """
@@ -258,7 +257,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._saving:  # a save in progress decides whether there is work to keep
+        with self._saving:  # a running save decides whether there is work to keep
             lasted = self._saved
         self._outbox.close()
         if kind is not None and lasted:  # save the last seconds too
@@ -339,7 +338,8 @@ class Writer:
         """The hashes of the files, once every byte is written; writes the index unless other parts write some of the
         files.
 
-        `keep`: save even what a short run wrote, since others will finish it. RuntimeError: a byte is missing (a bug).
+        `keep`: save even the work of a short run, because others will finish it. RuntimeError: a byte is missing (a
+        bug).
         """
         self._outbox.drain()
         for name, place in self._layout.tensors.items():
@@ -392,7 +392,7 @@ class Writer:
         return [(file.name, file.size, sorted(stored[file.name], key=attrgetter("begin"))) for file in self._own]
 
     def _resume(self) -> None:
-        """Take over what the journal lists as done, of files that have their full size."""
+        """Take over work that the journal lists as done, for files of full size."""
         sizes = {file.name: file.size for file in self._own}
         done = done_spans(self._journal.records) if self._journal is not None else {}
         needed = 0
@@ -503,11 +503,11 @@ def plan_layout(
     """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
 
         tensors      in the order in which shards are filled
-        shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
-        components   the folders that the tensors are of, and how their files are called
-        weights      of tensors that together store one weight, its name: they follow one another, and share a shard
+        shard_size   most bytes of a shard; a larger tensor gets its own shard; None: one file
+        components   the tensors' folders, and the names of their files
+        weights      the name of a weight for tensors that together store it: they follow one another, and share a shard
 
-    Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
+    Shards equal huggingface_hub.split_torch_state_dict_into_shards, files equal
     safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
     """
     folders = folders_of(components)

@@ -2,13 +2,13 @@
 
 torch.save writes a pickle that names tensors, and their storages as plain bytes: in a zip archive (torch 1.6 and
 later; members are stored, not compressed) or behind the pickle (before). Bytes are read from the file, range by range,
-as of a safetensors file. What torch.load(weights_only=True) reads differently is refused here by name: tensors that are
-not contiguous, quantised or sparse tensors, classes.
+as from a safetensors file. Contents that torch.load(weights_only=True) would read differently are refused by name:
+tensors that are not contiguous, quantised or sparse tensors, classes.
 
-Python's unpickler runs what a file says. The `Machine` here knows some thirty operations that build tables, lists,
+Python's unpickler runs code from a file. The `Machine` here knows some thirty operations that build tables, lists,
 texts and numbers, and four names of functions: torch's _rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter, and
-OrderedDict. For these it notes a tensor's storage, shape and strides instead of calling anything. Every other name and
-operation is refused. It is narrower than torch.load(weights_only=True), which is the judge of what it accepts.
+OrderedDict. For these it records a tensor's storage, shape and strides instead of calling anything. Every other name
+and operation is refused. It accepts only what torch.load(weights_only=True) accepts too.
 Operations: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
@@ -46,14 +46,14 @@ BY_TORCH = {dtype.torch: code for code, dtype in DTYPES.items() if dtype.torch i
 }  # fmt: skip
 
 Places = Mapping[str, tuple[int, int]]
-"""Of each storage, by its key: the offset of its first byte in the file, and its bytes."""
+"""The offset in the file and the number of bytes of each storage, by its key."""
 
 
 def read_torch_header(path: Path) -> Header:
     """The tensors of the file at `path`, a table of tensors by name as torch.save writes it; errors name the file.
 
-    Of several names for the same tensor the embedding's is kept, else the first, as in transformers' safetensors.
-    InputError: unreadable, a link that leaves its folder, no such file of torch, or one that holds anything else.
+    Among several names for the same tensor the embedding's is kept, otherwise the first, as in transformers'
+    safetensors. InputError: it is unreadable, a link out of its folder, no file of torch, or holds anything else.
     """
     with opened_weights(path) as (file, size):
         start = file.read(8)
@@ -191,7 +191,7 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
 
 
 def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """An archive's members by their names. InputError: what torch refuses, or finds another member for."""
+    """An archive's members by their names. InputError: torch refuses a member, or would find another one."""
     if min((member.header_offset for member in members), default=0):
         raise InputError("has bytes before its zip archive", hint="download it again")
     top = members[0].filename.partition("/")[0] if members else ""
@@ -318,9 +318,9 @@ class Bound:
     most: int
 
 
-# A tensor of torch.save takes 80 to 150 bytes, and in them 10 entries of the memo and 9 containers, of which one is a
-# table (of its module). On the stack it takes two places until a thousand are put into their table. A pickle that makes
-# more than that is refused when it does so, whatever bytes follow.
+# A tensor of torch.save takes 80 to 150 bytes, with 10 entries of the memo and 9 containers (one is its module's
+# table). On the stack it takes two places until a thousand are put into their table. A pickle that makes more is
+# refused at once, whatever bytes follow.
 FREE = 20_000
 BOUNDS = {
     "operations": Bound(1.5, MAX_OPERATIONS),
@@ -383,7 +383,7 @@ _MARK = _Mark()
 
 
 def read_pickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The value of the next pickle in `file`; `storages` is told of those that it names.
+    """The value of the next pickle in `file`. Its storages are added to `storages`.
 
     InputError: it is damaged, or does anything that a table of tensors does not need.
     """
@@ -391,7 +391,7 @@ def read_pickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> A
 
 
 def run(machine: Machine) -> Any:
-    """The value of a machine's pickle. InputError: it is damaged, or does what the machine does not know."""
+    """The value of a machine's pickle. InputError: it is damaged, or uses an unknown operation."""
     try:
         return machine.run()
     except (struct.error, IndexError, UnicodeDecodeError) as error:
@@ -399,7 +399,7 @@ def run(machine: Machine) -> Any:
 
 
 class Machine:
-    """The stack machine of one pickle: `operations` and `functions` are those that it knows, which a `what` needs."""
+    """The stack machine of one pickle. `operations` and `functions` are allowed; `what` names the object in errors."""
 
     operations: Mapping[int, Callable[[Any], None]]
     functions = FUNCTIONS
@@ -548,7 +548,7 @@ class Machine:
         self.push(storage)
 
     def call(self) -> tuple[PickledName, tuple[Any, ...]]:
-        """A function that is known, and what it would be called with."""
+        """Pop a call from the stack: an allowed function and its arguments."""
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, PickledName) or not isinstance(arguments, tuple):
             raise IndexError

@@ -31,8 +31,8 @@ ALLOW = "pickles: true in the recipe, or --allow-pickles, reads torch's tables o
 def weight_source(names: Collection[str], *, pickles: bool = False) -> str:
     """The single weight file or the index among a folder's file names, chosen as transformers and diffusers do.
 
-    Mistral's own file (`consolidated.safetensors`) counts where there is no other. `pickles`: torch's files count where
-    there are no safetensors.
+    Mistral's own file (`consolidated.safetensors`) counts if there is no other. `pickles`: torch's files count if there
+    are no safetensors.
     """
     for known in NAMES:
         if known in names:
@@ -68,7 +68,7 @@ def adapter_error() -> InputError:
 
 
 def is_index(source: str) -> bool:
-    """Whether what `weight_source` chose is an index."""
+    """Whether the choice of `weight_source` is an index."""
     return source.endswith(".json")
 
 
@@ -87,7 +87,7 @@ def is_weights(name: str) -> bool:
 
 
 def is_distributed(names: Iterable[str | Path]) -> bool:
-    """Whether a folder's file names, or a model's files, are those of a distributed checkpoint."""
+    """Whether a folder's file names, or a model's files, show a distributed checkpoint."""
     texts = [str(name) for name in names]
     found = any(name.endswith(DISTRIBUTED) for name in texts)
     return found and not any(name.endswith(".safetensors") for name in texts)
@@ -113,7 +113,7 @@ def first_parts(names: Collection[str]) -> list[str]:
 
 
 def the_model(names: Collection[str]) -> str | None:
-    """The only GGUF model among a folder's file names, its first part; None if there is none.
+    """The first file of the only GGUF model among a folder's file names. None: there is none.
 
     InputError: there are several.
     """

@@ -1,14 +1,15 @@
-"""A matrix delta Δ (out, in) as B A of a low rank: the product that loses least of Δ, or of what Δ does to inputs.
+"""A matrix delta Δ (out, in) as B A of low rank: the product nearest to Δ, or nearest in its effect on inputs.
 
 Without second moments B A is the truncated SVD of Δ (Eckart and Young 1936). With C = E[x xᵀ] (in, in) of the layer's
-inputs it makes E‖(Δ − B A) x‖² least: of Δ C^½ = U S Vᵀ, B A = U_r U_rᵀ Δ, so that C is never inverted. In both cases
+inputs it minimises E‖(Δ − B A) x‖²: with Δ C^½ = U S Vᵀ, B A = U_r U_rᵀ Δ, so that C is never inverted. In both cases
 the columns of U are eigenvectors of M = Δ C Δᵀ, and A = U_rᵀ Δ.
 
-Up to a smaller side of EXACT they are LAPACK's, of a Gram matrix in float64. Above it M's leading subspace is found by
-iteration from random signs (Halko, Martinsson and Tropp, arXiv 0909.4061), in float32, orthonormalised in float64; what
-its Ritz values miss at most is measured: each is within ‖M Q − Q H‖₂ of an eigenvalue (Parlett, Theorem 11.5.1).
+Up to a smaller side of EXACT, LAPACK computes the eigenvectors of a Gram matrix in float64. Above it, M's leading
+subspace is found by iteration from random signs (Halko, Martinsson and Tropp, arXiv 0909.4061), in float32,
+orthonormalised in float64. The error of its Ritz values is bounded: each is within ‖M Q − Q H‖₂ of an eigenvalue
+(Parlett, Theorem 11.5.1).
 
-Every result is one of one thread and of blocks of fixed size, so that it does not depend on how Δ was streamed.
+Every result is computed by one thread on blocks of fixed size, so it does not depend on how Δ was streamed.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ Key = tuple[int, int]
 EXACT = 1024  # the largest smaller side whose whole spectrum is computed
 BLOCK = 1 << 22  # elements that are widened to float64 at once
 SPARE = 8  # directions beside the wanted ones, and a quarter of these, that make the iteration converge
-ROUNDS = 10  # of the iteration at most
-MISSED = 0.002  # share of what is kept that may be missed before the iteration ends early
-STILL = 0.003  # share by which a round must raise what is kept for another to follow
+ROUNDS = 10  # most rounds of the iteration
+MISSED = 0.002  # share of the kept gain that may be missed when the iteration ends early
+STILL = 0.003  # share by which a round must raise the kept gain for another round to follow
 SMALL, TURNS = 128, 6  # of `leading`: the largest smaller side that LAPACK factors, and rounds above it
-FIRST = 64  # directions that are tried first where an energy is wanted
-NOISE = 1e-13  # of the largest squared singular value: what is below comes from rounding float32
+FIRST = 64  # directions that are tried first if an energy is wanted
+NOISE = 1e-13  # share of the largest squared singular value; smaller values come from rounding float32
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How many ranks are kept: `rank` at most (None: all), and no more than keep the share `energy`."""
+    """The number of ranks to keep: at most `rank` (None: all), and no more than needed for the share `energy`."""
 
     rank: int | None = None
     energy: float | None = None
 
     def count(self, gains: Floats, total: float) -> int:
-        """Return how many of the descending `gains`, whose sum would be `total`, are kept."""
+        """Return the number of descending `gains` to keep, `total` being the sum of all."""
         most = int(np.count_nonzero(gains > NOISE * gains[0])) if gains.size and gains[0] > 0 else 0
         most = most if self.rank is None else min(most, self.rank)
         if self.energy is None or not most:
@@ -62,11 +63,11 @@ class Factors:
     """Δ ≈ B A by descending importance: the first r columns of B and rows of A are the best of rank r.
 
     b, a       (out, k), (k, in) float32; column i of B is as long as row i of A
-    energies   (k) what rank i keeps of ‖Δ‖²_F
-    gains      (k) what it keeps of E‖Δx‖²; without second moments the same
+    energies   (k) the part of ‖Δ‖²_F that rank i keeps
+    gains      (k) the part of E‖Δx‖² that rank i keeps; without second moments the same
     energy     ‖Δ‖²_F
     gain       E‖Δx‖², or ‖Δ‖²_F
-    missed     what the best B A of rank k keeps more at most, as a share of `gain`; 0: nothing
+    missed     bound on what the best B A of rank k keeps beyond this one, as a share of `gain`; 0: it is the best
     """
 
     b: Array
@@ -113,7 +114,7 @@ def factor(delta: Array, wanted: Wanted, key: Key, moments: Array | None = None)
 def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = None) -> Factors:
     """Return the factors of Δ = b a with b (m, R) and a (R, n), in float64, without Δ.
 
-    With b = Q T, M = Q (T a C aᵀ Tᵀ) Qᵀ, whose eigenvectors are those of an R × R matrix. ValueError: as `factor`.
+    With b = Q T, M = Q (T a C aᵀ Tᵀ) Qᵀ, so an R × R matrix gives the eigenvectors. ValueError: as for `factor`.
     """
     left, right = (torch.from_numpy(np.asarray(x, np.float64)) for x in (b, a))
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
@@ -132,7 +133,7 @@ def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = N
 
 
 def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
-    """Return about the bytes that `factor` takes beside Δ and C."""
+    """Estimate the bytes that `factor` takes beside Δ and C."""
     side, kept = min(m, n), min(k, m, n)
     factors = 20 * kept * (m + n)
     if side <= EXACT or kept > side // 4:
@@ -171,7 +172,7 @@ class _Subspace:
 
 
 def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floats, float]:
-    """Return U (m, k), the squared singular values that are kept, and the sum of all, in float64."""
+    """Return U (m, k), the kept squared singular values, and the sum of all of them, in float64."""
     m, n = delta.shape
     if m <= n:
         gram = torch.zeros(m, m, dtype=torch.float64)
@@ -199,7 +200,7 @@ def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floa
 
 
 def _iterated(delta: Array, k: int, key: Key, c: Tensor | None, gain: float) -> _Subspace:
-    """Return the leading k eigenvectors of M, by iteration; `gain` is ‖Δ‖², the trace of M where there is no C."""
+    """Return the leading k eigenvectors of M, by iteration. `gain` is the trace of M, which is ‖Δ‖² without C."""
     matrix = torch.from_numpy(delta)
     weights = None if c is None else c.to(torch.float32)
     m = len(matrix)
@@ -234,7 +235,7 @@ def _finished(delta: Array, u: Tensor, gains: Floats, energy: float, gain: float
 
 
 def _balanced(u: Tensor, a: Tensor, gains: Floats, energy: float, gain: float, missed: float) -> Factors:
-    """Return the signs by the largest entry of each column of U, lengths shared out between B and A."""
+    """Fix signs by the largest entry of each column of U, and give the columns of B and the rows of A equal lengths."""
     if u.shape[1]:
         largest = u.abs().argmax(0)
         signs = torch.where(u[largest, torch.arange(u.shape[1])] < 0, -1.0, 1.0).to(torch.float64)

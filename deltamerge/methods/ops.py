@@ -39,12 +39,12 @@ def _zeros_loop(assembly: Assembly, node: Node) -> None:
 
 @traits(loop=operations.subtract)
 def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:
-    """Return Δ = fine-tune − base in float32; `dtypes` are the stored ones of the two."""
+    """Return Δ = fine-tune − base in float32. `dtypes` are the stored dtypes of both."""
     return tune.to(torch.float32) - base.to(torch.float32)
 
 
 def is_difference(node: Node) -> bool:
-    """Tell whether a node is the difference of two tensors as files have them: no more work than to read them."""
+    """Tell whether a node is the difference of two stored tensors, which takes no more work than reading them."""
     stored = all(one.kind == "stored" for one in node.inputs)
     return stored and node.function == name_of(subtract)
 
@@ -66,7 +66,7 @@ def at(stored: Tensor, positions: Tensor) -> Tensor:
 
 
 def _indexed(stored: Tensor) -> Tensor:
-    """Return the tile itself, or the bytes of one of float8, which has kernels for indices only on some devices."""
+    """Return the tile, or its bytes if it is float8, because only some devices can index float8."""
     return stored.view(torch.uint8) if stored.element_size() == 1 else stored
 
 
@@ -74,7 +74,7 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
     """Return the value, in the output dtype, with stored entries where `where` is not 0.
 
     value    the merged tile
-    stored   the tile that entries are taken from, bit for bit if it has the output dtype
+    stored   the tile with the stored entries, taken bit for bit if it has the output dtype
     where    the mask
     to       the output dtype
     """
@@ -82,7 +82,7 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
 
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
-    """Round once; a NaN has the same bits on every device: 0x7FC0 in bfloat16, 0x7E00 in float16, in others torch's."""
+    """Round once. A NaN has the same bits on every device: 0x7FC0 in bfloat16, 0x7E00 in float16, else torch's bits."""
     result = value.to(target)
     if result.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return result
@@ -104,8 +104,10 @@ def dense(delta: Any, *, tile: Tile) -> Tensor:
 
 
 def over(x: Tensor, divisor: float) -> Tensor:
-    """Return x / divisor in float32; the divisor becomes a tensor, since torch multiplies by the reciprocal of a
-    plain number. It is made on the device: nothing waits for it."""
+    """Return x / divisor in float32.
+
+    The divisor becomes a tensor on the device, because torch multiplies by the reciprocal of a plain number.
+    """
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 

@@ -1,6 +1,6 @@
-"""Every merge and pruning method by its name: what an entry says, and where entries are found.
+"""Every merge and pruning method by its name: the fields of an entry, and the search for entries.
 
-A method is a file of `methods.merge` or `methods.prune`, named as recipes name it, which declares its entry by
+A method is a file of `methods.merge` or `methods.prune` with the method's name, which declares its entry by
 `merge_method` or `prune_method`. The file is imported when a recipe names the method. Other packages add methods by
 an entry point of the group `deltamerge.methods`.
 """
@@ -25,13 +25,13 @@ from deltamerge.tensors.traits import function_of, traits
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-# Keys of `prune` that mean something, or nothing, with every method.
+# Keys of `prune` that every method accepts, with or without effect.
 COMMON_KEYS = frozenset({"method", "include", "exclude"})
 
 # mergekit's parameters that only tune its execution: accepted at every level, no effect.
 NO_EFFECT = MappingProxyType({"int8_mask": Param("mergekit's mask storage; no effect", False, "bool", per_model=True)})
 
-# mergekit's command line flags that some write into the YAML, where mergekit ignores them: so do we.
+# mergekit's command line flags that people write into the YAML. Like mergekit, we ignore them there.
 NO_EFFECT_KEYS = frozenset(
     {
         "allow_crimes", "async_write", "clone_tensors", "copy_tokenizer", "cuda", "device", "gpu_rich",
@@ -40,7 +40,7 @@ NO_EFFECT_KEYS = frozenset(
     }
 )  # fmt: skip
 
-# The order in which methods are listed; those of further files follow by name.
+# The order in which methods are listed; methods of further files follow by name.
 MERGE_ORDER = (
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
     "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "sce", "ram", "ramplus_tl",
@@ -58,27 +58,31 @@ Function: TypeAlias = str | Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
-    """How fine-tunes meet: `function` of tiles, or of what `nodes` makes of them.
+    """A way to merge fine-tunes: a `function` of tiles, or of the nodes that `nodes` makes.
 
-    `needs_base`: the base is given and stands apart from the models; `takes_base`: so it is where it is given.
-    `deltas`: with a base it works on fine-tune − base, so pruning can come before it. `implies_prune` is the pruning
-    that its name promises. `adds`: the result is exactly base + something that the base has no part in but by the
-    deltas. `minimum` and `maximum` count the models that are combined; a base apart is none.
+    needs_base      the base must be given, apart from the models
+    takes_base      the base may be given; it then stands apart from the models
+    deltas          with a base it works on fine-tune − base, so pruning can come before it
+    implies_prune   the pruning that its name promises
+    adds            the result is exactly base + a term that depends on the base only through the deltas
+    minimum, maximum   bounds on the number of models; a base apart does not count
+    nodes           for more than one pass: `(make, function, inputs, shape, *, based, **parameters) -> node`; see
+                    `methods.merge.spans.nodes`
+    matrices        it works on whole matrices, and its `nodes` also gets `form` and `transposed` (see
+                    `methods.merge.matrices.nodes`). Vectors, embeddings, heads and matrices with fewer rows or columns
+                    than models have no form; they get the mean.
+    in_core         `(**parameters) -> bool`: whether the result is independent of the orthonormal basis. LoRAs are then
+                    merged in their core (`methods.merge.core_space`). None: never.
+    totals          a function of the same tiles that gives numbers, (blocks, k) float64. The function gets their sums
+                    over all tensors of the merge as its last input.
+    rows            what is measured on each model's own rows before the first tile: "inputs" of linear layers, inputs
+                    after "merged" layers, or "gradients". The function, or `nodes`, gets it as its last input.
+    keeps_single    `(**parameters) -> bool`: whether a single unpruned model comes out unchanged, so that it need not
+                    be computed. None: never.
 
     The function is called `f(*tensors, tile=…, **parameters)`: the base's tile in its stored dtype if it stands apart,
-    then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
-    one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
-    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.spans.nodes`.
-    `matrices`: it works on whole matrices, and its `nodes` gets `form` and `transposed` besides (see
-    `methods.merge.matrices.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
-    which have no form, it takes the mean. `in_core(**parameters)` tells whether it gives the same in other orthonormal
-    bases: LoRAs are then merged in their core (`methods.merge.core_space`); without it none are. `totals` is a function
-    of the same tiles that gives numbers, (blocks, k) float64, whose sums over all tensors of the merge the function
-    gets as its last input.
-    `rows` says what rows of each model's own are measured for before the first tile, which the function, or `nodes`,
-    gets as its last input: "inputs" of linear layers, those that the "merged" layers before them make, or "gradients".
-    `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
-    computed; without it none does.
+    then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`. A
+    `per_model` parameter is a tuple, under its name in the plural.
     """
 
     name: str
@@ -101,29 +105,29 @@ class MergeMethod:
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:
-        """Tell whether a recipe with that `base_model` hands the base to the method apart from the models."""
+        """Tell whether a recipe with this `base_model` passes the base to the method apart from the models."""
         return self.needs_base or (self.takes_base and base_model is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """A tensor's delta that a pruning method is to mask: what its `nodes` is given.
+    """A tensor's delta to be masked: the argument of a pruning method's `nodes`.
 
     method      the method
     make        makes a node: (function, inputs, *, kind, shape, **parameters), as `tensors.tensor.Graph.node`
     delta       the node of Δ = fine-tune − base: flat float32 tiles, 0 in protected columns
-    pair        the nodes of the fine-tune and the base in their stored dtypes, to compute only what is kept
+    pair        the nodes of the fine-tune and the base in their stored dtypes, to compute only kept entries
     density     fraction kept of the entries that are not protected, in (0, 1)
     share       the same entries as a fraction of all
-    key         what random bits are made from, with an entry's position: see `methods.prune.bits`
-    parameters  those that the method declares besides density and q, as numbers, of this tensor
-    group       where entries compete: one of the method's `groups`, None where it has none
+    key         the key of random bits, used with an entry's position: see `methods.prune.bits`
+    parameters  this tensor's numbers for the parameters that the method declares, besides density and q
+    group       where entries compete: one of the method's `groups`; None if it has no groups
     sampling    "uniform", or "magnitude": with a probability in proportion to abs(Δ)
-    rescaled    whether what is kept is given a norm of Δ afterwards: entries are then not weighted here
+    rescaled    whether kept entries get a norm of Δ afterwards; they are then not weighted here
     norms       the node of ‖x_j‖₂ of the inputs of a linear layer, (n) float32, or (E, n) of stacked experts; None for
                 other tensors, and for methods without `needs_activations`
     transposed  whether such a weight is stored (in, out) and not (out, in)
-    cut         the node of the threshold (`methods.prune.select.Cut`) where the group is "model", else None
+    cut         the node of the threshold (`methods.prune.select.Cut`) if the group is "model", otherwise None
     """
 
     method: PruneMethod
@@ -153,8 +157,7 @@ class Masking:
 
 
 def in_one_pass(masking: Masking) -> Any:
-    """Return the node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if
-    random."""
+    """Return the node of a method that needs only a tile: `f(Δ, *, tile, density, **parameters)`, and key if random."""
     key = {"key": masking.key} if masking.method.random else {}
     return masking.masked(masking.delta, density=masking.share, **key, **masking.parameters)
 
@@ -163,18 +166,20 @@ def in_one_pass(masking: Masking) -> Any:
 class PruneMethod:
     """Which entries of a delta stay.
 
-    `parameters` and `options` name the keys of `prune` that it knows, besides those of every method. `random` masks
-    divide what is kept by the density (vanilla DARE), others by 1, unless q or rescale is given. `groups` are the
-    choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
-    parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
-    through the fine-tune first, for `Masking.norms`. Below the density `q_decides_below` the default q loses much of a
-    fine-tune that a calibrated q keeps (`recipe.prune` warns of it). `shares`: it shares out the bytes of a delta
-    artifact, and no entry is masked.
+    parameters, options   the keys of `prune` that it accepts, besides the keys of every method
+    random                kept entries are divided by the density (vanilla DARE), otherwise by 1, unless q or rescale is
+                          given
+    groups                the choices of `group`, the default first; "model" is one threshold for all tensors of a model
+    factors               parameters whose product is the density, which is then not given
+    needs_activations     calibration data is run through the fine-tune first, for `Masking.norms`
+    q_decides_below       below this density the default q loses much of a fine-tune that a calibrated q keeps
+                          (`recipe.prune` warns of it)
+    shares                it distributes the bytes of a delta artifact, and masks no entry
+    nodes                 for a method that needs more, such as a second pass: `(masking) -> node` of the kept entries;
+                          see `Masking`, and the files of `methods.prune`
 
-    The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
-    the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
-    `nodes`, for a method that needs something else, such as a second pass, is a function `(masking) -> node` of what
-    is kept: see `Masking`, and the files of `methods.prune`.
+    The function is called `f(delta, *, tile, density, …)` with the parameters other than q. If `random`, it also gets
+    `key`, from which the mask's bits must come (`methods.prune.bits`). It returns the kept entries, zeros elsewhere.
     """
 
     name: str
@@ -193,7 +198,7 @@ class PruneMethod:
 
     @property
     def own_parameters(self) -> tuple[str, ...]:
-        """Return the parameters that it declares besides density and q."""
+        """Return the declared parameters without density and q."""
         return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
@@ -213,9 +218,10 @@ def merge_method(
 ) -> Callable[[AnyFunction], AnyFunction]:
     """Declare a merge method under the name of its function, with the parameters of its signature.
 
-    formula        the function that computes the method, where it is another method's: the signature says parameters
+    formula        the function that computes the method, if it is another method's; the signature then only declares
+                   parameters
     loop, patches, needs   the function's traits (`tensors.traits`)
-    fields         of `MergeMethod`
+    fields         fields of `MergeMethod`
     """
 
     def enter(function: AnyFunction) -> AnyFunction:
@@ -245,9 +251,10 @@ def prune_method(
     """Declare a pruning method under the name of its function, with density, q and the parameters of its signature.
 
     loop, sparse, sorts, vectors   the function's traits (`tensors.traits`)
-    fields                         of `PruneMethod`
+    fields                         fields of `PruneMethod`
 
-    A function of a `masking` makes the node of what is kept itself: it is called `f(masking, **parameters)`.
+    A function whose first argument is `masking` makes the node of kept entries: it is called
+    `f(masking, **parameters)`.
     """
 
     def enter(function: AnyFunction) -> AnyFunction:
@@ -264,23 +271,23 @@ def prune_method(
 
 
 def like(other: Any, **changes: Any) -> Any:
-    """Return the method that a function declares with other fields: a name, a summary, a formula of its parameters."""
+    """Return a function's method with other fields: a name, a summary, a formula of its parameters."""
     return replace(other.method, **changes)
 
 
 def _with_parameters(function: Callable[..., Any], names: tuple[str, ...], masking: Masking) -> Any:
-    """Make a node by a function of a masking and of parameters."""
+    """Make a node by calling a function with a masking and its parameters."""
     return function(masking, **{name: masking.parameters[name] for name in names})
 
 
 def _entry(found: Any) -> MergeMethod | PruneMethod | None:
-    """Return what stands for a method: the entry itself, or a function that declares one; None: neither."""
+    """Return the method's entry: the object itself, or the entry that a function declares. None: neither."""
     found = getattr(found, "method", found)
     return found if isinstance(found, MergeMethod | PruneMethod) else None
 
 
 class Methods(Mapping[str, Method], Generic[Method]):
-    """The methods of one kind by name: a package's files, and those of other packages."""
+    """The methods of one kind by name: the files of a package, and methods of other packages."""
 
     def __init__(self, package: str, kind: type[Method], order: tuple[str, ...]) -> None:
         self.package, self.order = package, order
@@ -305,7 +312,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
         return _names(self.folder, self.order)
 
     def others(self) -> Mapping[str, Method]:
-        """Return the methods of other packages. A warning: one has a name that is taken."""
+        """Return the methods of other packages. Warns about a name that is taken."""
         table: dict[str, Method] = {}
         for point, method in _third_party():
             if isinstance(method, self.kind):
@@ -316,7 +323,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
         return table
 
     def _own(self, name: str) -> Method | None:
-        """Return the method of the file of that name, if there is one."""
+        """Return the method in the file of this name. None: there is no such file."""
         if name not in self.found:
             there = name.isidentifier() and name.islower() and (self.folder / f"{name}.py").is_file()
             module = importlib.import_module(f"{self.package}.{name}") if there else None
@@ -327,7 +334,7 @@ class Methods(Mapping[str, Method], Generic[Method]):
 
 @cache
 def _names(folder: Path, order: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of the files that declare a method: those of `order` first."""
+    """Return the names of the files that declare a method, the names in `order` first."""
     files = {path.stem for path in folder.glob("*.py") if DECLARES.search(path.read_text(encoding="utf-8"))}
     return (*(name for name in order if name in files), *sorted(files - set(order)))
 
@@ -338,10 +345,10 @@ def _third_party() -> tuple[tuple[EntryPoint, MergeMethod | PruneMethod], ...]:
 
 
 def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
-    """Yield the methods of other packages: an entry point names one, or an iterable of them.
+    """Yield the methods of other packages. An entry point names a method, or an iterable of methods.
 
-    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. A warning, naming
-    the package: its entry point cannot be loaded, or is something else.
+    A method is a function with `merge_method` or `prune_method`, or a `MergeMethod` or `PruneMethod`. An entry point
+    that cannot be loaded, or is something else, is a warning that names the package.
     """
     for point in plugins.points(plugins.METHODS):
         found = plugins.loaded(point)
@@ -359,7 +366,7 @@ def third_party() -> Iterator[tuple[EntryPoint, MergeMethod | PruneMethod]]:
 
 
 def _misfit(method: MergeMethod | PruneMethod) -> str | None:
-    """Return why a method's function, or its `nodes`, cannot be called as a plan calls it; None: it can."""
+    """Return why a plan cannot call a method's function, or its `nodes`. None: it can."""
     function, inputs, named = method.nodes or method.function, ["masking"], list[str]()
     if isinstance(method, MergeMethod):
         named = [param.argument(key) for key, param in method.parameters.items() if not param.prunes]
@@ -390,10 +397,10 @@ def _misfit(method: MergeMethod | PruneMethod) -> str | None:
 MERGE: Methods[MergeMethod] = Methods("deltamerge.methods.merge", MergeMethod, MERGE_ORDER)
 PRUNE: Methods[PruneMethod] = Methods("deltamerge.methods.prune", PruneMethod, PRUNE_ORDER)
 
-# Not among them, because it combines no tensors: `experts` of a recipe stand for it.
+# Not in the table, because it merges no tensors: `experts` in a recipe stand for it.
 MOE = MergeMethod(
     "moe",
     "deltamerge.methods.merge.mixture:router",
-    "the MLPs of dense models as the experts of one mixture, with routers made of prompts",
+    "the MLPs of dense models become the experts of one mixture, with routers made from prompts",
     needs_base=True,
 )

@@ -1,6 +1,6 @@
 """PEFT's adapters on a base, read as if merged: only headers and configs are opened, weights are computed when read.
 
-The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`; `adapter_parts` says what its tensors are.
+The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`; `adapter_parts` knows its tensors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from deltamerge.tensors.views import cast
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-MOST_PARAMETERS = 6  # of one module; which factors are whose is told by shapes
+MOST_PARAMETERS = 6  # factors of one module; shapes tell which parameter each belongs to
 Tensors = dict[str, TensorInfo]
 
 
@@ -92,11 +92,10 @@ def check_files(names: Collection[str], *, pickles: bool = False) -> str:
 
 
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
-    """`base` with `adapter` merged into it, tensor by tensor; names are the base's, or those of the adapted model where
-    it has a head that the base lacks.
+    """`base` with `adapter` merged into it, tensor by tensor.
 
-    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
-    whose shape does not fit.
+    Names are the base's, or the adapted model's if it has a head that the base lacks. A quantised base is decoded.
+    InputError: it cannot be decoded, or a tensor of the adapter has no place in the base, or another shape.
     """
     with errors.context(base.reference):
         base = decoded(base)
@@ -189,13 +188,16 @@ def _as_stored(info: TensorInfo, old: TensorInfo | None) -> TensorInfo:
 
 
 def _is_inside(part: Tensor, whole: Tensor) -> bool:
-    """Tell whether a tensor is a part of another that nothing changes."""
+    """Tell whether a tensor is a part of another tensor that the adapter does not change."""
     return part.whole is whole.whole or (part.kind == whole.kind == "stored" and part.path == whole.path)
 
 
 def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[str, list[str]]:
-    """The parameters of each adapted module that factors can be for: those of `target_parameters` that a module of this
-    name has in the base, else its weight. InputError: fewer than there are factors."""
+    """The parameters of each adapted module that can have factors.
+
+    These are the `target_parameters` that the module has in the base, or its weight. InputError: there are fewer
+    parameters than factors.
+    """
     ends = {tuple(name.split(".")[-2:]) for name in names}
     result = {}
     for root, levels in found.nested().items():
@@ -226,10 +228,10 @@ def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[st
 
 
 def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[str, dict[str, str]]:
-    """What to put before the base's names, and the name there of each tensor that the adapter changes.
+    """The prefix for the base's names, and the base's name of each tensor that the adapter changes.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
-    the other way round; all other differences are matched as those of two models are.
+    the other way round. All other differences are matched as between two models.
     """
     asked = [*wanted, *found.whole]
     first = next(iter(wanted or found.whole), "").partition(".")[0] + "."
@@ -249,7 +251,7 @@ def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[
 
 
 def _inside(name: str, names: Tensors) -> str | None:
-    """A name that the base has; for experts, of the same layer and whatever module they are in."""
+    """A name in the base. Experts are matched within their layer, in whatever module they are."""
     if name in names or name.split(".")[-2:-1] != ["experts"]:
         return name if name in names else None
     end, block = "." + ".".join(name.split(".")[-2:]), block_name(name)
@@ -275,7 +277,7 @@ def _update(
                 continue
             info = _place(f"{root}.weight", tensors, places)
             key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
-            # PEFT loads a stored base layer last: what A and B began with is subtracted from it already.
+            # PEFT loads a stored base layer last; the initial B A is already subtracted from it.
             own = {**config, "init_lora_weights": True} if f"{root}.weight" in found.whole else config
             tensors[info.name] = _updated(info, levels[0], key, own, turned=root in turned)
             if "B.bias" in levels[0]:
@@ -308,8 +310,10 @@ def _update_experts(
     places: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """Put the updates of a module's parameters, the innermost wrapper's first, on those that they fit; PEFT wraps them
-    in the order of the module, the gate first."""
+    """Put the updates of a module's parameters on the parameters that they fit, the innermost wrapper's first.
+
+    PEFT wraps parameters in the order of the module, the gate first.
+    """
     if len(targets) > MOST_PARAMETERS:
         raise InputError(f"target_parameters names {len(targets)} parameters of it", hint=BY_PEFT)
     infos = {target: _place(f"{root}.{target}", tensors, places) for target in sorted(targets, reverse=True)}
@@ -357,16 +361,17 @@ def _turned(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> set[str]:
-    """The modules whose weight is stored (in, out): of the class Conv1D, which model type and name tell.
+    """The modules whose weight is stored (in, out): of class Conv1D, as known by model type and name.
 
-    Shapes tell it of models that transformers does not have. A square weight there is stored as others of its name or
-    beside it, whose biases tell the outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts shapes.
+    For models that transformers does not have, shapes tell. A square weight there is stored like others of its name, or
+    beside it, whose biases give the number of outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts
+    shapes.
     """
     found, square, shapes = set(), [], set()
     for root, levels in nested.items():
         info, shape = tensors.get(places.get(f"{root}.weight", "")), expected(levels[0])
         if info is None or shape is None or len(shape) != 2 or "weight" in parameters_of(config, root):
-            continue  # PEFT takes a parameter, of any class, as (out, in)
+            continue  # PEFT reads a parameter of any class as (out, in)
         if is_conv1d(info.name, base):
             found.add(root)
         elif shape[0] == shape[1]:
@@ -387,8 +392,10 @@ def _turned(
 
 
 def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
-    """Whether weights are stored (in, out), by the last part of their module's name, and by what stands before that
-    part (with its dot): told by the lengths of biases, for weights that are not square."""
+    """Whether weights are stored (in, out), by the lengths of biases, for weights that are not square.
+
+    Keys are the last part of a module's name, and the part before it (with its dot).
+    """
     found: dict[str, set[bool]] = {}
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
@@ -405,8 +412,10 @@ def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
 def _shared(
     whole: dict[str, tuple[str, TensorInfo]], embedding: str, config: Mapping[str, Any]
 ) -> dict[str, tuple[str, TensorInfo]]:
-    """The whole tensors by their names, with those that PEFT loads into the weight that `embedding` shares with the
-    head, which both then have; a module of `modules_to_save` has a copy of its own."""
+    """The whole tensors by their names, including tensors that PEFT loads into the weight that `embedding` shares.
+
+    Both names then get the tensor. A module of `modules_to_save` has its own copy.
+    """
     ends = config.get("modules_to_save") or ()
     saved = {name for name in (embedding, LM_HEAD) if any(f".{end}." in f".{name}" for end in ends)}
     loaded = [whole[name] for name in (embedding, LM_HEAD) if name in whole and name not in saved]
@@ -414,8 +423,10 @@ def _shared(
 
 
 def _leave_residual(tensors: Tensors, embedding: str, old: TensorInfo) -> None:
-    """Give an embedding what PEFT leaves of it where A and B of the head begin with a part of the weight that both
-    share. InputError: the embedding has factors of its own."""
+    """Give an embedding its residual, if A and B of the head start with a part of their shared weight.
+
+    InputError: the embedding has factors of its own.
+    """
     head = tensors[LM_HEAD]
     if not is_low_rank(head.tensor) or not is_residual(head.tensor.inputs[0]):
         return

@@ -72,18 +72,18 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's tensors and where they lie, as its headers say.
+    """A model's tensors and their places, from its headers.
 
-    reference       what the recipe calls it
+    reference       its reference in the recipe
     tensors         in transformers' order: files by name, each file in the order of its header
     files           the weight files
-    revision        a commit; None for a local folder, as is `hub_id`
+    revision        a commit; None for a local folder, like `hub_id`
     is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
                     (`models.delta_over_base`)
-    quantised       how its weights were stored, where they are decoded (`models.checkpoint`)
-    components      the folders that hold its weights; a plain model is one, whose folder is ""
-    config_file     the name of the file that `config` was read from; "" where there is none
-    tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
+    quantised       how decoded weights were stored
+    components      the folders that hold its weights; a plain model has one, ""
+    config_file     the name of the file that `config` was read from; "" if there is none
+    tokens, chat_template   for a planned model: the future content of its files, if they are not copies
     """
 
     reference: str
@@ -130,12 +130,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
 
-    It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
-    `.safetensors` file; or the components of a diffusers pipeline or a sentence-transformers model; or `path` is itself
-    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors. `sums`: it may
-    be a running sum, whose tensors are no model's.
-    InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
-    missing or does not hold what the index says, or a header at fault.
+    The weights are in `model.safetensors`, or an index and its shards, or a delta artifact, or the only other
+    `.safetensors` file. Or they are the components of a diffusers pipeline or a sentence-transformers model. `path` may
+    also be a weight file without a config. `pickles`: torch's files are read if there are no safetensors. `sums`: a
+    running sum is allowed, whose tensors are no model's. InputError: no such folder, no (valid) config.json, no
+    safetensors weights, an adapter, a shard that is missing or contradicts the index, or a faulty header.
     """
     reference = reference or str(path)
     with errors.context(reference):
@@ -153,8 +152,11 @@ def open_checkpoint(
 
 
 def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
-    """The model in a folder of torch's distributed checkpoints. Its config, tokenizer and other files are in the folder
-    itself, in that of the run, or in the one above it; else it has none."""
+    """The model in a folder of torch's distributed checkpoints.
+
+    Its config, tokenizer and other files are in the folder itself, in its parent or in the parent's parent; otherwise
+    it has none.
+    """
     from deltamerge.formats.dcp import read_distributed
 
     tensors, files = read_distributed(path, names)
@@ -165,20 +167,23 @@ def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoi
 
 
 def summed_up(checkpoint: Checkpoint, summed: RunningSum) -> Checkpoint:
-    """A running sum: its tensors, and what its file says. InputError: dtypes that are none of an average."""
+    """A running sum: its tensors, and the metadata of its file.
+
+    InputError: a tensor has a dtype that no average has.
+    """
     if not FLOATING.issuperset(summed.dtypes.values()):
         raise InputError(f"{RUNNING_SUM}: is damaged", hint="make the running sum again from its checkpoints")
     return replace(checkpoint, tensors=summed.marked(checkpoint.tensors), running_sum=summed)
 
 
 class Folder(Protocol):
-    """A model's folder: a local one, or the hub's, of which files are fetched when they are asked for."""
+    """A model's folder: a local folder, or a folder on the hub, whose files are fetched when needed."""
 
     @property
     def path(self) -> Path: ...
 
     def names(self, inner: str = "") -> list[str]:
-        """The names of what lies in a folder in it; none where that is not there."""
+        """The names in a subfolder; none if it does not exist."""
 
     def read(self, paths: Sequence[Path]) -> list[Header]:
         """The headers of weight files."""
@@ -211,7 +216,7 @@ class LocalFolder:
 def open_folder(
     folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool, sums: bool = False
 ) -> Checkpoint:
-    """The checkpoint in a folder whose configs, lists and indexes are there. InputError: as `open_checkpoint`."""
+    """The checkpoint in a folder whose configs, lists and indexes are present. InputError: as for `open_checkpoint`."""
     path, names = folder.path, folder.names()
     if RUNNING_SUM in names and not sums:
         raise InputError("is the running sum of an average, no model", hint="average it first: merge_method: linear")
@@ -252,7 +257,7 @@ def open_folder(
 
 
 def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
-    """The checkpoint in the GGUF file `name` of a folder, whose config.json counts where there is one."""
+    """The checkpoint in the GGUF file `name` of a folder, with the folder's config.json if there is one."""
     from deltamerge.formats.gguf.model import open_model
 
     names = folder.names()
@@ -275,7 +280,7 @@ def config_file_of(names: Collection[str], source: str = "") -> str:
 
 
 def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
-    """The checkpoint that is one weight file, without a config or any other file."""
+    """The checkpoint of a single weight file, without a config or any other file."""
     if not path.exists():
         raise InputError("no such folder")
     if path.suffix == GGUF:
@@ -301,15 +306,17 @@ def with_configs(components: Sequence[Component], path: Path) -> tuple[Component
 
 
 def by_component(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, list[Checkpoint | None]]]:
-    """The folders of all components, in order, and each model's tensors there as a checkpoint of its own, under the
-    names and with the config that they have there; None for a model that has none."""
+    """The folders of all components, in order, each with every model's checkpoint there.
+
+    A component's checkpoint has its own names and config. None: the model lacks the component.
+    """
     split_up = [_split(checkpoint) for checkpoint in checkpoints]
     for folder in dict.fromkeys(folder for parts in split_up for folder in parts):
         yield folder, [parts.get(folder) for parts in split_up]
 
 
 def recombined(checkpoint: Checkpoint, parts: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
-    """The tensors of a model's components, as `by_component` gives them, under the names that they have in it."""
+    """The tensors of a model's components, as from `by_component`, under their names in the model."""
     of = {component.folder: component for component in checkpoint.components}
     named = {}
     for folder, part in parts.items():
@@ -335,7 +342,7 @@ def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 
 
 def is_delta(names: Collection[str]) -> bool:
-    """Whether a model's file names are those of a delta artifact."""
+    """Whether the names of a model's files show a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
 
 
@@ -345,7 +352,7 @@ def is_delta(names: Collection[str]) -> bool:
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with each quantised weight as one float32 tensor under its plain name, and without companions.
 
-    The tensors' order is that of their codes. `quantised` says how they were stored; the config is left as it is.
+    Tensors keep the order of their codes. `quantised` records how they were stored; the config is unchanged.
     InputError, naming scheme and tensor: a scheme without a decoder, or parts that do not fit one another.
     """
     if not checkpoint.is_simple:
@@ -384,8 +391,10 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:
-    """The dtype that a quantised model's weights have when they are not quantised: its config's, else that of most of
-    its plain tensors but `companions`, else bfloat16."""
+    """The dtype of a quantised model's weights without quantisation.
+
+    It is the config's, otherwise the most frequent of its plain tensors without `companions`, otherwise bfloat16.
+    """
     config: Mapping[str, Any] = checkpoint.config
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, Mapping) else {}):

@@ -1,4 +1,4 @@
-"""What a config.json means that does not say so: the config classes of transformers, whose source is read, never run.
+"""The meaning of a config.json beyond its text: transformers' config classes, whose source is read, never run.
 
 A class states its keys with their defaults, and computes more from them in `__post_init__` (`head_dim` from the width
 and the heads, `layer_types` from a period). Both are read from the source's syntax tree. Whatever the reader does not
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LONGEST = 100_000  # entries of a list that is computed
+LONGEST = 100_000  # most entries of a computed list
 LONGEST_TYPE = 100  # letters
 ROOT = "PreTrainedConfig"  # the class of all configs
 METHOD = "__post_init__"
@@ -40,11 +40,11 @@ class ConfigClass:
     """A config class of transformers.
 
     keys      the keys that it states, and their defaults
-    aliases   other names of its keys -> those (`hidden_size` -> `n_embd`)
-    theta     the base of its rotary positions where a config has none: a number, or one by kind of layer
+    aliases   other names of its keys -> its keys (`hidden_size` -> `n_embd`)
+    theta     the default base of its rotary positions: a number, or numbers by kind of layer
     sections  the classes of its nested configs, by key
-    kind      its model type; "" where it has none of its own
-    steps     what it computes from its keys, the first ancestor's first
+    kind      its model type; "" if it has no own type
+    steps     the statements that compute values from keys, the first ancestor's first
     """
 
     keys: Mapping[str, Any]
@@ -55,7 +55,7 @@ class ConfigClass:
     steps: tuple[ast.stmt, ...] = ()
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of every key, for a config.json that may leave keys out; `UNKNOWN` where it cannot be told."""
+        """The value of every key, for a config.json that may leave keys out; `UNKNOWN` if it cannot be told."""
         stated = {self.aliases.get(key, key): value for key, value in config.items()}
         values = {**self.keys, **{key: value for key, value in stated.items() if key in self.keys}}
         more = {key: value for key, value in stated.items() if key not in self.keys}
@@ -72,7 +72,7 @@ def models_folder() -> Path | None:
 
 
 def folders_near(model_type: str) -> list[str]:
-    """The names of folders where the models of a type may be: that of the type, and those whose name it begins with."""
+    """The names of folders that may hold the models of a type: the type's name, and prefixes of it."""
     parts = re.sub(r"[^a-z0-9]+", "_", model_type.lower()).split("_")
     return ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
@@ -178,7 +178,7 @@ def _lineage(module: _Module, name: str) -> list[ast.ClassDef]:
 
 
 def _inlined(body: list[ast.stmt], above: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements of a method, with those of the class above in the place where it is called."""
+    """The statements of a method, with the parent's statements in place of its call."""
     made: list[ast.stmt] = []
     for statement in body:
         is_super = "super().__post_init__" in ast.unparse(statement)
@@ -241,7 +241,7 @@ def _changed_in(statement: ast.stmt) -> list[ast.expr]:
 
 
 class _Unreadable(Exception):
-    """An expression that is not understood, or depends on what is unknown."""
+    """An expression that is not understood, or depends on an unknown value."""
 
 
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
@@ -261,7 +261,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
 class _Steps:
     """Statements of a config class, followed as far as they are assignments, conditions and plain arithmetic.
 
-    `values` are those of its keys, which change; `more` the keys of a config that the class does not state.
+    `values` are the changing values of its keys, `more` the keys of a config that the class does not state.
     """
 
     def __init__(self, values: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -269,7 +269,7 @@ class _Steps:
         self.known: dict[str, Any] = {}
 
     def run(self, body: tuple[ast.stmt, ...] | list[ast.stmt]) -> None:
-        """Follow statements; what one sets that is not understood is `UNKNOWN`."""
+        """Follow statements. A value from a statement that is not understood is `UNKNOWN`."""
         for statement in body:
             try:
                 self._step(statement)
@@ -304,7 +304,9 @@ class _Steps:
                     before = self.value(holder)
                     if not isinstance(before, list):
                         raise _Unreadable
-                    self._put(holder, [*before, self.value(item)])  # a new list: that one may be the config's
+                    self._put(
+                        holder, [*before, self.value(item)]
+                    )  # a new list, because the old list may be the config's
                 case _:
                     self._step(statement)
 

@@ -1,7 +1,7 @@
-"""The keys of config.json in which models compute something else: one comparison, for everything that asks.
+"""The keys of config.json by which models compute different things: one comparison for all callers.
 
-What is compared is what a config means: an absent key is its class's default (`config_class`), and spellings of one
-thing are one key (`rope_theta` beside `rope_parameters`). Bookkeeping, and what matters only in training, is left out.
+Meanings are compared: an absent key is its class's default (`config_class`), and different spellings are one key
+(`rope_theta` beside `rope_parameters`). Keys of bookkeeping, and keys that matter only in training, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["positions", "function", "tokens"]
 LONGEST = 160
 RELATIVE = 2.0**-23  # models compute in float32 at most; a GGUF file stores its numbers so
 
-# Keys that say how a model is stored, called, trained or sampled from, not what it computes.
+# Keys on how a model is stored, called, trained or sampled, not on what it computes.
 BOOKKEEPING = re.compile(
     r"_.*|name_or_path|model_name|architectures|transformers_version|torch_dtype|dtype|use_cache|id2label|label2id"
     r"|num_labels|problem_type|finetuning_task|auto_map|torchscript|use_bfloat16|chunk_size_feed_forward"
@@ -35,7 +35,7 @@ BOOKKEEPING = re.compile(
     r"|num_return_sequences|diversity_penalty|bad_words_ids|remove_invalid_values|tie_encoder_decoder|unsloth_.*"
 )
 TOKENS = re.compile(r".*_token_(ids?|index)|(begin_)?suppress_tokens|forced_decoder_ids")
-# Keys that say what a place in a weight is: of which head, turned by which angle, passed through which function.
+# Keys that give places in a weight their meaning: their head, their angle, their function.
 HEADS = re.compile(
     r".*heads?(_kv)?|.*head_dim|.*head_size|d_kv|multi_query|new_decoder_architecture|.*key_value_groups"
     r"|partial_rotary_factor|rotary_dim|rope_interleaved?"
@@ -45,7 +45,7 @@ SPELLED = {
     "swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh",
     "gelu_python_tanh": "gelu_pytorch_tanh", "gelu_python": "gelu",
 }  # fmt: skip
-NEAR = frozenset({"gelu", "gelu_pytorch_tanh"})  # one function and its approximation
+NEAR = frozenset({"gelu", "gelu_pytorch_tanh"})  # a function and its approximation
 SIZE = re.compile(r".*(_size|_dim|_layers?|_channels|_heads?)|d_model|n_embd|dim|width|depths?|stages")
 # Model types whose classes compute the same where their keys agree.
 ALIKE = (
@@ -80,9 +80,9 @@ class Difference:
     """A key in which configs differ.
 
     key      with its sections, by dots: `text_config.rope_theta`
-    values   what it means in each model, by the model's name
-    kind     `positions`: places in the weights mean different things; `function`: something else is computed;
-             `tokens`: another id of a token
+    values   its meaning in each model, by the model's name
+    kind     `positions`: places in the weights mean different things; `function`: another function is computed;
+             `tokens`: a token has another id
     """
 
     key: str
@@ -90,7 +90,7 @@ class Difference:
     kind: Kind
 
     def said(self) -> str:
-        """The values and whose they are: "1000000 in ./a and ./b, 10000 in ./base"."""
+        """The values and their models: "1000000 in ./a and ./b, 10000 in ./base"."""
         groups: list[tuple[Any, list[str]]] = []
         for name, value in self.values.items():
             group = next((names for other, names in groups if same(other, value)), None)
@@ -106,10 +106,12 @@ class Difference:
 
 
 def differences(models: Sequence[tuple[str, Config]]) -> tuple[Difference, ...]:
-    """The keys in which models differ, given by name and config.json; those that change what weights mean come first.
+    """The keys in which models differ, given by name and config.json.
 
-    A model without a config says nothing and is passed over, and of one that states no size what it states counts. A
-    language model beside one of texts and pictures is compared with that one's section for texts.
+    Keys that change the meaning of weights come first.
+
+    A model without a config is passed over. If a config states no size, only the keys that it states count. A language
+    model is compared with the text section of a model of texts and pictures.
     """
     told = {name: config for name, config in models if config}
     first = next(iter(told.values()), {})
@@ -139,12 +141,12 @@ def differences(models: Sequence[tuple[str, Config]]) -> tuple[Difference, ...]:
 
 
 def _parts(meanings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The models that are a section of another."""
+    """The models that match a section of another model."""
     return [name for name, one in meanings.items() if any(_place(one, other) for other in meanings.values())]
 
 
 def _place(part: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
-    """The section of a model that another one is by itself; "" if it is none."""
+    """The section of a model that corresponds to another model. "": there is none."""
     kind = part.get(TYPE)
     if kind is None or _are_alike(kind, whole.get(TYPE)):
         return ""
@@ -164,7 +166,7 @@ def _is_section(key: str, value: Any) -> bool:
 
 
 def _is_stub(config: Config) -> bool:
-    """Whether a config of a known class states no size of its model, whose defaults then say nothing of its weights."""
+    """Whether a config of a known class states no size, so that the class's defaults say nothing about the weights."""
     return _class(config) is not None and not any(
         SIZE.fullmatch(key) or _is_section(key, value) for key, value in config.items()
     )
@@ -200,12 +202,12 @@ def in_words(value: Any) -> str:
 
 
 def meaning(config: Config) -> dict[str, Any]:
-    """What a config says that changes what a model computes, by dotted key, with defaults filled in."""
+    """The config values that change what a model computes, by dotted key, with defaults filled in."""
     return dict(_meaning(config, _class(config), ""))
 
 
 def known_keys(config: Config) -> dict[str, Any]:
-    """The keys that a config can state, by dotted key, with what they mean: those compared, and those of tokens."""
+    """The keys that a config can state, by dotted key, with their meaning: compared keys and keys of tokens."""
     return {key: value for key, value in meaning(config).items() if key.rpartition(".")[2] != TYPE}
 
 
@@ -214,7 +216,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
-    """What it means that a key has these values; None: they are the same."""
+    """The kind of difference between a key's values. None: they are the same."""
     first, *others = values.values()
     if all(same(first, other) for other in others):
         return None
@@ -232,7 +234,7 @@ def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
 
 
 def _inside(one: Difference, found: Sequence[Difference]) -> bool:
-    """Whether a difference lies in a section that differs as a whole: a model has it not, or its type is another."""
+    """Whether a difference lies in a section that differs as a whole: a model lacks it, or its type is another."""
     section = one.key.rpartition(".")[0]
     return any(
         other is not one and ((bool(section) and other.key == section) or other.key == f"{section}.{TYPE}".lstrip("."))
@@ -277,7 +279,7 @@ def _meaning(config: Config, known: ConfigClass | None, at: str) -> Iterator[tup
         if key in sections or key in ROPE or key == TYPE or BOOKKEEPING.fullmatch(key):
             continue
         if known is not None and key in WINDOW[1:4] and "layer_types" in known.keys:
-            continue  # said by layer_types
+            continue  # stated by layer_types
         yield f"{at}{key}", _spelled(key, value, values)
     rope = _rope(config, values, known)
     yield from ((f"{at}{key}", value) for key, value in rope.items())
@@ -310,7 +312,7 @@ def _of_section(named: str, near: str) -> ConfigClass | None:
 
 
 def _spelled(key: str, value: Any, values: Mapping[str, Any]) -> Any:
-    """A value in the one spelling of it."""
+    """A value in its standard spelling."""
     if isinstance(value, str) and ACTIVATION.fullmatch(key):
         return SPELLED.get(value, value)
     if key == "sliding_window" and isinstance(value, int):
@@ -353,7 +355,7 @@ def _rope(config: Config, values: Mapping[str, Any], known: ConfigClass | None) 
 
 
 def _one_rope(stated: Config, theta: Any, part: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The angles of one kind of layer: their base, what scales them (None: nothing), and the share that is turned."""
+    """The angles of one kind of layer: base, scaling (None: no scaling), and the share of turned dimensions."""
     scaling = {key: value for key, value in stated.items() if key not in (THETA, "type", PARTIAL)}
     kind = scaling.get("rope_type", stated.get("type", "default"))
     scaling["rope_type"] = "longrope" if kind == "su" else kind

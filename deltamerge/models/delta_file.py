@@ -23,13 +23,13 @@ from deltamerge.tensors.dtypes import code_of, torch_dtype
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader, elements
 
-DENSE = 3  # above one entry in so many a patch that is computed has the whole tensor
+DENSE = 3  # if more than one entry in so many changes, a computed patch has the whole tensor
 
 
 class Patch(NamedTuple):
     """Final values of a checkpoint tensor: 1-D `values` of `dtype` at flat ascending `indices`; None: at all of them.
 
-    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are those of vLLM's
+    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are the fields of vLLM's
     CheckpointWeightPatch: vllm/model_executor/model_loader/checkpoint_weight_patch.py.
     """
 
@@ -44,7 +44,7 @@ class Patch(NamedTuple):
 class ResultTensor:
     """A tensor of the result.
 
-    base_name   the base's tensor that it comes from; None: the base has none
+    base_name   its tensor in the base; None: the base has none
     entry       its changes; None: it is unchanged
     """
 
@@ -74,9 +74,9 @@ class DeltaFile:
     def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
         """Final values, tensor by tensor, without unchanged ones.
 
-        `base` is the base's folder, or its state dict of torch tensors, found by their names in the base, else in the
-        result; steps and values to add need it. InputError: these, and no base (before the first tensor); or another
-        base than the delta was made from.
+        `base` is the base's folder, or its state dict of torch tensors, found by their names in the base, otherwise in
+        the result. Steps and values to add need it. InputError: it is needed and missing (raised before the first
+        tensor), or it is another base.
         """
         if base is None and (name := next((name for name, e in self.entries.items() if e.needs_base), None)):
             holds = "steps from the base's values" if self.entries[name].has_steps else "values to add to the base's"
@@ -124,7 +124,7 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
 
 
 def bits_of(tensor: Any) -> Array:
-    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
+    """A tensor's bits, flat, on the CPU; its own memory if it is contiguous there."""
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
@@ -141,7 +141,7 @@ def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _fitting(entry: Entry, target: Any) -> Any:
-    """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
+    """`target`, if it has the dtype and shape of the base's tensor. InputError: it has not."""
     dtype, shape = entry.base_kind
     if target is None or _described(target) != (dtype, shape):
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
@@ -150,7 +150,7 @@ def _fitting(entry: Entry, target: Any) -> Any:
 
 
 def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
-    """What reads the tensor of `base` that an entry changes."""
+    """A function that reads the tensor of `base` that an entry changes."""
     if isinstance(base, Mapping):
         state = base
 
@@ -172,7 +172,7 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:
-    """The patch of an entry; `read` is the base's tensor where that is needed."""
+    """The patch of an entry. `read` reads the base's tensor if it is needed."""
     record, where = entry.record, None
     if read is None:
         stored = entry.values[:]

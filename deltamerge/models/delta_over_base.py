@@ -1,8 +1,8 @@
 """A delta artifact, or a line of versions, over its base: read like a checkpoint, or written and checked by hash.
 
-A tensor that changes is a view of the base's and of the artifact's stored arrays. A version over a version is a view of
-the view below. What is read of one version is kept for a moment, since the next one is made of it: the versions of a
-soup, read one after the other, cost one patch each.
+A changed tensor is a view of the base's tensor and of the artifact's stored arrays. A version over a version is a view
+of the view below. Tiles of a version are cached, because the next version builds on them: the versions of a soup, read
+one after the other, cost one patch each.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ VERSIONS = 4 * TILES  # tiles of versions over others that it keeps
 
 
 def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:
-    """Return the artifact that a line of versions, from the base on, amounts to.
+    """Return the single artifact that equals a line of versions over the base.
 
-    With `every` each of them is checked by hash when it is applied, not the last alone.
+    With `every`, each version is checked by hash when it is applied, otherwise only the last.
     """
     first, last = versions[0].delta, versions[-1].delta
     if len(versions) == 1:
@@ -59,8 +59,7 @@ def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:
 
 
 def covers(longer: DeltaFile, shorter: DeltaFile) -> bool:
-    """Tell whether what is checked of one folded artifact checks another too: it goes through that one's last
-    version."""
+    """Tell whether checking one folded artifact also checks another: it passes through the other's last version."""
     if longer.path == shorter.path or longer.path.parent != shorter.path.parent:
         return False
     entry = next(iter(longer.entries.values()), None)
@@ -68,18 +67,18 @@ def covers(longer: DeltaFile, shorter: DeltaFile) -> bool:
 
 
 def check_complete(first: Version, base: Checkpoint) -> None:
-    """Raise InputError for a base with tensors that the first version of a chain neither lists nor removes."""
+    """Raise InputError if a base has tensors that the first version of a chain neither lists nor removes."""
     manifest = first.delta.manifest
     known = {record.base_name or name for name, record in manifest.tensors.items()} | {*manifest.removed}
     if unknown := base.tensors.keys() - known:
         raise InputError(
-            f"{first.path}: says nothing of the base's {min(unknown)}",
+            f"{first.path}: does not mention the base's {min(unknown)}",
             hint="extract it again: the first version of a chain lists every tensor",
         )
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
-    """Raise InputError for a base tensor, or a result, that does not have the hash that the delta records.
+    """Raise InputError if a base tensor, or a result, does not have the hash that the delta records.
 
     delta     the artifact
     base      the base's tensors by name
@@ -108,15 +107,15 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
 
 @dataclass(slots=True)
 class Layers:
-    """Puts versions over bases; those of one chain and one base share their tensors."""
+    """Puts versions over bases. Versions of one chain and one base share their tensors."""
 
     _made: dict[Any, Mapping[str, TensorInfo]] = field(default_factory=dict)
 
     def over(self, delta: Checkpoint, versions: Sequence[Version], base: Checkpoint) -> Checkpoint:
-        """Return the checkpoint that the last of `versions`, whose folder is `delta`, makes of `base`.
+        """Return the checkpoint of the last of `versions`, in the folder `delta`, over `base`.
 
         Its tensors are computed when read. InputError: the base lacks tensors that the delta was made from (their
-        content is not checked), or has tensors of which the first version of a chain says nothing.
+        content is not checked), or has tensors that the first version of a chain does not mention.
         """
         if base.is_delta:
             raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
@@ -137,7 +136,7 @@ class Layers:
 
 
 def _over(opened: DeltaFile, below: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors that an artifact makes of those `below` it."""
+    """Return the tensors of an artifact over the tensors `below` it."""
     tensors: dict[str, TensorInfo] = {}
     for source in opened.result({name: (info.dtype, info.shape) for name, info in below.items()}):
         name, entry = source.name, source.entry
@@ -173,9 +172,9 @@ def over_base(
 ) -> None:
     """Put an entry of the delta at `path` over the base's tensor.
 
-    The first input is that tensor, if the base has one; the others are what the artifact stores. A tensor over others
-    of this kind is made from the highest version below that is still there, upwards, without recursion: a chain may
-    have thousands of versions. Whole tiles of steps are made, which cannot be made in part.
+    The first input is that tensor, if the base has it; the others are the artifact's stored arrays. A tensor over
+    others of this kind is computed from the highest cached version below, upwards, without recursion, because a chain
+    may have thousands of versions. Steps are computed in whole tiles, because they cannot be read in part.
     """
     target = np.frombuffer(out, bits_type(tensor.dtype))
     stop = start + target.size
@@ -200,7 +199,7 @@ def added_values(
 
 
 def _below(tensor: Tensor) -> Tensor | None:
-    """Return the tensor of the version below; None: its first input is the base's, or there is none."""
+    """Return the tensor of the version below. None: the first input is the base's, or there is none."""
     first = tensor.inputs[0] if tensor.inputs else None
     return first if first is not None and first.function == over_base.__name__ else None
 
@@ -237,7 +236,7 @@ def _tile(read: Read, tensor: Tensor, start: int) -> Array:
 
 
 def _kept(read: Read, tensor: Tensor) -> RecentParts:
-    """Return the tiles that are kept of an artifact over a base; all versions over others share them."""
+    """Return the cache of tiles of an artifact over a base. All versions over others share one."""
     is_first = _below(tensor) is None
     key = ("tiles of a delta", tensor.path) if is_first else "tiles of versions"
     kept: RecentParts = read.once(key, lambda: RecentParts(TILES if is_first else VERSIONS))
@@ -245,7 +244,7 @@ def _kept(read: Read, tensor: Tensor) -> RecentParts:
 
 
 def _made(read: Read, tensor: Tensor, start: int, stop: int, below: Array | None) -> Array:
-    """Make elements [start, stop), of those that the version below has made, or of the base's."""
+    """Compute elements [start, stop) from the elements of the version below, or of the base."""
     record: Record = tensor.parameter("record")
     base = below
     with errors.context(f"{tensor.path}: {tensor.name}"):

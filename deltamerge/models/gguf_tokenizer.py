@@ -1,6 +1,6 @@
 """Tokenizers of GGUF files: read by transformers' own conversion, and written as a vocabulary.
 
-Written are byte-level BPE, and SentencePiece with the model it was made of.
+Byte-level BPE can be written, and SentencePiece with its original model.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ ADDED_SCORE = -1000.0
 MOST = 10_000_000  # tokens
 LARGEST = 1 << 28  # bytes of a SentencePiece model
 SPACE = "\u2581"
-LOCAL = ("is_local", "local_files_only")  # where transformers read it, which is no matter of the tokenizer
+LOCAL = ("is_local", "local_files_only")  # the place of transformers' file, which is not part of the tokenizer
 
 
 # Read.
 
 
 def described(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the tokenizer's files by name; none where transformers cannot make them."""
+    """Return the tokenizer's files by name; none if transformers cannot make them."""
     from transformers import AutoTokenizer
 
     file = checkpoint.files[0]
@@ -69,7 +69,7 @@ def described(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class GgufVocabulary:
-    """Tokens in the order of ids, with their types; `kind` and `pre` are llama.cpp's names of what splits text."""
+    """Tokens in the order of ids, with their types. `kind` and `pre` are llama.cpp's names of the splitting of text."""
 
     kind: str
     pre: str
@@ -112,7 +112,7 @@ def vocabulary(folder: Path, rows: int) -> GgufVocabulary:
 
 
 def _checked(path: Path, vocab: Mapping[str, Any], added: Any) -> list[Mapping[str, Any]]:
-    """Return the added tokens. InputError: one is none, or an id is none."""
+    """Return the added tokens. InputError: an added token or an id is malformed."""
     whole = isinstance(added, list) and all(isinstance(token, Mapping) for token in added)
     ids = [*vocab.values(), *(token.get("id") for token in added)] if whole else [None]
     if not whole or not all(type(i) is int and 0 <= i < MOST for i in ids):
@@ -168,7 +168,7 @@ def _added(token: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _filled(by_id: Mapping[int, tuple[str, int]], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return tokens and types of ids from 0. Ids without a token are unused ones: models have them for round sizes."""
+    """Return tokens and types of ids from 0. Ids without a token count as unused; models have them for round sizes."""
     count = max(rows, max(by_id, default=-1) + 1)
     if rows and count > rows:
         raise InputError(f"the tokenizer has {count} tokens, the embedding {rows} rows", hint=PLAIN)
@@ -190,7 +190,7 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def _has(value: Any, kind: str) -> bool:
-    """Return whether a part of a tokenizer is, or contains, one of a type."""
+    """Return whether a part of a tokenizer is, or contains, a part of a type."""
     return _has_value(value, "type", kind)
 
 

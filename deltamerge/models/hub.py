@@ -46,19 +46,19 @@ IN_HUB = re.compile(rf"{HUB_ID.pattern}:(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}})
 FILE_BYTES = 1_000_000_000  # of a file other than weights
 MAX_SMALL = 1_000  # files other than weights
 
-# What a run may need beside the weights, from the root of a repository.
+# Files that a run may need beside the weights, from the root of a repository.
 ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
-CODE = ".py"  # of models that bring their own; it is copied and never run
+CODE = ".py"  # code of models that bring their own; it is copied and never run
 
 
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
     """Return the checkpoint that a recipe in `folder` calls `reference`.
 
-    A reference is a local folder or weight file, else a hub id, perhaps with a folder of its repository behind it; or
-    one of them, "+" and a LoRA adapter (a folder or a hub id), which is merged as it is read. `weights=True` downloads
-    weights, tokenizer and other files of a hub id into huggingface_hub's cache. `weights=False` downloads only config,
-    index and headers (by range requests), so `files` need not exist; torch's own files, where `pickles` allows them,
-    are downloaded to be read.
+    A reference is a local folder or weight file, otherwise a hub id, perhaps with a folder of its repository appended.
+    "+" and a LoRA adapter (a folder or a hub id) may follow; the adapter is merged as it is read. `weights=True`
+    downloads weights, tokenizer and other files of a hub id into huggingface_hub's cache. `weights=False` downloads
+    only config, index and headers (by range requests), so `files` need not exist; torch's own files, where `pickles`
+    allows them, are downloaded to be read.
 
     InputError: neither a folder nor a hub id, an adapter without a base, not found, gated, no such revision, offline
     and not in the cache, or anything that `open_checkpoint` refuses.
@@ -102,7 +102,7 @@ def _local(reference: str, folder: Path) -> Path | None:
 
 
 def absent(reference: str, folder: Path) -> InputError | None:
-    """Return the error of a reference that is not there as a whole, if it is no hub id either. Asks no hub."""
+    """Return the error for a reference that does not exist and is no hub id. Does not ask the hub."""
     for part in reference.split("+"):
         if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
             try:
@@ -289,7 +289,7 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
 
 def _describe(asked: _Asked) -> Checkpoint:
     """Return the checkpoint on the hub, from its headers; `weights` downloads all its files too."""
-    # first: it fails at once without a network, while a download retries for long
+    # first, because it fails at once without a network, while a download retries for long
     commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
     start = asked.at("")
     names = [name.removeprefix(start) for name in listed if name.startswith(start) and "\\" not in name]
@@ -302,7 +302,7 @@ def _describe(asked: _Asked) -> Checkpoint:
     if asked.inside and not names:
         raise InputError(f"has no folder {asked.inside} on the hub")
     folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
-    if not first:  # says what is wrong before anything is downloaded, or has the hub say so
+    if not first:  # finds faults before anything is downloaded
         source, small = weight_source(top, pickles=asked.pickles), [name for name in top if not is_weights(name)]
         has_none = source.endswith(GGUF) and MODEL_CONFIG not in top
         first = ("" if has_none else config_file_of(top, source)) or next(iter(small), MODEL_CONFIG)
@@ -314,7 +314,7 @@ def _describe(asked: _Asked) -> Checkpoint:
     folder = _HubFolder(asked, commit, snapshot, names)
     own = is_composed(top) or (first == MODEL_CONFIG and code_of(read_json(snapshot / asked.at(first))))
     kept = (*ASSETS, CODE) if own else ASSETS
-    # a delta artifact is small, and its manifest is what would be the header
+    # a delta artifact is small, and its manifest replaces headers
     wanted = [name for name in names if name in top or any(name.startswith(f"{inner}/") for inner in folders if inner)]
     if is_delta(top):
         small = [name for name in wanted if name.endswith((*kept, ".safetensors"))]
@@ -379,7 +379,7 @@ class _HubFolder:
         if path.exists():
             return header
         fetch = partial(range_bytes, self.asked.hub_id, self.commit, name)
-        with ThreadPoolExecutor(8) as pool:  # shapes that stand in a weight's own bytes
+        with ThreadPoolExecutor(8) as pool:  # shapes that are stored in a weight's bytes
             stated = dict(pool.map(lambda n: (n, fetch(header.tensors[n])), states_of(header.tensors)))
         return replace(header, tensors=header.tensors | stated)
 

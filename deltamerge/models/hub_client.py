@@ -1,7 +1,7 @@
 """Requests to the hub: a repository's listing, bytes by ranges, bounds on every answer, errors as one line and a hint.
 
-The other end need not be the hub: it may be a mirror, a proxy or a stranger. A hook on huggingface_hub's HTTP client
-checks every answer to a request made `within` bounds before any of it is read or believed; also to its own requests.
+The other end may be a mirror, a proxy or an attacker. A hook on huggingface_hub's HTTP client checks every answer to a
+request made `within` bounds, before any of it is used. That includes the client's own requests.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ T = TypeVar("T")
 def listing(repository: str, revision: str | None, *, below: bool = False) -> tuple[str, list[str]]:
     """Return the commit of "models/org/name" or "datasets/org/name", and the names of its files.
 
-    They are those at its top level; with `below` also the paths of files in its folders.
+    These are the names at the top level; with `below` also the paths of files in folders.
 
     InputError: not a listing, too long, or an invalid file name. Other errors are the client's.
     """
@@ -214,7 +214,7 @@ class Bounds:
     commit   that the answers must name
     size     of the file, as an answer stated it
     asked    when the question was asked
-    over     nobody waits any more: what still arrives is refused
+    over     nobody waits any more: further answers are refused
     """
 
     most: int | None = None
@@ -242,7 +242,7 @@ def within(bounds: Bounds, call: Callable[[], T], *, whole: bool = True) -> T:
 
     With `whole` its total time is bounded too; a thread that is late is left behind.
 
-    InputError: an answer beyond the bounds, or one that the client cannot read.
+    InputError: an answer exceeds the bounds, or the client cannot read it.
     """
     guard()
     bounds.asked = time.monotonic()
@@ -299,7 +299,7 @@ def guard() -> None:
     from huggingface_hub.utils import _http, get_session  # type: ignore[attr-defined]  # public, without __all__
 
     with _LOCK:
-        # the one way to keep a user's own factory (proxies, certificates): the library has no public reader of it
+        # the only way to keep a user's own factory (proxies, certificates): the library has no public getter
         factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
         if factory is None:
             _hook(get_session())
@@ -399,7 +399,7 @@ def _is_followed(response: Any) -> bool:
 
 
 def _check_wait(status: int, headers: Any) -> None:
-    """Refuse an answer that asks for too long a wait: the client sleeps as long as it is told."""
+    """Refuse an answer that asks for too long a wait, because the client would sleep that long."""
     if status not in (408, 429) and status < 500:
         return
     asked = [headers.get("Retry-After", "").strip(), *re.findall(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))]

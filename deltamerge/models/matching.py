@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import LM_HEAD
 
-Shape = tuple[int, ...] | None  # None: unknown, and fits any
+Shape = tuple[int, ...] | None  # None: unknown, fits any other
 Parts = tuple[str, ...]  # the components of a name, numbers as STAR
 
 STAR = "*"
-COVERED = 0.5  # the least part of a module, of the smaller of both, that a rule must find
+COVERED = 0.5  # least share of the smaller of two modules that a rule must find
 FEW = 3  # modules that are named one by one
-MOST_PAIRS = 1 << 14  # of names that end alike
+MOST_PAIRS = 1 << 14  # most names that end alike
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,7 +34,7 @@ class Rule:
 
     @property
     def cost(self) -> int:
-        """How many components are exchanged."""
+        """The number of exchanged components."""
         return len(self.old) + len(self.new)
 
     def exchanges(self, ours: Parts, theirs: Parts) -> bool:
@@ -48,7 +48,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The canonical name of each of a model's tensors, and the rules that gave it."""
+    """The canonical name of each of a model's tensors, and the rules behind them."""
 
     canonical: dict[str, str]
     rules: tuple[Rule, ...] = ()
@@ -58,17 +58,17 @@ class Names:
         return ", ".join(map(str, sorted(self.rules, key=lambda rule: (-len(rule.old), rule))))
 
     def shortened(self, tail: str) -> Names:
-        """These names with `tail` for the canonical one that ends with it."""
+        """These names, with `tail` in place of the canonical name that ends with it."""
         return replace(self, canonical={o: tail if n.endswith(f".{tail}") else n for o, n in self.canonical.items()})
 
 
 def match(models: Sequence[Mapping[str, Shape]], labels: Sequence[str]) -> list[Names]:
     """The canonical names of every model's tensors, from the names and shapes of all.
 
-    The first model's names are canonical, then those of each further model that fit none before. InputError: two
+    The first model's names are canonical, then each further model's names that fit no earlier name. InputError: two
     prefixes would fit one model equally well.
 
-    The head of the language model is `lm_head.weight` where there is one alone, whatever its module.
+    A single head of the language model is `lm_head.weight`, whatever its module.
     """
     if not models:
         return []
@@ -85,7 +85,7 @@ def match(models: Sequence[Mapping[str, Shape]], labels: Sequence[str]) -> list[
 
 
 def match_one(model: Mapping[str, Shape], frame: Mapping[str, Shape], label: str, owner: str) -> Names:
-    """The canonical names of one model's tensors beside those of `frame`, which are canonical."""
+    """The canonical names of one model's tensors, given the canonical names in `frame`."""
     if model.keys() == frame.keys():
         return Names({name: name for name in model})
     search = _Search.of(_patterns(model), _patterns(frame), f"{label} and {owner}")
@@ -99,14 +99,14 @@ def match_one(model: Mapping[str, Shape], frame: Mapping[str, Shape], label: str
 
 @dataclass(frozen=True, slots=True)
 class _Pattern:
-    """The tensors whose names differ in numbers alone: shapes by those numbers."""
+    """The tensors whose names differ only in numbers: their shapes by these numbers."""
 
     parts: Parts
     members: dict[Parts, Shape] = field(compare=False)
 
 
 def split(name: str) -> tuple[Parts, Parts]:
-    """A name's components, those that are numbers as STAR, and these numbers."""
+    """A name's components, with STAR for numbers, and the numbers."""
     parts = name.split(".")
     return tuple(STAR if part.isdigit() else part for part in parts), tuple(part for part in parts if part.isdigit())
 
@@ -120,7 +120,7 @@ def _patterns(shapes: Mapping[str, Shape]) -> dict[Parts, _Pattern]:
 
 
 def _fits(ours: _Pattern, theirs: _Pattern) -> bool:
-    """Whether the shapes of all tensors that both patterns have are those of one tensor.
+    """Whether the shapes of all tensors in both patterns agree.
 
     Outside numbered blocks rows may differ (tokens, labels); stacks of matrices may be stored transposed.
     """
@@ -177,7 +177,10 @@ class _Search:
                 self.pairs[parts] = parts
 
     def claim_rules(self, test: _Test) -> None:
-        """Pair patterns by rules, the one that finds the most tensors first. InputError: two are as good."""
+        """Pair patterns by rules, first by the rule that finds the most tensors.
+
+        InputError: two rules are equally good.
+        """
         candidates = [(rule, pair) for rule, pair in self.candidates if test(*pair)]
         while candidates:
             taken = set(self.pairs.values())
@@ -200,8 +203,11 @@ class _Search:
                 self.rules.append(best)
 
     def claim_mixtures(self) -> None:
-        """Pair what is left in numbered blocks by shape, where that leaves nothing over: the router and the fused
-        experts of a mixture, whose names have no common end in some families (`input_linear`, `experts.fc1`)."""
+        """Pair the remaining patterns of numbered blocks by shape, if all find a partner.
+
+        These are the router and the fused experts of a mixture, whose names have no common end in some families
+        (`input_linear`, `experts.fc1`).
+        """
         taken = set(self.pairs.values())
         left = _by_block((p for n, p in self.ours.items() if n not in self.pairs), self._longest_rules())
         theirs = _by_block((p for n, p in self.theirs.items() if n not in taken), [])
@@ -213,11 +219,11 @@ class _Search:
                 self.pairs |= {pattern.parts: by_shape[_shape(pattern)] for pattern in patterns}
 
     def _longest_rules(self) -> list[Rule]:
-        """The rules that tensors which fit none follow, that of the longest prefix first."""
+        """The rules for tensors that fit no pattern, the longest prefix first."""
         return sorted((r for r in self.rules if STAR not in r.new[:1]), key=lambda rule: -len(rule.old))
 
     def _sound(self, rule: Rule, pairs: Sequence[_Pair]) -> list[_Pair]:
-        """The pairs of a rule that make up most of a module on either side."""
+        """The pairs of a rule that cover most of a module on either side."""
         if STAR in rule.old:
             small = max(self.sizes[0][rule.old], self.sizes[1][rule.new])
             return list(pairs) if len(pairs) == small > 1 else []
@@ -233,7 +239,7 @@ class _Search:
         return kept
 
     def told(self) -> Iterator[Rule]:
-        """The rules; one for each module where they add or drop a prefix before a few."""
+        """The rules, split into one for each module if they add or drop a prefix before only a few."""
         for rule in self.rules:
             own = [ours for ours, theirs in self.pairs.items() if rule.exchanges(ours, theirs)]
             heads = dict.fromkeys(ours[len(rule.old)] for ours in own)
@@ -243,7 +249,10 @@ class _Search:
                 yield from (Rule((*rule.old, h), (*rule.new, h)) for h in heads if h != LM_HEAD.partition(".")[0])
 
     def canonical(self, model: Mapping[str, Shape], frame: Mapping[str, Shape]) -> dict[str, str]:
-        """Every name's canonical one; names that fit none follow the rule of their longest prefix, if they can."""
+        """The canonical name of every name.
+
+        Names that fit no pattern follow the rule of their longest prefix, if they can.
+        """
         found: dict[str, str] = {}
         rest = []
         for name in model:
@@ -287,8 +296,8 @@ def join(parts: Parts, numbers: Parts) -> str:
 def _candidates(ours: Iterable[_Pattern], theirs: Iterable[_Pattern]) -> Iterator[tuple[Rule, _Pair]]:
     """Every pair of patterns that end alike, by the rule that exchanges what stands before.
 
-    The common end is as long as can be. It is all of one name, or has two components and begins no later than with the
-    name of the first container of numbered blocks; either side has as many numbers before it.
+    The common end is as long as possible. It is all of one name, or it has at least two components and begins no later
+    than the name of the first container of numbered blocks. Both sides have equally many numbers before it.
     """
     for one, other in _alike(list(ours), list(theirs), 1):
         for pattern in one:
@@ -306,7 +315,7 @@ _Group = list[_Pattern]
 
 
 def _alike(ours: _Group, theirs: _Group, depth: int) -> Iterator[tuple[_Group, _Group]]:
-    """Groups of patterns whose last `depth` components are equal; more of them where there are too many pairs."""
+    """Groups of patterns whose last `depth` components are equal; more components if there are too many pairs."""
     groups: dict[Parts, tuple[_Group, _Group]] = defaultdict(lambda: ([], []))
     for side, patterns in enumerate((ours, theirs)):
         for pattern in patterns:
@@ -335,7 +344,7 @@ def _related(one: Parts, other: Parts) -> bool:
 
 
 def _sizes(patterns: Iterable[Parts]) -> Counter[Parts]:
-    """How many patterns begin with each prefix."""
+    """The number of patterns that begin with each prefix."""
     return Counter(parts[:i] for parts in patterns for i in range(len(parts) + 1))
 
 

@@ -2,9 +2,9 @@
 
 chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
-base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
-base+delta            what any delta artifact makes of its base
-base+dir/weight_v000003   what a version that slime wrote makes of its base; or SkyRL, base+dir/delta-00000003
+base+chain/000120     the version over `base`, a local model or the hub's; `org/name@revision+chain/000120`
+base+delta            any delta artifact over its base
+base+dir/weight_v000003   a version that slime wrote, over its base; or SkyRL, base+dir/delta-00000003
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Models:
-    """Opens models; the versions of one chain are opened once, and share what they make of one base."""
+    """Opens models. The versions of one chain are opened once, and share their tensors over one base."""
 
     @cached_property
     def _versions(self) -> Opened:
@@ -45,11 +45,12 @@ class Models:
     def open(
         self, reference: str, folder: Path, *, weights: bool, pickles: bool = False, sums: bool = False
     ) -> Checkpoint:
-        """The checkpoint that a recipe in `folder` calls `reference`; see `hub.open_model` for what is no delta.
-        `sums`: it may be a running sum.
+        """The checkpoint that a recipe in `folder` calls `reference`.
 
-        InputError: as there; a version that is not there, damaged, or not made from the one before; a base that
-        lacks what the delta was made from.
+        References without a delta go to `hub.open_model`. `sums`: a running sum is allowed.
+
+        InputError: as for `hub.open_model`; a version is missing, damaged, or not made from its predecessor; the base
+        lacks tensors that the delta was made from.
         """
         whole = Path(folder, os.path.expanduser(reference))
         if sums and os.path.isfile(whole / RUNNING_SUM):
@@ -81,8 +82,10 @@ class Models:
         return hub.open_model(reference, folder, weights=weights, pickles=pickles)
 
     def over(self, delta: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, DeltaFile]:
-        """The checkpoint that a delta, or a version of a chain with all before it, makes of `base`; and the artifact
-        by which both are checked. InputError: as `open`."""
+        """The checkpoint of a delta, or a version with all earlier ones, over `base`; and an artifact that checks them.
+
+        InputError: as for `open`.
+        """
         if base.is_delta and base.base is None:
             raise InputError(f"its base {base.reference} is a delta too", hint=f"name it as BASE+{base.reference}")
         from deltamerge.models.chain.folder import line
@@ -94,7 +97,7 @@ class Models:
         return decoded(found) if below is not base else found, whole
 
     def artifact(self, path: Path) -> DeltaFile:
-        """The artifact that a version, with all before it, amounts to; each version is checked when it is applied."""
+        """The artifact that equals a version with all earlier versions. Each version is checked when it is applied."""
         from deltamerge.models.chain.folder import line
         from deltamerge.models.delta_over_base import folded
 
@@ -131,7 +134,7 @@ def as_made_from(base: Checkpoint, delta: DeltaFile) -> Checkpoint:
 
 
 def _newest(folder: Path) -> Path:
-    """The folder of the newest version where `folder` is a chain; else itself."""
+    """The folder of the newest version if `folder` is a chain; otherwise `folder`."""
     if not folder.is_dir() or os.path.exists(folder / CONFIG):
         return folder
     from deltamerge.models.chain.folder import resolve
@@ -140,6 +143,6 @@ def _newest(folder: Path) -> Path:
 
 
 def _splits(reference: str) -> list[tuple[str, str]]:
-    """What may stand before and behind the last "+", which a folder's own name may contain too."""
+    """The possible parts before and after the last "+", because a folder's name may contain "+" too."""
     pieces = reference.split("+")
     return [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(len(pieces) - 1, 0, -1)]

@@ -27,8 +27,8 @@ class Spelling:
 
     letters     each letter is a byte (GPT-2's table, "Ġ" a space), "▁" is a space (SentencePiece), a token is a word's
                 start unless it begins with `continues` (WordPiece), or tokens are the text itself
-    continues   what a WordPiece token inside a word begins with
-    ends        what a token at a word's end ends with (CLIP's "</w>")
+    continues   prefix of a WordPiece token inside a word
+    ends        suffix of a token at a word's end (CLIP's "</w>")
     """
 
     letters: Literal["bytes", "sentencepiece", "wordpiece", "text"] = "text"
@@ -36,7 +36,7 @@ class Spelling:
     ends: str = ""
 
     def text(self, token: str) -> bytes:
-        """The bytes that a token of the vocabulary, none that was added, stands for."""
+        """The bytes of a token of the vocabulary, but not of an added token."""
         if self.letters == "bytes":
             found = [BYTES.get(letter) for letter in token]
             return token.encode() if None in found else bytes(byte for byte in found if byte is not None)

@@ -24,7 +24,7 @@ PROCESSOR = "chat_template.json"
 SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "tiktoken.model")
 MAP, GENERATION = "special_tokens_map.json", "generation_config.json"
 OTHERS = (MAP, "added_tokens.json", "merges.txt", *SLOW)
-# Purposes of tokens, the first of which takes a token that has several.
+# Purposes of tokens. A token with several purposes gets the first.
 ROLES = ("eos_token", "bos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -65,7 +65,7 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
 
 def tokens_of(whole: dict[str, Any], config: dict[str, Any]) -> Tokens:
-    """The vocabulary that a tokenizer.json says, and the tokenizer_config.json beside it. InputError: no valid one."""
+    """The vocabulary in a tokenizer.json and the tokenizer_config.json beside it. InputError: it is not valid."""
     ids, added, plain = ids_of(whole, config)
     ordered = dict(sorted(ids.items(), key=itemgetter(1)))
     if len(set(ordered.values())) < len(ordered):
@@ -75,7 +75,7 @@ def tokens_of(whole: dict[str, Any], config: dict[str, Any]) -> Tokens:
 
 
 def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int], dict[str, Entry], int]:
-    """The ids of tokens, the model's own first; the entries of those that are added; and the number of the model's."""
+    """The ids of tokens, the model's own first; the entries of added tokens; and the number of the model's own."""
     with errors.context(TOKENIZER):
         ids = _plain(whole)
         plain = len(ids)
@@ -91,7 +91,7 @@ def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int
 
 
 def is_described(checkpoint: Checkpoint) -> bool:
-    """Whether a model's tokenizer is one that its GGUF file describes, and no file beside it."""
+    """Whether a model's tokenizer comes from its GGUF file, and not from a file beside it."""
     of_gguf = checkpoint.files[:1] != () and checkpoint.files[0].suffix == GGUF
     return of_gguf and not (checkpoint.path / TOKENIZER).is_file()
 

@@ -1,4 +1,4 @@
-"""A tokenizer's words by their rows, from whichever of its files has them: tokenizer.json, or those of a slow one."""
+"""A tokenizer's words by their rows, from tokenizer.json or from the files of a slow tokenizer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ LETTERS = {byte: letter for letter, byte in BYTES.items()}
 class Words:
     """A vocabulary.
 
-    file      that it was read from
+    file      the file that it was read from
     rows      id -> token
     special   tokens that are marked as special
-    steps     what decides how text becomes these tokens, by its name: merges, normalizer, …
+    steps     the parts that turn text into tokens, by name: merges, normalizer, …
     """
 
     file: str
@@ -52,14 +52,14 @@ class Words:
 
 
 class Reading:
-    """Reads vocabularies; a file's bytes are hashed once, and what several files have in common is parsed once."""
+    """Reads vocabularies. A file's bytes are hashed once, and equal files are parsed once."""
 
     def __init__(self) -> None:
         self._parts = SharedParts()
         self._hashes: dict[Path, str] = {}
 
     def content(self, folder: Path) -> tuple[str, ...] | None:
-        """What is equal of two folders only if their vocabularies are; None where a folder has none."""
+        """A key that is equal for two folders only if their vocabularies are equal. None: a folder has none."""
         name = next((name for name in FILES if (folder / name).is_file()), None)
         if name is None:
             return None
@@ -188,7 +188,7 @@ def _id(value: Any) -> int:
 
 
 def _add(rows: dict[int, str], folder: Path) -> frozenset[str]:
-    """Put the tokens that other files add to a slow tokenizer into its rows; returns those that are special."""
+    """Put the tokens that other files add to a slow tokenizer into its rows. Return the special tokens."""
     if (folder / ADDED).is_file():
         added = read_json(folder / ADDED)
         with errors.context(ADDED):

@@ -1,6 +1,6 @@
-"""PEFT adapters as outputs: what all have in common, and an adapter whose own A and B are pruned.
+"""PEFT adapters as outputs: their common part, and an adapter whose own A and B are pruned.
 
-The modules of the model that an adapter is for say which weights it can adapt, and how the rest is stored.
+The modules of the adapted model decide which weights can be adapted, and how the others are stored.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AdapterOutput(CheckpointOutput):
         refuse_adapter(inputs.template.name, inputs.template.checkpoint)
 
     def files(self, plan: Plan) -> Files:
-        """Return the tokenizer's files, and what the base's config would have to say otherwise."""
+        """Return the tokenizer's files, and the keys in which the base's config would have to differ."""
         files: Files = dict(tokenizer_files(plan))
         edit_tokenizer(files, plan.vocabulary, plan.chat_template)
         if plan.settled.beside:
@@ -54,11 +54,11 @@ class AdapterOutput(CheckpointOutput):
         return RunOutput.nbytes(self, plan, written)
 
     def name(self, plan: Plan) -> str:
-        """Return what was made."""
+        """Return the output in a few words."""
         return "an adapter"
 
     def remarks(self, plan: Plan) -> tuple[str, ...]:
-        """Return all notes: they say what is in the adapter."""
+        """Return all notes: they describe the adapter."""
         return plan.notes
 
     def load_line(self, plan: Plan, folder: Path) -> str:
@@ -66,7 +66,7 @@ class AdapterOutput(CheckpointOutput):
         return f'PeftModel.from_pretrained(base, "{folder}")'
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
-        """Return the base that it is for, and what loads it."""
+        """Return the base, and the library that loads the adapter."""
         base = plan.inputs.base
         if base is None:
             return super().front_matter(plan)
@@ -78,7 +78,7 @@ class PrunedAdapterOutput(AdapterOutput):
     """The adapter that is the recipe's only model, with its own weights pruned; its config stays."""
 
     def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
-        """Return the one file of an adapter."""
+        """Return the single file of an adapter."""
         return plan_layout(tensors, None, (ADAPTER,))
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
@@ -96,7 +96,7 @@ OUTPUT = PrunedAdapterOutput()
 
 
 class ChangedTensor(NamedTuple):
-    """A tensor of the merged model that is not the base's: its name in the model, what was written, the base's."""
+    """A tensor of the merged model that differs from the base: its name in the model, its tensor, the base's tensor."""
 
     name: str
     result: TensorInfo
@@ -109,13 +109,13 @@ class ChangedTensor(NamedTuple):
 
 
 class ModelModules:
-    """What transformers makes of the output's config, without weights: which modules there are.
+    """The modules that transformers builds from the output's config, without weights.
 
     stored    the name in the model of each tensor -> its name in the files
     linear    the modules that are torch.nn.Linear
-    turned    those that are transformers' Conv1D, whose weight is (in, out)
+    turned    the modules that are transformers' Conv1D, whose weight is (in, out)
     convolved convolutions that are not in groups
-    heads     those of them that are outside the base model
+    heads     modules of these that are outside the base model
     """
 
     def __init__(self, model: Any, architecture: str, stored: dict[str, str]) -> None:
@@ -160,10 +160,10 @@ class ModelModules:
     def share_out(
         self, rest: Iterable[ChangedTensor], targets: list[str], results: Mapping[str, TensorInfo]
     ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-        """Return tensors that are stored whole: of modules for `modules_to_save`, and loaded into the base itself.
+        """Return tensors that are stored whole: for modules in `modules_to_save`, and for loading into the base.
 
-        `results` are all tensors by their names in the files. Loaded into the base are biases of adapted layers, tied
-        weights, parameters beside submodules, and modules that PEFT could not tell apart by the end of a name.
+        `results` are all tensors by their names in the files. Biases of adapted layers, tied weights, parameters beside
+        submodules, and modules that PEFT could not tell apart by the end of a name are loaded into the base.
         """
         saved: dict[str, TensorInfo] = {}
         loose: dict[str, TensorInfo] = {}

@@ -40,22 +40,22 @@ TOKENIZER = (
     "chat_template*", "spiece*", "sentencepiece*", "tekken*.json",
 )  # fmt: skip
 GENERATION = "generation_config.json"
-RECIPE = "recipe.yaml"  # of a run, by whose result it lies
+RECIPE = "recipe.yaml"  # files of a run that lie beside its result
 MODEL = (
     GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor*.json",
     "video_processor*.json", "feature_extractor*.json",
 )  # fmt: skip
-# Beside those, where the model has them: lists of components, sentence-transformers' settings, Mistral's own config.
+# Further files, if the model has them: lists of components, sentence-transformers' settings, Mistral's own config.
 LISTS = (PIPELINE, MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 MISTRAL = "params.json"
 CODE = "*.py"
-# Of folders of components every file with these endings but weights and their indexes.
+# From component folders, every file with these endings except weights and their indexes.
 ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
 ADDED = "added_tokens.json"
 INDEXES = re.compile(r".*\.index(\.[\w-]+)?\.json")
 
 
-# Output name -> the file that is copied, or what is written.
+# Output name -> the file to copy, or the content to write.
 Files: TypeAlias = dict[str, Path | bytes]
 
 
@@ -71,7 +71,7 @@ def asset_files(plan: Plan) -> dict[str, Path]:
 def tokenizer_files(plan: Plan) -> dict[str, Path]:
     """Return output name -> source of the tokenizer's files, and of the code that they name.
 
-    Those of an adapter that is pruned itself lie beside it.
+    An adapter that is pruned itself has its own files beside it.
     """
     source = plan.pruned_adapter or _vocabulary(plan)
     config = source.path / TOKENIZER_CONFIG
@@ -172,7 +172,7 @@ def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
 
 
 def assets(plan: Plan) -> Files:
-    """Return every file of a checkpoint but weights, card, recipe and lock: copied, or written where it changes."""
+    """Return every file of a checkpoint without weights, card, recipe and lock: copied, or written if it changes."""
     files: Files = dict(asset_files(plan))
     template = plan.inputs.template.checkpoint
     if template.config_file:
@@ -199,7 +199,7 @@ def assets(plan: Plan) -> Files:
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """Put `files` into `folder`. InputError: one that is copied has vanished."""
+    """Put `files` into `folder`. InputError: a file to copy has vanished."""
     for name, source in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
@@ -215,7 +215,7 @@ def write_files(files: Files, folder: Path) -> None:
 
 
 def edit_tokenizer(files: Files, vocabulary: Vocabulary | None, chat: ChatTemplate | None) -> None:
-    """Put into `files`, the tokenizer files of the vocabulary's model, what the merge changes of them."""
+    """Apply the merge's changes to `files`, the tokenizer files of the vocabulary's model."""
     if vocabulary is not None and vocabulary.entries:
         _add_tokens(files, vocabulary)
     if chat is not None:
@@ -253,7 +253,7 @@ def _add_tokens(files: Files, vocabulary: Vocabulary) -> None:
 
 
 def _set_chat_template(files: Files, text: str) -> None:
-    """Set it in the form that the tokenizer has: the key of tokenizer_config.json, else chat_template.jinja."""
+    """Set the chat template where the tokenizer stores it: in tokenizer_config.json, or in chat_template.jinja."""
     config = content_of(files, TOKENIZER_CONFIG)
     if "chat_template" in config and JINJA not in files:
         files[TOKENIZER_CONFIG] = as_json(config | {"chat_template": text})

@@ -1,4 +1,4 @@
-"""An ordinary checkpoint as output: shards of safetensors, plain or quantised, and what loads them."""
+"""An ordinary checkpoint as output: shards of safetensors, plain or quantised, and the line that loads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.values import Spooled
     from deltamerge.formats.quantised.writer import CodedWriter, Losses
 
-WORKERS_AN_OUTPUT_HASHER = 8  # threads that merge for each that hashes beside the first
+WORKERS_AN_OUTPUT_HASHER = 8  # merging threads per hashing thread beyond the first
 
 
 class CheckpointOutput(RunOutput):
@@ -42,7 +42,7 @@ class CheckpointOutput(RunOutput):
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
     ) -> Memory:
-        """Return the memory of bytes on their way to the files, and of what is being computed."""
+        """Return the memory of bytes on their way to the files, and of weights being computed."""
         most = room(workers, cap) + (workers + 1) * 2 * SLAB
         return Memory({"output": min(sum(tensor.nbytes for tensor in tensors), most)})
 
@@ -83,7 +83,7 @@ class CheckpointOutput(RunOutput):
         return Weights(plan, known, hashed, nonfinite, seals, QuantisedAccount(losses))
 
     def join(self, parts: Sequence[Mapping[str, Any]]) -> Account:
-        """Return what quantisation lost in all parts."""
+        """Return the quantisation errors of all parts."""
         losses = {name: tuple(sums) for part in parts for name, sums in part.get("losses", {}).items()}
         return QuantisedAccount(losses)
 
@@ -92,7 +92,7 @@ class CheckpointOutput(RunOutput):
         return plan.nbytes
 
     def remarks(self, plan: Plan) -> tuple[str, ...]:
-        """Return which weights are not quantised though asked for."""
+        """Return a note on weights that could not be quantised as asked."""
         return plan.left_plain
 
     def load_line(self, plan: Plan, folder: Path) -> str:
@@ -123,12 +123,12 @@ OUTPUT = CheckpointOutput()
 
 
 def room(workers: int, memory: int | None) -> int:
-    """Return the bytes that may be on their way to the files: where memory is capped, the least."""
+    """Return the bytes that may be on their way to the files; the minimum if memory is capped."""
     return room_for(workers) if memory is None else ROOM
 
 
 def pinned_memory(plan: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
-    """Return what makes memory that a GPU writes to by itself; None: no tensor is computed on a GPU."""
+    """Return a function that allocates memory for direct writes by a GPU. None: no tensor is computed on a GPU."""
     return pinned if any(on_gpu(task, plan.device) for task in plan.tasks) else None
 
 
@@ -136,7 +136,10 @@ def pinned_memory(plan: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
 
 
 def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob, known: Mapping[Node, Any]) -> CodedWriter | None:
-    """Return what codes the weights that are stored quantised and hands the rest to `writer`; None: there are none."""
+    """Return a writer that codes the quantised weights and passes the rest to `writer`.
+
+    None: no weight is quantised.
+    """
     if not plan.codings:
         return None
     from deltamerge.formats.quantised.writer import CodedWriter
@@ -150,7 +153,7 @@ def _none(name: str, matrix: int) -> None:
 
 
 def _moments(spooled: Spooled, name: str, matrix: int) -> NDArray[np.float64] | None:
-    """Return the second moments of the inputs of a weight's matrix; None: no row has reached it."""
+    """Return the second moments of the inputs of a weight's matrix. None: no row has reached it."""
     from deltamerge.calibrate.values import of_layer
 
     return of_layer(spooled, name=name).read(matrix)
@@ -163,12 +166,12 @@ def _adjusts(plan: Plan) -> bool:
 
 @dataclass(frozen=True)
 class QuantisedAccount(Account):
-    """What quantisation lost, by weight; nothing where no weight is quantised."""
+    """The quantisation error of each weight; empty if no weight is quantised."""
 
     losses: Losses
 
     def record(self) -> dict[str, Any]:
-        """Return what the record of a part keeps of it."""
+        """Return the content for a part's record."""
         return {"losses": self.losses} if self.losses else {}
 
     def describe(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class QuantisedAccount(Account):
         return {"quantization": errors_of(self.losses)} if self.losses else {}
 
     def card(self, plan: Plan) -> list[str]:
-        """Return how far quantised weights are from the merge."""
+        """Return a section on the errors of quantised weights."""
         if not self.losses:
             return []
         said = errors_of(self.losses)
@@ -225,10 +228,10 @@ def errors_of(losses: Losses) -> dict[str, Any]:
 
 
 def _of_delta(lost: float, delta: float, written: float) -> dict[str, Any]:
-    """Return what survives of a delta Δ where Q is stored, from ‖W − Q‖², ‖Δ‖² and ‖Q − base‖².
+    """Return the part of a delta Δ that survives in the stored Q, from ‖W − Q‖², ‖Δ‖² and ‖Q − base‖².
 
     projection   ⟨Q − base, Δ⟩ / ‖Δ‖²
-    share        ⟨Q − base, Δ⟩² / (‖Q − base‖² ‖Δ‖²): how much of what is written is the delta; the rest is noise
+    share        ⟨Q − base, Δ⟩² / (‖Q − base‖² ‖Δ‖²): the share of Q − base that is the delta; the rest is noise
     """
     if not delta:
         return {}
@@ -271,6 +274,6 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def head_of(config: Mapping[str, Any]) -> ModelHead | None:
-    """Return the head of a model, told by its class; None where the class does not say."""
+    """Return the head of a model by its class. None: the class does not tell."""
     architecture = architecture_of(config)
     return next((head for ending, head in HEADS.items() if architecture.endswith(ending)), None)

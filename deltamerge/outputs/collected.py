@@ -26,7 +26,10 @@ class _Collection:
 
 @dataclass(eq=False)
 class Collector:
-    """Hands each whole float32 delta, in its shape, to `use`, in the thread that ended it; `folder` has the files."""
+    """Passes each whole float32 delta, in its shape, to `use`, in the thread that completed it.
+
+    `folder` has the files.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     folder: Path

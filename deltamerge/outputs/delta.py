@@ -46,7 +46,7 @@ class DeltaOutput(RunOutput):
         return Memory({"output": math.ceil(sum(largest[: workers + 1]))})
 
     def describe(self, plan: Plan) -> dict[str, Any]:
-        """Return how values are stored, and about how many bytes they take, for `plan --json`."""
+        """Return the coding of values, and an estimate of their bytes, for `plan --json`."""
         sizes = {output.name: output.delta_bytes(plan.delta_values) for output in plan.outputs}
         how = {"semantics": "add" if plan.delta_values else "replace", "values": plan.delta_values}
         if (nbytes := bytes_of(plan)) is not None:
@@ -59,18 +59,18 @@ class DeltaOutput(RunOutput):
         return bytes_of(plan) or sum(output.delta_bytes(plan.delta_values) for output in plan.outputs)
 
     def budget(self, plan: Plan) -> int | None:
-        """Return the bytes that the recipe allows, if it says them instead of a density."""
+        """Return the bytes that the recipe allows, if it gives bytes instead of a density."""
         return budget_of(plan)
 
     def write(self, plan: Plan, job: WriteJob) -> Weights:
-        """Write the artifact; tensors that the journal has are not made again."""
+        """Write the artifact. Tensors in the journal are not made again."""
         job.work.empty()
         with job.values(plan) as known, job.merging(plan) as progress:
             values, summary = write_delta(plan, job.work.folder, progress, known, job.work.journal)
         return Weights(plan, values, nonfinite=summary.nonfinite, account=DeltaAccount(summary))
 
     def settle(self, plan: Plan, job: WriteJob) -> Weights:
-        """Write the artifact; of a budget, the artifact that fits it."""
+        """Write the artifact. With a budget, it fits the budget."""
         if bytes_of(plan) is not None:
             return write_shares(plan, job)
         return super().settle(plan, job) if budget_of(plan) is None else write_within_budget(plan, job)
@@ -80,12 +80,12 @@ class DeltaOutput(RunOutput):
         return True
 
     def load_line(self, plan: Plan, folder: Path) -> str:
-        """Return the command that puts it on its base."""
+        """Return the command that applies it to its base."""
         assert plan.inputs.origin is not None
         return f"deltamerge apply {folder} --base {plan.inputs.origin.checkpoint.base_reference} --out DIR"
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
-        """Return what reads it."""
+        """Return the library that reads it."""
         return {"library_name": "deltamerge"}
 
 
@@ -94,7 +94,7 @@ OUTPUT = DeltaOutput()
 
 @dataclass(frozen=True)
 class DeltaAccount(Account):
-    """What an artifact holds, and the densities that fit its budget."""
+    """The summary of an artifact, and the densities that fit its budget."""
 
     delta: Summary
     densities: Densities | None = None
@@ -104,7 +104,7 @@ class DeltaAccount(Account):
         return {} if self.densities is None else {"densities": self.densities.densities}
 
     def card(self, plan: Plan) -> list[str]:
-        """Return what the artifact holds, what its coding loses, and how it is used."""
+        """Return a section on the artifact's content, the loss of its coding, and its use."""
         origin, delta = plan.inputs.origin, self.delta
         assert origin is not None
         holds = "Final values of what differs from the base: applying it is exact."
@@ -139,7 +139,7 @@ def write_delta(
 ) -> tuple[dict[Node, Any], Summary]:
     """Execute `planned` and leave its delta in `folder`; return the values of shared nodes, and the summary.
 
-    Tensors that the journal has, whose entries are in `folder`, are not made again. Those that share bytes get parts.
+    Tensors in the journal, whose entries are in `folder`, are not made again. Tensors that share bytes get parts.
     """
     output, origin = planned.recipe.output, planned.inputs.origin
     assert origin is not None
@@ -202,7 +202,7 @@ def write_delta(
 
 
 def write_shares(planned: Plan, job: WriteJob) -> Weights:
-    """Write the artifact of values to add whose bytes are shared out. InputError: they are too few."""
+    """Write the artifact of values to add with distributed bytes. InputError: the bytes are too few."""
     nbytes = bytes_of(planned)
     assert nbytes is not None
     outputs, rest = shared_outputs(planned)
@@ -264,10 +264,10 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
 
 
 def write_within_budget(planned: Plan, job: WriteJob) -> Weights:
-    """Write the artifact with the densities of a lock, or with those that the budget allows.
+    """Write the artifact with the densities of a lock, or with densities that the budget allows.
 
-    Sizes are tried with the first q's, as calibrating is costly; only the result has its own. InputError: the budget is
-    too small for any.
+    Sizes are tried with the first q's, because calibration is slow; only the result gets its own q's. InputError: the
+    budget is too small for any densities.
     """
     choices, work = job.choices, job.work
     work.empty()
@@ -295,19 +295,19 @@ def write_within_budget(planned: Plan, job: WriteJob) -> Weights:
 
 
 def base_of(checkpoint: Checkpoint) -> Base:
-    """Return how an artifact names its base: the hub's id and commit, or the reference as written."""
+    """Return the base as an artifact names it: the hub's id and commit, or the reference as written."""
     return Base(id=checkpoint.hub_id or checkpoint.reference, commit=checkpoint.revision)
 
 
 def _delta(out: OutputTensor, info: TensorInfo | None) -> Node | None:
-    """Return the node that makes the values to add; None where final values are stored."""
+    """Return the node of the values to add. None: final values are stored."""
     same = info is not None and info.shape == out.shape
     return out.pieces[0].built.delta if same and len(out.pieces) == 1 else None
 
 
 @dataclass(slots=True)
 class _OpenTensor:
-    """A tensor of the artifact; values to add are put in order before they are handed on."""
+    """A tensor of the artifact. Values to add are put in order before they are passed on."""
 
     tensor: TensorWriter
     dtype: str
@@ -335,7 +335,7 @@ class _OpenTensor:
 
 @dataclass(frozen=True, slots=True)
 class _DeltaSink:
-    """`progress` is told of bytes of the result, whatever is computed for them."""
+    """A sink of the artifact. `progress` gets the bytes of the result, independent of the bytes computed for them."""
 
     targets: Mapping[str, _OpenTensor]
     progress: Callable[[int], None]

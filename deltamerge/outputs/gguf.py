@@ -1,7 +1,7 @@
 """A merged model as a GGUF file beside its checkpoint, for the architectures whose conversion is known here.
 
-Names come from the `gguf` package's map; what llama.cpp's converter does besides (convert_hf_to_gguf.py: rows of q and
-k in its order of rotary pairs, frequencies of Llama 3's long contexts) stands here. What is not known is refused.
+Names come from the `gguf` package's map. The converter's other steps are here (llama.cpp's convert_hf_to_gguf.py: rows
+of q and k in its order of rotary pairs, frequencies of Llama 3's long contexts). Anything unknown is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ARCHITECTURES: Mapping[str, WrittenArchitecture] = {
     "qwen3": WrittenArchitecture("qwen3"),
 }
 COUNTS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
-# What rotary positions of each kind need.
+# The settings that each kind of rotary positions needs.
 ROPES: Mapping[str, tuple[str, ...]] = {
     "default": ("rope_theta",),
     "linear": ("rope_theta", "factor"),
@@ -67,11 +67,11 @@ class GgufOutput(CheckpointOutput):
         check(plan)
 
     def remarks(self, plan: Plan) -> tuple[str, ...]:
-        """Return the line of the GGUF file, and which weights are not quantised though asked for."""
+        """Return the line of the GGUF file, and a note on weights that could not be quantised as asked."""
         return (*(note for note in plan.notes if note.startswith(f"{file_name(plan)}: ")), *plan.left_plain)
 
     def add(self, plan: Plan, folder: Path) -> tuple[str, ...]:
-        """Write the GGUF file of the finished checkpoint; a note on it."""
+        """Write the GGUF file of the finished checkpoint. Return a note on it."""
         return (write_gguf(plan, folder),)
 
 
@@ -79,12 +79,12 @@ OUTPUT = GgufOutput()
 
 
 def file_name(plan: Plan) -> str:
-    """Return the name of the file that an output's `gguf` makes."""
+    """Return the name of the GGUF file of an output."""
     return f"model-{plan.recipe.output.gguf}.gguf"
 
 
 def check(plan: Plan) -> None:
-    """Raise InputError where the model's architecture, one of its tensors, or its tokenizer cannot be written."""
+    """Raise InputError if the model's architecture, one of its tensors, or its tokenizer cannot be written."""
     package(NEEDED)
     config = plan.config
     name = plan.inputs.template.name
@@ -156,7 +156,7 @@ def _rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_numbers(config: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
-    """Raise InputError where a config lacks one of `keys`, or it is no number above 0."""
+    """Raise InputError if a config lacks one of `keys`, or a value is no number above 0."""
     for key in keys:
         value = config.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
@@ -175,7 +175,7 @@ def _renamed(architecture: WrittenArchitecture, config: Mapping[str, Any], name:
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return heads of queries, heads of keys, and numbers of a head."""
+    """Return the number of query heads, of key heads, and the width of a head."""
     queries = int(config["num_attention_heads"])
     keys = int(config.get("num_key_value_heads") or queries)
     return queries, keys, int(config.get("head_dim") or config["hidden_size"] // queries)

@@ -1,7 +1,7 @@
-"""A LoRA as output: deltas are collected one by one, factored at once, and only factors are kept.
+"""A LoRA as output: deltas are collected one by one and factored at once, and only factors are kept.
 
 A finished weight's factors lie in the work folder until all ranks are known; with the journal they survive a crash.
-What changed and has no factors is stored whole, as the recipe says.
+Changed tensors without factors are stored whole, as the recipe says.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node, TensorInfo
 from deltamerge.tensors.views import flat_rows, floats
 
-WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
+WIDER = 4  # largest rank to factor a weight for, as a multiple of the rank that a budget affords everywhere
 LEAST = 16
 MOMENTS = 10**6  # the number of the first of their files in the spool
-TORCH = 170_000_000  # of torch and transformers, which tell what the modules are, beside the compiled loops
-UNKNOWN = 256  # the rank that is assumed where an energy or a budget chooses it
+TORCH = 170_000_000  # bytes of torch and transformers, which build the modules, beside the compiled loops
+UNKNOWN = 256  # the assumed rank, if an energy or a budget chooses it later
 
 
 class LoraOutput(AdapterOutput):
@@ -73,7 +73,7 @@ class LoraOutput(AdapterOutput):
     def memory(
         self, wanted: Output, tensors: tuple[OutputTensor, ...], workers: int, cap: int | None, *, weighed: bool
     ) -> Memory:
-        """Return the memory of deltas that are being collected, of factoring them, and of files."""
+        """Return the memory of collecting deltas, of factoring them, and of files."""
         shapes = [sides(tensor.shape) for tensor in tensors if is_matrix(tensor)]
         sizes = sorted((4 * m * n if 4 * m * n <= HELD else 0 for m, n in shapes), reverse=True)
         rank = wanted.rank or UNKNOWN
@@ -82,7 +82,7 @@ class LoraOutput(AdapterOutput):
         return files + Memory({"factors": TORCH + sum(sizes[: workers + 1]) + workers * scratch})
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
-        """Yield how large it is, and by what ranks are chosen."""
+        """Yield a line on its size, and on the choice of ranks."""
         size = f"rank {wanted.rank}"
         if wanted.budget is not None:
             size = f"{wanted.budget} bytes" + (f", rank {wanted.rank} at most" if wanted.rank else "")
@@ -92,22 +92,22 @@ class LoraOutput(AdapterOutput):
         yield f"merged deltas are written as a LoRA: {size}, {how}"
 
     def write(self, plan: Plan, job: WriteJob) -> Weights:
-        """Write the adapter and its config; factors that the journal has are not made again."""
+        """Write the adapter and its config. Factors in the journal are not made again."""
         with job.values(plan) as known, job.merging(plan) as progress:
             values, lora = write_lora(plan, job.work, known, progress)
         seals = {name: seal(job.work.folder / name) for name in lora.hashed}
         return Weights(plan, values, lora.hashed, seals=seals, account=LoraAccount(lora))
 
     def settle(self, plan: Plan, job: WriteJob) -> Weights:
-        """Write the adapter; a delta that is not finite is refused as it is factored."""
+        """Write the adapter. A delta that is not finite is refused when it is factored."""
         return self.write(plan, job)
 
     def belongs(self, plan: Plan, weights: Weights, name: str) -> bool:
-        """Return whether a file of the work folder is of the adapter, or is its config."""
+        """Return whether a file of the work folder is part of the adapter, or its config."""
         return name == CONFIG or super().belongs(plan, weights, name)
 
     def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
-        """Return what there is to say; the adapter is as it should be."""
+        """Return the notes. The adapter is already complete."""
         assert weights.account.lora is not None
         return weights, weights.account.lora.notes
 
@@ -117,16 +117,16 @@ OUTPUT = LoraOutput()
 
 @dataclass(frozen=True)
 class LoraAccount(Account):
-    """What a LoRA keeps of each weight's delta."""
+    """The part of each weight's delta that a LoRA keeps."""
 
     lora: LowRankSummary
 
     def describe(self) -> dict[str, Any]:
-        """Return what it keeps, for the lock."""
+        """Return the kept parts, for the lock."""
         return {"lora": self.lora.describe()}
 
     def table(self) -> list[str]:
-        """Return what it keeps, weight by weight."""
+        """Return a table of the kept parts by weight."""
         lora, weighed = self.lora, self.lora.output is not None
         also = "" if lora.output is None else f", {lora.output:.4g} of the change of the layers' outputs"
         head = "| weight | rank | kept of the delta |" + (" of the outputs |" if weighed else "")
@@ -145,9 +145,9 @@ def _share(value: float | None) -> str:
 def write_lora(
     planned: Plan, work: Workspace, known: Mapping[Node, Any], progress: Callable[[int], None]
 ) -> tuple[dict[Node, Any], LowRankSummary]:
-    """Execute `planned` and leave adapter_model.safetensors in the work folder; shared values, and what was written.
+    """Execute `planned` and leave adapter_model.safetensors in the work folder. Return shared values and the summary.
 
-    InputError: a delta that is not finite, no weight that changed, experts in one tensor, a budget that is too small.
+    InputError: a delta is not finite, no weight changed, experts are in one tensor, or the budget is too small.
     """
     (work.folder / REST).unlink(missing_ok=True)
     with errors.context("output.kind: peft"):
@@ -173,7 +173,7 @@ def write_lora(
         summary = finish(planned, work.folder, modules, sink.made, results)
         done = True
         return values, summary
-    except InputError:  # another recipe is needed, whose run would not take this work over
+    except InputError:  # the remedy is another recipe, whose run would not continue this work
         work.forget()
         done = True
         raise
@@ -212,14 +212,14 @@ def _bases(planned: Plan) -> dict[str, TensorInfo]:
 
 
 def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
-    """Return whether a tensor is copied from the base's own file, where it is `info`."""
+    """Return whether a tensor is copied from the base's tensor `info`."""
     root = out.pieces[0].built.root
     return info is not None and root.is_source and root.is_same(info)
 
 
 @contextmanager
 def _rest(folder: Path, rest: list[OutputTensor]) -> Iterator[Writer | None]:
-    """Open the writer of tensors that have no factors, to be compared with the base's."""
+    """Open the writer of tensors without factors, which are compared with the base's."""
     if not rest:
         yield None
         return
@@ -236,7 +236,7 @@ def _factor(
     reader: Reader,
     known: Mapping[Node, Any],
 ) -> dict[Node, Any]:
-    """Factor all targets that are left, the sums of adapters from their own factors, and make what has none."""
+    """Factor all remaining targets, sums of adapters from their own factors, and make the tensors without factors."""
     dora = planned.recipe.output.dora
     sums = [target for target in left if target.output.pieces[0].built.updates and not dora]
     with ThreadPoolExecutor(planned.workers) as pool:
@@ -261,7 +261,7 @@ def _factor(
 
 @dataclass(eq=False)
 class _FactorSink:
-    """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
+    """Collects deltas, and factors each when its last tile arrives, in the thread that brought it."""
 
     planned: Plan
     bases: Mapping[str, TensorInfo]
@@ -280,7 +280,7 @@ class _FactorSink:
         self.collector = Collector(shapes, self.spool.folder, self._factor)
 
     def unfinished(self) -> list[FactorTarget]:
-        """Return the targets that an interrupted run did not finish; take over the others."""
+        """Return the targets that an interrupted run did not finish, and take over the finished targets."""
         left = []
         for name, target in self.targets.items():
             path, state = self._path(target.number), self.spool.kept(name)

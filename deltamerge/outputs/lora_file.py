@@ -1,7 +1,7 @@
-"""A LoRA's file and config: ranks are chosen, factors are cut and stored as PEFT does.
+"""A LoRA's file and config: choose ranks, cut factors and store them as PEFT does.
 
-Every update has the scale 1: lora_alpha and alpha_pattern say for each weight what r and rank_pattern say, and readers
-that know no patterns compute the same.
+Every update has the scale 1: lora_alpha and alpha_pattern repeat r and rank_pattern for each weight. So readers without
+patterns compute the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def is_matrix(output: OutputTensor) -> bool:
-    """Return whether a tensor may have factors, as its name and shape tell."""
+    """Return whether a tensor may have factors, by name and shape."""
     known = output.pieces[0].built.delta is not None and len(output.pieces) == 1
     return known and len(output.shape) > 1 and EMBEDDING.search(output.name) is None
 
@@ -65,14 +65,16 @@ class FactorTarget:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(out, in); a convolution's A has the sides of its kernel too."""
+        """(out, in). A convolution's A also has the sides of its kernel."""
         return self.shape[::-1] if self.turned else self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class FactorFile:
-    """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32;
-    `state` is what the journal has of it."""
+    """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32.
+
+    `state` is its entry in the journal.
+    """
 
     target: FactorTarget
     path: Path
@@ -92,11 +94,11 @@ class FactorFile:
 
     @property
     def rank(self) -> int:
-        """How many ranks there are to choose from."""
+        """The number of available ranks."""
         return len(self.state["gains"])
 
     def shapes(self, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that store it, by the ends of their names."""
+        """Return the stored tensors by the ends of their names."""
         (out, columns), shape = self.target.sides, self.target.output.shape
         kernel = shape[2:]
         a = (rank, *shape[1:]) if kernel else (rank, columns)
@@ -134,7 +136,7 @@ def finish(
     made: Mapping[str, FactorFile],
     results: Mapping[str, TensorInfo],
 ) -> LowRankSummary:
-    """Write the adapter of the factors in `made` and of `results`, the merged tensors that have none."""
+    """Write the adapter from the factors in `made` and from `results`, the merged tensors without factors."""
     made = {out.name: made[out.name] for out in planned.outputs if out.name in made}
     dtype = stored_dtype(planned)
     with errors.context("output.kind: peft"), Reader() as reader:
@@ -143,7 +145,7 @@ def finish(
         ranks, layout = _ranks(planned, made, whole, dtype)
         written = [name for name, rank in ranks.items() if rank]
         if not written and not whole:
-            raise InputError("nothing differs from the base", hint="is this the fine-tune, and that its base?")
+            raise InputError("nothing differs from the base", hint="are these the fine-tune and its base?")
         (folder / layout.files[0].name).unlink(missing_ok=True)
         with Writer(folder, layout) as writer:
             for name in written:
@@ -188,9 +190,9 @@ def _whole(
     made: Mapping[str, FactorFile],
     results: Mapping[str, TensorInfo],
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[str]]:
-    """Return the changed tensors that have no factors: of whole modules, loaded into the base; and notes on them.
+    """Return the changed tensors without factors: tensors of whole modules, tensors loaded into the base, and notes.
 
-    InputError: they are to be refused, or the model's modules do not have one as it is.
+    InputError: such tensors must be refused, or a tensor is not a parameter of a module as it is.
     """
     wanted = planned.recipe.output.whole or "keep"
     base, canonical = planned.inputs.base, planned.inputs.canonical
@@ -230,7 +232,7 @@ def _whole(
         changed = kept
     targets = [one.module for one in made.values() if one.rank]
     known = {stored: info for stored, name in canonical.items() if (info := base.get(name)) is not None}
-    # a module is stored with all of its tensors, of which one may be the base's
+    # a module is stored with all of its tensors, even unchanged ones
     saved, loose = modules.share_out(changed, targets, {**known, **results})
     for how, stored_so in (("as modules_to_save", saved), ("loaded into the base (as bias: all)", loose)):
         if stored_so:
@@ -319,7 +321,7 @@ def _config(
 
 
 def _shortest(targets: Mapping[str, int], modules: ModelModules) -> list[str] | str:
-    """Return `target_modules`: the ends of the targets' names where these name nothing else, else full names."""
+    """Return `target_modules`: the ends of the targets' names if they match nothing else, otherwise full names."""
     ends = sorted({module.rpartition(".")[2] for module in targets})
     if {name for name in modules.names if name.rpartition(".")[2] in ends} == set(targets):
         return ends
@@ -330,7 +332,7 @@ def _shortest(targets: Mapping[str, int], modules: ModelModules) -> list[str] | 
 
 
 def _pattern(module: str, modules: ModelModules) -> str:
-    """Return a key of rank_pattern, which is matched at the end of names, as a pattern."""
+    """Return a key of rank_pattern as a pattern that matches the end of names."""
     ambiguous = any(name != module and name.endswith(f".{module}") for name in modules.names)
     return f"^{re.escape(module)}" if ambiguous else module
 
@@ -340,7 +342,7 @@ def _pattern(module: str, modules: ModelModules) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RankSpectrum:
-    """What each rank of a weight keeps, in descending order, and the bytes of one rank."""
+    """The gain of each rank of a weight, in descending order, and the bytes of one rank."""
 
     gains: Floats
     price: int
@@ -349,8 +351,8 @@ class RankSpectrum:
 def greedy(spectra: Mapping[str, RankSpectrum], room: int) -> dict[str, int]:
     """Return the ranks that keep most in `room` bytes: the next rank goes where it keeps most a byte.
 
-    Gains fall with the rank and a weight's ranks all cost the same: no other choice of as many bytes keeps more,
-    but for what the last rank that does not fit leaves over.
+    Gains fall with the rank, and a weight's ranks all cost the same. So no other choice of as many bytes keeps more,
+    except for bytes left over by the last rank that does not fit.
     """
     ranks = dict.fromkeys(spectra, 0)
     queue = [(-float(s.gains[0]) / s.price, i, name) for i, (name, s) in enumerate(spectra.items()) if s.gains.size]
@@ -368,5 +370,5 @@ def greedy(spectra: Mapping[str, RankSpectrum], room: int) -> dict[str, int]:
 
 
 def affordable(prices: Mapping[str, int], budget: int) -> int:
-    """Return the one rank for all weights that about fits."""
+    """Return the single rank for all weights that about fits."""
     return budget // max(1, sum(prices.values()))

@@ -1,8 +1,8 @@
-"""The seam of all outputs: what a run hands one, what one hands back, and what each kind may say otherwise.
+"""The interface of all outputs: the job that a run passes to an output, its result, and the methods of each kind.
 
 A kind of output is a subclass of `RunOutput` in a file of its own, whose object is `OUTPUT`. It is its own sink:
-`write` executes the plan's tensors and leaves the weights in the work folder. Everything else has the answer of an
-ordinary checkpoint here.
+`write` executes the plan's tensors and leaves the weights in the work folder. By default, all other methods behave as
+for an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LearnedArtifact:
 
 
 class Choices(Protocol):
-    """What an earlier run chose, as a lock has it."""
+    """The choices of an earlier run, from a lock."""
 
     @property
     def densities(self) -> Mapping[str, float]:
@@ -56,13 +56,13 @@ class Choices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WriteJob:
-    """What a run hands an output, to write its weights.
+    """The job of an output: everything that it needs to write its weights.
 
     work     the work folder, with its journal
-    pieces   are told the hashes of what is read
-    values   gives the values of the stages before the first tile; their files are there while it is open
-    merging  gives what is to be told of the bytes done, while it is open
-    choices  of a lock; None: q's and densities are chosen now
+    pieces   gets the hashes of the bytes that are read
+    values   yields the values of the stages before the first tile; their files exist while it is open
+    merging  yields the function that gets the bytes done
+    choices  the choices of a lock; None: q's and densities are chosen now
     files    the shards to write; None: all
     """
 
@@ -74,7 +74,7 @@ class WriteJob:
     files: frozenset[str] | None = None
 
     def of(self, plan: Plan) -> Plan:
-        """Return the plan of the shards alone that are to be written."""
+        """Return the plan of only the shards to write."""
         if self.files is None:
             return plan
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in self.files))
@@ -82,12 +82,12 @@ class WriteJob:
 
 @dataclass(frozen=True, slots=True)
 class LayerRank:
-    """What a LoRA keeps of a weight's delta.
+    """The part of a weight's delta that a LoRA keeps.
 
-    rank      0: it has no factors, since nothing changed or no byte was left
+    rank      0: it has no factors, because nothing changed or no byte was left
     energy    ‖B A‖² / ‖Δ‖², from 0 to 1
     output    E‖B A x‖² / E‖Δ x‖² on the calibration rows; None without calibration
-    missed    what the best B A of that rank would keep more of the one that was made largest, at most
+    missed    bound on what the best B A of this rank would keep more, of the measure that was maximised
     """
 
     rank: int
@@ -103,9 +103,9 @@ class LayerRank:
 
 @dataclass(frozen=True, slots=True)
 class LowRankSummary:
-    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes.
+    """The written LoRA: the file's bytes and hash, the kept part of each weight, the shares of all deltas, notes.
 
-    `whole` is how many of the bytes are of tensors without factors.
+    `whole` is the number of bytes of tensors without factors.
     """
 
     nbytes: int
@@ -127,7 +127,7 @@ def _digits(value: float) -> float:
 
 
 class Account:
-    """What an output says of the weights that were written, in the lock and on the card.
+    """An output's record of the written weights, for the lock and the card.
 
     delta  the summary of a delta artifact
     lora   the summary of a LoRA
@@ -141,7 +141,7 @@ class Account:
         return {}
 
     def record(self) -> dict[str, Any]:
-        """Return what the record of a part of a run keeps of it; see `RunOutput.join`."""
+        """Return the content for the record of a run's part; see `RunOutput.join`."""
         return {}
 
     def card(self, plan: Plan) -> list[str]:
@@ -149,20 +149,20 @@ class Account:
         return []
 
     def table(self) -> list[str]:
-        """Return a section of the card that is long: it stands below all others."""
+        """Return a long section of the card, which stands below all others."""
         return []
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights that are written.
+    """Written weights.
 
-    plan       by which they were made
-    values     of its shared nodes
+    plan       the plan by which they were made
+    values     the values of its shared nodes
     hashed     hash and size of the files whose hash is known
-    nonfinite  what is not finite in them
-    seals      of the files, as they were when they were hashed
-    account    what there is to say of them
+    nonfinite  their values that are not finite
+    seals      the seals of the files when they were hashed
+    account    the record for lock and card
     """
 
     plan: Plan
@@ -174,12 +174,12 @@ class Weights:
 
 
 class RunOutput:
-    """A kind of output; the answers here are those of an ordinary checkpoint."""
+    """A kind of output. The methods here are for an ordinary checkpoint."""
 
     hashes_as_read = False
-    """Whether the run hashes the bytes that it merges as it reads them, so that they need no second reading."""
+    """Whether the run hashes the merged bytes as it reads them, so that they need no second read."""
 
-    # What a plan asks.
+    # Methods that a plan calls.
 
     def refuse(self, inputs: Inputs) -> None:
         """Raise InputError: these models cannot have such an output."""
@@ -195,7 +195,7 @@ class RunOutput:
         raise NotImplementedError
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
-        """Yield what a plan says of how the output is made."""
+        """Yield a plan's lines on how the output is made."""
         yield from ()
 
     def describe(self, plan: Plan) -> dict[str, Any]:
@@ -203,27 +203,27 @@ class RunOutput:
         return {}
 
     def check(self, plan: Plan) -> None:
-        """Raise InputError: headers and configs tell already that it cannot be written."""
+        """Raise InputError if headers and configs already show that it cannot be written."""
 
     def expected_bytes(self, plan: Plan) -> int:
-        """Return the bytes of its weights, as well as a plan can tell."""
+        """Estimate the bytes of its weights."""
         return plan.nbytes
 
     def budget(self, plan: Plan) -> int | None:
-        """Return the bytes that it may take, where densities are chosen for them as it is written."""
+        """Return the bytes that it may take, if densities are chosen for them during writing."""
         return None
 
-    # What a run asks.
+    # Methods that a run calls.
 
     def write(self, plan: Plan, job: WriteJob) -> Weights:
-        """Execute `plan` and leave the weights in the work folder. What an interrupted run finished is not made again.
+        """Execute `plan` and leave the weights in the work folder. Finished work of an interrupted run is not repeated.
 
         InputError: such an output cannot be made of these models.
         """
         raise NotImplementedError
 
     def settle(self, plan: Plan, job: WriteJob) -> Weights:
-        """Write the weights; again, where values that are not finite are found only in the result."""
+        """Write the weights. Write them again if values that are not finite are found only in the result."""
         made = self.write(plan, job)
         if job.files is not None:
             return made
@@ -235,7 +235,7 @@ class RunOutput:
         return replace(made, plan=again)
 
     def belongs(self, plan: Plan, weights: Weights, name: str) -> bool:
-        """Return whether a file of the work folder is of the finished weights; others are left by killed attempts."""
+        """Return whether a file of the work folder belongs to the finished weights, not to a killed attempt."""
         return name in weights.hashed or name in plan.layout.indexes
 
     def files(self, plan: Plan) -> Files:
@@ -243,29 +243,29 @@ class RunOutput:
         return assets(plan)
 
     def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:
-        """Turn the weights in `folder` into what is left of them, before `files` are put beside; notes on it."""
+        """Turn the weights in `folder` into their final form, before `files` are added. Return notes."""
         return weights, tuple(left_out(plan, files))
 
     def add(self, plan: Plan, folder: Path) -> tuple[str, ...]:
-        """Write what is made of the finished checkpoint in `folder`; notes on it."""
+        """Write further files from the finished checkpoint in `folder`. Return notes."""
         return ()
 
     def join(self, parts: Sequence[Mapping[str, Any]]) -> Account:
-        """Return what there is to say of weights that parts of a run wrote, from their records."""
+        """Return the account of the weights that a run's parts wrote, from their records."""
         return Account()
 
-    # What is said of a finished run.
+    # Descriptions of a finished run.
 
     def nbytes(self, plan: Plan, written: Mapping[str, Any]) -> int:
         """Return the bytes of the weights; `written` are the lock's outputs."""
         return sum(entry["size"] for name, entry in written.items() if name.endswith(".safetensors"))
 
     def name(self, plan: Plan) -> str:
-        """Return what was made, in a few words."""
+        """Return the output in a few words."""
         return f"{len(plan.outputs)} tensors"
 
     def remarks(self, plan: Plan) -> tuple[str, ...]:
-        """Return the notes that are shown when it is finished."""
+        """Return the notes to show at the end."""
         return ()
 
     def load_line(self, plan: Plan, folder: Path) -> str:
@@ -277,7 +277,7 @@ class RunOutput:
         return f"load    {self.load_line(plan, folder)}", f"verify  deltamerge verify {folder}"
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
-        """Return the card's fields for the hub that are this kind's own."""
+        """Return this kind's own fields of the card for the hub."""
         return {}
 
 

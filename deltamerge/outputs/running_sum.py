@@ -1,4 +1,4 @@
-"""A running sum as output: Σ wᵢ xᵢ in float32 and what it holds, so that a later run goes on from it."""
+"""A running sum as output: Σ wᵢ xᵢ in float32 and the list of its models, so that a later run can add more."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deltamerge.plan.planner import Plan
 
 
 class RunningSumOutput(CheckpointOutput):
-    """The sink of a checkpoint, with the file that says which models are in the sum."""
+    """The sink of a checkpoint, with a file that lists the models in the sum."""
 
     hashes_as_read = False
 
     def files(self, plan: Plan) -> Files:
-        """Return the files of a checkpoint, and what the sum holds."""
+        """Return the files of a checkpoint, and the list of the sum's models."""
         assert plan.running_sum is not None
         return {**super().files(plan), RUNNING_SUM: as_json(plan.running_sum.describe(), ascii=True)}
 
@@ -28,7 +28,7 @@ class RunningSumOutput(CheckpointOutput):
         return RunOutput.nbytes(self, plan, written)
 
     def load_line(self, plan: Plan, folder: Path) -> str:
-        """Return the recipe's line that goes on from it."""
+        """Return the recipe's line that continues the sum."""
         return f"models: [{folder}, CHECKPOINT] of merge_method: linear"
 
 

@@ -1,6 +1,6 @@
 """A SHiRA adapter as output: exact for linear layers; other tensors that changed are stored whole.
 
-The run writes the merged model. What differs from the base then becomes the adapter.
+The run writes the merged model. Its differences from the base then become the adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ShiraOutput(AdapterOutput):
     """A folder with the entries of linear layers that differ from the base."""
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
-        """Yield how it is made."""
+        """Yield a line on how it is made."""
         yield "merged, then what differs from the base is written as a SHiRA adapter"
 
     def finish(self, plan: Plan, folder: Path, weights: Weights, files: Files) -> tuple[Weights, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The stages that come before the first tile, as nodes: activations, calibrated q's, the threshold of a model."""
+"""The stages before the first tile, as nodes: activations, calibrated q's, the threshold of a model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CALIBRATE = "deltamerge.calibrate.q.choices:calibrate"  # torch comes with it, w
 class StageMaker:
     """Makes the stages of a recipe's models.
 
-    Calibration data lies in `folder`; a stage computes on `device` and takes `memory` bytes at most.
+    Calibration data lies in `folder`. A stage computes on `device` and takes at most `memory` bytes.
     """
 
     folder: Path
@@ -82,7 +82,7 @@ class StageMaker:
         )
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
-        """Return the stages so far, with those of model `index`; `tunes` are its tensors."""
+        """Return the stages so far and the stages of model `index`, whose tensors are `tunes`."""
         prune, stages = deltas.prunes[index], deltas.stages
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
@@ -117,8 +117,10 @@ class StageMaker:
         return stages
 
     def together(self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
-        """Return the stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask
-        seed."""
+        """Return the stage that finds the λ of the merge.
+
+        `merged_delta` gives every fine-tune's merged delta for a mask seed.
+        """
         recipe, stages = deltas.recipe, deltas.stages
         refuse_gathered([t for merge in merges for t in merge.tunes], "calibrate per: model")
         searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
@@ -154,9 +156,9 @@ class StageMaker:
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], filled: Node
     ) -> Node:
-        """Return the same of the inputs that the merged model makes.
+        """Return the stage that measures inputs in the merged model.
 
-        `merged_delta` is what a fine-tune gets, by the moments that the spool `filled` has at the time.
+        `merged_delta` gives the merged delta from the moments that the spool `filled` has so far.
         """
         refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
         parts, tensors = self._shares(deltas, merges, 1)
@@ -167,7 +169,10 @@ class StageMaker:
     def of_result(
         self, deltas: Deltas, template: Input, roots: Mapping[str, Node], wanted: Mapping[str, MeasuredInput]
     ) -> Node:
-        """Return the stage that measures the inputs of the result's layers `wanted`; it runs as `template` does."""
+        """Return the stage that measures the inputs of the result's layers `wanted`.
+
+        The result runs like `template`.
+        """
         calibration, stages = deltas.recipe.calibration, deltas.stages
         assert calibration is not None
         source = self._input(deltas, template, calibration)
@@ -192,7 +197,7 @@ class StageMaker:
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
         (first, *others), tensors = self._shares(deltas, merges, len(names))
-        # the first reads the deltas of all, so that it has the others' room
+        # the first reads the deltas of all, so it gets the others' memory
         first = replace(first, source=replace(first.source, cache=first.source.cache * (1 + len(others))))
         others = [Share(replace(one.source, cache=0), tuple(replace(p, masks=0) for p in one.pruned)) for one in others]
         shared = [*deltas.stages.of_masks, *(n for n in (deltas.stages.rows, deltas.stages.totals) if n is not None)]
@@ -207,8 +212,10 @@ class StageMaker:
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masks: int, share: int | None = None
     ) -> tuple[tuple[Share, ...], list[Tensor]]:
-        """Return every fine-tune, with so many masked deltas for each of its tensors, and the tensors of all. One of
-        them gets one of `share` parts of the memory; None: they run side by side."""
+        """Return every fine-tune, with so many masked deltas for each of its tensors, and the tensors of all.
+
+        Each gets one of `share` parts of the memory; None: they run side by side.
+        """
         parts, inputs = [], list[Tensor]()
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source, tensors = self._source(deltas, own, share or len(merges[0].sources))
@@ -217,13 +224,13 @@ class StageMaker:
         return tuple(parts), inputs
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
-        """Return the one threshold of a model: as many entries as the tensors' densities add up to."""
+        """Return the single threshold of a model, for as many entries as the tensors' densities add up to."""
         whole, names = [deltas.whole(t) for t in pruned], tuple(t.name for t in pruned)
         k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
         return deltas.graph.node(stage.model_cut, whole, kind="stage", names=names, k=k, device=self.device)
 
     def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
-        """Return the stages that there are, and the calibration of an adapter's own A and B."""
+        """Return the existing stages, and the calibration of an adapter's own A and B."""
         stages, first = deltas.stages, next(iter(products[0].factors.values()))
         pairs = [(p.weight, replace(p.weight, tensor=p.update.inputs[0])) for p in products]
         source, tensors = self._source(deltas, [first], pairs=pairs)
@@ -241,7 +248,7 @@ class StageMaker:
     ) -> tuple[CalibrationInput, ModelTensors]:
         """Return a fine-tune to be run on calibration data, with one of `share` parts of the memory, and its tensors.
 
-        `pairs` are its pruned tensors and the base's; by default those of `tunes`.
+        `pairs` are its pruned tensors with the base's, by default from `tunes`.
         """
         tuned, pairs = tunes[0], [(t.tensor, t.base) for t in tunes] if pairs is None else pairs
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
@@ -292,7 +299,7 @@ def _calibration(
 
 
 def _masks(deltas: Deltas, source: CalibrationInput, q: CalibratedQ, index: int) -> tuple[bool, list[int]]:
-    """Tell whether a model's masks are random, and return the seeds of those that a search averages over."""
+    """Return whether a model's masks are random, and the seeds of the masks that a search averages over."""
     method = deltas.prunes[index].method
     return PRUNE[method].random, [deltas.recipe.seed + s for s in range(mask_seeds(source, method, q))]
 
@@ -325,7 +332,7 @@ class Product:
 
 
 def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
-    """Return the adapted weights whose factors are `pruned`; none where whole weights are.
+    """Return the adapted weights whose factors are `pruned`; none if whole weights are pruned.
 
     InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
     """
@@ -350,7 +357,7 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
 
 
 def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
-    """Return name of a pruned factor -> (the weight whose q is shared out, the number of factors that share it)."""
+    """Return name of a pruned factor -> (the weight whose q is divided among factors, the number of these factors)."""
     return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
@@ -364,7 +371,7 @@ def factor_calibration(
 ) -> Node:
     """Return the stage that calibrates an adapter's own A and B.
 
-    Masks and q are those of their product, the update of the weight.
+    Masks and q are for their product, the update of the weight.
     """
     node, stages = deltas.graph.node, deltas.stages
     shared = [known[index] for known in (stages.activations, stages.cuts) if index in known]
@@ -390,7 +397,7 @@ def factor_calibration(
 
 
 def refuse_changed_config(tune: Input) -> None:
-    """Raise InputError: an adapter changes the config, which calibration reads from the base's folder."""
+    """Raise InputError if an adapter changes the config, which calibration reads from the base's folder."""
     checkpoint = tune.checkpoint
     if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
         message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
@@ -398,8 +405,7 @@ def refuse_changed_config(tune: Input) -> None:
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """Raise InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own
-    vocabulary."""
+    """Raise InputError if a tensor has other rows than its file, because a stage keeps the fine-tune's vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
@@ -420,7 +426,7 @@ def _is_weight(tuned: Tuned) -> bool:
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """Raise InputError: a pattern of protected columns matches no pruned linear weight."""
+    """Raise InputError if a pattern of protected columns matches no pruned linear weight."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 class Stages:
     """The stages before the first tile, of all tensors of a model: nodes by the model's place in the recipe.
 
-    activations  measure what `Masking.norms` and `protect` take
-    weighing     measure what a budget weighs its errors by
+    activations  measure inputs for `Masking.norms` and `protect`
+    weighing     measure the weights of a budget's errors
     cuts         find the threshold of `group: model`
     calibrated   choose the q's
-    roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
+    roots        a pruned factor of an adapter -> the weight whose q it takes a root of, and which root
     together     chooses the λ of a merge that is calibrated as a whole
-    totals       sums what the merge method needs over all tensors
-    rows         measures what the merge method needs of every model's rows
-    inputs       what a LoRA's factors are weighed by; no node, as it is handed on block by block
+    totals       computes the merge method's sums over all tensors
+    rows         computes the merge method's measurements on every model's rows
+    inputs       the weights of a LoRA's factors; no node, because they are passed on block by block
     """
 
     activations: Mapping[int, Node] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Stages:
 
     @property
     def any(self) -> bool:
-        """Tell whether there is one."""
+        """Tell whether there is any stage."""
         return self != Stages()
 
     def on_one_gpu(self, device: str) -> bool:
-        """Tell whether the first of several GPUs does some of them alone."""
+        """Tell whether some stages run only on the first of several GPUs."""
         numbers = device.partition(":")[2]
         return (numbers == ALL or "," in numbers) and bool(
             self.activations or self.weighing or self.inputs or self.rows is not None
@@ -81,9 +81,9 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Deltas:
-    """Makes the nodes of pruned deltas; has what is the same for all tensors of a recipe.
+    """Makes the nodes of pruned deltas. It holds everything that a recipe's tensors share.
 
-    `prunes` are the models' prunings, `densities` those of the tensors that a budget is for.
+    `prunes` are the models' prunings, `densities` the densities of tensors under a budget.
     """
 
     recipe: Recipe
@@ -99,7 +99,7 @@ class Deltas:
 
     @property
     def whole_merge(self) -> bool:
-        """Tell whether the merge is calibrated as a whole, and no q of a model is."""
+        """Tell whether the merge is calibrated as a whole, and not the q's of models."""
         return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
     @property
@@ -127,7 +127,7 @@ class Deltas:
         return PRUNE[self.prune_of(tuned).method]
 
     def is_budgeted(self, tuned: Tuned) -> bool:
-        """Tell whether what is kept of a tensor depends on a budget for all."""
+        """Tell whether a tensor's density depends on a budget for all tensors."""
         return self.prune_of(tuned).budget is not None or self.method_of(tuned).shares
 
     def prunes_by_name(self, tuned: Tuned) -> bool:
@@ -160,7 +160,7 @@ class Deltas:
         return not (calibrated or prune.rescale) and self.plain_q(tuned, density) != 1
 
     def plain_q(self, tuned: Tuned, density: float) -> float:
-        """Return the q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
+        """Return the q of a tensor without a calibrated q: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
         if isinstance(prune.q, CalibratedQ):
             return density if self.method_of(tuned).random else 1.0
@@ -176,7 +176,7 @@ class Deltas:
         return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)
 
     def nothing(self, tuned: Tuned) -> Node:
-        """Return zeros: what a density of 0 keeps, which mergekit's parameters may have."""
+        """Return zeros, for a density of 0, which mergekit's parameters allow."""
         return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
@@ -204,7 +204,7 @@ class Deltas:
         return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
-        """Return the masked delta over what the model's stage chose for this tensor."""
+        """Return the masked delta, divided by the q that the model's stage chose for this tensor."""
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
         from deltamerge.calibrate.values import pick
@@ -288,7 +288,7 @@ class Deltas:
         return is_transposed(name, checkpoint.config, tensors)
 
     def _cut(self, tuned: Tuned) -> Node | None:
-        """Return the tensor's part of the threshold of its model, where that is what entries compete for."""
+        """Return the tensor's part of its model's threshold. None: entries do not compete within the model."""
         if self.prune_of(tuned).group != "model":
             return None
         from deltamerge.calibrate.values import cut_of
@@ -296,8 +296,7 @@ class Deltas:
         return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
-        """Return the node of a linear weight's protected columns, and how many they are at most; None where there are
-        none."""
+        """Return the node of a linear weight's protected columns, and their largest number. None: there are none."""
         guarded = self.prune_of(tuned).protect
         if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
@@ -360,7 +359,7 @@ class Deltas:
 
 
 def number(value: Any, merge: Merge) -> float | None:
-    """Return a value of the recipe for a tensor; None where no filter matches it."""
+    """Return a value of the recipe for a tensor. None: no filter matches it."""
     found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)
 
@@ -369,12 +368,12 @@ def number(value: Any, merge: Merge) -> float | None:
 class Merge:
     """A tensor to merge.
 
-    name       in the output
-    part       of the recipe that it belongs to
-    position   of its layer, from 0 to 1
+    name       its name in the output
+    part       its part of the recipe
+    position   its layer's position, from 0 to 1
     base       the base's tensor, if the merge has a base
     sources    the models and their tensors
-    dtype      of the result
+    dtype      the dtype of the result
     """
 
     name: str
@@ -408,7 +407,7 @@ class Tuned:
 
     @property
     def base(self) -> TensorInfo:
-        """Return the base's tensor, from which the delta is taken; a merge of deltas has one."""
+        """Return the base's tensor, which is subtracted. A merge of deltas always has one."""
         assert self.merge.base is not None
         return self.merge.base
 
@@ -422,11 +421,11 @@ class Tuned:
 def matrix_form(name: str, shape: tuple[int, ...], models: int) -> tuple[int, int, int] | None:
     """Return (matrices, rows, columns) of a tensor.
 
-    A weight of a linear layer is one matrix, stacked experts are as many as there are, a convolution has the rows of
-    its outputs.
+    A weight of a linear layer is one matrix, stacked experts are a matrix each, and a convolution has a row for each
+    output.
 
-    None: a vector, a table whose rows are looked up, a head with a row a token, which may be the same table, or a
-    matrix of fewer rows or columns than `models`, in which they have no directions of their own.
+    None: a vector, a table whose rows are looked up, a head with a row for each token (perhaps the same table), or a
+    matrix with fewer rows or columns than `models`, which leaves no direction for each.
     """
     if len(shape) < 2 or EMBEDDING.search(name) or TOKEN_HEAD.search(name):
         return None

@@ -28,9 +28,9 @@ SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
     """Return the plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
 
-    Such entries are limits of activations, or masks. Only small tensors are searched, or those of `names` whatever
-    their size. In a copied tensor, the base of a delta must hold them too; without a base, only buffers and single
-    numbers may.
+    Such entries are limits of activations, or masks. Only small tensors are searched, and tensors in `names` of any
+    size. In a copied tensor, the base of a delta must hold them too. Without a base, only buffers and single numbers
+    may hold them.
     """
     outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
     origin = planned.inputs.origin
@@ -52,7 +52,7 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
 
 
 def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, NonFinite]:
-    """Return the counts of what is not finite in the result beyond what all models hold alike."""
+    """Return the counts of values in the result that are not finite, without values that all models hold alike."""
     left = {}
     for name, found in nonfinite.items():
         known = planned.alike.get(name, NonFinite(0, 0))
@@ -90,14 +90,14 @@ def _pieces(
 
 
 def _put_back(root: Tensor, models: tuple[Tensor, ...]) -> Tensor:
-    """Return a merged tensor of finite numbers, in which what is not finite is put back where all models have it."""
+    """Return a merged tensor of finite numbers, with the infinities and NaNs of all models put back."""
     merged = _rewritten(root, {one: finite(one, models) for one in models})
     inputs = (merged, models[0], places(models))
     return Tensor(name_of(put_back), inputs, (("to", root.dtype),), root.shape, root.dtype, "map")
 
 
 def _copied(root: Tensor, base: TensorInfo | None) -> tuple[Tensor, ...]:
-    """Return the tensors that have to agree in what is not finite in a copied one; empty: it is a fault."""
+    """Return the tensors that must have the same infinities and NaNs as a copied tensor. Empty: they are a fault."""
     if root.dtype not in FLOATING:
         return ()
     if base is not None and base.shape == root.shape and base.dtype in FLOATING:
@@ -118,13 +118,13 @@ def _models(root: Tensor) -> tuple[Tensor, ...]:
 
 
 def _is_entrywise(source: Tensor) -> bool:
-    """Tell whether a tensor is computed entry by entry from a model's own; not so rows of several models or a delta."""
+    """Tell whether a tensor is computed entry by entry from one model's, not from several models' rows or a delta."""
     whole = source.whole
     return whole.kind == "stored" or VIEWS[whole.function].entrywise
 
 
 def _rewritten(root: Tensor, tensors: Mapping[Tensor, Tensor]) -> Tensor:
-    """Return the graph with `tensors` exchanged; nodes that read none of them stay the same."""
+    """Return the graph with `tensors` exchanged. Nodes that read none of them stay the same."""
     done: dict[int, Tensor] = {}
     for node in depth_first(root):
         if node.is_source:
@@ -162,7 +162,7 @@ def places(models: Sequence[Tensor]) -> Tensor:
 
 
 def alike(read: Read, models: Sequence[Tensor], start: int, count: int) -> NDArray[np.bool_]:
-    """Tell of `count` elements from `start` where all models hold the same float32 bits, and these are not finite."""
+    """Tell for `count` elements from `start` whether all models hold the same float32 bits that are not finite."""
     first = floats(read, models[0], start, count)
     mask: NDArray[np.bool_] = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():

@@ -1,6 +1,6 @@
 """The models that a recipe names, opened by their headers and matched tensor by tensor.
 
-Folders that cannot be merged are refused here. An adapter that is pruned itself gives its own A and B as the deltas.
+Folders that cannot be merged are refused here. If an adapter itself is pruned, its own A and B are the deltas.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
-    """Raise InputError: two models have no component in common, so one is a part of the other, or of another kind."""
+    """Raise InputError if two models have no component in common: one is a part of the other, or of another kind."""
     read = [(name, {c.folder for c in checkpoint.components}) for name, _, checkpoint in named if checkpoint.tensors]
     for name, theirs in read[1:]:
         first, ours = read[0]
@@ -52,7 +52,7 @@ def refuse_apart(named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
 
 
 def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
-    """Raise InputError: the recipe asks for a tokenizer or chat template, and the output's lie in component folders."""
+    """Raise InputError if the recipe sets a tokenizer or chat template, but the output's lie in component folders."""
     key = next((k for k in ("tokenizer_source", "tokenizer", "chat_template") if getattr(recipe, k) is not None), None)
     if key is not None and template.config_file != CONFIG:
         what = "is a pipeline" if template.config_file == PIPELINE else "has no config.json"
@@ -60,9 +60,9 @@ def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
 
 
 def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
-    """Raise InputError: a pipeline that becomes the output lists folders that are not there.
+    """Raise InputError if a pipeline that becomes the output lists missing folders.
 
-    Hub models are not refused: only what is needed of them is there before a run.
+    Hub models are not refused, because before a run only their needed files are present.
     """
     if not recipe.output.rules.standalone or template.config_file != PIPELINE or template.hub_id is not None:
         return
@@ -73,7 +73,7 @@ def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
 
 
 def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
-    """Raise InputError: calibration would run a model that transformers does not make from a config.json."""
+    """Raise InputError if calibration would run a model that transformers cannot build from a config.json."""
     hint = "give q a number, or a method without calibration (magnitude, dare)"
     if checkpoint.config_file == PIPELINE or "_class_name" in checkpoint.config:
         kind = checkpoint.config.get("_class_name", "a pipeline")
@@ -83,7 +83,7 @@ def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
 
 
 def refuse_adapter(name: str, checkpoint: Checkpoint) -> None:
-    """Raise InputError: PEFT does not load an adapter on this model."""
+    """Raise InputError if PEFT does not load an adapter on this model."""
     if checkpoint.config_file != CONFIG or not checkpoint.is_simple or "_class_name" in checkpoint.config:
         raise InputError(f"output.kind peft: {name} is no model of transformers alone", hint="write kind: delta")
 
@@ -95,7 +95,7 @@ def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpo
         parts = ", ".join(component.folder or "its own folder" for component in template.components)
         yield f"{name} is a {kind}, merged component by component: {parts}"
     elif not template.config_file and template.config:
-        yield f"{name} is a GGUF file: config.json is made of what it says, and so is the tokenizer, by transformers"
+        yield f"{name} is a GGUF file: transformers makes config.json and the tokenizer from it"
     elif not template.config_file:
         yield f"{name} has no config.json, so the output has none: its weights alone are written"
     for other, checkpoint in models:
@@ -158,7 +158,7 @@ class Input:
 
 
 def _containers(stored: Mapping[str, str]) -> dict[str, str]:
-    """Return the name in a model's files of every numbered container, as the first of its tensors has it."""
+    """Return the name of every numbered container in a model's files, from the container's first tensor."""
     found: dict[str, str] = {}
     for name, own in stored.items():
         parts = name.split(".")
@@ -175,9 +175,10 @@ def _containers(stored: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputGroup:
-    """The inputs of one part of the output: its base (None: no base, or no use for one) and the models that are merged.
+    """The inputs of one part of the output: its base (None: no base, or an unused base) and the merged models.
 
-    `base_member` is the base's index among the part's members; 0 if it is not listed, as all ranges are then equal.
+    `base_member` is the base's index among the part's members; 0 if it is not listed, because all ranges are then
+    equal.
     """
 
     part: Section
@@ -202,13 +203,13 @@ class Inputs:
 
     groups       the inputs of each part of the output, in its order
     template     the model whose tensors, names and files the output has
-    vocabulary   the model whose tokenizer the output has or, for a union, extends; it may be opened for that alone
+    vocabulary   the model whose tokenizer the output has or, for a union, extends; perhaps opened only for that
     stand_ins    names of models that tie their head, so that their embedding serves as their head
     untied       whether some model has a head of its own
-    origin       the model that a written delta artifact is a change of, whether it is merged or not
+    origin       the base of a written delta artifact, whether it is merged or not
     deltas       the open delta artifacts among the models, by reference
-    notes        how the models' names were matched, where they differ
-    donor        the model whose tokenizer the output is put on, with its embeddings alone; it is `vocabulary`, too
+    notes        how the models' names were matched, if they differ
+    donor        the model whose tokenizer a transplant gives the output, with its embeddings alone; also `vocabulary`
     """
 
     groups: tuple[InputGroup, ...]
@@ -239,7 +240,7 @@ class Inputs:
 
     @property
     def canonical(self) -> dict[str, str]:
-        """Return the names of the output's tensors -> those that models are compared by."""
+        """Return the names of the output's tensors -> the canonical names by which models are compared."""
         return {stored: name for name, stored in self.template.stored.items()}
 
     @property
@@ -277,7 +278,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return opened[reference]
 
     def merged(reference: str, place: str) -> Checkpoint:
-        """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
+        """Open a checkpoint whose weights are read: quantised weights are decoded."""
         found = checkpoint(reference, place)
         if not found.config_file and recipe.base_model not in (None, reference) and is_distributed(found.files):
             base = checkpoint(str(recipe.base_model), "base_model")
@@ -356,9 +357,9 @@ def _grouped(
 
 
 def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
-    """Give models that tie their head the embedding as a head, where some model has a head of its own.
+    """If some model has a head of its own, give models that tie their head the embedding as a head.
 
-    Also returns the names of those models, and whether any model has a head of its own.
+    Also return the names of models that tie their head, and whether any model has a head of its own.
     """
     own = [m for m in models if LM_HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
     if not own:
@@ -395,8 +396,7 @@ def _is_language_model(config: Mapping[str, Any]) -> bool:
 
 
 def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
-    """Return the embedding to which a model without a head of its own ties its head; None if it is no language
-    model."""
+    """Return the embedding to which a model without a head of its own ties its head. None: it is no language model."""
     config = model.checkpoint.config
     if not ties(config, default=True) or not _is_language_model(config):
         return None
@@ -445,8 +445,10 @@ def _regrouping(model: Input) -> str:
 
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """Return the input that `template` or a token's source names: by name, by reference, or as "base"; None if
-    there is none."""
+    """Return the input that `template` or a token's source names: by name, by reference, or as "base".
+
+    None: there is none.
+    """
     if name is None:
         return None
     if base is not None and name in ("base", base.name):
@@ -457,7 +459,7 @@ def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tup
 def _vocabulary(
     recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
 ) -> Input | None:
-    """Return the model that `tokenizer_source` names; for a union the base, or the first model without one."""
+    """Return the model that `tokenizer_source` names; for a union the base, or without a base the first model."""
     wanted = recipe.tokenizer_of
     if wanted is None:
         return None
@@ -468,7 +470,7 @@ def _vocabulary(
 
 
 def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], Checkpoint]) -> Input:
-    """Return the model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
+    """Return the donor of a transplanted tokenizer, with only its tensors that have a row per token."""
     found = merged(reference, "tokenizer.transplant") if among is None else among.checkpoint
     if found.config_file == PIPELINE:
         raise InputError(
@@ -487,8 +489,11 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
 
 
 def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
-    """Return the template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head)
-    that the base lacks; without a base the first model. In stacks only tensors outside layers count."""
+    """Return the template.
+
+    It is the only fine-tune; otherwise the base, or the first fine-tune if some have tensors (a task head) that the
+    base lacks; without a base the first model. In stacks only tensors outside layers count.
+    """
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]
@@ -498,13 +503,12 @@ def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
-    """Return the inputs of a run on the own weights of a LoRA adapter that is the only fine-tune; None where there is
-    none.
+    """Return the inputs of a run on A and B of a LoRA adapter, the only fine-tune. None: there is no such adapter.
 
-    A and B are the deltas, on a base of zeros; the adapter's other tensors stand in both and are copied.
+    A and B are the deltas, on a base of zeros. The adapter's other tensors are in both, and are copied.
 
-    InputError: the adapter is on another base than the recipe's, or the base is itself one with an adapter.
-    RecipeError: a weight or λ other than 1, a q or a mask from calibration.
+    InputError: the adapter has another base than the recipe, or the base itself has an adapter. RecipeError: a weight
+    or λ other than 1, a q or a mask from calibration.
     """
     base, tune = inputs.base, inputs.tunes[0]
     if not recipe.output.rules.adapts or base is None:
@@ -564,8 +568,10 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
-    """How a model stores its experts: the shapes of the fused tensors of a container, which of them are stored one by
-    one, and their layout. Containers are canonical names with a star for every number: all layers are alike."""
+    """A model's storage of experts: shapes of fused tensors by container, tensors stored one by one, and their layout.
+
+    Containers are canonical names with a star for every number, because all layers are alike.
+    """
 
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     apart: frozenset[str]
@@ -580,7 +586,7 @@ def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list
 
 
 def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
-    """Return the form of a model, from its tensors by canonical name and as its files have them."""
+    """Return the form of a model, from its tensors by canonical name and by name in its files."""
     apart: set[str] = set()
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for container, own in experts.by_container(tensors).items():
@@ -634,7 +640,7 @@ OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_ou
 
 
 def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield every place of a config that states the vocabulary's size, as (mapping, key); the outermost first."""
+    """Yield every place of a config with the vocabulary's size, as (mapping, key), the outermost first."""
     if isinstance(config, dict) and isinstance(config.get("vocab_size"), int):
         yield config, "vocab_size"
     for value in config.values():
@@ -661,8 +667,8 @@ def vocabularies(config: Mapping[str, Any], inside: str = "") -> dict[str, int]:
 def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
     """Tell whether a tensor has a row per token.
 
-    It is outside numbered blocks and has `rows` rows. It has the name of an embedding or a head; or any name, if no
-    other size in the config is that number.
+    Such a tensor is outside numbered blocks and has `rows` rows. It has the name of an embedding or a head, or any name
+    if no other size in the config is this number.
     """
     if layer_index(name) is not None or not 1 <= len(shape) <= 2 or shape[0] != rows:
         return False

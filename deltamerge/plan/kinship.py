@@ -4,9 +4,9 @@ A fine-tune's weights are near its base's: ‖Δ‖/‖W‖ is far below 1. Two 
 ‖Δ‖/‖W‖ is √2 if their norms agree, and the cosine of their weights 0. One tensor proves nothing (a new head, or one
 that began at zero), so the median of several decides.
 
-Weights do not show which of two related models is the base: Δ and −Δ are alike. Only cards and configs, a task head or
-a chat template tell, and they may be missing. Nor does a wrong base of the same family look different from the right
-one: two checkpoints of one training are near each other.
+Weights do not show which of two related models is the base, because Δ and −Δ are alike. Only cards and configs, a task
+head or a chat template tell, and they may be missing. A wrong base of the same family also looks like the right base:
+two checkpoints of one training are near each other.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import floats
 
-SAMPLED = 12  # tensors that are compared
+SAMPLED = 12  # number of compared tensors
 PLACES, RUN = 4, 1024  # runs per tensor, and elements of a run
-LEAST = 256  # elements of a tensor that is compared: the cosine of unrelated weights is then within 0.2 of zero
+LEAST = 256  # least elements of a compared tensor: the cosine of unrelated weights is then within 0.2 of zero
 RELATED = 0.5  # the least cosine of related models; below it the change is larger than the weights
 NOTHING = 0.1
 HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadModel)$")
@@ -79,7 +79,7 @@ def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
 
 
 def swapped(inputs: Inputs) -> Iterator[str]:
-    """Yield a message for every merged model that its files call the base of its base. No weight is read."""
+    """Yield a message for every merged model that, by the files, is the base of its base. No weight is read."""
     pairs = [(group.base, tune) for group in inputs.groups if group.base is not None for tune in group.tunes]
     by_name = {(base.checkpoint.reference, tune.checkpoint.reference): (base, tune) for base, tune in pairs}
     for base, tune in by_name.values():
@@ -93,8 +93,10 @@ def swapped(inputs: Inputs) -> Iterator[str]:
 
 
 def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
-    """Tell whether two tensors of a model have the same values, told by a few runs of each; what cannot be read yet
-    may."""
+    """Tell whether two tensors of a model seem equal, by a few runs of each.
+
+    Tensors that cannot be read yet count as equal.
+    """
     if one.is_same(other) or one.kind != "stored" or other.kind != "stored":
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -111,8 +113,7 @@ def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def strangers(models: Sequence[Input]) -> str | None:
-    """Return a message that models have different architectures, as their configs say; None if they agree or do not
-    say."""
+    """Return a message that models have different architectures, by their configs. None: they agree, or do not tell."""
     kinds: dict[str, str] = {}
     for model in models:
         config = model.checkpoint.config
@@ -165,7 +166,7 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
 
 
 def _has_files(model: Input) -> bool:
-    """Tell whether a model's card and config are its own, not those of the base of an adapter or a delta."""
+    """Tell whether a model's card and config are its own, and not from the base of an adapter or a delta."""
     checkpoint = model.checkpoint
     return bool(checkpoint.files) and checkpoint.adapter is None and checkpoint.base is None
 
@@ -192,7 +193,7 @@ def _why_swapped(base: Input, tune: Input) -> str | None:
 
 
 def _names(model: Input) -> set[str]:
-    """Return the names by which others may refer to a model, in small letters, and their last parts."""
+    """Return the names by which other models may refer to a model, in lower case, and their last parts."""
     checkpoint = model.checkpoint
     known = {checkpoint.hub_id or "", checkpoint.reference.partition("@")[0], model.name, checkpoint.path.name}
     known = {name.rstrip("/").lower() for name in known}

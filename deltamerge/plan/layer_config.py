@@ -1,4 +1,4 @@
-"""What config.json says about layers (their count, lists by layer, layer numbers), repaired for stacked layers."""
+"""The keys of config.json about layers (their count, lists by layer, layer numbers), adapted to stacked layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from deltamerge.errors import InputError
 from deltamerge.plan.output_config import COUNTS
 
-BEHIND = 8  # the most blocks that may follow the layers that a config counts
+BEHIND = 8  # most blocks beyond a config's count of layers
 SIDES = ("encoder", "decoder")
 # Keys of lists whose length may equal the number of layers only by chance.
 UNRELATED = re.compile(
@@ -78,7 +78,7 @@ def layer_count(config: Mapping[str, Any], prefix: str, numbers: Collection[int]
     """Return the number of layers, by the config, of a container of blocks with these numbers. None: gaps in them, or
     no count.
 
-    It is all of them, or fewer if blocks follow the layers (for multi-token prediction).
+    All blocks count, or fewer if further blocks follow the layers (for multi-token prediction).
     """
     count = len(numbers)
     if max(numbers, default=-1) != count - 1:
@@ -100,13 +100,13 @@ def repair(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return `config` for a stack of new layers, and a message for each change.
 
-        config    the template's
-        prefix    of the numbered container
+        config    the template's config
+        prefix    the prefix of the numbered container
         old       its number of layers in the template
         sources   per new layer its model's name, that model's config, and the layer's number there
         alone     as for `count_keys`
-        settle    called with each section that counts layers and, by key, the values by layer, old and new; it changes
-                  whatever else must follow, and returns messages
+        settle    called with each section that counts layers, and the old and new values by layer of each key; it
+                  changes all other keys that must follow, and returns messages
 
     Lists and strings as long as `old` get the values of the new layers, each from its own model's config. Lists of
     layer numbers (`mlp_only_layers`) get the layers' new numbers. InputError: a model has no such list for its layer.
@@ -176,7 +176,7 @@ def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
     """Return the names of every layer of a backbone (stem, stage1, …), and its outputs: the last layer, or numbers of
     layers.
 
-    None: the key is about something else. InputError: a layer is an output whose number the stack has not.
+    None: the key is about something else. InputError: an output names a layer that the stack lacks.
     """
     if key not in STAGES or not isinstance(value, list):
         return None
@@ -192,7 +192,7 @@ def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
 
 
 def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
-    """Yield the numbers about layers that cannot be renumbered, because they are a period or a boundary."""
+    """Yield a message for each number about layers that cannot be renumbered, because it is a period or a boundary."""
     for key, value in values.items():
         if "layer" in key and key not in counts and type(value) is int:
             yield f"{key}: {value} is kept: check it"
@@ -229,10 +229,9 @@ SPEAKS = re.compile(r"^(?!num_hidden|max_|num_nextn).*(layer|interval|period|off
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """A stack as this module sees it: the kinds of the template's layers and of the new ones, and where each comes
-    from.
+    """A stack: the kinds of the template's layers and of the new layers, and the source of each.
 
-    `followed` has, for every key with a value by layer, the template's values and the new ones.
+    `followed` has the template's and the new values of every key with a value by layer.
     """
 
     template: str
@@ -262,7 +261,7 @@ def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
 
 
 def _ends(stacked: Stacked, section: dict[str, Any]) -> Iterator[str]:
-    """Keep keys that hold the number of the last layer, or the number behind it, at that."""
+    """Update keys that hold the number of the last layer, or the next number."""
     old, new = len(stacked.old), len(stacked.new)
     for key, value in section.items():
         if type(value) is int and END.search(key) and value in (old - 1, old) and "layer" in key and new != old:
@@ -282,7 +281,7 @@ def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool:
-    """Tell whether values by layer express a period: they repeat with it, or are about the same thing."""
+    """Tell whether values by layer replace a period: they repeat with it, or concern the same property."""
     if TYPES.search(name) and ATTENTION.search(key):
         return True
     varied = any(value != values[0] for value in values)
@@ -290,7 +289,7 @@ def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool
 
 
 def _told(stacked: Stacked) -> tuple[list[str], list[str]]:
-    """Return the values by layer of each layer: the template's layers, and the new ones."""
+    """Return the values by layer, for the template's layers and for the new layers."""
     columns = list(stacked.followed.values())
     old = [repr([values[i] for values, _ in columns]) for i in range(len(stacked.old))]
     return old, [repr([values[i] for _, values in columns]) for i in range(len(stacked.new))]
@@ -316,9 +315,9 @@ def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
 
 
 def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
-    """Set the boundary (the number of the first layer that differs from those before it), if config.json has one.
+    """Set the boundary (the number of the first layer that differs from all earlier ones), if config.json has it.
 
-    InputError: a boundary must move and there is none, or no number makes the new layers what they are.
+    InputError: a boundary must move and config.json has none, or no number fits the new layers.
     """
     wrong, count = _first_wrong(stacked), len(stacked.new)
     if wrong is None:
@@ -339,8 +338,10 @@ def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
 
 
 def _sides(stacked: Stacked, told: Sequence[str], at: int) -> dict[tuple[str, bool], Kind] | None:
-    """Return the kind of a template's layer by what is told of it and by whether it comes before `at`; None if these do
-    not determine it."""
+    """Return the kind of a template's layer by its values, and by whether it comes before `at`.
+
+    None: these do not determine it.
+    """
     kinds: dict[tuple[str, bool], Kind] = {}
     for i, kind in enumerate(stacked.old):
         if kinds.setdefault((told[i], i < at), kind) != kind:
@@ -353,8 +354,10 @@ def _fits(stacked: Stacked, told: Sequence[str], kinds: Mapping[tuple[str, bool]
 
 
 def _first_wrong(stacked: Stacked) -> int | None:
-    """Return the first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
-    template's, which is reported as an error of its tensors."""
+    """Return the first new layer whose kind differs from its place's kind.
+
+    None: a layer has other shapes than all template layers, which is reported as an error of its tensors.
+    """
     names = [{name for name, _ in kind} for kind in stacked.old]
     known = set(stacked.old)
     if any(kind not in known and {name for name, _ in kind} in names for kind in stacked.new):
@@ -376,7 +379,7 @@ def _refusal(stacked: Stacked, section: Mapping[str, Any], at: int) -> InputErro
 
 
 def which_layers(section: Mapping[str, Any]) -> str:
-    """Return the hint of a refusal: the keys of a config that say which layer is which."""
+    """Return the hint of a refusal: the keys of a config that distinguish layers."""
     keys = [
         f"{key}: {value}"
         for key, value in section.items()
@@ -387,7 +390,7 @@ def which_layers(section: Mapping[str, Any]) -> str:
 
 
 def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
-    """Raise InputError: a layer had another phase of a period in its model, and the kinds of layers do not show it."""
+    """Raise InputError if a layer had another phase of a period in its model, and no kind of layer shows it."""
     for key, period in periods.items():
         wrong = next((i for i, (_, layer) in enumerate(stacked.sources) if (layer - i) % period), None)
         if wrong is not None and not _shows(stacked.old, period):

@@ -1,6 +1,6 @@
-"""The anonymous memory that a run takes, as a value that the parts of a plan add up, and the tile that keeps it capped.
+"""The anonymous memory of a run, as a value that the parts of a plan add up, and the size of a tile that fits a cap.
 
-`Memory` names what takes the bytes. `Cost` is of one tensor, `tiles` chooses the tile.
+`Memory` splits the bytes by use, `Cost` is the cost of one tensor, and `tiles` chooses the size of a tile.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from deltamerge.tensors.traits import traits_of
 
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/speed/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
-CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
+CODING_BYTES = 32_000_000  # bytes of a thread's intermediate values between values and codes
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of anonymous memory, by what takes them. `+` adds what is held at one time, `largest` takes the most of
-    stages."""
+    """Bytes of anonymous memory, by use.
+
+    `+` adds memory held at the same time, `largest` takes the maximum of stages.
+    """
 
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -50,7 +52,7 @@ class Memory:
 
 
 def largest(*stages: Memory) -> Memory:
-    """Return the memory of the stage that takes the most, of stages that run one after another."""
+    """Return the memory of the largest of several stages that run one after another."""
     return max(stages, key=lambda stage: stage.total)
 
 
@@ -61,8 +63,8 @@ class Cost:
     passes       over its tiles, at most
     read_bytes   from the inputs, in the passes that are usual
     alive        bytes per element of a tile: stored reads and float32 values alive at once, and scratch inside a step
-    whole, kept  bytes that values of the whole tensor take while they are computed, and those of the values
-    operations   on whole matrices, about
+    whole, kept  bytes while values of the whole tensor are computed, and bytes of these values
+    operations   estimated operations on whole matrices
     """
 
     passes: int
@@ -91,10 +93,11 @@ def cost(root: Node) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """The part of a cost that tensors share whose nodes differ in shapes and parameters alone.
+    """The part of a cost shared by tensors whose nodes differ only in shapes and parameters.
 
     passes, alive   as in `Cost`
-    reads, wholes   places of nodes: those read in usual passes, once for each, and the `whole` ones
+    reads           places of the nodes that usual passes read, once for each pass
+    wholes          places of the `whole` nodes
     """
 
     passes: int
@@ -103,7 +106,7 @@ class _Form:
     wholes: tuple[int, ...]
 
 
-@lru_cache(maxsize=256)  # tensors of a model are made in few ways
+@lru_cache(maxsize=256)  # a model's tensors have few different graphs
 def _form(nodes: tuple[tuple[str, Kind, str, tuple[int, ...]], ...]) -> _Form:
     """Return the shared part of the costs of tensors made by `nodes`: function, kind, dtype and places of inputs."""
     order: list[Node] = []
@@ -124,7 +127,7 @@ def _form(nodes: tuple[tuple[str, Kind, str, tuple[int, ...]], ...]) -> _Form:
 
 
 def _needs(node: Node) -> tuple[int, float]:
-    """Return the bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
+    """Return the bytes of computing a `whole` node, including its value, and its operations."""
     needs = traits_of(node.function).needs
     if needs is None:
         raise TypeError(f"{node.function} does not declare what it needs")
@@ -169,14 +172,14 @@ def tiles(
     memory: int | None,
     held: Memory,
 ) -> tuple[int, Memory]:
-    """Return the elements of a tile and the memory at the peak; the tile shrinks until the peak fits `memory`.
+    """Return the elements of a tile and the memory at the peak. The tile shrinks until the peak fits `memory`.
 
     outputs   the output's tensors
-    costs     of them
-    device    of the plan
+    costs     their costs
+    device    the plan's device
     workers   threads
     memory    the cap in bytes; None: no cap
-    held      by what is open beside the tiles
+    held      memory held beside the tiles
     """
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
     computed = [(root, backend) for root, backend in roots if not root.is_source]
@@ -206,7 +209,7 @@ def _held_whole(costs: Sequence[Cost], workers: int) -> int:
 
 
 def check_size(inputs: Inputs) -> None:
-    """Raise InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
+    """Raise InputError if the output has more tensors, each counted once per source, than a plan can hold."""
     tensors = len(inputs.template.tensors)
     stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
     count = 0

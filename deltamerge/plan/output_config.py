@@ -1,7 +1,7 @@
-"""The config.json of the output where the models' differ: whose values are written, what is said, what is refused.
+"""The config.json of the output if the models' configs differ: the written values, the messages, the refusals.
 
-Where all fine-tunes agree against the base, theirs is written: they were trained with it. Else the template's. The
-recipe's `config:` chooses for a key.
+If all fine-tunes agree against the base, their value is written, because they were trained with it. Otherwise the
+template's value is written. The recipe's `config:` overrides a key.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ from deltamerge.recipe.problems import suggest
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import LM_HEAD
 
-BESIDE = "config_changes.json"  # in an adapter's folder: what its model's config says otherwise than the base's
+BESIDE = (
+    "config_changes.json"  # file in an adapter's folder: the keys in which its model's config differs from the base's
+)
 TIE, TYPE = "tie_word_embeddings", "model_type"
 WITH_TYPE = ("architectures", "auto_map")  # keys that go with the type of a model
 LENGTHS = (THETA, SCALING, "max_position_embeddings", "original_max_position_embeddings")
@@ -57,10 +59,10 @@ SIZES = frozenset({*COUNTS, "vocab_size", "hidden_size", "intermediate_size", "n
 
 @dataclass(frozen=True, slots=True)
 class ConfigDifference:
-    """A key in which models differ, and what the output's config says.
+    """A key in which models differ, and its value in the output's config.
 
-    value   that, as it is meant
-    whose   the model's name; None: the recipe states a value
+    value   the output's value, by meaning
+    whose   the name of the model with this value; None: the recipe states the value
     chosen  whether the recipe names the key
     agreed  whether all fine-tunes agree on it, against the base
     """
@@ -80,13 +82,13 @@ class ConfigDifference:
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:
-    """The configs of the output, and what there is to say of them.
+    """The configs of the output, and the differences between the models' configs.
 
-    config    the output's own
-    parts     those of its components, by their folders
-    keys      in which models differ, with their components' folders
-    refused   those in which weights mean different things, which the recipe does not choose
-    beside    what an adapter's model says otherwise than its base, on which it is loaded
+    config    the output's own config
+    parts     the configs of its components, by their folders
+    keys      the keys in which models differ, with their components' folders
+    refused   keys by which weights mean different things, and which the recipe does not choose
+    beside    keys in which an adapter's model differs from its base, on which it is loaded
     """
 
     config: dict[str, Any]
@@ -98,7 +100,7 @@ class OutputConfig:
     beside: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise InputError: the same places of models' weights mean different things."""
+        """Raise InputError if the same places of models' weights mean different things."""
         if self.refused:
             first, *also = self.refused
             names = [line.partition(" is ")[0] for line in self.refused]
@@ -120,10 +122,11 @@ class _Choice:
 
 
 def settle(recipe: Recipe, inputs: Inputs, config: Mapping[str, Any], *, stacked: bool = False) -> OutputConfig:
-    """Return the output's configs. `config` is the template's, adapted to the output's layers; `stacked`: to a stack of
-    them.
+    """Return the output's configs.
 
-    RecipeError: `config` of the recipe names an unknown key, or no model and no value for it.
+    `config` is the template's, adapted to the output's layers; `stacked`: they are a stack.
+
+    RecipeError: `config` of the recipe names an unknown key, or gives neither a model nor a value for it.
     """
     template, done = inputs.template, OutputConfig(dict(config))
     models = _models(inputs)
@@ -177,8 +180,10 @@ def adapter_warnings(settled: OutputConfig, inputs: Inputs) -> Iterator[str]:
 
 
 def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]:
-    """Yield a message for every key in which models that are looked at, not merged, differ. InputError, if `refuse`:
-    the same places of their weights mean different things."""
+    """Yield a message for every key in which models differ that are inspected, not merged.
+
+    InputError, if `refuse`: the same places of their weights mean different things.
+    """
     found = differences([(model.name, without_keys(model.checkpoint.config)) for model in _models(inputs)])
     refused = [_refusal(one.key, one) for one in found if one.kind == "positions"]
     if refused and refuse:
@@ -190,8 +195,11 @@ def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]
 
 
 def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
-    """Return the model whose generation_config.json the output has: the template, or the first fine-tune where the
-    template is the base and all fine-tunes agree against it; another where the recipe takes its end of text."""
+    """Return the model whose generation_config.json the output gets.
+
+    It is the template, or the first fine-tune if the template is the base and all fine-tunes agree against it, or a
+    model whose end of text the recipe takes.
+    """
     template, base = inputs.template, inputs.base
     if recipe.tokenizer_of is not None or recipe.transplant is not None or recipe.is_moe:
         return template
@@ -218,7 +226,7 @@ def _read(model: Input) -> dict[str, Any] | None:
 
 
 class _Settled:
-    """One config of the output: in which keys the models differ, and whose values it has."""
+    """One config of the output: the keys in which the models differ, and the sources of its values."""
 
     def __init__(
         self,
@@ -237,7 +245,7 @@ class _Settled:
                 self.keys[one.key] = self._written(one)
 
     def config(self, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the template's config with the values of others where theirs are written."""
+        """Return the template's config, with the values that come from other models."""
         made, name = deepcopy(dict(template)), self.inputs.template.name
         owners = {key: one.whose for key, one in self.keys.items() if not one.chosen and self._moves(one, name)}
         for key in sorted(owners, key=lambda one: one != TYPE):
@@ -292,7 +300,7 @@ class _Settled:
 
 
 def _models(inputs: Inputs) -> list[Input]:
-    """Return every model with a config, once; the base that a delta artifact is a change of, too."""
+    """Return every model with a config once, including the base of a written delta artifact."""
     named: dict[str, Input] = {}
     for model in inputs.all:
         if model.checkpoint.config:
@@ -311,8 +319,7 @@ def _tunes(inputs: Inputs) -> list[Input]:
 
 
 def _is_untied(inputs: Inputs) -> bool:
-    """Tell whether the output's head is its own because some model's is, and no model stores one that its config
-    ties."""
+    """Tell whether the output has its own head: some model has one, and no model stores a head that its config ties."""
     stale = any(LM_HEAD in m.checkpoint.tensors and ties(m.checkpoint.config, default=False) for m in inputs.all)
     return inputs.untied and LM_HEAD in inputs.template.tensors and not stale
 
@@ -366,7 +373,7 @@ def _types(
 
 
 def _beside(recipe: Recipe, inputs: Inputs, keys: Mapping[str, ConfigDifference]) -> dict[str, Any]:
-    """Return the keys in which an adapter's model differs from the base on which it is loaded."""
+    """Return the keys in which an adapter's model differs from the base that loads it."""
     base = inputs.base
     if not recipe.output.rules.adapts or base is None:
         return {}
@@ -444,9 +451,12 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 
 def _put(config: dict[str, Any], key: str, value: Any, source: Mapping[str, Any] | None) -> None:
-    """Say in a config, in its own form, what `key` means in another, `source`; None: a value of the recipe."""
+    """Set in a config, in its own form, the meaning of `key` in the config `source`.
+
+    None: the recipe gives the value.
+    """
     *path, name = key.split(".")
-    if path and path[-1] == PARAMETERS:  # of one kind of layer
+    if path and path[-1] == PARAMETERS:  # for one kind of layer
         path = path[:-1]
     section, theirs = _section(config, path), _section(source, path) if source is not None else None
     if name == TYPE:
@@ -488,7 +498,7 @@ def _put_plain(section: dict[str, Any], name: str, value: Any, theirs: Mapping[s
 
 
 def _put_rope(section: dict[str, Any], name: str, value: Any) -> None:
-    """Say the base of rotary positions, or what scales them, in the form that a config has."""
+    """Set the base of rotary positions, or their scaling, in the form of the config."""
     whole = section.get(PARAMETERS)
     nested = isinstance(whole, dict) and any(isinstance(one, dict) for one in whole.values())
     if name not in (THETA, SCALING, LOCAL, LOCAL_SCALING):
@@ -521,7 +531,7 @@ def _put_rope(section: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _take(section: MutableMapping[str, Any], theirs: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Copy keys as another config has them; keys that it lacks are removed."""
+    """Copy keys from another config. Keys that it lacks are removed."""
     for name in names:
         if name in theirs:
             section[name] = deepcopy(theirs[name])
@@ -530,8 +540,7 @@ def _take(section: MutableMapping[str, Any], theirs: Mapping[str, Any], names: I
 
 
 def _section(config: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """Return the section of a config that dotted keys lead to; the config itself where an older form has it at the
-    top."""
+    """Return the section of a config that dotted keys lead to, or the config itself in an older form."""
     for key in path:
         inner = config.get(key)
         if not isinstance(inner, dict):

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of an output tensor made by one node; `offset` is the byte they start at."""
+    """Rows of an output tensor that one node makes. `offset` is their first byte."""
 
     built: Built
     offset: int
@@ -60,7 +60,8 @@ class Piece:
 class OutputTensor:
     """One tensor of the output.
 
-    With a `coding` it is a weight, made in float32, that files store as several tensors; `dtype` is the first one's.
+    With a `coding` it is a weight, computed in float32, that files store as several tensors. `dtype` is the first
+    tensor's.
     """
 
     name: str
@@ -157,7 +158,7 @@ class Outputs:
         self.moments: Node | None = None
 
     def rows(self) -> list[Row]:
-        """Decide about every tensor, in order. Return nothing if there are problems."""
+        """Decide about every tensor, in order. Return an empty list if there are problems."""
         parts = list(self._tensors())
         if self.problems:
             return []
@@ -176,9 +177,9 @@ class Outputs:
         return rows
 
     def _moments(self, rows: Sequence[Row]) -> Node | None:
-        """Return the stage that measures the inputs of the coded weights; None: codes are chosen without it.
+        """Return the stage that measures the inputs of the coded weights. None: codes are chosen without it.
 
-        InputError: the result does not run as its template does.
+        InputError: the result cannot run like its template.
         """
         codings = {row.name: row.coding for row in rows if row.coding is not None and row.coding.rounding is not None}
         if self.recipe.calibration is None or not codings:
@@ -204,7 +205,7 @@ class Outputs:
         """Return nothing: a merge has no experts."""
 
     def _stored(self, row: Row) -> Iterator[Row]:
-        """Yield a row, or the rows of its stored parts where they are copied."""
+        """Yield a row, or the rows of its stored parts if they are copied."""
         coding = row.coding
         if coding is None:
             yield row
@@ -251,8 +252,10 @@ class Outputs:
         return shown + [name for name in copied if split(name, folders)[0] not in whole]
 
     def _check_vocabulary(self) -> None:
-        """Note a problem where rows move: some tensor must have a row per token. Deltas and adapters have their
-        base's vocabulary."""
+        """Note a problem if rows move but no tensor has a row per token.
+
+        Deltas and adapters keep their base's vocabulary.
+        """
         wanted, changes = self.recipe.output, self.vocabulary is not None and self.vocabulary.changes
         if not wanted.rules.standalone and (changes or self.resized):
             self.problems.append(f"output.kind {wanted.kind} cannot change the vocabulary of its base")
@@ -319,7 +322,7 @@ class Outputs:
 
     @staticmethod
     def _own_dtype(target: Target, dtype: str) -> str:
-        """Return the dtype of an output where none is asked for.
+        """Return the dtype of an output if the recipe gives none.
 
         Float8 without scales is only how a fine-tune was stored: the output takes the base's dtype.
         """
@@ -366,7 +369,7 @@ class Outputs:
     def _rows(
         self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
-        """Return the inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
+        """Return the inputs cut to the rows that all have, and further rows from the vocabulary's model."""
         name, stored, template = target.name, target.stored, self.inputs.template
         compared = [*present, *([(template, like)] if like is not None else [])]
         shapes = {info.shape for _, info in compared}
@@ -398,10 +401,12 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """Return the head that the template's config ties to its embedding although its file holds both; None: there is
-        none.
+        """Return the head that the template's config ties to its embedding although its file holds both.
 
-        Not one with other values than the embedding: not every class of transformers ties where the config says so.
+        None: there is none.
+
+        A head with other values than the embedding does not count, because not every class of transformers ties as the
+        config says.
         """
         template = self.inputs.template
         head = template.tensors.get(LM_HEAD)
@@ -411,7 +416,7 @@ class Outputs:
         return LM_HEAD if any(seem_equal(head, twin) for twin in twins) else None
 
     def _left_out(self) -> None:
-        """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""
+        """Report tensors that an input has and the output lacks: an error inside a numbered block, otherwise a note."""
         template = self.inputs.template
         for model, names in behind(self.stacks, self.inputs.all):
             left = named([model.stored[name] for name in names], _some)
@@ -436,13 +441,13 @@ def _some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# Mixtures of experts. The app `moe` makes them; a table names it, and it is imported for a mixture alone.
+# Mixtures of experts. The app `moe` makes them. A table names it, and it is imported only for a mixture.
 
 PLANNERS = {"moe": "deltamerge.apps.moe.outputs:MixtureOutputs"}  # an app, and the class that plans its outputs
 
 
 class Mixture(Protocol):
-    """A mixture: its layout, experts by name, numbers of parameters, and the node that makes its routers."""
+    """A mixture: its layout, experts by name, numbers of parameters, and the node of its routers."""
 
     @property
     def layout(self) -> Any: ...
@@ -462,14 +467,14 @@ class Mixture(Protocol):
     def memory(self) -> int: ...
 
     def locked(self, lock: Mapping[str, Any], values: NDArray[np.float32] | None, where: str) -> Any:
-        """Return the routers of a lock. VerifyError: it has none that fit."""
+        """Return the routers of a lock. VerifyError: the lock has none that fit."""
 
     def describe(self) -> dict[str, Any]:
         """Return the mixture as `deltamerge plan --json` prints it."""
 
 
 class AppOutputs(Protocol):
-    """The output tensors of an app's plan, which `Outputs` decides about in a merge."""
+    """The output tensors of an app's plan, in place of `Outputs` for a merge."""
 
     builder: Builder
     problems: list[str]

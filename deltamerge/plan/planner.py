@@ -60,11 +60,12 @@ Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
 class PlanOptions:
     """How a plan is to be run.
 
-    device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for what it does faster
+    device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for work that it does
+             faster
     workers  threads
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
-    whole    whether hub models are there with their weights, not their headers alone
+    whole    whether hub models are present with their weights, not only their headers
     """
 
     device: str = "cpu"
@@ -76,7 +77,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """A tensor of `size` elements whose density a budget decides: the fine-tune's and the base's."""
+    """A tensor of `size` elements whose density a budget decides: the fine-tune's and the base's tensor."""
 
     name: str
     size: int
@@ -85,13 +86,13 @@ class Budgeted:
 
 
 class OutputKind(Protocol):
-    """A kind of output: how a plan lays it out, what memory its sink takes, and what there is to say of it.
+    """A kind of output for a plan: its layout, the memory of its sink, and its notes.
 
     It is the object `OUTPUT` of a file of `outputs`, which is imported when a recipe names the kind.
     """
 
     def refuse(self, inputs: Inputs) -> None:
-        """Raise InputError: these models cannot have such an output."""
+        """Raise InputError if these models cannot have such an output."""
 
     def layout(self, tensors: Sequence[Stored], wanted: Output, inputs: Inputs, weights: Mapping[str, str]) -> Layout:
         """Return the files of the output. `weights` maps the parts of a coded weight to its name."""
@@ -102,14 +103,14 @@ class OutputKind(Protocol):
         """Return the memory that the sink holds. `weighed`: deltas are weighed by the inputs of calibration."""
 
     def notes(self, wanted: Output, *, weighed: bool) -> Iterator[str]:
-        """Yield what a plan says of how the output is made."""
+        """Yield a plan's lines on how the output is made."""
 
     def describe(self, plan: Plan) -> dict[str, Any]:
         """Return what only this kind adds to `deltamerge plan --json`."""
 
 
 def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
-    """Return the kind of output that a recipe asks for. `own_weights`: an adapter's own A and B are pruned."""
+    """Return the recipe's kind of output. `own_weights`: an adapter's own A and B are pruned."""
     found: OutputKind = importlib.import_module(
         f"deltamerge.outputs.{PRUNED_ADAPTER if own_weights else wanted.form}"
     ).OUTPUT
@@ -120,10 +121,10 @@ def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
 class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
-    Relative references of the recipe start at `folder`.
-    `left_plain` says which weights are not quantised though asked for: also one of the `notes`.
-    `settled` has the keys of config.json in which the models differ, and whose values are written.
-    `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
+    Relative references of the recipe start at `folder`. `left_plain` names weights that could not be quantised as
+    asked; it is also one of the `notes`. `settled` has the keys of config.json in which the models differ, and the
+    sources of the written values. `alike` counts, by tensor, infinities and NaNs that all models hold alike. A run
+    finds them, and keeps them out of arithmetic.
     """
 
     recipe: Recipe
@@ -196,7 +197,7 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """All messages about the plan; first `warnings`, which say that a model may be the wrong one."""
+        """All messages about the plan, first `warnings` that a model may be the wrong one."""
         return (*self.warnings, *self.notes)
 
     @property
@@ -206,7 +207,7 @@ class Plan:
 
     @property
     def chosen(self) -> tuple[Node, ...]:
-        """The nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
+        """The nodes whose values a lock keeps: calibration stages, and the routers of a mixture."""
         return self.stages if self.mixture is None else (*self.stages, self.mixture.routers)
 
     @property
@@ -294,10 +295,9 @@ class Plan:
 
 
 def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
-    """Plan `recipe`; relative references start at `folder`, `opener` opens one by its headers.
+    """Plan `recipe`. Relative references start at `folder`; `opener` opens a reference by its headers.
 
-    Raises InputError naming every mismatch between the models; nothing but headers, configs and calibration data is
-    read.
+    Only headers, configs and calibration data are read. InputError names every mismatch between the models.
     """
     options = options or PlanOptions()
     inputs = open_inputs(recipe, folder, opener)
@@ -306,7 +306,7 @@ def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | No
 
 
 def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
-    """Return the plan of the same models with `densities` for the tensors that a budget is for; nothing is reopened."""
+    """Return the plan of the same models with `densities` for the tensors under a budget. Nothing is opened again."""
     made = _plan(planned.recipe, planned.inputs, planned.folder, planned.options, densities)
     return replace(made, warnings=planned.warnings)
 
@@ -316,7 +316,7 @@ def _plan(
 ) -> Plan:
     """Return the plan of opened models.
 
-    `densities` are given for the tensors of a budget; without them each is planned with the same density.
+    `densities` are for tensors under a budget. Without them all get the same density.
     """
     output_kind(recipe.output).refuse(inputs)
     own = own_weights(recipe, inputs)
@@ -333,7 +333,7 @@ def _plan(
     held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
     tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
     moments = decided.moments if isinstance(decided, Outputs) else None
-    sources = _sources(stages, inputs, check=options.data and densities is None)  # once: `fit` has the same
+    sources = _sources(stages, inputs, check=options.data and densities is None)  # only once: `fit` keeps the result
     of_result = () if moments is None else _of_result(moments, inputs, check=options.data)
     mixture = decided.mixture(rows)
     read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
@@ -386,7 +386,7 @@ def _decided(
     densities: Mapping[str, float] | None,
     vocabulary: Vocabulary | None,
 ) -> Outputs | AppOutputs:
-    """Return what decides about each tensor of the output. InputError: the config cannot follow a transplant."""
+    """Return the object that decides about each output tensor. InputError: the config cannot follow a transplant."""
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)
     if recipe.is_moe:
@@ -395,7 +395,7 @@ def _decided(
 
 
 def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
-    """Return the output's tensors in order. InputError: the first problems, or that the models are strangers."""
+    """Return the output's tensors in order. InputError: the first problems, or the models are unrelated."""
     rows, problems = decided.rows(), decided.problems
     if problems:
         differ = any("missing in" in problem or "shapes differ" in problem for problem in problems)
@@ -427,7 +427,7 @@ def _held(
     builder: Builder,
     vocabulary: Vocabulary | None,
 ) -> Memory:
-    """Return the memory that is held beside the tiles while tensors are merged."""
+    """Return the memory held beside the tiles while tensors are merged."""
     stages = builder.deltas.stages
     workers = options.workers
     shared = {tuned.name for tuned in builder.budgeted if builder.deltas.method_of(tuned).shares}
@@ -451,7 +451,10 @@ def _shared_bytes(outputs: Sequence[OutputTensor], shared: Container[str], worke
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:
-    """Return the data that stages run on, by the fine-tune's place. InputError: rows are not as a head needs them."""
+    """Return the data that stages run on, by the fine-tune's place.
+
+    InputError: the rows do not suit the model's head.
+    """
     if not stages.any:
         return {}
     from deltamerge.plan.calibration_graph import check_data, sources_of
@@ -463,7 +466,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
 
 
 def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
-    """Return the rows on which the inputs of the result's layers are measured. InputError: the rows are not there."""
+    """Return the rows on which the inputs of the result's layers are measured. InputError: there are no rows."""
     from deltamerge.calibrate.rows import split
 
     source: CalibrationInput = moments.parameter("source")
@@ -476,7 +479,7 @@ def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[Calibrati
 def _before(
     stages: Stages, sources: Mapping[int, CalibrationInput], mixture: Mixture | None, moments: Node | None
 ) -> Iterator[Memory]:
-    """Yield the memory of each stage before the first tile; they run one after another."""
+    """Yield the memory of each stage before the first tile. The stages run one after another."""
     if not sources and mixture is None and moments is None:
         return
     from deltamerge.calibrate.spec import BASELINE_BYTES
@@ -512,7 +515,7 @@ def _notes(
     *,
     calibrates: bool,
 ) -> Iterator[str]:
-    """Yield a line for each thing that is copied, left out, or not as one may expect."""
+    """Yield a line for everything that is copied, left out, or unusual."""
     stages, template = decided.builder.deltas.stages, inputs.template
     for series in recipe.series:
         yield from series.describe()
@@ -545,7 +548,7 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
 
 
 def _sum(recipe: Recipe, inputs: Inputs, decided: Outputs | AppOutputs) -> RunningSum | None:
-    """Return the running sum that the output is; None: it is none."""
+    """Return the output's running sum. None: the output is no running sum."""
     if not recipe.output.rules.accumulates:
         return None
     from deltamerge.plan.running_sum import made_of
@@ -560,13 +563,13 @@ def _tokenizers(
     rows: Sequence[Row],
     vocabulary: Vocabulary | None,
 ) -> Differences:
-    """Return what differs of the models' tokenizers; a mixture has the rows of its base alone."""
+    """Return the differences between the models' tokenizers. A mixture only has the rows of its base."""
     meeting = rows_merged(decided, rows) if isinstance(decided, Outputs) else {inputs.template.name}
     return compare_tokenizers(recipe, inputs, meeting, by_token=vocabulary is not None)
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
-    """Say in a line what "auto" leaves to the GPU, and why."""
+    """Return a line on the work that "auto" gives to the GPU, and the reason."""
     pieces = [piece for output in outputs for piece in output.pieces if not piece.built.root.is_source]
     there = sum(piece.backend == "torch" for piece in pieces)
     parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)

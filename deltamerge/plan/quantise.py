@@ -1,4 +1,4 @@
-"""Which weights of the output are quantised, in which form, and what config and remarks say of it."""
+"""The quantised weights of the output and their form, with the entries in config and remarks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ PLAIN = "write plain weights: quantization: none"
 SHOWN = 3  # names in a remark
 FIXED = {"nvfp4": 16, "mxfp4": 32}  # columns of a group of these schemes
 GROUPS = (128, 64, 32)  # columns of a group that vLLM's kernels take
-# Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
-# that see and hear.
+# Weights inside layers that published FP8 checkpoints leave plain: routers, and towers for pictures and sound.
 LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
 EXPERTS = re.compile(r"(^|\.)experts\.[^.]+$")
 # Keys of a config's settings that list modules whose weights are plain.
@@ -46,12 +45,12 @@ NUMBER = re.compile(r"\.\d+(\.|$)")
 
 @dataclass(slots=True)
 class Quantiser:
-    """How the output is quantised: here every tensor has its plain dtype."""
+    """The quantisation of the output. This class quantises nothing: every tensor has its plain dtype."""
 
     template: Input
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
-        """Return how a weight of the output is stored; None: as a tensor of `dtype`."""
+        """Return the coding of a weight of the output. None: it is a plain tensor of `dtype`."""
         return None
 
     def more(self) -> list[TensorInfo]:
@@ -63,11 +62,11 @@ class Quantiser:
         return dict(config)
 
     def left(self) -> list[str]:
-        """Return what is said of weights that are not coded though asked for, once every weight has been asked for."""
+        """Return a note on weights that could not be coded as asked. Call it after `coding` of every weight."""
         return []
 
     def notes(self) -> list[str]:
-        """Return the notes, once every weight has been asked for."""
+        """Return the notes. Call it after `coding` of every weight."""
         config = self.template.checkpoint.config
         name, _ = stated(config) or ("", "")
         quantised = self.template.checkpoint.quantised
@@ -76,7 +75,7 @@ class Quantiser:
 
 
 def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantiser:
-    """Return how a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
+    """Return the quantisation of a recipe's output. RecipeError: it says keep, and no model is quantised."""
     wanted = recipe.output.scheme
     if wanted == "none":
         return Quantiser(inputs.template)
@@ -103,7 +102,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantiser:
 
 @dataclass(slots=True)
 class SameQuantisation(Quantiser):
-    """The weights that `model` stores coded are coded as there."""
+    """Codes weights as `model` codes them."""
 
     model: Input
     scheme: Scheme
@@ -112,7 +111,7 @@ class SameQuantisation(Quantiser):
     kinds: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.stacked:  # what a weight is in some layer, for layers that the model has not
+        if self.stacked:  # a weight's form in some layer, for layers that the model lacks
             prefix = _prefix(self.model)
             self.kinds = {numbers_as_stars(name.removeprefix(prefix)): name for name in self.scheme.weights}
 
@@ -132,7 +131,7 @@ class SameQuantisation(Quantiser):
         return coding
 
     def _name(self, target: Target) -> str | None:
-        """Return the name in `model` of the weight that is merged into a target, or of the one in its place there."""
+        """Return the name in `model` of the weight that is merged into a target, or of the weight in its place."""
         reference = self.model.checkpoint.reference
         for model, source in ((target.owner, None), *target.sources):
             if model.checkpoint.reference == reference:
@@ -146,7 +145,7 @@ class SameQuantisation(Quantiser):
     def more(self) -> list[TensorInfo]:
         """Return scales of keys, values and activations, which belong to no weight, under the template's names.
 
-        InputError: layers are stacked, which they would have to follow.
+        InputError: layers are stacked, and the scales cannot follow.
         """
         names = self.scheme.dropped
         if names and self.stacked:
@@ -226,7 +225,7 @@ class NewQuantisation(Quantiser):
 
     @property
     def _fits(self) -> str:
-        """Return what fits weights of any shape."""
+        """Return a hint at a scheme that fits any shape."""
         if self.wanted.by == "block":
             return "quantization: {scheme: fp8, strategy: channel} fits every shape"
         return "a smaller group, or quantization: int8, which fits every shape"
@@ -250,9 +249,9 @@ class NewQuantisation(Quantiser):
 
 
 def _group_for(wanted: Quantization, template: Input) -> int:
-    """Return the columns of an int4 group: the recipe's, else the largest of `GROUPS` that fits what the smallest does.
+    """Return the columns of an int4 group: the recipe's, or the largest of `GROUPS` that fits as many as the smallest.
 
-    All weights have one: vLLM and compressed-tensors load them fastest so.
+    All weights share one group size, because vLLM and compressed-tensors load that fastest.
     """
     if wanted.group is not None:
         return wanted.group
@@ -295,7 +294,7 @@ def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
 def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:
     """Return the dtypes of the output's tensors that quantised weights of a model become.
 
-    Where layers of a stack have other names, return those of all tensors.
+    If layers of a stack have other names, return the dtypes of all tensors.
     """
     stored = (inputs.template.stored.get(name) for name, info in model.tensors.items() if info.saved_as)
     found = {dtypes[name] for name in stored if name is not None and name in dtypes}
@@ -309,7 +308,7 @@ def copies(inputs: Inputs) -> dict[Tensor, tuple[Checkpoint, str]]:
 
 
 def copied(root: Node, coding: Coding, known: Mapping[Tensor, tuple[Checkpoint, str]], output: str) -> Coding | None:
-    """Return the coding whose tensors are copied if `root` reads a weight stored in that form already, else None."""
+    """Return the coding if `root` reads a weight that is already stored in it, so that its tensors are copied."""
     if root not in known:
         return None
     model, name = known[root]
@@ -323,7 +322,7 @@ def copied(root: Node, coding: Coding, known: Mapping[Tensor, tuple[Checkpoint, 
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a plain tensor is named among those that a quantised model leaves plain."""
+    """Return whether a quantised model's config lists this plain tensor as plain."""
     return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
 
 
@@ -355,7 +354,7 @@ def _renumbered(listed: Sequence[Any], names: Sequence[str]) -> list[Any]:
 
 
 def _put(config: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Set a key of a config's section, or of the config where it has no such section."""
+    """Set a key in a config's section, or in the config if it has no such section."""
     inner = config
     for key in path[:-1]:
         section = inner.get(key)

@@ -1,4 +1,4 @@
-"""Two plans compared, and a plan as a diagram, for reviewers of a recipe."""
+"""The difference of two plans, and a plan as a diagram, for reviewers of a recipe."""
 
 from __future__ import annotations
 
@@ -89,8 +89,7 @@ def _cell(value: Any) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Names in a message; those that differ only in their numbers as one pattern:
-    `layers.{0–23}.mlp.up_proj.weight`."""
+    """Names in a message. Names that differ only in numbers become one pattern: `layers.{0–23}.mlp.up_proj.weight`."""
     families: dict[str, list[str]] = defaultdict(list)
     for name in names:
         families[NUMBER.sub("*", name)].append(name)

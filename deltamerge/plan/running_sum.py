@@ -1,4 +1,4 @@
-"""Running sums in a plan: what may be done with one, what it counts in an average, and what the next one holds."""
+"""Running sums in a plan: their allowed uses, their weight in an average, and the content of the next sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamerge.recipe.schema import Recipe
 
 
 def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
-    """Raise InputError: a running sum is used as a model, or is not the first of what is added up."""
+    """Raise InputError if a running sum is used as a model, or is not the first summand."""
     sums = [(name, index, checkpoint) for name, index, checkpoint in named if checkpoint.running_sum is not None]
     for name, index, checkpoint in sums:
         summed = checkpoint.running_sum
@@ -35,7 +35,7 @@ def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint
 
 
 def counts(checkpoints: Iterable[Checkpoint], weights: Sequence[float]) -> tuple[float, ...]:
-    """Return the share of each model in the divisor of an average: its weight, of a running sum its total."""
+    """Return the share of each model in the divisor of an average: its weight, or a running sum's total."""
     return tuple(_count(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True))
 
 
@@ -45,7 +45,7 @@ def _count(checkpoint: Checkpoint, weight: float) -> float:
 
 
 def made_of(recipe: Recipe, tunes: Sequence[tuple[str, Checkpoint]], dtypes: Mapping[str, str]) -> RunningSum:
-    """Return the running sum of a recipe's models, given by name; `dtypes` are of the average's tensors."""
+    """Return the running sum of a recipe's models, given by name. `dtypes` are the dtypes of the average's tensors."""
     names: list[str] = []
     weights: list[float] = []
     schedule, decay = "constant", None

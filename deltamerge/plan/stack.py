@@ -42,11 +42,11 @@ class Spares:
     """The tensors of numbered blocks that some of `models` may lack.
 
     - a whole block beyond the count of layers in its model's config (layers for multi-token prediction:
-    `model.layers.61` of 61 layers); where no config counts them, a whole last block with a tensor that no layer of all
-    models has
+    `model.layers.61` of 61 layers); if no config counts them, a whole last block with a tensor that no layer has in all
+    models
 
-    - every block of a container that a model lacks altogether (`mtp.layers`, a decoder, a vision tower), unless it has
-    a container that the others lack, which may be the same under another name
+    - every block of a container that a model lacks altogether (`mtp.layers`, a decoder, a vision tower), unless the
+    model has a container that the others lack, which may be the same under another name
 
     - buffers
     """
@@ -73,7 +73,9 @@ class Spares:
             for model, own in zip(self.models, blocks, strict=True)
         ]
         spare = set()
-        theirs: dict[tuple[int, ...], list[bool]] = {}  # by the models that have a block: whether each has no more
+        theirs: dict[
+            tuple[int, ...], list[bool]
+        ] = {}  # for the models with a block: whether it is the last block of each
         for prefix, number in {(prefix, n) for own in blocks for prefix, numbers in own.items() for n in numbers}:
             owners = tuple(i for i, own in enumerate(blocks) if number in own.get(prefix, ()))
             lackers = [i for i, own in enumerate(blocks) if number not in own.get(prefix, ())]
@@ -89,7 +91,7 @@ class Spares:
 
     @cached_property
     def _kinds(self) -> list[dict[str, dict[int, set[str]]]]:
-        """Return each model's blocks by container and number: the ends of their tensors' names, after the number."""
+        """Return each model's blocks by container and number: the endings of their tensors' names, after the number."""
         found: list[dict[str, dict[int, set[str]]]] = []
         for model in self.models:
             own: dict[str, dict[int, set[str]]] = {}
@@ -111,7 +113,7 @@ class Spares:
         return found
 
     def _is_odd(self, prefix: str, number: int) -> bool:
-        """Tell whether a block behind all blocks that every model has holds a tensor that none of these has."""
+        """Tell whether a block after all shared blocks holds a tensor that no shared block has."""
         last, usual = self._usual[prefix]
         own = [blocks[number] for kinds in self._kinds if number in (blocks := kinds.get(prefix, {}))]
         return 0 <= last < number and all(block - usual for block in own)
@@ -126,7 +128,7 @@ def is_buffer(tensor: Tensor | TensorInfo) -> bool:
 
 
 def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
-    """Name tensors in a message; those of numbered blocks by their block."""
+    """Name tensors in a message. Tensors of numbered blocks are named by their block."""
     blocks: dict[str, int] = {}
     for name in names:
         place = block_of(name)
@@ -139,11 +141,11 @@ def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
 SPELLINGS = {"text_decoder": "language_model", "default": ""}
 LAST_MODULES = ("decoder", "text_decoder", "language_model", "text_model", "default")
 
-# Names of one part in different families; the first that the file has stands for another of its row.
+# Names of one part in different families; the first name in the file stands for all names of its row.
 LANGUAGE = ("language_model", "text_model", "llm", "language_backbone")
 VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vision_backbone", "vit")
 PROJECTOR = ("multi_modal_projector", "connector", "mm_projector", "aligner", "projector", "merger")
-COMPONENT = re.compile(r"[./]")  # what stands between a name's components
+COMPONENT = re.compile(r"[./]")  # separator of a name's components
 ROWS = (LANGUAGE, VISION, PROJECTOR)
 _OTHER = re.compile(r"vision|visual|image|audio|video|speech|projector|connector")
 
@@ -152,8 +154,8 @@ class ModuleFinder:
     """The module of every tensor of a model, by its name in the files.
 
     The first component of the tensor's name that is a module, or another name of the same part, decides. A language
-    model without a module of its own (Qwen2-VL: `model.layers` beside `visual`) is what stands beside its token
-    embedding. The head belongs to the decoder.
+    model without a module of its own (Qwen2-VL: `model.layers` beside `visual`) consists of the tensors beside its
+    token embedding. The head belongs to the decoder.
     """
 
     def __init__(self, wanted: Iterable[str | None], names: Iterable[str]) -> None:
@@ -208,9 +210,9 @@ class Target:
 
     name       canonical name
     stored     name in the output's files
-    group      the inputs it is merged from; None: it is the template's
-    position   of its layer, from 0 to 1
-    owner      the model whose `tensor` it is if it is not merged, and whose dtype it has
+    group      the inputs that it is merged from; None: it is the template's
+    position   its layer's position, from 0 to 1
+    owner      the model whose dtype it has, and whose `tensor` it is if it is not merged
     sources    every input of the group, and the canonical name of the tensor there
     """
 
@@ -294,7 +296,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
 
 
 def _for_layers(config: dict[str, Any], template: Input, stack: Stack) -> tuple[dict[str, Any], list[str]]:
-    """Return a config of the template for a stack's layers, and what changes."""
+    """Return a config of the template for a stack's layers, and the changes."""
     from deltamerge.plan.layer_config import Stacked, repair, settle
 
     sources = []
@@ -311,7 +313,7 @@ def _for_layers(config: dict[str, Any], template: Input, stack: Stack) -> tuple[
 
 
 def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
-    """Return the kinds of the template's layers, and of the new ones."""
+    """Return the kinds of the template's layers and of the new layers."""
     from deltamerge.plan.layer_config import Kind
 
     old = _kinds_of(template, stack.prefix)
@@ -376,8 +378,7 @@ def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[I
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
-    """Return the template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one
-    of its kind.
+    """Return the template's tensor whose shape a target must have: the same one, or in a layer one of its kind.
 
     Layers of one model may differ in shape (in some MoE models they do), so the shape of any layer is accepted.
     """
@@ -404,7 +405,7 @@ def _plain(name: str, template: Input, group: InputGroup | None, position: float
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
     """Yield the tensors of every layer: its owner's, with the new number and the template's names."""
     container = template.container(stack.prefix)
-    spelled = {  # what follows the number, in canonical names and in the template's own
+    spelled = {  # the endings after the number, in canonical names and in the template's
         _behind(name, stack.prefix): _behind(stored, container)
         for name, stored in template.stored.items()
         if _inside(name, stack.prefix)
@@ -525,7 +526,7 @@ def _shared(prefix: str, places: Mapping[str, Collection[Place]]) -> tuple[str, 
 
 
 def _check_outside(template: Input, stack: Stack) -> None:
-    """Raise InputError: a tensor outside the layers has a part for each of them, and the layers have changed."""
+    """Raise InputError if the layers have changed and a tensor outside has a part for each of them."""
     moved = [layer.source(stack.owner(layer, template)) for layer in stack.layers] != list(range(stack.old))
     for name, tensor in template.tensors.items() if moved and stack.old > 1 else ():
         parts = any(size % stack.old == 0 for size in tensor.shape)
@@ -545,7 +546,7 @@ def _alone(template: Input, prefix: str) -> bool:
 
 
 def _check_width(template: Input, prefix: str) -> None:
-    """Raise InputError: layers are stages, whose norms all differ in width, so that one cannot follow another.
+    """Raise InputError if layers are stages, whose norms differ in width, so that they cannot be reordered.
 
     Norms of heads may differ: layers may have heads of several sizes.
     """

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The node of an output tensor and, for people, what it does and with which numbers, model by model.
+    """The node of an output tensor and, for people, its description and its numbers by model.
 
-    `delta` makes the float32 values that an artifact adds to the base, where one is asked for; `changed` is the
-    expected fraction of entries that differ from the base's, 1 where nothing is known. Where the delta is a sum of
-    adapters' updates, `updates` are these and their coefficients. `core`: the directions of the core that LoRAs are
-    merged in, 0 where they are not.
+    `delta` makes the float32 values that an artifact adds to the base, if there is an artifact. `changed` is the
+    expected fraction of entries that differ from the base's; 1 if unknown. If the delta is a sum of adapters' updates,
+    `updates` are the updates and their coefficients. `core` is the number of directions of the LoRAs' core; 0 without.
     """
 
     root: Node
@@ -49,9 +48,9 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """Makes the nodes of a recipe's tensors. `merge` is of a builder that is `prepared`: stages are of whole models.
+    """Makes the nodes of a recipe's tensors. Call `merge` on a `prepared` builder, because stages need whole models.
 
-    `budgeted` are the tensors that a budget is for.
+    `budgeted` are the tensors under a budget.
     """
 
     recipe: Recipe
@@ -77,7 +76,7 @@ class Builder:
 
     @property
     def maker(self) -> StageMaker:
-        """Return the maker of the stages that calibration takes; only recipes that have some import it."""
+        """Return the maker of calibration's stages. Only recipes with stages import it."""
         from deltamerge.plan.calibration_graph import StageMaker
 
         return StageMaker(self.folder, self.device, self.memory)
@@ -85,7 +84,7 @@ class Builder:
     def prepared(self, merges: Sequence[Merge]) -> Builder:
         """Return this builder with the stages that `merges` need, and with the densities of a budget.
 
-        Until those are known, one density that would about fit stands for all tensors.
+        Until the densities are known, all tensors get one density that would about fit.
         """
         tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
         deltas = self.deltas
@@ -177,12 +176,11 @@ class Builder:
 
     @property
     def _is_sum(self) -> bool:
-        """Tell whether the method adds up deltas, so that factors of theirs are all there is to fit."""
+        """Tell whether the method adds up deltas, so that only the deltas' factors can be fitted."""
         return name_of(self.recipe.method.function) == SUM
 
     def _parts(self, merge: Merge) -> dict[str, Node]:
-        """Return the deltas that have a factor each: every model's as it is in the sum, or what the method makes of
-        them, and every model's."""
+        """Return the deltas that get a factor each: the models', and the method's result unless it is their sum."""
         own = [self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes]
         names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
         if self._is_sum:
@@ -200,7 +198,7 @@ class Builder:
         return self._node(multiply, [node, number], node.shape)
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
-        """Return the base and the sum of the deltas, each times the factor that was fitted."""
+        """Return base + the sum of the deltas times their fitted factors."""
         from deltamerge.calibrate.values import pick_coefficient
         from deltamerge.methods.prune.rescale import multiply
 
@@ -243,7 +241,7 @@ class Builder:
         return self.graph.node(totals, inputs, kind="stage", names=tuple(names), device=self.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
-        """Return the node that measures what the merge method needs of every model's rows."""
+        """Return the node of the merge method's measurements on every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
@@ -254,8 +252,7 @@ class Builder:
         return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, filled)
 
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
-        """Return the method's result in float32, of the base where it stands apart and of the models or their
-        deltas."""
+        """Return the method's result in float32, from the base if it stands apart, and the models or their deltas."""
         method, shape = self.recipe.method, merge.shape
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
@@ -283,9 +280,9 @@ class Builder:
             return node
 
     def _core(self, merge: Merge, values: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-        """Return the updates s · B A, None of a model that has none, that a matrix is merged by in their core.
+        """Return the updates s · B A of a matrix that is merged in their core, None for a model without an update.
 
-        None at all: the method, a pruning, or a tensor that is no low rank update, asks for whole deltas.
+        The result is None if the method, a pruning, or a tensor without low-rank update needs whole deltas.
         """
         method, form = self.recipe.method, values.get("form")
         if method.in_core is None or form is None or not call(method.in_core)(**values) or merge.base is None:
@@ -310,8 +307,7 @@ class Builder:
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
-        """Tell whether pruning leaves this tensor whole in every model, though it was asked for: it is stored
-        exactly."""
+        """Tell whether the recipe prunes, but leaves this tensor whole in every model. It is then stored exactly."""
         return all(self.deltas.density(t) is None and self.deltas.prune_of(t).method != "none" for t in merge.tunes)
 
     def kept(self, merges: Sequence[Merge]) -> dict[int, Counter[float]]:
@@ -373,8 +369,7 @@ class Builder:
         return self.deltas.pruned(tuned, seed)
 
     def _trimmed(self, tuned: Tuned) -> tuple[Node, str]:
-        """Return the int(density · n) largest entries, at least 1, where the merge method has a density of its own
-        (ties)."""
+        """Return the int(density · n) largest entries, at least 1, if the merge method has its own density (ties)."""
         method, whole = self.recipe.method, self.deltas.whole(tuned)
         if "density" not in method.parameters or method.implies_prune:
             return whole, ""
@@ -393,7 +388,7 @@ class Builder:
         return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:
-        """Return the merge less the base, in float32."""
+        """Return the merge minus the base, in float32."""
         assert merge.base is not None
         base = self.graph.read(merge.base)
         inputs = [base, *(self._delta(tuned, seed)[0] for tuned in merge.tunes)]
@@ -425,13 +420,13 @@ class Builder:
 
 
 def _core_size(combined: Node) -> int:
-    """Return the directions of the core that a merge is computed in; 0: of none."""
+    """Return the number of directions of the core that a merge is computed in. 0: there is no core."""
     cores = (node for node in combined.inputs if node.function == CORE)
     return sum(one.rank for node in cores for one in node.parameter("updates") if one is not None)
 
 
 def _factor(values: Mapping[str, Any]) -> float:
-    """Return what every weighted delta of a sum is multiplied by, from the parameters of `task_arithmetic`."""
+    """Return the factor of every weighted delta in a sum, from the parameters of `task_arithmetic`."""
     from deltamerge.methods.merge.sums import divisor_of
 
     factor: float = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
@@ -439,7 +434,7 @@ def _factor(values: Mapping[str, Any]) -> float:
 
 
 def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, Tensor], ...]:
-    """Return the coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
+    """Return the coefficients and updates whose sum is a merged delta; none if it is no such sum."""
     if method != "task_arithmetic" or merge.base is None:
         return ()
     changed = [(tuned, weight) for tuned, weight in zip(merge.tunes, values["weights"], strict=True)

@@ -1,7 +1,7 @@
-"""Whether a row of the models' embeddings is the same token in all, and whose tokenizer, special tokens and chat
-template the output has.
+"""Checks that rows of the models' embeddings mean the same tokens, and names the source of the output's tokenizer,
+special tokens and chat template.
 
-Every tokenizer is compared with the one that is written. Files of equal bytes are equal; others are read once.
+Every tokenizer is compared with the written tokenizer. Files of equal bytes are equal; others are read once.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from deltamerge.formats.peft.adapter import Adapter
     from deltamerge.plan.outputs import Outputs, Row
 
-SHARE = 100  # a merge is refused where more than one row in so many means other tokens
+SHARE = 100  # a merge is refused if more than one row in so many means other tokens
 ELSEWHERE = 16  # special tokens that a family has at other ids than SentencePiece
 SHOWN = 2  # rows in a message
 LONGEST = 40  # characters of a token in a message
-# What tokenizer_config.json says of how text is cut.
+# Keys of tokenizer_config.json on how text is cut.
 SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 UNION = "tokenizer_source: union"
 
@@ -62,12 +62,12 @@ class Differences:
 class _Tokenizer:
     """A model's tokenizer.
 
-    name      of the model
-    folder    of its files
+    name      the model's name
+    folder    the folder of its files
     limit     rows of its embedding
-    is_base   whether the model is what others are fine-tunes of
-    meets     whether something of its rows is in the output, or it is the tokenizer that is written
-    made      its vocabulary, where the model is yet to be made; template: its chat template
+    is_base   whether the model is the base of the others
+    meets     whether its rows contribute to the output, or its tokenizer is written
+    made      its vocabulary, if the model is only planned; template: its chat template
     """
 
     name: str
@@ -88,10 +88,10 @@ class _Apart:
     """The differences of the rows of two vocabularies.
 
     shared   rows that have a token in both
-    other    row -> its token, of shared rows that have another token
-    more     row -> its token, of rows without a token in that other vocabulary
-    special  tokens that are special in one of the two
-    steps    what else decides otherwise how text is cut
+    other    row -> its token, for shared rows with another token
+    more     row -> its token, for rows without a token in the other vocabulary
+    special  tokens that are special in only one of the two
+    steps    other parts by which text is cut differently
     """
 
     shared: int = 0
@@ -108,7 +108,7 @@ class _Apart:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """The differences in words, and the tokenizers that are not as the one they are compared with."""
+    """The differences in words, and the tokenizers that differ from the one they are compared with."""
 
     kind: Literal["many", "rows", "more", "special", "steps", "role", "template", "unread"]
     text: str
@@ -117,9 +117,9 @@ class _Finding:
 
 
 def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
-    """Return the names of the models whose token tables (embedding, head) the output takes something from.
+    """Return the names of the models whose token tables (embedding, head) contribute to the output.
 
-    A model whose weight is zero there, or which the arc of slerp does not leave, lends nothing.
+    A model with weight zero there, or at the unused end of slerp's arc, does not contribute.
     """
     built = {row.name: row.pieces[0].built for row in rows}
     names: set[str] = set()
@@ -149,7 +149,7 @@ def _has_token_rows(name: str, model: Input) -> bool:
 
 
 def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str], *, by_token: bool) -> Differences:
-    """Return what to say of the tokenizers of a merge.
+    """Return the messages on the tokenizers of a merge.
 
     `meeting` are the models whose rows are merged; `by_token`: their rows were matched by token.
 
@@ -177,8 +177,10 @@ def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str],
 
 
 def other_words(inputs: Inputs) -> Iterator[str]:
-    """Yield a message for every model whose vocabulary is not that of the first, the base; of several fine-tunes one on
-    the rows that mean other words, too."""
+    """Yield a message for every model whose vocabulary differs from the first's, the base's.
+
+    If there are several fine-tunes, a message names the rows that mean other words.
+    """
     first, *others = (_tokenizers(model, (), based=True) for model in inputs.all)
     kinds = ("many", "rows") if len(inputs.tunes) > 1 else ("many",)
     for place, base in first.items():
@@ -208,7 +210,7 @@ def _way(recipe: Recipe, name: str, *, several: bool) -> str:
 
 
 def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
-    """Say whose tokenizer is written, and which line of the recipe chooses another."""
+    """Name the source of the written tokenizer, and the line of the recipe that chooses another."""
     if found.kind == "unread":
         return ""
     if found.kind == "many":
@@ -225,8 +227,11 @@ def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
 
 
 def _tokenizers(model: Input, meeting: Collection[str], *, based: bool, written: bool = False) -> dict[str, _Tokenizer]:
-    """Return a model's tokenizers by the folder of a pipeline that they lie in, "" for the model's own. An adapter's
-    folder may have its own, which is never `written`. `based`: the models are merged as fine-tunes of a base."""
+    """Return a model's tokenizers by their folder in a pipeline, "" for the model's own.
+
+    An adapter's folder may have its own tokenizer, which is never `written`. `based`: the models are merged as
+    fine-tunes of a base.
+    """
     checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
     meets = model.name in meeting
     found = _places(checkpoint, model.name if adapter is None else checkpoint.base_reference if written else model.name)
@@ -264,7 +269,10 @@ def _places(checkpoint: Checkpoint, name: str) -> dict[str, _Tokenizer]:
 
 
 def _has_tokenizer(model: Checkpoint | Adapter) -> bool:
-    """Tell whether a model's folder has a tokenizer; of a hub model it is fetched, but not of a pipeline's folders."""
+    """Tell whether a model's folder has a tokenizer.
+
+    It is fetched for a hub model, but not for a pipeline's folders.
+    """
     if model.hub_id is not None and (not isinstance(model, Checkpoint) or model.is_simple):
         with suppress(DeltamergeError):  # offline, what is not in the cache is not compared
             fetched(model)
@@ -281,7 +289,7 @@ def _is_tokenizer(folder: Path) -> bool:
 def _findings(
     written: _Tokenizer | None, others: Sequence[_Tokenizer], reading: Reading, *, by_token: bool
 ) -> Iterator[_Finding]:
-    """Return the differences of tokenizers from the one that is written, or from the first if there is none."""
+    """Return the differences between tokenizers and the written tokenizer, or the first if none is written."""
     try:
         yield from _of_rows(written, others, reading, by_token=by_token)
     except InputError as error:
@@ -395,8 +403,7 @@ def _many(
 def _few(
     apart: Sequence[tuple[_Tokenizer, _Apart]], first: _Tokenizer, tokens: Mapping[int, str]
 ) -> Iterator[_Finding]:
-    """Yield the rows that mean other tokens, those of fine-tunes first, and tokens beyond those of the first
-    tokenizer."""
+    """Yield the rows that mean other tokens, rows of fine-tunes first, and tokens that the first tokenizer lacks."""
     for is_base in (False, True):
         those = [(one, found) for one, found in apart if one.is_base is is_base and found.other]
         rows = sorted({i for _, found in those for i in found.other})
@@ -431,7 +438,7 @@ def _steps(apart: Sequence[tuple[_Tokenizer, _Apart]], first: _Tokenizer) -> Ite
 
 
 def _of_roles(written: _Tokenizer, others: Sequence[_Tokenizer]) -> Iterator[_Finding]:
-    """Yield special tokens and settings that others state otherwise than the tokenizer that is written."""
+    """Yield special tokens and settings in which others differ from the written tokenizer."""
     mine = _stated(written)
     apart: dict[tuple[str, Hashable, bool], list[_Tokenizer]] = {}
     for one in others:
@@ -452,7 +459,7 @@ def _stated(one: _Tokenizer) -> dict[str, Hashable]:
 
 
 def _of_templates(written: _Tokenizer, others: Sequence[_Tokenizer]) -> Iterator[_Finding]:
-    """Yield chat templates that differ from the one that is written."""
+    """Yield chat templates that differ from the written one."""
     mine = _template(written)
     found = [(one, text) for one in others if (text := _template(one)) and text != mine]
     for is_base in (False, True):

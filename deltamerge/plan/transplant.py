@@ -1,4 +1,4 @@
-"""The output on another model's tokenizer: rows of tokens that both have, and sums of such rows for the others."""
+"""The output with another model's tokenizer: rows of tokens that both have, and sums of such rows for the others."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 from deltamerge.tensors.views import fill_lines, mean_row, stored_rows
 
-TORCH_BYTES = 170_000_000  # of torch's code and its first product, measured
+TORCH_BYTES = 170_000_000  # bytes of torch's code and its first product, measured
 
 Key = tuple[str, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transplant(Vocabulary):
-    """The vocabulary of a donor, and how the models' rows come to be its rows.
+    """The vocabulary of a donor, and the way from the models' rows to its rows.
 
-    union       of the models: under it each has a row for every token, as `tokenizer_source: union` gives it
+    union       the models' union: each model gets a row for every token, as with `tokenizer_source: union`
     method, k   how rows of tokens that the union lacks are made
-    origin      (rows) the union's id of an id, −1: made of other rows; −2: the mean row
+    origin      (rows) the union's id of an id, −1: a sum of other rows; −2: the mean row
     shared      pairs of ids, the union's and the output's, of tokens that are the same or have the same purpose
-    donors      the donor's embedding and head by what they are; the same where the donor ties them
-    roles       the donor's tokens of a purpose
+    donors      the donor's embedding and head by their role; the same tensor if the donor ties them
+    roles       the donor's tokens by purpose
     generation  the donor's generation_config.json
     """
 
@@ -56,27 +56,27 @@ class Transplant(Vocabulary):
 
     @property
     def changes(self) -> bool:
-        """Always: an embedding must be found."""
+        """Return True: an embedding must be found."""
         return True
 
     @property
     def others(self) -> Rows:
-        """Ids whose rows are made of others."""
+        """Ids whose rows are sums of other rows."""
         return np.flatnonzero(self.origin == -1).astype(np.int32)
 
     @property
     def common(self) -> Rows:
-        """Ids of tokens that both have, of which the donor has a row."""
+        """Ids of tokens that both have, and for which the donor has a row."""
         there = np.flatnonzero(self.origin >= 0)
         return there[there < self.donors["embedding"].shape[0]].astype(np.int32)
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of memory that reading the tokenizers takes."""
+        """Estimate the bytes of memory for reading the tokenizers."""
         return self.union.memory + BYTES_PER_TOKEN * len(self.ids)
 
     def held(self, workers: int) -> int:
-        """Return the bytes of the donor's rows, of the sums, and of what each worker computes of them."""
+        """Return the bytes of the donor's rows, of the sums, and of each worker's computations."""
         if self.method == "mean" or not len(self.others):
             return 0
         common, others, total = len(self.common), len(self.others), TORCH_BYTES
@@ -96,7 +96,7 @@ class Transplant(Vocabulary):
 
     @property
     def _searched(self) -> list[TensorInfo]:
-        """Return the donor's tensors that sums are found among, once."""
+        """Return the donor's tensors that are searched for sums, each once."""
         return list({id(one): one for one in self.donors.values()}.values())
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
@@ -130,8 +130,8 @@ class Transplant(Vocabulary):
     def move_ids(self, config: dict[str, Any], template: Input, *, generation: bool) -> None:
         """Put the donor's ids into a config.
 
-        Ids of purposes are those of the donor's own config, then of its tokenizer; others follow their tokens.
-        InputError: one is of a token that the donor lacks.
+        Ids of purposes come from the donor's config, or from its tokenizer; other ids follow their tokens. InputError:
+        the donor lacks a token.
         """
         theirs = dict(self.start.checkpoint.config) | (dict(self.generation) if generation else {})
         roles: dict[str, int | None] = {}
@@ -198,9 +198,9 @@ def match(
 ) -> tuple[dict[int, int], list[str]]:
     """Return for each of their tokens that we have their id -> our id, and a note for each purpose whose token differs.
 
-    A token of a purpose (the end of a text) is ours of that purpose, whatever it is called. Others are the same if they
-    stand for the same bytes, and both or neither are special. None of ours is given twice, as two tokens with one row
-    would share what it predicts; SentencePiece's bytes come after all others.
+    A token with a purpose (the end of a text) matches our token of this purpose, whatever its name. Other tokens match
+    if they stand for the same bytes, and both or neither are special. None of our tokens is used twice, because two
+    tokens with one row would share their predictions. SentencePiece's bytes are matched last.
     """
     found: dict[int, int] = {}
     taken: set[int] = set()
@@ -229,8 +229,10 @@ def match(
 
 
 def _keys(tokens: Tokens) -> list[tuple[str, Key, int]]:
-    """Return every token with what it stands for, and 1 if it is SentencePiece's way out for a byte, else 0; the last
-    id first, so that the first of equals is what a mapping keeps."""
+    """Return every token with its meaning, and 1 if it is SentencePiece's fallback for a byte, else 0.
+
+    The last id comes first, so that a mapping keeps the first of equal tokens.
+    """
     result: list[tuple[str, Key, int]] = []
     for token in reversed(tokens.ids):
         entry = tokens.added.get(token)
@@ -244,8 +246,7 @@ def _keys(tokens: Tokens) -> list[tuple[str, Key, int]]:
 
 
 def _embeddings(donor: Input) -> dict[str, TensorInfo]:
-    """Return the donor's tensors with a row per token: its embedding, and its head, or the embedding where it has
-    none."""
+    """Return the donor's tensors with a row per token: its embedding, and its head, or the embedding again."""
     heads = [info for name, info in donor.tensors.items() if TOKEN_HEAD.search(name)]
     inputs = [info for name, info in donor.tensors.items() if TOKEN_EMBEDDING.search(name)]
     inputs = inputs or [info for info in donor.tensors.values() if info not in heads]
@@ -261,7 +262,7 @@ def _embeddings(donor: Input) -> dict[str, TensorInfo]:
 
 
 def _refuse_two(model: Input) -> None:
-    """Raise InputError: a config states vocabularies of several sizes."""
+    """Raise InputError if a config states vocabularies of several sizes."""
     stated = vocabularies(model.checkpoint.config)
     if len(set(stated.values())) > 1:
         shown = ", ".join(f"{key} {size}" for key, size in stated.items())
@@ -271,7 +272,7 @@ def _refuse_two(model: Input) -> None:
 
 
 def _refuse_few(made: Transplant, ours: str, theirs: str) -> None:
-    """Raise InputError: the vocabularies have too few tokens in common."""
+    """Raise InputError if the vocabularies have too few tokens in common."""
     common = len(made.common)
     if not common:
         hint = "name a tokenizer of the same languages; spelling (Ġ, ▁, bytes) is taken into account"
@@ -310,13 +311,13 @@ def _found(key: str, value: int, vocabulary: Transplant) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Which rows of common tokens make the rows of others, and how much of each.
+    """The sums of common tokens' rows that make the rows of other tokens.
 
     method    omp or common
     k         rows of a sum
     common    the donor's rows of tokens that both have
-    others    the donor's rows that are written as sums of those
-    digest    of both
+    others    the donor's rows to be written as sums of common rows
+    digest    digest of both
     """
 
     method: str
@@ -328,7 +329,7 @@ class Sums:
     def of(self, read: Read, donor: Tensor, first: int, last: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return (last − first, k) places in `common`, and coefficients, of the sums [first, last).
 
-        `donor` is the embedding (rows, width) of the model whose tokenizer it is.
+        `donor` is the donor's embedding (rows, width).
         """
         blocks: SharedBlocks = read.once(("sums", donor, self), lambda: self._blocks(read, donor))
         size = self._block(donor)
@@ -338,7 +339,7 @@ class Sums:
         return places, weights
 
     def _block(self, donor: Tensor) -> int:
-        """Return the rows that are computed at once."""
+        """Return the number of rows that are computed at once."""
         return block_of(math.prod(donor.shape[1:]), self.k)
 
     def _blocks(self, read: Read, donor: Tensor) -> SharedBlocks:
@@ -365,11 +366,11 @@ def _values(read: Read, donor: Tensor, rows: NDArray[np.int32]) -> Any:
 class Moves:
     """The rows of a tensor under another tokenizer.
 
-    sums     of the rows that are sums; None: those are the mean row
-    digest   of the arrays below
-    origin   (rows) the row of the source that a row is; −1: a sum; −2: the mean of all rows of the source
-    order    (rows) which of the sums a row is
-    common   the rows of the source that sums are of, as `sums.common` has the donor's
+    sums     the sums; None: such rows get the mean row
+    digest   digest of the arrays below
+    origin   (rows) the source's row for a row; −1: a sum; −2: the mean of all rows of the source
+    order    (rows) the number of a row's sum
+    common   the rows of the source in sums, as `sums.common` has the donor's
     """
 
     sums: Sums | None
@@ -433,12 +434,12 @@ def _mean(read: Read, source: Tensor) -> NDArray[np.float32]:
 
 # -- vectors as sums of few others: orthogonal matching pursuit, and interpolation of the nearest
 
-CANDIDATES = 8  # of a step, whose scores are computed again in float32
+CANDIDATES = 8  # best candidates of a step, whose scores are computed again in float32
 SCREENED = 1 << 22  # elements of the atoms from which on scores are first computed in bfloat16
 HELD = 1 << 25  # float32 elements of the bases of one block of targets
 SPARE = 8  # nearest atoms, beyond k, whose distances are computed again in float64
-DEPENDENT = 1e-4  # of an atom: less of it outside the chosen ones' span adds nothing but rounding
-DONE = 1e-6  # of a target: a residual as small is rounding
+DEPENDENT = 1e-4  # share of an atom: a smaller part outside the span of the chosen atoms is only rounding
+DONE = 1e-6  # share of a target: a smaller residual is only rounding
 
 Indices = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -482,9 +483,10 @@ def held(width: int, k: int, atoms: int) -> int:
 def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     """Find (targets, k) indices of atoms, and float32 coefficients, by orthogonal matching pursuit (Pati et al. 1993).
 
-    A step takes the atom a with the greatest |a · r|, r what of the target is outside the chosen ones' span (of equals
-    the first). Scores are of float32: where they are screened in bfloat16, those of the best 8. The coefficients are
-    the least squares of the chosen, in float64, rounded once. A target that is spanned sooner has zeros for the rest.
+    A step takes the atom a with the greatest |a · r| (the first of equals), where r is the part of the target outside
+    the span of the chosen atoms. Scores are float32. If they are screened in bfloat16, the best 8 are computed again.
+    The coefficients are the least squares of the chosen atoms, in float64, rounded once. A target that is spanned
+    sooner has zeros for the rest.
     """
     targets = targets.float()
     count, width = targets.shape
@@ -514,7 +516,7 @@ def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
 
 
 def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> NDArray[np.int64]:
-    """Return each target's atom with the greatest |a · r| that is not chosen yet."""
+    """Return for each target the atom with the greatest |a · r| that is not chosen yet."""
     scores = (residual.to(atoms.screened.dtype) @ atoms.screened.T).abs_()
     if chosen.shape[1]:
         at, places = np.nonzero(used)
@@ -529,7 +531,7 @@ def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[
 
 
 def _least_squares(targets: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[Any]) -> Floats:
-    """Return the coefficients of the chosen atoms, of normal equations in float64; those that are not used are zero."""
+    """Return the coefficients of the chosen atoms, by normal equations in float64. Unused coefficients are zero."""
     result = np.zeros(chosen.shape, np.float32)
     for first in range(0, len(chosen), 16):
         part = slice(first, first + 16)
@@ -546,7 +548,7 @@ def _least_squares(targets: Any, atoms: Atoms, chosen: NDArray[np.int64], used: 
 def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     """Return (targets, k) indices of the nearest atoms, and weights in inverse proportion to their distances.
 
-    Distances are Euclidean, at least 1e-6, in float64 for those that count; of equals the first is nearer.
+    Distances are Euclidean, at least 1e-6, and in float64 for the candidates. The first of equals is nearer.
     """
     targets = targets.float()
     # |x − a|² without |x|², which is the same for all atoms
@@ -581,7 +583,7 @@ class SharedBlocks:
         self.failed: BaseException | None = None
 
     def get(self, block: int) -> Any:
-        """Return the block's value. Raises what computing any of them raised."""
+        """Return the block's value. Raises the error that any block's computation raised."""
         while True:
             with self.changed:
                 if self.failed is not None:

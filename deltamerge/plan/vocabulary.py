@@ -1,4 +1,4 @@
-"""The output's vocabulary: its ids, each model's ids of its tokens, and the rows that embeddings are gathered from."""
+"""The output's vocabulary: its ids, each model's ids of its tokens, and the sources of embedding rows."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class Vocabulary:
     start     reference of the model whose tokenizer files the output extends
     first     that model's tokens
     ids       token -> id in the output
-    entries   of the list of added tokens in tokenizer.json, beyond those of `start`
+    entries   entries for the list of added tokens in tokenizer.json, beyond `start`'s own
     appended  the number of entries that are new tokens
-    dropped   tokens of `start` beyond its embedding, whose ids the appended ones take
+    dropped   tokens of `start` beyond its embedding, whose ids go to appended tokens
     size      rows that tokens need
     padding   rows after them
     columns   per model (by reference) the model's id of every output id, −1 if it lacks the token
     base      the key of the base in `columns`
     given     output id -> the row that the recipe assigns
     template_ids   the template's own ids
-    rows      of each model's embedding
+    rows      rows of each model's embedding
     """
 
     kind: str
@@ -96,27 +96,27 @@ class Vocabulary:
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of memory that reading the tokenizers takes."""
+        """Estimate the bytes of memory for reading the tokenizers."""
         return BYTES_PER_TOKEN * sum(self.rows.values())
 
     @property
     def total(self) -> int:
-        """Return rows of the output's embedding."""
+        """Return the number of rows of the output's embedding."""
         return self.size + self.padding
 
     def move_ids(self, config: dict[str, Any], template: Input, *, generation: bool) -> None:
-        """Let the ids in a config of `template` follow their tokens. `generation`: it is a generation config."""
+        """Move the ids in a config of `template` with their tokens. `generation`: it is a generation config."""
         if template.checkpoint.reference != self.start.checkpoint.reference:
             names = {i: token for token, i in self.template_ids.items()}
             _move(config, names, self, self.start.checkpoint.config)
 
     def held(self, workers: int) -> int:
-        """Return the bytes that making the rows holds, beyond what reading them does."""
+        """Return the bytes for computing the rows, beyond reading them."""
         return 0
 
     @property
     def operations(self) -> float:
-        """Floating-point operations that making the rows takes, about, where they are many."""
+        """Estimated floating-point operations for computing the rows, if they are many."""
         return 0.0
 
     def holds(self, name: str, present: Sequence[tuple[Input, TensorInfo]]) -> bool:
@@ -128,10 +128,12 @@ class Vocabulary:
         )
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
-        """Return the model's tensor under the output's vocabulary; `present` maps all models that have it to theirs.
+        """Return the model's tensor under the output's vocabulary.
 
-        The row of a token that the model lacks, or that the recipe forces, is the one that the recipe assigns; else the
-        base's; else the mean over the models that have the token; else zeros.
+        `present` maps all models that have it to their tensors.
+
+        If the model lacks a token, or the recipe forces it, its row is the recipe's, otherwise the base's, otherwise
+        the mean over the models that have the token, otherwise zeros.
         """
         if len({info.shape[1:] for _, info in present}) > 1:
             shapes = ", ".join(f"{other.name} {list(info.shape)}" for other, info in present)
@@ -199,8 +201,8 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     """Return the output's vocabulary. None: rows are matched by number, because the recipe leaves the vocabulary to the
     template, or because its source has no tokenizer.json and needs none.
 
-    Ids are those of the model whose tokenizer the output extends. A union appends what it lacks: the tokens of the
-    other models in their order, each by id, then their added tokens; then tokens that only the recipe names.
+    Ids come from the model whose tokenizer the output extends. A union appends missing tokens: first the other models'
+    tokens, in the order of models and ids, then their added tokens, then tokens that only the recipe names.
 
     RecipeError, InputError: a tokenizer that cannot be read, a source that lacks its token, or ids with gaps where
     tokens must be appended.
@@ -273,9 +275,9 @@ def _end(ids: Mapping[str, int]) -> int:
 def _missing(
     first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Return, by id, the entries that the output's tokenizer adds to the first one's, and the new tokens among them.
+    """Return, by id, the entries that the output adds to the first tokenizer, and the new tokens among them.
 
-    A plain token of the first that is an added token of another becomes an added one under its id.
+    A plain token of the first tokenizer that another model has as an added token becomes an added token under its id.
     """
     added: dict[str, Entry] = {}
     plain: dict[str, Entry] = {}
@@ -308,7 +310,7 @@ def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Row
 
 
 def _resized(own: Mapping[str, int], ids: Mapping[str, int], column: Rows, rows: int, total: int) -> str:
-    """Return a message about a model's moved rows; "" if all stay and none is added."""
+    """Return a message about a model's moved rows. It is "" if all stay and none is added."""
     lost = sum(i < rows and token not in ids for token, i in own.items())
     padding = rows - len(np.unique(column[column >= 0])) - lost
     left_out = [f"{padding} that no token names (padding)"] if padding > 0 else []
@@ -362,9 +364,10 @@ ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 def edit_config(
     config: Mapping[str, Any], vocabulary: Vocabulary, template: Input, *, generation: bool = False
 ) -> dict[str, Any]:
-    """Return a config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
+    """Return a config, or generation config, of `template` under the output's vocabulary; unchanged if nothing moved.
 
-    An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
+    An id follows its token. For a token that the output lacks, the id comes from the vocabulary's own model, or is
+    null.
     """
     result = copy.deepcopy(dict(config))
     for holder, key in sizes(result):
@@ -400,10 +403,11 @@ class ChatTemplate:
 
 
 def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
-    """Return the template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer
-    keeps its own.
+    """Return the chat template that the recipe sets.
 
-    InputError: the model that the recipe names has none.
+    None: it sets none, or `auto` finds none, and the tokenizer keeps its own.
+
+    InputError: the model that the recipe names has no chat template.
     """
     wanted = recipe.chat_template
     if wanted is None:
@@ -422,7 +426,7 @@ def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
 
 
 def _most_common(models: Sequence[Input]) -> ChatTemplate | None:
-    """Return the template that most models have, the first of equals; surrounding white space is ignored."""
+    """Return the most frequent template, the first of equals. Surrounding white space is ignored."""
     read = ((model.name, (read_chat_template(model.checkpoint) or "").strip()) for model in models)
     found = [(text, name) for name, text in read if text]
     if not found:

@@ -1,4 +1,4 @@
-"""Checks of a recipe beyond its types: methods and their parameters, names; and across the documents of a file."""
+"""Checks of a recipe beyond its types: methods, parameters and names, also across the documents of a file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from deltamerge.recipe.yaml_source import Loc, place
 
 # Bounds on the size of a recipe, far above any written by hand: checking and planning always end.
 MODELS = 1_000  # in all documents, slices and modules, with repetitions
-LAYERS = 10_000  # that slices take, counted once for each source
+LAYERS = 10_000  # layers that slices take, counted for each source
 NAME = 1_000  # characters in a reference or a name
 FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 ANEW = "an average of these is made anew from all its models: kind: model"
 _UNKNOWN, _WHOLE = "unknown parameter of", "is for the whole merge"
 SHOWN = 3  # places that a warning names
 
-# Keys of a merge that a mixture has no use for, and keys of mixtures alone.
+# Keys that only merges have, and keys that only mixtures have.
 OF_MERGES = (
     "models", "slices", "modules", "parameters", "prune", "calibration", "template", "tokenizer_source", "tokenizer",
     "chat_template",
@@ -49,7 +49,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:
-    """Check that one of models, slices, modules is there, is not empty, and has distinct names."""
+    """Check that the recipe has models, slices or modules, that they are not empty, and that names are distinct."""
     given = [key for key in ("models", "slices", "modules") if is_given(recipe, key)]
     if not given:
         yield recipe.problem((), "needs models", "models: a list of {model: path or hub id}")
@@ -77,7 +77,7 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _slices(recipe: Recipe) -> Iterator[Problem]:
-    """Check that all sources of a slice have as many layers, and that the layers of an unlisted base are clear."""
+    """Check that the sources of a slice have equally many layers, and that the layers of an unlisted base are clear."""
     for part in recipe.parts:
         if part.ranges is None:
             continue
@@ -88,12 +88,12 @@ def _slices(recipe: Recipe) -> Iterator[Problem]:
         method = known_method(recipe)
         listed = any(recipe.is_base(i) for i in part.members)
         if method is not None and method.deltas and part.base and not listed and len(set(part.ranges)) > 1:
-            message = f"its sources lend different layers, so those of the base {show(part.base)} are not clear"
+            message = f"its sources lend different layers, so the layers of the base {show(part.base)} are not clear"
             yield recipe.problem(part.loc, message, "list the base as a source, with its layer_range")
 
 
 def _merge_method(recipe: Recipe) -> Iterator[Problem]:
-    """Check that the method is known, and has its base and as many models as it takes."""
+    """Check that the method is known, has its base if it needs one, and gets the right number of models."""
     name, method = recipe.method_name, known_method(recipe)
     if name is None:
         if not is_given(recipe, "merge_method") and recipe.models:
@@ -124,7 +124,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _balance(recipe: Recipe) -> Iterator[Problem]:
-    """Check that lengths are of deltas."""
+    """Check that `balance` stands only beside a method of deltas."""
     method = known_method(recipe)
     if recipe.balance is not None and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
@@ -132,7 +132,7 @@ def _balance(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:
-    """Check that every parameter is the method's, stands at a level where it means something, and is in its range."""
+    """Check that the method has every given parameter, that its level is allowed, and that it is in its range."""
     method = known_method(recipe)
     if method is None:
         yield from _unknown_anywhere(recipe)
@@ -142,9 +142,9 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
-    """Yield the parameters that have no effect: the place of each, and its fault.
+    """Yield the place and the fault of each parameter without effect.
 
-    They are parameters of other methods than the recipe's. With `mergekit: true` they are all that mergekit ignores.
+    These are the parameters of other methods. With `mergekit: true` they are all parameters that mergekit ignores.
     """
     method = known_method(recipe)
     for at, problem in () if method is None or recipe.is_moe else _parameters_of(recipe, method):
@@ -168,7 +168,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
 
 
 def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, Problem]]:
-    """Yield the faults of every parameter, and where it stands."""
+    """Yield the place and the fault of each wrong parameter."""
     pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
     for loc, level, parameters in levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
@@ -190,7 +190,7 @@ def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, P
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
-    """Yield parameters that no method has, for a recipe whose method is unknown."""
+    """Yield parameters that no method has. Used if the recipe's method is unknown."""
     known = NO_EFFECT.keys() | merge_params().keys()
     for loc, _, parameters in levels(recipe):
         for name in parameters.keys() - known:
@@ -219,7 +219,7 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _config(recipe: Recipe) -> Iterator[Problem]:
-    """Check that `config` has keys that say what a model computes, with values of JSON."""
+    """Check that each key of `config` concerns what a model computes, and that its value is JSON."""
     if not recipe.config:
         return
     from deltamerge.models.config_differences import BOOKKEEPING
@@ -255,7 +255,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
     for key in alone if recipe.transplant is None else beside:
         if is_given(recipe, "tokenizer", key):
             message = "is for transplant" if key in alone else "cannot stand beside transplant"
-            hint = "transplant: MODEL" if key in alone else "its tokens are those of that model's tokenizer"
+            hint = "transplant: MODEL" if key in alone else "the tokens come from that model's tokenizer"
             yield recipe.problem(("tokenizer", key), message, hint, key=True)
     if recipe.transplant is not None and not recipe.output.rules.standalone:
         message = f"a {recipe.output.kind} has the vocabulary of its base"
@@ -296,7 +296,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _low_rank(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a LoRA's keys stand at an adapter, and say its size in one way."""
+    """Check that keys of a LoRA stand only at `kind: peft`, and give its size in one way."""
     output = recipe.output
     sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
     if not output.rules.adapts:
@@ -320,7 +320,7 @@ FIXED_GROUPS = ("nvfp4", "mxfp4")
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
-    """Check that only models are quantised, and that a scheme has no keys of another."""
+    """Check that only models are quantised, and that a scheme has no keys of another scheme."""
     wanted, kind, rules = recipe.output.scheme, recipe.output.kind, recipe.output.rules
     if wanted != "none" and not rules.standalone:
         message = f"a {kind} is not quantised" + (": its values have codings of their own" if rules.patches else "")
@@ -342,7 +342,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rounding(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a rounding has something to round, and inputs if it needs them."""
+    """Check that a rounding has a quantization, and calibration rows if it needs them."""
     rounding, loc = recipe.output.rounding, ("output", "rounding")
     if rounding is None:
         return
@@ -361,7 +361,7 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _study(recipe: Recipe) -> Iterator[Problem]:
-    """Check that the models that a study names are there, and that its sampler and pruner fit its objectives."""
+    """Check that the recipe has the models that a study names, and that sampler and pruner fit the objectives."""
     if recipe.study is None:
         return
     known = {recipe.names[i] for i in recipe.fine_tunes}
@@ -403,7 +403,7 @@ def _running_sum(recipe: Recipe) -> Iterator[Problem]:
             message = "is not for a running sum: the average that is made of it is divided"
             yield recipe.problem((*loc, "normalize"), message, key=True)
         if is_given(recipe, *loc, "weight"):
-            message = "weights of a running sum are those of its schedule"
+            message = "a running sum takes its weights from its schedule"
             yield recipe.problem((*loc, "weight"), message, "schedule: constant or ema", key=True)
     for i, model in enumerate(recipe.models):
         if model.window is not None:
@@ -421,7 +421,7 @@ def _running_sum(recipe: Recipe) -> Iterator[Problem]:
 
 
 def references(recipe: Recipe) -> frozenset[str]:
-    """Return every model that a recipe may open, as written; names of other documents are among them."""
+    """Return every model that a recipe may open, as written. Names of other documents are included."""
     tokens = recipe.tokenizer.tokens.values() if recipe.tokenizer is not None else ()
     sources = (getattr(token.source, "model", token.source) for token in tokens)
     bases = (recipe.base_model, *(part.base for part in recipe.parts))
@@ -431,7 +431,7 @@ def references(recipe: Recipe) -> frozenset[str]:
 
 
 def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """Check that every document but the output has a name of its own, and gives what others use it for."""
+    """Check that every document but the output has its own name, and that a document used as a model makes one."""
     if len(recipes) == 1:
         return
     named: set[str] = set()
@@ -455,7 +455,7 @@ def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
 
 
 def beyond_bounds(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """Yield the first bound that the documents of a file exceed; they are then not checked further."""
+    """Yield the first bound that the documents of a file exceed. They are then not checked further."""
     models = layers = 0
     for recipe in recipes:
         if len(recipe.base_model or "") > NAME:
@@ -522,7 +522,7 @@ def _counts(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
-    """Check that routers made of prompts have some of every expert, and not the same of all."""
+    """Check that routers made from prompts have prompts for every expert, and that the prompts differ."""
     shared = [bool(expert.positive_prompts) for expert in recipe.shared_experts]
     if recipe.gate_mode in DRAWN:
         return
@@ -537,7 +537,7 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(at, "has no positive_prompts, as others have", "give them to all shared experts or none")
     same = len(recipe.experts) >= LEAST and len({expert.prompts for expert in recipe.experts}) == 1
     if same and recipe.experts[0].positive_prompts:
-        hint = "give each those texts that it is good at, or gate_mode: random"
+        hint = "give each expert texts that it is good at, or gate_mode: random"
         yield recipe.problem(("experts",), "have the same prompts: their routers would be the same", hint)
 
 
@@ -557,7 +557,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def expert_names(experts: tuple[Expert, ...]) -> list[str]:
-    """Return the name of every expert; one that is named before by the same reference has a number behind it."""
+    """Return the name of every expert. A number is appended if an earlier expert has the same reference."""
     found: list[str] = []
     for expert in experts:
         name, number = expert.name or expert.reference, 1

@@ -1,8 +1,8 @@
-"""Edits of a recipe's text that leave every other byte as it is: keys set from outside, short forms written in full.
+"""Edits of a recipe's text that keep every other byte: set keys from outside, write short forms in full.
 
-The text is spliced at the places that the parser tells. A round trip through ruamel.yaml would keep comments, and yet
-rewrite lines that nobody touched: `[{a: 1}, {value: 0.5}]` becomes `[{a: 1}, value: 0.5]`, and lists that are indented
-in two ways get one. Recipes are shown and hashed as their authors wrote them.
+The text is spliced at positions from the parser. A round trip through ruamel.yaml would keep comments, but rewrite
+untouched lines: `[{a: 1}, {value: 0.5}]` becomes `[{a: 1}, value: 0.5]`, and mixed indentation of lists becomes
+uniform. Recipes are shown and hashed as their authors wrote them.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def parse_setting(text: str) -> tuple[Loc, str]:
 def set_keys(text: str, settings: Mapping[Loc, str], path: str) -> str:
     """Return the recipe `text` with the YAML value of each place in `settings` set in each of its documents.
 
-    A key that is missing is added to its mapping: at the end of the recipe, so that no line moves, else at its
-    beginning. Comments and all other keys stay. RecipeError: the text is no recipe. InputError: a place is inside a
-    value that has no keys, or is written as an alias or by `<<`.
+    A missing key is added to its mapping: for the recipe itself at the end, so that no line moves, otherwise at the
+    mapping's beginning. Comments and all other keys stay. RecipeError: the text is no recipe. InputError: a place is
+    inside a value without keys, or is written as an alias or by `<<`.
     """
     for loc, value in settings.items():
         text = text_in_full(text) if MODELS in loc[:-1] else text
         sources = yaml_source.loads_all(text, path)
         roots = [root for root in yaml.compose_all(text, yaml_source.Loader) if isinstance(root, yaml.MappingNode)]
-        for root in reversed(roots):  # from the end, so that earlier places stay where they are
+        for root in reversed(roots):  # from the end, so that earlier positions stay valid
             text = _set(text, root, loc, value)
         wanted = yaml_source.loads(f"value: {value}", path).data["value"]
         read = yaml_source.loads_all(text, path)
@@ -76,7 +76,7 @@ def _set(text: str, root: yaml.Node, loc: Loc, value: str) -> str:
 
 
 def _child(node: yaml.Node, part: str | int, above: Loc) -> tuple[int, yaml.Node] | None:
-    """Return the end of the key `part`, and its value; None for a key that a mapping lacks."""
+    """Return the end of the key `part`, and its value. None: the mapping lacks the key."""
     if isinstance(node, yaml.SequenceNode):
         if not isinstance(part, int) or part >= len(node.value):
             raise InputError(f"{place(above)} is a list of {len(node.value)}, and has no {part}")
@@ -134,7 +134,7 @@ def _at(data: Any, loc: Loc) -> Any:
 
 
 def text_in_full(text: str) -> str:
-    """Return the text of documents with every `models` as `in_full` has it. Lines and comments stay where they are.
+    """Return the text of documents with every `models` as in `in_full`. Lines and comments stay in place.
 
     Anchors, aliases and references of several lines stay as they are.
     """
@@ -177,7 +177,7 @@ def _in_list(key: yaml.Node, node: yaml.Node, text: str) -> Iterator[tuple[int, 
 
 
 def _as_mapping(node: yaml.Node, text: str) -> str | None:
-    """Return a reference as the mapping of a model; None where it is none, or not on one line."""
+    """Return a reference as the mapping of a model. None: it is no reference, or spans several lines."""
     own = text[node.start_mark.index : node.end_mark.index]
     if not isinstance(node, yaml.ScalarNode) or not node.tag.endswith(":str") or own.startswith(("&", "!")):
         return None

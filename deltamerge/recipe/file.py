@@ -19,7 +19,7 @@ from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One recipe of a file; `text` is the recipe.yaml of its result: the documents that it uses, and itself."""
+    """One recipe of a file. `text` is the recipe.yaml of its result: this document after the documents that it uses."""
 
     recipe: Recipe
     text: str
@@ -34,9 +34,9 @@ class Document:
 class RecipeFile:
     """A recipe file: its path, and its documents, each after the documents that it needs; the output is the last.
 
-    Relative references start at `path`. The output has its name, and the lock lies beside it. A recipe that is no file
-    has the path that a file would have. `made_for` is the command or the source (stdin, the hub) of such a recipe; ""
-    of a file.
+    Relative references start at the folder of `path`. The output's name derives from it, and the lock lies beside it. A
+    recipe that is no file has the path that a file would have. `made_for` is the command or the source (stdin, the hub)
+    of such a recipe, and "" for a file.
     """
 
     path: Path
@@ -50,21 +50,21 @@ class RecipeFile:
 
     @property
     def folder(self) -> Path:
-        """Where relative references start."""
+        """The folder where relative references start."""
         return self.path.resolve().parent
 
     @property
     def lock_path(self) -> Path:
-        """Of the lock beside the recipe, which `deltamerge calibrate` writes and `--locked` goes by."""
+        """The path of the lock beside the recipe, which `deltamerge calibrate` writes and `--locked` reads."""
         return self.path.with_suffix(".lock")
 
 
 def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None) -> RecipeFile:
     """Read the recipe file at `path` (`-`: stdin), with `settings` (place -> YAML value) written into each document.
 
-    The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` sets
-    `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
-    use each other. InputError: a setting that cannot be written there.
+    The output is the document without a name or, if all have names, the last of the file. `mergekit_exact` sets
+    `mergekit: true` and writes mergekit's defaults out. RecipeError: a document is faulty, or documents use each other.
+    InputError: a setting cannot be written at its place.
     """
     file = read_text(*_text_of(path, mergekit_exact, settings))
     return replace(file, made_for="run -") if path == yaml_source.STDIN else file
@@ -85,12 +85,12 @@ def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | Non
 
 
 def read_text(whole: str, path: Path) -> RecipeFile:
-    """Return the recipe file whose text is `whole`, as if it stood at `path`. RecipeError: as for `read_recipe`."""
+    """Return the recipe file with the text `whole`, as if it lay at `path`. RecipeError: as for `read_recipe`."""
     return _recipe(whole, path, yaml_source.loads_all(whole, str(path)))
 
 
 def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile:
-    """Return the recipe file whose text is `whole`, and whose documents `sources`."""
+    """Return the recipe file with the text `whole` and the documents `sources`."""
     recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
         from deltamerge.recipe import mergekit
@@ -114,7 +114,7 @@ def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile
 
 @dataclass(frozen=True, slots=True)
 class TemplateFile:
-    """A recipe file with open values: its path, its text with what was set from outside, and the values."""
+    """A recipe file with open values: its path, its text with settings from outside, and the values."""
 
     path: Path
     text: str
@@ -126,7 +126,7 @@ class TemplateFile:
         return self.file(values).output.recipe if recipe.mergekit else recipe
 
     def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
-        """Return the same as a file, whose text is plain: it has the values, and is read again."""
+        """Return the recipe with these values as a recipe file with plain text, which is read again."""
         from deltamerge.recipe.edits import set_keys
 
         return read_text(set_keys(self.text, as_yaml(values), str(self.path)), self.path)
@@ -141,7 +141,7 @@ def read_sources(path: Path, settings: Mapping[Loc, str] | None = None) -> tuple
 def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:
     """Read the recipe file at `path`, which may leave values open, with `settings` written into it.
 
-    RecipeError: open values that are none. InputError: several documents.
+    RecipeError: an open value is malformed. InputError: the file has several documents.
     """
     whole, path = _text_of(path, False, settings)
     return _template(whole, path, yaml_source.loads_all(whole, str(path)))
@@ -150,7 +150,7 @@ def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> Temp
 def read_either(
     path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None
 ) -> RecipeFile | TemplateFile:
-    """Return `read_template` of a recipe that leaves values open, else `read_recipe`."""
+    """Return `read_template` if the recipe leaves values open, otherwise `read_recipe`."""
     whole, path = _text_of(path, mergekit_exact, settings)
     sources = yaml_source.loads_all(whole, str(path))
     return (_template if any(map(is_open, sources)) else _recipe)(whole, path, sources)

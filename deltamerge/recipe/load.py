@@ -1,4 +1,4 @@
-"""Loads recipes: returns recipes that this version can run, or reports every problem of the text at once."""
+"""Loads recipes that this version can run, or reports every problem of the text at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 def in_full(read: YamlSource) -> YamlSource:
     """Return a document with every `models` as a list of mappings, and its `tokenizer` as a mapping.
 
-    New values have the place of their short form.
+    New values get the position of their short form.
     """
     data: dict[str, Any] = dict(read.data)
     positions = dict(read.positions)
@@ -71,14 +71,13 @@ def _with_models(data: dict[str, Any]) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _moved(read: YamlSource, at: Loc, index: int) -> dict[Loc, tuple[Position, Position]]:
-    """Return the positions at and below a place, moved to an item of a list there."""
+    """Return the positions at and below a place, moved into an item of a list at that place."""
     n = len(at)
     return {(*at, index, *loc[n:]): position for loc, position in read.positions.items() if loc[:n] == at}
 
 
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
-    """Return the recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
-    fault left out."""
+    """Return the recipe of a YAML source. Add problems of its structure to `problems`, and leave faulty values out."""
     read = in_full(read)
     data = read.data
     while True:
@@ -86,7 +85,7 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            if data is read.data:  # later rounds report only what the first left out
+            if data is read.data:  # later rounds report only faults that the first did not reach
                 problems += [problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
             data = without(data, map(place_of, errors))
         else:
@@ -117,9 +116,9 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
 def flatten(
     recipe: Recipe, read: YamlSource, problems: list[Problem]
 ) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """Return every model of the recipe in order, once for each place, the parts that they form, and the series.
+    """Return every model of the recipe in order, once for each place; their parts; and their series.
 
-    A pattern, or a range of versions of a chain, becomes the models that it stands for. Faults go to `problems`.
+    A pattern, or a range of versions of a chain, is replaced by its models. Faults go to `problems`.
     """
     if recipe.is_moe:
         return _experts(recipe)
@@ -158,7 +157,7 @@ def flatten(
 
 
 def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
-    """Return the experts of a mixture as models, the shared ones last, and the one part that they form."""
+    """Return the experts of a mixture as models, shared experts last, and the single part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
     names = checks.expert_names(experts)
     models = tuple(
@@ -174,7 +173,7 @@ def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tu
 def _holders(
     recipe: Recipe,
 ) -> Iterator[tuple[Loc, str | None, Sequence[Model], Sequence[Slice], tuple[Mapping[str, Value], ...]]]:
-    """Yield every holder of models or slices: its place, module, models, slices and own parameters."""
+    """Yield the recipe's or each module's models and slices: place, module, models, slices and own parameters."""
     if recipe.models or recipe.slices:
         yield (), None, recipe.models, () if recipe.models else recipe.slices, ()
     for name, module in () if recipe.models or recipe.slices else recipe.modules.items():
@@ -184,8 +183,7 @@ def _holders(
 def _ranges(
     sources: Sequence[SliceSource], at: Loc, read: YamlSource, problems: list[Problem], *, whole: bool
 ) -> tuple[tuple[int, int], ...] | None:
-    """Return the layers of each source. None: every range is [0, 0], which in the only slice of a module (`whole`)
-    means all of it."""
+    """Return the layers of each source. None: all layers, as every range of a module's only slice is [0, 0]."""
     ranges = tuple((source.layer_range[0], source.layer_range[1]) for source in sources)
     if whole and set(ranges) == {NO_LAYERS}:
         return None
@@ -198,8 +196,7 @@ def _ranges(
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A model of a recipe: the number of its item, the item's place, and its series, with `of` models before the
-    window."""
+    """A model of a recipe: its item's number and place, and its series, of `of` models before the window."""
 
     model: Model
     item: int
@@ -210,7 +207,7 @@ class Member:
 
 
 def _summed(folder: Path) -> RunningSum | None:
-    """Return the running sum that a folder holds, if it does."""
+    """Return the running sum in a folder. None: it holds none."""
     if not os.path.isfile(folder / RUNNING_SUM):
         return None
     from deltamerge.formats.components import read_running_sum
@@ -221,7 +218,7 @@ def _summed(folder: Path) -> RunningSum | None:
 def members(
     model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
 ) -> list[Member]:
-    """Return the models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
+    """Return the models that an item of a recipe in `folder` stands for. Faults go to `problems`."""
     try:
         versions = _versions(model.model, folder)
         found = find(model.model, folder) if versions is None else Matches(tuple(versions))
@@ -239,7 +236,7 @@ def members(
 
 
 def _versions(reference: str, folder: Path) -> list[str] | None:
-    """Return the versions of a chain that a reference with a range stands for; None: it has no range."""
+    """Return the versions of a chain that a reference with a range stands for. None: it has no range."""
     if ".." not in reference.rpartition("/")[2]:
         return None
     from deltamerge.models.chain.folder import expand
@@ -248,7 +245,7 @@ def _versions(reference: str, folder: Path) -> list[str] | None:
 
 
 def _faults(model: Model, found: Matches | None, place: Loc, read: YamlSource) -> Iterator[Problem]:
-    """Check that an item that is no series has no keys of one, and that `decay` stands with `ema`."""
+    """Check that an item that is no series has no keys of a series, and that `decay` stands beside `ema`."""
     if found is None and model.window is not None:
         hint = "model: run/step-*, with a * for the numbers"
         yield read.problem((*place, "window"), "is of a series of models, this is one", hint, key=True)
@@ -271,9 +268,9 @@ def weigh(
 ) -> tuple[list[Member], list[Series]]:
     """Return the models of one part with the weights of their schedules, and their series.
 
-    Weights add up to the item's own. There are two exceptions in a merge that divides by the sum of its weights. A
-    series alone, and models of a running sum (`is_sum`), get the weights of `series.running`, which later checkpoints
-    leave as they are. Models after a running sum continue its weights.
+    Weights add up to the item's own weight. There are two exceptions, in a merge that divides by the sum of its
+    weights. A series alone, and models of a running sum (`is_sum`), get the weights of `series.running`, which no later
+    checkpoint changes. Models after a running sum continue its weights.
     """
     summed = next((member.summed for member in several if member.summed is not None), None)
     by_item: dict[int, list[Member]] = {}
@@ -335,7 +332,7 @@ def weigh(
 
 
 def _read_item(read: YamlSource, place: Loc) -> str | None:
-    """Return the reference of an item as the recipe has it."""
+    """Return the reference of an item as written."""
     value: Any = read.data
     for key in (*place, "model"):
         try:

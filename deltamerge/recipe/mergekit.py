@@ -1,4 +1,4 @@
-"""`--mergekit-exact`: writes mergekit's defaults into a recipe where deltamerge's differ."""
+"""`--mergekit-exact`: write mergekit's defaults into a recipe where they differ from ours."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ L1 = {"rescale": "l1"}
 
 
 def write_defaults(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
-    """Write mergekit's defaults into `text`; return the new text, and its recipes, whose errors name lines of `text`.
+    """Write mergekit's defaults into `text`. Return the new text and its recipes; their errors name lines of `text`.
 
-    They are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models of
-    linear, and `template: base`. RecipeError: one of them cannot be inserted.
+    The defaults are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the
+    models of linear, and `template: base`. RecipeError: a default cannot be inserted.
     """
     path = recipes[0].source.path
     wanted = [recipe.source.data for recipe in recipes]
@@ -61,7 +61,7 @@ def write_defaults(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Rec
 
 
 def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
-    """Yield the defaults that a recipe lacks: a place, and a key of its mapping or the first item of its list."""
+    """Yield the defaults that a recipe lacks: a place, and a key for its mapping or a first item for its list."""
     if recipe.is_moe:
         return
     method, base = recipe.method, recipe.base_model
@@ -99,7 +99,7 @@ def _inserted(data: Any, loc: Loc, value: dict[str, Any]) -> Any:
 
 
 def _as_before(read: YamlSource, added: Sequence[int]) -> YamlSource:
-    """Return the source with the line numbers that it had before the lines `added` were inserted."""
+    """Return the source with its line numbers from before the lines `added` were inserted."""
 
     def before(at: Position) -> Position:
         return at[0] - bisect_left(added, at[0]), at[1]

@@ -1,7 +1,7 @@
-"""Values that a recipe leaves open: `{sweep: [0.1, 0.01]}` and `{search: [0, 1]}`, and the recipes that they stand for.
+"""Values that a recipe leaves open, `{sweep: [0.1, 0.01]}` and `{search: [0, 1]}`, and the recipes that result.
 
-They may stand anywhere in one document but in `study`. A recipe is made of them by putting values in their places. In
-the JSON schema they may stand wherever a number, a method or another single value may.
+An open value may stand anywhere in a single document, except in `study`. Putting values in the places makes a recipe.
+The JSON schema allows an open value wherever it allows a number, a method or another single value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_AXES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Values of a place that are all tried, with the names that tables have for them."""
+    """Values of a place that are all tried, with their names in tables."""
 
     loc: Loc
     labels: tuple[str, ...]
@@ -43,12 +43,13 @@ class Sweep:
 class Range:
     """Values of a place among which the best is searched.
 
-    low, high   bounds of a number, with `log` of its logarithm, with `step` in steps, on the last of which `high` lies;
-                a whole number where both and the step are
-    choices     instead of them
-    start       of the first trial; by default the middle, or the first choice
-    groups      so many groups of neighbouring layers have a number each
-    gradient    so many numbers are interpolated over the layers
+    low, high   bounds of a number; a whole number if both bounds and the step are whole
+    log         search the logarithm
+    step        search in steps; the last step ends at `high`
+    choices     the possible values, instead of bounds
+    start       value of the first trial; by default the middle, or the first choice
+    groups      number of groups of neighbouring layers, each with its own number
+    gradient    count of numbers that are interpolated over the layers
     """
 
     loc: Loc
@@ -77,7 +78,7 @@ class Range:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The names of its numbers, as a study has them."""
+        """The names of its numbers in a study."""
         return tuple(f"{self.name}[{i}]" for i in range(self._spread)) if self._spread else (self.name,)
 
     @property
@@ -93,7 +94,7 @@ class Range:
         return round(middle) if self.is_whole else middle
 
     def value(self, found: Mapping[str, Any], layers: int) -> Any:
-        """Return the value for the numbers `found`, in the recipe of a model of so many layers."""
+        """Return the value for the numbers `found`, for a model of so many layers."""
         numbers = [found[key] for key in self.keys]
         if not self._spread:
             return numbers[0]
@@ -107,7 +108,7 @@ Axis = Sweep | Range
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A recipe with open values; `source` is its text as read, with what `--set` says."""
+    """A recipe with open values. `source` is its text as read, with the settings of `--set`."""
 
     source: YamlSource
     sweeps: tuple[Sweep, ...]
@@ -121,7 +122,7 @@ class Template:
             yield tuple(axis.labels[i] for axis, i in pairs), {axis.loc: axis.values[i] for axis, i in pairs}
 
     def examples(self) -> Iterator[dict[Loc, Any]]:
-        """Yield values that show every fault of a template: the first of all, each other once, both ends of ranges."""
+        """Yield values that reveal every fault: all first values, each other value once, both ends of ranges."""
         first = {axis.loc: axis.values[0] for axis in self.sweeps}
         yield first | self.values(self.start(), 1)
         for axis in self.sweeps:
@@ -130,7 +131,7 @@ class Template:
             yield first | self.values(found, 1)
 
     def ends(self) -> Iterator[dict[str, Any]]:
-        """Yield both bounds of every number, and every choice, the others at their start."""
+        """Yield both bounds of every number, and every choice, with the other values at their start."""
         for axis in self.ranges:
             for value in axis.choices or (axis.low, axis.high):
                 yield self.start() | dict.fromkeys(axis.keys, value)
@@ -147,7 +148,7 @@ class Template:
         return math.prod(len(axis.values) for axis in self.sweeps)
 
     def start(self) -> dict[str, Any]:
-        """Return the numbers of the first trial, by the names that a study has for them."""
+        """Return the numbers of the first trial, by their names in a study."""
         return {key: axis.first for axis in self.ranges for key in axis.keys}
 
     def values(self, found: Mapping[str, Any], layers: int) -> dict[Loc, Any]:
@@ -155,7 +156,7 @@ class Template:
         return {axis.loc: axis.value(found, layers) for axis in self.ranges}
 
     def fill(self, values: Mapping[Loc, Any]) -> YamlSource:
-        """Return the source with values in their places; problems stay where they are in the text."""
+        """Return the source with values in their places. Problems keep their positions in the text."""
         data = copy.deepcopy(self.source.data)
         for loc, value in values.items():
             holder = data
@@ -166,7 +167,7 @@ class Template:
 
 
 def template_of(source: YamlSource) -> Template:
-    """Return the open values of a document. RecipeError: values that are none."""
+    """Return the open values of a document. RecipeError: one is malformed."""
     problems: list[Problem] = []
     axes = list(_axes(source, problems))
     sweeps = tuple(axis for axis in axes if isinstance(axis, Sweep))
@@ -183,7 +184,7 @@ def template_of(source: YamlSource) -> Template:
 
 
 def refusals(source: YamlSource) -> Iterator[Problem]:
-    """Yield a problem at each open value of a recipe that is to give one result."""
+    """Yield a problem at each open value of a recipe that must give one result."""
     name = Path(source.path).name
     for loc, kind in _open(source.data, ()):
         what = "search bounds" if kind == "search" else "several values"
@@ -197,7 +198,7 @@ def is_open(source: YamlSource) -> bool:
 
 
 def kind_of(value: Any) -> str | None:
-    """Return "sweep" or "search" for an open value, else None. `q: {search: grid}` is none: its `search` is a word."""
+    """Return "sweep" or "search" for an open value, otherwise None. `q: {search: grid}` is no open value."""
     if isinstance(value, dict):
         if SWEEP in value:
             return SWEEP
@@ -207,7 +208,7 @@ def kind_of(value: Any) -> str | None:
 
 
 def _open(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
-    """Yield the places of all open values, not those inside another."""
+    """Yield the places of all open values that are not inside another."""
     if loc and (kind := kind_of(value)) is not None:
         yield loc, kind
         return
@@ -324,7 +325,7 @@ def as_yaml(values: Mapping[Loc, Any]) -> dict[Loc, str]:
 
 
 def settings_by_place(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
-    """Return settings of the command line by place; several of one place become values to sweep."""
+    """Return settings of the command line by place. Several settings of one place become values to sweep."""
     found: dict[Loc, list[str]] = {}
     for loc, value in settings:
         found.setdefault(loc, []).append(value)
@@ -332,7 +333,7 @@ def settings_by_place(settings: Sequence[tuple[Loc, str]]) -> dict[Loc, str]:
 
 
 def _sweep_of(texts: Sequence[str]) -> str:
-    """Return a sweep of YAML values: as JSON, since a comma ends a plain text inside a list."""
+    """Return a sweep of YAML values, written as JSON, because a comma ends plain text inside a list."""
     values = [yaml_source.loads(f"value: {text}", "--set").data["value"] for text in texts]
     return f"{{sweep: {json.dumps(values, ensure_ascii=False)}}}"
 
@@ -367,11 +368,14 @@ SEARCH_SCHEMA: dict[str, Any] = {
                 },
             ],
         },
-        "log": {"type": "boolean", "description": "Of the logarithm."},
-        "step": {"type": "number", "description": "In steps of this."},
-        "start": {"description": "The first trial's; default: the middle, or the first choice."},
-        "groups": {"type": "integer", "description": "So many groups of neighbouring layers have a number each."},
-        "gradient": {"type": "integer", "description": "So many numbers are interpolated over the layers."},
+        "log": {"type": "boolean", "description": "Search the logarithm."},
+        "step": {"type": "number", "description": "Size of a step."},
+        "start": {"description": "Value of the first trial. Default: the middle, or the first choice."},
+        "groups": {
+            "type": "integer",
+            "description": "Number of groups of neighbouring layers, each with its own number.",
+        },
+        "gradient": {"type": "integer", "description": "Count of numbers that are interpolated over the layers."},
     },
     "required": ["search"],
     "additionalProperties": False,

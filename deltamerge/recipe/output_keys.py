@@ -1,4 +1,4 @@
-"""The keys of what a run leaves: `output`, its quantization, its tokenizer and the built-in chat templates."""
+"""The keys about a run's output: `output`, its quantization, its tokenizer and the built-in chat templates."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class OutputRules:
     """What a recipe may ask of a kind of output, and how its tensors are planned.
 
     form         the file of `outputs` that makes it
-    standalone   it loads without its base: it may have another vocabulary and quantised weights, and be made in parts
+    standalone   it loads without its base, so a new vocabulary, quantised weights and parts are allowed
     reusable     other documents may use it as a model
     patches      it stores changes of `base_model`
     adapts       PEFT loads it over `base_model`
-    accumulates  it stores the sum of an average, in float32, that a later run adds to
+    accumulates  it stores the sum of an average in float32, and a later run adds to it
     """
 
     form: str
@@ -53,7 +53,7 @@ class Quantization(Keys):
     """The form in which weights of linear layers are written."""
 
     scheme: Literal["fp8", "int8", "int4", "nvfp4", "mxfp4"] = Field(
-        description="The numbers that weights are stored as."
+        description="The number format of the stored weights."
     )
     block: Annotated[Items[int], AfterValidator(_block)] | None = Field(
         None, description="fp8: [rows, columns] that share a scale, as DeepSeek-V3 stores them. Default: [128, 128]."
@@ -69,7 +69,7 @@ class Quantization(Keys):
 
     @property
     def by(self) -> str:
-        """The unit that has a scale."""
+        """The unit that shares a scale."""
         return self.strategy or {"fp8": "block", "int8": "channel"}.get(self.scheme, "group")
 
 
@@ -114,7 +114,7 @@ class Output(Keys):
     )
     whole: Literal["keep", "heads", "task_heads", "drop", "refuse"] | None = Field(
         None,
-        description="peft with a rank: what is stored whole of the tensors that changed and have no factors. keep: all "
+        description="peft with a rank: which changed tensors without factors are stored whole. keep: all "
         "(embeddings, heads, norms, biases). heads: heads, and what the base lacks. task_heads: the same without a "
         "language model's head. drop: nothing. refuse: such a tensor is an error. Default: keep.",
     )
@@ -125,7 +125,7 @@ class Output(Keys):
     quantization: Quantized = Field(
         "none",
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
-        "in that of a scheme.",
+        "in the form of a scheme.",
     )
     rounding: Literal["nearest", "inputs"] | None = Field(
         None,
@@ -138,7 +138,7 @@ class Output(Keys):
 
     @property
     def scheme(self) -> Quantization | Literal["none", "keep"]:
-        """How weights are written: plain, as they were, or in a scheme with all its defaults."""
+        """How weights are written: plain, as stored, or in a scheme with all its defaults."""
         wanted = self.quantization
         if isinstance(wanted, Quantization) or wanted == "none" or wanted == "keep":
             return wanted
@@ -151,17 +151,17 @@ class Output(Keys):
 
     @property
     def form(self) -> str:
-        """The file of `outputs` that makes it: of its kind, or of what the keys ask for."""
+        """The file of `outputs` that makes this output, by its kind and keys."""
         return "lora" if self.lora else "gguf" if self.gguf is not None else self.rules.form
 
     @property
     def lora(self) -> bool:
-        """Whether a LoRA is asked for, whose factors are made from the deltas."""
+        """Whether to make a LoRA, with factors of the deltas."""
         return self.rules.adapts and not (self.rank is self.energy is self.budget is None)
 
     @property
     def adds(self) -> bool:
-        """Whether a delta artifact is asked for that holds values to add."""
+        """Whether to make a delta artifact of values to add."""
         return self.rules.patches and (self.semantics == "add" or self.values is not None)
 
 
@@ -204,7 +204,7 @@ class Token(Keys):
         ]
         | None
     ) = Field(None, description="A model reference, a token of a model, or zeros.")
-    force: bool = Field(False, description="Also in models that have the token: the row is the source's, not a merge.")
+    force: bool = Field(False, description="Also if the models have the token: take the source's row, not a merge.")
 
 
 class Tokenizer(Keys):
@@ -213,7 +213,8 @@ class Tokenizer(Keys):
     source: Text = Field("union", description="Whose tokens the output has: base, union, or a model.")
     tokens: dict[str, Token] = Field({}, description="Where single tokens' rows come from; new tokens are appended.")
     transplant: Reference | None = Field(
-        None, description="Instead of a source: the model whose tokenizer the output is put on, by what tokens say."
+        None,
+        description="Instead of a source: the model whose tokenizer the output gets, matched by tokens' text.",
     )
     method: Literal["omp", "common", "mean"] = Field(
         "omp",
@@ -227,7 +228,7 @@ class Tokenizer(Keys):
     )
 
 
-# In Jinja, written by us from the formats that the models' makers document.
+# In Jinja, written by us after the formats that the models' makers document.
 _TURNS = "{% for message in messages %}"
 _END = "{% endfor %}"
 _SYSTEM_FIRST = (
@@ -272,5 +273,5 @@ BUILT_IN = {
 
 
 def is_literal(text: str) -> bool:
-    """Return whether a recipe's `chat_template` is a Jinja text and not a name."""
+    """Return whether a recipe's `chat_template` is Jinja text and not a name."""
     return "{" in text

@@ -1,4 +1,4 @@
-"""Problems of a recipe in its own terms: pydantic's errors at their places, unknown words, lookups of all checks."""
+"""Problems of a recipe in the recipe's terms: pydantic's errors at their places, unknown words, shared lookups."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OF_MODELS = ("models", "sources")  # lists whose items name a model
 
 
 def place_of(error: ErrorDetails) -> Loc:
-    """Return the place of an error in the YAML, without the union branches that pydantic adds."""
+    """Return the place of an error in the YAML, without pydantic's union branches."""
     return tuple(part for part in error["loc"] if part not in BRANCHES)
 
 
@@ -74,7 +74,7 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
 
 
 def _home(loc: Loc) -> str | None:
-    """Return a hint for a key beside `model` that belongs under it, or None."""
+    """Return a hint for a key beside `model` that belongs into a mapping below it. None: it belongs nowhere."""
     if len(loc) < 3 or loc[-3] not in _OF_MODELS:
         return None
     if any(loc[-1] in method.parameters for method in MERGE.values()):
@@ -133,9 +133,9 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 @cache
 def prune_params() -> Mapping[str, Param]:
-    """Return the parameters of all pruning methods, which are imported for it.
+    """Return the parameters of all pruning methods. Imports all methods.
 
-    Where several have one name, a method of this package wins.
+    If several have the same name, a method of this package wins.
     """
     return {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
 
@@ -165,7 +165,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
 
 
 def raw(recipe: Recipe, *loc: str | int) -> Any:
-    """Return the value in the text at a place, valid or not; None if there is none."""
+    """Return the value in the text at a place, valid or not. None: there is none."""
     value = recipe.source.data
     for part in recipe.place(loc):
         if isinstance(part, int):
@@ -176,7 +176,7 @@ def raw(recipe: Recipe, *loc: str | int) -> Any:
 
 
 def is_given(recipe: Recipe, *loc: str | int) -> bool:
-    """Return whether the text has a value at a place. An invalid one counts: it has been reported."""
+    """Return whether the text has a value at a place. An invalid value counts, because it is already reported."""
     return raw(recipe, *loc) is not None
 
 

@@ -1,4 +1,4 @@
-"""The pruning of every model: its own keys, the recipe's, and what the merge method implies; checks and advice."""
+"""The pruning of every model, from its own keys, the recipe's keys and the merge method; checks and advice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc, place
 from deltamerge.tensors.names import TASK_HEAD
 
-# keys of a prune that no range is held to
+# keys of a prune without a range
 OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length"})
 
 
@@ -25,9 +25,9 @@ class Pruning:
     """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.value_for`).
 
     method       name in the table of pruning methods, or "none"
-    density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given
+    density      fraction in (0, 1]; None for method none, or if the method's parameters multiply to it
     q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
-    parameters   the method's others
+    parameters   the method's other parameters
     bytes, ratio   of method budget: the size of the artifact, or how many times smaller than the checkpoint it is
     length         of method budget: 0, parts as long as least squares makes them, to 1, as the delta; None: components
                    as long as before their codes
@@ -53,10 +53,9 @@ class Pruning:
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
     """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
 
-    The method defaults to the one that merge_method implies. The density defaults to mergekit's `parameters.density`
-    (the model's, the slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a
-    density matches are kept whole. Pruning that is only implied applies to every tensor, the task head too, as in
-    mergekit.
+    The default method is implied by merge_method. The default density is mergekit's `parameters.density` (the model's,
+    the slice's, then the recipe's), which then no longer trims inside ties. Tensors that no filter of a density matches
+    are kept whole. Pruning that is only implied applies to every tensor, also the task head, as in mergekit.
     """
     model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
@@ -68,7 +67,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
 
     def parameter(key: str) -> Value | None:
-        """Return a parameter that mergekit keeps among the merge's; else the pruning method's default."""
+        """Return a pruning parameter from the merge's parameters, as in mergekit, or the method's default."""
         default = PRUNE[name].parameters[key].default
         if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
             return value(key, default)
@@ -82,7 +81,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
     own = model.prune
     method = PRUNE.get(name)
     if method is not None and method.factors:
-        # a density meant for other models does not contradict a model's own factors of it
+        # a density for other models does not contradict the factors that a model gives itself
         alone = own is not None and any(getattr(own, key) is not None for key in method.factors)
         density = own.density if own is not None and alone else value("density")
     else:
@@ -113,7 +112,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 def _divisor(
     parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
 ) -> tuple[Value | CalibratedQ | None, str | None]:
-    """Return q and rescale of the first level that has either; filters of a numeric q fall through to the next.
+    """Return q and rescale of the first level that has either. Filters of a numeric q fall through to the next level.
 
     mergekit's `parameters.rescale` comes last: false is q = 1, true is mergekit's rescaling where masks are not random.
     """
@@ -165,7 +164,7 @@ def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _ranges(prune: Prune, method: PruneMethod | None) -> Mapping[str, Param]:
-    """Return the parameters whose ranges a `prune` is held to: its method's, and others' where it has other keys."""
+    """Return the parameters that give the ranges of a `prune`: its method's, and other methods' for other keys."""
     own = {"density": KEPT, "q": Q} if method is None else method.parameters
     return {**prune_params(), **own} if prune.model_fields_set - COMMON_KEYS - OPTIONS - own.keys() else own
 
@@ -238,7 +237,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rows(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a merge method that measures rows has those of every model, and one set of models."""
+    """Check that a merge method that measures rows has rows of every model, and one set of models."""
     method = known_method(recipe)
     if method is None or method.rows is None:
         return
@@ -250,7 +249,7 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a model's own calibration has no keys of the merge, nor keys of answers where none are compared."""
+    """Check a model's own calibration: no keys of the merge, and no keys of answers if answers are not compared."""
     for i, model in enumerate(recipe.models):
         if model.calibration is None:
             continue
@@ -280,7 +279,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _has_rows(recipe: Recipe, loc: Loc) -> bool:
-    """Return whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    """Return whether the models of a `prune` have calibration rows: the recipe's, or each its own."""
     models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
     return is_given(recipe, "calibration", "data") or (
         bool(models) and all(is_given(recipe, "models", i, "calibration", "data") for i in models)
@@ -288,7 +287,7 @@ def _has_rows(recipe: Recipe, loc: Loc) -> bool:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a model that two slices or modules calibrate has two names: a lock stores its q's under them."""
+    """Check that a model that two slices or modules calibrate has two names, because a lock stores q's by name."""
     known: set[str] = set()
     for i in recipe.fine_tunes:
         name = recipe.names[i]
@@ -313,7 +312,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
 
 
 def _shared(recipe: Recipe) -> Iterator[Problem]:
-    """Check that the method that shares out bytes is of the delta artifact of one fine-tune, which adds."""
+    """Check that method budget makes the delta artifact of one fine-tune, of values to add."""
     output = recipe.output
     for loc, prune in prunes(recipe):
         method = PRUNE.get(prune.method or "")
@@ -333,7 +332,7 @@ def _shared(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:
-    """Check that a budget is of the delta artifact of one fine-tune, and stands without a density."""
+    """Check that `budget` stands at the delta artifact of one fine-tune, without a density."""
     for loc, prune in prunes(recipe):
         if prune.budget is None:
             continue
@@ -368,7 +367,7 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
     if method is not None and not (method.deltas and method.needs_base):
         yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
     if calibration.coefficients is not None and MERGED in recipe.names:
-        yield recipe.problem(loc, f"a model is called {MERGED}, as is what the models make", "give it another name")
+        yield recipe.problem(loc, f"a model is called {MERGED}, the name of the merged model", "give it another name")
     searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]
     if len({q.objective for _, q in searched if q}) > 1:
         yield recipe.problem(loc, "merge needs one objective for all models")
@@ -379,7 +378,7 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
-    """Return whether the text has a `prune` there, or a method in it, that was invalid and left out."""
+    """Return whether the text has a `prune` at the place, or a method in it, that was invalid and left out."""
     return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
 
 
@@ -403,7 +402,7 @@ def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], met
 
 
 def _factors(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
-    """Check that parameters that multiply to the density are all given, and that a density is their product."""
+    """Check that all parameters that multiply to the density are given, and that a given density is their product."""
     effective = effective_prune(recipe, index)
     method = PRUNE[effective.method]
     product, names = " · ".join(method.factors), " and ".join(method.factors)
@@ -430,16 +429,16 @@ SAMPLED = {"method": "dare", "sampling": "magnitude"}
 CALIBRATED = {"method": "magnitude", "q": "output_change"}
 ROWS = "`calibration: {data: rows.jsonl}`"
 BY_COMMAND = "--calibration rows.jsonl with extract"
-# Densities below which q decides where the table of methods has no number of its own: of importance sampling, and of
-# ties, which trims by magnitude with q = 1: a merge of two real encoders keeps 100, 97, 95, 87 and 76 % of what it has
-# untrimmed at 0.2, 0.1, 0.05, 0.02 and 0.01, and a decoder's own delta 79, 38 and 0 of 98 % at 0.1, 0.05 and 0.01.
+# Densities below which q decides, for methods without a number in the table: importance sampling, and ties, which trims
+# by magnitude with q = 1. A merge of two real encoders keeps 100, 97, 95, 87 and 76 % of its untrimmed score at 0.2,
+# 0.1, 0.05, 0.02 and 0.01. A decoder's own delta keeps 79, 38 and 0 of 98 % at 0.1, 0.05 and 0.01.
 SAMPLED_BELOW, TRIMMED_BELOW = 0.02, 0.1
 SHOWN = 3  # models that a warning names
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A pruning at a density, as keys of `prune`, and why it is the one to take."""
+    """A recommended pruning at a density, as keys of `prune`, and the reason."""
 
     prune: dict[str, Any]
     why: str
@@ -450,19 +449,17 @@ class Advice:
 
 
 def choose(density: float, *, rows: bool) -> Advice:
-    """Choose what keeps most of a fine-tune at `density`; `rows`: whether there is calibration data."""
+    """Choose the pruning that keeps most of a fine-tune at `density`. `rows` says whether there is calibration data."""
     if rows:
         keys = {"method": CALIBRATED["method"], "density": density, "q": CALIBRATED["q"]}
         return Advice(keys, "with rows, magnitude with a calibrated q keeps most")
-    return Advice(
-        {**SAMPLED, "density": density}, "of what needs no rows, importance sampling keeps most of a fine-tune"
-    )
+    return Advice({**SAMPLED, "density": density}, "without rows, importance sampling keeps most of a fine-tune")
 
 
 def q_decides(pruning: Pruning, density: float) -> bool:
     """Return whether a calibrated q keeps much more of a fine-tune at this density than the pruning's own q.
 
-    A pruning whose method is "none" is what ties does to deltas of itself.
+    A pruning whose method is "none" stands for the trimming inside ties.
     """
     if pruning.method == "none":
         return 0 < density < TRIMMED_BELOW
@@ -472,12 +469,12 @@ def q_decides(pruning: Pruning, density: float) -> bool:
 
 
 def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors: bool = False) -> Iterator[str]:
-    """Warn of prunings that leave q to its default at densities where q decides.
+    """Warn of prunings that leave q at its default at densities where q decides.
 
-        kept      the place of a model in the recipe -> a density -> how many entries of its delta have it
+        kept      the place of a model in the recipe -> a density -> the number of entries of its delta at that density
         factors   an adapter's A and B are pruned, so that their product has the square of the density
 
-    A model is warned of if most entries of its delta have such a density.
+    A warning names a model if most entries of its delta have such a density.
     """
     found: dict[str, list[str]] = {}
     for i, entries in kept.items():
@@ -494,7 +491,7 @@ def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors
 
 
 def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: bool) -> str:
-    """Return the fault of a model's pruning, and the keys that mend it."""
+    """Return the fault of a model's pruning, and the keys that fix it."""
     method = "magnitude" if pruning.method == "none" else pruning.method
     q = "q = density" if PRUNE[method].random else "q = 1"
     name = "importance sampling" if pruning.sampling == "magnitude" else method
@@ -516,7 +513,7 @@ def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: 
 
 
 def _is_divided(recipe: Recipe, i: int) -> bool:
-    """Return whether the recipe itself has the divisor of a model's entries."""
+    """Return whether the recipe gives the divisor of a model's entries."""
     calibration = recipe.calibration
     if calibration is not None and calibration.per == "merge":
         return True  # its λ is calibrated

@@ -37,11 +37,11 @@ from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 Parameters = TypeAliasType("Parameters", dict[str, Value])
 Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
-MERGED = "merged"  # what the fine-tunes make together, beside the names of models
+MERGED = "merged"  # the merged model, beside the names of models
 _FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "mlp_input", "cheap_embed", "random", "uniform_random"]
 _WITHOUT_EFFECT = NO_EFFECT_KEYS | NO_EFFECT.keys()
-DRAWN = frozenset({"random", "uniform_random"})  # gate modes that read no prompts
+DRAWN = frozenset({"random", "uniform_random"})  # gate modes without prompts
 
 
 def _q_shape(value: Any) -> str:
@@ -53,17 +53,17 @@ def _q_shape(value: Any) -> str:
 class CalibratedQ(Keys):
     """A q that is searched on calibration data, for the weights of linear layers that the rows reach.
 
-    1-D tensors and embeddings have q = 1, all other tensors the q that they have without calibration.
+    1-D tensors and embeddings have q = 1. All other tensors have the same q as without calibration.
     """
 
-    objective: Objective = Field(description="What the search makes best.")
+    objective: Objective = Field(description="The measure that the search optimises.")
     scope: Literal["global", "layer", "row"] = Field("global", description="One q for all, per layer, or per row.")
     search: Literal["auto", "grid", "gradient"] = Field("auto", description="How q is searched.")
     bounds: Bounds | None = Field(None, description="[low, high] of q.")
 
     @property
     def scope_or_default(self) -> str:
-        """The scope; layer_mse, which is solved layer by layer, has no global q unless asked for one."""
+        """The scope. By default layer_mse, which is solved layer by layer, has scope layer."""
         return "layer" if self.objective == "layer_mse" and "scope" not in self.model_fields_set else self.scope
 
     @property
@@ -75,7 +75,7 @@ class Protect(Keys):
     """Input columns of linear weights whose delta stays whole and unscaled; a density counts the others."""
 
     massive_activations: Positive | None = Field(
-        None, description="Of each layer the k input features of largest mean |activation|."
+        None, description="The k input features of largest mean |activation| in each layer."
     )
     columns: dict[Pattern, Items[Natural]] | None = Field(
         None, description="Pattern on tensor names -> numbers of columns (the last dimension)."
@@ -83,7 +83,7 @@ class Protect(Keys):
 
 
 class Prune(Keys):
-    """Which entries of a delta stay, and what they are divided by."""
+    """Which entries of a delta stay, and their divisor."""
 
     method: Text | None = Field(
         None, description="How entries are chosen. Default: none, or what merge_method implies.",
@@ -114,7 +114,7 @@ class Prune(Keys):
         None, description="Prune only tensors whose name one of these finds (re.search). Default: all."
     )
     exclude: Items[Pattern] | None = Field(
-        None, description="Leave tensors whose name one of these finds. Default: the task head."
+        None, description="Do not prune tensors whose name one of these finds. Default: the task head."
     )
     protect: Protect | None = Field(None, description="Columns that stay whole and unscaled.")
     group: Literal["tensor", "row", "model"] | None = Field(
@@ -138,18 +138,18 @@ class Prune(Keys):
 
     @property
     def calibrated_q(self) -> CalibratedQ | None:
-        """How q is searched, if it is."""
+        """How q is searched. None: it is a number or a default."""
         if isinstance(self.q, str):
             return CalibratedQ.model_validate({"objective": self.q})
         return self.q if isinstance(self.q, CalibratedQ) else None
 
     @property
     def number_q(self) -> Value | None:
-        """q if it is given as a number."""
+        """q, if given as a number."""
         return None if isinstance(self.q, str | CalibratedQ) else self.q
 
 
-# The keys of other packages' methods; the class keeps its name, which the schema shows.
+# Adds the keys of other packages' methods. The class keeps its name, which the schema shows.
 _OTHERS: dict[str, Any] = {
     name: (Value | None, Field(None, description=f"{method.name}: {param.summary}."))
     for method in PRUNE.others().values()
@@ -171,13 +171,13 @@ class Model(Keys):
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
     calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
-    window: Positive | None = Field(None, description="Of a series (run/step-*): its last models alone.")
+    window: Positive | None = Field(None, description="Of a series (run/step-*): take only its last models.")
     schedule: Schedule | None = Field(None, description="Of a series: the weights of an average. Default: constant.")
-    decay: float | None = Field(None, gt=0, lt=1, description="ema: the factor of the average so far.")
+    decay: float | None = Field(None, gt=0, lt=1, description="ema: factor of the average so far.")
 
 
 def short_form(schema: dict[str, Any]) -> None:
-    """Allow in the schema of `models` a single model without a list, and a model as its reference alone."""
+    """Allow in the schema of `models` a single model without a list, and a model given by its reference alone."""
     items = schema["items"]
     schema["items"] = {"anyOf": [items, {"type": "string", "minLength": 1}]}
     one = {key: schema.pop(key) for key in ("items", "type")}
@@ -208,35 +208,40 @@ class Module(Keys):
 
 
 class Calibration(Keys):
-    """The data on which q is searched and activations are measured."""
+    """The rows on which q is searched and activations are measured."""
 
     data: Text = Field(
         "",
         description=".jsonl, .csv, .txt or a folder of pictures relative to the recipe, or a hub data set, org/name or "
-        "org/name@revision. A model's own, where it has one.",
+        "org/name@revision. A model's own data wins.",
     )
-    config: Text | None = Field(None, description="Of a hub data set: which of its configurations.")
-    split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
-    text: Columns = Field("text", description="Of the text; two of pairs. Or rows have `prompt` and `completion`.")
+    config: Text | None = Field(None, description="Of a hub data set: its configuration.")
+    split: Text | None = Field(
+        None, description="Of a hub data set: the split to read, from its start. Default: train."
+    )
+    text: Columns = Field(
+        "text", description="Field of the text; two for pairs. Or rows have `prompt` and `completion`."
+    )
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(
-        None, description="What the model does."
+        None, description="The task of the model."
     )
     metric: (
         Literal[
             "accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman", "exact_match", "loss"
         ]
         | None
-    ) = Field(None, description="What the validation objective makes best.")  # fmt: skip
+    ) = Field(None, description="The measure that the validation objective optimises.")  # fmt: skip
     answer: Pattern | None = Field(
         None, description="exact_match: pattern of the answer in a text (its first group). Default: the whole text."
     )
-    new_tokens: Positive = Field(64, le=100_000, description="exact_match: tokens generated for an answer, at most.")
-    sequences: Positive = Field(50, le=100_000, description="How many sequences are used.")
+    new_tokens: Positive = Field(64, le=100_000, description="exact_match: most tokens generated for an answer.")
+    sequences: Positive = Field(50, le=100_000, description="Number of sequences to use.")
     length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
     seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of forward passes' matrix products; auto: bfloat16 for large models where it is fast."
+        "auto",
+        description="Dtype of products in forward passes. auto: bfloat16 for large models where it is fast.",
     )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
     coefficients: Literal["model", "layer", "row"] | None = Field(
@@ -252,8 +257,8 @@ class Expert(Keys):
     model: Reference | None = Field(None, description="A path, a hub id, id@revision; + a LoRA adapter.")
     source_model: Reference | None = Field(None, description="mergekit's name of `model`.")
     name: Text | None = Field(None, description="Its name in reports. Default: `model` as written.")
-    positive_prompts: Items[Text] = Field((), description="Texts that are to go to this expert.")
-    negative_prompts: Items[Text] = Field((), description="Texts that are not.")
+    positive_prompts: Items[Text] = Field((), description="Texts that shall go to this expert.")
+    negative_prompts: Items[Text] = Field((), description="Texts that shall not go to it.")
     noise_scale: float | None = Field(
         None, ge=0, le=1e6, description="Standard deviation of normal noise on its weights, from the seed."
     )
@@ -272,7 +277,7 @@ class Expert(Keys):
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The positive and the negative ones."""
+        """The positive and the negative prompts."""
         return self.positive_prompts, self.negative_prompts
 
 
@@ -283,7 +288,7 @@ class Section:
     loc       its place in the recipe, () for the recipe itself
     module    its module; None without `modules`
     members   its models, as indices of `recipe.models`
-    places    where the recipe has them
+    places    the members' places in the recipe
     ranges    for each member the layers [first, end) that it contributes; None: all tensors under their own names
     base      the base of its deltas, as written
     levels    parameters of the slice, the module and the recipe, the most specific first (mergekit's precedence)
@@ -299,32 +304,32 @@ class Section:
 
     @property
     def is_slice(self) -> bool:
-        """Whether the recipe has it among `slices`."""
+        """Whether this is an item of `slices`."""
         return self.loc[-2:-1] == ("slices",)
 
     @property
     def layers(self) -> int:
-        """The number of layers of the output that a slice makes."""
+        """The number of output layers that a slice makes."""
         assert self.ranges is not None
         return self.ranges[0][1] - self.ranges[0][0]
 
 
 class Recipe(Keys):
-    """What is merged, how deltas are pruned before, and what is written."""
+    """The models to merge, the pruning of their deltas, and the output."""
 
     name: Text | None = Field(None, description="A name for this recipe.")
     base_model: Reference | None = Field(None, description="What the models were fine-tuned from.")
     merge_method: Text | None = Field(
-        None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
+        None, description="The merge method. Default with one fine-tune: task_arithmetic.",
         json_schema_extra=lambda key: key.update(enum=[*MERGE, MOE.name, None]),
     )  # fmt: skip
     models: Items[Model] = Field((), description="The models to merge.")
     slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")
     modules: dict[str, Module] = Field({}, description="Instead of models: one entry per module of the model.")
-    experts: Items[Expert] = Field((), description="Instead of models: dense models to make a mixture of.")
-    shared_experts: Items[Expert] = Field((), description="moe: experts that every token goes through.")
-    gate_mode: GateMode = Field("hidden", description="moe: what the routers are made of.")
-    experts_per_token: Positive = Field(2, le=10_000, description="moe: experts that a token goes through.")
+    experts: Items[Expert] = Field((), description="Instead of models: dense models that become experts of a mixture.")
+    shared_experts: Items[Expert] = Field((), description="moe: experts that process every token.")
+    gate_mode: GateMode = Field("hidden", description="moe: how the routers are made.")
+    experts_per_token: Positive = Field(2, le=10_000, description="moe: number of experts that process a token.")
     architecture: Text | None = Field(
         None,
         description="moe: mixtral, qwen, qwen3, deepseek, deepseek_v3. Default: the first of the others that fits.",
@@ -332,16 +337,16 @@ class Recipe(Keys):
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
     prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
     balance: Literal["norm"] | None = Field(
-        None, description="norm: deltas of one length, their mean, tensor by tensor, before weights and method."
+        None, description="norm: scale the deltas of each tensor to their mean length, before weights and method."
     )
     calibration: Calibration | None = Field(None, description="Data for calibrated q, wanda and protect.")
-    dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
-    out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
-    template: Text | None = Field(None, description="The model whose tensors and files the output has.")
+    dtype: Dtype | None = Field(None, description="Dtype of the output; arithmetic is float32.")
+    out_dtype: Dtype | None = Field(None, description="Dtype of the output; wins over dtype.")
+    template: Text | None = Field(None, description="The model whose tensor names and files the output gets.")
     config: dict[str, Any] = Field(
         {},
-        description="Keys of the output's config.json in which the models differ: a model's name, whose value is "
-        "written, or a value.",
+        description="Keys to write into the output's config.json. Each is a value, or the name of a model whose value "
+        "is taken.",
     )
     tokenizer_source: Reference | None = Field(
         None, description="Whose tokens the output has: base, union, or a model."
@@ -354,7 +359,7 @@ class Recipe(Keys):
         False,
         description="Read torch's own files (pytorch_model.bin) where a model has no safetensors; nothing is run.",
     )
-    seed: Natural = Field(0, description="Of the random masks.")
+    seed: Natural = Field(0, description="Seed of the random masks.")
     mergekit: bool = Field(
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
@@ -379,12 +384,12 @@ class Recipe(Keys):
 
     @property
     def stray_parameters(self) -> tuple[str, ...]:
-        """Parameters of merge methods at the top of the recipe, where they have no effect."""
+        """Parameters of merge methods at the top level of the recipe, where they have no effect."""
         return _stray(self._source.data)
 
     @property
     def parts(self) -> tuple[Section, ...]:
-        """The parts of the output; `models` has the models of all parts, in this order."""
+        """The parts of the output. `models` holds the models of all parts, in this order."""
         return self._parts
 
     @property
@@ -418,7 +423,7 @@ class Recipe(Keys):
 
     @cached_property
     def method_name(self) -> str | None:
-        """The merge method, or its default where there is one."""
+        """The merge method, or its default. None: there is no default."""
         if self.is_moe:
             return self.merge_method or MOE.name
         return self.merge_method or ("task_arithmetic" if len(self.fine_tunes) == 1 else None)
@@ -437,27 +442,27 @@ class Recipe(Keys):
 
     @property
     def tokenizer_of(self) -> str | None:
-        """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
+        """The source of the output's tokenizer: base, union or a model. None: the recipe leaves it to the template."""
         return self.tokenizer_source if self.tokenizer is None else self.tokenizer.source
 
     @property
     def transplant(self) -> str | None:
-        """The model whose tokenizer the output is put on, whatever tokens the models have."""
+        """The model whose tokenizer the output gets, whatever tokens the models have."""
         return None if self.tokenizer is None else self.tokenizer.transplant
 
     def place(self, loc: Loc) -> Loc:
-        """Return the place of `loc` in the text: models of slices and modules are not at models[i] there."""
+        """Return the place of `loc` in the text, where models of slices and modules are not at models[i]."""
         if loc[:1] != ("models",) or len(loc) == 1 or not self._parts:
             return loc
         places = [place for part in self._parts for place in part.places]
         return (*places[int(loc[1])], *loc[2:])
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
-        """Return a fault found later at the value (or the `key`) of the recipe that `loc` names."""
+        """Return a problem, found after loading, at the recipe's value (or its `key`) at `loc`."""
         return self._source.problem(self.place(loc), message, hint, key=key)
 
     def out_of_range(self, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
-        """Yield the faults of a parameter's value that lies outside its range."""
+        """Yield a fault for each number of a parameter that is outside its range."""
         if param.scalar and not isinstance(value, bool | int | float):
             yield self.problem(loc, f"must be {param.wanted()}, the same for every tensor, got {show(value)}")
             return
@@ -472,7 +477,7 @@ class Recipe(Keys):
 
 @cache
 def merge_params() -> Mapping[str, tuple[Param, tuple[str, ...]]]:
-    """Return the parameters of all merge methods, and which methods have each. They are imported for it."""
+    """Return the parameters of all merge methods, each with its methods. Imports all methods."""
     known: dict[str, tuple[Param, tuple[str, ...]]] = {}
     for method in MERGE.values():
         for name, param in method.parameters.items():
@@ -482,18 +487,18 @@ def merge_params() -> Mapping[str, tuple[Param, tuple[str, ...]]]:
 
 
 def _stray(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys at the top of a recipe that are no keys, but parameters of merge methods."""
+    """Return the keys at the top level of a recipe that are parameters of merge methods."""
     unknown = [key for key in data if key not in Recipe.model_fields and key not in _WITHOUT_EFFECT]
     return tuple(key for key in unknown if key in merge_params())
 
 
 def model_name(model: Model) -> str:
-    """Return the name that masks and reports know a model by: its `name`, else the reference as written."""
+    """Return a model's name in masks and reports: its `name`, or the reference as written."""
     return model.name or model.model
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe, for editors: draft 7, which they all know."""
+    """Return the JSON schema of a recipe, for editors. It is draft 7, which all editors know."""
     generated = Recipe.model_json_schema()
     value = {"$ref": "#/$defs/Value"}
     generated["$defs"]["Parameters"] = {
@@ -523,11 +528,11 @@ class Command(Keys):
     """A program that is given a merged folder and prints JSON."""
 
     run: Text | Items[Text] = Field(
-        description="The program and its arguments, of which {folder} is the merged model; no shell reads them."
+        description="The program and its arguments. {folder} stands for the merged model. No shell is used."
     )
-    value: Text = Field("score", description="Where the number is in the last JSON it prints: results.gsm8k.acc.")
+    value: Text = Field("score", description="Place of the number in the last JSON it prints: results.gsm8k.acc.")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="Whether more is better.")
-    timeout: Positive = Field(3600, le=10**7, description="Seconds after which it is ended, and the trial has failed.")
+    timeout: Positive = Field(3600, le=10**7, description="Seconds until it is stopped and the trial fails.")
 
 
 class LmEval(Keys):
@@ -537,15 +542,15 @@ class LmEval(Keys):
     metric: Text = Field("acc", description="The figure of each task: acc, acc_norm, exact_match, word_perplexity.")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="Whether more is better.")
     few_shot: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Examples before a question; the task's own."
+        None, description="Examples before a question. Default: the task's own."
     )
-    limit: Positive | None = Field(None, description="Questions of each task, the first ones; default: all.")
-    batch: Positive = Field(8, description="Questions at a time.")
+    limit: Positive | None = Field(None, description="Number of questions of each task, from the first. Default: all.")
+    batch: Positive = Field(8, description="Questions in a batch.")
     folder: Text | None = Field(None, description="A folder of tasks of your own, beside the recipe.")
 
 
 class Goal(Keys):
-    """What candidates are judged by."""
+    """The objective that judges candidates."""
 
     measure: Measure | None = Field(
         None,
@@ -553,10 +558,10 @@ class Goal(Keys):
         "base's; same_answers: how often its answers are the fine-tune's; metric: calibration.metric of each "
         "fine-tune; or a metric.",
     )
-    over: Literal["mean", "minimum"] = Field("mean", description="How the fine-tunes' values become one; the worst.")
-    weights: dict[Text, Annotated[float, Field(ge=0)]] = Field({}, description="Of the mean, by the models' names.")
-    of: Text | None = Field(None, description="One fine-tune alone, by its name.")
-    command: Command | None = Field(None, description="Instead of a measure: what a program says of the folder.")
+    over: Literal["mean", "minimum"] = Field("mean", description="The mean of the fine-tunes' values, or the worst.")
+    weights: dict[Text, Annotated[float, Field(ge=0)]] = Field({}, description="Weights of the mean, by model name.")
+    of: Text | None = Field(None, description="Judge only this fine-tune, by its name.")
+    command: Command | None = Field(None, description="Instead of a measure: a program that judges the merged folder.")
 
     lm_eval: LmEval | None = Field(
         None, description="Instead of a measure: tasks of lm-eval (extra lm-eval), a list of names or more keys."
@@ -575,14 +580,14 @@ class Goal(Keys):
             if getattr(self, alone) is not None and self.model_fields_set != {alone}:
                 raise PydanticCustomError("goal", f"{alone} stands alone")
         if self.of is not None and self.model_fields_set & {"over", "weights"}:
-            raise PydanticCustomError("goal", "of is one model: leave over and weights out")
+            raise PydanticCustomError("goal", "of names one model: leave over and weights out")
         if self.over == "minimum" and self.weights:
-            raise PydanticCustomError("goal", "weights are of the mean, not of the minimum")
+            raise PydanticCustomError("goal", "weights belong to the mean, not to the minimum")
         return self
 
     @property
     def of_folder(self) -> Command | LmEval | None:
-        """What judges the merged folder. None: candidates are judged in memory."""
+        """The judge of a merged folder. None: candidates are judged in memory."""
         return self.command or self.lm_eval
 
     @property
@@ -592,7 +597,7 @@ class Goal(Keys):
 
     @property
     def name(self) -> str:
-        """The name in tables and in a study."""
+        """The objective's name in tables and in a study."""
         if self.command is not None:
             return self.command.value
         if self.lm_eval is not None:
@@ -608,7 +613,7 @@ def _shape(value: Any) -> str:
 
 
 class Study(Keys):
-    """How a sweep or a search is done."""
+    """Settings of a sweep or a search."""
 
     objective: Annotated[
         Annotated[Measure, Tag("(objective)")]
@@ -625,13 +630,13 @@ class Study(Keys):
     )
     sampler: Literal["gp", "tpe", "cmaes", "nsga2", "random"] | None = Field(
         None,
-        description="Of Optuna. Default: tpe; nsga2 for several objectives.",
+        description="Sampler of Optuna. Default: tpe; nsga2 for several objectives.",
     )
     pruner: Literal["none", "median", "halving"] = Field(
-        "none", description="Which trials end after a quarter of the rows."
+        "none", description="Which trials stop after a quarter of the rows."
     )
-    trials: Positive = Field(64, le=100_000, description="Candidates that are tried.")
-    together: Positive = Field(4, le=64, description="Candidates in one walk through the blocks.")
+    trials: Positive = Field(64, le=100_000, description="Number of candidates to try.")
+    together: Positive = Field(4, le=64, description="Candidates in one pass through the blocks.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of the sampler.")
 
     @property

@@ -1,4 +1,4 @@
-"""Series of checkpoints: the folders that a pattern names, in the order of their numbers, and the weights they get.
+"""Series of checkpoints: the folders that a pattern names, in the order of their numbers, and their weights.
 
     constant     1/n each (PMA, arXiv 2505.12082, "SMA")
     minus_sqrt   c_i = (√(i+1) − √i) / √n of checkpoint i = 0 … n − 1, the oldest first
@@ -29,13 +29,13 @@ Schedule = Literal["constant", "minus_sqrt", "ema"]
 
 MAGIC = re.compile(r"[*?[]")
 UNFINISHED = re.compile(r"(^|[-_.])(tmp|temp|incomplete|partial)([-_.]|$)", re.IGNORECASE)
-LARGEST = 2.0**100  # weight in the running form of an ema
+LARGEST = 2.0**100  # largest weight in the running form of an ema
 SHOWN = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The references that a pattern stands for, in order, and the names of folders that it passes over."""
+    """The references that match a pattern, in order, and the names of folders that are passed over."""
 
     references: tuple[str, ...]
     unfinished: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Matches:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The checkpoints that one item of a recipe stands for, and the share of each in their average."""
+    """The checkpoints of one item of a recipe, and the share of each in their average."""
 
     pattern: str
     names: tuple[str, ...]
@@ -128,7 +128,7 @@ def _sorted_out(places: Sequence[str], start: Path) -> tuple[list[str], tuple[st
 
 
 def _varying(place: str, pattern: str) -> str:
-    """Return the names in a place that a pattern's * ? [] stand in."""
+    """Return the names that a place has where the pattern has * ? []."""
     names, parts = place.split("/"), os.path.expanduser(pattern).split("/")
     return "/".join(name for name, part in zip(names, parts, strict=True) if MAGIC.search(part))
 
@@ -144,9 +144,9 @@ def shares(schedule: str, count: int, decay: float | None = None) -> tuple[float
 
 
 def running(schedule: str, start: int, count: int, decay: float | None = None) -> tuple[float, ...] | None:
-    """Return weights in proportion to `shares` that no later checkpoint changes, of numbers `start` to `start + count`.
+    """Return weights in proportion to `shares` that no later checkpoint changes, numbers `start` to `start + count`.
 
-    For constant they are 1; for ema 1, then (1 − d) d^(−i). None: there are none, or they leave float32's range.
+    For constant they are 1; for ema 1, then (1 − d) d^(−i). None: no such weights exist, or they leave float32's range.
     """
     if schedule == "minus_sqrt":
         return None

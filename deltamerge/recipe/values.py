@@ -36,7 +36,7 @@ Items = Annotated[tuple[T, ...], Strict(False)]  # a YAML list, kept as a tuple 
 
 MOST = 1000  # numbers of a gradient, or filters; each filter is tried on each tensor
 
-# Components that pydantic adds to an error's place: the branch of a union, or that a key is meant.
+# Components that pydantic adds to an error's place: the branch of a union, or a mark for a key.
 BRANCHES = frozenset(
     {
         "(scalar)", "(gradient)", "(filter)", "(filters)", "(value)", "(objective)", "(search)", "(text)", "(list)",
@@ -44,14 +44,14 @@ BRANCHES = frozenset(
     }
 )  # fmt: skip
 
-# YAML 1.1 booleans, which mergekit accepts and our loader keeps as text.
+# YAML 1.1 booleans: mergekit accepts them, our loader keeps them as text.
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 _QUOTED = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})(\.[0-9]{0,18})?([eE][-+]?[0-9]{1,3})?")
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-LAYERS = 10_000  # the most layers of a model
-NO_LAYERS = (0, 0)  # mergekit writes this where it does not know the layers of a module, and means the whole module
+LAYERS = 10_000  # most layers of a model
+NO_LAYERS = (0, 0)  # mergekit's range for a whole module whose layers it does not know
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -106,7 +106,7 @@ class Filter(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
-    filter: str | None = Field(None, description="A part of the tensor's name; none or * for every tensor.")
+    filter: str | None = Field(None, description="Part of the tensor's name; none or * for every tensor.")
     value: _Plain = Field(description="A number, or a gradient over layers.")
 
     def matches(self, tensor: str) -> bool:
@@ -128,7 +128,7 @@ Value = TypeAliasType(
 
 
 def filters(value: Value) -> tuple[Filter, ...]:
-    """Return a value as filters; one without filters becomes a filter that matches every tensor."""
+    """Return a value as filters. A value without filters becomes a filter that matches every tensor."""
     if isinstance(value, Filter):
         return (value,)
     if isinstance(value, tuple):
@@ -140,8 +140,8 @@ def filters(value: Value) -> tuple[Filter, ...]:
 def value_for(value: Value, tensor: str, t: float) -> Scalar | None:
     """Return the scalar for a tensor at `t` in [0, 1]; None if no filter matches its name.
 
-    A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one at
-    or before t. The first filter that matches wins.
+    A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between. A gradient of booleans takes the
+    boolean at or before t. The first filter that matches wins.
     """
     if not isinstance(value, tuple | Filter):
         return value
@@ -163,7 +163,7 @@ def _interpolate(points: tuple[Scalar, ...], t: float) -> Scalar:
 def lookup(
     key: str, tensor: str, t: float, *levels: Mapping[str, Value], default: Scalar | None = None
 ) -> Scalar | None:
-    """Return the scalar of `key` at the first level (the most specific first) that has one, else `default`."""
+    """Return the scalar of `key` at the first level that has one, from the most specific on; otherwise `default`."""
     for level in levels:
         if key in level and (found := value_for(level[key], tensor, t)) is not None:
             return found
@@ -171,7 +171,7 @@ def lookup(
 
 
 def chain(*values: Value | None) -> Value | None:
-    """Join values into one: where the first has no match for a tensor, the next is asked, as `lookup` does."""
+    """Join values into one: if the first has no match for a tensor, the next is used, as in `lookup`."""
     given = [value for value in values if value is not None]
     if not given:
         return None

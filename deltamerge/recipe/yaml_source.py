@@ -25,8 +25,8 @@ MAX_PROBLEMS = 200  # reported for one document
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = _PREFIX + "merge"
-# Only these plain scalars are not strings. `no`, `on`, 1:30, 2024-01-01, 0o17 and 010 stay text: a name keeps its
-# letters, and where a number is wanted they are refused, since YAML versions read them differently.
+# Only these plain scalars are not strings. `no`, `on`, 1:30, 2024-01-01, 0o17 and 010 stay text. So names keep their
+# letters, and a key that needs a number refuses them, because YAML versions read them differently.
 _PLAIN = {
     _PREFIX + "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
     _PREFIX + "null": re.compile(r"~|null|Null|NULL|"),
@@ -59,7 +59,7 @@ class YamlSource:
     whole: str = field(repr=False)
 
     def locate(self, loc: Loc, *, key: bool = False) -> Position:
-        """Return line and column (from 1) of the value at `loc`, or of its `key`; else of the nearest ancestor."""
+        """Return line and column (from 1) of the value at `loc`, or of its `key`; or of the nearest ancestor."""
         if loc in self.positions:
             return self.positions[loc][key]
         while loc not in self.positions:
@@ -105,7 +105,7 @@ def loads(text: str, path: str) -> YamlSource:
 
 
 def loads_all(text: str, path: str) -> tuple[YamlSource, ...]:
-    """Return the documents of YAML text, each with its own text; empty ones are skipped. RecipeError as for `load`."""
+    """Return the documents of YAML text, each with its own text. Skip empty documents. RecipeError as for `load`."""
     return _compose(text, path, MAX_DOCUMENTS)
 
 

@@ -1,4 +1,4 @@
-"""A delta artifact and its base -> the checkpoint that `output.kind: model` would have written, byte for byte."""
+"""Apply a delta artifact to its base: write the checkpoint of `output.kind: model`, byte for byte."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from deltamerge.run import lock as locks
 from deltamerge.tensors.reader import Reader, elements
 from deltamerge.version import __version__
 
-BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
-ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result
+# bytes of the process before the first tile, and of output on its way to the disk
+BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB
+ELEMENT_BYTES = 32  # bytes per element of a tile at its peak: base, float32, positions, values, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,10 @@ def apply(
     force: bool = False,
     pickles: bool = False,
 ) -> ApplyResult:
-    """Write the checkpoint that `delta` makes of `base` (folders, or hub ids) to `out`, tile by tile.
+    """Write the checkpoint base + delta to `out`, tile by tile. `delta` and `base` are folders or hub ids.
 
-    Every tensor of the base is checked before the first file is there under its name, and every result too.
-    `pickles`: the base may be in torch's own files. InputError: no delta, not its base, damaged.
+    Every tensor of the base and of the result is checked before the first file appears under its name. `pickles`: the
+    base may be in torch's own files. InputError: no delta, another base, or a damaged file.
     """
     maker = Maker("apply", models=frozenset((delta, base)))
     guard = Guard.of(out, None, partial(replacing, out))
@@ -117,10 +118,10 @@ def apply(
 
 
 def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False) -> str:
-    """Check that the delta in `folder` makes of `base` what it says, tensor by tensor; return what was checked.
+    """Check that the delta in `folder`, on `base`, gives each tensor its hash. Return the checks in words.
 
-    Of a folder without a delta, check that the lock has the files of `base` among its inputs. InputError, VerifyError:
-    it is not so.
+    For a folder without a delta, check that the files of `base` are among the inputs in its lock. InputError,
+    VerifyError: a check failed.
     """
     origin = _base(base, Path.cwd(), pickles=pickles)
     if not is_delta([file.name for file in folder.iterdir()]):
@@ -143,7 +144,7 @@ def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False)
 
 
 def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
-    """Return the base of a delta. A quantised base is decoded, as the delta was made from it."""
+    """Return the base of a delta. A quantised base is decoded, as when the delta was made."""
     origin = open_model(reference, folder, weights=True, pickles=pickles)
     with errors.context(reference):
         return decoded(origin)
@@ -172,7 +173,7 @@ def _write(
     tile: int,
     told: Callable[[int], None],
 ) -> None:
-    """Write all tensors, `workers` at a time, each checked. After a failure no further tile is written."""
+    """Write and check all tensors, `workers` at a time. After a failure no further tile is written."""
     stopped = threading.Event()
 
     def write(source: ResultTensor) -> None:

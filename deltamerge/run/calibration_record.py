@@ -1,4 +1,4 @@
-"""What a lock says of how q was chosen, as figures for reports: the search, and the q of every tensor."""
+"""The calibration in a lock, as figures for reports: the search of q, and the q of every tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltamerge.errors import InputError
 Points = list[tuple[float, float]]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-EXTREME = 1e100  # figures beyond it come from no model
+EXTREME = 1e100  # larger figures come from no real model
 NAMES = {
     "q": "q: kept entries are divided by it",
     "eta": "η: the layers' q follow from it",
@@ -32,7 +32,7 @@ class _Figures(BaseModel):
 
 
 class ChosenQ(_Figures):
-    """The q of one fine-tune, or of the merge: what was searched, what was found, what was taken."""
+    """The q of one fine-tune, or of the merge: the search, the best point, and the choice."""
 
     model: str
     method: str
@@ -47,11 +47,15 @@ class ChosenQ(_Figures):
     why: str
     value: float = Field(description="The objective at the best point.")
     plain: float = Field(description="The objective without calibration.")
-    searched: dict[str, float | str] = Field(description="The best point: the variable, its family if several.")
-    path: list[list[float | str]] = Field(description="Every point: family if several, variable, value, objective.")
+    searched: dict[str, float | str] = Field(
+        description="The best point: the variable, and its family if there are several."
+    )
+    path: list[list[float | str]] = Field(
+        description="Every point: family if there are several, variable, value, objective."
+    )
     q: dict[str, Finite] = Field(
-        description="Of tensors that have one other than 1; the mean where rows have theirs. Of coefficients, which "
-        "may be negative, those of each delta's tensors, by delta:tensor."
+        description="The q's of tensors other than 1; the mean if rows have their own. Or the coefficients of each "
+        "delta's tensors, which may be negative, by delta:tensor."
     )
     rows: dict[str, tuple[Finite, Finite]] = Field(
         description="Smallest and largest q of rows, where they have theirs."
@@ -77,7 +81,7 @@ class ChosenQ(_Figures):
         return "loss on the rows that stop" if variable == "step" else self.objective
 
     def reference(self, variable: str) -> tuple[float, str] | None:
-        """Return where the method without calibration stands on the axis of a searched variable, and its name."""
+        """Return the point of the method without calibration on the axis of a searched variable, and its name."""
         if variable == "q" and self.mask == "random":
             density = self.density if isinstance(self.density, float) else self.density[0]
             return density, f"vanilla DARE: q = density, 1/q = {1 / density:.4g}"
@@ -86,7 +90,7 @@ class ChosenQ(_Figures):
         return (1.0, "the recipe's λ") if variable == "factor of lambda" else None
 
     def best(self, variable: str) -> tuple[float, float, str] | None:
-        """Return the best point of a searched variable, its objective, and whether it was taken."""
+        """Return the best point of a searched variable, its objective, and whether it was chosen."""
         x = self.searched.get(variable)
         if not _drawable(x):
             return None
@@ -98,18 +102,18 @@ class ChosenQ(_Figures):
 
 
 class Run(_Figures):
-    """What the recipe.lock beside the model says, where a run made it."""
+    """The contents of the recipe.lock beside a model that a run made."""
 
-    deltamerge: str = Field(description="The version that made it.")
+    deltamerge: str = Field(description="The version of deltamerge that made it.")
     seed: int
     choices: list[ChosenQ] = Field(description="The calibrated q's.")
-    densities: dict[str, Positive] = Field(description="Of every tensor, where a budget chose them.")
+    densities: dict[str, Positive] = Field(description="Density of every tensor, if a budget chose them.")
 
 
 def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[ChosenQ]:
-    """Return a lock's `calibration` in the order of names; `rows` are the q's of rows by "model:tensor".
+    """Return a lock's `calibration` in the order of names. `rows` are the q's of rows by "model:tensor".
 
-    InputError: it is not what a run writes.
+    InputError: it does not have the form that a run writes.
     """
     try:
         return [_choice(model, record, rows) for model, record in sorted(calibration.items())]

@@ -20,9 +20,9 @@ from deltamerge.version import __version__
 if TYPE_CHECKING:
     from deltamerge.calibrate.spec import Calibrated
 
-SHOWN = 3  # prompts of an expert
-LONG = 80  # characters of a prompt
-ALIKE = 0.95  # cosine of two routers that hardly tell their experts apart
+SHOWN = 3  # prompts shown of an expert
+LONG = 80  # characters shown of a prompt
+ALIKE = 0.95  # cosine above which two routers hardly tell their experts apart
 
 
 def _license(plan: Plan) -> str | None:
@@ -66,7 +66,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
-    """Return a table of calibrated q's: objective, value and reason. `found`: (model, record, its q's) of each."""
+    """Return a table of calibrated q's: objective, value and reason. `found` has (model, record, its q's) for each."""
     rows = []
     for model, record, values in found:
         q = sorted(values) or [1.0]
@@ -102,7 +102,7 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
 
 
 def _mixture(plan: Plan, values: Mapping[Node, Any]) -> Iterator[str]:
-    """Yield the experts of a mixture: models, prompts, and how far their routers are apart."""
+    """Yield lines on the experts of a mixture: models, prompts, and the similarity of their routers."""
     mixture, recipe = plan.mixture, plan.recipe
     if mixture is None:
         return
@@ -115,7 +115,7 @@ def _mixture(plan: Plan, values: Mapping[Node, Any]) -> Iterator[str]:
     yield from ("", f"{mixture.layout.architecture}: {mixture.sizes.active} experts a token; {sizes}.", "")
     alike = values[mixture.routers].record["most_alike"]
     first, second = alike["experts"]
-    said = f"Routers: {recipe.gate_mode}. The two that are most alike are those of experts {first} and {second} in "
+    said = f"Routers: {recipe.gate_mode}. The most similar two belong to experts {first} and {second} in "
     said += f"layer {alike['layer']}: cosine {alike['cosine']:.3g}"
     hardly = ", so that these two share their tokens about evenly" if alike["cosine"] > ALIKE else ""
     yield from (f"{said}{hardly}.", "")
@@ -127,7 +127,7 @@ def _texts(prompts: tuple[str, ...]) -> str:
 
 
 def _study(study: Mapping[str, Any]) -> list[str]:
-    """Return how a search found the recipe."""
+    """Return lines on the search that found the recipe."""
     if not study:
         return []
     goals = study.get("objectives") or {}
@@ -155,9 +155,9 @@ def render(
 ) -> str:
     """Return the whole card; the same plan gives the same text.
 
-    account   what the output says of its weights
+    account   lines of the output about its weights
     pictures  files and their captions
-    study     how a search found the recipe
+    study     the search that found the recipe
     """
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [

@@ -1,4 +1,4 @@
-"""Checks recipes and the headers of their models: what a run would make, or why it cannot."""
+"""Checks recipes and the headers of their models: the output of a run, or the reason that it cannot run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEYS = frozenset({"base_model", "merge_method", "models", "slices", "modules"})
 
 @dataclass(frozen=True, slots=True)
 class RecipeCheck:
-    """What was found of one recipe; `nbytes` of its output (None offline), and `error` where it cannot be run."""
+    """The check of one recipe: `nbytes` of its output (None offline), and `error` if it cannot run."""
 
     name: str
     error: DeltamergeError | None = None
@@ -36,7 +36,7 @@ class RecipeCheck:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Return it as plain data, for JSON."""
+        """Return the check as plain data, for JSON."""
         return {
             "recipe": self.name,
             "ok": self.error is None,
@@ -55,7 +55,7 @@ def check_recipe(
     mergekit_exact: bool = False,
     settings: Mapping[Loc, str] | None = None,
 ) -> RecipeCheck:
-    """Read the recipe at `path` and the headers of its models; without `options`, the recipe alone."""
+    """Check the recipe at `path` and the headers of its models. Without `options`, check the recipe alone."""
     try:
         try:
             file = read_either(path, mergekit_exact=mergekit_exact, settings=settings)
@@ -90,7 +90,7 @@ def check_recipe(
 
 
 def _with_absent(error: RecipeError, path: Path, settings: Mapping[Loc, str] | None) -> RecipeError:
-    """Return a recipe's error with the models that are not there, in the order of the file."""
+    """Return a recipe's error, with its missing models added in the order of the file."""
     if path == yaml_source.STDIN:
         return error
     try:
@@ -104,7 +104,7 @@ def _with_absent(error: RecipeError, path: Path, settings: Mapping[Loc, str] | N
 
 
 def _absent(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
-    """Yield a problem for each model of recipes in `folder` that is neither there nor on the hub, by its name."""
+    """Yield a problem for each model of recipes in `folder` that neither exists there nor has the form of a hub id."""
     sources = list(sources)
     made = {source.data.get("name") for source in sources if isinstance(source.data, dict)}
     for source in sources:
@@ -118,18 +118,18 @@ def _absent(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
 
 
 def _references(data: Any, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
-    """Yield every `model` and `base_model` below a place of a recipe that is a reference, and no pattern or range."""
+    """Yield every `model` and `base_model` below a place of a recipe that is a reference to a single model."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         if key in ("model", "base_model") and isinstance(value, str):
             if value and "*" not in value and ".." not in value.rpartition("/")[2]:
                 yield (*loc, key), value
-        elif key != "tokenizer":  # a token's model may be one's name
+        elif key != "tokenizer":  # a token's model may be the name of a model
             yield from _references(value, (*loc, key))
 
 
 def _tried(file: TemplateFile) -> RecipeFile:
-    """Return the first recipe of a template. RecipeError: one of its examples is none."""
+    """Return the first recipe of a template. RecipeError: one of its examples is no valid recipe."""
     first, *others = file.template.examples()
     for values in others:
         file.recipe(values)
@@ -137,19 +137,20 @@ def _tried(file: TemplateFile) -> RecipeFile:
 
 
 def in_words(template: Template) -> str:
-    """Return what a template leaves open."""
+    """Return the open values of a template in a sentence."""
     if template.sweeps:
         names = " × ".join(f"{axis.name} ({len(axis.values)})" for axis in template.sweeps)
         return f"`deltamerge sweep` tries {template.count} recipes: {names}; checked and planned with the first values"
     names = ", ".join(axis.name for axis in template.ranges)
     count = sum(len(axis.keys) for axis in template.ranges)
-    return f"`deltamerge search` looks for {count} values: {names}; planned with those of the first trial"
+    return f"`deltamerge search` looks for {count} values: {names}; planned with the values of the first trial"
 
 
 def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the given recipes, and the recipes in each folder by name.
+    """Yield the given recipes, and the recipes in each given folder, sorted by name.
 
-    Copies that runs left in their outputs are skipped: their paths lead elsewhere. InputError: a folder has none.
+    Copies that runs left in their outputs are skipped, because their paths lead elsewhere. InputError: a folder has no
+    recipe.
     """
     for path in paths:
         if not path.is_dir():
@@ -167,7 +168,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def _is_copy(path: Path) -> bool:
-    """Return whether a file is the recipe in a folder that a run made: a lock of outputs lies beside it."""
+    """Return whether a file is a run's copy of its recipe: a lock of outputs lies beside it."""
     lock = path.parent / LOCK_NAME
     try:
         return path.name == "recipe.yaml" and lock.is_file() and bool(read_lock(lock).get("outputs"))
@@ -176,7 +177,7 @@ def _is_copy(path: Path) -> bool:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Return whether a file looks like a recipe. A file that is not YAML does, so that its fault is said."""
+    """Return whether a file looks like a recipe. A file that is not YAML counts, so that its fault is reported."""
     try:
         return any(KEYS & one.data.keys() for one in yaml_source.loads_all(yaml_source.read(path), str(path)))
     except DeltamergeError:

@@ -1,4 +1,4 @@
-"""The files that a run reads and writes, by hash: what a lock says of them, and what an unfinished run goes by."""
+"""Hashes of the files that a run reads and writes: for its lock, and to resume an unfinished run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from deltamerge.version import __version__
 if TYPE_CHECKING:
     from deltamerge.calibrate.spec import CalibrationInput
 
-WORKERS_AN_INPUT_HASHER = 4  # threads that merge for each that hashes what they do not read
+WORKERS_AN_INPUT_HASHER = 4  # merging threads per thread that hashes other bytes
 
 Mine = Callable[[int, int], bool]
 
@@ -41,8 +41,8 @@ Mine = Callable[[int, int], bool]
 def hash_input(path: Path, pieces: Pieces | None = None) -> str:
     """Return "xxh3-64k:<hex>" of a local file, by `files.hashes`. It guards against accidents, not against forgery.
 
-    What `pieces` know is not read. A file of the hub's cache is "sha256:<hex>", which the hub already knows and
-    `check_blobs` compares.
+    Pieces that `pieces` has are not read again. A file of the hub's cache gets "sha256:<hex>", which the hub already
+    knows and `check_blobs` compares.
     """
     if known := sha256_of(path):
         progress.here().skip(path.stat().st_size)
@@ -52,7 +52,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
 
 
 def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Digests:
-    """Hash the unknown pieces of a file outside some ranges of its bytes. Return what is known then."""
+    """Hash the unknown pieces of a file outside some byte ranges. Return all known hashes."""
     try:
         known = pieces.of(path)
         wanted = ~(known.there | inside(known, but))
@@ -95,7 +95,7 @@ def describe_files(
 
 
 def input_files(model: Checkpoint) -> list[Path]:
-    """Return the files of an input that a run depends on: its weights and config."""
+    """Return the files of an input that a run depends on: weights and config."""
     named = [CONFIG_FILE if model.config_file == "" else model.config_file]
     named += [component.at(CONFIG_FILE) for component in model.components if component.folder]
     configs = [path for name in dict.fromkeys(named) if (path := model.path / name).is_file()]
@@ -126,7 +126,7 @@ def describe_input(
 
 
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
-    """Return the files of a model that vocabulary and chat template depend on; of a mixture those of its routers."""
+    """Return the files of a model for vocabulary and chat template; for a mixture, the files for its routers."""
     tokenizes = plan.mixture is not None and model.reference == plan.inputs.template.checkpoint.reference
     wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None or tokenizes)
     wanted += [MAP, GENERATION] * (plan.recipe.transplant is not None)
@@ -135,7 +135,7 @@ def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
 
 
 def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
-    """Return every checkpoint once, with its files that the output depends on. One may lend its tokenizer alone."""
+    """Return every checkpoint once, with its files that the output depends on. Some lend only their tokenizer."""
     read = [(model, [*input_files(model), *tokenizer_files(plan, model)]) for model in plan.inputs.checkpoints]
     lender = plan.inputs.vocabulary
     if lender is not None and all(model.reference != lender.checkpoint.reference for model, _ in read):
@@ -146,9 +146,9 @@ def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
 def describe_inputs(
     plan: Plan, workers: int, mine: Mine = lambda position, total: True, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """Return commit and files of every input; only the files that are `mine` by position and total.
+    """Return commit and files of every input, limited to the files that are `mine` by position and total.
 
-    `pieces` are the hashes that are known already.
+    `pieces` are the hashes that are already known.
     """
     inputs: dict[str, Any] = {}
     for model, chosen in _chosen(plan, mine):
@@ -170,7 +170,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 
 def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
-    """Return the stored tensor whose bytes a backend hashes as it reads `source`; None: they are read otherwise."""
+    """Return the stored tensor whose bytes a backend hashes as it reads `source`. None: it does not hash them."""
     codes = source.coded if backend == "fused" else None
     if codes is not None:
         return codes.codes.tensor if codes.bits else None
@@ -178,7 +178,7 @@ def hashed_as_read(source: Tensor, backend: str) -> Tensor | None:
 
 
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
-    """Tell `pieces` of what a run will not hash as it reads it, while it does."""
+    """Hash, beside the run, the bytes that it does not hash as it reads, and add them to `pieces`."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
     for task in plan.tasks if output_of(plan).hashes_as_read else ():
         if not task.root.is_source:
@@ -192,7 +192,7 @@ def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
 
 
 def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers: int) -> None:
-    """Do all on a few threads: daemons, which an interrupted run does not wait for. Raises what the first raised."""
+    """Do all jobs on a few daemon threads, which an interrupted run does not wait for. Raise the first error."""
     failures: list[BaseException] = []
     todo = iter(works)
     taking = threading.Lock()
@@ -233,9 +233,9 @@ def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
-    """Return the facts that decide the bytes of the output, by names for people: files by seals, hub files by hash.
+    """Return the facts that decide the bytes of the output, by readable names: files by seals, hub files by hash.
 
-    No file is read. An unfinished run goes on only if all of it is as it was.
+    No file is read. An unfinished run goes on only if all facts are unchanged.
     """
     layout = xxh3_128()
     for file in plan.layout.files:

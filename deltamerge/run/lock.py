@@ -1,4 +1,4 @@
-"""recipe.lock: what a run read, chose and wrote, by content; sorted YAML, made to be diffed and verified."""
+"""recipe.lock: the inputs, choices and outputs of a run, by content hash; sorted YAML, to be diffed and verified."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from deltamerge.run.calibration_record import Run
 
 CARD = "README.md"
-PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
+PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # pictures of the card
 
 Rows: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 """The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
@@ -43,10 +43,10 @@ ROUTERS = "routers"
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock as a value: made of what a run chose or read from `path`, whose file says `content`.
+    """A lock as a value, made by a run or read from `path`. `content` is the content of the file.
 
-    `rows` are in a safetensors file beside it, NAME.rows: loaders that take every .safetensors file of a folder would
-    take it for weights. None: there is none.
+    `rows` are in a safetensors file beside it, NAME.rows. Loaders would take the name .safetensors for weights. None:
+    there is no such file.
     """
 
     path: Path
@@ -67,10 +67,10 @@ class Lock:
         study: Mapping[str, Any] | None = None,
         maker: Maker | None = None,
     ) -> Lock:
-        """Return the lock, not yet written, of what a run read and chose: the q's of stages, a mixture's routers.
+        """Return the lock, not yet written, of a run's inputs and choices: the q's of stages, a mixture's routers.
 
-        `written` is what the output says of its weights, `study` the search that found the recipe, `maker` the command
-        whose output it is of.
+        `written` is the output's record of its weights, `study` the search that found the recipe, `maker` the command
+        that makes the output.
         """
         rows = {
             f"{spec.name}:{name}": value
@@ -105,7 +105,7 @@ class Lock:
     def read(cls, path: Path) -> Lock:
         """Return the lock at `path`, with the rows beside it if it names them.
 
-        InputError: no lock, or rows that are none. VerifyError: rows of another lock.
+        InputError: no lock, or a malformed file of rows. VerifyError: the rows belong to another lock.
         """
         content, file = read_lock(path), path.with_suffix(ROWS)
         entries = [*(content.get("calibration") or {}).values(), content.get(ROUTERS) or {}]
@@ -124,27 +124,27 @@ class Lock:
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """What it says of every calibrated model."""
+        """The record of every calibrated model."""
         return self.content.get("calibration") or {}
 
     def write_rows(self) -> None:
-        """Write the file beside it, if there is to be one; before the lock, which has its hash."""
+        """Write the file of rows, if there are rows. It comes before the lock, which has its hash."""
         if self.rows:
             replace_file(self.path.with_suffix(ROWS), _safetensors(self.rows))
 
     def write(self, outputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write it with the `outputs` of the run; returns what it says."""
+        """Write the lock with the `outputs` of the run, and return its content."""
         content = {**self.content, "outputs": outputs or {}}
         replace_file(self.path, yaml.safe_dump(content, sort_keys=True))
         return content
 
     def write_beside(self, of: str) -> None:
-        """Write it and its rows beside the recipe file named `of`, where `refuse_foreign_lock` has looked."""
+        """Write the lock and its rows beside the recipe file named `of`. Call `refuse_foreign_lock` before."""
         self.write_rows()
         replace_own(self.path, yaml.safe_dump({**self.content, "outputs": {}}, sort_keys=True), of)
 
     def calibrated(self, plan: Plan) -> dict[Node, Any]:
-        """Return the q's for a plan's stages, and a mixture's routers. VerifyError: it has none that fit."""
+        """Return the q's for a plan's stages, and a mixture's routers. VerifyError: the lock has none that fit."""
         found: dict[Node, Any] = {}
         if plan.mixture is not None:
             values = (self.rows or {}).get(ROUTERS)
@@ -164,7 +164,7 @@ class Lock:
 
     @property
     def densities(self) -> dict[str, float]:
-        """The densities that a budget allowed. VerifyError: it has none."""
+        """The densities that a budget allowed. VerifyError: the lock has none."""
         found = self.content.get("densities")
         if not isinstance(found, dict) or not all(isinstance(p, float | int) and 0 < p <= 1 for p in found.values()):
             raise VerifyError(f"{self.path}: has no densities", hint="run without --locked")
@@ -195,7 +195,7 @@ class Lock:
 
     @property
     def figures(self) -> Run:
-        """How q was chosen, for reports and pictures. InputError: it does not say it as a run does."""
+        """The calibration, for reports and pictures. InputError: it does not have the form that a run writes."""
         from deltamerge.run.calibration_record import Run, choices
 
         seed = self.content.get("seed")
@@ -207,7 +207,7 @@ class Lock:
         )
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise VerifyError: the lock is of another recipe. Comments, and where named models lie, do not count."""
+        """Raise VerifyError if the lock belongs to another recipe. Comments and places of named models do not count."""
         if self.content.get("recipe") not in (None, fingerprint(recipe)):
             raise VerifyError(
                 f"{recipe.source.path} changed after {self.path.name} was written",
@@ -215,18 +215,18 @@ class Lock:
             )
 
     def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Return the files whose bytes are not those of its outputs.
+        """Return the files whose bytes differ from the lock's outputs.
 
-        The card, which names its folder, pictures and the recipe's text do not count.
+        The card, which names its folder, the pictures and the recipe's text do not count.
         """
         then = self.content["outputs"]
         compared = {*then, *outputs} - {CARD, *PICTURES, "recipe.yaml"}
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raise VerifyError: the inputs are not those of the lock. It names each file that differs.
+        """Raise VerifyError if the inputs differ from the lock. It names each file that differs.
 
-        An input whose content the lock has under another reference counts as that one.
+        An input counts as equal if the lock has its content under another reference.
         """
         wrong: list[str] = []
         known, inputs = self.content.get("inputs") or {}, dict(inputs)
@@ -248,14 +248,14 @@ class Lock:
             if reference.startswith(DATA) and then.get("commit") != now.get("commit"):
                 wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
         if wrong:
-            raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
+            raise VerifyError(f"{self.path}: the inputs differ from the lock", also=wrong)
 
 
 def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False) -> None:
-    """Raise OutputError: the file at `path` is no lock of the recipe file named `of`, or somebody has changed it.
+    """Raise OutputError if the file at `path` is no lock of the recipe file named `of`, or was changed since.
 
-    `rows`: the same for the file of rows beside it. `force` allows both. The lock of an output is always refused: it
-    lies in a folder with weights.
+    With `rows`, also check the file of rows beside it. `force` allows both. The lock of an output, in a folder with
+    weights, is always refused.
     """
     if path.name == LOCK_NAME and has_weights(path):
         raise OutputError(f"{path}: is the lock of the output in {path.parent}", hint="copy the recipe elsewhere")
@@ -265,7 +265,7 @@ def refuse_foreign_lock(path: Path, of: str, *, rows: bool, force: bool = False)
 
 
 def _is_lock(path: Path, of: str) -> bool:
-    """Return whether an unmarked file is a lock: of an earlier version, or copied from an output."""
+    """Return whether an unmarked file is a lock, from an earlier version or copied from an output."""
     try:
         return bool((read_lock(path).get(MADE_BY) or {}).get("recipe", of) == of)
     except InputError:
@@ -312,7 +312,7 @@ def _safetensors(rows: Rows) -> bytes:
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Return how a file differs from its entry in the lock; nothing if it does not."""
+    """Return the difference between a file and its entry in the lock, as a text. It is empty if they agree."""
     if then == now:
         return ""
     if then and now and then["size"] == now["size"]:
@@ -323,8 +323,10 @@ def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
 
 
 def verify(folder: Path, workers: int, *, only_listed: bool = False) -> list[str]:
-    """Check every output hash of `folder`'s lock, and unless `only_listed` that nothing else is there; the names
-    checked, or VerifyError naming each that fails."""
+    """Check every output hash of `folder`'s lock and return the names.
+
+    Files that the lock does not list are faults, unless `only_listed`. VerifyError names each file that fails.
+    """
     lock = read_lock(folder / LOCK_NAME)
     wrong: list[str] = []
     present: list[Path] = []

@@ -1,4 +1,4 @@
-"""What a run is told beside its recipe."""
+"""The options of a run, beside its recipe."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
 
 Watch = Callable[[Plan], Callable[[int], None]]
-"""Is given the plan before the first byte; what it returns is told the bytes done."""
+"""Gets the plan before the first byte, and returns a function that gets the number of bytes done."""
 
 Draw: TypeAlias = "Callable[[Plan, Path, Run], dict[str, str]]"
-"""Writes pictures of the finished weights in a folder, whose q's were chosen so; their names and captions."""
+"""Writes pictures of the finished weights into a folder, with the record of their q's. Returns names and captions."""
 
 Drawing: TypeAlias = Callable[[Plan, bool], Draw]
-"""What draws the pictures of a plan; with True calibration rows may be read. InputError: it cannot draw them."""
+"""Returns the drawer of a plan's pictures. With True it may read calibration rows. InputError: it cannot draw them."""
 
 
 def unwatched(_: Plan) -> Callable[[int], None]:
@@ -40,21 +40,21 @@ def unwatched(_: Plan) -> Callable[[int], None]:
 class Options:
     """How a recipe is planned and run.
 
-    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda
-                     (the first), cuda:N, cuda:N,M or cuda:all
-    workers          threads; None: as many as there are cores
-    memory           a cap in bytes; None: none
-    resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
-    force            make it again where it is up to date; replace a target that another recipe or command made, or that
-                     someone changed
-    lock             inputs must be those of this lock, and q's and densities are taken from it
+    device           where tiles are computed: auto (the first GPU, for work that it does faster), cpu, cuda (the
+                     first), cuda:N, cuda:N,M or cuda:all
+    workers          threads; None: one for each core
+    memory           a cap in bytes; None: no cap
+    resume           continue an interrupted run with the same inputs; the default without `force`
+    force            make the result again even if it is up to date; replace a target of another recipe or command, or
+                     one that was changed
+    lock             inputs must equal the inputs of this lock, and q's and densities are taken from it
     allow_nonfinite  keep NaN and infinities in the result
     pickles          read torch's own files where there are no safetensors, as a recipe with `pickles: true` does
     pins             a stranger's recipe: the commits of hub models that it names without a revision; the
                      `output.path` of its documents is not followed
-    watch            sees the plan and how far the work is
-    ending           is given the folder once its weights are there, before its lock; may add to it, or refuse it
-    drawing          draws the pictures of the card; None: it has none
+    watch            follows the progress of a plan
+    ending           gets the folder when its weights are written, before its lock; may add files, or refuse it
+    drawing          draws the pictures of the card; None: no pictures
     """
 
     device: str = "auto"
@@ -72,12 +72,12 @@ class Options:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the work of an interrupted run is taken up."""
+        """Whether to continue an interrupted run."""
         return not self.force if self.resume is None else self.resume
 
     @property
     def planning(self) -> PlanOptions:
-        """What of it the plan depends on. UsageError: no such device, or too many workers."""
+        """The options that the plan depends on. UsageError: no such device, or too many workers."""
         if self.workers is not None and self.workers > MOST_WORKERS:
             raise UsageError(f"{self.workers} workers: more than {MOST_WORKERS}", hint="as many as there are cores")
         return PlanOptions(
@@ -89,7 +89,7 @@ class Options:
 
     @contextmanager
     def merging(self, plan: Plan) -> Iterator[Callable[[int], None]]:
-        """Open the phase in which the result of a plan is written; give what is to be told the bytes done."""
+        """Open the phase in which the result of a plan is written. Yield the function that gets the bytes done."""
         told = self.watch(plan)
         with progress.phase("merging", plan.made_bytes) as one:
 
@@ -103,8 +103,8 @@ class Options:
 def choose_device(device: str) -> str:
     """Return the device of a plan, without an import of torch. UsageError: no such device.
 
-    "auto" stays where the machine shows an NVIDIA device: its GPU then does what it does faster (`backends.choose`).
-    Elsewhere it is the CPU.
+    "auto" stays on a machine with an NVIDIA device: its GPU gets the work that it does faster (`backends.choose`). On
+    other machines it becomes the CPU.
     """
     if not DEVICES.fullmatch(device):
         raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda, cuda:N, cuda:N,M or cuda:all")
@@ -112,5 +112,5 @@ def choose_device(device: str) -> str:
 
 
 def shows_gpu() -> bool:
-    """Return whether the machine shows an NVIDIA device. Whether torch sees it is found out when it is used."""
+    """Return whether the machine shows an NVIDIA device. Whether torch sees it is found out at first use."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

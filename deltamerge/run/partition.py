@@ -28,7 +28,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Return the part that a text names: "2/8" is the second of eight. UsageError: it names none."""
+        """Return the part that a text names: "2/8" is the second of eight. UsageError: it names no part."""
         found = FORM.fullmatch(text)
         if found is None or int(found[1]) > int(found[2]):
             raise UsageError(f"--part {text}: no such part", hint="--part 2/8 is the second of eight")
@@ -39,7 +39,7 @@ class Part:
         return f"{self.index}-of-{self.count}"
 
     def takes(self, position: int, total: int) -> bool:
-        """Return whether thing `position` (from 0) of `total` in a row is this part's; every part gets neighbours."""
+        """Return whether item `position` (from 0) of `total` belongs to this part. A part's items are neighbours."""
         return position * self.count // total == self.index - 1
 
     def files(self, layout: Layout) -> frozenset[str]:
@@ -59,7 +59,7 @@ class Part:
 
 
 def check_recipe(file: RecipeFile, option: str) -> None:
-    """Raise InputError: the file has several documents, or makes no model, which `option` cannot do in parts."""
+    """Raise InputError if the file has several documents or makes no model; `option` cannot split these."""
     if len(file.documents) > 1:
         raise InputError(
             f"{file.path}: has several documents, {option} takes one", hint="give each document its own file"
@@ -71,7 +71,7 @@ def check_recipe(file: RecipeFile, option: str) -> None:
 
 
 def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
-    """Return whether part 0 has calibrated for this run. OutputError: it did for another run."""
+    """Return whether part 0 has calibrated for this run. OutputError: it calibrated for another run."""
     for name, records in part_journals(work.state).items():
         if name.startswith("0-of-") and any("calibrated" in record for record in records):
             check_facts(work.target, records[0]["run"], facts)
@@ -80,9 +80,9 @@ def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
 
 
 def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the record that every part left in its journal when it was complete.
+    """Return the record that every part left in its journal at its end.
 
-    OutputError: parts of two different counts, a part that is missing or unfinished, or made of other inputs.
+    OutputError: the parts have different counts, or a part is missing, unfinished, or made from other inputs.
     """
     journals = part_journals(work.state)
     counts = {int(name.rpartition("-")[2]) for name, records in journals.items() if records}
@@ -105,9 +105,9 @@ def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, An
 def check_shards(
     work: Workspace, layout: Layout, parts: Sequence[Mapping[str, Any]], workers: int
 ) -> tuple[dict[str, Any], dict[str, Seal]]:
-    """Return hash and size of the parts' shards by name, and the seals of the files, once each is read.
+    """Read the parts' shards. Return hash and size by name, and the seals of the files.
 
-    OutputError: a shard is missing, or not as its part left it.
+    OutputError: a shard is missing, or was changed after its part ended.
     """
     outputs: dict[str, Any] = {}
     of: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The documents of a recipe file: their plans, and where their results lie."""
+"""The documents of a recipe file: their plans, and the folders of their results."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Planner:
     models: Models = field(default_factory=Models)
 
     def folder(self, document: Document) -> Path:
-        """Return where the result of a document that others need lies."""
+        """Return the folder of a document's result that other documents need."""
         return folder_of(document, self.target, self.file.folder, published=self.options.pins is not None)
 
     def plans(self) -> tuple[Plan, ...]:
         """Return the plan of every document, in the order of their run, from headers alone.
 
-        A document that needs the result of another is promised it.
+        A document that needs the result of another is planned with the promised result.
         """
         promised: dict[str, Checkpoint] = {}
         plans: list[Plan] = []
@@ -54,22 +54,21 @@ class Planner:
         return tuple(plans)
 
     def result(self, document: Document, planned: Plan) -> Checkpoint:
-        """Return what a document makes: the content of its folder, if that is as planned, else what the plan
-        promises."""
+        """Return the result of a document: the content of its folder, or the promise of the plan if they differ."""
         return result_of(planned, self.folder(document), document.name)
 
-    # A document is planned a second time where headers do not tell all: where another's result was only promised, and
-    # where a hub model's files, which are hashed and copied, had not been fetched.
+    # A document is planned again if headers did not tell all: another's result was only promised, or the files of a hub
+    # model, which are hashed and copied, had not been fetched.
 
     def settled(self, document: Document, planned: Plan, made: Mapping[str, Checkpoint]) -> Plan:
-        """Return the plan now that the results `made` of others are there."""
+        """Return the plan with the finished results `made` of other documents."""
         lender = planned.inputs.vocabulary
         models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
         needs = any(checkpoint.reference in made for checkpoint in models)
         return self._plan(document, made, whole=False) if needs else planned
 
     def fetched(self, document: Document, planned: Plan, made: Mapping[str, Checkpoint]) -> Plan:
-        """Return the plan with its hub models downloaded whole. A plan that has them stays as it is."""
+        """Return the plan with its hub models downloaded whole. A plan whose models are complete stays as it is."""
         remote = any(source.hub_id for checkpoint in planned.inputs.checkpoints for source in checkpoint.sources)
         return self._plan(document, made, whole=True) if remote and not planned.options.whole else planned
 
@@ -97,16 +96,16 @@ def make_plans(file: RecipeFile, out: Path | None = None, options: Options | Non
 
 
 def target_of(file: RecipeFile, out: Path | None) -> Path:
-    """Return the target: `--out`, else `output.path` beside the recipe, else `<recipe name>-merged` beside it."""
+    """Return the target: `--out`, otherwise `output.path`, otherwise `<recipe name>-merged`, both beside the recipe."""
     if out is not None:
         return out
     return file.folder / (file.output.recipe.output.path or f"{file.path.stem}-merged")
 
 
 def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Path:
-    """Return the lock that a run goes by: `given`, or the lock of the folder `given`.
+    """Return the lock for a run: `given`, or the lock of the folder `given`.
 
-    Else it is the lock beside the recipe; where there is none, the lock in the target.
+    Otherwise it is the lock beside the recipe or, if there is none, the lock in the target.
     """
     if given is not None:
         return Path(given) / LOCK_NAME if Path(given).is_dir() else Path(given)
@@ -118,9 +117,9 @@ def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Pa
 
 
 def folder_of(document: Document, target: Path, beside: Path, *, published: bool = False) -> Path:
-    """Return the folder of an intermediate result: its own `output.path`, else TARGET-intermediate/NAME.
+    """Return the folder of an intermediate result: its own `output.path`, otherwise TARGET-intermediate/NAME.
 
-    The path of a recipe that a stranger `published` is not followed.
+    The `output.path` of a recipe that somebody else `published` is ignored.
     """
     if document.recipe.output.path is not None and not published:
         return beside / document.recipe.output.path
@@ -129,13 +128,13 @@ def folder_of(document: Document, target: Path, beside: Path, *, published: bool
 
 
 def check_places(file: RecipeFile) -> None:
-    """Raise RecipeError: the `output.path` of a document that others need is not below the recipe's folder."""
+    """Raise RecipeError if the `output.path` of a document that others need is not below the recipe's folder."""
     home = file.folder.resolve()
     problems = [
         document.recipe.problem(
             ("output", "path"),
             f"leaves the recipe's folder, to {folder}",
-            "a path below it; or --force, which replaces there only what a run made",
+            "a path below it; or --force, which replaces there only results of runs",
         )
         for document in file.documents[:-1]
         if (given := document.recipe.output.path) is not None
@@ -148,13 +147,14 @@ def check_places(file: RecipeFile) -> None:
 def guard_of(
     file: RecipeFile, document: Document, target: Path, *, unasked: bool = False, adding: bool = False
 ) -> Guard:
-    """Return what a run of a document, which begins now, may replace at `target`.
+    """Return the guard of `target`: what a run of a document, which begins now, may replace there.
 
-    It may replace what the same document of the same recipe made; where the recipe is no file, what the same command of
-    the same models made. `unasked`: no --out said where. `adding`: it is a version that comes after one of its chain.
+    It may replace the result of the same document of the same recipe. If the recipe is no file, it may replace the
+    result of the same command on the same models. `unasked`: the target was not given by --out. `adding`: the result is
+    a further version of a chain.
     """
     recipe = document.recipe
-    is_begun(target)  # a killed run that only had to tidy up is no change of the target
+    is_begun(target)  # leftovers of a killed run, which only had to tidy up, are no change of the target
     models = references(recipe)
     if not file.made_for:
         named = file.path.name.encode("utf-8", "replace").decode()
@@ -171,7 +171,7 @@ def guard_of(
 
 
 def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextManager[None]:
-    """Return `replacing` of a target; where nothing is there and no delta comes there, nothing is in its way."""
+    """Return `replacing` for a target. If it does not exist and gets no delta, nothing is in the way."""
     if not delta and not os.path.exists(target):
         return nullcontext()
     from deltamerge.models.chain.publish import replacing
@@ -182,8 +182,8 @@ def _replacing(target: Path, *, delta: bool, adding: bool) -> AbstractContextMan
 def result_of(plan: Plan, folder: Path, name: str) -> Checkpoint:
     """Return the checkpoint that a run of `plan` will leave in `folder`.
 
-    Until it is made, all its files but weights and config are taken from the models that they are copied from. Tokens
-    and chat template are planned.
+    Until it is made, all files but weights and config are the models' files that will be copied. Tokens and chat
+    template are planned.
     """
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files

@@ -1,4 +1,4 @@
-"""Publish a finished folder on the hub, and fetch what is needed to run again what someone published."""
+"""Publish a finished folder on the hub, and fetch a published recipe and lock to run again."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PRIVATE = re.compile(r"~?/\S|[A-Za-z]:\\")
 
 
 def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
-    """Upload what `folder`'s lock names, and the lock, to the hub; returns the commit's address.
+    """Upload `folder`'s lock, and the files that it names, to the hub. Return the commit's address.
 
-    The repository is made if there is none, private unless `public`. Files that an interrupted push left on the hub are
-    not sent again. InputError: a recipe that names absolute paths of this machine, no token, no right to write, an
-    unreachable hub; VerifyError: the folder is not what its lock says; UsageError: the repository is public and
-    `public` was not said.
+    A missing repository is made, private unless `public`. Files that an interrupted push left on the hub are not sent
+    again. InputError: the recipe names absolute paths of this machine, there is no token or no right to write, or the
+    hub cannot be reached. VerifyError: the folder differs from its lock. UsageError: the repository is public and
+    `public` is not given.
     """
     from huggingface_hub import HfApi
 
@@ -70,7 +70,7 @@ def _private_paths(folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class HubMerge:
-    """A merge on the hub: its recipe and lock in a folder here, the commit they are of, and what the lock says."""
+    """A merge on the hub: the folder with its recipe and lock, their commit, and the lock's content."""
 
     recipe: Path
     commit: str
@@ -78,14 +78,14 @@ class HubMerge:
 
     @property
     def pins(self) -> dict[str, str]:
-        """The commit of every input, as the lock has it."""
+        """The commit of every input, from the lock."""
         return {name: entry["commit"] for name, entry in self.lock.content["inputs"].items() if "commit" in entry}
 
 
 def fetch(reference: str, folder: Path) -> HubMerge:
     """Copy recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision") to `folder`.
 
-    InputError: what `hub.open_model` refuses, no recipe or lock there, or inputs that only the publisher has.
+    InputError: `hub.open_model` refuses it, recipe or lock are missing, or only the publisher has the inputs.
     """
     name = reference.removeprefix(SCHEME)
     with errors.context(reference):

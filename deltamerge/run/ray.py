@@ -1,4 +1,4 @@
-"""The parts of a run as tasks of a Ray cluster; a part whose worker dies runs again elsewhere, from its journal."""
+"""The parts of a run as tasks of a Ray cluster. A part whose worker dies continues elsewhere, from its journal."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 
 
 def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address: str = LOCAL) -> Result:
-    """Run a recipe file in parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
+    """Run a recipe file in parts side by side on the Ray cluster at `address` (by default on this machine's cores).
 
-    There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
-    `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
-    recipe's models and the target under the same paths. InputError: several documents, or an output that is no model.
-    OutputError: a part's worker died again and again.
+    There are as many parts as shards, but no more than the cluster has room for, at `workers` cores (default 1) a task.
+    `memory` is the limit of each task. q's are calibrated once, by a task that all parts wait for. Every machine must
+    see the recipe's models and the target under the same paths. InputError: several documents, or an output that is no
+    model. OutputError: a part's worker died repeatedly.
     """
     check_recipe(file, "--ray")
     planned = make_plans(file, out, replace(options, device="cpu"))[-1]
@@ -75,7 +75,7 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
 
 
 def gpus_of(device: str) -> tuple[int, str]:
-    """Return the GPUs that a task takes, and its device. Ray shows it as many of its machine's, from cuda:0 on."""
+    """Return the number of GPUs of a task, and its device. Ray shows the task its GPUs from cuda:0 on."""
     if not device.startswith("cuda"):
         return 0, device
     count = device.count(",") + 1
@@ -83,7 +83,7 @@ def gpus_of(device: str) -> tuple[int, str]:
 
 
 def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> Any:
-    """Run a part on a worker; return its bytes and what is not finite, or the error for the user."""
+    """Run a part on a worker. Return its bytes and its values that are not finite, or the error for the user."""
     try:
         done = run(file, target, options, part=part)
     except DeltamergeError as error:
@@ -110,7 +110,7 @@ def _result(ray: Any, reference: Any, part: Part) -> Any:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Set by Ctrl-C: where it meets one of ray's callbacks, the KeyboardInterrupt is lost."""
+    """Set by Ctrl-C, because a KeyboardInterrupt inside a callback of Ray is lost."""
     seen = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -128,7 +128,7 @@ def interrupts() -> Iterator[threading.Event]:
 
 
 def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list[Any]:
-    """Return the first of the tasks to end, or several. KeyboardInterrupt: it is set."""
+    """Wait for tasks and return those that ended. KeyboardInterrupt: the flag is set."""
     while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
         pass
     if interrupted.is_set():
@@ -138,27 +138,27 @@ def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Connect to Ray; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    """Connect to Ray; its tasks end with the block. InputError: Ray is not installed, or no cluster is at `address`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
     if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        # for this run's cluster alone; ray would make one in the user's home
+        # a token for this run's cluster alone; ray would make one in the user's home
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
     except ModuleNotFoundError:
         raise InputError("--ray needs ray", hint="pip install 'deltamerge[ray]'") from None
     try:
-        if found := HOST_AND_PORT.fullmatch(address):  # ray itself would try for half an hour
+        if found := HOST_AND_PORT.fullmatch(address):  # ray would try for half an hour
             socket.create_connection((found["host"], int(found["port"])), timeout=10).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # ray has no class of its own for a node that is too slow to start
+    except Exception as error:  # ray has no error class for a node that is too slow to start
         raise InputError(
             f"--ray {address}: no cluster to use: {str(error).splitlines()[0]}",
             hint="start one with `ray start --head` and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there, "
             "or leave the address out for a cluster of this machine",
         ) from error
     try:
-        with redirect_stdout(sys.stderr):  # where ray tells of workers that died
+        with redirect_stdout(sys.stderr):  # ray's log of workers that died
             yield ray
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""The files that a run reads: hashed and checked beside the work, and what of models must hold before it."""
+"""The files that a run reads: hashes and checks beside the work, and checks of models before it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ T = TypeVar("T")
 class InputFiles:
     """The files that a run of `plan`, or of one part of it, reads.
 
-    pieces    the hashes of what has been read
-    checked   ends when files of the hub's cache are what the hub says, and transformers builds the stacked layers
+    pieces    the hashes of pieces that have been read
+    checked   ends when files of the hub's cache match the hub, and transformers builds the stacked layers as stored
     hashed    ends when the rest is hashed
     """
 
@@ -42,9 +42,9 @@ class InputFiles:
 
     @classmethod
     def begin(cls, planned: Plan, part: Part | None, copied: Iterable[Path], lock: Lock | None) -> InputFiles:
-        """Check and hash the files, and those that are `copied`, from now on.
+        """Begin to check and hash the files, including the `copied` files.
 
-        VerifyError: the lock has other inputs. A part, which reads only some of them, cannot tell.
+        VerifyError: the lock has other inputs. A part reads only some inputs, so it skips this check.
         """
         paths, takes, pieces = _files_read(planned, part, copied), (part or Part(1, 1)).takes, Pieces()
         checked = _beside(lambda: _check(paths, planned))
@@ -54,7 +54,7 @@ class InputFiles:
         return cls(planned, takes, pieces, checked, hashed)
 
     def describe(self) -> dict[str, Any]:
-        """Return the entries of a lock for them, once all are hashed."""
+        """Return the lock's entries for the files, once all are hashed."""
         self.hashed.result()
         return hashes.describe_inputs(self.plan, self.plan.workers, self.takes, self.pieces)
 
@@ -66,9 +66,9 @@ def _check(paths: list[Path], planned: Plan) -> None:
 
 
 def check_deltas(planned: Plan) -> None:
-    """Raise InputError unless every delta among the models was made from the base that it is put over.
+    """Raise InputError unless every delta among the models was made from the base that it is put on.
 
-    Its result must be what it was made for, by hash.
+    The result must have the hash that the delta names.
     """
     deltas = planned.inputs.deltas
     if not deltas:
@@ -86,19 +86,19 @@ def check_deltas(planned: Plan) -> None:
 
 
 def places(planned: Plan) -> list[tuple[str, Path]]:
-    """Return every folder that is read, and whose it is."""
+    """Return every folder that is read, and its model."""
     lender = planned.inputs.vocabulary
     models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
     return [(c.reference, source.path) for c in models for source in c.sources]
 
 
 def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> list[Path]:
-    """Return the files that the output depends on; of plain checkpoints only the shards that the part reads."""
+    """Return the files that the output depends on. Of plain checkpoints, return only the shards that the part reads."""
     wanted = {path for _, paths in hashes.files_read(planned) for path in paths} | set(copied)
     if part is not None and not planned.stages:
         every = Graph().node("part", [task.root for task in part.of(planned).tasks])
         read = {leaf.path for leaf in every.leaves()}
-        donor = planned.inputs.donor  # of which every part may read rows
+        donor = planned.inputs.donor  # every part may read its rows
         models = [c for c in planned.inputs.checkpoints if donor is None or c is not donor.checkpoint]
         plain = [c for c in models if c.adapter is None and c.base is None]
         wanted -= {path for c in plain for path in c.files if path not in read}
@@ -106,7 +106,7 @@ def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> lis
 
 
 def _beside(work: Callable[[], T]) -> Future[T]:
-    """Do `work` while the run goes on; a daemon, so that a run that fails or is interrupted does not wait for it."""
+    """Do `work` while the run goes on, in a daemon thread: a run that fails or is interrupted does not wait for it."""
     future: Future[T] = Future()
 
     def go() -> None:
@@ -124,14 +124,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class ModelShapes:
-    """The tensors of a model as transformers builds it, by name, and the first component of names that a file may
-    lack."""
+    """The tensors of a model as transformers builds it, by name, and the name prefix that a file may lack."""
 
     shapes: Shapes
     prefix: str
 
     def container(self, stored: str, count: int) -> str | None:
-        """Return the container of `count` numbered layers that a file calls `stored`; None: none, or several."""
+        """Return the container of `count` numbered layers that a file calls `stored`. None: none, or several."""
         numbers: dict[str, set[int]] = {}
         for name in self.shapes:
             parts = name.split(".")
@@ -152,7 +151,7 @@ class ModelShapes:
 
 
 def check_layers_built(planned: Plan) -> None:
-    """Raise InputError: transformers would build other layers than are stacked, or cannot read the config."""
+    """Raise InputError if transformers would build other layers than the stacked layers, or cannot read the config."""
     template = planned.inputs.template
     home = _at_home(template) if planned.stacks else None
     if home is None:
@@ -176,7 +175,7 @@ def check_layers_built(planned: Plan) -> None:
 def _faults(
     stack: Stack, container: str, made: ModelShapes, template: Input, models: dict[int, ModelShapes | None]
 ) -> Iterator[str]:
-    """Yield the faults of a stack's layers, in words."""
+    """Yield the faults of a stack's layers as texts."""
     for number, layer in enumerate(stack.layers):
         owner = stack.owner(layer, template)
         own = models.setdefault(id(owner), None) or _at_home(owner)
@@ -191,7 +190,7 @@ def _faults(
 
 
 def _check_outside(planned: Plan, home: ModelShapes, made: ModelShapes, containers: list[str]) -> None:
-    """Raise InputError: a tensor outside the stacked layers is built otherwise than it is stored."""
+    """Raise InputError if a tensor outside the stacked layers is built otherwise than it is stored."""
     template, shapes = planned.inputs.template, {output.name: output.shape for output in planned.outputs}
     within = tuple(f"{container}." for container in containers)
     old, new = ({n: s for n, s in b.shapes.items() if not n.startswith(within)} for b in (home, made))
@@ -205,7 +204,7 @@ def _check_outside(planned: Plan, home: ModelShapes, made: ModelShapes, containe
 
 
 def _at_home(model: Input) -> ModelShapes | None:
-    """Return a model as it is; None: transformers has no class for it, or cannot build it from its config alone."""
+    """Return an input as transformers builds it. None: it has no class for it, or needs more than the config."""
     try:
         return _built(model.checkpoint.config)
     except InputError:
@@ -213,7 +212,7 @@ def _at_home(model: Input) -> ModelShapes | None:
 
 
 def _built(config: Mapping[str, Any]) -> ModelShapes | None:
-    """Return the model that transformers builds from a config; None: it has no class. InputError: it cannot."""
+    """Return the model that transformers builds from a config. None: it has no class. InputError: it cannot."""
     kind = config.get("model_type")
     if not config.get("architectures") or not isinstance(kind, str):
         return None

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 class Result:
     """A finished run: folder, plan, lock, size of a delta artifact, and what is not finite.
 
-    Of a file of several documents it is the output's. `intermediate` are the folders of the other documents, and
-    whether each was made now. `made` is False where the folder was already there and current.
+    For a file of several documents it is the output's result. `intermediate` has the folders of the other documents,
+    and whether each was made now. `made` is False if the folder was already up to date.
     """
 
     folder: Path
@@ -76,22 +76,22 @@ class Result:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights, as the kind of output counts them."""
+        """Bytes of the weights, as counted by the kind of output."""
         return self.delta.nbytes if self.delta else output_of(self.plan).nbytes(self.plan, self.lock.get("outputs", {}))
 
     @property
     def name(self) -> str:
-        """What was made, in a few words."""
+        """The output in a few words."""
         return output_of(self.plan).name(self.plan)
 
     @property
     def next_steps(self) -> tuple[str, ...]:
-        """The lines that load it and check it; a part of a run, which has no lock, has none."""
+        """The lines that load and check the output. A part of a run has no lock and no such lines."""
         return output_of(self.plan).next_steps(self.plan, self.folder) if self.lock else ()
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The notes that are shown when it is finished."""
+        """The notes to show at the end."""
         return output_of(self.plan).remarks(self.plan)
 
     @property
@@ -105,11 +105,11 @@ class Result:
 def run(
     file: RecipeFile, out: Path | None = None, options: Options | None = None, *, part: Part | None = None
 ) -> Result:
-    """Run a recipe file; the target, `out` if given, appears under its name only when complete.
+    """Run a recipe file. The target, `out` if given, appears under its name only when complete.
 
-    A target that is up to date stays. An earlier result of the same recipe is replaced if it is as its lock says. What
-    somebody changed, or another recipe or command made, is replaced only with `force`. Never replaced are a version
-    that others follow, a member of a store, and what no run made.
+    A target that is up to date stays. An earlier result of the same recipe is replaced if it matches its lock. A result
+    that was changed, or that another recipe or command made, is replaced only with `force`. A version with successors,
+    a member of a store, and a folder that no run made are never replaced.
 
     Documents that others need are made first, unless their folders are up to date. With `part` only that part's shards
     are written, to the work folder, for `finish`.
@@ -123,7 +123,7 @@ def run(
         options.lock.check_recipe(file.output.recipe)
     planner = Planner(file, target_of(file, out), options)
     guard, *guards = guards_of(planner, unasked=out is None)
-    *before, planned = planner.plans()  # a fault of any document ends the run before the first is made
+    *before, planned = planner.plans()  # a fault of any document ends the run before any result is made
     results: dict[str, Checkpoint] = {}
     made_now: dict[Path, bool] = {}
     for document, its_plan, its_guard in zip(file.documents[:-1], before, guards, strict=True):
@@ -140,14 +140,14 @@ def run(
 
 
 def guards_of(planner: Planner, *, unasked: bool) -> tuple[Guard, ...]:
-    """Return what a run that begins now may replace: at its target, and where results of other documents lie."""
+    """Return the guards of a run that begins now: for its target, and for results of other documents."""
     file, adding = planner.file, planner.options.ending is not None
     others = [guard_of(file, one, planner.folder(one), unasked=True) for one in file.documents[:-1]]
     return (guard_of(file, file.output, planner.target, unasked=unasked, adding=adding), *others)
 
 
 def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
-    """Return the lock of a target that is just what would be made; None: it is not, or is to be made again."""
+    """Return the lock of a target that is up to date. None: it is not, or shall be made again."""
     if not os.path.isdir(target) or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
         return None
     lock = read_lock(target / LOCK_NAME)
@@ -178,7 +178,7 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
 def _make_result(
     planner: Planner, document: Document, planned: Plan, guard: Guard, results: dict[str, Checkpoint]
 ) -> dict[Path, bool]:
-    """Make what other documents need, unless it is there; adds it to `results`. Its folder, and whether it was made."""
+    """Make a result that other documents need, unless it exists; add it to `results`. Return {folder: is it new}."""
     folder = planner.folder(document)
     planned = planner.fetched(document, planner.settled(document, planned, results), results)
     missing = not is_current(document, planned, folder)
@@ -199,7 +199,7 @@ def _make(
     options: Options,
     part: Part | None = None,
 ) -> Result:
-    """Make the result of one document; `results` are those of others that it may need."""
+    """Make the result of one document. `results` has the results of other documents that it may need."""
     draw, target = options.drawing(planned, options.lock is None) if options.drawing else None, guard.target
     refuse_inputs(target, places(planned))
     if part:
@@ -227,10 +227,10 @@ def _make(
 def _checked(
     made: Weights, work: Workspace, text: str, facts: Mapping[str, Any], reading: InputFiles, options: Options
 ) -> Weights:
-    """Return weights that may be kept; what is not finite in all models alike does not count.
+    """Return weights that passed all checks. Values that are not finite in all models alike do not count.
 
-    InputError: inputs have changed during the run, or are not what the hub says. OutputError: values that are not
-    finite, unless they are allowed.
+    InputError: inputs have changed during the run, or differ from the hub. OutputError: values that are not finite,
+    unless they are allowed.
     """
     now = hashes.facts(made.plan, text)
     try:
@@ -246,7 +246,7 @@ def _checked(
 
 
 def finish(file: RecipeFile, out: Path | None = None, options: Options | None = None) -> Result:
-    """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
+    """Make the target from the finished parts of a run. OutputError: a part is missing or unfinished."""
     options = options or Options()
     check_recipe(file, "--finish")
     planner = Planner(file, target_of(file, out), replace(options, device="cpu", memory=None))
@@ -283,9 +283,9 @@ def _complete(
     given: Lock | None,
     ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Write all that is no weight and give the folder its name; return the plan, with its notes, and the lock."""
+    """Write all files beside the weights, and rename the folder. Return the plan, with its notes, and the lock."""
     folder, planned, output = work.folder, made.plan, output_of(made.plan)
-    for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
+    for name, path in files_of(folder).items():  # files of a killed attempt, or of the previous result
         if not output.belongs(planned, made, name):
             path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
@@ -314,12 +314,12 @@ def _complete(
 
 
 def _warned(planned: Plan) -> Plan:
-    """Return the plan with a warning for each model whose sampled weights tell that it is no kin of its base."""
+    """Return the plan with a warning for each model whose sampled weights show that it is unrelated to its base."""
     return replace(planned, warnings=tuple(dict.fromkeys([*planned.warnings, *unrelated(planned.inputs)])))
 
 
 def calibrate(file: RecipeFile, options: Options | None = None) -> Mapping[str, Any]:
-    """Run only the calibration stages of a recipe and write what they chose to the lock beside it.
+    """Run only the calibration stages of a recipe, and write their choices to the lock beside it.
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
@@ -332,15 +332,15 @@ def calibrate(file: RecipeFile, options: Options | None = None) -> Mapping[str, 
 
 
 def lock(file: RecipeFile, options: Options | None = None) -> Lock:
-    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated for it.
+    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated now.
 
-    OutputError: the file there is no lock of this recipe, or somebody has changed it, and no `force`.
+    OutputError: without `force`, the file there is no lock of this recipe, or was changed.
     """
     return _lock(*_alone(file, options))
 
 
 def check_lock(file: RecipeFile, options: Options | None = None) -> None:
-    """Raise VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    """Raise VerifyError if the lock beside a recipe belongs to another recipe or other inputs."""
     found = Lock.read(file.lock_path)
     found.check_recipe(file.output.recipe)
     planner, planned = _alone(file, options)
@@ -350,7 +350,7 @@ def check_lock(file: RecipeFile, options: Options | None = None) -> None:
 
 
 def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
-    """Return the plan of a recipe whose lock can be known before it is run."""
+    """Return the plan of a recipe whose lock can be written before a run."""
     if len(file.documents) > 1:
         raise InputError(f"{file.path}: has several documents", hint="`deltamerge run` locks each as it makes it")
     planner = Planner(file, target_of(file, None), options or Options())
@@ -370,7 +370,7 @@ def _lock(planner: Planner, planned: Plan) -> Lock:
     check_deltas(planned)
     found = shared_values(planned.chosen, {})
     lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
-    refuse_foreign_lock(path, planner.file.path.name, rows=bool(lock.rows), force=force)  # a search takes its time
+    refuse_foreign_lock(path, planner.file.path.name, rows=bool(lock.rows), force=force)  # a search is slow
     lock.write_beside(planner.file.path.name)
     return lock
 
@@ -383,8 +383,8 @@ def make_weights(
 ) -> Weights:
     """Write the weights of `planned`, or the shards of one `part`, to the work folder.
 
-    `pieces` are told the hashes of what is read. What an interrupted run finished is kept, but for a budget, which
-    tries sizes. Calibrated q's and the densities of a budget are those of the lock in `options`, if there is one.
+    `pieces` gets the hashes of the bytes that are read. Finished work of an interrupted run is kept, except for a
+    budget, which tries sizes. Calibrated q's and the densities of a budget come from the lock in `options`, if given.
     """
     alone = part is None or part.index == 0
 
@@ -403,9 +403,9 @@ def make_weights(
 def _spooled(
     node: Node | None, work: Workspace, known: Mapping[Node, Any], *, second: bool = False
 ) -> Iterator[dict[Node, Any]]:
-    """Give what a stage measures on rows, by its node; nothing where there is none.
+    """Yield the measurements of a stage on rows, by its node; empty without such a stage.
 
-    Its files lie in the work folder meanwhile; files of a `second` stage have names of their own.
+    The files lie in the work folder during the block. A `second` stage has other file names.
     """
     if node is None:
         yield {}
@@ -433,7 +433,7 @@ def calibrated(
 ) -> dict[Node, Any]:
     """Return the calibrated q's, and a mixture's routers.
 
-    They are an interrupted run's own, or part 0's, or the lock's; if `alone`, they are calculated now and kept.
+    They come from an interrupted run, from part 0 or from the lock. If `alone`, they are calculated now and kept.
     """
     if not planned.chosen:
         return {}
@@ -467,7 +467,7 @@ def check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bo
 
 
 def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
-    """Return which tensors hold how much that is not finite, in a line."""
+    """Return a line on the tensors with values that are not finite, and the numbers of these values."""
     named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
              for n, c in sorted(nonfinite.items())]  # fmt: skip
     return f"values that are not finite in {some(named, 8)}"

@@ -12,12 +12,12 @@ Array: TypeAlias = "NDArray[Any]"
 
 
 class DType(NamedTuple):
-    """What is known of a safetensors dtype."""
+    """A safetensors dtype and its counterparts."""
 
-    bits: int  # of an element in a file
-    numpy: str  # of the stored elements: the numbers where numpy has them, else unsigned integers with their bits
-    torch: str | None  # torch's name, of those that become torch tensors
-    kind: Literal["float", "integer", "copied"]  # copied: numbers that are never computed with
+    bits: int  # bits of an element in a file
+    numpy: str  # numpy's type of stored elements: numbers if numpy has them, otherwise unsigned integers
+    torch: str | None  # torch's name, if they become torch tensors
+    kind: Literal["float", "integer", "copied"]  # copied only: never computed with
 
 
 # Messages list the codes in this order.
@@ -79,7 +79,7 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def code_of(dtype: torch.dtype) -> str | None:
-    """Return the safetensors code of a torch dtype; None where the table has none."""
+    """Return the safetensors code of a torch dtype. None: the table has none."""
     return CODES.get(str(dtype).removeprefix("torch."))
 
 
@@ -118,7 +118,7 @@ def cast(bits: Array, source: str, target: str) -> Array:
 
 
 def _torch_cast(bits: Array, source: str, target: str) -> Array:
-    """Return bit patterns of float8 to or from those of float32, by torch."""
+    """Convert bit patterns between float8 and float32 with torch."""
     signed = np.array(bits).view(f"<i{ITEMSIZE[source]}")
     result = torch.from_numpy(signed).view(torch_dtype(source)).to(torch_dtype(target))
     stored: Array = result.view(getattr(torch, f"int{DTYPES[target].bits}")).numpy()

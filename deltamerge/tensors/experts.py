@@ -1,7 +1,7 @@
 """Experts of a mixture stored one by one in one model and fused in another, as views of one another.
 
 One by one: `….experts.7.gate_proj.weight` (I, H), `up_proj` and `down_proj` (H, I), or `w1`, `w3`, `w2`. Fused:
-`….experts.gate_up_proj` (E, 2 I, H), the gate's rows before those of `up`, and `….experts.down_proj` (E, H, I), or both
+`….experts.gate_up_proj` (E, 2 I, H), the gate's rows before `up`'s rows, and `….experts.down_proj` (E, H, I), or both
 with their last two dimensions exchanged (Qwen3-VL, Llama 4). transformers' `conversion_mapping` has the same order.
 """
 
@@ -55,7 +55,7 @@ def _ends(tensor: Tensor) -> list[int]:
 
 
 def is_joined(tensor: Tensor) -> bool:
-    """Tell whether a tensor is several one after another."""
+    """Tell whether a tensor joins several, one after another."""
     return tensor.function == join.__name__
 
 
@@ -78,7 +78,7 @@ def transpose(read: Read, tensor: Tensor, start: int, out: memoryview) -> None:
 
 
 def _columns(read: Read, source: Tensor, expert: int, first: int, last: int) -> NDArray[Any]:
-    """Return columns [first, last) of one matrix: of the whole matrix if it is small, else run by run."""
+    """Return columns [first, last) of one matrix. A small matrix is read whole, a large one run by run."""
     _, rows, columns = source.shape
     dtype = bits_type(source.dtype)
     if rows * columns * ITEMSIZE[source.dtype] <= WHOLE:
@@ -97,7 +97,7 @@ def _columns(read: Read, source: Tensor, expert: int, first: int, last: int) -> 
 
 
 def _part(source: Tensor, row: int, most: int) -> tuple[Tensor, int, int]:
-    """Return the tensor that has a row of the source, its number there, and how many of `most` rows follow it."""
+    """Return the tensor that has a row of the source, the row's number there, and how many of `most` rows follow it."""
     if not is_joined(source):
         return source, row, most
     ends, columns = _ends(source), source.shape[2]
@@ -135,7 +135,7 @@ def differ(models: Iterable[Iterable[str]]) -> bool:
 
 
 def fold(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors with experts that are stored one by one as fused ones. Others than a layout's stay."""
+    """Return the tensors, with experts stored one by one as fused tensors. Tensors outside a layout stay."""
     apart: dict[str, dict[str, dict[int, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     for name, info in tensors.items():
         if found := _APART.fullmatch(name):
@@ -194,7 +194,7 @@ def unfold(info: TensorInfo, own: tuple[str, ...]) -> dict[str, TensorInfo]:
 
 
 def is_turned(shapes: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Tell whether the fused tensors of one container are stored transposed to those of another, both by inner name.
+    """Tell whether one container's fused tensors are stored transposed to another's. Both are given by inner name.
 
     None: the shapes agree either way, as all are square.
     """

@@ -1,4 +1,4 @@
-"""What the names and shapes of a checkpoint's tensors say: layers, embeddings, heads, weights and how they are stored.
+"""The meaning of tensors' names and shapes: layers, embeddings, heads, weights and how they are stored.
 
 There is no table of architectures.
 """
@@ -25,12 +25,12 @@ TOKEN_HEAD = re.compile(
 # a `q` or an input's norm has no meaning for any of them.
 _TABLE = r"embed|(^|[./])(wte|wpe|shared)\."
 EMBEDDING = re.compile(rf"{_TABLE}|\.relative_attention_bias\.")
-# Experts stacked in one tensor of three dimensions, which no other weights of modules are beside convolutions; and the
-# one of them that leads back to the hidden size.
+# Experts stacked in one tensor of three dimensions; beside convolutions, no other weights have three. And the stacked
+# tensor that leads back to the hidden size.
 EXPERTS = re.compile(r"expert|moe|(^|\.)(input|output)_linear\.")
 EXPERTS_OUT = re.compile(r"down|output_linear|(^|\.)w2(\.|$)")
-# Outside layers these belong to the first slice of a stack; norms and heads belong to the last one. Not the relative
-# bias by distance, which layers read.
+# Outside layers, these belong to the first slice of a stack, norms and heads to the last. The relative bias by distance
+# is not among them, because layers read it.
 BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")
 
 # The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
@@ -98,8 +98,8 @@ def numbers_as_stars(name: str) -> str:
 def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]] | None:
     """The names of the tensors in each repeated block, by number, from the shapes of all tensors by name.
 
-    Blocks are those of the container that holds most elements. None where no container is numbered 0 … L−1: the whole
-    model must then be resident while it is calibrated.
+    The blocks are in the container that holds most elements. None: no container is numbered 0 … L−1, and the whole
+    model must be in memory for calibration.
     """
     containers: dict[str, dict[int, list[str]]] = {}
     elements: dict[str, int] = {}
@@ -116,18 +116,18 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
 
 
 def resident_size(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
-    """The sizes, by name, of all that is outside of repeated blocks and of the largest block."""
+    """The sizes, by name, of all tensors outside repeated blocks and in the largest block."""
     return outside_blocks(shapes, sizes) + max(block_sizes(shapes, sizes), default=sum(sizes.values()))
 
 
 def outside_blocks(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
-    """The sizes of all that is outside of repeated blocks; 0 without blocks."""
+    """The total size of tensors outside repeated blocks; 0 without blocks."""
     inside = block_sizes(shapes, sizes)
     return sum(sizes.values()) - sum(inside) if inside else 0
 
 
 def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[int]:
-    """What the sizes add up to in each repeated block."""
+    """The total size of each repeated block."""
     blocks = numbered_blocks(shapes) or {}
     return [sum(sizes[name] for name in names) for names in blocks.values()]
 
@@ -147,8 +147,7 @@ def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor keeps q = 1 beside calibrated weights, which measures better: vectors, and rows that are
-    looked up.
+    """Tell whether a tensor keeps q = 1 beside calibrated weights, which scores better: vectors and looked-up rows.
 
     Sides of 1 do not count in tensors of three and more dimensions: a class token (1, 1, n) is a vector.
     """
@@ -157,12 +156,12 @@ def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether name and shape are those of a linear layer's weight."""
+    """Tell whether a tensor is a linear layer's weight, by name and shape."""
     return len(shape) == 2 and name.endswith("weight") and not is_unscaled(name, shape)
 
 
 def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether name and shape are those of experts' weights, stacked in one tensor."""
+    """Tell whether a tensor stacks experts' weights, by name and shape."""
     return len(shape) == 3 and 1 not in shape and EXPERTS.search(name) is not None
 
 
@@ -176,7 +175,7 @@ class Shaped(Protocol):
 def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | None) -> bool:
     """Tell whether stacked experts are stored (in, out), told by which side is the hidden size.
 
-    A square one is stored as another of `tensors`, the checkpoint's, of the same module.
+    A square tensor is stored like another tensor of the same module among `tensors`, the checkpoint's.
     """
     parent = name.removesuffix(".weight").rpartition(".")[0]
     beside = [n for n in tensors if n.startswith(parent) and n.removesuffix(".weight").rpartition(".")[0] == parent]

@@ -36,7 +36,7 @@ def check(pattern: str) -> None:
     if len(pattern) > LENGTH:
         raise ValueError(f"more than {LENGTH} characters")
     if _spent.seconds >= SECONDS_IN_ALL:
-        raise ValueError("these and those before take too long to read")
+        raise ValueError("these and earlier patterns take too long to read")
     began = time.perf_counter()
     try:
         re.compile(pattern)  # takes a second at most: patterns have a thousand characters

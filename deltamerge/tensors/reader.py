@@ -20,7 +20,7 @@ from deltamerge.tensors.tensor import Tensor, TensorInfo, fill
 class Reader:
     """Reads byte ranges of tensors into buffers. Thread-safe; few files are kept open.
 
-    Code that reads files through `stored` may report the hashes of what it read to `pieces`.
+    Code that reads files through `stored` may report the hashes of read bytes to `pieces`.
     """
 
     def __init__(self, pieces: Pieces | None = None) -> None:
@@ -49,11 +49,11 @@ class Reader:
             return
         path = tensor.path
         with errors.context(str(path)):
-            file = self._files.get(path)  # a name for it keeps it open while it is read
+            file = self._files.get(path)  # this reference keeps the file open while it is read
             read_at(file.fd, tensor.begin + offset, view)
 
     def read_hashed(self, info: Tensor | TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
-        """Read as `read_into` does, and tell `pieces` the hashes of the pieces of a file that were read."""
+        """Read like `read_into`, and add the hashes of the read pieces of a file to `pieces`."""
         self.read_into(info, start_elem, out)
         tensor = info.tensor
         if self.pieces is not None and tensor.kind == "stored":
@@ -117,9 +117,10 @@ T = TypeVar("T")
 
 
 class RecentParts:
-    """The values of the keys last asked for; each is made by one thread, for which the others wait.
+    """A cache of the values of recent keys. Each value is made by one thread, for which the others wait.
 
-    They weigh `most` together, by `weigh` each, but the last one is always kept. Without `weigh` each weighs 1.
+    Together they weigh at most `most`, each by `weigh`, but the last value is always kept. Without `weigh` each weighs
+    1.
     """
 
     def __init__(self, most: int, weigh: Callable[[Any], int] | None = None) -> None:
@@ -152,7 +153,7 @@ class RecentParts:
                 self._weight -= sum(map(self._weigh, made))
 
     def known(self, key: Hashable) -> Any:
-        """The value of a key, None where it is not there, or not yet."""
+        """The value of a key. None: it is not there, or not yet."""
         with self._lock:
             if key not in self._made:
                 return None

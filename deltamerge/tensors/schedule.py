@@ -1,4 +1,4 @@
-"""The passes over a tensor that its graph asks for, and which values are alive in each."""
+"""The passes over a tensor that its graph needs, and the values that are alive in each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deltamerge.tensors.tensor import Kind, Tensor
 
 TILED = frozenset({"stored", "view", "map"})  # their values are tiles
 REDUCTIONS = frozenset({"sum", "concat", "whole"})
-_ENDS: dict[Kind, Kind] = {"view": "stored", "stage": "small"}  # what an end is like for the nodes above it
+_ENDS: dict[Kind, Kind] = {"view": "stored", "stage": "small"}  # how an end counts for the nodes above it
 
 
 def depth_first(root: Tensor) -> list[Tensor]:
@@ -40,10 +40,10 @@ def depth_first(root: Tensor) -> list[Tensor]:
 class Schedule:
     """How one output tensor is computed: passes over its tiles, with small values between them.
 
-    passes   of pass i the nodes, in order, that run on every tile to make its reductions. The last pass makes the root;
-             it is empty if the root is a small node, whose shape is that of the tensor it describes
-    small    of pass i the small nodes that can be computed before it
-    frees    of pass i: position in `passes[i]` -> nodes whose tile values are last used there
+    passes   for pass i the nodes, in order, that run on every tile to compute its reductions. The last pass computes
+             the root. It is empty if the root is a small node, whose shape is then the described tensor's.
+    small    for pass i the small nodes that can be computed before it
+    frees    for pass i: position in `passes[i]` -> nodes whose tile values are last used there
     peak     the most tile values alive at once in any pass
     """
 
@@ -75,7 +75,8 @@ def schedule(root: Tensor) -> Schedule:
     )
 
 
-# A node as its kind and the indices of its inputs. Tensors of a model are made in few ways, so schedules are cached.
+# A node as its kind and the indices of its inputs. A model's tensors have few different graphs, so schedules are
+# cached.
 _Form = tuple[tuple[Kind, tuple[int, ...]], ...]
 _Places = tuple[int, ...]
 

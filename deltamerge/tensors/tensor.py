@@ -1,7 +1,7 @@
 """The lazy tensor: a value, the function that computes it, and the tensors that the function reads.
 
-One graph holds what formats read, what methods compute and what outputs store. A stored tensor is a range of a file.
-A view computes any range of its values from ranges of its inputs. The engine computes all others tile by tile.
+One graph holds the tensors that formats read, methods compute and outputs store. A stored tensor is a range of a file.
+A view computes any range of its values from ranges of its inputs. The engine computes all other tensors tile by tile.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ class Tensor:
         whole    f(*inputs, **parameters) -> a value of the size of the tensor; inputs that have tiles are given as a
                  `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
-        stage    f(*inputs, known, **parameters) -> such a value, made of whole models before the first tile. Its inputs
-                 are given as tensors. `known` has the values of those that need no tile.
+        stage    f(*inputs, known, **parameters) -> a small value, computed from whole models before the first tile. Its
+                 inputs are given as tensors. `known` has the values of the inputs that need no tile.
 
-    Views are named as `view` registers them, other functions by "module:name". `tensors.traits` has what a function
-    declares besides: of `whole` functions what they need, of reductions when they are needless.
+    Views have the names under which `view` registers them, other functions the name "module:name". Functions declare
+    further traits (`tensors.traits`), such as the needs of `whole` functions, or when a reduction is needless.
 
     Stored tensors and views are interned for the process, others by their `Graph`: identity is equality. Inputs exist
-    before their tensor, so graphs have no cycles. `shape` and `dtype` (a safetensors code) are those of the value.
+    before their tensor, so graphs have no cycles. `shape` and `dtype` (a safetensors code) describe the value.
 
-    Nothing changes a tensor. It is not frozen because a plan makes hundreds of thousands, each in a third of the time.
+    A tensor never changes. It is not a frozen class, because a plan makes hundreds of thousands of tensors, and a plain
+    class takes a third of the time.
     """
 
     function: str
@@ -67,7 +68,7 @@ class Tensor:
 
     @property
     def tensor(self) -> Tensor:
-        """Return itself: a reader takes tensors with and without a name."""
+        """Return this tensor. A reader accepts tensors with and without a name."""
         return self
 
     @property
@@ -77,7 +78,10 @@ class Tensor:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """Return the inputs that the engine computes before it: none of a source or a stage, which compute them."""
+        """Return the inputs that the engine computes first.
+
+        A source or a stage has none: it computes its inputs itself.
+        """
         return () if self.kind in ("view", "stage") else self.inputs
 
     @property
@@ -98,17 +102,17 @@ class Tensor:
 
     @property
     def path(self) -> Path:
-        """Return the file that errors name: its own, or that of its first input."""
+        """Return the file that errors name: its own, or the file of its first input."""
         found: Path = self._own("path", Path())
         return found
 
     @property
     def name(self) -> str:
-        """Return the name that its file has for it, or for its first input."""
+        """Return its name in its file, or the name of its first input."""
         return str(self._own("name", ""))
 
     def _own(self, key: str, default: Any) -> Any:
-        """Return a parameter of its own, or of the first input that has it."""
+        """Return its own parameter, or the parameter of the first input that has it."""
         tensor = self
         while True:
             for name, value in tensor.parameters:
@@ -120,12 +124,12 @@ class Tensor:
 
     @property
     def whole(self) -> Tensor:
-        """Return the tensor that it is a part of; itself where it is no part."""
+        """Return the tensor that it is a part of, or itself."""
         return self.inputs[0] if self.function == PART else self
 
     @property
     def read_nbytes(self) -> int:
-        """Return the bytes of files that are read for its elements: of a quantised weight its codes."""
+        """Return the bytes of files that are read for its elements, such as a quantised weight's codes."""
         if (coded := self.coded) is not None:
             found: int = coded.codes.nbytes
             return found
@@ -135,7 +139,7 @@ class Tensor:
 
     @property
     def coded(self) -> Any:
-        """Return the `CodedWeight` whose codes its values are; None: it has none."""
+        """Return the `CodedWeight` with the codes of its values. None: it has none."""
         coded = VIEWS[self.function].coded if self.kind == "view" else None
         return None if coded is None else coded(self)
 
@@ -191,10 +195,10 @@ class Read(Protocol):
 class View:
     """A registered view: the function that fills a range, and what the graph asks of it.
 
-    entrywise   every entry is computed from one model's own; a merge may set single entries of it aside
-    moves       its rows are not those of the file, in order
+    entrywise   every entry is computed from one model's own entries; a merge may set single entries aside
+    moves       its rows differ from the file's, or have another order
     whole_inputs   all bytes of its inputs are read for its values, once
-    coded       coded(tensor): its `CodedWeight`, of which the compiled loop reads the codes itself
+    coded       coded(tensor): its `CodedWeight`, whose codes the compiled loop reads directly
     keeps       a reader keeps slabs of what it reads
     """
 
@@ -249,7 +253,7 @@ def viewed(
 ) -> Tensor:
     """Return the tensor that a registered view computes from `inputs`."""
     plain, sources = tuple(sorted(parameters.items())), tuple(one.tensor for one in inputs)
-    # a tensor keeps its inputs alive, so that their ids are theirs
+    # a tensor keeps its inputs alive, so that their ids stay unique
     key = (function.__name__, tuple(map(id, sources)), plain, shape, dtype)
     return _interned(key, function.__name__, sources, plain, shape, dtype, "view")
 
@@ -261,7 +265,7 @@ def unique(
     dtype: str,
     **parameters: Any,
 ) -> Tensor:
-    """Return the same for parameters that no other tensor has, such as memory. It is not interned."""
+    """Return a view that is not interned, for parameters that no other tensor has, such as memory."""
     plain = tuple(sorted(parameters.items()))
     return Tensor(function.__name__, tuple(one.tensor for one in inputs), plain, shape, dtype, "view")
 
@@ -320,7 +324,7 @@ def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
 class TensorInfo:
     """A tensor under the name that a model has for it.
 
-    saved_as   the dtype of outputs like it, where that is not `dtype`: a quantised weight is computed in float32
+    saved_as   the dtype of outputs like it, if it differs from `dtype`: a quantised weight is computed in float32
     """
 
     name: str
@@ -339,7 +343,7 @@ class TensorInfo:
 
     @property
     def kind(self) -> Kind:
-        """Return "stored", or "view" where its values are computed."""
+        """Return "stored", or "view" if its values are computed."""
         return self.tensor.kind
 
     @property
@@ -389,10 +393,10 @@ class Graph:
     ) -> Tensor:
         """Return the tensor with these fields.
 
-        function   what makes the value, or its "module:name"
+        function   the function that computes the value, or its "module:name"
         inputs     tensors
-        kind       of the tensor, see `Tensor`
-        shape      of the tensor; () for small values
+        kind       the tensor's kind, see `Tensor`
+        shape      the tensor's shape; () for small values
         dtype      safetensors code
         others     keyword arguments of the function
         """

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
-# Long sums are sums of sums over so many entries, which fit in a core's first cache. Results depend on it, and compiled
-# code contains it: it never changes.
+# Long sums are sums of partial sums over so many entries, which fit in a core's first cache. Results depend on the
+# number, and compiled code contains it: it never changes.
 RUN = 1 << 11
-# Entries of a sparse mask whose places one stream of random words gives. Compiled code contains it.
+# Entries of a sparse mask that share one stream of random words. Compiled code contains the number.
 SPARSE_BLOCK = 1 << 16
 
 # Makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), like `graph.Graph.node`.
@@ -136,7 +136,7 @@ def alike(values: Tensor, tile: Tile) -> Iterator[Tensor]:
 
 
 def row_length_of(tile: Tile, size: int) -> int:
-    """Return the length of the rows inside a block of `size` entries: that of the last dimension.
+    """Return the length of the rows inside a block of `size` entries: the last dimension.
 
     A vector, or a part of one with more than 2**16 elements, is one row, as is a part of a row of more than 2**20.
     """

@@ -1,4 +1,4 @@
-"""What the engine knows of the functions that compute nodes: how the compiled loop does them, and what they need.
+"""Traits of the functions that compute nodes: their operations in the compiled loop, and their needs.
 
 A function declares its traits where it stands:
 
@@ -25,9 +25,9 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 @cache
 def name_of(function: Function) -> str:
-    """Return "module:name" of a function, by which a tensor knows it; names stay as they are.
+    """Return "module:name" of a function, its name in tensors. Names are returned unchanged.
 
-    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
+    Raises ValueError for a function without a name in its module: a lambda, or a nested function.
     """
     if isinstance(function, str):
         return function
@@ -54,16 +54,16 @@ class Traits:
     loop        loop(assembly, node, **parameters) adds the node's operations to the compiled loop; None: torch only
     fits        fits(node, root): whether the loop can do this node of the tensor `root`; None: always
     sparse      sparse(node): whether the node's value is `Kept`; None: never
-    patches     with sparse inputs the value is the first input, changed at the places that they keep
+    patches     with sparse inputs, the value is the first input changed at their places
     stores      the value is the output itself, in its dtype
     sorts       sorts the entries of rows: a register holds whole rows
     vectors     a tensor without rows is one row
     sums        gives sums of blocks: with `sorts` in one pass a register holds a block
     samples     samples(shape): the run of entries that it reads of each block; None: it reads all
-    rare        a reduction whose pass reads little of a tensor, or is nearly never made
-    needless    needless(*small inputs): of a reduction, whether no pass need be made; its value is then None
-    reads       of a stage, how often it reads each of its inputs, where that is more than calibration counts
-    needs       needs(**parameters): of a `whole` function, (bytes, operations) that it takes, its value's among them
+    rare        a reduction whose pass reads little of a tensor, or is almost never needed
+    needless    needless(*small inputs): whether a reduction needs no pass; its value is then None
+    reads       how often a stage reads each of its inputs, if that is more than calibration counts
+    needs       needs(**parameters): (bytes, operations) of a `whole` function, including its value
     """
 
     loop: Callable[..., None] | None = None
@@ -96,7 +96,7 @@ def traits(**declared: Any) -> Callable[[AnyFunction], AnyFunction]:
 
 @cache
 def traits_of(function: str) -> Traits:
-    """Return what the function "module:name" declares."""
+    """Return the traits of the function "module:name"."""
     if ":" not in function:
         return PLAIN
     found = getattr(function_of(function), "traits", None)
@@ -128,5 +128,5 @@ def first_is_sparse(node: Node) -> bool:
 
 
 def first_is_dense(node: Node, root: Node) -> bool:
-    """Tell whether a node's first input is dense: `fits` of functions that compiled code has for dense tiles alone."""
+    """Tell whether a node's first input is dense: `fits` of functions that are compiled only for dense tiles."""
     return not is_sparse(node.inputs[0])

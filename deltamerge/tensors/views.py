@@ -1,4 +1,4 @@
-"""Views that formats are made of: zeros, bytes in memory, casts, gathered rows; and rows of a tensor as float32."""
+"""Views that formats use: zeros, bytes in memory, casts, gathered rows; and rows of a tensor as float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 
 @view(entrywise=True)
 def zeros(read: Read, tensor: Tensor, start: int, out: memoryview, *, path: Path) -> None:
-    """Fill with zeros, which stand for the base of an adapter's own weights."""
+    """Fill with zeros, the base of weights that only an adapter has."""
     out[:] = bytes(len(out))
 
 
@@ -45,7 +45,7 @@ def memory(read: Read, tensor: Tensor, start: int, out: memoryview, *, buffer: B
 
 
 def in_memory(name: str, dtype: str, shape: tuple[int, ...], data: memoryview, path: Path = Path()) -> TensorInfo:
-    """Return the tensor of those bytes; `dtype` is safetensors' code."""
+    """Return the tensor of these bytes. `dtype` is a safetensors code."""
     return TensorInfo(name, unique(memory, (), shape, dtype, buffer=Buffer(data), name=name, path=path))
 
 
@@ -131,7 +131,7 @@ class PickTable:
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> PickTable:
-        """Return the parameter of an array, which must not change any more."""
+        """Return the parameter of an array. The array must not change afterwards."""
         return cls(blake2b(values.tobytes(), digest_size=16).hexdigest(), values)
 
 
@@ -141,11 +141,11 @@ def gather_rows(
 ) -> None:
     """Gather rows (rows, width) from the inputs.
 
-    picks     (rows, inputs) int32; row r is the float32 mean of row `picks[r, s]` of every input s, without those
-              where that is −1; zeros if all are −1
-    padding   rows that follow, each the mean of all rows before
+    picks     (rows, inputs) int32; row r is the float32 mean of row `picks[r, s]` over the inputs s whose pick is not
+              −1; zeros if all are −1
+    padding   number of rows that follow, each the mean of all rows before
 
-    The dtype is the inputs' own where each row has one input, else F32.
+    The dtype is the inputs' own if each row has one input, otherwise F32.
     """
     stop, width, count = start + len(out) // ITEMSIZE[tensor.dtype], math.prod(tensor.shape[1:]), len(picks.values)
     own = partial(_gathered, read, tensor, picks.values)

@@ -61,7 +61,11 @@ CASES = {
     "full stderr, usage": ("$D check 2>/dev/full", 2, ""),
     "a reader that has enough": ("$D plan r.yaml | (exec <&-; sleep 4)", 1, ""),
     "a reader that has enough, schema": ("$D schema | (exec <&-; sleep 3)", 1, ""),
-    "a deleted folder": ("mkdir -p x && cd x && rmdir ../x && $D check r.yaml", 1, "the current folder is not there"),
+    "a deleted folder": (
+        "mkdir -p x && cd x && rmdir ../x && $D check r.yaml",
+        1,
+        "the current folder no longer exists",
+    ),
     "a deleted folder, plan": ("mkdir -p x && cd x && rmdir ../x && $D plan ../r.yaml", 1, ""),
     "a deleted folder, help": ("mkdir -p x && cd x && rmdir ../x && $D --version", 0, "deltamerge"),
     "bytes: no recipe": ("$D check $'n\\xff.yaml'", 1, "n\\xff.yaml: no such file"),

@@ -230,7 +230,7 @@ def test_a_current_folder_that_is_gone(place: Path) -> None:
     recipe = str(place / "repo" / "merge.yaml")
     code, err = run_apart(place, recipe, "--out", "x", cwd=gone, preexec_fn=gone.rmdir)
     assert code == 1
-    assert err.startswith("error: the current folder is not there any more\nhint: ")
+    assert err.startswith("error: the current folder no longer exists\nhint: ")
 
 
 def test_without_a_folder_for_temporary_files(

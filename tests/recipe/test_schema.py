@@ -392,7 +392,7 @@ REFUSED: dict[str, list[str]] = {
     ],
     "base_model: b\nslices: [{sources: [{model: x, layer_range: [0, 2]}, {model: y, layer_range: [1, 3]}]}]\n"
     "merge_method: ties\nparameters: {weight: 1}": [
-        "r.yaml:2:10: slices[0]: its sources lend different layers, so those of the base 'b' are not clear\n"
+        "r.yaml:2:10: slices[0]: its sources lend different layers, so the layers of the base 'b' are not clear\n"
         "hint: list the base as a source, with its layer_range",
     ],
     "merge_method: passthrough\n"

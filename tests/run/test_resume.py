@@ -528,7 +528,7 @@ def test_a_finished_target_is_checked_against_the_lock(tmp_path: Path, capsys: p
     digest = re.search(r"hash: (\S+)", lock[lock.index("inputs:") :])[1]
     (tmp_path / "r.lock").write_text(lock.replace(digest, digest[:-2] + ("00" if digest[-2:] != "00" else "11")))
     code, _, err = call(capsys, "run", path, "--out", out, "--locked")
-    assert (code, "the inputs are not those of the lock" in err) == (1, True)
+    assert (code, "the inputs differ from the lock" in err) == (1, True)
 
 
 def test_two_commands_on_one_target(

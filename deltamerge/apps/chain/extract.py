@@ -62,7 +62,8 @@ class Link:
     def begin(cls, after: str, out: Path) -> Link:
         """Return the link of a version that will be the folder `out`.
 
-        InputError: `after` is no version, or another comes after it, or after `out`. UsageError: `out` lies elsewhere.
+        InputError: `after` is no version, or `after` or `out` already has a successor. UsageError: `out` lies
+        elsewhere.
         """
         path = resolve(Path(after))
         if path is None or not is_version(path):
@@ -150,14 +151,14 @@ def extract(
     """Run the recipe of one fine-tune, `model` of `base` (folders or hub ids), whose output is a delta.
 
     With `lora` (keys of a recipe's output: rank, energy, budget, …) the output is an adapter. `calibration` weighs its
-    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are shared out; rows teach its codes.
-    Without `density` everything that changed is kept, and stored as final values. `values` stores values to add, in
-    that form. With a density, `pruning` decides, and `calibration` chooses q. `out` is NAME-delta or NAME-lora in this
-    folder if not given. `options` are those of `run`.
+    factors. With `size` (`bytes` or `ratio`) the bytes of the artifact are distributed, and rows teach its codes.
+    Without `density` all changes are kept, and stored as final values. `values` stores values to add, in this format.
+    With a density, `pruning` decides, and `calibration` chooses q. By default `out` is NAME-delta or NAME-lora in the
+    current folder. `options` are the options of `run`.
 
-    With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method, a q or rows without a density; `after` with a LoRA, or no `out`.
-    RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
+    With `after`, a version of a chain, `out` is the next version beside it. `base` is then the checkpoint of `after`,
+    or the base of the chain. UsageError: a method, a q or rows without a density; `after` with a LoRA, or without
+    `out`. RecipeError, without a line: a method is unknown or needs more settings.
     """
     if lora is None and size is None and density is None and calibration is not None:
         hint = "--density 0.01, or --budget 8MB"
@@ -197,14 +198,14 @@ def extract(
 def extract_as(
     style: str, model: str, base: str | None, out: Path, *, after: str | None, workers: int, pickles: bool = False
 ) -> list[WrittenDiffs]:
-    """Write versions in another project's layout; return those that were written.
+    """Write versions in another project's layout, and return them.
 
-    `style` is "slime", "slime:overwrite" or "skyrl". If `model` is a chain, `out` is the folder of its versions, and
-    gets those that it lacks. Else `out` is one version: the first over `base`, or the next `after` another beside it,
-    where `base` is what that makes, or the base of all.
+    `style` is "slime", "slime:overwrite" or "skyrl". If `model` is a chain, `out` is a folder of versions, and gets the
+    versions that it lacks. Otherwise `out` is one version: the first over `base`, or the next version after `after`
+    beside it. `base` is then the checkpoint of `after`, or the base of all versions.
 
-    UsageError: `out` or `after` is no name of such a version, or does not follow. InputError: a model cannot be read,
-    is quantised, or differs from its base in more than values. OutputError: the disk.
+    UsageError: `out` or `after` is not named like a version, or is not the next one. InputError: a model cannot be
+    read, is quantised, or differs from its base in more than values. OutputError: the disk.
     """
     dialect, _ = style_of(style)
     if is_chain(Path(model)):
@@ -239,7 +240,7 @@ def extract_as(
 
 
 def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
-    """Return whether a model is what a version makes, by the smallest tensor that its line changes."""
+    """Return whether a model is the checkpoint of a version, by the smallest tensor that its line changes."""
     diffs = {name: diff for one in dialect.line(version) for name, diff in (one.diffs or {}).items()}
     known = [name for name in diffs if name in model.tensors]
     name = min(known, key=lambda name: math.prod(model.tensors[name].shape), default=None)
@@ -251,9 +252,9 @@ def _made_by(dialect: Dialect, version: Path, model: Checkpoint) -> bool:
 
 
 def _plain(reference: str, pickles: bool, delta: DeltaFile | None = None) -> Checkpoint:
-    """Return a model whose tensors are stored: its own, or the tensors that a `delta` changes.
+    """Return a model with its stored tensors, or with the tensors that a `delta` changes.
 
-    InputError: it is quantised, and the delta is not of its codes; or it has several components.
+    InputError: it is quantised, and the delta does not change its codes; or it has several components.
     """
     found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
     with errors.context(reference):
@@ -273,7 +274,7 @@ def curve(
     calibration: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> list[tuple[int, float]]:
-    """Return the bytes of each size (bytes or ratio), and about what share of the delta's squares it would lose."""
+    """Return the bytes of each size (bytes or ratio), and an estimate of the share of the delta's squares it loses."""
     from deltamerge.outputs import shares
 
     plans, options = [], replace(options or Options(), ending=None)
@@ -293,7 +294,7 @@ def _file(recipe: Mapping[str, Any]) -> RecipeFile:
 
 
 def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:
-    """Return the pruning of a density: `method` and `q` where given, else the one that keeps most of a fine-tune.
+    """Return the pruning for a density: `method` and `q` if given, otherwise what keeps most of a fine-tune.
 
     `rows`: whether there is calibration data, which chooses q. UsageError: q is given twice.
     """

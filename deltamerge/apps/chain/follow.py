@@ -1,4 +1,4 @@
-"""Follow a chain that is being written, wherever it is told to go."""
+"""Follow a chain that is being written, also to pinned versions."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def follow(
     timeout: float | None = None,
     marker: str | Path | None = None,
 ) -> Iterator[Delta]:
-    """Yield the versions of a chain, each when it is published, the first ones at once.
+    """Yield the versions of a chain when they are published; existing versions come at once.
 
-    after     begin behind the version of this name; None: at the first
-    latest    skip to the newest each time; `Delta.apply_` folds what was skipped
-    poll      seconds between looks at the folder, which need not be there yet
+    after     begin after the version of this name; None: with the first
+    latest    skip to the newest each time; `Delta.apply_` applies skipped versions too
+    poll      seconds between looks at the folder, which may not exist yet
     timeout   end when nothing new has come for so many seconds; None: never
-    marker    a file that has the name of the version last done, written when the next is asked for; it says where to go
-              on where it is there
+    marker    a file with the name of the last finished version, written when the next is requested; if it exists, it
+              says where to continue
 
-    While a version is pinned (`deltamerge pin`), it alone comes, from wherever the last one was. A version that was
-    yielded when the process died comes again, which `apply_` makes nothing of. Where squash has folded the version last
-    yielded, the one that it is folded into comes next, over the base (`after` is None). InputError: a version is
-    damaged or foreign, two come after the same one, or the marker file is no text.
+    While a version is pinned (`deltamerge pin`), only this version comes, whatever came before. A version that was
+    yielded when the process died comes again; `apply_` then changes nothing. If squash has folded the version last
+    yielded, the version that contains it comes next, over the base (`after` is None). InputError: a version is damaged
+    or foreign, two versions have the same predecessor, or the marker file is no text.
     """
     path, opened, known = Path(chain), Opened(), dict[tuple[str, int], Note | None]()
     again: str | None = None  # a version that a process was going back to when it died
@@ -76,9 +76,9 @@ def follow(
 
 
 def _marked(marker: Path, after: str | None) -> tuple[str | None, str | None]:
-    """Return the name in a marker file, `after` where there is no file; and the second name, where there are two.
+    """Return the name in a marker file, or `after` without a file; and the second name, if there are two.
 
-    Two names: a process was going from the first to the second. InputError: it cannot be read, or is no text.
+    With two names, a process was on its way from the first to the second. InputError: it cannot be read, or is no text.
     """
     try:
         done, *goals = marker.read_text(encoding="utf-8").split() or [after or ""]

@@ -47,9 +47,9 @@ class Change:
 
 
 def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
-    """Return the change that an entry of the same dtype and shape makes of a `tensor`, which stands under `key`.
+    """Return the change of a `tensor`, stored under `key`, by an entry of the same dtype and shape.
 
-    It is computed and checked tile by tile. None: there is no change. InputError: the delta is damaged, or of another
+    It is computed and checked tile by tile. None: there is no change. InputError: the delta is damaged, or has another
     base.
     """
     old = bits_of(tensor)
@@ -57,7 +57,7 @@ def change_of(entry: Entry, key: str, tensor: Any) -> Change | None:
 
 
 def _change(key: str, old: Array, size: int, tiles: Iterator[Array]) -> Change | None:
-    """Return the change from a tensor's bits `old` to `tiles`, whose elements are as many."""
+    """Return the change from a tensor's bits `old` to `tiles`, which have equally many elements."""
     made: Array | None = None
     where: list[Array] = []
     values: list[Array] = []
@@ -142,13 +142,13 @@ State = MutableMapping[str, Any]
 
 
 class Delta(Iterator[Patch]):
-    """A version, whose patches are iterated over (once, as they are read), or that is applied to a state dict.
+    """A delta or version. Iterate over its patches (once, as they are read), or apply it to a state dict.
 
-    name    the folder's; the version's of a chain
+    name    the folder's name, which is the version's name in a chain
     path    the folder
     after   the version that it changes; None: the base
-    step    of the training run that wrote it, if it was one
-    state   the hash of what it makes
+    step    the step of the training run that wrote it, if any
+    state   the hash of its result
     """
 
     def __init__(self, versions: Sequence[Version], base: Mapping[str, Any] | str | Path | None = None) -> None:
@@ -161,16 +161,16 @@ class Delta(Iterator[Patch]):
 
     @property
     def versions(self) -> tuple[Version, ...]:
-        """From the one that the base makes to this."""
+        """The versions from the first over the base to this one."""
         return self._versions
 
     def __iter__(self) -> Iterator[Patch]:
         return self
 
     def __next__(self) -> Patch:
-        """Return the next patch: final values over the result of the version before.
+        """Return the next patch: final values over the result of the previous version.
 
-        InputError: it holds steps or values to add, and there is no `base` to take them from, or another.
+        InputError: it holds steps or values to add, and `base` is missing or another base.
         """
         if self._patches is None:
             self._patches = self._versions[-1].delta.patches(self._base)
@@ -182,14 +182,14 @@ class Delta(Iterator[Patch]):
     def apply_(self, state: State, base: str | Path | None = None) -> int:
         """Turn a state dict of the base, or of any version of the chain, into this version's, in place where possible.
 
-        Return how many versions were applied, 0 where it was this one's already, less than 0 where so many were taken
-        back. `base` is the chain's base, which going back reads: what the chain names if not given. If it is given,
-        the tensors may hold anything: also what a write that was killed left of two versions.
+        Return the number of applied versions. It is 0 if the state already was this version's, and negative for
+        versions taken back. `base` is the chain's base, which going back reads; by default the base that the chain
+        names. If it is given, the tensors may hold anything, even a mix of two versions after a killed write.
 
-        Tensors are torch's, on any device; ones that the delta does not know are left alone. Everything is read and
-        computed, and its hashes are checked, before the first tensor is written, so memory for the changes is needed.
-        If a write fails, those before it are undone. InputError, with nothing changed: the state is none that leads
-        here, or the delta or the base is damaged.
+        Tensors are torch's, on any device. Tensors that the delta does not know are left alone. All changes are read,
+        computed and checked by hash before the first tensor is written, which needs memory for the changes. If a write
+        fails, earlier writes are undone. InputError, with nothing changed: no path leads from the state to this
+        version, or the delta or the base is damaged.
         """
         with torch.no_grad(), errors.context(str(self.path)):
             held = _Contents(state)
@@ -284,7 +284,7 @@ class Delta(Iterator[Patch]):
             self._refuse_folded({n: c for n in self._versions[-1].contents if (c := held[n]) is not None})
             what = "the base's" if len(self._versions) == 1 else "the base's, nor any version's before this"
             raise InputError(f"{key} is not {what}", hint=belongs)
-        raise InputError("the tensors are those of no version of the chain", hint=f"{belongs}: apply_(state, base=…)")
+        raise InputError("the tensors match no version of the chain", hint=f"{belongs}: apply_(state, base=…)")
 
     def _refuse_folded(self, found: Mapping[str, Content]) -> None:
         state = state_of(found)
@@ -292,7 +292,7 @@ class Delta(Iterator[Patch]):
             for old in () if version.note is None else version.note.folded:
                 if old.state == state:
                     raise InputError(
-                        f"the tensors are those of version {old.name}, which squash has folded into {version.name}",
+                        f"the tensors match version {old.name}, which squash has folded into {version.name}",
                         hint="load the base again, and apply it to that; or apply_(state, base=…)",
                     )
 
@@ -300,12 +300,12 @@ class Delta(Iterator[Patch]):
 def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Delta:
     """Open the delta artifact, or the version of a chain, at `path`.
 
-    Of a chain's own folder it is the version that is pinned, else the newest.
+    If `path` is a chain, the pinned version is opened, or the newest.
 
-    Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
-    comes before; `base` is that, a state dict or a folder, which steps and values to add are decoded with and checked
-    against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now, not at the
-    first patch. InputError: one is damaged, missing, or not made from the one before.
+    Iteration gives patches (name, shape, dtype, values, flat indices or None), read one at a time, over the
+    predecessor. `base` is the predecessor's state dict or folder. Steps and values to add need it, and are checked
+    against it; a state dict may be patched meanwhile. The folder, and earlier versions, are checked now, not at the
+    first patch. InputError: one is damaged, missing, or not made from its predecessor.
     """
     return Delta(line(served(Path(path)) or Path(path)), base)
 
@@ -327,7 +327,7 @@ def _base_content(entry: Entry) -> Content:
 
 
 def _content(tensor: Any) -> Content | None:
-    """Return the content of a tensor in memory. None: there is none, or it is of no dtype of safetensors."""
+    """Return the content of a tensor in memory. None: there is no tensor, or safetensors lacks its dtype."""
     if tensor is None or (code := code_of(tensor.dtype)) is None:
         return None
     return Content(code, tuple(tensor.shape), digest_of(tensor))

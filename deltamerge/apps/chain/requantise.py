@@ -48,7 +48,7 @@ Turn = tuple[Array | None, Iterator[Array | None]]
 
 @dataclass(frozen=True, slots=True)
 class _QuantisedTensor:
-    """A tensor of the plain model, and how the quantised checkpoint stores it; without a `coding`, as it is."""
+    """A tensor of the plain model, and its coding in the quantised checkpoint. Without a `coding` it is plain."""
 
     plain: TensorInfo
     stored: tuple[TensorInfo, ...]
@@ -57,7 +57,7 @@ class _QuantisedTensor:
     def again(self, old: Array | None, new: Array, stored: Sequence[Array], reader: Reader) -> list[Array]:
         """Return the stored parts of the bits `new`.
 
-        old      the bits before, whose parts are `stored`; None: not known, so that every unit is coded
+        old      the previous bits, with the parts `stored`; None: not known, so every unit is coded
 
         InputError: a value is not finite.
         """
@@ -80,11 +80,11 @@ class _QuantisedTensor:
 class QuantisedChain:
     """A folder of versions over a quantised checkpoint, which follows a chain over the plain one.
 
-    folder      made if it is not there; versions have the names of those that they follow
+    folder      made if missing; versions have the same names as in the plain chain
     quantised   the checkpoint: a folder or hub id
-    plain       the base of the chain that is followed
+    plain       the base of the plain chain
 
-    InputError: it is not quantised, in a form that cannot be written, or of other tensors than `plain` has.
+    InputError: the checkpoint is not quantised, has a form that cannot be written, or other tensors than `plain`.
     OutputError: another process adds versions.
     """
 
@@ -108,18 +108,21 @@ class QuantisedChain:
 
     @property
     def newest(self) -> int:
-        """Return how many versions there are."""
+        """Return the number of versions."""
         return len(names(self.folder))
 
     def is_at(self, state: str | None) -> bool:
-        """Return whether the newest version follows the one that makes `state`. None: whether there is none."""
+        """Return whether the newest version corresponds to the plain version with this `state`.
+
+        For None: whether there is none.
+        """
         return (None if self._last is None else _source(self._last)) == state
 
     def catch_up(self, versions: Sequence[Version], origin: Checkpoint, workers: int) -> list[WrittenDiffs]:
-        """Publish those versions of a line over the base `origin` that are missing; return them.
+        """Publish the missing versions of a line over the base `origin`, and return them.
 
-        InputError: the newest version here is of none of them; the checkpoint is not what quantising the base gives;
-        or a version is damaged. OutputError: the disk.
+        InputError: the newest version here corresponds to none of the line; the checkpoint differs from quantising the
+        base; or a version is damaged. OutputError: the disk.
         """
         first, gap = self._begin(versions)
         self._held = None
@@ -137,9 +140,9 @@ class QuantisedChain:
     def follow(
         self, version: Version, kinds: Mapping[str, Kind], old: Mapping[str, Array], new: Mapping[str, Array]
     ) -> None:
-        """Publish what the version after the newest here makes, from the plain model's bits before and after it.
+        """Publish the next version, from the plain model's bits before and after it.
 
-        The quantised model stays in memory from the first call on. InputError, OutputError: as `catch_up`.
+        The quantised model stays in memory from the first call on. InputError, OutputError: as for `catch_up`.
         """
         held, self._held = self._held, None
         kept: dict[str, list[Array]] = {}
@@ -149,7 +152,7 @@ class QuantisedChain:
     def _begin(self, versions: Sequence[Version]) -> tuple[int, bool]:
         """Return the place in a line of the first version that is missing here, and whether there is a gap before it.
 
-        There is a gap where the version that was followed last has been folded since. InputError: the line lacks it.
+        There is a gap if the last corresponding version has been folded since. InputError: the line lacks it.
         """
         if self._last is None:
             return 0, False
@@ -175,11 +178,11 @@ class QuantisedChain:
         held: Mapping[str, list[Array]] | None = None,
         kept: dict[str, list[Array]] | None = None,
     ) -> list[WrittenDiffs]:
-        """Publish what a batch of versions makes.
+        """Publish a batch of versions.
 
-        turn   gives a plain tensor before and after each
-        held   the stored parts before it, by plain tensor; None: they are read
-        kept   gets those after it
+        turn   gives a plain tensor before and after each version
+        held   the stored parts before the batch, by plain tensor; None: they are read
+        kept   gets the parts after the batch
         """
         own = self._line() if held is None else ()
         now, written, fresh = folded(own) if own else None, list[WrittenDiffs](), self._last is None
@@ -304,7 +307,10 @@ def _tensors_of(raw: Checkpoint, plain: Checkpoint) -> list[_QuantisedTensor]:
 def _turn(
     origin: Checkpoint, before: DeltaFile | None, reader: Reader, batch: Sequence[Version], unknown: bool, name: str
 ) -> Turn:
-    """Return a tensor before and after the versions of a batch; `unknown`: its parts here are not those before it."""
+    """Return a tensor before and after the versions of a batch.
+
+    `unknown`: its stored parts do not match the state before.
+    """
     info = origin.tensors[name]
     read = elements(reader, info)
     bits: Array = before.entries[name].whole(read) if before else read(0, math.prod(info.shape))
@@ -316,7 +322,7 @@ def _part(bits: Array, start: int, stop: int) -> Array:
 
 
 def _after(bits: Array, name: str, batch: Sequence[Version], *, every: bool) -> Iterator[Array | None]:
-    """Yield a tensor as each version of a batch makes it, or None where it has not changed.
+    """Yield a tensor after each version of a batch, or None if it has not changed.
 
     With `every` the first is never None.
     """

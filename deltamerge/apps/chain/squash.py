@@ -53,12 +53,12 @@ class SquashResult:
 
 
 def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> SquashResult:
-    """Fold all versions of a chain but the newest `keep` into one, over the base, then remove them.
+    """Fold all versions of a chain except the newest `keep` into one, over the base, then remove them.
 
-    The folded version has the name of the last of them. Later versions stay, as the state that they change is the same.
-    The folded version takes the place of the old one in one step. A killed process leaves the chain as it was, or as it
-    will be. `base` is what the chain names if not given. InputError: no chain, or not its base. OutputError:
-    another process folds, or a version holds files that no run wrote.
+    The result has the name of the last folded version, and replaces it in one step. Later versions stay valid, because
+    the state that they change is the same. A killed process leaves the old chain or the new one. By default `base` is
+    the base that the chain names. InputError: it is no chain, or another base. OutputError: another process folds, or a
+    version holds files that no run wrote.
     """
     if not is_chain(chain):
         raise InputError(f"{chain}: is no chain", hint="a folder of versions, made by extract --after or a trainer")
@@ -86,10 +86,10 @@ def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pic
 def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
     """Check a chain up to a version, or its newest, and return the checks of each version.
 
-    They are its files, and that it was made from the result of the version before. With `base` they are every tensor of
-    every version too, in one pass.
+    Checked are the files of each version, and that it was made from the result of the previous version. With `base`,
+    every tensor of every version is checked too, in one pass.
 
-    InputError, VerifyError: what is wrong, and with which version.
+    InputError, VerifyError: the fault and its version.
     """
     versions = line(path / head(path) if is_chain(path) else path)
     found = []
@@ -112,9 +112,9 @@ def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = 
 
 
 def verify_store(store: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
-    """Check every delta of a store, and with `base` every tensor that it makes. What was checked of each.
+    """Check every delta of a store, and with `base` every resulting tensor. Return the checks of each.
 
-    VerifyError: what is wrong with each of those that fail; the others are checked all the same.
+    VerifyError lists the fault of each delta that fails. All deltas are checked in any case.
     """
     found: list[dict[str, Any]] = []
     wrong: list[str] = []

@@ -27,15 +27,14 @@ class Switch:
     """A model that holds its base, switched between the fine-tunes whose deltas are named.
 
     base    a torch module, or a state dict of torch tensors on any device, which are written in place. While a delta is
-            on, nobody else may write to them: going back restores the base's values where the delta has changed them.
-            Tensors are found by their names in the base, else in the fine-tune, whose head may be there too
-    keep    how many deltas' changes stay decoded in memory, those used last; None: all
-    at      the delta that is on, as `to` was given it; None: the base
+            applied, nothing else may write to them, because going back restores only entries that the delta changed.
+            Tensors are found by their names in the base, or in the fine-tune, whose head may be present too
+    keep    number of deltas that stay decoded in memory, the last used; None: all
+    at      the applied delta, as passed to `to`; None: the base
 
-    The first `to` of a delta reads and decodes it, checks the base's tensors and its own by hash, and takes the time of
-    that; every other one, while its folder holds the same one, the time of writing what changes. Memory: of each delta
-    kept, values and int32 positions (whole tensors where more than an eighth changes); of the one that is on, the
-    base's values too.
+    The first `to` of a delta reads and decodes it, and checks the base's tensors and its own by hash. Later calls only
+    write the changed values, as long as the folder holds the same delta. Memory: values and int32 positions of each
+    decoded delta (whole tensors if more than an eighth changes), and the base's values under the applied delta.
     """
 
     def __init__(self, base: Any, *, keep: int | None = None) -> None:
@@ -55,13 +54,13 @@ class Switch:
         return f"<Switch at {'the base' if self.at is None else self.at}, {len(self._known)} deltas known>"
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the model that of `delta`: an artifact, a version of a chain, or a chain. None: the base.
+        """Switch the model to `delta`: an artifact, a version of a chain, or a chain. None: the base.
 
-        A chain is its pinned version, else its newest.
+        A chain stands for its pinned version, or its newest.
 
-        InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes;
-        or its config.json gives places in the weights another meaning. A module computes with its own config: a warning
-        (`UserWarning`) says where the delta's says otherwise. Whatever fails, the model is afterwards what it was.
+        InputError: the delta is missing, damaged or for another base, or its result has other names, dtypes or shapes;
+        or its config.json gives places in the weights another meaning. A module computes with its own config, so a
+        `UserWarning` names keys in which the delta's config differs. If anything fails, the model stays as it was.
         """
         before, writes = self.at, self._writes
         with torch.no_grad():
@@ -107,7 +106,7 @@ class DeltaCache(Generic[T]):
         return len(self._made)
 
     def get(self, delta: str | Path | Delta) -> T:
-        """Return the value of an artifact, a version of a chain, or a chain (its pinned version, else its newest).
+        """Return the value for an artifact, a version of a chain, or a chain (its pinned version, or its newest).
 
         InputError: one is damaged.
         """

@@ -30,14 +30,14 @@ from deltamerge.tensors.tensor import TensorInfo, as_bytes
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
+    """The difference of a tensor in B from A: Δ = b − a in float32, if both are floating.
 
-        changed   entries whose bits differ; if the dtypes differ, whose values do
-        max_abs, mean_abs   of Δ, over all entries; of the largest NaN is left out
+        changed   entries whose bits differ; if the dtypes differ, entries whose values differ
+        max_abs, mean_abs   of Δ over all entries; the maximum ignores NaN
         norm      ‖Δ‖ / ‖a‖
-        a, b      dtype and shape, where they differ
+        a, b      dtype and shape, if they differ
 
-    Figures of Δ are None for dtypes that are not floating, and where shapes differ.
+    Figures of Δ are None for dtypes that are not floating, and if shapes differ.
     """
 
     name: str
@@ -64,11 +64,11 @@ def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, An
 
 
 def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
-    """Return the differences between two checkpoints, one of which may be a delta of the other.
+    """Return the differences between two checkpoints. One may be a delta of the other.
 
-    `tensors` that differ, the largest norm first; `config`: keys of config.json that mean something else, and what in A
-    and in B; `added`, `removed`: names that only B, or only A, has; counts; the relative norm; `tokenizers`: how B's
-    differs, in words.
+    `tensors` are the differing tensors, the largest norm first. `config` has keys of config.json with different
+    meanings, and the meanings in A and in B. `added` and `removed` are names that only B, or only A, has. There are
+    also counts, the relative norm, and `tokenizers`, the differences of B's tokenizer in words.
     """
     here = Path.cwd()
     models = Models()
@@ -122,7 +122,7 @@ def _values(one: Difference) -> list[str]:
 def _plain(checkpoint: Checkpoint) -> Checkpoint:
     """Return a quantised checkpoint decoded, so that values are compared.
 
-    Where nothing decodes it, return it as it is.
+    A checkpoint that cannot be decoded is returned as it is.
     """
     try:
         return decoded(checkpoint)
@@ -155,7 +155,7 @@ def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[TensorDiffer
         with np.errstate(invalid="ignore", over="ignore"):
             changed += int(np.count_nonzero(x != y if a.dtype == b.dtype else old != new))
             delta = np.abs(new - old).astype(np.float64)
-            largest = float(np.fmax.reduce(delta, axis=None, initial=largest))  # of those that are no NaN
+            largest = float(np.fmax.reduce(delta, axis=None, initial=largest))  # without NaN
             squares, of_a = np.square(delta).sum(), np.square(old, dtype=np.float64).sum()
             sums.append((float(delta.sum()), float(squares), float(of_a)))
     if not floating:

@@ -67,7 +67,7 @@ class MaskEvidence:
 def influence(stage: Node, *, drawn: bool = True) -> dict[str, LayerStatistics]:
     """Return statistics of the linear layers of a calibration stage's fine-tune over its search rows, by tensor names.
 
-    `drawn`: with those of the first mask, which must need no activations.
+    `drawn`: also measure the first mask, which must need no activations.
     """
     spec: Spec = stage.parameter("spec")
     source, tensors = spec.source, replace(spec.models(stage.inputs)[0], protected={})

@@ -179,7 +179,7 @@ class Massive(Figures):
 
 
 class Influence(Figures):
-    """Of one linear layer y = W x + b over the calibration tokens; c_ij = Δ_ij x_j, d the density, p = 1 − d."""
+    """Influence in a linear layer y = W x + b over calibration tokens: c_ij = Δ_ij x_j, d the density, p = 1 − d."""
 
     mean_abs_delta: float = Field(description="Mean of |Δ_ij|.")
     mean_abs_influence: float = Field(description="Mean of |c_ij| over outputs, inputs and tokens.")
@@ -274,7 +274,7 @@ Kind = Literal["linear", "embedding", "vector", "head", "other"]
 
 
 class Statistics(Figures):
-    """Of the entries of a delta Δ = fine-tune − base, computed in float32 and summed in float64."""
+    """Statistics of a delta's entries Δ = fine-tune − base, computed in float32 and summed in float64."""
 
     count: int = Field(description="Entries.")
     mean_abs: float = Field(description="Mean of |Δ|.")
@@ -285,7 +285,7 @@ class Statistics(Figures):
     norm: float = Field(description="‖Δ‖₂.")
     base_norm: float = Field(description="‖W‖₂ of the base.")
     relative_norm: float | None = Field(description="‖Δ‖/‖W‖, null where the base is zero.")
-    energy_share: float = Field(description="‖Δ‖² over that of the whole delta.")
+    energy_share: float = Field(description="‖Δ‖² over the ‖Δ‖² of the whole delta.")
     quantiles: dict[str, float] = Field(description="Of |Δ|, to 0.4 %, by the share of entries that do not exceed it.")
     kept_energy: dict[str, float] = Field(
         description="Share of ‖Δ‖² in the largest entries, by density; for several tensors each keeps its own largest."
@@ -348,7 +348,7 @@ class Pair:
 
     @property
     def kind(self) -> Kind:
-        """Return the kind of the tensor, told by its name and shape."""
+        """Return the kind of the tensor, by its name and shape."""
         if re.search(TASK_HEAD, self.name):
             return "head"
         if len(self.base.shape) < 2:
@@ -495,7 +495,7 @@ def kept_energy(parts: Sequence[DeltaMoments], density: float) -> float:
 def report(
     inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, DeltaMoments], **more: Any
 ) -> Report:
-    """Return the report on what `measure` found."""
+    """Return the report on the results of `measure`."""
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 

@@ -51,12 +51,12 @@ def inspect(
 
         model, base   folders or hub ids
         calibration   as in a recipe
-        density       at which pruning is judged
+        density       the density at which pruning is judged
         out           an HTML page to draw on
-        force         replace it
+        force         replace `out`
         device        "cpu" or a GPU
         workers       threads
-        pickles       read torch's own files where there are no safetensors
+        pickles       read torch's own files if there are no safetensors
 
     OutputError: `out` exists without `force`, or cannot be written.
     """

@@ -1,7 +1,7 @@
-"""The layouts of mixtures that are made of dense models: names of their tensors, and their config.json.
+"""The layouts of mixtures made from dense models: names of their tensors, and their config.json.
 
-A layout is a class of transformers (or, of DeepSeek's first, of vLLM and the hub) that computes what the dense model
-computes, but for its MLPs. Where the two classes have other defaults, config.json says what the dense one means.
+A layout is a class of transformers (for DeepSeek's first, of vLLM and the hub) that computes like the dense model,
+except for the MLPs. If the two classes have different defaults, config.json states the dense model's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 class MixtureLayout:
     """Where a mixture's tensors are, and what it can hold.
 
-    name, aliases   as recipes name it; the first is mergekit's
+    name, aliases   its names in recipes; the first is mergekit's
     families        model types of the dense models
     block           the MLP's place in a layer
     weights         an expert's names of gate, up and down projection
@@ -50,8 +50,8 @@ class MixtureLayout:
     shared_gate     name of its gate; "" without
     needs_shared    whether there always is a shared expert
     normed          whether queries and keys are normed
-    optional        names of a layer's tensors that it can hold beside those of attention and norms
-    correction      name of what the router adds to its scores when it chooses; "" without
+    optional        names of further tensors that a layer can hold, beside attention and norms
+    correction      name of the bias on the router's scores for choosing; "" without
     untied          whether a tied head is written beside the embedding, as not all classes of the layout tie it
     sigmoid         whether the router's scores are sigmoids, which are all 1 where its vectors are long
     """
@@ -122,9 +122,9 @@ BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is tak
 
 
 def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> MixtureLayout:
-    """Return the first layout that fits. InputError: why none does.
+    """Return the first layout that fits. InputError: none fits, with the reasons.
 
-    The candidates are mergekit's, or those whose name `architecture` begins.
+    The candidates are mergekit's layouts, or the layouts whose name begins with `architecture`.
     """
     if wanted is None:
         named = list(BY_DEFAULT)
@@ -165,7 +165,7 @@ class Sizes:
 
 
 def config_of(layout: MixtureLayout, base: Mapping[str, Any], sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
-    """Return config.json of the mixture, and messages. InputError: the base has something that the layout has not."""
+    """Return config.json of the mixture, and messages. InputError: the base has something that the layout lacks."""
     family, notes = str(base["model_type"]), list[str]()
     config = {**{k: v for k, v in FAMILIES[family].items() if k != "rope_theta"}, **base}
     heads, hidden = config["num_attention_heads"], config["hidden_size"]

@@ -79,7 +79,7 @@ class PlannedMixture:
 
 
 class MixtureOutputs:
-    """Decides about each tensor of a mixture, as `Outputs` does about those of a merge; collects problems and notes."""
+    """Decides about each tensor of a mixture, as `Outputs` does for a merge; collects problems and notes."""
 
     def __init__(self, recipe: Recipe, inputs: Inputs, device: str, folder: Path, memory: int | None) -> None:
         assert inputs.base is not None
@@ -159,7 +159,7 @@ class MixtureOutputs:
         )
 
     def _mlp_rows(self, number: int, layer: str) -> Iterator[Row]:
-        """Yield the tensors that stand for the MLP of a layer, whose stored name is `layer`."""
+        """Yield the tensors that replace the MLP of a layer, whose stored name is `layer`."""
         like = self.layers[number]
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
         place, names = f"{layer}.{self.layout.block}", dict(zip(MLP, self.layout.weights, strict=True))
@@ -180,7 +180,7 @@ class MixtureOutputs:
 
     def _router(self, stored: str, layer: int, first: int, end: int, dtype: str) -> Row:
         shape, graph = (end - first, self.spec.width), self.builder.graph
-        if first == end:  # of a shared expert that says nothing
+        if first == end:  # gate of a silent shared expert
             shape = (1, self.spec.width)
             node = graph.node(mixture.nothing, shape=shape)
         else:
@@ -212,7 +212,7 @@ class MixtureOutputs:
         return Row(stored, built.root.shape, built.root.dtype, (piece,))
 
     def _dtype(self, tensor: TensorInfo) -> str:
-        """Return the dtype of the tensor that stands for one of the base's."""
+        """Return the dtype of the tensor that replaces a tensor of the base."""
         dtype = self.out_dtype or tensor.output_dtype
         if tensor.dtype not in FLOATING or dtype not in PLAIN:
             self.problems.append(f"{tensor.name}: {tensor.dtype} is no dtype that a mixture is made of")
@@ -333,7 +333,7 @@ def _family(model: Input) -> str:
 
 
 def _layers(model: Input) -> dict[int, dict[str, TensorInfo]]:
-    """Return the tensors of every layer by what follows its number. InputError: layers are missing."""
+    """Return the tensors of every layer by their names after the layer's number. InputError: layers are missing."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in model.tensors.items():
         if (match := LAYER.fullmatch(name)) is not None:

@@ -5,12 +5,12 @@ h(negative), as in mergekit-moe. h(p) in layer i is
 
     hidden, hidden_last   the input of block i (before its norms) at the prompt's last token
     hidden_avg            the same, mean over the prompt's tokens
-    mlp_input             the input of block i's MLP at the last token: what the router is given when the mixture runs
+    mlp_input             the input of block i's MLP at the last token, which the router gets when the mixture runs
     cheap_embed           the unit vector of the sum of the embeddings of all tokens of all prompts, in every layer
     random                standard normal numbers; uniform_random: uniform in ±1/√hidden
 
-The base is run block by block in float32 on one thread, so that a machine always finds the same bytes. torch is
-imported when `routers` runs.
+The base runs block by block in float32 on one thread, so that a machine always gives the same bytes. torch is imported
+when `routers` runs.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class RouterSpec:
     """The routers of a mixture.
 
     mode        gate_mode
-    experts     whose routers are made; the shared ones with a gate of their own are the last
-    routed      how many of them are not shared
-    layers      of the model
-    width       of its hidden states
+    experts     the experts with routers; shared experts with a gate of their own come last
+    routed      the number of experts that are not shared
+    layers      the model's layers
+    width       the width of hidden states
     model       the base's name
     checkpoint  its folder, with config.json and tokenizer
-    tensors     all of the base's, which are the inputs of the routers
+    tensors     all tensors of the base, which are the inputs of the routers
     vocabulary  tokens of the base's embedding, which is the last input
-    seed        of drawn routers
+    seed        the seed of random routers
     device      where the base runs
     """
 
@@ -119,7 +119,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routers:
-    """The vectors of routers, (layers, experts, hidden) float32, and what a lock says of them."""
+    """The vectors of routers, (layers, experts, hidden) float32, and their record for a lock."""
 
     values: NDArray[np.float32]
     record: Mapping[str, Any]
@@ -133,7 +133,7 @@ def from_lock(lock: Mapping[str, Any], spec: RouterSpec, values: NDArray[np.floa
     if record.get("gate_mode") != spec.mode:
         raise VerifyError(f"{where}: its routers are {record.get('gate_mode')}, the recipe says {spec.mode}")
     if values.shape != (spec.layers, len(spec.experts), spec.width) or values.dtype != np.float32:
-        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which is not that of the mixture")
+        raise VerifyError(f"{where}: its routers have shape {list(values.shape)}, which does not fit the mixture")
     kept = {key: value for key, value in record.items() if key not in ("rows", "rows_hash")}
     return Routers(values, kept)
 
@@ -173,7 +173,7 @@ def _draw(spec: RouterSpec) -> NDArray[np.float32]:
 
 
 def _record(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
-    """Return the routers, with what a lock says of them: the two of one layer that are most alike, too."""
+    """Return the routers with their record for a lock, including the two most similar routers of a layer."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
     cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
     cosines[:, *np.tril_indices(spec.routed)] = -1.0
@@ -334,7 +334,7 @@ class _Watch:
             raise _Enough
 
     def _keep(self, layer: int, module: Any, args: Any) -> None:
-        """Keep what a module of a layer is given: (B, T, H), padded on the right."""
+        """Keep the input of a layer's module: (B, T, H), padded on the right."""
         hidden = args[0]
         mask = self.masks[len(self.found[layer])].to(hidden.device)
         lengths = mask.sum(1)

@@ -59,7 +59,7 @@ dtype: {dtype}    # of the output; arithmetic is float32
 seed: 0    # the same recipe gives the same bytes
 output: {{path: merged}}
 """
-DTYPES = ("BF16", "F16", "F32")  # the most common of them is the output's; of equals the first
+DTYPES = ("BF16", "F16", "F32")  # the most common becomes the output's; the first of equals
 
 
 def first_recipe(
@@ -76,14 +76,14 @@ def first_recipe(
 
         base          folder or hub id
         models        folders or hub ids
-        path          of the recipe; folders are written relative to it
-        density       of the pruning
+        path          the recipe's path; folders are written relative to it
+        density       the density of the pruning
         calibration   the recipe's section, whose rows gave the advice
         advice        the recommended pruning of each model
-        pickles       torch's own files are read where there are no safetensors
+        pickles       read torch's own files if there are no safetensors
 
-    One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
-    Several are pruned and added up, too, at a density at which ties keeps too little of them. Only headers are read.
+    One model is pruned, several are merged by ties. With `advice`, the models are pruned as recommended and added up.
+    So are several models at a density at which ties keeps too little of them. Only headers are read.
     """
     checkpoints = [open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
     with errors.context(base):
@@ -107,7 +107,7 @@ def first_recipe(
 
 
 def _prune_lines(density: float) -> str:
-    """Return the lines of the pruning that keeps most without rows, and in comments the one with rows."""
+    """Return the lines of the pruning that keeps most without rows, and in comments the pruning with rows."""
     plain, calibrated = choose(density, rows=False), choose(density, rows=True)
     return PRUNED.format(
         plain=_flow(plain.prune),

@@ -156,7 +156,7 @@ FLAT = 0.05  # share of the largest figure that figures of a heat map must diffe
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Refuse a `path` that is no .html file, exists and must not be replaced, or whose folder is missing."""
+    """Refuse a `path` that is no .html file, that exists without `force`, or whose folder is missing."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: a report is a page", hint="name a .html file")
     if os.path.lexists(path) and not force:
@@ -301,7 +301,7 @@ def heat_maps(
 
 
 def extent(cells: Mapping[Place, float | None]) -> tuple[float, float]:
-    """Return the least and the largest figure. 0 where there is none."""
+    """Return the least and the largest figure. 0 without figures."""
     found = [v for v in cells.values() if v is not None and math.isfinite(v)]
     return min(found, default=0.0), max(found, default=0.0)
 
@@ -476,7 +476,7 @@ def legend(one: ChosenQ, variable: str) -> dict[str, str]:
 
 
 def search_curve(one: ChosenQ, variable: str) -> Markup:
-    """Return the objective over the searched number, with the chosen point and the one without calibration."""
+    """Return the objective over the searched number, with the chosen point and the point without calibration."""
     reference, best = one.reference(variable), one.best(variable)
     return curve(
         f"{one.measure(variable)} over {variable}",

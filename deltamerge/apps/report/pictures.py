@@ -56,7 +56,10 @@ def drawing(planned: Plan, data: bool) -> Draw:
 
 
 def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[str, str]:
-    """Draw the finished weights in `folder`, whose q's were `made` so; returns the files' names and captions."""
+    """Draw the finished weights in `folder`, with the record `made` of their q's.
+
+    Return the files' names and captions.
+    """
     assert planned.inputs.base is not None
     base = planned.inputs.base.checkpoint
 

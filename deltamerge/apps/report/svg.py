@@ -181,7 +181,7 @@ def _title(words: str) -> Markup:
 
 
 def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup:
-    """Vertical bars from 0 to the largest, one for each layer, labelled as often as there is room."""
+    """Draw vertical bars from 0 to the largest, one for each layer, with as many labels as fit."""
     top = max(_finite(*(p.value for p in points)), default=0.0) or 1.0
     count, space, floor = len(points), 110.0, 130.0
     width = min(0.7 / count, 0.12)
@@ -360,10 +360,10 @@ def curve(
     label         describes the chart
     across        name of the horizontal axis
     upward        name of the vertical axis
-    series        of points; a second one has the second colour
+    series        lists of points; a second list gets the second colour
     logarithmic   whether the horizontal axis is
     reference     value of a dashed line
-    best          the point that is marked
+    best          the point to mark
     """
     points = [(x, y) for one in series for x, y in one if _finite(x, y)]
     xs = [x for x, _ in points] + _finite(reference)
@@ -452,14 +452,14 @@ def lines(
     joined: frozenset[str] | None = None,
     levels: Mapping[str, float] | None = None,
 ) -> Markup:
-    """Draw a line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
+    """Draw a line for each name over one axis. It is logarithmic if its values are positive and span a factor of ten.
 
     label    describes the chart
     across, upward   names of the axes
     series   points by name
-    spread   by name and place on the axis the standard deviation there, drawn as a bar
-    joined   names whose points are joined; None: all, and the axis is logarithmic where it can be
-    levels   values by name that dashed lines show, in the colour of the series of that name
+    spread   standard deviations by name and place on the axis, drawn as bars
+    joined   names whose points are joined; None: all, and the axis is logarithmic if it can be
+    levels   values by name, drawn as dashed lines in the colour of the series
     """
     points = [point for one in series.values() for point in one if all(map(math.isfinite, point))]
     levels = levels or {}

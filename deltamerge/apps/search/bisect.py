@@ -1,8 +1,8 @@
-"""Find what costs a skill in a merge: the model, the layers, the tensors. Nothing is written; no merge is made twice.
+"""Find the model, the layers and the tensors that cost a skill in a merge. Nothing is written; no merge is made twice.
 
-One fine-tune's rows run through the merge, by that fine-tune's head. Tensors of the merge are exchanged, in memory, for
-the fine-tune's own, first runs of layers, then layers, then the tensors of the worst layer: what the distance of
-outputs falls by is what these tensors cost. Then each other model is left out of the recipe in turn.
+One fine-tune's rows run through the merge, with that fine-tune's head. Tensors of the merge are exchanged, in memory,
+for the fine-tune's own: first runs of layers, then layers, then the tensors of the worst layer. The cost of these
+tensors is the fall in the distance of outputs. Then each other model is left out of the recipe in turn.
 
 Distances are shares of the base's: 0 is the fine-tune, 1 is the base.
 """
@@ -43,7 +43,10 @@ STUDY = Study.model_validate({"together": 1})
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A part of the merge: `lost` without it, and what is `won` so. `size` counts its tensors or models."""
+    """A part of the merge: the distance `lost` without it, and the reduction `won`.
+
+    `size` counts its tensors or models.
+    """
 
     name: str
     lost: float
@@ -53,14 +56,14 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Bisection:
-    """What costs one skill of a merge most, the worst first.
+    """The parts that cost one skill of a merge most, the worst first.
 
-    lost      by model, of the merge
+    lost      the merge's lost distance, by model
     skill     the model whose skill it is
-    models    that were left out of the recipe
-    layers    whose tensors were exchanged for the skill's own; layers whose runs were better are not tried alone
-    tensors   of the worst layer
-    notes     what could not be tried
+    models    models that were left out of the recipe
+    layers    layers whose tensors were exchanged for the skill's own; only layers of the best runs are tried alone
+    tensors   tensors of the worst layer
+    notes     trials that were not possible
     """
 
     skill: str
@@ -108,12 +111,12 @@ def bisect(
     skill: str | None = None,
     options: Options | None = None,
 ) -> Bisection:
-    """Return what costs a skill of a recipe's merge most.
+    """Return the parts that cost a skill of a recipe's merge most.
 
         rows    as `calibration` in a recipe: one for all models, one each in their order, or none: the recipe's own
-        skill   name of the model whose skill it is; default: the one that loses most
+        skill   name of the model whose skill it is; default: the model that loses most
 
-    UsageError: no model of that name, or another number of `rows`. InputError: what a search would refuse.
+    UsageError: no model has that name, or the number of `rows` does not fit. InputError: a search would refuse it.
     """
     data = _with_rows(file.output.recipe, rows)
     options = options or Options()
@@ -172,7 +175,7 @@ def _layers(places: Mapping[str, str]) -> list[Run]:
 
 @dataclass(eq=False)
 class _Bisection:
-    """The passes of one skill's rows, and what was lost with each exchange."""
+    """The passes of one skill's rows, and the lost distance after each exchange."""
 
     judge: StudyJudge
     index: int
@@ -187,7 +190,7 @@ class _Bisection:
     def narrow(self, runs: Sequence[Run], room: int) -> list[Suspect]:
         """Return the parts that were exchanged alone, the worst first, in at most `room` passes.
 
-        Where there are more parts than that, runs of them are exchanged first, and the best of these looked into.
+        If there are more parts, runs of parts are exchanged first, and the best runs are split.
         """
         if room < 1 or not runs:
             return []
@@ -211,7 +214,10 @@ class _Bisection:
         return self.narrow(best, room)
 
     def without(self, data: Mapping[str, Any], index: int, name: str) -> Suspect | None:
-        """Return a model as it is when the recipe lacks it. None, and a note: the others cannot be merged."""
+        """Return the effect of a model that is left out of the recipe.
+
+        None, and a note: the others cannot be merged.
+        """
         if self.passes >= MOST:
             return None
         models = [one for i, one in enumerate(data["models"]) if i != index] if "models" in data else []
@@ -242,7 +248,7 @@ class _Bisection:
         return of
 
     def _measure(self, variants: Sequence[Weights]) -> list[float]:
-        """Return what each variant loses."""
+        """Return the lost distance of each variant."""
         sheet = self.judge.sheet("search")[self.index]
         base = self.judge.references["search"]["base"][self.task.name][DISTANCE]
         found: list[float] = []

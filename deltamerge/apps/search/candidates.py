@@ -1,6 +1,6 @@
-"""Candidates: recipes of the same models, as the nodes of their tensors. Nodes that two of them have are one.
+"""Candidates: recipes of the same models, as the nodes of their tensors. Candidates share equal nodes.
 
-`describe_study` says from headers alone what judging them takes. No torch.
+`describe_study` estimates from headers alone the cost of judging them. No torch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ HINT = "objective: {command: {run: …}} is given the merged folder, whatever it
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecipeCandidate:
-    """A recipe, and what of its output is merged.
+    """A recipe, and the merged tensors of its output.
 
-    roots    by the output's name of a tensor the node that makes it, rounded to the output's dtype
-    places   by a fine-tune's index and its own name of a tensor the output's name
-    merges   what is merged, by the output's name
+    roots    output name -> the node of the tensor, rounded to the output's dtype
+    places   (fine-tune's index, its name of a tensor) -> output name
+    merges   output name -> the merge
     stages   nodes that run before the first tile: activations, q's
     """
 
@@ -162,10 +162,10 @@ def _rows(planned: Plan) -> list[tuple[Any, Any]]:
 
 
 def memory(planned: Plan, study: Study) -> int:
-    """Return about the bytes that judging takes.
+    """Estimate the bytes that judging takes.
 
-    They are: imports; the hidden states of all candidates for every fine-tune; of one part of the model each model's
-    tensors and deltas, a candidate's own, and both in float32; the next part as it is stored.
+    They are: imports; the hidden states of all candidates for every fine-tune; for one part of the model, each model's
+    tensors and deltas, a candidate's own, and both in float32; and the next part as stored.
     """
     states, part = 0, 0
     for tune, calibration in _rows(planned):

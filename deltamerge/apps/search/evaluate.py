@@ -55,19 +55,19 @@ BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
 SAME = "same_answers"
 TEXTS = "same_texts"
-"""Of rows with a completion: the share whose every token is answered as the fine-tune does. No recipe names it."""
+"""The share of rows with a completion whose every token equals the fine-tune's answer. Recipes cannot name it."""
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
 LOWER = frozenset({AGREEMENT, DISTANCE, LOSS})
-"""Measures of which less is better."""
+"""Measures for which less is better."""
 UNLABELLED = frozenset({AGREEMENT, SAME})
 """Measures that compare with the fine-tune itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """Rows as a model reads them, and what is measured on them: of one forward pass, and of generated texts."""
+    """Rows as a model reads them, and the metrics on them: of one forward pass, and of generated texts."""
 
     rows: int
     batches: Sequence[Inputs]
@@ -87,8 +87,8 @@ class Sheet:
 class ScoredTask:
     """Rows and the head of a model, by which other weights of the same shapes are judged.
 
-    name         in tables
-    checkpoint   whose config, tokenizer, head and shapes these are
+    name         the name in tables
+    checkpoint   the model with the config, tokenizer, head and shapes
     own          the model's own weights
     """
 
@@ -172,8 +172,8 @@ class ScoredTask:
     def _agreement(self, inputs: Sequence[Inputs]) -> O.Objective:
         """Return the distance of predictions from the model's own, whatever the scale of a classifier's logits.
 
-        Of a language model it is that of the next token's distribution. Without a head it is that of the last hidden
-        state.
+        For a language model it is the distance of next-token distributions, without a head the distance of last hidden
+        states.
         """
         if not self.has_head:
             return O.OutputChange.of(self.model, self.own, inputs)
@@ -274,7 +274,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """What a model is asked: rows, by a head of its own where it is None, else by that of another model."""
+    """Rows for a model, to be answered with its own head if `head` is None, otherwise with another model's head."""
 
     name: str
     calibration: Calibration
@@ -323,11 +323,11 @@ def evaluate(
         questions   the rows, and whose head answers
         metrics     names; by default all that fit the head, without generated texts unless calibration.metric is one
         sequences   rows to use, chosen by seed 0; None: all
-        base        of adapters and delta artifacts; of the latter by default the one that their manifest names
+        base        base of adapters and delta artifacts; a delta artifact's default is the base that its manifest names
         out         a file of scores, a line each: known ones are taken from it, new ones are added as they come
 
-    Every model is checked before the first is scored. InputError: a model that transformers cannot run, or whose shapes
-    are not the head's; rows that do not fit it. OutputError: `out` holds something else, or cannot be written.
+    Every model is checked before the first is scored. InputError: transformers cannot run a model, its shapes do not
+    fit the head, or the rows do not fit the head. OutputError: `out` holds something else, or cannot be written.
     """
     chosen = choose_device(device)
     opened = {model: open_model(model, base, pickles=pickles) for model in dict.fromkeys(models)}
@@ -418,7 +418,7 @@ def _key_of(
 
 
 def _files(model: Checkpoint) -> set[Path]:
-    """Return the files of a model's folder, of its base's and adapter's, and those that hold its tensors."""
+    """Return the files in the folders of a model, its base and its adapter, and the files that hold its tensors."""
     stored_in = {leaf.path for info in model.tensors.values() for leaf in info.tensor.leaves()}
     below = _files(model.base) if model.base is not None else set()
     folders = [source.path for source in model.sources if source.path.is_dir()]
@@ -481,7 +481,7 @@ def under_head(task: ScoredTask, checkpoint: Checkpoint, name: str) -> Weights:
 def _is_of_head(name: str) -> bool:
     """Return whether a tensor belongs to the head of a classifier or a regression.
 
-    A language model's head is none: a merge of language models has a head of its own.
+    A language model's head does not count, because a merge of language models has its own head.
     """
     return name != LM_HEAD and _HEAD.search(name) is not None and _LANGUAGE.search(name) is None
 

@@ -44,7 +44,7 @@ MADE = re.compile(r"candidate|best|\d+|\.(candidate|best|\d+)\.partial")
 
 @dataclass(frozen=True, slots=True)
 class StudyFolder:
-    """Where results go as they come; `name` says of which command and recipe."""
+    """The folder for results as they come. `name` tells the command and the recipe."""
 
     path: Path
     name: str = ""
@@ -57,11 +57,11 @@ class StudyFolder:
 
     @contextmanager
     def locked(self, *, force: bool) -> Iterator[Path]:
-        """Lock the folder, made if it is not there and emptied with `force`.
+        """Lock the folder. Make it if it is missing, and empty it with `force`.
 
-        OutputError: it is no folder of a study; it is another recipe's, and no `force`; with `force`, it holds a file
-        that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: says that the folder
-        stays.
+        OutputError: it is no folder of a study; it belongs to another recipe, without `force`; with `force`, it holds a
+        file that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: the message says
+        that the folder stays.
         """
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
@@ -85,7 +85,7 @@ class StudyFolder:
                 yield path
 
     def _empty(self) -> None:
-        """Remove what studies write. OutputError: there is something else, and nothing was removed."""
+        """Remove files of studies. OutputError: there are other files, and nothing was removed."""
         entries = [entry for entry in os.scandir(self.path) if entry.name != MARK]
         if strange := sorted(entry.name for entry in entries if not _is_written(entry)):
             raise OutputError(f"{self.path}: holds what no study wrote: {some(strange)}", hint="move that away")
@@ -157,7 +157,7 @@ def lock_of(
 
 
 def best_path(recipe: Path) -> Path:
-    """Return the place of the best recipe: beside the template, whose relative paths it has."""
+    """Return the path of the best recipe: beside the template, because it has the same relative paths."""
     return recipe.with_name(f"{recipe.stem}.best.yaml")
 
 

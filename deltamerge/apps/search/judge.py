@@ -114,7 +114,7 @@ class Walk:
         return of
 
     def tensors(self, k: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Candidate k's tensors by the output's names; before `dtype`, bit for bit those of a run."""
+        """Candidate k's tensors by the output's names; before `dtype`, bit for bit as from a run."""
         made = self.made.get([(k, name) for name in names], lambda keys: self._make(k, [name for _, name in keys]))
         return {name: made[k, name] for name in names}
 
@@ -225,7 +225,7 @@ def _bytes_of_nodes(nodes: Mapping[Node, Node]) -> int:
 
 
 Part = Literal["first", "search", "held"]
-"""Rows: a quarter of those that are searched on, all of them, those that decide."""
+"""Parts of the rows: a quarter of the search rows, all search rows, the deciding rows."""
 Scores = Mapping[str, Mapping[str, float]]
 """By fine-tune and measure."""
 QUARTER = 4
@@ -234,9 +234,9 @@ QUARTER = 4
 class StudyJudge:
     """Judges the candidates of a recipe by the measures of its `study`.
 
-    start       a candidate; all others are of the same fine-tunes
-    also        measures without labels beside those of the goals
-    references  what the base and the fine-tunes themselves score, by part of the rows
+    start       a candidate; all others have the same fine-tunes
+    also        measures without labels beside the goals' measures
+    references  scores of the base and of the fine-tunes, by part of the rows
     """
 
     def __init__(
@@ -377,7 +377,7 @@ class StudyJudge:
         return metrics, (UNLABELLED & set(asked)) | self.also
 
     def _resident(self) -> int:
-        """Return the bytes of the stored tensors and deltas of one part, and of those outside blocks."""
+        """Return the bytes of the stored tensors and deltas of one part, and of tensors outside blocks."""
         sizes: dict[str, int] = {}
         for name, merge in self.start.merges.items():
             infos = [info for info in (merge.base, *(tensor for _, tensor in merge.sources)) if info is not None]
@@ -420,7 +420,7 @@ def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:
     ways = {metrics[name] in LOWER for name in metrics if goal.of in (None, name)}
     if len(ways) > 1:
         raise InputError(
-            "study.objective: the fine-tunes' metrics differ, of some of which more is better and of others less",
+            "study.objective: for some of the fine-tunes' metrics more is better, for others less",
             hint="give each `of:` it, or set calibration.metric",
         )
     return ways.pop()

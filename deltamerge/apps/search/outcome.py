@@ -87,10 +87,10 @@ def load_lm_eval() -> Any:
 
 
 def lm_eval_value(asked: LmEval, folder: Path, here: Path, device: str) -> float:
-    """Return the mean over tasks of what lm-evaluation-harness says of the model in `folder`.
+    """Return the mean over tasks of the figures that lm-evaluation-harness gives the model in `folder`.
 
-    `here` is the folder below which tasks of one's own lie. InputError, in one line: a task is not known, or fails, or
-    has no such metric.
+    `here` is the folder with the user's own tasks. InputError, in one line: a task is not known, or fails, or has no
+    such metric.
     """
     harness = load_lm_eval()
     own = None if asked.folder is None else str(here / asked.folder)
@@ -245,7 +245,7 @@ class Bench:
         return found
 
     def reference_goals(self, part: Part) -> dict[str, dict[str, float]]:
-        """Return what the base and the fine-tunes are worth by each goal that is judged in memory."""
+        """Return the values of the base and the fine-tunes by each goal that is judged in memory."""
         found: dict[str, dict[str, float]] = {}
         for judge in self.judges.values():
             judge.rows(part)
@@ -270,7 +270,7 @@ class Bench:
     def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
         """Return the outcomes of candidates.
 
-        A fault of one is its outcome. `work` is a folder for the folders of commands.
+        The fault of a candidate is its outcome. `work` is a folder for the folders of commands.
         """
         found: list[Outcome | None] = [None] * len(some)
         made: dict[StudyJudge, dict[int, RecipeCandidate]] = {}
@@ -291,7 +291,7 @@ class Bench:
             try:
                 scores |= zip(own, judge.scores(list(own.values()), part), strict=True)
             except DeltamergeError as error:
-                for i in own:  # alone, to see whose fault it is
+                for i in own:  # one by one, to find the faulty candidate
                     alone = len(own) == 1
                     found[i] = Outcome(error=one_line(error)) if alone else self.measure([some[i]], part, work)[0]
         for i, values in enumerate(some):

@@ -1,4 +1,4 @@
-"""Optuna's part of a search: the study in its file, samplers, pruners, what explains the objective."""
+"""Optuna's part of a search: the study in its file, samplers, pruners, and the importance of each number."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def load_optuna() -> Any:
 
 @contextmanager
 def open_study(optuna: Any, path: Path, study: Study, lower: Sequence[bool]) -> Iterator[optuna.Study]:
-    """Open the study in a SQLite file, made if it is not there.
+    """Open the study in a SQLite file, which is made if missing.
 
-    InputError: the file is none, or of other objectives.
+    InputError: the file is no study, or has other objectives.
     """
     directions = ["minimize" if low else "maximize" for low in lower]
     storage = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna says of half its arguments that they are experimental
+            warnings.simplefilter("ignore")  # Optuna warns that half its arguments are experimental
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
             made = optuna.create_study(
                 storage=storage,
@@ -131,9 +131,9 @@ def encode(ranges: Sequence[Range], found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decode(ranges: Sequence[Range], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Optuna's numbers as a recipe has them: to three significant digits where no step and no start says more.
+    """Return Optuna's numbers for a recipe: three significant digits, unless a step or start needs more.
 
-    Candidates are judged with these numbers, so that the best recipe is the one that was judged.
+    Candidates are judged with these numbers, so the best recipe is exactly the judged recipe.
     """
     axes = {key: axis for axis in ranges for key in axis.keys}
     return {
@@ -205,7 +205,7 @@ def near_best(optuna: Any, seed: int, width: float) -> Any:
 
 
 def _best(study: optuna.Study) -> Any:
-    """Return the best complete trial, the first of several. None where there is none."""
+    """Return the best complete trial, the first of several. None: no trial is complete."""
     sign = 1 if study.direction.name == "MINIMIZE" else -1
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     return min(done, key=lambda trial: sign * trial.values[0], default=None)

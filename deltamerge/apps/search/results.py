@@ -30,10 +30,10 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A trial: its number in the study, the numbers that were tried, and what came of it.
+    """A trial: its number in the study, the tried numbers, and the outcome.
 
     state   complete, pruned (after a part of the rows) or failed
-    held    its outcome on held-out rows, where it was compared on them
+    held    its outcome on held-out rows, if it was compared on them
     """
 
     number: int
@@ -48,11 +48,11 @@ class SearchResult:
     """A finished search.
 
     trials    in the order of the study
-    best      the index of the one that was chosen
+    best      the index of the chosen trial
     start     the index of the first trial, the recipe's own start
     models    the models' names
-    front     indices of the Pareto front, where there are several objectives
-    why       what decided
+    front     indices of the Pareto front, if there are several objectives
+    why       the deciding rows or rule
     """
 
     folder: Path
@@ -139,7 +139,7 @@ def _describe(trial: Trial) -> dict[str, Any]:
 def write(
     found: SearchResult, file: TemplateFile, bench: Bench, options: Options, values: Mapping[Loc, Any], keep: str
 ) -> SearchResult:
-    """Write all that a search leaves; `values` are those of the best trial."""
+    """Write all files of a search. `values` are the best trial's values."""
     plain, said = file.file(values), summary(found)
     calibrated = bench.calibrated(values)
     path = best_path(file.path)

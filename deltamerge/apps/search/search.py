@@ -188,12 +188,12 @@ def search(
 ) -> SearchResult:
     """Search the open values of a template; the study is Optuna's, in `out`/study.db, by default <recipe>-search.
 
-    A study that was interrupted goes on, if recipe, models and rows are as they were; the trials that ran when it was
-    killed run again. `trials` wins over the recipe's; `ray` is a cluster, on which candidates are judged. The best
-    recipe and its lock go beside the recipe, its merged folder is written where it is kept. `log` is given
-    every trial's figures and its number, those of earlier trials too, and what was chosen at the end.
+    An interrupted study continues if recipe, models and rows are unchanged; trials that were running when it was killed
+    run again. `trials` wins over the recipe's number; `ray` is a cluster that judges candidates. The best recipe and
+    its lock are written beside the recipe, its merged folder only if kept. `log` gets the figures and the number of
+    every trial, also of earlier trials, and the choice at the end.
 
-    RecipeError: see `check`. InputError: Optuna is not there, the rows cannot judge, or all trials fail.
+    RecipeError: see `check`. InputError: Optuna is missing, the rows cannot judge, or all trials fail.
     """
     optuna = load_optuna()
     recipe = check(file)
@@ -244,7 +244,7 @@ def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Option
 
 
 class _Runner:
-    """Asks for trials, several at once, has them evaluated, and tells what came of them."""
+    """Asks the study for trials, several at once, has them evaluated, and reports their outcomes."""
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class _Runner:
         self.distributions = distributions(optuna, file.template.ranges)
 
     def run(self, wanted: int) -> None:
-        """Run trials until there are `wanted`. InputError: the first ones all fail."""
+        """Run trials until there are `wanted`. InputError: the first trials all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
             phase.step(min(wanted, len(self._finished_trials())))

@@ -55,12 +55,12 @@ class SweepRow:
 class SweepResult:
     """A finished sweep.
 
-    axes        names of what was swept
-    goals       names of the objectives, and of each whether less is better
-    references  what the base and the fine-tunes score; `reference_goals`: what they are worth by the objectives
+    axes        names of the swept keys
+    goals       names of the objectives, and for each whether less is better
+    references  scores of the base and the fine-tunes; `reference_goals`: their values by the objectives
     models      the models' names
-    best        the row that is best by the objectives
-    recipe      the best row's
+    best        the best row by the objectives
+    recipe      the best row's recipe
     kept        merged folders
     """
 
@@ -156,9 +156,9 @@ def sweep(
 ) -> SweepResult:
     """Judge every point of a template; results go to `out`, by default <recipe>-sweep beside it, as they come.
 
-    A sweep that was interrupted goes on; results of points whose recipe, models or rows have changed are made again.
-    With `commands` a program of the study may be run. `log` is given every point's figures and its place. RecipeError:
-    a point is no recipe, or nothing is swept. InputError: the rows cannot judge it, or every point failed.
+    An interrupted sweep continues. Points whose recipe, models or rows have changed are measured again. With `commands`
+    a program of the study may be run. `log` gets every point's figures and its place. RecipeError: a point is no valid
+    recipe, or nothing is swept. InputError: the rows cannot judge it, or every point failed.
     """
     points = list(file.template.points)
     _check(file, points)

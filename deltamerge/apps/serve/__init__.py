@@ -9,9 +9,9 @@ ENGINE = "deltamerge"
 
 
 def register() -> None:
-    """Name the engine "deltamerge" to vLLM, whose processes all call this, and a trainer itself.
+    """Register the engine "deltamerge" in vLLM. All processes of vLLM call this; a trainer must call it.
 
-    Leave a vLLM without such engines alone.
+    Do nothing in a vLLM without such engines.
     """
     try:
         from vllm.distributed import weight_transfer

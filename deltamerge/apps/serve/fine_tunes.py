@@ -1,6 +1,6 @@
-"""The fine-tunes of a base that lies on a disk, for a server that holds one of them: what it has to write for another.
+"""The fine-tunes of a base on a disk, for a server that holds one: the changes to write for another.
 
-Values are final, of checkpoint tensors, so that a server's own loader can split, join or cast them.
+Values are final values of checkpoint tensors, so that a server's own loader can split, join or cast them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Changes = Mapping[str, Change]
 class ServedModel:
     """A base's folder (or hub id), and the changes of it that a server's model holds.
 
-    at      by tensor; {}: it is the base; None: not known, a write has failed
-    keep    how many deltas' changes stay decoded in memory, those used last; None: all
+    at      the changes by tensor; {}: it is the base; None: not known, because a write has failed
+    keep    number of deltas that stay decoded in memory, the last used; None: all
     """
 
     def __init__(self, base: str | Path, *, keep: int | None = None) -> None:
@@ -122,5 +122,5 @@ class OnDisk(Mapping[str, Any]):
 
 
 def _union(*wheres: Array) -> Array:
-    """Ascending positions that are in one of them."""
+    """Return the ascending positions that are in either list."""
     return wheres[0] if len(wheres) == 1 else np.unique(np.concatenate(wheres))

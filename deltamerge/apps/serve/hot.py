@@ -1,8 +1,8 @@
-"""Hot merge: a running model follows edits of the recipe that it was merged by.
+"""Hot merge: a running model follows edits of its recipe.
 
-Two plans are compared, the one that made the model's folder and the one of the edited recipe. A tensor of the output
-changes where its nodes do: other functions, parameters or files. Those tensors alone are computed and written, in codes
-where the output is quantised. A calibration whose models or settings change is made again.
+The plan that made the model's folder is compared with the plan of the edited recipe. An output tensor changes if its
+nodes change: other functions, parameters or files. Only changed tensors are computed and written, in codes if the
+output is quantised. A calibration whose models or settings change is made again.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Identities:
 
     def __init__(self) -> None:
         self._numbers: dict[Key, int] = {}
-        self._alone: list[Node] = []  # whose ids are in `_numbers`, and stay theirs
+        self._alone: list[Node] = []  # keeps nodes alive whose ids are in `_numbers`, so that the ids stay unique
 
     def keys(self, plan: Plan) -> dict[str, Key]:
-        """Return what decides every tensor of a plan's output, by the names of stored tensors."""
+        """Return a key of everything that decides each tensor of a plan's output, by the names of stored tensors."""
         known: dict[Node, int] = {}
         found: dict[str, Key] = {}
         for output in plan.outputs:
@@ -132,10 +132,10 @@ def stored_as(plan: Plan, output: OutputTensor) -> dict[str, tuple[str, tuple[in
 
 
 class EditedMerge:
-    """The result of a run, and what edits of its recipe change of it.
+    """The result of a run, and its changes by edits of the recipe.
 
     folder   the result: a checkpoint with the recipe.yaml and the lock of its run
-    recipe   the file that is edited; relative references start at its folder
+    recipe   the edited file; relative references start at its folder
 
     InputError: the folder is no such result, or its inputs have changed since.
     """
@@ -159,9 +159,9 @@ class EditedMerge:
         self._refuse_others(plan)
 
     def plan(self) -> tuple[Plan, Keys]:
-        """Return the plan of the recipe as it is now, and what decides each tensor.
+        """Return the plan of the recipe as it is now, and the key of each tensor.
 
-        RecipeError, InputError: it is wrong, or makes other tensors than the folder has.
+        RecipeError, InputError: the recipe is wrong, or makes other tensors than the folder has.
         """
         plan = self._plan(read_recipe(self.recipe))
         self._refuse_others(plan)
@@ -206,7 +206,7 @@ class EditedMerge:
         return {name: found[name] for name in wanted}
 
     def _known(self, plan: Plan) -> dict[Node, Any]:
-        """Return the values of a plan's calibrations; those that no earlier plan had are calculated now."""
+        """Return the values of a plan's calibrations. New calibrations are calculated now."""
         numbers = {node: self._identities.number(node) for node in plan.chosen}
         missing = [node for node, number in numbers.items() if number not in self._calibrated]
         known = {node: self._calibrated[number] for node, number in numbers.items() if node not in missing}
@@ -287,10 +287,10 @@ class HotMerge:
         self._plan: tuple[Plan, Keys] | None = None
 
     def update(self) -> HotUpdate:
-        """Make the model what the recipe, as its file says now, merges. All or nothing.
+        """Update the model to the merge of the recipe as it is now, all or nothing.
 
-        RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, makes other
-        tensors, or values that are not finite.
+        RecipeError, InputError, OutputError, with nothing written: the recipe is wrong, or makes other tensors, or
+        values that are not finite.
         """
         begun = time.monotonic()
         plan, keys = self._merge.plan()
@@ -300,7 +300,7 @@ class HotMerge:
         return done
 
     def undo(self) -> HotUpdate:
-        """Make the model exactly what it was before the last `update` that is not undone. InputError: there is none."""
+        """Undo the last `update` that is not undone yet, exactly. InputError: there is none."""
         if not self._before:
             raise InputError("there is nothing to undo", hint="update() first")
         begun, target = time.monotonic(), self._before[-1]
@@ -355,10 +355,10 @@ class HotServer:
         self.store = Path(store).resolve() if store is not None else where.with_name(f"{where.name}-hot")
 
     def update(self) -> HotUpdate:
-        """Make the server's model what the recipe, as its file says now, merges.
+        """Update the server's model to the merge of the recipe as it is now.
 
-        RecipeError, InputError, OutputError: the recipe is wrong, or makes other tensors; the server does
-        not answer, or has not taken the change: it then holds what it held.
+        RecipeError, InputError, OutputError: the recipe is wrong, or makes other tensors; the server does not answer,
+        or refuses the change. Its model is then unchanged.
         """
         begun = time.monotonic()
         plan, keys = self._merge.plan()
@@ -368,7 +368,7 @@ class HotServer:
         return HotUpdate(tuple(names), len(keys), time.monotonic() - begun)
 
     def undo(self) -> HotUpdate:
-        """Make the server's model what its folder has, exactly."""
+        """Restore the server's model to its folder's tensors, exactly."""
         begun = time.monotonic()
         self._send(None)
         return HotUpdate((), len(self._merge.keys), time.monotonic() - begun)
@@ -376,7 +376,7 @@ class HotServer:
     def _written(self, plan: Plan, keys: Keys, names: list[str]) -> Path:
         """Return the artifact that makes a plan's tensors of the folder's, written where it is not there."""
         values = self._merge.values(plan, keys, names)
-        digest = blake3((self._merge.folder / LOCK_NAME).read_bytes())  # what the tensors are changes of
+        digest = blake3((self._merge.folder / LOCK_NAME).read_bytes())  # the base of the changed tensors
         for name in names:
             digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
             digest.update(flat(values[name]))
@@ -441,7 +441,7 @@ def _is_finite(bits: Array, dtype: str) -> bool:
 
 
 class _ModelBuffers:
-    """A sink that holds whole tensors, and what `CodedWriter` asks of one."""
+    """A sink that holds whole tensors, with the methods that `CodedWriter` needs."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.buffers: dict[str, Array] = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
@@ -453,7 +453,7 @@ class _ModelBuffers:
         return self.buffers[name][offset : offset + nbytes]
 
     def give(self, name: str, offset: int, buffer: Array) -> None:
-        """Do nothing: what was lent is the tensor's own."""
+        """Do nothing, because the lent memory is the tensor's own."""
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
         """Return False: nothing is there from an earlier run."""

@@ -20,9 +20,10 @@ from deltamerge.apps.serve.rounds import ChainReceiver, ChainSender, Weights
 
 
 class ChainRefitEngine(CheckpointEngine):  # type: ignore[misc]  # NeMo-RL is not read for types
-    """The engine of one worker; of the policy's workers the first writes.
+    """The engine of one worker. The policy's first worker writes.
 
-    chain, base   a folder of versions, and the model that generation was started from, as all workers name them
+    chain, base   a folder of versions, and the model that generation was started from, under the same names in all
+                  workers
     """
 
     def __init__(self, *, bucket_size: int, chain: str, base: str, **more: Any) -> None:

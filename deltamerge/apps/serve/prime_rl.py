@@ -1,4 +1,4 @@
-"""prime-rl's weight broadcast by a chain: its orchestrator and servers find a version where they look for weights.
+"""prime-rl's weight broadcast by a chain: orchestrator and servers find a version in place of weights.
 
     from deltamerge.apps.serve import prime_rl
     prime_rl.install_trainer("/shared/base")    # before prime_rl.trainer.rl.train.main()
@@ -20,7 +20,7 @@ POINTER, CHAIN = "deltamerge.version", "deltamerge"
 
 
 def install_trainer(base: str) -> None:
-    """Broadcast versions over `base`, what the servers were started from, in this process."""
+    """Broadcast versions over `base`, the model that the servers were started from, in this process."""
     from prime_rl.transports import weights
     from prime_rl.transports.weights.filesystem import FileSystemWeightBroadcast
     from prime_rl.utils.utils import get_broadcast_dir, get_step_path

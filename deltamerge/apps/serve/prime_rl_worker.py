@@ -12,10 +12,10 @@ from deltamerge.apps.serve.vllm import DeltaEngine, DeltaInit, DeltaUpdate
 
 
 class ChainWeightUpdateWorker(FileSystemWeightUpdateWorker):  # type: ignore[misc]  # prime-rl is not read for types
-    """Makes the served model the one of the version that a step's folder names."""
+    """Updates the served model to the version that a step's folder names."""
 
     def update_weights_from_path(self, weight_path: str) -> None:
-        """Load what a version changes; a folder that names none is a checkpoint, loaded whole."""
+        """Load the changes of a version. A folder that names no version is a checkpoint, and is loaded whole."""
         pointer = Path(weight_path) / POINTER
         engine: DeltaEngine | None = getattr(self, "_chain_engine", None)
         if not pointer.is_file():

@@ -1,6 +1,6 @@
-"""What plug-ins of trainers share: a round of training sends its weights as a chain's next version, servers receive it.
+"""The common part of trainers' plug-ins: a round sends weights as a chain's next version, and servers receive it.
 
-Sender and receivers see the chain's folder. Only what changed is written. Names, dtypes and shapes are the base's.
+Sender and receivers see the chain's folder. Only changes are written. Names, dtypes and shapes are the base's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class ChainSender:
     """A trainer's side, in each of its processes; one of them writes.
 
     chain     the folder of versions
-    base      what the servers were started from: a folder or hub id
-    mirrors   as of `DeltaWriter`
+    base      the model that the servers were started from: a folder or hub id
+    mirrors   as for `DeltaWriter`
     """
 
     def __init__(self, chain: str | Path, base: str | Path, *, mirrors: Mapping[str | Path, str] | None = None) -> None:
@@ -59,9 +59,9 @@ class ChainSender:
 
 
 class ChainReceiver:
-    """A server's side, in each of its workers: keeps a copy of the model on the CPU, and says what versions change.
+    """A server's side, in each of its workers: keeps a copy of the model on the CPU, and yields changes.
 
-    chain, base   as of the sender; a chain in codes and its quantised checkpoint too
+    chain, base   as for the sender; a chain in codes with its quantised checkpoint works too
     """
 
     def __init__(self, chain: str | Path, base: str | Path) -> None:
@@ -76,10 +76,10 @@ class ChainReceiver:
         self._after = head(self._chain) if is_there else None
 
     def receive(self, *, patience: float = PATIENCE) -> Iterator[tuple[str, Any]]:
-        """Wait for the version after the one of `ready`, and yield the tensors in which it differs from what is held.
+        """Wait for the version after `ready`, and yield the tensors in which it differs from the held model.
 
-        What was yielded last is held, at first the base. While a version is pinned, it comes instead. InputError, with
-        nothing yielded: the version is damaged, or of another base. OutputError: none has come in time.
+        The held model is the last one yielded, at first the base. While a version is pinned, it comes instead.
+        InputError, with nothing yielded: the version is damaged, or has another base. OutputError: none came in time.
         """
         version = next(follow(self._chain, after=self._after, latest=True, poll=POLL, timeout=patience), None)
         if version is None:

@@ -13,10 +13,10 @@ from deltamerge.errors import InputError, OutputError
 class EngineSwitch:
     """A `sglang.Engine` switched between deltas, as `dm.Switch` does with a module.
 
-    engine  serves the base, in the base's dtypes, not quantised, as parts of what SGLang has packed cannot be written;
-            with disable_radix_cache, as SGLang may refuse to drop what the weights before have computed of prompts
-    base    what the engine's model was loaded from, and the deltas were made from: a folder or hub id
-    keep    how many deltas' changes stay decoded in memory, those used last; None: all
+    engine  serves the base, in the base's dtypes. It must not be quantised, because parts of packed weights cannot be
+            written. It needs disable_radix_cache, because SGLang may refuse to drop cached states of old weights
+    base    the base of the engine's model and of the deltas: a folder or hub id
+    keep    number of deltas that stay decoded in memory, the last used; None: all
 
     The tensors that change go to the engine's processes whole, in one update: requests in flight end first, later ones
     wait. Nobody else may update the engine's weights.
@@ -36,11 +36,11 @@ class EngineSwitch:
         self._engine, self._served = engine, ServedModel(base, keep=keep)
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the engine's model the one of `delta`: an artifact, a version of a chain, or a chain (its newest).
+        """Switch the engine's model to `delta`: an artifact, a version of a chain, or a chain (its newest).
 
-        A chain in which a version is pinned is that version. None: the base. InputError, with nothing sent: the delta
-        is damaged or of another base, or makes tensors of other names, dtypes or shapes. OutputError: SGLang has not
-        taken them; what it held is then sent in the same update, and if that is refused too, the next `to` sends all.
+        A chain with a pinned version stands for that version. None: the base. InputError, with nothing sent: the delta
+        is damaged or for another base, or its result has other names, dtypes or shapes. OutputError: SGLang refused the
+        tensors. The old tensors are then sent again; if they are refused too, the next `to` sends all tensors.
         """
         changes = self._served.changes(delta)
         if names := self._served.touched(changes):

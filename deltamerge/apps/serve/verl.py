@@ -22,9 +22,10 @@ from deltamerge.apps.serve.rounds import ChainReceiver, ChainSender, Weights
 
 @CheckpointEngineRegistry.register("deltamerge")
 class ChainCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # verl is not read for types
-    """The engine of one process; of the actor's processes the master writes.
+    """The engine of one process. The actor's master process writes.
 
-    chain, base   a folder of versions, and the model that the rollouts were started from, as all processes name them
+    chain, base   a folder of versions, and the model that the rollouts were started from, under the same names in all
+                  processes
     """
 
     def __init__(self, bucket_size: int = 0, is_master: bool = False, *, chain: str, base: str) -> None:

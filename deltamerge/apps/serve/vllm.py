@@ -3,13 +3,13 @@
     init_weight_transfer_engine({"base": "./base"})       the served model's own folder or hub id if it is not given
     start_weight_update(); update_weights({"delta": "deltas/math"}); finish_weight_update()
 
-`delta` is an artifact, a version of a chain, or a chain (its pinned version, else its newest); None: the base. Every
-worker reads it, and checks it and the base by hash before anything is written. If a write fails, the layers that it was
-for are loaded as they were; if that fails too, the next update writes every tensor.
+`delta` is an artifact, a version of a chain, or a chain (its pinned version, or its newest); None: the base. Every
+worker reads it, and checks it and the base by hash before anything is written. If a write fails, its layers are loaded
+as they were; if that fails too, the next update writes every tensor.
 
-Of a model that keeps its weights as they are loaded only the positions that change are written, where they are few.
-Some layers are loaded anew, from the base's file: those where most of a tensor changes, and those whose weights vLLM
-has packed (on the CPU, quantised, experts).
+If a model keeps its weights as loaded, only the changed positions are written, if they are few. Other layers are loaded
+anew, from the base's file: layers in which most of a tensor changes, and layers whose weights vLLM has packed (on the
+CPU, quantised, experts).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from deltamerge.errors import InputError
 class DeltaInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not read for types
     """Settings of the engine.
 
-    base      what the served model was loaded from, and the deltas were made from; None: the model's folder
-    draft     likewise of a model that drafts tokens for it; None: the draft's folder, or `base` for layers in it
-    in_place  write single positions into the loaded weights; None: where the model keeps them as they are loaded
-    keep      how many deltas' changes a worker holds decoded; None: all
+    base      the base of the served model and of the deltas; None: the model's folder
+    draft     the base of a model that drafts tokens for it; None: the draft's folder, or `base` for layers in it
+    in_place  write single positions into the loaded weights; None: if the model keeps them as loaded
+    keep      number of deltas that a worker holds decoded; None: all
     """
 
     base: str | None = None
@@ -58,7 +58,7 @@ class DeltaUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is no
 
 
 class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore[misc]  # vLLM is not read for types
-    """The engine of one worker, which updates its model, or the one that drafts, as vLLM targets it."""
+    """The engine of one worker, which updates its model or its draft model, as vLLM targets it."""
 
     init_info_cls = DeltaInit
     update_info_cls = DeltaUpdate
@@ -99,7 +99,7 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         """Do nothing: an update is whole in `receive_weights`, which refuses before it begins."""
 
     def finish_weight_update(self) -> None:
-        """Nothing, likewise."""
+        """Do nothing."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -107,9 +107,9 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: DeltaUpdate) -> None:
-        """Make the model the one of a delta.
+        """Update the model to a delta.
 
-        InputError, with nothing written: the delta is damaged or of another base.
+        InputError, with nothing written: the delta is damaged or for another base.
         """
         if not hasattr(self, "_served"):
             raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
@@ -134,7 +134,7 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
     def _patches(self, served: ServedModel, changes: Changes) -> list[CheckpointWeightPatch]:
         """Return the changes that vLLM can write in place: single positions, floating, without NaN.
 
-        NaN says to vLLM that nothing changes.
+        NaN means to vLLM that an entry does not change.
         """
         return [
             CheckpointWeightPatch(*patch)

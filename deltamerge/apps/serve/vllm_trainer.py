@@ -27,8 +27,8 @@ class DeltaTrainerInit(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not re
     """Settings of the trainer's side.
 
     chain   the folder of versions, which trainer and workers see under this name
-    base    what the served model was loaded from, likewise
-    rank    this process's; 0 writes and drives the server, the others only gather
+    base    the base of the served model, also under this name for all
+    rank    this process's rank; 0 writes and drives the server, the others only gather
     """
 
     backend: ClassVar[str] = "deltamerge"
@@ -54,9 +54,9 @@ class DeltaTrainerEngine(TrainerWeightTransferEngine[DeltaTrainerInit]):  # type
         return engine
 
     def send_weights(self) -> None:
-        """Write what has changed as the next version, and have the server go to it. Called in all processes.
+        """Write the changes as the next version, and switch the server to it. Call this in all processes.
 
-        What the server refuses is raised; the version is there, and the next round goes on from it.
+        A refusal by the server is raised. The version stays, and the next round continues from it.
         """
         made = self._sender.send(self.source, writes=self.is_sender)
         if made is None:

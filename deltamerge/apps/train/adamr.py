@@ -160,7 +160,7 @@ class AdamR(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run of AdamR on the same θ_P, or of AdamW (what it did not save stays)."""
+        """Continue a run of AdamR on the same θ_P, or of AdamW (settings that it did not save stay)."""
         ours = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         for mine, saved in zip(ours, state_dict["param_groups"], strict=False):
             if saved.get("pretrained", mine["pretrained"]) != mine["pretrained"]:
@@ -347,7 +347,7 @@ def _clean(name: str) -> str:
 
 
 def _readers(pretrained: Pretrained) -> Readers:
-    """Name -> a call that gives the tensor; of a checkpoint only the tensors that are asked for are read."""
+    """Name -> a function that returns the tensor. Of a checkpoint only the requested tensors are read."""
     if isinstance(pretrained, nn.Module):
         pretrained = dict(pretrained.named_parameters(remove_duplicate=False))
     if isinstance(pretrained, Mapping):

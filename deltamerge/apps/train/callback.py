@@ -13,13 +13,13 @@ from deltamerge.errors import UsageError
 
 
 class DeltaCallback(TrainerCallback):
-    """Writes a version every so many optimizer steps, or every epoch, and one at the end if something is left.
+    """Writes a version every so many optimizer steps, or every epoch, and at the end if something is left.
 
-        chain, base   as of `DeltaWriter`; the base is what the model was loaded from if not given
+        chain, base   as for `DeltaWriter`; the default base is the checkpoint that the model was loaded from
         every         steps, or "epoch"
-        log           is given each version's figures, as `wandb.log` and `trackio.log` take them
+        log           gets each version's figures, like `wandb.log` and `trackio.log`
 
-    In a run of several processes the first alone writes. What fails in the background stops the training at the next
+    In a run of several processes only the first writes. An error in the background stops the training at the next
     version.
     """
 

@@ -1,8 +1,8 @@
 """Writes the versions of a chain from a training run whose weights are spread over processes, without gathering them.
 
-Each process compares its own shards with those of the last version, and sends what changed to the tensor's owner. The
-owner codes it over the whole tensor of the last version, which it keeps in memory. The first process joins the parts to
-one version, with the bytes of a gathered write.
+Each process compares its own shards with the last version's shards, and sends changes to the tensor's owner. The owner
+codes them over the whole tensor of the last version, which it keeps in memory. The first process joins the parts to one
+version, with the bytes of a gathered write.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ Changed = dict[str, tuple[Array, Array]]  # flat positions and values of a tenso
 class ShardedDeltaWriter(ChainWriter):
     """Adds a version to a chain for every call of `write`, from a model that FSDP2 or tensor parallelism has sharded.
 
-        chain   its folder, which all processes see; made if it is not there, gone on with if it is
-        model   an nn.Module with DTensors as parameters (others are the same in all processes)
-        base    the checkpoint that the chain's first version is made from; None: what the model's `name_or_path` says
+        chain   its folder, which all processes see; made if missing, otherwise continued
+        model   an nn.Module with DTensors as parameters (other parameters must be the same in all processes)
+        base    the base of the chain's first version, a checkpoint; None: the model's `name_or_path`
 
-    All processes of the default group make one, and call `write` at the same steps. `write` copies the local shards,
-    and returns; a thread compares and writes, over a gloo group of its own, and the next `write` waits for it. What
-    fails in one process is raised in all, by the next `write`, `flush` or `close`; the version is not there then. On
-    the CPU a process holds two copies of its shards, and the tensors that it owns: about its share of the model.
+    All processes of the default group create a writer, and call `write` at the same steps. `write` copies the local
+    shards and returns. A thread compares and writes, over a gloo group of its own, and the next `write` waits for it.
+    An error in one process is raised in all, by the next `write`, `flush` or `close`; the version is then not written.
+    On the CPU a process holds two copies of its shards, and the tensors that it owns: about its share of the model.
 
     InputError: the base or the chain cannot be read, or do not have the model's tensors. OutputError: another process
     adds versions to the chain.
@@ -74,8 +74,8 @@ class ShardedDeltaWriter(ChainWriter):
     def write(self, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write the changes since the last version as the next one. Return a future of the written version.
 
-        `step` is noted, and the version's number is at least it. Whatever the version before failed with is raised
-        here, and that version is not there: what it would have held is part of this one, if `write` is called again.
+        `step` is recorded, and the version's number is at least `step`. If the previous version failed, its error is
+        raised here, and that version does not exist. Call `write` again: the new version then includes its changes.
         """
         self.flush()
         new = self._together(self._copied)
@@ -132,7 +132,7 @@ class ShardedDeltaWriter(ChainWriter):
         return WrittenVersion(self.chain / name, count, size, nbytes)
 
     def _changed(self, new: Bits) -> list[Changed]:
-        """Return what changed in the local shards, by the tensors' owners: positions in the whole tensors."""
+        """Return the changes in the local shards, by the tensors' owners: positions in the whole tensors."""
         found: list[Changed] = [{} for _ in range(self._world)]
         for name, bits in new.items():
             where = np.flatnonzero(bits != self._local[name])
@@ -146,7 +146,7 @@ class ShardedDeltaWriter(ChainWriter):
         return found
 
     def _exchanged(self, changed: list[Changed]) -> list[Changed]:
-        """Return what all processes found changed in the tensors that this one owns."""
+        """Return the changes of all processes in the tensors that this process owns."""
         mine: list[Any] = [None] * self._world
         for owner in range(self._world):
             target = mine if owner == self._rank else None
@@ -212,7 +212,7 @@ class ShardedDeltaWriter(ChainWriter):
         return box[0]
 
     def _together(self, work: Callable[[], Any]) -> Any:
-        """Do a part of the work in all processes. What fails in one is raised in all."""
+        """Do a part of the work in all processes. An error in one is raised in all."""
         error, value = None, None
         try:
             value = work()
@@ -229,7 +229,7 @@ class ShardedDeltaWriter(ChainWriter):
 
 
 class _Finished(Spool):
-    """The spool of one process: what is finished is kept as states for the first process."""
+    """The spool of one process. It keeps finished tensors as states for the first process."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, None, {})

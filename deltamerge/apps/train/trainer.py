@@ -1,4 +1,4 @@
-"""Writes the versions of a chain from a training run: what has changed since the last one, in the background."""
+"""Writes the versions of a chain from a training run: the changes since the last version, in the background."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ class ChainWriter:
 
     @property
     def last(self) -> str | None:
-        """Return the name of the version last published. None: there is none yet."""
+        """Return the name of the last published version. None: there is none yet."""
         return None if self._last is None else self._last.name
 
     def flush(self) -> None:
-        """Wait until the version that is being written is there. Raises what it failed with, once."""
+        """Wait until the current version is written. Raises its error, once."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._tell(pending.result())
 
     def close(self) -> None:
-        """Wait for the last version, and let the chain go. Raises what it failed with."""
+        """Wait for the last version, and release the chain. Raises the version's error."""
         try:
             self.flush()
         finally:
@@ -119,27 +119,26 @@ class ChainWriter:
         raise NotImplementedError
 
     def _tell(self, made: WrittenVersion) -> None:
-        """Say what was written, on the caller's thread."""
+        """Log the written versions, on the caller's thread."""
 
 
 class DeltaWriter(ChainWriter):
     """Adds a version to a chain for every call of `write`, from the weights of a model that is being trained.
 
-        chain   its folder; made if it is not there, gone on with if it is
-        model   an nn.Module, whose `state_dict()` is written; None: every `write` is given one
-        base    the checkpoint that the chain's first version is made from, a folder or hub id; where it is not given,
-                what the model's `name_or_path` says
-        mirrors folders that get every version too, in other projects' layouts: {"updates": "slime"}, as of `extract
-                --as`; those that one lacks are written at once
-        quantized  chains that get every version too, over a quantised checkpoint of the base: {"run-fp8": "base-fp8"},
-                as of `extract --quantized`
-        log     is given the figures of each version once it is there, on the thread that calls, as `wandb.log` and
-                `trackio.log` take them: its step, changed entries, their share, bytes
+        chain   its folder; made if missing, otherwise continued
+        model   an nn.Module, whose `state_dict()` is written; None: pass a state to every `write`
+        base    the base of the chain's first version, a folder or hub id; by default the model's `name_or_path`
+        mirrors folders that also get every version, in other projects' layouts: {"updates": "slime"}, as with `extract
+                --as`; missing versions are written at once
+        quantized  chains that also get every version, over a quantised checkpoint of the base: {"run-fp8":
+                "base-fp8"}, as with `extract --quantized`
+        log     gets the figures of each finished version, on the calling thread, like `wandb.log` and `trackio.log`:
+                its step, changed entries, their share, bytes
 
     The tensors, their names and their dtypes are the base's: float32 masters of a bfloat16 base are rounded to
-    bfloat16. `write` copies the weights, and returns; a thread compares and writes them, and the next `write` waits for
-    it. What it fails with is raised by the next `write`, `flush` or `close`. On the CPU there are two copies of the
-    weights, in the base's dtypes: the last version's, and those being written.
+    bfloat16. `write` copies the weights and returns. A thread compares and writes them, and the next `write` waits for
+    it. An error is raised by the next `write`, `flush` or `close`. On the CPU there are two copies of the weights, in
+    the base's dtypes: the last version's, and the copy being written.
 
     InputError: the base or the chain cannot be read, or do not have the model's tensors. OutputError: another process
     adds versions to the chain.
@@ -185,9 +184,9 @@ class DeltaWriter(ChainWriter):
     def write(self, state: Mapping[str, Any] | None = None, *, step: int | None = None) -> Future[WrittenVersion]:
         """Write the changes since the last version as the next one. Return a future of the written version.
 
-        `state` is the model's if not given; `step` is noted, and the version's number is at least it. InputError: its
-        tensors are not those of the base. Whatever the version before failed with is raised here, and that version is
-        not there: what it would have held is part of this one, if `write` is called again.
+        `state` is by default the model's. `step` is recorded, and the version's number is at least `step`. InputError:
+        the tensors differ from the base's tensors. If the previous version failed, its error is raised here, and that
+        version does not exist. Call `write` again: the new version then includes its changes.
         """
         self.flush()
         if state is None:
@@ -270,7 +269,7 @@ def note_version(
 
 
 def _catch_up(mirror: Mirror | QuantisedChain, versions: Sequence[Version], origin: Checkpoint) -> None:
-    """Write those versions that a mirror lacks. InputError: it is of another chain."""
+    """Write the versions that a mirror lacks. InputError: it belongs to another chain."""
     if versions:
         mirror.catch_up(versions, origin, workers=1)
     elif mirror.newest:

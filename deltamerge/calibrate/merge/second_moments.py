@@ -1,9 +1,9 @@
 """Second moments, of the inputs of linear layers and of gradients, from walks over the calibration rows.
 
-C = E[x xᵀ] of every layer in every fine-tune, which RegMean takes, is as large as the models. The diagonal of Fisher's
-information is the mean square of the gradients of the log-likelihood, entry by entry: a row is run at a time, forward
-and backward, and a block's gradients are squared and added to a file as soon as they are there. All lies in files, and
-is read layer by layer. The module is named in plans, so torch is imported when it runs.
+C = E[x xᵀ] of every layer in every fine-tune, which RegMean uses, is as large as the models. The diagonal of Fisher's
+information is the mean square of the log-likelihood's gradients, entry by entry. Rows run one at a time, forward and
+backward, and a block's gradients are squared and added to a file at once. All results lie in files, and are read layer
+by layer. The module is named in plans, so torch is imported when it runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MEASURING = "measuring inputs of"
 
 @dataclass(frozen=True, slots=True)
 class InputMeasurement:
-    """A fine-tune whose layers' inputs are measured; `names` are its tensors' by the names in the output.
+    """A fine-tune whose layers' inputs are measured. `names` maps names in the output to its tensors' names.
 
     codes   about the bytes of the artifact whose codes are learned on the rows instead
     """
@@ -162,11 +162,13 @@ def inputs(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...]) -
 
 
 def merged(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...], wanted: tuple[str, ...]) -> Spooled:
-    """Return the same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
-    "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
+    """Return second moments of inputs after the merged earlier blocks, on each fine-tune's rows.
 
-    inputs   the spool; of each tensor what the merge adds, made with the moments that are in the spool when it is
-             read; what that needs; the fine-tunes' tensors
+    Source: Nguyen et al., "RegMean++", arXiv 2508.03121. Inside a block, and outside blocks, the fine-tune's own
+    weights run.
+
+    inputs   the spool; each tensor's merged delta, computed with the moments in the spool when it is read; the nodes
+             that it needs; the fine-tunes' tensors
     parts    the fine-tunes
     wanted   the layers' names in the output
 
@@ -222,7 +224,7 @@ def _kept(found: Spooled, names: Mapping[str, str], model: int) -> Keep:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredInput:
-    """A weight whose matrices' inputs are measured: how many there are, and whether it is stored (in, out)."""
+    """A weight whose inputs are measured: its number of matrices, and whether it is stored (in, out)."""
 
     inputs: int
     transposed: bool
@@ -235,13 +237,13 @@ def of_result(
     names: tuple[str, ...],
     wanted: tuple[tuple[str, MeasuredInput], ...],
 ) -> Spooled:
-    """Return the second moments of the inputs that a merge's own layers get, as it is before it is quantised.
+    """Return the second moments of the inputs of a merge's own layers, before it is quantised.
 
     inputs   the spool; the tensors of the result in the order of `names`; stages that they need; the template's tensors
     source   the template, which runs with the result's weights, and the rows
     wanted   the weights that are quantised, by name
 
-    InputError: a weight whose inputs the model does not show.
+    InputError: the inputs of a weight cannot be observed.
     """
     from deltamerge.calibrate.q.subject import Subject
 
@@ -261,7 +263,7 @@ def of_result(
 
 
 def _result(subject: Subject, roots: Mapping[str, Node], reader: Reader, known: Mapping[Node, Any]) -> Weights:
-    """Return the weights of a merge, computed as they are asked for; what it has not is the template's."""
+    """Return the weights of a merge, computed on request. Missing weights are the template's."""
     import torch
 
     from deltamerge.engine.execute import computed
@@ -282,7 +284,7 @@ def _result(subject: Subject, roots: Mapping[str, Node], reader: Reader, known: 
 class MatrixMoments:
     """A watch that sums x xᵀ over the real tokens of every matrix in `wanted`, block by block, into `found`.
 
-    Products are float32, sums float64. Of experts each has those of the tokens that it gets; their sums lie in files.
+    Products are float32, sums float64. Each expert sums over its own tokens; experts' sums lie in files.
     """
 
     def __init__(self, batches: Sequence[Inputs], wanted: Mapping[str, MeasuredInput], found: Spooled) -> None:
@@ -358,14 +360,14 @@ def _of_matrix(cut: MatrixCut, x: Tensor, inputs: int) -> Tensor:
 
 
 FORWARDS = 4  # passes of a row: forward, again from the checkpoints, backward
-CLASSES = 8  # up to so many the expectation over the model's answers is exact; of more, one is drawn
+CLASSES = 8  # most classes for an exact expectation over the model's answers; with more, one answer is drawn
 
 
 def squares(*inputs: Node, known: Mapping[Node, Any], parts: tuple[Share, ...]) -> Spooled:
     """Return E(∂ log p(y | x) / ∂w)² of every tensor of `parts`, over rows x and answers y of the fine-tune's own.
 
-    Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
-    are those of its outputs. InputError: a model without a head, or gradients that are not finite.
+    Classes are weighed by their probabilities. For a language model y is the row's own text; for a regression the
+    squares are of the outputs' gradients. InputError: a model without a head, or gradients that are not finite.
     """
     from deltamerge.calibrate.q.subject import Subject
 
@@ -442,7 +444,7 @@ def _differentiate(subject: Subject, sums: _SquareSums) -> None:
 
 
 def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return log p of the tokens of the row, each given those before it."""
+    """Return log p of the tokens of the row, each given the tokens before it."""
     import torch.nn.functional as F
 
     from deltamerge.calibrate.rows.batches import said

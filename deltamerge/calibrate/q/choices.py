@@ -1,19 +1,19 @@
-"""The ways to choose a fine-tune's q's, and the comparison of what they find with the plain choice.
+"""The ways to choose a fine-tune's q's, and the comparison of their results with the plain choice.
 
-A q is one number searched, one for each layer or row, a closed form, or learned. A calibrated q divides the weights of
-linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which measures better than rescaling them
-too (docs/measurements/calibration.md). Experts are linear layers, stacked in one tensor or not: each has a q of its
-own, but in the scope global; one that no token reached has that of its layer. Other pruned tensors are divided as their
-method divides without calibration. Learned scales apply to all pruned tensors that the output depends on.
+A q is one searched number, a number for each layer or row, a closed form, or learned. A calibrated q divides the
+weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which scores better than
+rescaling them too (docs/measurements/calibration.md). Experts are linear layers, stacked in one tensor or not. Except
+in the scope global, each expert has its own q; an expert that no token reached has its layer's q. Other pruned tensors
+are divided as without calibration. Learned scales apply to all pruned tensors that the output depends on.
 
-The minima that a search of q found are compared with each other and with the plain choice, the method without
-calibration. This is done on rows that the search has not seen and, where the model has a head, by another measure
-(`Subject.judge`). Where all minima predict as the base does, other points that the search evaluated are compared too.
+The minima of a search of q are compared with each other and with the plain choice, the method without calibration. This
+uses rows that the search has not seen and, if the model has a head, another measure (`Subject.judge`). If all minima
+predict like the base, other evaluated points are compared too.
 
-Candidates are compared on held-out rows, which are taken as they are needed. Where there are labels the metric decides,
-on all held-out rows. Else rows come in rounds of `ROUND`, and a comparison ends after the first round whose values
-differ clearly: by more than a factor exp(2/sqrt(rows)). A plan names `calibrate` by a string, so that planning imports
-no torch.
+Candidates are compared on held-out rows, which are taken as needed. If there are labels, the metric decides, on all
+held-out rows. Otherwise rows come in rounds of `ROUND`, and a comparison ends after the first round whose values differ
+clearly: by more than a factor exp(2/sqrt(rows)). A plan names `calibrate` by a string, so that planning imports no
+torch.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calib
 
 
 def decide(spec: Spec, verdict: Verdict, found: Sequence[QPoint], plain: float) -> tuple[QPoint | None, dict[str, Any]]:
-    """Return the best candidate if it betters the plain choice, else None; and the record for the lock.
+    """Return the best candidate if it is better than the plain choice, otherwise None; and the record for the lock.
 
     verdict   the values of candidates on held-out rows
-    found     all candidates of the search, those that could not be compared among them
+    found     all candidates of the search, including candidates that could not be compared
     plain     the plain choice's objective on the search rows
     """
     judge, some, held = verdict.judge, verdict.some, verdict.held
@@ -166,12 +166,12 @@ def _range(values: Sequence[float]) -> float | list[float]:
 
 
 class Searches:
-    """Runs the search that a spec asks for, on a subject.
+    """Runs a spec's search on a subject.
 
-    path     records every point evaluated
-    rounds   of held-out rows, whose predictions are compared where the output change says little
-    few      the objective on a part of the rows, where it was no use beyond the first round
-    masks    how many masks the smallest objective is a mean over; 0: all
+    path     records every evaluated point
+    rounds   rounds of held-out rows, whose predictions are compared if the output change decides little
+    few      the objective on a part of the rows, if it was not used beyond the first round
+    masks    number of masks in the mean of the smallest objective; 0: all
     passed   more candidates for a judge other than the objective, from a search of one q by output change
     """
 
@@ -212,7 +212,7 @@ class Searches:
         return [name for name in self.layers if name in found]
 
     def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
-        """Return (q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
+        """Return (q, why) of the pruned tensors without a searched q: 1, or the method's divisor."""
         found = {}
         for pruned in self.spec.pruned:
             name = pruned.stored
@@ -227,7 +227,7 @@ class Searches:
         return found
 
     def closer(self, candidates: Sequence[QPoint], values: Sequence[float]) -> QPoint | None:
-        """Return one more candidate of a search for one q; None: there is none.
+        """Return one more candidate of a search for one q. None: there is none.
 
         It is the vertex of the parabola in log q through the best candidate and its neighbours.
         """
@@ -390,7 +390,7 @@ class Searches:
         return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
 
     def _exact(self, name: str, layer: LayerStatistics) -> Q:
-        """Return the closed-form q; of a mask without one the plain q of its layer."""
+        """Return the closed-form q, or the layer's plain q if the mask has none."""
         none = self.plain[name]
         return self._own(
             name,
@@ -504,7 +504,7 @@ class QPoint:
     value     their objective
     numbers   the searched numbers by name
     edge      whether it lies on a bound of the search
-    own       the tensors whose q was searched for them; the others have it from `Searches.rest`
+    own       the tensors with their own searched q; the others get theirs from `Searches.rest`
     """
 
     q: Qs
@@ -523,10 +523,10 @@ class QPoint:
 class Verdict:
     """The result of a comparison on held-out rows.
 
-    judge    with the number of rows that were looked at
+    judge    the judge, with the number of used rows
     some     the candidates that were compared to the end
-    held     their values, and last that of the plain choice
-    dropped  candidates that were worse after an earlier round, their values, and the number of rows that these are of
+    held     their values, and last the plain choice's value
+    dropped  candidates that were worse after an earlier round, with their values and the number of rows
     """
 
     judge: HeldOutMeasure
@@ -637,7 +637,7 @@ class Rounds:
         return known
 
     def another(self) -> bool:
-        """Go on to the next round; False where there is none."""
+        """Go on to the next round. False: there is none."""
         if not self._left:
             return False
         judge = self.subject.agreement(self._left.pop(0))

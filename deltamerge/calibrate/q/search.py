@@ -18,19 +18,19 @@ Point = tuple[float, float]
 COARSE = SCANNED
 BUDGET = EVALUATIONS
 FIRST = 2  # masks that a model is fitted to before it is known whether they agree
-AGREE = 0.1  # of the bracket in log x: masks whose minima differ by less agree
+AGREE = 0.1  # share of the bracket in log x: masks whose minima differ by less agree
 NEAR = 0.05  # in log x: a point no farther from another is not worth a pass
-HUMP = 0.02  # of the range of the values: what must lie between two minima
+HUMP = 0.02  # share of the range of values: the least hump between two minima
 
 
 @dataclass(frozen=True, slots=True)
 class Minima:
     """The best point, its objective, and every point evaluated, in order.
 
-    scan    of `model`: the points of the first round, on a part of the rows
-    scale   that brings their values to those on all rows, at the best of them
-    others  of `model`: the next best minimum of the first round, if it has one
-    masks   of `model`: the masks that the values are means over
+    scan    from `model`: the points of the first round, on a part of the rows
+    scale   factor from their values to values on all rows, taken at the best point
+    others  from `model`: the next best minimum of the first round, if there is one
+    masks   from `model`: the masks in the means
     """
 
     point: float
@@ -129,16 +129,15 @@ def scan(evaluate: Evaluate, low: float, high: float, *, coarse: int = COARSE, t
 def model(scanned: Scan, of_masks: OfMasks, masks: int) -> Minima:
     """Return the minimum, near the best point of a scan, of an objective that is smooth in 1/x.
 
-        scanned     of the first mask, on a part of the rows
+        scanned     the scan with the first mask, on a part of the rows
         of_masks    returns the objective at several points for each of a range of masks, on all rows
         masks       the number of masks
 
-    Three points around the scan's minimum, a third of its step apart, are valued for the first two masks, and a fourth
-    where an outer one is the best. The other masks follow only where the minima of these two differ by more than
-    `AGREE` of the three points' width. Of three or more masks the one farthest from the mean is left out, as the paper
-    does. The parabola in 1/x through the means has its minimum at the point that is returned, whose value is the
-    parabola's. Where it has none between the three points, the best of them is returned; among equal values the
-    smallest point wins.
+    Three points around the scan's minimum, a third of its step apart, are evaluated for the first two masks, and a
+    fourth if an outer point is the best. The other masks follow only if the minima of these two differ by more than
+    `AGREE` of the three points' width. With three or more masks, the mask farthest from the mean is left out, as in the
+    paper. The result is the minimum of the parabola in 1/x through the means, with the parabola's value. If that
+    minimum is not between the three points, the best point is returned; among equal values the smallest point wins.
     """
     points, seen = scanned.points, scanned.values
     low, high = points[0], points[-1]
@@ -191,9 +190,9 @@ def _followed(
 
 
 def _means(columns: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean of each row over columns (a column a mask).
+    """Return the mean of each row over columns (a column for each mask).
 
-    Of three or more columns the one whose mean is farthest from the others' is left out.
+    With three or more columns, the column whose mean is farthest from the others' is left out.
     """
     some = list(columns)
     if len(some) > 2:
@@ -217,8 +216,7 @@ def _columns(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _parabola(three: Sequence[float], values: Sequence[float]) -> Point:
-    """Return the minimum of the parabola in 1/x through three ascending points, if it lies between them; else the
-    best."""
+    """Return the minimum of the parabola in 1/x through three ascending points, or the best point if outside."""
     best = min(range(3), key=lambda i: (values[i], i))
     u = [three[1] / x - 1.0 for x in three]
     if not all(map(math.isfinite, values)) or u[0] == 0.0 or u[2] == 0.0:
@@ -271,8 +269,8 @@ def shortlist(found: Minima, low: float, high: float) -> list[tuple[float, float
 def passed(found: Minima, low: float, high: float) -> list[tuple[float, float]]:
     """Return the points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
 
-    Where the least objective is hardly less than the base's, it may prefer the base, or a drowned delta, to everything
-    in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.019, whose accuracy is
+    If the least objective is hardly below the base's, it may prefer the base, or a drowned delta, to all points
+    between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.019, whose accuracy is
     66; the predictions are nearest from 0.037 to 0.072, with 72.
     """
     inside = [(x, value) for x, value in (found.scan or found.path) if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
@@ -327,7 +325,7 @@ class _Memo:
 
 
 def _lowest(values: Sequence[float]) -> list[int]:
-    """Return the indices of the local minima; of equal neighbours the first."""
+    """Return the indices of the local minima, and the first of equal neighbours."""
     walled = [math.inf, *values, math.inf]
     return [i - 1 for i in range(1, len(walled) - 1) if walled[i - 1] > walled[i] <= walled[i + 1]]
 

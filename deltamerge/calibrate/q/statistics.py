@@ -43,8 +43,8 @@ class LayerStatistics:
     mean_delta       mean of |Δ_ij|
     cross, power     (m) E[y_i ŷ_i] and E[ŷ_i²], y = Δ x, ŷ = (mask ∘ Δ) x; None without a drawn mask
     transposed       whether the weight is stored (in, out)
-    parts            of a tensor that stacks several matrices (experts) those of each; the others are over all tokens of
-                     all of them, and a matrix that no token reached has these too
+    parts            for a tensor that stacks several matrices (experts), the statistics of each. The tensor's own are
+                     over all tokens of all matrices, and also stand for a matrix that no token reached
     """
 
     tokens: int
@@ -192,7 +192,7 @@ class _Collector:
         if cut not in some:
             rows = None if masked is None else _rows(masked, layer, cut)
             some[cut] = _TokenSums(_rows(delta, layer, cut), self._bias(layer, cut, delta), rows)
-        # a cut's inputs are those of the tokens that a router chose
+        # a cut's inputs are the tokens that a router chose
         x_NI = tokens_of(x, self.masks[batch]) if cut is None else x[:, cut.features]
         some[cut].add(x_NI.to(torch.float32))
 

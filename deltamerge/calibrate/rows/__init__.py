@@ -1,4 +1,4 @@
-"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set; those to search on, and held-out.
+"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set; search rows and held-out rows.
 
 No torch: `check` reads them.
 """
@@ -43,7 +43,7 @@ ANSWERED = ("prompt", "completion")  # fields, as TRL names them
 class DataRow:
     """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1.
 
-    `completion` is what a language model says after `content`, and all of the row that is compared; None: the whole.
+    `completion` is the text after `content` in a language model's row, and only it is compared. None: the whole text.
     """
 
     content: Any
@@ -354,7 +354,7 @@ def without(rows: Iterable[DataRow], some: Iterable[DataRow]) -> list[DataRow]:
 def rows_of(
     calibration: Calibration, folder: Path, config: Mapping[str, Any], *, labelled: bool, limit: int
 ) -> list[DataRow]:
-    """Return all rows of the data; of a hub data set the first `limit`.
+    """Return all rows of the data, or the first `limit` of a hub data set.
 
     InputError: a field is missing, or head, task and labels do not fit.
     """

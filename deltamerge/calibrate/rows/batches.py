@@ -31,7 +31,7 @@ class Batches:
     texts: list[list[str]] | None = None
 
     def with_more(self, other: Batches) -> Batches:
-        """Return these batches and then those of `other`."""
+        """Return these batches followed by the batches of `other`."""
         labels = None if self.labels is None or other.labels is None else self.labels + other.labels
         return Batches(self.inputs + other.inputs, labels)
 
@@ -141,8 +141,7 @@ class RowReader:
         return max(1, start)
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
-        """Return the inputs of a forward. Those of an encoder-decoder include `decoder_input_ids`, the text to be
-        said."""
+        """Return the inputs of a forward. For an encoder-decoder they include `decoder_input_ids`, the target text."""
         if self.decoder and isinstance(contents[0], tuple):
             sources, targets = ([content[i] for content in contents] for i in (0, 1))
             encoded, said = self._padded(sources, side), self._padded(targets, side)
@@ -169,8 +168,7 @@ class RowReader:
 
 
 def said(batch: dict[str, Tensor]) -> Tensor:
-    """Return (B, T) the tokens that a language model must say: place t + 1 scores the logits of place t; −100 scores
-    none."""
+    """Return (B, T) a language model's target tokens: place t + 1 scores the logits of place t; −100 scores none."""
     if "decoder_input_ids" not in batch:
         scored = batch["attention_mask"].bool()
         if COMPARED in batch:  # by the place before it
@@ -193,12 +191,14 @@ def config_of(folder: Path) -> Any:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
+    """Return the tokenizer in a folder, with a pad token. InputError: there is no usable tokenizer."""
     from transformers import AutoTokenizer
 
     with running(f"{folder}: no usable tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # transformers makes one of nothing
+    if (
+        not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    ):  # transformers would make a tokenizer from nothing
         raise InputError(f"{folder}: no usable tokenizer: its vocabulary is empty", hint="put tokenizer.json there")
     if tokenizer.pad_token is None:
         encoder = tokenizer.mask_token is not None or tokenizer.cls_token is not None

@@ -1,4 +1,4 @@
-"""A pass of the compiled loop as it is put together, and the operations that several functions share.
+"""The assembly of a pass of the compiled loop, and the operations that several functions share.
 
 The `loop` of a function's traits gets the `Assembly` of the pass: its sources, registers, lists of places, results.
 """
@@ -68,7 +68,7 @@ class StoredSource:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One of `codes`, and what does not fit in its numbers."""
+    """An operation of `codes`, with arguments that do not fit in its numbers."""
 
     code: int
     to: int
@@ -119,7 +119,7 @@ class Form:
 
     @property
     def pieces_are_rows(self) -> bool:
-        """Tell whether what is read at once is made of whole rows."""
+        """Tell whether the pieces that are read consist of whole rows."""
         return self.row <= self.block and (self.block <= codes.PIECE or self.row == self.block)
 
 
@@ -193,11 +193,11 @@ class Assembly:
         return sum(map(len, self.ratios[:-1]))
 
     def list_of(self, node: Node) -> int:
-        """Return a list for what a reduction finds."""
+        """Return a list for a reduction's results."""
         return self.listed.setdefault(id(node), len(self.listed))
 
     def sums_of(self, node: Node, count: int) -> int:
-        """Return the first of `count` rows of sums for what a reduction finds; one row for itself (0)."""
+        """Return the first of `count` rows of sums for a reduction's results; 0: one row of its own."""
         first = self.summed
         self.sums[id(node)] = (first, count)
         self.summed += count or 1
@@ -216,7 +216,7 @@ class Assembly:
         return self.registers[id(node)]
 
     def operand(self, node: Node) -> int:
-        """Return what holds a node's values: its register, or a source that need not be put into one."""
+        """Return the holder of a node's values: its register, or a source that needs no register."""
         source = self.source_of.get(id(node), -1)
         if id(node) in self.registers or source < 0 or self.sources[source].info.dtype == "F16":
             return self.register(node)
@@ -251,7 +251,7 @@ def subtract(assembly: Assembly, node: Node, dtypes: Any = None) -> None:
 
 
 def subtract_at(assembly: Assembly, node: Node, kept: KeptRegisters) -> None:
-    """Subtract two stored tensors at the places of `kept`. Where one is zeros, take the other."""
+    """Subtract two stored tensors at the places of `kept`. If one is zeros, take the other."""
     tune, base = node.inputs
     sources = [assembly.source_of[id(x)] for x in (tune, base) if id(x) not in assembly.zeros]
     code = codes.DIFFER_AT if len(sources) == 2 else codes.BASE_AT

@@ -30,7 +30,7 @@ class Program:
     """A pass, ready to run on any range of elements, from any number of threads."""
 
     def __init__(self, assembly: Assembly, reader: Reader, *, hashed: bool) -> None:
-        """`hashed`: the reader's pieces are told the hashes of what is read."""
+        """`hashed`: the hashes of read bytes are added to the reader's pieces."""
         done, shape = assembly.operations, assembly.form
         self.assembly, self.reader = assembly, reader
         self.pieces: Pieces | None = reader.pieces if hashed else None
@@ -54,8 +54,11 @@ class Program:
         self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """Compute elements [start, stop) of the tensor, from the start of a block, put into `out` if there is one; the
-        partials of the pass's reductions by the id of their node. None: it failed, and torch tells why."""
+        """Compute elements [start, stop) of the tensor, from the start of a block, and write them to `out` if given.
+
+        Return the partials of the pass's reductions by the id of their node. None: it failed, and torch must find the
+        error.
+        """
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)
@@ -104,8 +107,10 @@ class Program:
         return np.array(numbers, np.int64)
 
     def _made(self, place: StoredSource, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return a buffer that begins with the elements of a tensor whose bytes are made when they are read: one that
-        is done with, as new memory has to be cleared first."""
+        """Return a buffer that begins with the elements of a computed tensor.
+
+        It reuses an old buffer, because new memory would have to be cleared first.
+        """
         size = (stop - start) * place.itemsize
         buffer = self.spare.pop() if self.spare else np.empty(0, np.uint8)
         if len(buffer) < size:
@@ -116,8 +121,7 @@ class Program:
     def _files(
         self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[CodedRows | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[NDArray[Any]]]:
-        """Return where each source lies, of those that are codes what they are, and the arrays that both name by
-        number."""
+        """Return the place of each source, the form of coded sources, and the arrays that both refer to by number."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()
         arrays: list[NDArray[Any]] = []
         for row, place, made, part in zip(rows, self.sources, memory, coded, strict=True):
@@ -156,7 +160,7 @@ def _fd(place: StoredSource) -> int:
 def _joined(
     parts: Sequence[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]],
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.int64]]:
-    """Return the gap tables end to end, their guides likewise, and where each begins and ends, with its shift."""
+    """Return the gap tables end to end, the guides end to end, and each table's begin, end and shift."""
     tables, guides = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
     bounds, at, of_guide = np.empty((len(parts), 5), np.int64), 0, 0
     for row, (table, guide, shift) in zip(bounds, parts, strict=True):
@@ -227,14 +231,14 @@ def _read(assembly: Assembly, node: Node) -> None:
 
 
 def _patches(merge: Node) -> bool:
-    """Tell whether a merge works on places alone: its cost follows what is kept."""
+    """Tell whether a merge works only on places, so that its cost grows with the number of kept entries."""
     if not traits_of(merge.function).patches or not merge.inputs[0].is_source:
         return False
     return all(map(is_sparse, merge.inputs[1:]))
 
 
 def _cut(assembly: Assembly, steps: Steps, declared: Sequence[Traits]) -> None:
-    """Choose what a register holds: a run, whole rows, a block, or what a stream of gaps is for."""
+    """Choose the content of a register: a run, whole rows, a block, or the entries of a stream of gaps."""
     form, drawn = assembly.form, any(is_sparse(node) for node, _, _ in steps)
     ranked, sums = any(its.sorts for its in declared), any(its.sums for its in declared)
     whole = sums or not form.pieces_are_rows or (not form.columns and any(its.vectors for its in declared))

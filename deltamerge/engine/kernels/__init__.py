@@ -1,4 +1,4 @@
-"""Loads the compiled kernels (`_native`, C++ in src/), and says whether they are there and for which processor.
+"""Loads the compiled kernels (`_native`, C++ in src/), and tells whether they exist and for which processor.
 
 DELTAMERGE_KERNELS chooses: `off` leaves everything to torch and numpy; `baseline`, `avx2` or `avx512` asks for the
 loops of such a processor. The bytes are the same.
@@ -67,14 +67,14 @@ def available() -> bool:
 
 
 def missing() -> str | None:
-    """A line for someone whose installation has no kernels though nobody switched them off."""
+    """A line for users whose installation lacks kernels although they are not switched off."""
     if native() is not None or os.environ.get(SWITCH) == OFF:
         return None
     return WITHOUT if _compiled() is None else STALE
 
 
 def described() -> str:
-    """The kernels in a word or two, for people: the processor's level, or why there are none."""
+    """The kernels in a word or two, for people: the processor's level, or the reason that there are none."""
     module = native()
     if module is not None:
         return str(module.level())

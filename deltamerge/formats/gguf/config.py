@@ -1,10 +1,10 @@
 """The names that a GGUF file's tensors have in transformers, and config.json from its key-value pairs.
 
-Names are by architecture. The architectures are those that transformers reads; each table says what its loader does
-(integrations/ggml.py, modeling_gguf_pytorch_utils.py), and tests compare them. What a table does not name is refused.
+Names are by architecture, for all architectures that transformers reads. Each table follows transformers' loader
+(integrations/ggml.py, modeling_gguf_pytorch_utils.py), and tests compare them. Names outside the table are refused.
 
-A key that changes what a model computes and has no place in the config is refused: the original's config.json, beside
-the file, is then taken instead.
+A key that changes what a model computes and has no place in the config is refused, unless the original's config.json
+lies beside the file.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ MORE_OF: Mapping[str, Mapping[str, str]] = {
     "t5": {"decoder_block_count": "num_decoder_layers"},
     "umt5": {"decoder_block_count": "num_decoder_layers"},
 }  # fmt: skip
-PARTIAL = frozenset({"nemotron", "phi3", "stablelm"})  # of which a part of each head may be rotated
+PARTIAL = frozenset({"nemotron", "phi3", "stablelm"})  # architectures that may rotate only a part of each head
 # Said by shapes, or of no effect.
 SILENT = frozenset({
     "attention.key_length", "attention.value_length", "attention.causal", "tensor_data_layout", "vocab_size",
@@ -219,9 +219,9 @@ TIED = frozenset({"falcon", "bloom"})
 
 
 def config_of(header: GgufHeader, known: GgufNames, names: Collection[str], rows: int) -> dict[str, Any]:
-    """Return the config of a file whose tensors are `names`, with embeddings of `rows` tokens.
+    """Return the config of a file with the tensors `names` and embeddings of `rows` tokens.
 
-    InputError: a key that the config has no place for, or a value of another type.
+    InputError: a key has no place in the config, or a value has another type.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
@@ -271,9 +271,9 @@ def _is_said(key: str, value: Any, table: Mapping[str, str | None], own: Mapping
 
 
 def _rope(own: Mapping[str, Any], factors: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """Return the `rope_scaling` of a config; {} where there is none, None where it cannot be told.
+    """Return the `rope_scaling` of a config. {}: there is none. None: it cannot be told.
 
-    Llama 3.1's is told by its factors, which are those of one set of numbers and no other (`llama3_factors`).
+    Llama 3.1's scaling is known by its factors, which only one set of numbers gives (`llama3_factors`).
     """
     said = {key.removeprefix("rope.scaling."): value for key, value in own.items() if key.startswith("rope.scaling.")}
     kind = said.get("type", "none")

@@ -51,7 +51,7 @@ PLAIN = {0: "F32", 1: "F16", 30: "BF16"}  # ggml's types that are no blocks
 
 @cache
 def package(what: str = "GGUF files need gguf") -> Any:
-    """Return the gguf package. InputError: it is not installed; `what` says who needs it."""
+    """Return the gguf package. InputError: it is not installed; `what` names the need for it."""
     try:
         import gguf
         import gguf.quants
@@ -62,7 +62,7 @@ def package(what: str = "GGUF files need gguf") -> Any:
 
 @cache
 def block_of(kind: int) -> tuple[int, int]:
-    """Return the elements and bytes of a block of one of ggml's types. InputError: gguf cannot make numbers of it."""
+    """Return the elements and bytes of a block of a ggml type. InputError: gguf cannot decode the type."""
     gguf = package()
     try:
         known = gguf.GGMLQuantizationType(kind)
@@ -101,7 +101,7 @@ class GgufBlock:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A file's key-value pairs and tensors; of arrays of texts only the number of items.
+    """A file's key-value pairs and tensors. For arrays of texts only the number of items is kept.
 
     `factors` are the bytes of the small tensors that belong to the config (`FACTORS`).
     """
@@ -131,8 +131,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> GgufHeader:
     """Return the header of a file of `size` bytes whose next bytes `read` returns.
 
-    InputError: no GGUF, of another version, big-endian, truncated, counts or texts beyond bounds, a name twice, no
-    architecture, a type that gguf does not know, or a tensor that does not lie where it may.
+    InputError: no GGUF, another version, big-endian, truncated, counts or texts beyond bounds, a name twice, no
+    architecture, a type that gguf does not know, or a tensor outside its allowed place.
     """
     cursor = _Cursor(read, size)
     if cursor.take(4) != MAGIC:
@@ -205,7 +205,7 @@ class _Cursor:
             raise InputError(f"a text is not UTF-8: {raw[:40]!r}") from None
 
     def value(self, kind: int) -> Any:
-        """Return the next value; of an array of texts the number of them."""
+        """Return the next value, or the number of items of an array of texts."""
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
         if kind == TEXT:
@@ -262,10 +262,10 @@ Rows = NDArray[np.int64]
 class GgufTensor:
     """A tensor to write to a GGUF file.
 
-    source   what it is read from
+    source   the tensor to read
     type     ggml's name of its type
-    order    of its rows; None: as they are
-    plus     added to its values
+    order    order of its rows; None: unchanged
+    plus     number to add to its values
     """
 
     name: str
@@ -276,7 +276,7 @@ class GgufTensor:
 
     @property
     def row(self) -> int:
-        """Return the elements of a row; a vector whose entries are moved has rows of one."""
+        """Return the elements of a row. A vector whose entries are reordered has rows of one element."""
         if len(self.source.shape) < 2 and self.order is not None:
             return 1
         return self.source.shape[-1]
@@ -301,7 +301,7 @@ def write(
 ) -> None:
     """Write a GGUF file. `describe` adds the metadata.
 
-    OutputError: a value that its type cannot hold, or what the disk says.
+    OutputError: a type cannot hold a value, or the disk fails.
     """
     gguf = package(NEEDED)
     listed = list(tensors)
@@ -331,7 +331,7 @@ def write(
 
 
 def _pieces(tensor: GgufTensor, read: Read) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yield what is written of a tensor, piece by piece, and how many weights each has."""
+    """Yield a tensor's bytes to write, piece by piece, with the number of weights in each."""
     gguf = package(NEEDED)
     kind = gguf.GGMLQuantizationType[tensor.type]
     step = max(1, CHUNK // max(1, tensor.row))

@@ -123,7 +123,7 @@ def is_joined_experts(tensor: Tensor) -> bool:
     return tensor.function == joined_experts.__name__
 
 
-# Axes of one that llama.cpp leaves out.
+# Axes of length one that llama.cpp leaves out.
 SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_shexp.weight": 0}
 
 
@@ -241,7 +241,7 @@ def _check_experts(tensors: dict[str, TensorInfo], stored: dict[str, GgufBlock])
 
 
 def _dtype(blocks: Sequence[GgufBlock]) -> str:
-    """Return the dtype of outputs: that of most elements of matrices, bfloat16 for blocks."""
+    """Return the dtype of outputs: the most frequent among elements of matrices, bfloat16 for blocks."""
     counts: Counter[str] = Counter()
     for block in blocks:
         if len(block.shape) > 1:
@@ -250,7 +250,7 @@ def _dtype(blocks: Sequence[GgufBlock]) -> str:
 
 
 def _saved(info: TensorInfo, block: GgufBlock, dtype: str) -> TensorInfo:
-    """Return a tensor that is read as it is, if it is stored in the outputs' dtype, else computed."""
+    """Return a tensor that is read directly if it is stored in the outputs' dtype, and computed otherwise."""
     if PLAIN.get(block.kind) == dtype and info.tensor.whole.function == ggml_blocks.__name__:
         return TensorInfo(info.name, stored(block.path, block.begin, info.shape, dtype, info.name))
     return replace(info, saved_as=dtype)

@@ -40,7 +40,7 @@ _KNOWN = frozenset({
     "velora_config", "use_effective_conv2d",
 })  # fmt: skip
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Initialisations that subtract from the base what A and B begin with, which the base's own weights give again.
+# Initialisations that subtract the initial B A from the base. It can be computed again from the base's weights.
 DERIVED = ("pissa", "olora")
 
 
@@ -184,8 +184,10 @@ class Parts:
     whole: dict[str, TensorInfo] = field(default_factory=dict)
 
     def nested(self) -> dict[str, list[dict[str, TensorInfo]]]:
-        """Of each module the factors of its parameters, the innermost of PEFT's wrappers first; of one parameter
-        mostly."""
+        """The factors of each module's parameters, the innermost of PEFT's wrappers first.
+
+        Most modules have one parameter.
+        """
         found: dict[str, dict[int, dict[str, TensorInfo]]] = {}
         for module, factors in self.modules.items():
             root = module
@@ -196,7 +198,7 @@ class Parts:
 
 
 def parts(adapter: Adapter) -> Parts:
-    """The adapter's tensors by what they are. InputError: none, without PEFT's prefix, or not understood."""
+    """The adapter's tensors by their role. InputError: there are none, or a name lacks PEFT's prefix or is unknown."""
     if not adapter.tensors:
         raise InputError("has no tensors", hint="save the adapter with peft's save_pretrained()")
     found = Parts()
@@ -236,7 +238,7 @@ def factor_names(adapter: Adapter) -> frozenset[str]:
 
 
 def factors_of(tensors: Mapping[str, TensorInfo], needed: tuple[str, ...], more: tuple[str, ...]) -> list[TensorInfo]:
-    """The tensors `needed`. InputError: one is missing, or there is one that is neither needed nor in `more`."""
+    """The tensors `needed`. InputError: one is missing, or a tensor is neither needed nor in `more`."""
     if not set(needed) <= tensors.keys() <= {*needed, *more}:
         raise InputError(
             f"needs {' and '.join(needed)}, has {', '.join(sorted(tensors))}", hint="download the adapter again"
@@ -246,7 +248,7 @@ def factors_of(tensors: Mapping[str, TensorInfo], needed: tuple[str, ...], more:
 
 @view(entrywise=True)
 def replaced_rows(read: Read, tensor: Tensor, start: int, out: memoryview, *, places: tuple[int, ...]) -> None:
-    """Replace the rows `places` of the first input by those of the second, in the first's dtype."""
+    """Replace the rows `places` of the first input by the second input's rows, in the first's dtype."""
     base, values = tensor.inputs
     target = np.frombuffer(out, bits_type(tensor.dtype))
     read.read_into(base, start, out)

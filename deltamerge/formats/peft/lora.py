@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight: LoRA (DoRA, of stacked experts, what PiSSA and OLoRA leave, biases), LoHa, LoKr.
+"""The update of a weight by an adapter: LoRA (DoRA, stacked experts, residuals of PiSSA and OLoRA, biases), LoHa, LoKr.
 
 Each is computed in float32 and rounded once to the weight's dtype, tile by tile. Products are summed in the order of k.
 """
@@ -87,12 +87,12 @@ def _norms(read: Read, tensor: Tensor, right: Array) -> Array:
 def residual(
     read: Read, tensor: Tensor, start: int, out: memoryview, *, begins: str, rank: int, scale: float, transposed: bool
 ) -> None:
-    """Compute what PEFT leaves of a weight W (out, in), or transposed, when A and B begin with a part of it.
+    """Compute the residual of a weight W (out, in), or transposed, when PEFT starts A and B with a part of it.
 
     pissa   W − the best approximation of rank r (Meng et al., arXiv 2404.02948)
     olora   W − s · Q_r R_r, of W = Q R (Büyükakyüz, arXiv 2406.01775)
 
-    The decomposition is computed in float64, of the whole matrix, once.
+    The decomposition of the whole matrix is computed once, in float64.
     """
     (base,) = tensor.inputs
 
@@ -132,7 +132,7 @@ def is_low_rank(tensor: Tensor) -> bool:
 
 
 def is_residual(tensor: Tensor) -> bool:
-    """Tell whether a tensor is what PiSSA or OLoRA leave of a weight."""
+    """Tell whether a tensor is the residual of a weight under PiSSA or OLoRA."""
     return tensor.function == residual.__name__
 
 
@@ -157,7 +157,7 @@ def is_lora(factors: Mapping[str, TensorInfo]) -> bool:
 
 
 def pair_of(factors: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
-    """Return A and B. InputError: not one of each, or of different ranks."""
+    """Return A and B. InputError: there is not one of each, or their ranks differ."""
     tail = "embedding_" if "embedding_A" in factors or "embedding_B" in factors else ""
     a, b = factors_of(factors, (f"{tail}A", f"{tail}B"), ("magnitude", *([] if tail else ["B.bias"])))
     if min(len(a.shape), len(b.shape)) < 2 or any(n != 1 for n in b.shape[2:]):
@@ -200,7 +200,7 @@ def with_lora(
     if begins in DERIVED and not embedding:
         if len(shape) != 2:
             raise InputError(f"init_lora_weights {begins!r} of a convolution", hint=BY_PEFT)
-        flipped = transposed and begins == "pissa"  # PEFT takes OLoRA's Q and R of a Conv1D's weight as it is stored
+        flipped = transposed and begins == "pissa"  # PEFT computes OLoRA's Q and R from a Conv1D's weight as stored
         rank = a.shape[0]
         base = viewed(
             residual, [base], info.shape, info.dtype, begins=str(begins), rank=rank, scale=scale, transposed=flipped
@@ -211,7 +211,7 @@ def with_lora(
 
 
 def with_bias(bias: TensorInfo | None, factors: Mapping[str, TensorInfo], key: str, config: Config) -> TensorInfo:
-    """Return the bias of a layer with that of B. InputError: the layer has none, or another shape."""
+    """Return the bias of a layer plus the bias of B. InputError: the layer has no bias, or another shape."""
     a, _ = pair_of(factors)
     addend = factors["B.bias"]
     if bias is None:

@@ -69,8 +69,8 @@ def count_changed(reader: Reader, base: TensorInfo, result: TensorInfo) -> int:
 def entries(reader: Reader, base: TensorInfo, result: TensorInfo, size: int) -> tuple[Array, Array]:
     """`size` entries that turn `base` into `result`: (2, size) int32 indices, ascending, and (size) float32 values.
 
-    A value v satisfies fl(W + v) = result where one of the three floats around result − W does, else it is the nearest.
-    Where fewer than `size` entries differ, zeros at the first other places fill up.
+    A value v satisfies fl(W + v) = result if one of the three floats around result − W does; otherwise it is the
+    nearest. If fewer than `size` entries differ, zeros at the first other places fill up.
     """
     positions: list[Array] = []
     values: list[Array] = []

@@ -44,7 +44,8 @@ PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes' constant
 class FourBits(Tabled):
     """Codes that `table` (16) turns into values, times the greatest magnitude of their block.
 
-    Nested magnitudes are codes of `outer_table` (256) times those of blocks of `outer_group` of them, plus `offset`.
+    Nested magnitudes are codes of `outer_table` (256), times the magnitude of their block of `outer_group`, plus
+    `offset`.
     """
 
     swapped: ClassVar[bool] = True

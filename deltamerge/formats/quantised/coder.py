@@ -1,6 +1,6 @@
-"""Weights as they are written: how rows are coded and stored, and float32 blocks rounded to codes and scales.
+"""Writing of coded weights: the coding and storing of rows, and the rounding of float32 blocks to codes and scales.
 
-All rounding is to nearest, ties to even; beyond the largest number lies that number.
+All rounding is to nearest, ties to even. Values beyond the largest number become that number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from deltamerge.tensors.tensor import Read, TensorInfo
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 WIDE = 4 * CHUNK  # elements; a larger block is coded a few rows at a time
 MARGIN = 1 - 1e-9  # of a sum of squares: less is no difference, since the order of a sum is the machine's
-# Of the range of a block with few numbers: what is cut off at its ends may cost less than coarser steps.
+# Shares of a block's range, for schemes with few numbers: cutting off its ends may cost less than coarser steps.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 MORE_SHARES = (*SHARES, 0.7, 0.65, 0.6, 0.55, 0.5)  # of integers of up to 3 bits
 
@@ -73,7 +73,7 @@ class Adjustable:
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A stored tensor of a coded weight; `rows` rows of a matrix of the weight make one of its own."""
+    """A stored tensor of a coded weight. `rows` rows of a matrix of the weight make one of its rows."""
 
     name: str
     dtype: str
@@ -104,13 +104,12 @@ class Unit(NamedTuple):
 class Coding:
     """How a float32 weight of `shape` is stored.
 
-    matrix      rows and columns of what is coded as a matrix by itself: of each expert, or of the whole tensor
+    matrix      rows and columns of a matrix that is coded by itself: of each expert, or of the whole tensor
     unit        rows coded together
     parts       the coder's results, codes first
     copied      further tensors that belong to it and are copied
-    like        the weight as another model has it, in the same form: a unit that equals it gets its bytes, which are
-                in `like_parts`
-    rounding    how codes are chosen, and what they keep of the difference from `base` is measured; None: the nearest
+    like        the weight in another model, in the same form: a unit that equals it gets its bytes, from `like_parts`
+    rounding    how codes are chosen, and how their loss of the difference from `base` is measured; None: the nearest
     base        the weight of the base model
     """
 
@@ -175,7 +174,7 @@ class Coding:
 
 
 def by_rows(shape: Shape, coder: Coder, *parts: Part | StoredPart, multiple: int = 1) -> Coding:
-    """Return the coding of a weight whose rows, or `multiple` of them, are stored by themselves."""
+    """Return the coding of a weight whose rows, or groups of `multiple` rows, are stored by themselves."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     own = tuple(part if isinstance(part, StoredPart) else StoredPart.like(part) for part in parts)
     step = max(1, CHUNK // max(1, multiple * columns)) * multiple  # some 2**18 elements
@@ -258,7 +257,7 @@ def best(
 ) -> CodedBlocks:
     """Return blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals.
 
-    `weights` (b, n) multiply the squares of what is lost.
+    `weights` (b, n) multiply the squares of the errors.
     """
     found: CodedBlocks | None = None
     for choice in choices:
@@ -332,8 +331,8 @@ def code_grid(
 ) -> CodedMatrix:
     """Return a matrix coded with a scale for each block of (rows, columns), cut at the edges.
 
-    `choices` proposes scales for blocks (a, m, b, n); the best is taken. Of a block too large for the cache the first
-    is taken, and `choices` gets its extremes. `weights` of the columns multiply the squares of what is lost.
+    `choices` proposes scales for blocks (a, m, b, n); the best is taken. For a block too large for the cache the first
+    is taken, and `choices` gets its extremes. `weights` of the columns multiply the squares of the errors.
     """
     rows, columns = values.shape
     m, n = block[0], min(block[1], columns)
@@ -380,11 +379,11 @@ class BlockCoder(Adjustable):
     code_ij = round(x_ij / s), s = max |x| / largest number of the block; with `zeros` code_ij = round(x_ij / s) + z,
     s = (max − min) / (number of codes − 1), where max ≥ 0 ≥ min.
 
-    scale     dtype in which s is stored, and rounded to before codes are made
-    zeros     how z is stored, if there is one: as codes are, down the columns
-    search    try scales of cut ranges too, and take the least Σ (x − stored)² (of blocks that stay in cache)
-    packing   of codes. bytes: one a byte; nibbles: two, low first; words: 32 bits, the lowest first, made unsigned
-    least_zero   of z, where not all codes can be
+    scale     dtype of the stored s, to which s is rounded before coding
+    zeros     how z is stored, if there is one: like codes, down the columns
+    search    also try scales of cut ranges, and take the least Σ (x − stored)² (for blocks that stay in cache)
+    packing   packing of codes. bytes: one a byte; nibbles: two, low first; words: 32 bits, the lowest first, unsigned
+    least_zero   the least z, if not every code can be a zero
     """
 
     numbers: Numbers

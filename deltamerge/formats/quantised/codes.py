@@ -1,11 +1,11 @@
-"""Numbers that codes stand for, integers packed into words, and the float32 values of coded rows.
+"""The numbers of codes, integers packed into words, and the float32 values of coded rows.
 
-A weight's values are ((code − zero) · scale + bias) · factor in float32, each step rounded. `CodedRows` says how the
-codes of some rows lie, what number each stands for, and which of them share a scale, a zero and a bias. From it
-`decode` computes values, by the kernels or by numpy with the same bits, and a compiled pass reads the codes itself.
+A weight's values are ((code − zero) · scale + bias) · factor in float32, each step rounded. `CodedRows` describes the
+layout of some rows' codes, the number of each code, and the codes that share a scale, a zero and a bias. From it
+`decode` computes values, by the kernels or by numpy with the same bits. A compiled pass reads the codes directly.
 
-Small floats are those of `ml_dtypes`. All rounding is to nearest, ties to even; beyond the largest number lies that
-number.
+Small floats come from `ml_dtypes`. All rounding is to nearest, ties to even. Values beyond the largest number become
+that number.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The numbers of a table; a code is a place in it. Halfway between two the larger one is taken."""
+    """The numbers of a table; a code is a place in it. A value halfway between two numbers becomes the larger."""
 
     numbers: tuple[float, ...]
 
@@ -180,8 +180,8 @@ def scales_of(stored: Array, dtype: str) -> Floats:
 def scales_in(wanted: Floats, dtype: str, *, down: bool = False) -> tuple[Array, Floats]:
     """Return scales as they are stored, and their values in float32; a scale of 0 becomes 1.
 
-    dtype   a plain float's, to the nearest; or F8_E8M0 (U8: the same in bytes), the next power of two, or with `down`
-            the one before
+    dtype   a plain float, rounded to nearest; or F8_E8M0 (U8: the same in bytes), the next power of two, or with `down`
+            the previous one
     """
     safe = np.where(wanted > 0, wanted, np.float32(1)).astype(np.float32)
     if dtype in EXPONENTS:
@@ -292,7 +292,7 @@ def pack_words(codes: Array, bits: int) -> Array:
 FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
 PACKED, PAIRS, SWAPPED_PAIRS = 3, 4, 5
 TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
-NO_ARRAY = -1  # for the number of an array where there is none
+NO_ARRAY = -1  # stands for a missing array
 NO_BYTES = np.empty(0, np.uint8)
 TURNED_GROUP = 32  # codes of `TURNED_PAIRS` that share a scale
 
@@ -330,13 +330,13 @@ class ScaleGrid(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CodedRows:
-    """Rows of codes, and all that makes values of them.
+    """Rows of codes, with everything to compute their values.
 
-    grid     of the scales, zeros and biases
-    line     the row of the grid that these begin with; of a `TURNED` form the range's first row in `stored`
+    grid     grid of the scales, zeros and biases
+    line     the first row of the grid; for a `TURNED` form, the range's first row in `stored`
     table    the numbers of codes that are places in a table
-    stored   codes in memory: of the range's rows, or (rows, …) of a `TURNED` form. Their bytes are not hashed
-    groups   the column of the grid of each column of a `TURNED` form
+    stored   codes in memory: the range's rows, or (rows, …) for a `TURNED` form. Their bytes are not hashed
+    groups   for a `TURNED` form, the grid column of each column
     """
 
     form: CodeForm
@@ -377,7 +377,7 @@ def _numbered(array: Array | None, arrays: list[Array]) -> int:
 def decode(rows: CodedRows, codes: Array, start: int, out: Floats) -> None:
     """Write the values of elements from `start` on into `out`, flat.
 
-    codes   the bytes of the rows that these lie in; none where `rows` has codes in memory
+    codes   the bytes of the rows with these elements; empty if `rows` has codes in memory
     """
     native = kernels.native()
     if native is not None:
@@ -456,9 +456,9 @@ def _turned(rows: CodedRows, count: int) -> Floats:
 
 
 def zero_scale(rows: CodedRows, codes: Array, start: int, count: int) -> tuple[int, int] | None:
-    """Return the row and column, in the grid, of the first scale of 0 whose codes are not zeros; None: there is none.
+    """Return the row and column, in the grid, of the first scale of 0 whose codes are not zeros. None: there is none.
 
-    The arguments are those of `decode`; `count` is of elements.
+    The arguments are as for `decode`; `count` counts elements.
     """
     values = np.empty(count, np.float32)
     is_zero = rows.scales == 0

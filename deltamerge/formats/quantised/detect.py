@@ -39,13 +39,13 @@ BUFFERS = frozenset({"I64", "U64", "BOOL"})
 class Scheme:
     """How a checkpoint's weights are quantised.
 
-    name      of the scheme, as config.json calls it (`fp8`, `modelopt`)
-    detail    its blocks or bits, where config.json states them
-    weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
-    kinds     the form of each of them, by the names and dtypes of its tensors, the same in schemes of several names: a
-              key of `FORMATS`, the name of a rule that nothing reads, or "" where the tensors tell nothing
-    dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
-    stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
+    name      the scheme's name in config.json (`fp8`, `modelopt`)
+    detail    its blocks or bits, if config.json states them
+    weights   the tensors that store each quantised weight, by its plain name, codes first
+    kinds     the form of each weight, from the names and dtypes of its tensors: a key of `FORMATS`, the name of a rule
+              without a reader, or "" if the tensors do not tell. Schemes of several names may share a form
+    dropped   tensors that belong to no weight, but to the quantisation of keys, values and activations
+    stored, plain   the stored tensors, and the weights that they give, by name, once the checkpoint is decoded
     """
 
     name: str
@@ -153,8 +153,8 @@ _BITSANDBYTES = (".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_o
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
     """Return the scheme of a checkpoint's quantised weights; None if nothing is quantised.
 
-    Its name comes from config.json, else from the tensors' names. float8 weights without scales are a plain cast unless
-    config.json says that they are quantised.
+    Its name comes from config.json, or from the tensors' names. float8 weights without scales count as a plain cast,
+    unless config.json says that they are quantised.
     """
     name, detail = stated(config) or ("", "")
     found = dict(_paired(tensors, named=bool(name)))
@@ -193,7 +193,7 @@ def orphans(scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> list[str]:
 def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts: set[str]) -> Iterator[str]:
     """Yield the names of scales that belong to activations, or to the cache of keys and values.
 
-    A model may have parameters of such names: they are no single numbers, and config.json says nothing of a cache.
+    A model may have parameters with such names. They are no single numbers, and config.json does not mention a cache.
     """
     said = any("kv_cache" in str(key) and value for _, part in keys_of(config) for key, value in _items(part))
     for name, info in tensors.items():
@@ -207,7 +207,7 @@ def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def states_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the tensors whose bytes state the shape of a weight: bitsandbytes' quantisation states."""
+    """Return the tensors whose bytes hold the shape of a weight: bitsandbytes' quantisation states."""
     return [name for name, info in tensors.items() if name.endswith(_STATES) and info.nbytes <= MOST_STATE]
 
 
@@ -280,9 +280,9 @@ def _shown(value: Any) -> str:
 
 
 def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
-    """Yield each quantised weight, its form by its tensors' names, and those tensors.
+    """Yield each quantised weight, its form by its tensors' names, and its tensors.
 
-    `named`: a config speaks of quantisation, so that scales beside plain floats count as companions too.
+    `named`: a config mentions quantisation, so scales beside plain floats count as companions too.
     """
     for name, info in tensors.items():
         stem, _, last = name.rpartition(".")
@@ -303,7 +303,7 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
 
 
 def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
-    """Return the form of a weight whose names are those of `rule`, by dtypes and shapes."""
+    """Return the form of a weight whose names match `rule`, by dtypes and shapes."""
     if codes.dtype.startswith("F8") and rule.codes == "weight":
         return "fp8"
     if codes.dtype in ("U8", "F4") and rule.codes == "weight_packed":

@@ -1,14 +1,14 @@
-"""Codes chosen by a layer's inputs: what rounding loses in one column is made up for in the columns after it.
+"""Codes chosen by a layer's inputs: later columns make up for the rounding errors of earlier columns.
 
 The loss of a weight W (rows, n), stored as Q, is tr(δ C δᵀ) = Σ over rows of E(δ x)², with δ = W − Q and the second
 moments C = E[x xᵀ] of the layer's inputs. With H = C + λI = R Rᵀ, R upper triangular, and d_k = R_kk²,
 
     tr(δ H δᵀ) = Σ_k d_k ‖w_k − q_k‖²,    w_k = W_k + Σ_{j<k} δ_j R_jk / R_kk
 
-so that column k is rounded from w_k, which has the errors of the columns before it. These are the codes of GPTQ
-(Frantar et al., arXiv 2210.17323), whose factor is that of H⁻¹: U = R⁻¹ (Chee et al., arXiv 2307.13304, theorem 6).
-Columns go by falling C_kk, scales are those of the least Σ d_k (W_k − q_k)², and rows that the nearest codes serve
-better keep those.
+so that column k is rounded from w_k, which includes the errors of the columns before it. These are the codes of GPTQ
+(Frantar et al., arXiv 2210.17323), which factors H⁻¹ instead: U = R⁻¹ (Chee et al., arXiv 2307.13304, theorem 6).
+Columns are taken by falling C_kk, and scales minimise Σ d_k (W_k − q_k)². A row keeps the nearest codes if they lose
+less.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def total(sums: Sequence[Sequence[float]]) -> SquareSums:
 
 
 class Factor(NamedTuple):
-    """Columns in the order in which they are rounded, their d, and the rows R_jk / R_kk of what reaches column k."""
+    """Columns in the order of their rounding, their d, and the rows R_jk / R_kk of errors that reach column k."""
 
     order: Array
     weights: Doubles
@@ -89,7 +89,7 @@ class Feedback:
     height    rows of a matrix
     delta     Δ of the same shape as the weight; None: there is no base
     feeds     whether codes are chosen by inputs
-    sums      gets those of each matrix
+    sums      gets the sums of each matrix
     """
 
     moments: Callable[[int], Doubles | None]
@@ -99,7 +99,7 @@ class Feedback:
     sums: list[SquareSums] = field(default_factory=list)
 
     def turned(self) -> Feedback:
-        """Return the same for the transpose of the one matrix."""
+        """Return this feedback for the transpose of its single matrix."""
         delta = None if self.delta is None else np.ascontiguousarray(self.delta.T)
         return replace(self, delta=delta, height=sys.maxsize)
 
@@ -253,7 +253,7 @@ def _by_block(values: Doubles, m: int) -> Doubles:
 def _sums(
     values: Floats, lost: Doubles, seen: Doubles, nearest: Doubles, delta: Floats | None, moments: Doubles | None
 ) -> SquareSums:
-    """Return the sums of rows; `seen` and `nearest` are what is lost of their outputs."""
+    """Return the sums of rows. `seen` and `nearest` are the losses of their outputs."""
     of_values = float(_outputs(values, moments).sum())
     found = SquareSums(
         _square(lost), _square(values), 0.0, 0.0, float(seen.sum()), of_values, 0.0, 0.0, float(nearest.sum())

@@ -34,7 +34,10 @@ def read(stored: StoredWeight) -> TensorInfo:
 
 
 def block_size(settings: Any) -> Block | None:
-    """Return the rows and columns that share a scale, where config.json says it. InputError: it says something else."""
+    """Return the rows and columns that share a scale, if config.json states them.
+
+    InputError: the value is malformed.
+    """
     said = settings.get("weight_block_size")
     if said is None:
         return None

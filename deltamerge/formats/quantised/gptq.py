@@ -48,7 +48,7 @@ from deltamerge.tensors.dtypes import PLAIN, Array, bits_type, widen
 from deltamerge.tensors.tensor import Read, TensorInfo
 
 WIDTHS = (2, 3, 4, 8)
-VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zeros
+VERSIONS = {"gptq": 1, "gptq_v2": 0}  # number to add to stored zeros
 INTEGERS = frozenset({"I32", "U32"})
 
 
@@ -205,7 +205,7 @@ def read(stored: StoredWeight) -> TensorInfo:
 
 
 def matrix(info: TensorInfo, dtypes: frozenset[str]) -> TensorInfo:
-    """Return `info`. InputError: it is no matrix of one of `dtypes`."""
+    """Return `info`. InputError: it is no matrix, or has none of `dtypes`."""
     if len(info.shape) != 2 or 0 in info.shape or info.dtype not in dtypes:
         label = info.name.rpartition(".")[2]
         raise InputError(f"its {label} is {info.dtype} {list(info.shape)}, must be a matrix")
@@ -222,7 +222,7 @@ def _width(zeros: TensorInfo, outputs: int) -> int:
 
 
 def _group(said: Any, inputs: int, groups: int) -> int:
-    """Return the inputs of a group; `said` is config.json's number."""
+    """Return the number of inputs in a group. `said` is config.json's number."""
     size = said if type(said) is int and said > 0 else -(-inputs // groups)
     if -(-inputs // size) != groups:
         raise InputError(f"has {groups} groups, config.json says one for {size} of {inputs} inputs")

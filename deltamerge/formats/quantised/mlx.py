@@ -108,6 +108,6 @@ def _fits(mode: str, group: Any) -> bool:
 
 
 def layer_settings(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return the settings of the layer whose weight is `name`: its own, over those of the whole model."""
+    """Return the settings of the layer with the weight `name`: its own settings override the whole model's."""
     own = settings.get(name.removesuffix(".weight"))
     return {**settings, **own} if isinstance(own, Mapping) else settings

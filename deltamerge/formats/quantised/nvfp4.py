@@ -88,8 +88,8 @@ class Nvfp4(Tabled):
 class Nvfp4Coder(Adjustable):
     """Writes E2M1 codes with an E4M3 scale for `group` columns, and one float32 for the whole weight.
 
-    The scales are multiplied by the float32, or divided (`over`); `single`: there is none. It is
-    max |x| / (6 · 448), with which no scale is out of range.
+    The scales are multiplied by the float32, or divided (`over`). `single`: there is no float32. It is
+    max |x| / (6 · 448), so that no scale is out of range.
     """
 
     group: int

@@ -1,8 +1,8 @@
 """Integers of compressed-tensors, and that library's `config_groups`.
 
 W = (code − zero) · scale (compressed_tensors, quantization/lifecycle). Integers of 1 to 8 bits are packed into words
-(pack-quantized), or have a byte each (int-quantized). `config_groups` say how many bits there are and what shares a
-scale; several groups (`mixed-precision`) are told apart by their targets and by the tensors' shapes. The library's
+(pack-quantized), or have a byte each (int-quantized). `config_groups` state the number of bits and the block of a
+scale. Several groups (`mixed-precision`) are distinguished by their targets and by the tensors' shapes. The library's
 float8 codes are read in `fp8.py`, four-bit floats in `nvfp4.py` and `mxfp4.py`.
 """
 
@@ -38,7 +38,7 @@ from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import in_memory
 
 WIDTHS = range(1, 9)
-# Formats whose codes lie as they are read here; what is only named is read by other files, or is not there.
+# Formats whose codes this file reads; the others are read by other files, or have no codes.
 FORMATS = frozenset({
     "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized", "mixed-precision",
     "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense", "fakequant",
@@ -56,9 +56,9 @@ STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
 def read(stored: StoredWeight) -> TensorInfo:
-    """Return the weight that codes, scales, zeros and an order of columns store.
+    """Return the weight of codes, scales, zeros and an order of columns.
 
-    InputError: codes that the library does not write so, or companions whose shapes and dtypes do not fit.
+    InputError: the library does not write such codes, or shapes or dtypes of companions do not fit.
     """
     codes = stored.codes
 
@@ -96,9 +96,9 @@ def _of_group(stored: StoredWeight, shape: Shape | None, group: GroupSettings) -
 
 
 def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
-    """Return the bits of an integer of which `columns` take so many words, and whether it may lie across two of them.
+    """Return the bits of an integer if `columns` take so many words, and whether it may lie across two words.
 
-    The library packs densely now; older versions put whole integers into words. InputError: none takes so many.
+    The library packs densely now; older versions put whole integers into words. InputError: no number of bits fits.
     """
     for dense in (True, False):
         fitting = [b for b in ([width] if width else WIDTHS) if words_of(columns, b, dense) == words]
@@ -122,9 +122,9 @@ def _zeros_packing(
 
 
 def _shape(stored: StoredWeight) -> Shape | None:
-    """Return the shape that `weight_shape` states; None where there is none, or of the hub only headers are there.
+    """Return the shape that `weight_shape` states. None: there is none, or only headers of a hub model are present.
 
-    A row's last word may be filled in part: the words alone do not tell how many columns there are.
+    A row's last word may be filled in part, so words alone do not tell the number of columns.
     """
     info = stored.part("weight_shape")
     if info is None or not info.path.exists():
@@ -142,7 +142,7 @@ def _shape(stored: StoredWeight) -> Shape | None:
 def write_int4(name: str, shape: Shape, group: int, scale: str, path: Path) -> Coding:
     """Return the coding of a matrix with 8 codes in 32 bits and a scale for `group` columns.
 
-    Its shape is stored too; `path` is a file that stands for where that comes from.
+    Its shape is stored too; `path` is the file that errors name.
     """
     rows, columns = shape
     module = name.removesuffix("weight")
@@ -195,7 +195,7 @@ def scaled_by(stored: StoredWeight, block: Block | None, *, whole: bool = False)
 
 
 def order_of(stored: StoredWeight, columns: int) -> TensorInfo | None:
-    """Return the tensor that says which group each column is in. InputError: it does not fit."""
+    """Return the tensor with the group of each column. InputError: it does not fit."""
     order = stored.part("weight_g_idx")
     if order is not None and (order.dtype not in ("I32", "U32") or order.shape != (columns,)):
         raise unfit(order, f"I32 {[columns]}")
@@ -210,7 +210,7 @@ def unfit(info: TensorInfo, expected: str) -> InputError:
 def write_rows(name: str, shape: Shape, dtype: str, scale: str) -> Coding:
     """Return the coding of a matrix with a scale a row, as compressed-tensors' float- and int-quantized store it.
 
-    Scales have the dtype of the model, which is what transformers reads them in.
+    Scales have the dtype of the model, in which transformers reads them.
     """
     coder = BlockCoder(FLOATS.get(dtype) or Integers(), (1, shape[1]), scale)
     return by_rows(shape, coder, StoredPart(name, dtype, shape), StoredPart(f"{name}_scale", scale, (shape[0], 1)))
@@ -236,7 +236,7 @@ class GroupSettings:
 
 
 def one_by_one(stored: StoredWeight, group: GroupSettings) -> TensorInfo:
-    """Return the weight of a group whose codes are stored one by one."""
+    """Return the weight of a group whose codes are stored without packing."""
     _zeros_of(stored, group)
     return scaled_by(stored, group.block, whole=group.whole)
 
@@ -264,12 +264,12 @@ def of_groups(stored: StoredWeight, make: Callable[[GroupSettings], TensorInfo])
 
 
 def _zeros_of(stored: StoredWeight, group: GroupSettings) -> TensorInfo | None:
-    """Return the zeros that lie beside the codes. InputError: none do, and config.json says that there are."""
+    """Return the zeros beside the codes. InputError: there are none, although config.json says so."""
     return stored.need("weight_zero_point") if group.asymmetric else stored.part("weight_zero_point")
 
 
 def _groups(stored: StoredWeight) -> Iterator[GroupSettings]:
-    """Yield the groups that a weight may be of: those whose targets name it, else those of classes, else all."""
+    """Yield the possible groups of a weight: groups whose targets name it, or groups of classes, or all."""
     groups = stored.settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         yield GroupSettings()

@@ -1,8 +1,8 @@
-"""A weight as a scheme stores it: its parts, their checks, and how any range of its float32 values is computed.
+"""A weight as a scheme stores it: its parts, their checks, and the computation of any range of its float32 values.
 
-A scheme is code layout × grid of scales × number type × zero point. Its file holds classes of `CodedWeight`: each
-says of a range what its codes and scales are (`rows`), and how they are written (`coding`). `Scaled` has codes that are
-numbers (float8, int8) or integers of 1 to 8 bits in words. `Tabled` has two codes a byte that are places in a table.
+A scheme is code layout × grid of scales × number type × zero point. Its file holds classes of `CodedWeight`: each gives
+the codes and scales of a range (`rows`), and the way to write them (`coding`). The codes of `Scaled` are numbers
+(float8, int8) or integers of 1 to 8 bits in words. `Tabled` has two codes a byte, which are places in a table.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class CodedWeight:
             at = end
 
     def row_codes(self, read: Read, rows: CodedRows, start: int, stop: int) -> Array:
-        """Return the stored bytes of the rows that elements [start, stop) lie in; none where `rows` has codes."""
+        """Return the stored bytes of the rows with elements [start, stop); empty if `rows` has codes."""
         if rows.stored is not None:
             return NO_BYTES
         columns, stride = rows.form.columns, rows.form.stride
@@ -189,7 +189,7 @@ def weight(stored: StoredWeight, shape: Shape, made: CodedWeight) -> TensorInfo:
 
 
 def coded_weight(tensor: Tensor, infos: Mapping[Tensor, TensorInfo] | None = None) -> CodedWeight | None:
-    """Return what computes a weight from codes; None for other tensors. `infos` name its parts."""
+    """Return the coded weight of a view. None: the tensor has no codes. `infos` name its parts."""
     if tensor.function != decoded.__name__:
         return None
     own = dict(tensor.parameters)
@@ -209,7 +209,7 @@ def decoded(read: Read, tensor: Tensor, start: int, out: memoryview, **_: Any) -
 def coding_like(weight: TensorInfo, stored: Sequence[TensorInfo], settings: Mapping[str, Any], name: str) -> Coding:
     """Return the coding of an output's weight, `name`, in the form of a checkpoint's `weight`, stored as `stored`.
 
-    `settings` are those of the checkpoint's config. InputError: the form cannot be written.
+    `settings` are the settings in the checkpoint's config. InputError: the form cannot be written.
     """
     made = coded_weight(weight.tensor, {info.tensor: info for info in stored})
     if made is None:
@@ -257,7 +257,7 @@ def finite(values: Floats, info: Part) -> Floats:
 
 
 def damaged(info: Part, what: str, hint: str = AGAIN) -> InputError:
-    """Return the error for a part whose values cannot be."""
+    """Return the error for a part with impossible values."""
     return InputError(f"{info.name}: {what}", hint=hint, where=str(info.path))
 
 
@@ -362,10 +362,8 @@ class _Slabs:
 def grid(shape: Shape, scales: Shape, said: Block | None = None, *, whole: bool = False) -> ScaleGrid:
     """Return the grid of a weight of `shape` whose scales have the shape `scales`.
 
-    `said` is the block that config.json states; one scale for all of the weight needs none. Without it the shapes tell:
-    blocks are then equal.
-    `whole`: blocks must divide the weight.
-    InputError: no such grid.
+    `said` is the block that config.json states; a single scale for the weight needs none. Without it the shapes decide,
+    and blocks are equal. `whole`: blocks must divide the weight. InputError: no such grid.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     if math.prod(scales) == 1:
@@ -544,7 +542,7 @@ class Tabled(CodedWeight):
 
     @property
     def row(self) -> int:
-        """Return the columns of the weight, or those of a block where blocks go on from row to row."""
+        """Return the columns of the weight, or of a block if blocks continue from row to row."""
         return self.columns if self.columns % self.group == 0 else self.group
 
     @property

@@ -31,7 +31,7 @@ Squares = tuple[float, ...]
 Losses = dict[str, Squares]
 """(Σ (x − stored)², Σ x²) of coded weights by name, or with a `rounding` all `SquareSums` of feedback.py."""
 MomentsOf = Callable[[str, int], Doubles | None]
-"""Returns the second moments of the inputs of a weight's matrix, by its name and number; None: there are none."""
+"""Returns the second moments of the inputs of a weight's matrix, by its name and number. None: there are none."""
 
 
 @dataclass(eq=False)
@@ -170,7 +170,10 @@ class CodedWriter:
                 self.writer.write(part.name, begin, np.ascontiguousarray(array))
 
     def _rounding(self, name: str, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> Feedback | None:
-        """Return what chooses the codes of a unit, or measures them; None: they are the nearest, and not measured."""
+        """Return the object that chooses or measures the codes of a unit.
+
+        None: they are the nearest, and not measured.
+        """
         if coding.rounding is None:
             return None
         rows, columns = coding.shape[-2:]
@@ -182,7 +185,7 @@ class CodedWriter:
         return Feedback(lambda number: self.moments(name, first + number), rows, delta, coding.rounding == "inputs")
 
     def _unchanged(self, coding: Coding, unit: Unit, values: NDArray[np.float32]) -> bool:
-        """Return whether the values are those of the model that the form is taken from; the first row tells most."""
+        """Return whether the values equal the model whose form is used. The first row is checked first."""
         assert coding.like is not None
         total = len(values)
         start = 0

@@ -38,7 +38,7 @@ def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], 
 def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) -> torch.Tensor:
     """Return abs(Δ) · Σ p log(p / q) over the row, p and q the softmaxes of base + Δ and base, 1e-8 added to each.
 
-    Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32.
+    numpy computes it in float64, because exponentials differ in the last bit between devices. The result is float32.
     """
     dense = densify(delta, tile.size)
     old, change = (alike(x.to(torch.float64).cpu(), tile) for x in (base, dense))
@@ -79,8 +79,8 @@ def arcee_fusion(
 
     base         tile in its stored dtype
     delta        float32 tile
-    importance   of each entry, float32
-    threshold    the least importance that is taken
+    importance   float32, for each entry
+    threshold    the least importance of an entry that is taken
 
     NaN reaches the threshold too, so that it shows in the result.
     """

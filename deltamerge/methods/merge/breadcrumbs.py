@@ -25,4 +25,4 @@ def breadcrumbs(
     gamma: Gamma = 0.01,
     rescale: MatchSum = False,
 ) -> None:
-    """Name the parameters: those of `task_arithmetic`, and of `methods.prune.breadcrumbs`, which comes first."""
+    """Name the parameters of `methods.prune.breadcrumbs`, which runs first, and of `task_arithmetic`."""

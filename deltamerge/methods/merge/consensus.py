@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-Agreement = Annotated[int, Param("masks that have to say so", None, "integer", low=0, scalar=True)]
+Agreement = Annotated[int, Param("number of masks that must agree", None, "integer", low=0, scalar=True)]
 
 
 @delta_method(
-    "Σ Δ_i where at least agreement of the TALL masks abs(Δ_i) ≥ threshold · abs(Σ Δ − Δ_i) say so",
+    "Σ Δ_i where at least `agreement` of the TALL masks abs(Δ_i) ≥ threshold · abs(Σ Δ − Δ_i) hold",
     "arXiv 2405.07813",
     adds=True,
 )

@@ -1,8 +1,8 @@
 """Merges of LoRAs in their core (Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space").
 
-n updates L_i R_i of a matrix lie in the span U of all L_i and V of all R_iᵀ, of k = Σ r_i directions. A merge that
-gives the same in other orthonormal bases is computed of the k × k matrices Uᵀ L_i R_i V, and what it makes of these is
-expanded once: U · merged · Vᵀ. Updates are exact there: nothing is rounded to the base's dtype between.
+n updates L_i R_i of a matrix lie in the span U of all L_i and V of all R_iᵀ, of k = Σ r_i directions. A merge that does
+not depend on the orthonormal basis is computed on the k × k matrices Uᵀ L_i R_i V. Its result is expanded once, as U ·
+merged · Vᵀ. The updates stay exact: nothing is rounded to the base's dtype in between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-LARGEST = 0.5  # k as a part of the smaller side, up to which the core is smaller work
+LARGEST = 0.5  # largest k, as a share of the smaller side, for which the core is less work
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +36,20 @@ class Update:
 
     @classmethod
     def of(cls, tensor: Node | None) -> Update | None:
-        """Return what the view of a LoRA (`formats.peft.lora.low_rank`) says. None: the node has no such view."""
+        """Return the update in the view of a LoRA (`formats.peft.lora.low_rank`). None: the node has no such view."""
         if tensor is None:
             return None
         return cls(tensor.inputs[1].shape[0], tensor.parameter("scale"), tensor.parameter("transposed"))
 
 
 def fits(updates: tuple[Update | None, ...], form: Form) -> bool:
-    """Tell whether updates of one matrix, None where a model leaves it as it is, are merged in their core."""
+    """Tell whether the updates of one matrix are merged in their core. None stands for a model without an update."""
     size = sum(one.rank for one in updates if one is not None)
     return form[0] == 1 and 0 < size <= LARGEST * min(form[1:])
 
 
 def needs_of(*, form: Form, updates: tuple[Update | None, ...], **parameters: Any) -> tuple[int, float]:
-    """Return (bytes, operations): factors in float64, twice while bases are made, and some matrices of k × k."""
+    """Return (bytes, operations): factors in float64, twice while bases are computed, and some k × k matrices."""
     _, rows, columns = form[:3]
     size = sum(one.rank for one in updates if one is not None)
     held = 4 * rows * columns + 8 * (4 * size * (rows + columns) + 16 * size**2 + 2 * max(BLOCK, rows, columns))
@@ -67,10 +67,10 @@ def in_core(
     balanced: bool = False,
     **parameters: Any,
 ) -> Tensor:
-    """Return what `method` makes of a matrix's updates, flat float32.
+    """Return the merge of a matrix's updates by `method`, flat float32.
 
     factors    A and B of each update, in the order of `updates`
-    balanced   whether each update gets the mean length of all first (`balance: norm`)
+    balanced   whether each update first gets the mean length of all (`balance: norm`)
     """
     _, rows, columns = form[:3]
     lefts, rights, given = [], [], iter(factors)
@@ -113,7 +113,7 @@ def _read(factor: Whole, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Values in memory in the place of those that are computed as they are read."""
+    """Values in memory, in place of values that are computed at each read."""
 
     values: Tensor
 

@@ -24,4 +24,4 @@ def dare_linear(
     density: Density = 1.0,
     rescale: Rescale = True,
 ) -> None:
-    """Name the parameters: those of `task_arithmetic`, and of `methods.prune.dare`, which comes first."""
+    """Name the parameters of `methods.prune.dare`, which runs first, and of `task_arithmetic`."""

@@ -25,4 +25,4 @@ def della_linear(
     rescale: Rescale = True,
     epsilon: Epsilon = 0.15,
 ) -> None:
-    """Name the parameters: those of `task_arithmetic`, and of `methods.prune.della`, which comes first."""
+    """Name the parameters of `methods.prune.della`, which runs first, and of `task_arithmetic`."""

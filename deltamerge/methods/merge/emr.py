@@ -30,7 +30,7 @@ def elected(dense: list[Tensor], total: Tensor, task: int) -> Tensor:
 
 
 def totals(base: Tensor, *deltas: Tensor | Kept, tile: Tile, task: int) -> Any:
-    """Return of each block the two sums of ρ_t, (blocks, 2) float64."""
+    """Return the two sums of ρ_t for each block, (blocks, 2) float64."""
     dense, total = summed(deltas, tile)
     parts = (dense[task - 1], elected(dense, total, task))
     sums = [halved(block_rows(part.abs().to(torch.float64), tile)) for part in parts]
@@ -38,7 +38,7 @@ def totals(base: Tensor, *deltas: Tensor | Kept, tile: Tile, task: int) -> Any:
 
 
 @delta_method(
-    "elect a delta of the largest entries, mask those of one task's signs, rescale to its size: that task's model",
+    "elect a delta of the largest entries, keep entries of one task's sign, rescale to its size: that task's model",
     "arXiv 2405.17461",
     adds=True,
     nodes=nodes,

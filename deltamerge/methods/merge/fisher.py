@@ -23,7 +23,7 @@ Floor = Annotated[float, Param("added to each F_i, whose mean over the model is 
 class Squares(Protocol):
     """The mean squared gradients of one tensor, float32, as a share of the mean over the model.
 
-    `part` is None where no row reached the tensor.
+    `part` is None if no row reached the tensor.
     """
 
     def part(self, model: int, start: int, stop: int) -> Any: ...
@@ -42,7 +42,7 @@ def fisher(
 
     inputs   tiles of the Δ_i, then their `Squares`
     weights  w_i
-    floor    what is added to each F_i, whose mean over model i is 1: entries that nothing depends on have the mean
+    floor    added to each F_i, whose mean over model i is 1; entries without influence get the weighted mean
     """
     squares: Squares
     *deltas, squares = inputs

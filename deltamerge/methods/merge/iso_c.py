@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False) -> tuple[int, float]:
-    """Return (bytes, operations): the total is held."""
+    """Return (bytes, operations). The sum of the deltas is in memory."""
     return needs(form, matrices=1, squares=6, spectra=1, products=1)
 
 
@@ -34,8 +34,8 @@ def iso_c(
 ) -> torch.Tensor:
     """Return the mean (S) · U Vᵀ, U S Vᵀ = Σ w_i Δ_i: all singular values of the sum are made equal (Algorithm 1).
 
-    Directions whose singular value is nothing but rounding are left out. A matrix that is stored `transposed`
-    has a transposed result. `matrices.nodes` takes `lambda_`.
+    Directions whose singular value is only rounding are left out. A matrix that is stored `transposed` has a transposed
+    result. `matrices.nodes` takes `lambda_`.
     """
 
     def merge(matrices: Matrices, out: torch.Tensor) -> None:

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from deltamerge.methods.merge.matrices import Form, Matrices
     from deltamerge.tensors.tiles import Whole
 
-Common = Annotated[float, Param("fraction of the directions that are the sum's", low=0, high=1)]
+Common = Annotated[float, Param("fraction of the directions taken from the sum", low=0, high=1)]
 
 
 def needs_of(
     *, form: Form, weights: tuple[float, ...], common: float = 0.8, transposed: bool = False
 ) -> tuple[int, float]:
-    """Return (bytes, operations): the total or a delta is held, and the triplets, twice while they are put together."""
+    """Return (bytes, operations). In memory are the sum or a delta, and the triplets, twice while they are joined."""
     return needs(form, matrices=3.5, squares=10, grams=3 + len(weights), products=3 + 2 * len(weights))
 
 
@@ -43,12 +43,12 @@ def iso_cts(
 ) -> torch.Tensor:
     """Return `iso_c` with a part of the directions given to each task (Algorithm 2).
 
-    common       fraction of the r directions that stay those of Σ w_i Δ_i
-    lambda_      of `matrices.nodes`
+    common       fraction of the r directions that come from Σ w_i Δ_i
+    lambda_      used by `matrices.nodes`
     transposed   whether matrices are stored (in, out)
 
-    k = r − n · round((r − int(common · r)) / n), at least r mod n, directions are those of the sum of n models. Of each
-    w_i Δ_i, projected off the k left vectors, the top (r − k) / n are added; U and V are replaced by the nearest
+    The sum of n models gives k = r − n · round((r − int(common · r)) / n) directions, at least r mod n. Each w_i Δ_i is
+    projected off the k left vectors and adds its top (r − k) / n directions. U and V are replaced by the nearest
     orthonormal matrices, all singular values by their mean.
     """
 
@@ -56,7 +56,7 @@ def iso_cts(
         count, rank = len(weights), matrices.rank
         own = min(round((rank - int(rank * common)) / count), rank // count)
         parts = [triplets(matrices.total(), rank - own * count)]
-        short = matrices.is_wide != transposed  # whether left vectors, of the outputs, are those of the short side
+        short = matrices.is_wide != transposed  # whether left vectors, of the outputs, lie on the short side
         left = parts[0][2 if short else 0]
         for i in range(count if own else 0):
             parts.append(triplets_apart(matrices.delta(i), left, own, short=short))

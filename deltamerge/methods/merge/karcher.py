@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deltamerge.tensors.tiles import Tile
 
 MaxIter = Annotated[int, Param("iterations at most", None, "integer", low=0, scalar=True)]
-Tol = Annotated[float, Param("angles below this are none", low=0)]
+Tol = Annotated[float, Param("angles below this count as 0", low=0)]
 
 
 @merge_method(

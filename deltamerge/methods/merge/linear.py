@@ -24,7 +24,7 @@ def loop(
     normalize: bool,
     counts: tuple[float, ...] | None = None,
 ) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this merge to the compiled loop as an operation."""
     divisor = divisor_of(weights if counts is None else counts) if normalize else 1.0
     weighted(assembly, node, weights, divisor, models=node.inputs)
 
@@ -43,7 +43,7 @@ def linear(
 ) -> torch.Tensor:
     """Return Σ w_i x_i, divided by Σ w_i if `normalize`; float32.
 
-    counts   what tensors count in the divisor, where some are running sums: a sum counts its own Σ w
+    counts   each tensor's count in the divisor, if some are running sums: a sum counts its own Σ w
     """
     total = weighted_sum([x.float() for x in tensors], weights)
     return over(total, divisor_of(weights if counts is None else counts)) if normalize else total

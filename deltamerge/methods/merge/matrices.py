@@ -1,12 +1,11 @@
-"""Merges of whole matrices: what they have in common, from the graph's nodes to factors in float64.
+"""Merges of whole matrices: the parts that they share, from the graph's nodes to factors in float64.
 
 A tensor is a batch of matrices: one for a linear layer, an expert each for stacked experts, (out, in · kernel) for a
 convolution. The matrices are merged one after another. Their deltas are read in float32 and computed with in float64;
-what is added to the base is rounded to float32 once. All that is cubic in a matrix's size is on its smaller side r:
-a matrix A of ℓ × r is multiplied from the right alone. Where all its directions count alike, its singular values and
-right vectors are those of its R factor (r × r), made from blocks of rows, which has the condition of A; where the large
-ones count, or A has nearly orthonormal columns, they are those of AᵀA, which has the square of it and takes half the
-time.
+the merged delta is rounded to float32 once. All work that is cubic is on a matrix's smaller side r: a matrix A of ℓ × r
+is only multiplied from the right. If all directions count alike, singular values and right vectors come from A's R
+factor (r × r), which is made from blocks of rows and has A's condition number. If only large directions count, or A has
+nearly orthonormal columns, they come from AᵀA. It has the square of the condition number and takes half the time.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-# Singular values up to this part of the largest have no direction: what is left of them is rounding of float32.
+# Singular values up to this share of the largest have no direction: they are rounding errors of float32.
 TINY = 2.0**-20
-BLOCK = 1 << 20  # elements of a block of rows, at least; results depend on it
+BLOCK = 1 << 20  # least elements of a block of rows; results depend on it
 
 Form = tuple[int, ...]
-"""Matrices in a tensor, and the rows and columns of each. Of a core also those of the matrix that it is the core of."""
+"""The number of matrices in a tensor, and the rows and columns of each. A core also has its whole matrix's."""
 
 
 def nodes(
@@ -47,7 +46,7 @@ def nodes(
     weights: tuple[float, ...],
     **parameters: Any,
 ) -> Any:
-    """Make the node of base + λ · `function` of the whole w_i Δ_i; of base + λ/n Σ w_i Δ_i where there is no `form`.
+    """Make the node of base + λ · `function` of the whole w_i Δ_i, or of base + λ/n Σ w_i Δ_i without a `form`.
 
     `transposed`: matrices are stored (in, out).
     """
@@ -68,14 +67,13 @@ def add(base: Tensor, merged: Tensor, *, tile: Tile, lambda_: float) -> Tensor:
 
 
 def always(**parameters: Any) -> bool:
-    """Say that a method gives the same in other orthonormal bases, whatever its parameters: `MergeMethod.in_core`."""
+    """Return True, as `MergeMethod.in_core` of a method that never depends on the orthonormal basis."""
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """The deltas w_i Δ_i of one matrix of a tensor, (rows, columns) each; `full` are its sides, or those of the matrix
-    that it is the core of."""
+    """The deltas w_i Δ_i of one matrix of a tensor, (rows, columns) each; `full` are the whole matrix's sides."""
 
     sources: tuple[Whole, ...]
     weights: tuple[float, ...]
@@ -86,7 +84,7 @@ class Matrices:
 
     @property
     def rank(self) -> int:
-        """Return the smaller side of the whole matrix: directions, those of a core and those of value 0."""
+        """Return the smaller side of the whole matrix: its number of directions, including those outside a core."""
         return min(self.full)
 
     @property
@@ -98,7 +96,7 @@ class Matrices:
         return self._tall(self._read(i), self.weights[i])
 
     def linear(self, i: int, *, transposed: bool) -> Tensor:
-        """Return w_i Δ_i in float64, of (out, in); `transposed`: it is stored (in, out)."""
+        """Return w_i Δ_i in float64 as (out, in). `transposed`: it is stored (in, out)."""
         values = self._read(i)
         return (values.T if transposed else values).to(torch.float64) * self.weights[i]
 
@@ -141,7 +139,7 @@ class Tall:
 
 
 def spectrum(matrix: Tall) -> tuple[Tensor, Tensor]:
-    """Return (S, V) by R: all singular values (r), descending, and right vectors (r, r). NaN where A is not finite."""
+    """Return (S, V) from R: all singular values (r), descending, and right vectors (r, r). NaN if A is not finite."""
     found: Tensor | None = None
     for _, block in matrix.blocks():
         found = torch.linalg.qr(block if found is None else torch.cat([found, block]), mode="r").R
@@ -163,9 +161,9 @@ def gram(matrix: Tall) -> Tensor:
 
 
 def largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return (S, V) of A by AᵀA: the largest singular values (count), descending, and right vectors (r, count).
+    """Return (S, V) from AᵀA: the largest singular values (count), descending, and right vectors (r, count).
 
-    NaN where A is not finite.
+    NaN if A is not finite.
     """
     if not bool(gram.isfinite().all()):
         return gram.new_full((count,), torch.nan), gram.new_full((len(gram), count), torch.nan)
@@ -184,12 +182,12 @@ def solved_by(name: str) -> Iterator[None]:
 
 
 def positive(vectors: Tensor) -> Tensor:
-    """Give columns the sign that makes the largest entry of each positive, the first where several are."""
+    """Give each column the sign that makes its largest entry positive, the first if several are largest."""
     return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def inverse(values: Tensor, largest: Tensor) -> Tensor:
-    """Return 1 / σ; 0 where σ has no direction beside the largest."""
+    """Return 1 / σ; 0 if σ is too small beside the largest to have a direction."""
     return torch.where(values <= TINY * largest, 0.0, 1.0 / values)
 
 
@@ -202,7 +200,7 @@ def polar(matrix: Tall) -> Tensor:
 def each(
     sources: tuple[Whole, ...], form: Form, weights: tuple[float, ...], merge: Callable[[Matrices, Tensor], None]
 ) -> Tensor:
-    """Return the merged delta of a tensor, flat float32: `merge` writes that of one matrix, (rows, columns)."""
+    """Return the merged delta of a tensor, flat float32. `merge` writes the delta of one matrix, (rows, columns)."""
     count, rows, columns = form[:3]
     out = torch.empty(count, rows, columns, dtype=torch.float32, device=sources[0].device)
     for i in range(count):
@@ -211,7 +209,7 @@ def each(
 
 
 def multiply(matrix: Tall, right: Tensor, out: Tensor) -> None:
-    """Set out = A · right in its dtype, where `out` lies as A does: turned if its rows are fewer than its columns."""
+    """Set out = A · right in the dtype of `out`. Like A, `out` is transposed if it has fewer rows than columns."""
     out = out.T if out.shape[0] < out.shape[1] else out
     for part, block in matrix.blocks():
         out[part] = (block @ right).to(out.dtype)
@@ -222,7 +220,7 @@ def needs(
 ) -> tuple[int, float]:
     """Return (bytes, operations) of a merge.
 
-    matrices, squares   held at once in float64, of ℓ × r and of r × r
+    matrices, squares   matrices in memory at once in float64, of ℓ × r and of r × r
     spectra, grams      decompositions for each matrix, by R and by AᵀA
     products            of ℓ × r by r × r for each matrix
     """

@@ -32,5 +32,5 @@ def noisy(x: torch.Tensor, *, tile: Tile, noise: float, scale: float, key: bits.
 
 
 def nothing(*, tile: Tile) -> torch.Tensor:
-    """Return zeros in float32: the gate of a shared expert that says nothing."""
+    """Return zeros in float32: the gate of a shared expert without prompts."""
     return torch.zeros(tile.size, dtype=torch.float32)

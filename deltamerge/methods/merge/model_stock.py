@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deltamerge.methods.merge.spans import Floats
     from deltamerge.tensors.tiles import Tile
 
-FilterWise = Annotated[bool, Param("t for each row", kind="bool", scalar=True)]
+FilterWise = Annotated[bool, Param("compute t for each row", kind="bool", scalar=True)]
 
 
 @delta_method(
@@ -24,7 +24,7 @@ FilterWise = Annotated[bool, Param("t for each row", kind="bool", scalar=True)]
 def model_stock(gram: Floats, *, filter_wise: FilterWise = False, tile: Tile | None = None) -> Floats:
     """Return t / N for each delta, t = N c / (1 + (N − 1) c), c the mean cosine of the pairs.
 
-    t = 0 where that has no value. Products of norms below 1e-6 count as 1e-6. `spans.nodes` takes `filter_wise`.
+    t = 0 if the formula has no value. Products of norms below 1e-6 count as 1e-6. `spans.nodes` takes `filter_wise`.
     """
     count = gram.shape[-1]
     norms = norms_of(gram)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deltamerge.tensors.tiles import Tile
 
 Flatten = Annotated[bool, Param("whole tensors; false: row by row", kind="bool", scalar=True)]
-RowWise = Annotated[bool, Param("where not flattened, along the first dimension", kind="bool", scalar=True)]
+RowWise = Annotated[bool, Param("if not flattened: along the first dimension", kind="bool", scalar=True)]
 
 
 @merge_method(
@@ -36,7 +36,7 @@ def nuslerp(
 ) -> Floats:
     """Return the coefficients of slerp at t = w_2 / (w_1 + w_2), or 1/2 where that sum is 0.
 
-    Directions are colinear only where sin θ is 0 to 1e-8. `spans.nodes` takes the two choices of vectors.
+    Directions count as colinear if abs(sin θ) is below 1e-8. `spans.nodes` takes the two choices of vectors.
     """
     total = math.fsum(weights)
     t = 0.5 if abs(total) < ZERO_SUM else weights[1] / total

@@ -18,12 +18,12 @@ Scales = Annotated[tuple[float, ...], Param("factor of the model", 1.0, per_mode
 
 
 def keeps_unscaled(*, scales: tuple[float, ...]) -> bool:
-    """Tell whether passthrough gives back its model as it is."""
+    """Tell whether passthrough returns its model unchanged."""
     return scales == (1.0,)
 
 
 def loop(assembly: Assembly, node: Node, scales: tuple[float, ...]) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this merge to the compiled loop as an operation."""
     weighted(assembly, node, scales[:1], models=node.inputs)
 
 

@@ -26,7 +26,7 @@ def changes(deltas: list[torch.Tensor], epsilon: float) -> torch.Tensor:
 def averaged(
     base: torch.Tensor, deltas: Sequence[torch.Tensor | Kept], factors: Sequence[float], tile: Tile, epsilon: float
 ) -> torch.Tensor:
-    """Add to the base the mean over the models with abs(Δ_i) > ε; entries of one model alone are × its factor."""
+    """Add to the base the mean over the models with abs(Δ_i) > ε; multiply entries of one model alone by its factor."""
     dense = [densify(delta, tile.size) for delta in deltas]
     count = changes(dense, epsilon)
     own = count == 1
@@ -37,7 +37,7 @@ def averaged(
     return base.to(torch.float32) + total / count.clamp(min=1).to(torch.float32)
 
 
-@delta_method("entries that one model changed are kept, those that several changed averaged", "arXiv 2601.13572")
+@delta_method("keep entries that one model changed, average entries that several changed", "arXiv 2601.13572")
 def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: Change = 1e-5) -> torch.Tensor:
-    """Return base + the mean over the models with abs(Δ_i) > ε, entry by entry, 0 where there is none; float32."""
+    """Return base + the mean of Δ_i over the models with abs(Δ_i) > ε, entry by entry; 0 if there are none; float32."""
     return averaged(base, deltas, (1.0,) * len(deltas), tile, epsilon)

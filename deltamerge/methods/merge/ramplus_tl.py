@@ -32,7 +32,7 @@ def counts(*deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> NDArray[
 
 
 def factors(counts: NDArray[np.int64], *, r: float, alpha: float) -> tuple[float, ...]:
-    """Return 1 + r · min(shared / own, α) of each model; 1 where it changed nothing alone."""
+    """Return 1 + r · min(shared / own, α) for each model; 1 if it changed nothing alone."""
     return tuple(1.0 + r * min(shared / own, alpha) if own else 1.0 for own, shared in counts.tolist())
 
 
@@ -50,7 +50,7 @@ def nodes(
     """Make the node of `ramplus_tl`: one pass counts each model's changes, a second adds.
 
     epsilon    entries up to it count as unchanged
-    r, alpha   of `factors`
+    r, alpha   used by `factors`
     """
     found = make(counts, inputs[1:], kind="sum", shape=shape, epsilon=epsilon)
     factor = make(factors, [found], kind="small", r=r, alpha=alpha)
@@ -68,7 +68,7 @@ def ramplus_tl(
     """Return `ram`, with the entries that only model i changed multiplied by its factor; float32.
 
     inputs     the deltas and the factors
-    r, alpha   of `factors`, which `nodes` has computed
+    r, alpha   used by `nodes`, which has computed `factors`
     """
     *deltas, factor = inputs
     return averaged(base, deltas, factor, tile, epsilon)

@@ -26,7 +26,7 @@ OffDiagonal = Annotated[float, Param("factor of the products of two inputs; belo
 
 
 class Moments(Protocol):
-    """What rows say of one layer's inputs: (in, in) float64 E[x xᵀ] of model i; None: no row reached the layer."""
+    """Second moments of one layer's inputs on rows: (in, in) float64 E[x xᵀ] of model i. None: no row reached it."""
 
     def read(self, model: int) -> Any: ...
 
@@ -42,8 +42,10 @@ def nodes(
     weights: tuple[float, ...],
     **parameters: Any,
 ) -> Any:
-    """Make the node of base + λ · `function` of the whole Δ_i and the moments of their inputs, which come last; of
-    base + λ Σ w_i Δ_i / Σ w_i where there is no `form`, or one of several matrices."""
+    """Make the node of base + λ · `function` of the whole Δ_i, then the moments of their inputs.
+
+    Without a `form`, or with several matrices, it is base + λ Σ w_i Δ_i / Σ w_i.
+    """
     if form is None or form[0] > 1:
         mean = {"weights": weights, "normalize": True, "lambda_": lambda_}
         return make(task_arithmetic, inputs[:-1], shape=shape, **mean)
@@ -55,8 +57,8 @@ def needs_of(
 ) -> tuple[int, float]:
     """Return (bytes, operations).
 
-    Held are every model's Gram matrix, their sum and its factor. So are a delta in float32 and float64, its product,
-    their sum and the solution.
+    In memory are every model's Gram matrix, their sum and its factor. So are a delta in float32 and float64, its
+    product, their sum and the solution.
     """
     count, rows, columns = form
     inputs = rows if transposed else columns
@@ -117,9 +119,9 @@ def regmean(
     weights       w_i
     off_diagonal  factor of the entries of G_i off its diagonal
     transposed    whether matrices are stored (in, out)
-    lambda_       of `nodes`
+    lambda_       used by `nodes`
 
-    A feature that is 0 in all rows, and a layer that no row of some model reaches, has the weighted mean of the Δ_i.
+    A feature that is 0 in all rows, and a layer that no row of some model reaches, gets the weighted mean of the Δ_i.
     InputError: Σ w_i G_i is singular.
     """
     moments: Moments

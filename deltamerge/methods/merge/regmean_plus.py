@@ -17,4 +17,4 @@ from deltamerge.methods.registry import delta_method
     rows="merged",
 )
 def regmean_plus(*, weights: RowWeights, off_diagonal: OffDiagonal = 0.9, lambda_: Lambda = 1.0) -> None:
-    """Name the parameters: those of `regmean`."""
+    """Name the parameters of `regmean`."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deltamerge.tensors.tensor import Node
     from deltamerge.tensors.tiles import Kept, Make, Tile
 
-TopShare = Annotated[float, Param("fraction of the entries that vary, kept", low=0, high=1)]
+TopShare = Annotated[float, Param("fraction kept of the entries that vary", low=0, high=1)]
 SMALLEST_WEIGHT = 1e-6
 
 
@@ -33,7 +33,7 @@ def _variance_loop(assembly: Assembly, node: Node) -> None:
 
 @traits(loop=_variance_loop)
 def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
-    """Return the variance over models of each entry, of the differences to the first, in float32; 0 if equal."""
+    """Return each entry's variance over models in float32, computed from differences to the first model; 0 if equal."""
     first, *others = (densify(delta, tile.size) for delta in deltas)
     count = float(len(deltas))
     apart = [torch.zeros_like(first), *(other - first for other in others)]
@@ -77,7 +77,7 @@ def nodes(
 
 
 def loop(assembly: Assembly, node: Node) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this merge to the compiled loop as an operation."""
     base, *deltas, weights = node.inputs
     start, registers = assembly.operand(base), tuple(map(assembly.register, deltas))
     given = tuple(assembly.values[id(weights)])
@@ -85,18 +85,18 @@ def loop(assembly: Assembly, node: Node) -> None:
 
 
 @delta_method(
-    "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
+    "entries of the largest variance over models, weighted by mean(Δ_i²), without entries of the minority's sign",
     "arXiv 2408.07990",
     nodes=nodes,
     loop=loop,
 )
 def sce(base: torch.Tensor, *inputs: Any, tile: Tile, select_topk: TopShare = 1.0) -> torch.Tensor:
-    """Return base + Σ w_i Δ_i ÷ Σ w_i over the models of the elected sign, that of Σ Δ_i (0 counts as +).
+    """Return base + Σ w_i Δ_i ÷ Σ w_i over the models with the sign of Σ Δ_i (0 counts as +).
 
     inputs        the deltas, selected by `nodes`, and the weights, which add up to 1
-    select_topk   of `nodes`
+    select_topk   used by `nodes`
 
-    The result is float32. A sum of weights below 1e-6 divides as 1e-6.
+    The result is float32. A sum of weights below 1e-6 counts as 1e-6.
     """
     *deltas, weights = inputs
     dense = [densify(delta, tile.size) for delta in deltas]

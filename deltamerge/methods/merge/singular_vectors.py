@@ -1,4 +1,4 @@
-"""Singular triplets of tall matrices, and matrices made of them with orthonormal vectors."""
+"""Singular triplets of tall matrices, and matrices made from triplets with orthonormal vectors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def triplets(matrix: Tall, count: int) -> Triplets:
 
 
 def _directions(squares: Tensor, count: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return S, V and V S⁻¹ of AᵀA's `count` largest, 0 where A, or what it is a part of, of norm `size`, has none."""
+    """Return S, V and V S⁻¹ of the `count` largest of AᵀA; 0 for directions of rounding beside the norm `size`."""
     values, right = largest(squares, count)
     scale = inverse(values, size)
     return values, right * (scale != 0), right * scale
 
 
 def triplets_apart(matrix: Tall, directions: Tensor, count: int, *, short: bool) -> Triplets:
-    """Return the top `count` triplets of a matrix less its projection onto orthonormal directions.
+    """Return the top `count` triplets of a matrix minus its projection onto orthonormal directions.
 
-    directions   of its short side, (r, k), or of its long one, (ℓ, k)
+    directions   on its short side, (r, k), or on its long side, (ℓ, k)
     """
     squares = gram(matrix)
     size = squares.diagonal().sum().sqrt()
@@ -53,6 +53,6 @@ def side_by_side(parts: list[Triplets]) -> Triplets:
 
 
 def orthonormal(long: Tensor, values: Tensor, short: Tensor, out: Tensor) -> None:
-    """Set out = L⊥ diag(values) R⊥ᵀ of vectors of the long and of the short side."""
+    """Set out = L⊥ diag(values) R⊥ᵀ, with vectors of the long and of the short side made orthonormal."""
     matrix = Tall(long)
     multiply(matrix, polar(matrix) @ (values[:, None] * (short @ polar(Tall(short))).T), out)

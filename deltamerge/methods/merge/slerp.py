@@ -1,4 +1,4 @@
-"""Slerp: from the base to one other along the arc between the flattened tensors (https://en.wikipedia.org/wiki/Slerp)."""
+"""Slerp: from the base to a model along the arc between the flattened tensors (https://en.wikipedia.org/wiki/Slerp)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from deltamerge.methods.merge.spans import Floats
     from deltamerge.tensors.tiles import Tile
 
-Fraction = Annotated[float, Param("0 is the base, 1 the other")]
+Fraction = Annotated[float, Param("0 is the base, 1 the other model")]
 COLINEAR = 0.9995
 
 
 @merge_method(
-    "from the base to one other along the arc between the flattened tensors",
+    "from the base to the other model, along the arc between the flattened tensors",
     needs_base=True,
     maximum=1,
     nodes=nodes,

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     Part = torch.Tensor | Kept
     Floats = NDArray[np.float64]
 
-ZERO_SUM = 1e-6  # weights whose sum is below have none
+ZERO_SUM = 1e-6  # smaller sums of weights count as 0
 LIMB_BITS = 30
 LIMBS = 3
 
 
 def keeps_single(**parameters: Any) -> bool:
-    """Say that multislerp and karcher give back a single model as it is."""
+    """Return True: multislerp and karcher return a single model unchanged."""
     return True
 
 
@@ -57,7 +57,7 @@ def nodes(
     function     name of the method
     inputs       nodes of the models; if `based`, the base and then the deltas
     shape        of the tensor
-    based        whether inputs[0] is a base that is added
+    based        whether inputs[0] is a base, to be added
     nuslerp_flatten, nuslerp_row_wise, filter_wise   whether vectors are the tensor, its rows or its columns
     """
     models = inputs[1:] if based else inputs
@@ -79,7 +79,7 @@ def nodes(
 
 
 def _along(shape: tuple[int, ...], *, rows: bool, columns: bool) -> str:
-    """Vectors are one row; rows have to fit in a tile."""
+    """Return the kind of vectors. A row must fit in a tile."""
     if len(shape) < 2 or not math.prod(shape) or not rows:
         return "tensor"
     if columns:
@@ -180,7 +180,7 @@ def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
 
 
 def _spread(coefficient: Floats, tile: Tile, along: str, part: Any) -> Any:
-    """Return one model's coefficient for every entry of a tile: a number, or a flat tensor."""
+    """Return one model's coefficients for the entries of a tile: a number, or a flat tensor."""
     if along == "tensor":
         return float(np.float32(coefficient))
     device = (part.values if isinstance(part, Kept) else part).device

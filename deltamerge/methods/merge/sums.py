@@ -1,4 +1,4 @@
-"""Weighted sums of tiles, in a fixed order, and when such a merge gives back a single model."""
+"""Weighted sums of tiles, in a fixed order, and the test whether such a merge returns a single model unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST_DIVISOR = 1e-8
-# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
+# Least weight that the divisor cancels exactly: sums of weights near 0 are not used as divisors.
 SMALLEST_WEIGHT = 1e-7
 
 
@@ -31,6 +31,6 @@ def weighted_sum(parts: list[torch.Tensor], weights: tuple[float, ...]) -> torch
 
 
 def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float) -> bool:
-    """Tell whether a sum of weighted deltas gives back a single model, base + Δ, exactly as it is."""
+    """Tell whether a sum of weighted deltas returns a single model, base + Δ, unchanged."""
     (weight,) = weights
     return lambda_ == 1 and (weight == 1 or (normalize and abs(weight) >= SMALLEST_WEIGHT))

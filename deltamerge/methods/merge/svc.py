@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from deltamerge.methods.merge.matrices import Form, Matrices
     from deltamerge.tensors.tiles import Whole
 
-LEAST = 0.1  # α of the paper: the smallest share that counts
+LEAST = 0.1  # α of the paper: smaller shares count as this
 
 
 def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False) -> tuple[int, float]:
-    """Return (bytes, operations): those of `tsv_m`, the triplets of its result, and a product with every delta."""
+    """Return (bytes, operations): as `tsv_m`, plus the triplets of its result and a product with every delta."""
     return needs(form, matrices=4.5, squares=10, grams=3 + len(weights), products=4 + len(weights))
 
 

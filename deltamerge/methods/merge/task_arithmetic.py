@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this merge to the compiled loop as an operation."""
     base, *deltas = node.inputs
     weighted(assembly, node, weights, divisor_of(weights) if normalize else 1.0, lambda_, models=deltas, base=base)
 

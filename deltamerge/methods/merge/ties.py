@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def loop(assembly: Assembly, node: Node, weights: tuple[float, ...], normalize: bool, lambda_: float) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this merge to the compiled loop as an operation."""
     base, *deltas = node.inputs
     agreeing(assembly, node, weights, lambda_, normalize=normalize, models=deltas, base=base)
 
@@ -48,7 +48,7 @@ def ties(
     weights            w_i
     normalize          whether to divide by the sum of the agreeing w_i (a sum near 0 divides by 1)
     lambda_            λ
-    density, rescale   of the trimming, done before
+    density, rescale   used by the trimming, which runs first
 
     With e_i = w_i Δ_i the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added.
     """

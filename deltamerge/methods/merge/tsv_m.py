@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def needs_of(*, form: Form, weights: tuple[float, ...], transposed: bool = False) -> tuple[int, float]:
-    """Return (bytes, operations): a delta is held, and the triplets, twice while they are put together."""
+    """Return (bytes, operations). In memory are a delta, and the triplets, twice while they are joined."""
     return needs(form, matrices=2.5, squares=10, grams=2 + len(weights), products=2)
 
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 Steps = Annotated[
-    int, Param("of Adam from Σ w_i Δ_i, as published: 300; 0 is the minimum itself", None, "integer", low=0)
+    int, Param("steps of Adam from Σ w_i Δ_i, 300 as published; 0: the exact minimum", None, "integer", low=0)
 ]
-Rho = Annotated[float, Param("of the minimum: ridge as a fraction of the mean eigenvalue", low=0, low_open=True)]
+Rho = Annotated[float, Param("for the exact minimum: ridge as a fraction of the mean eigenvalue", low=0, low_open=True)]
 
-RATE, FIRST, SECOND, EPSILON = 1e-5, 0.9, 0.999, 1e-8  # of Adam, as published
+RATE, FIRST, SECOND, EPSILON = 1e-5, 0.9, 0.999, 1e-8  # settings of Adam, as published
 
 
 def needs_of(
@@ -32,8 +32,8 @@ def needs_of(
 ) -> tuple[int, float]:
     """Return (bytes, operations).
 
-    Held are Grams of the inputs, a delta in float32 and float64, its product, their sum and the solution. With steps
-    there are those of Adam.
+    In memory are Gram matrices of the inputs, a delta in float32 and float64, its product, their sum and the solution.
+    With steps, Adam's state is added.
     """
     count, rows, columns = form
     inputs = rows if transposed else columns
@@ -49,7 +49,7 @@ def _pulled(delta: Tensor) -> Tensor:
 
 
 def is_closed(*, steps: int = 0, **parameters: Any) -> bool:
-    """Tell whether it is the minimum itself, which is the same in other orthonormal bases; Adam's steps are not."""
+    """Tell whether the exact minimum is asked for. It does not depend on the orthonormal basis; Adam's steps do."""
     return steps == 0
 
 
@@ -101,9 +101,9 @@ def wudi(
                  else so many steps of Adam from Σ Δ_i, at the published 1e-5
     rho          ρ
     transposed   whether matrices are stored (in, out)
-    lambda_      of `matrices.nodes`
+    lambda_      used by `matrices.nodes`
 
-    The Δ_i are weighted: they are w_i times the models' own.
+    The Δ_i are weighted: each is w_i times the model's own delta.
     """
 
     def merge(matrices: Matrices, out: Tensor) -> None:

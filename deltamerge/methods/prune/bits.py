@@ -10,11 +10,11 @@ first, so streams of different lanes and blocks never meet:
     lane 3      one 64-bit draw for each column, block 0
     lane 4      one 64-bit draw for each position of normal or uniform numbers, block 0
 
-The way a mask is drawn depends on its density d alone. From `SPARSE_BELOW` up, position p is kept iff its word
-is below round(d * 2**32); the low half is only looked at when the high half ties. Below, the number g of dropped
-positions before the next kept one has P(g >= k) = (1-d)**k and is drawn by table from 63 bits; a gap off the
-table's end skips the table's length and draws again (the law has no memory, so this is exact). Everything is
-integer arithmetic: any device, tile, thread or order of models gives the same mask.
+Only the density d decides how a mask is drawn. From `SPARSE_BELOW` up, position p is kept iff its word is below
+round(d * 2**32); the low half is only read when the high half ties. Below, the number g of dropped positions before
+the next kept position has P(g >= k) = (1-d)**k and is drawn by table from 63 bits. A gap beyond the table's end skips
+the table's length and draws again (the law has no memory, so this is exact). Everything is integer arithmetic: any
+device, tile, thread or order of models gives the same mask.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def mask_key(seed: int, model: str, tensor: str) -> Key:
 
 
 def is_sparse(density: float) -> bool:
-    """Tell whether a mask of this density is drawn by gaps (and its delta held as `Kept`)."""
+    """Tell whether a mask of this density is drawn by gaps. Its delta is then a `Kept`."""
     return density < SPARSE_BELOW
 
 
@@ -84,8 +84,7 @@ def gap_table(density: float) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
-    """Return the gap table with a sentinel, and for each value of a draw's leading bits the least gap that it can
-    give."""
+    """Return the gap table with a sentinel, and the least gap for each value of a draw's leading bits."""
     table = gap_table(density)
     leading = min(len(table).bit_length() + 2, 14)
     starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
@@ -165,15 +164,14 @@ def _inside(found: NDArray[np.int64], origin: int, start: int, stop: int) -> NDA
 
 
 def _draws(density: float) -> int:
-    """Return the number of draws to make at once: enough for nearly every block, a multiple of 4; it does not affect
-    the mask."""
+    """Return the number of draws at once: a multiple of 4, enough for nearly every block. Masks do not depend on it."""
     mean = density * SPARSE_BLOCK * 1.02
     return 4 * math.ceil((mean + 5 * math.sqrt(mean) + 4) / 4)
 
 
 @lru_cache(maxsize=64)
 def choose_columns(key: Key, n: int, count: int) -> NDArray[np.int64]:
-    """Return `count` of n columns, ascending: those with the smallest 64-bit draws (of equal ones the first)."""
+    """Return `count` of n columns, ascending: the columns with the smallest 64-bit draws, the first of equal draws."""
     draws = _generator(key, 0, 0, COLUMNS).random_raw(n)
     columns = np.sort(np.argsort(draws, kind="stable")[:count]).astype(np.int64, copy=False)
     columns.setflags(write=False)
@@ -190,10 +188,10 @@ def words_torch(key: Key, start: int, stop: int, device: Any = "cpu") -> torch.T
 def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
     """Return `keep` on any device.
 
-    key           the mask's
+    key           the mask's key
     start, stop   positions
     density       share of positions that are kept
-    device        of the result, a bool tensor (stop − start)
+    device        device of the result, a bool tensor (stop − start)
     """
     if torch.device(device).type == "cpu":
         return torch.from_numpy(keep(key, start, stop, density))
@@ -203,10 +201,10 @@ def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "c
 def positions_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
     """Return `positions` on any device.
 
-    key           the mask's
+    key           the mask's key
     start, stop   positions
     density       share of positions that are kept
-    device        of the result, an ascending int64 tensor
+    device        device of the result, an ascending int64 tensor
     """
     if torch.device(device).type == "cpu":
         return torch.from_numpy(positions(key, start, stop, density))
@@ -259,7 +257,7 @@ def _positions_device(key: Key, start: int, stop: int, density: float, device: A
 
 
 def _halves_device(key: Key, lane: int | torch.Tensor, start: int, stop: int, device: Any) -> torch.Tensor:
-    """Return the half-words of positions [start, stop); of lanes (n, 1) a row each."""
+    """Return the half-words of positions [start, stop), with a row for each of the lanes (n, 1)."""
     first = start // 16
     index = torch.arange(first, -(-stop // 16), device=device)
     halves = _philox_device(key, index, torch.zeros_like(index), lane).view(torch.int16).flatten(-2)
@@ -269,7 +267,7 @@ def _halves_device(key: Key, lane: int | torch.Tensor, start: int, stop: int, de
 def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int | torch.Tensor) -> torch.Tensor:
     """Return Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words.
 
-    Both halves of a round are one tensor, so that a GPU starts few kernels.
+    Both halves of a round are one tensor, so that a GPU launches few kernels.
     """
     lanes = lane if isinstance(lane, torch.Tensor) else torch.full_like(index, lane)
     shape = torch.broadcast_shapes(index.shape, block.shape, lanes.shape)  # type: ignore[no-untyped-call]  # torch

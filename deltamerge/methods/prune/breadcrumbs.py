@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def breadcrumbs(masking: Masking, *, gamma: Gamma = 0.01) -> Any:
     """Make the node of the int(density · n) magnitudes that follow the int(γ · n) largest.
 
-    γ yields where both exceed n.
+    If both together exceed n, γ is reduced.
     """
     delta, size = masking.delta, math.prod(masking.shape)
     kept = int(masking.density * size)

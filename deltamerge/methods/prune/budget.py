@@ -1,10 +1,10 @@
-"""Budget: the delta that so many bytes buy, of factors and entries in few bits, chosen by what is lost."""
+"""Budget: a delta of so many bytes, from factors and entries in few bits, chosen for the least loss."""
 
 from __future__ import annotations
 
 from deltamerge.methods.registry import PruneMethod
 
-# What is chosen and made: `methods.rate`; how it is written: `outputs.shares`.
+# `methods.rate` chooses and makes the parts, `outputs.shares` writes them.
 budget = PruneMethod(
     "budget",
     None,

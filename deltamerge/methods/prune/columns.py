@@ -1,7 +1,7 @@
-"""WANDA on weights stored (in, out), as GPT-2's are: each output's inputs lie in a column, which tiles cut.
+"""WANDA on weights stored (in, out), as in GPT-2: each output's inputs lie in a column, which tiles cut.
 
-Every tile gives the k + 1 best scores of each column: they contain the column's k best, and tell whether an entry equal
-to the k-th is left over. Where some are, a second pass counts them, and the first rows are kept. Memory: 4 (k + 1)
+Every tile gives the k + 1 best scores of each column. They contain the column's k best, and show whether further
+entries equal the k-th. If so, a second pass counts the equal entries, and the first rows are kept. Memory: 4 (k + 1)
 bytes per column and tile, at most one float32 copy of the weight.
 """
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ColumnCut:
-    """Per column (m): the score bits of the k-th best, how many entries equal to it are kept, and whether more are
-    equal."""
+    """Per column (m): the score bits of the k-th best, the number of kept entries equal to it, and if more equal it."""
 
     threshold: NDArray[np.int32]
     equal_kept: NDArray[np.int64]
@@ -60,7 +59,7 @@ def _no_ties(norms: NDArray[np.float32], cut: ColumnCut) -> bool:
 
 @traits(needless=_no_ties)
 def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, *, tile: Tile) -> NDArray[np.int64]:
-    """Return int64 (blocks, m): how many entries of each block and column equal the threshold."""
+    """Return int64 (blocks, m): the number of entries of each block and column that equal the threshold."""
     equal = _bits(delta, norms, tile) == torch.from_numpy(cut.threshold).to(delta.device)
     step = block_elements(tile.shape) // tile.columns
     starts = range(0, len(equal), step)
@@ -68,7 +67,7 @@ def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCu
 
 
 def column_ranks(counts: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Return per column the number of equal entries before each block; empty if it does not matter."""
+    """Return per column the number of equal entries before each block. It is empty if it does not matter."""
     return np.zeros((0, 0), np.int64) if counts is None else np.cumsum(counts, 0) - counts
 
 
@@ -80,9 +79,9 @@ def keep_best_of_columns(
     Of equal scores the first rows are kept.
 
     delta   (in, out) tile
-    norms   (in) of the input features
-    cut     of every column
-    ranks   of `column_ranks`
+    norms   (in) norms of the input features
+    cut     the cut of every column
+    ranks   from `column_ranks`
     """
     bits = _bits(delta, norms, tile)
     threshold = torch.from_numpy(cut.threshold).to(delta.device)

@@ -1,6 +1,6 @@
 """DARE: keep each entry with probability density, divide by q (Yu et al., arXiv 2311.03099; arXiv 2410.09344).
 
-δ ∘ Δ / q, δ ~ Bernoulli(density) for each entry; q is the density unless the recipe has another. With
+δ ∘ Δ / q, δ ~ Bernoulli(density) for each entry; q is the density unless the recipe gives another. With
 `sampling: magnitude` the probability is in proportion to abs(Δ) (`prune.sampling`).
 """
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def nodes(masking: Masking) -> Any:
-    """Make the node of what is kept, with one probability for all entries or in proportion to abs(Δ)."""
+    """Make the node of the kept entries, with one probability for all, or in proportion to abs(Δ)."""
     if masking.sampling == "magnitude":
         return importance(masking)
     return masking.masked(*masking.pair, key=masking.key, density=masking.density)
 
 
 def loop(assembly: Assembly, node: Node, key: Key, density: float) -> None:
-    """Add the same to the compiled loop as operations."""
+    """Add this pruning to the compiled loop as operations."""
     if is_sparse(density):
         kept = assembly.keep(node, assembly.new_list())
         assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)
@@ -48,7 +48,7 @@ def loop(assembly: Assembly, node: Node, key: Key, density: float) -> None:
 
 
 def gives_positions(node: Node) -> bool:
-    """Tell whether the mask is so sparse that its value is `Kept`."""
+    """Tell whether the mask is so sparse that the result is a `Kept`."""
     return is_sparse(node.parameter("density"))
 
 
@@ -67,11 +67,11 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
 
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
-        key       the mask's
+        key       the mask's key
         density   share of entries that are kept
 
-    Returns flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, whose cost grows with what is
-    kept.
+    The result is flat float32 with zeros for dropped entries. Below density `SPARSE_BELOW` it is a `Kept`, whose cost
+    grows with the number of kept entries.
     """
     if is_sparse(density):
         return kept_at(tune, base, positions_torch(key, tile.start, tile.stop, density, tune.device))
@@ -81,5 +81,5 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
 
 
 def kept_at(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
-    """Return Δ at the positions that are kept."""
+    """Return Δ at the kept positions."""
     return Kept(positions, at(tune, positions) - at(base, positions))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def nodes(masking: Masking) -> Any:
-    """Make the node of what is kept: weighted by 1/π, unless it gets the norm of the whole afterwards."""
+    """Make the node of the kept entries: weighted by 1/π, unless they get the norm of the whole delta afterwards."""
     check(masking.share, masking.parameters["epsilon"])
     weighted = {"weighted": False} if masking.rescaled else {}
     return masking.masked(masking.delta, key=masking.key, density=masking.share, **masking.parameters, **weighted)
@@ -51,14 +51,14 @@ def probabilities(count: int, density: float, epsilon: float) -> NDArray[np.floa
 
 @lru_cache(maxsize=16)
 def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Return of each rank the bound of the words of the kept, π · 2**32, and π / density; upper halves come first."""
+    """Return for each rank the bound of kept words, π · 2**32, and π / density. Upper halves come first."""
     probability = probabilities(columns, density, epsilon)
     bounds = np.round(probability * 2.0**32).astype(np.int64)
     return np.concatenate([bounds >> 16, bounds & 0xFFFF]).astype(np.uint32), (probability / density).astype(np.float32)
 
 
 def loop(assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True) -> None:
-    """Add the same to the compiled loop as an operation."""
+    """Add this pruning to the compiled loop as an operation."""
     form, lengths = assembly.form, list[int]()
     for length in form.row_lengths:
         limits, ratios = _limits(length, density, epsilon)
@@ -86,7 +86,7 @@ def della(
     """Return δ ∘ Δ · density / π, δ ~ Bernoulli(π); float32. Divided by q = density it is unbiased.
 
         delta      float32 or `Kept`
-        key        the mask's
+        key        the mask's key
         density    the mean of π
         epsilon    ε of π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left
         weighted   False: δ ∘ Δ alone

@@ -1,4 +1,4 @@
-"""Protected input columns of a delta: taken out before a mask is drawn, put back whole and unscaled after q.
+"""Protected input columns of a delta: removed before a mask is drawn, and restored whole and unscaled after q.
 
 Source: arXiv 2410.09344, App. D.2 (massive activations).
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _replace_columns(assembly: Assembly, node: Node, columns: Node, others: int) -> None:
-    """Take the given columns from register `others`, or as 0 (-1)."""
+    """Take the given columns from register `others`, or set them to 0 (-1)."""
     delta, numbers = assembly.register(node.inputs[0]), tuple(assembly.values[id(columns)].tolist())
     fields = (delta, others, assembly.form.row)
     assembly.add(codes.COLUMNS, assembly.made(node), *fields, lists=numbers, count=len(numbers))
@@ -45,7 +45,7 @@ def _restore_loop(assembly: Assembly, node: Node) -> None:
 
 @traits(loop=_clear_loop, fits=first_is_dense, sparse=first_is_sparse)
 def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.Tensor | Kept:
-    """Return Δ of a matrix (out, in) with 0 in the given columns, which are ascending."""
+    """Return Δ of a matrix (out, in) with 0 in the given, ascending columns."""
     if isinstance(delta, Kept):
         inside = torch.from_numpy(is_among(columns, tile)).to(delta.positions.device)
         stays = ~inside[(delta.positions + tile.start) % tile.columns]
@@ -77,14 +77,14 @@ def restore(
 
 
 def is_among(columns: Columns, tile: Tile) -> NDArray[np.bool_]:
-    """Tell of each of n columns whether it is one of `columns`."""
+    """Tell for each of n columns whether it is in `columns`."""
     among = np.zeros(tile.columns, np.bool_)
     among[columns] = True
     return among
 
 
 def places(columns: Columns, tile: Tile) -> Columns:
-    """Return the positions, relative to the tile's start, in the columns. A tile may begin and end inside a row."""
+    """Return the positions of the columns' entries from the tile's start. A tile may begin and end inside a row."""
     rows = np.arange(tile.start // tile.columns, -(-tile.stop // tile.columns), dtype=np.int64)
     flat = (rows[:, None] * tile.columns + columns).reshape(-1)
     return flat[(flat >= tile.start) & (flat < tile.stop)] - tile.start

@@ -1,4 +1,4 @@
-"""The divisor of a mask's kept entries, q or mergekit's ratio of norms; the factors that give deltas one length."""
+"""The divisor of kept entries (q, or mergekit's ratio of norms), and the factors that give deltas one length."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _divide_rows_loop(assembly: Assembly, node: Node) -> None:
 def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
     """Return kept_ij / q_i in float32.
 
-    q   (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number; of stacked matrices (E, m, 1), or
-        (E, 1, 1) with one for each
+    q (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number; for stacked matrices (E, m, 1), or (E,
+    1, 1) with a number for each
     """
     if isinstance(q, float):
         return divide(delta, q, tile=tile)
@@ -79,14 +79,14 @@ def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, 
 
 
 def multiply(delta: torch.Tensor | Kept, factor: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
-    """Return factor · Δ in float32; factors of rows have the shapes of `divide_rows`."""
+    """Return factor · Δ in float32. Factors of rows have the shapes of q in `divide_rows`."""
     values = delta.values if isinstance(delta, Kept) else delta
     of_entry = float(np.float32(factor)) if isinstance(factor, float) else _of_entries(delta, factor, tile)
     return Kept(delta.positions, values * of_entry) if isinstance(delta, Kept) else values * of_entry
 
 
 def _of_entries(delta: torch.Tensor | Kept, q: np.ndarray[Any, Any], tile: Tile) -> torch.Tensor:
-    """Return a row's number for each entry of a tile."""
+    """Return the row number of each entry of a tile."""
     values = delta.values if isinstance(delta, Kept) else delta
     places = delta.positions if isinstance(delta, Kept) else torch.arange(tile.size, device=values.device)
     flat = places + tile.start
@@ -98,7 +98,7 @@ def _of_entries(delta: torch.Tensor | Kept, q: np.ndarray[Any, Any], tile: Tile)
 
 
 def row_divisors(q: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Return q (…, 1) for every row of a tensor: of matrices that are stacked each row has its matrix's."""
+    """Return q (…, 1) for every row of a tensor. Rows of stacked matrices have the q of their matrix."""
     stacked = len(shape) == 3 and q.size != shape[0] * shape[1]
     return np.broadcast_to(q[..., 0], shape[:-1]) if stacked else q
 
@@ -129,7 +129,7 @@ def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any
 
 
 def ratio(kept: np.ndarray[Any, Any], whole: np.ndarray[Any, Any], *, norm: str) -> float:
-    """Return ‖kept‖ / ‖Δ‖, the q that gives the kept entries the delta's norm; 1 where either is 0 or not finite."""
+    """Return ‖kept‖ / ‖Δ‖, the q that gives the kept entries the delta's norm; 1 if either norm is 0 or not finite."""
     a, b = (float(x.max(initial=0.0)) if norm == "linf" else math.fsum(x) for x in (kept, whole))
     if norm == "l2":
         a, b = math.sqrt(a), math.sqrt(b)
@@ -145,7 +145,7 @@ def matched(make: Make, whole: Any, kept: Any, kind: str) -> Any:
 def share(*squares: np.ndarray[Any, Any], number: int) -> float:
     """Return mean ‖Δ‖ / ‖Δ_number‖, from the squares of every delta by block.
 
-    The mean is over deltas that are not 0. 1 where the delta is 0, or a length is not finite.
+    The mean is over deltas that are not 0. The result is 1 if the delta is 0, or a length is not finite.
     """
     lengths = [math.sqrt(math.fsum(some)) if np.isfinite(some).all() else math.inf for some in squares]
     some = [length for length in lengths if length > 0]

@@ -31,7 +31,7 @@ FAR = 1e200
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The bin that contains 1/c, the number of entries above it, and Σ x of those below it."""
+    """The bin that contains 1/c, the number of entries above it, and Σ x of the entries below it."""
 
     high: int
     above: int
@@ -68,13 +68,13 @@ def clip_bin(clip: Clip) -> Bin:
 
 
 def factor(low: Integers, clip: Clip, *, expected: float) -> float:
-    """Return c; the largest float32 if even all non-zero entries are fewer than `expected`."""
+    """Return c, or the largest float32 if all non-zero entries are fewer than `expected`."""
     values = _values((clip.high << 16) + np.arange(LOW))[::-1]
     counts = low.astype(np.float64)[::-1]
     clipped = clip.above + np.concatenate([[0.0], np.cumsum(counts)])
     inside = np.concatenate([np.cumsum((counts * values)[::-1])[::-1], [0.0]])
     c = np.divide(expected - clipped, clip.below + inside, out=np.full(LOW + 1, FAR), where=clip.below + inside > 0.0)
-    # of the ways to clip the largest of the bin, the first after which nothing more is to be clipped
+    # clip entries of the bin from the largest down, until the next is at most 1/c
     settled = np.flatnonzero(c[:-1] * values <= 1.0)
     return min(float(c[settled[0] if settled.size else LOW]), float(np.finfo(np.float32).max))
 
@@ -84,8 +84,8 @@ def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key
 
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
-        c         of π_i = min(1, c · abs(Δ_i)), in float32
-        key       the mask's
+        c         the factor in π_i = min(1, c · abs(Δ_i)), in float32
+        key       the mask's key
         density   the mean of π
 
     An entry is kept if the position's 32-bit word is below π · 2**32.
@@ -102,12 +102,12 @@ def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key
 
 def _values(bits: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the float32 numbers of these bits."""
-    with np.errstate(invalid="ignore"):  # the last bins are those of NaN
+    with np.errstate(invalid="ignore"):  # the last bins hold NaN
         return bits.astype(np.int32).view(np.float32).astype(np.float64)
 
 
 def importance(masking: Masking) -> Any:
-    """Make the node of what is kept: two passes find c, a third draws."""
+    """Make the node of the kept entries: two passes find c, a third draws."""
     make, delta, shape = masking.make, masking.delta, masking.shape
     expected = masking.share * math.prod(shape)
     clip = make(pick_clip, [make(sums, [delta], kind="sum", shape=shape)], kind="small", expected=expected)

@@ -1,11 +1,11 @@
 """The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
 
 The bits of abs(Δ) in float32, read as an integer, sort like the magnitudes. NaN is above every number, and its bits,
-which differ from processor to processor, count as one value. A sample gives a bracket of two values that
-almost surely contains the k-th largest. One pass over the tensor counts the entries above the bracket and lists those
-inside it; this gives the k-th largest and the places of entries equal to it, of which the first in flat order are kept.
-If too many lie inside to be listed, or the bracket missed, counting passes follow: over the high 16 bits, which finds
-the bin of the k-th largest; over the low 16 bits inside that bin; and over equal entries per block.
+which differ from processor to processor, count as one value. A sample gives a bracket of two values that almost surely
+contains the k-th largest. One pass over the tensor counts the entries above the bracket and lists the entries inside
+it. This gives the k-th largest and the places of entries equal to it; the first of these in flat order are kept. If the
+bracket holds too many entries to list, or missed, counting passes follow: over the high 16 bits, which finds the bin of
+the k-th largest; over the low 16 bits inside that bin; and over equal entries per block.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ LOW = 1 << 16
 MAGNITUDE = 0x7FFFFFFF
 ANY_NAN = 0x7F800001
 GOLDEN = 0x9E3779B9
-# The most entries that are listed: 4 bytes each, kept between two passes of a tensor.
+# The most entries in a list: 4 bytes each, held between two passes of a tensor.
 MOST = 1 << 20
-# Entries of a sample: all of a small tensor, else one of 128, up to 2**18.
+# Entries of a sample: all of a small tensor, otherwise one of 128, up to 2**18.
 SAMPLE_LEAST, SAMPLE_MOST, SAMPLE_SHARE = 1 << 15, 1 << 18, 128
 # The distance of the bracket's ends, in standard deviations of the sample's rank.
 DEVIATIONS = 4.0
@@ -63,7 +63,7 @@ class Bracket:
 class Cut:
     """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` equal to it.
 
-    `listed`: the places of the equal ones are known from `bracketed` and need not be counted.
+    `listed`: the places of equal entries are known from `bracketed` and need no counting.
     """
 
     threshold: int
@@ -78,16 +78,16 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_run(shape: tuple[int, ...]) -> int:
-    """Return the length of the run of entries that the sample takes from each block."""
+    """Return the number of consecutive entries that the sample takes from each block."""
     size, block = math.prod(shape), block_elements(shape)
     wanted = min(size, max(SAMPLE_LEAST, min(SAMPLE_MOST, size // SAMPLE_SHARE)))
     return min(block, -(-wanted // max(1, -(-size // block))))
 
 
 def run_start(number: int, size: int, run: int) -> int:
-    """Say where the sampled run of block `number`, of `size` entries, begins in it.
+    """Return the start of the sampled run in block `number` of `size` entries.
 
-    It moves from block to block by the golden ratio: blocks begin at rows, and otherwise all runs would take the same
+    It moves from block to block by the golden ratio. Blocks begin at rows, so a fixed start would sample the same
     columns.
     """
     return ((number * GOLDEN) & 0xFFFFFFFF) * max(0, size - run + 1) >> 32
@@ -134,7 +134,7 @@ def pick_largest(magnitudes: Magnitudes, *, k: int) -> Cut:
 
 
 def rank_of_block(cut: Cut) -> Counts:
-    """Return the ranks of a tensor that is one block: no entry equal to the cut comes before it."""
+    """Return the ranks for a tensor of one block: no earlier block has entries equal to the cut."""
     return np.zeros(int(cut.equal_kept != cut.equal_total), np.int64)
 
 
@@ -142,7 +142,7 @@ def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
     """Return the bracket of the k-th largest (k ≥ 1) of `size` magnitudes; None: too many would lie inside.
 
     Differences of bfloat16 take few values. If the value at the sample's rank has so many equals that the true rank
-    almost surely falls among them, the bracket is that one value, and nothing is listed.
+    almost surely falls among them, the bracket is that single value, and nothing is listed.
     """
     n, rank = sample.size, sample.size * k / size
     deviation = 0.0 if n == size else math.sqrt(rank * (1 - k / size))
@@ -170,9 +170,9 @@ def _no_bracket(bracket: Bracket | None) -> bool:
 
 @traits(loop=_bracketed_loop, needless=_no_bracket)
 def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
-    """Return per block the numbers of magnitudes above and inside the bracket, and the bits of those inside.
+    """Return per block the numbers of magnitudes above and inside the bracket, and the bits of magnitudes inside.
 
-    The bits are in flat order. If the bracket is one value they are left out.
+    The bits are in flat order. If the bracket is a single value, they are left out.
     """
     bits, parts = magnitude_bits(delta), [np.empty(0, np.uint32)]
     for rows in alike(bits, tile):
@@ -193,8 +193,12 @@ def _words(bits: torch.Tensor) -> Magnitudes:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The result of `bracketed`: the number above the bracket, the numbers inside per block, and the bits of those
-    inside (one for all if the bracket is one value)."""
+    """The joined result of `bracketed`.
+
+    above    number of entries above the bracket
+    inside   number of entries inside, per block
+    bits     bits of the entries inside; one for all if the bracket is a single value
+    """
 
     above: int
     counts: Counts
@@ -202,7 +206,7 @@ class Candidates:
 
     @property
     def one(self) -> bool:
-        """Tell whether one value stands for all that are inside the bracket."""
+        """Tell whether all entries inside the bracket have one value."""
         return self.values.size == 1
 
 
@@ -223,7 +227,7 @@ def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Candidates | 
 
 
 def pick_listed(listed: Candidates | None, *, k: int) -> Cut | None:
-    """Return the cut of the k-th largest magnitude; None if it is not among those listed."""
+    """Return the cut of the k-th largest magnitude. None: it was not listed."""
     if listed is None:
         return None
     rank, inside = k - listed.above, int(listed.counts.sum())
@@ -270,7 +274,7 @@ def count_nonzero(x: torch.Tensor, *, tile: Tile) -> Counts:
 
 
 def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
-    """Return the bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, with nothing of it kept."""
+    """Return the bin of the k-th largest, k = int(share · nonzero). For k = 0: the last bin, with no entry kept."""
     k = int(share * int(nonzero[0]))
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
@@ -299,7 +303,7 @@ def find_bin(counts: Counts | None, *, k: int) -> Bin | None:
 
 
 def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> Cut:
-    """Return the cut from the listed magnitudes, else from the counts of low bits."""
+    """Return the cut from the listed magnitudes, or from the counts of low bits."""
     if listed is not None:
         return listed
     assert counts is not None
@@ -318,7 +322,7 @@ def ranks_listed(counts: Counts | None, listed: Candidates | None, cut: Cut) -> 
 
 
 def pick_cut(counts: Counts, high: Bin) -> Cut:
-    """Return the exact k-th largest magnitude, and how many entries equal to it are kept."""
+    """Return the exact k-th largest magnitude, and the number of kept entries equal to it."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, high.rank))
     low = LOW - 1 - index
@@ -331,7 +335,7 @@ def _equal_loop(assembly: Assembly, node: Node) -> None:
 
 
 def _no_ties(cut: Cut) -> bool:
-    """Tell whether all equal entries are kept, or their places are known, so that no pass need count them."""
+    """Tell whether no pass must count equal entries: all are kept, or their places are known."""
     return cut.listed or cut.equal_kept == cut.equal_total
 
 
@@ -345,7 +349,7 @@ def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
 
 
 def pick_ranks(counts: Counts | None) -> Counts:
-    """Return the number of equal entries before each block, int64; empty if it does not matter."""
+    """Return the number of equal entries before each block, int64. It is empty if it does not matter."""
     if counts is None:
         return np.zeros(0, np.int64)
     return np.cumsum(counts) - counts
@@ -362,7 +366,7 @@ def no_ranks() -> Counts:
 
 
 def _keep(assembly: Assembly, to: int, score: int, values: int, cut: Cut, before: Counts) -> None:
-    """Put into a register the values whose score is among the largest."""
+    """Keep in a register the values whose score is among the largest."""
     offset = sum(map(len, assembly.ranks)) if before.size else -1
     assembly.ranks += [before, np.array([cut.equal_total])] if before.size else []
     assembly.add(codes.KEEP, to, score, cut.threshold, cut.equal_kept, offset, models=(values,))
@@ -386,7 +390,7 @@ def _keep_between_loop(assembly: Assembly, node: Node) -> None:
     wide, narrow = assembly.new(), assembly.new()
     _keep(assembly, wide, delta, delta, outer, outer_ranks)
     _keep(assembly, narrow, delta, delta, inner, inner_ranks)
-    # an entry that the inner cut keeps as +0.0 is +0.0 anyway
+    # an entry that the inner cut keeps as +0.0 needs no clearing
     assembly.add(codes.CLEAR, assembly.made(node), wide, narrow)
     assembly.free += [wide, narrow]
 
@@ -395,7 +399,7 @@ def _keep_between_loop(assembly: Assembly, node: Node) -> None:
 def keep_between(
     delta: torch.Tensor, outer: Cut, outer_ranks: Counts, inner: Cut, inner_ranks: Counts, *, tile: Tile
 ) -> torch.Tensor:
-    """Return Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
+    """Return Δ where it is among the largest magnitudes by `outer` and not by `inner`, else 0.
 
         delta                  a tile
         outer, outer_ranks     the cut of the larger set, and ranks of its equal entries
@@ -452,8 +456,10 @@ def _rows_fit(node: Node, root: Node) -> bool:
 
 @traits(loop=_keep_largest_rows_loop, fits=_rows_fit, sorts=True)
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
-    """Return Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equal ones
-    from the left."""
+    """Return Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0.
+
+    Equal entries are kept from the left.
+    """
     return _largest_of_rows(delta, delta.view(-1, tile.columns), density)
 
 
@@ -463,9 +469,9 @@ def keep_largest_rows_scored(
 ) -> torch.Tensor:
     """Return Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i.
 
-    Of equal ones the left are kept.
+    Equal entries are kept from the left.
 
-    `norms` (n) of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
+    `norms` (n) are the norms of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
     """
     rows = delta.view(-1, tile.columns)
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms).to(delta.device), density)
@@ -474,7 +480,7 @@ def keep_largest_rows_scored(
 def keep_largest_rows_stacked(
     delta: torch.Tensor, norms: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, tile: Tile, density: float
 ) -> torch.Tensor:
-    """Do the same with stacked matrices (E, m, n) with `norms` (E, n) of their inputs."""
+    """Do the same with stacked matrices (E, m, n), with `norms` (E, n) of their inputs."""
     rows = delta.view(-1, tile.columns)
     numbers = (tile.start // tile.columns + torch.arange(len(rows))) // tile.shape[-2]
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms)[numbers].to(delta.device), density)
@@ -511,7 +517,7 @@ def largest(make: Make, delta: Any, k: int) -> Any:
 
 
 def above(make: Make, delta: Any, cut: Any) -> Any:
-    """Make Δ above a cut, and of the entries equal to it the first ones in flat order."""
+    """Make Δ above a cut, with the first entries equal to it in flat order."""
     equal = make(equal_counts, [delta, cut], kind="concat", shape=delta.shape)
     return make(keep_largest, [delta, cut, make(pick_ranks, [equal], kind="small")], shape=delta.shape)
 

@@ -20,7 +20,7 @@ Inside = Annotated[float, Param("fraction kept inside the picked columns", low=0
 
 
 def nodes(masking: Masking) -> Any:
-    """Make the node of what is kept."""
+    """Make the node of the kept entries."""
     return masking.masked(*masking.pair, key=masking.key, **masking.parameters)
 
 
@@ -40,7 +40,7 @@ def structured(
 
     tune   flat tile in its stored dtype
     base   flat tile in its stored dtype
-    key    the mask's
+    key    the mask's key
     a      share of the n input columns that are drawn: max(1, round(a · n))
     b      probability with which an entry of a drawn column is kept
     """

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def wanda(masking: Masking) -> Any:
     """Make the node of the best scores of each output's inputs.
 
-    Of a tensor that is no weight of a linear layer the largest entries are kept. Of stacked experts that are stored
-    (in, out) all scores compete, since tiles cut through an output's.
+    A tensor that is no weight of a linear layer keeps its largest entries. In stacked experts that are stored (in,
+    out), all scores compete, because tiles cut an output's inputs.
     """
     make, delta, shape = masking.make, masking.delta, masking.shape
     k = round(masking.share * math.prod(shape))

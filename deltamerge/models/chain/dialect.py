@@ -1,6 +1,8 @@
-"""A dialect: how another project lays the versions of a model in a folder. Its newest whole version is the folder's.
+"""A dialect: another project's layout of a model's versions in a folder.
 
-Tensors that a version does not have are as before. No version changes a tensor's name, dtype or shape.
+The newest complete version is the folder's model.
+
+A tensor that a version lacks is unchanged. No version changes a tensor's name, dtype or shape.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ class ForeignVersion:
     """An open version.
 
     path     its folder
-    diffs    of its tensors by name; None: its weights are plain, and it stands for itself
+    diffs    its tensors' diffs by name; None: its weights are plain and complete
     before   the number of the version that it changes; 0: the base
-    state    what deltamerge noted of the version of ours that it mirrors
+    state    deltamerge's note on the version of ours that it mirrors
     """
 
     path: Path
@@ -35,12 +37,12 @@ class ForeignVersion:
 
 
 class Dialect(ABC):
-    """How versions are named, found, opened and written."""
+    """A project's names of versions, and how to find, open and write them."""
 
     name: str
-    pattern: re.Pattern[str]  # of a version's folder; its first group is the number
-    index: str  # the file that says what a version holds
-    encodings: tuple[str, ...]  # that can be written, the default first
+    pattern: re.Pattern[str]  # name of a version's folder; its first group is the number
+    index: str  # the file that lists a version's content
+    encodings: tuple[str, ...]  # encodings that can be written, the default first
 
     @abstractmethod
     def title(self, number: int) -> str:
@@ -63,7 +65,7 @@ class Dialect(ABC):
         """Write the file of the diffs and the index, with `notes` of ours. Return their bytes."""
 
     def number(self, path: Path) -> int:
-        """Return the number in the name of a version's folder; -1: it is no such name."""
+        """Return the number in the name of a version's folder. -1: the name is another."""
         found = self.pattern.fullmatch(path.name)
         return int(found[1]) if found else -1
 
@@ -75,9 +77,9 @@ class Dialect(ABC):
             return {}
 
     def resolve(self, path: Path) -> Path | None:
-        """Return the folder of the version that `path` means; the newest whole one if it is a folder of them.
+        """Return the folder of the version that `path` names, or of the newest complete version in the folder `path`.
 
-        None: it is no matter of this dialect. InputError: the folder has no such version.
+        None: it does not have this layout. InputError: the folder has no such version.
         """
         if self.number(path) >= 0:
             if path.is_dir():
@@ -94,10 +96,9 @@ class Dialect(ABC):
         return next((version for version in newest if self.is_complete(version)), None)
 
     def line(self, path: Path) -> list[ForeignVersion]:
-        """Return the versions from the first over the base, or the last plain one, to the one in `path`.
+        """Return the versions from the first over the base, or the last plain version, to the version in `path`.
 
-        InputError: one is missing or not whole, does not come before the one that names it, or is coded in an unknown
-        way.
+        InputError: a version is missing, incomplete, named by an earlier version, or coded in an unknown way.
         """
         found = [self.open(path)]
         while found[-1].diffs is not None and found[-1].before:
@@ -114,8 +115,8 @@ class Dialect(ABC):
     def over(self, path: Path, base: Checkpoint, reference: str) -> Checkpoint:
         """Return the checkpoint that a version makes of `base`.
 
-        Each tensor is made whole when it is first read, and checked by the checksum of every version. InputError: as
-        `line`; or a tensor that the base lacks.
+        Each tensor is computed when it is first read, and checked by the checksum of every version. InputError: as for
+        `line`, or the base lacks a tensor.
         """
         versions: Sequence[ForeignVersion] = self.line(path)
         if versions[0].diffs is None:

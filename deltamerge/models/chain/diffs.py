@@ -44,7 +44,7 @@ LARGEST = 1 << 32  # bytes of a tensor that `overwrite` can have
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """What a version says of a tensor: where its compressed diff lies, how it is coded, the new tensor's checksum."""
+    """A tensor of a version: the place and encoding of its compressed diff, and the new tensor's checksum."""
 
     version: str
     stored: TensorInfo
@@ -136,7 +136,7 @@ KEPT = 4  # tensors, whole
 
 
 def patched(info: TensorInfo, diffs: Sequence[Diff], path: Path) -> Tensor:
-    """Return the tensor that diffs of several versions make of a base's. InputError: when it is read."""
+    """Return a base's tensor as changed by the diffs of several versions. InputError is raised when it is read."""
     inputs = [info, *(diff.stored for diff in diffs)]
     return viewed(diffed, inputs, info.shape, info.dtype, diffs=tuple(diffs), label=info.name, path=path)
 
@@ -189,7 +189,7 @@ def _apply(made: Array, diff: bytes, encoding: str) -> None:
 
 
 def decompressed(data: bytes, most: int) -> bytes:
-    """A zstd frame's content. InputError: damaged, longer than `most`, or there is nothing to read it with."""
+    """The content of a zstd frame. InputError: it is damaged or longer than `most`, or no zstd is installed."""
     try:
         found = _reader(data).read(most + 1)
     except InputError:
@@ -209,7 +209,7 @@ def _reader(data: bytes) -> Any:
 
 
 def compressed(data: bytes) -> bytes:
-    """Return a zstd frame, which says its content's size. InputError: there is nothing to write it with."""
+    """Return a zstd frame that states its content's size. InputError: no zstd is installed."""
     module = _module()
     return bytes(
         module.compress(data, LEVEL)
@@ -224,4 +224,4 @@ def _module() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise InputError("zstd is needed, which this Python has not", hint="pip install zstandard, or Python 3.14")
+    raise InputError("this needs zstd, which this Python lacks", hint="pip install zstandard, or Python 3.14")

@@ -1,12 +1,12 @@
-"""The folder of a chain: its versions by name, in order, and what a reference to one of them means.
+"""The folder of a chain: its versions in order of their names, and references to them.
 
     chain/000100/    made from the base
     chain/000101/    made from what 000100 makes, and so on: version.json names it
 
 docs/reference/delta-format.md describes a version. Without version.json, or without `after`, it is made from the base.
 A *state* is the content of all tensors of a model: one hash over their names, dtypes, shapes and hashes.
-A name that begins with a dot is of something unfinished, or a lock, and of no version. A file `pinned` beside the
-versions has the name of the one that servers go to, whatever is newer.
+A name that begins with a dot belongs to something unfinished, or to a lock. A file `pinned` beside the versions names
+the version that servers go to, whatever is newer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VersionName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
 
 
 class Named(Strict):
-    """A version by its name, and the state that it makes."""
+    """A version: its name and its resulting state."""
 
     name: VersionName
     state: Digest
@@ -64,11 +64,11 @@ class Note(Strict):
 
     name     the version's, and its folder's
     base     the state of the chain's base
-    state    what the version makes
+    state    the state that results
     after    the version that it changes; None: the base
     step     of the training run that wrote it
     folded   earlier versions that `squash` has folded into it, and removed
-    quantised_from   the version of a plain model's chain that it has in codes
+    quantised_from   the version of a plain model's chain that it stores in codes
     files    of the artifact
     """
 
@@ -85,7 +85,7 @@ class Note(Strict):
 
 
 class Content(NamedTuple):
-    """A tensor as a state knows it; `hash` as in delta.json."""
+    """A tensor in a state; `hash` as in delta.json."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ def contents(manifest: Manifest) -> dict[str, Content]:
 
 
 def base_contents(manifest: Manifest) -> dict[str, Content]:
-    """The tensors of the base that an artifact changes or keeps; those that the result lacks are not among them."""
+    """The tensors of the base that an artifact changes or keeps. Tensors that the result lacks are not included."""
     found = {}
     for name, record in manifest.tensors.items():
         if record.base is not None:
@@ -115,7 +115,7 @@ def base_contents(manifest: Manifest) -> dict[str, Content]:
 
 @dataclass(frozen=True)
 class Version:
-    """An open version: the folder that holds it, its artifact, and what version.json says (None: there is none)."""
+    """An open version: its folder, its artifact, and its version.json (None: there is none)."""
 
     path: Path
     delta: DeltaFile
@@ -131,12 +131,12 @@ class Version:
 
     @cached_property
     def contents(self) -> dict[str, Content]:
-        """The tensors that it makes."""
+        """The tensors of the result."""
         return contents(self.delta.manifest)
 
     @cached_property
     def state(self) -> str:
-        """The state that it makes."""
+        """The state of the result."""
         return state_of(self.contents)
 
     @cached_property
@@ -146,8 +146,11 @@ class Version:
 
 
 def open_version(path: Path) -> Version:
-    """The version in the folder `path`, whose files are not hashed but for delta.json. InputError: it does not follow
-    the format, is not the version that its name says, or is not what version.json says."""
+    """The version in the folder `path`.
+
+    Of its files only delta.json is hashed. InputError: it does not follow the format, has another name than its folder,
+    or contradicts version.json.
+    """
     path = path.resolve()
     note = read_note(path)
     if note is not None:
@@ -168,7 +171,7 @@ def open_version(path: Path) -> Version:
 
 
 def check_hashes(path: Path, files: Mapping[str, Stored]) -> list[str]:
-    """The names of files of a version. InputError: one has not the hash that version.json has for it."""
+    """The names of a version's files. InputError: a hash differs from version.json."""
     for name, stored in files.items():
         if hash_output(path / name) != stored.hash:
             raise InputError(f"{name} is not the file that {VERSION} names", hint="copy the version again")
@@ -176,7 +179,7 @@ def check_hashes(path: Path, files: Mapping[str, Stored]) -> list[str]:
 
 
 def _check_files(path: Path, note: Note) -> None:
-    """InputError: a version has not its files."""
+    """Raise InputError if files of a version are missing or have another size."""
     for name, stored in note.files.items():
         if not NAME.fullmatch(name):
             raise InputError(f"{VERSION}: {name[:80]!r} is no name of a file")
@@ -188,7 +191,7 @@ def _check_files(path: Path, note: Note) -> None:
 
 
 def read_note(path: Path) -> Note | None:
-    """What version.json in a folder says; None where there is none. InputError: it is damaged, or another version's."""
+    """The content of version.json in a folder. None: there is none. InputError: it is damaged, or another version's."""
     if not (path / VERSION).is_file():
         return None
     with errors.context(str(path)):
@@ -226,7 +229,7 @@ def stored_files(folder: Path, files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def check_link(before: Version, version: Version) -> None:
-    """InputError unless `version` was made from what `before` makes, tensor by tensor."""
+    """Raise InputError unless `version` was made from the result of `before`, tensor by tensor."""
     after = version.after
     if after is None or (after.name, after.state) != (before.name, before.state):
         said = "the base" if after is None else f"{after.name} of state {after.state}"
@@ -240,8 +243,7 @@ def check_link(before: Version, version: Version) -> None:
 
 
 def check_successor(before: Mapping[str, Content], manifest: Manifest, name: str) -> None:
-    """InputError unless an artifact changes the tensors `before`, of the version `name`, into tensors of the same
-    names, dtypes and shapes."""
+    """Raise InputError unless an artifact keeps names, dtypes and shapes of the tensors `before` of version `name`."""
     for tensor in sorted({*before, *manifest.removed} ^ manifest.tensors.keys()):
         what = "lacks" if tensor in before else "adds"
         raise InputError(
@@ -256,7 +258,7 @@ def check_successor(before: Mapping[str, Content], manifest: Manifest, name: str
 
 
 def _difference(before: Content, record: Record) -> str:
-    """In what the tensor that a record changes differs from `before`; "" where it does not."""
+    """The difference between the tensor that a record changes and `before`, as text; "" if there is none."""
     if record.base != before.hash:
         return "other content"
     renamed = record.base_name is not None
@@ -266,7 +268,7 @@ def _difference(before: Content, record: Record) -> str:
 
 
 def described(versions: Iterable[Version]) -> Iterator[dict[str, object]]:
-    """What `deltamerge list` says of versions."""
+    """The versions as `deltamerge list` prints them."""
     for version in versions:
         entries = version.delta.entries.values()
         note = version.note
@@ -289,13 +291,13 @@ Stamp = tuple[int, int, int]
 
 @dataclass(slots=True)
 class Opened:
-    """Versions that are open already, by path: a soup of a hundred opens none of them twice."""
+    """Open versions by path, so that a soup of a hundred opens none of them twice."""
 
     versions: dict[tuple[str, Stamp], Version] = field(default_factory=dict)
     linked: set[tuple[Path, str, Path, str]] = field(default_factory=set)
 
     def get(self, path: Path) -> Version:
-        """The version in the folder `path`. InputError: as `open_version`."""
+        """The version in the folder `path`. InputError: as for `open_version`."""
         if (held := stamp(path)) is None:
             return open_version(path)  # says what is missing
         key = (str(path), held)
@@ -305,7 +307,7 @@ class Opened:
 
 
 def stamp(path: Path) -> Stamp | None:
-    """Which artifact a folder holds now; None: none that can be looked at."""
+    """A stamp of the artifact that a folder holds now. None: there is none that can be read."""
     try:
         status = os.stat(path / MANIFEST)
     except OSError:
@@ -314,15 +316,17 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def folders(chain: Path) -> list[tuple[str, int]]:
-    """The folders in a chain's that are named as versions are, by the numbers in their names, and their inodes.
-    InputError: it cannot be read."""
+    """The folders in a chain with names of versions, in the order of their numbers, and their inodes.
+
+    InputError: the chain cannot be read.
+    """
     with errors.context(str(chain)), reading(), os.scandir(chain) as entries:
         found = [(e.name, e.inode()) for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
     return sorted(found, key=lambda one: natural(one[0]))
 
 
 def names(chain: Path) -> list[str]:
-    """The names of the versions in a chain's folder, by the numbers in them. InputError: it cannot be read."""
+    """The names of the versions in a chain's folder, in the order of their numbers. InputError: it cannot be read."""
     return [name for name, _ in folders(chain) if is_version(chain / name)]
 
 
@@ -335,7 +339,7 @@ def is_version(path: Path) -> bool:
 
 
 def is_chain(path: Path) -> bool:
-    """Whether a folder holds versions, and is none itself."""
+    """Whether a folder holds versions, and is no version itself."""
     if not path.is_dir() or is_version(path) or os.path.exists(path / "config.json"):
         return False
     try:
@@ -345,8 +349,10 @@ def is_chain(path: Path) -> bool:
 
 
 def notes(chain: Path) -> dict[str, Note | None]:
-    """What version.json says of every version of a chain, by name, but of those that a squash that was killed has
-    folded into another and not yet removed."""
+    """The version.json of every version of a chain, by name.
+
+    Versions that a killed squash has folded, but not yet removed, are left out.
+    """
     return without_folded({name: read_note(chain / name) for name in names(chain)})
 
 
@@ -357,7 +363,7 @@ def without_folded(found: Mapping[str, Note | None]) -> dict[str, Note | None]:
 
 
 def end_of(chain: Path, found: Mapping[str, Note | None]) -> str | None:
-    """The one version after which none comes; None: there is none. InputError: there are several."""
+    """The version without a successor. None: there is no version. InputError: there are several."""
     followed = {note.after.name for note in found.values() if note is not None and note.after is not None}
     ends = [name for name in found if name not in followed]
     if len(ends) > 1:
@@ -366,7 +372,10 @@ def end_of(chain: Path, found: Mapping[str, Note | None]) -> str | None:
 
 
 def head(chain: Path) -> str:
-    """The newest version of a chain. InputError: there is none, one is missing, or the versions are not in one line."""
+    """The newest version of a chain.
+
+    InputError: there is none, one is missing, or the versions do not form one line.
+    """
     found = notes(chain)
     before = {name: None if note is None or note.after is None else note.after.name for name, note in found.items()}
     if lost := [name for name in before.values() if name is not None and name not in found]:
@@ -383,8 +392,10 @@ def head(chain: Path) -> str:
 
 
 def resolve(path: Path) -> Path | None:
-    """The folder of the version that `path` means, of the newest where it is a chain; None where it is no matter of
-    chains. InputError: `path` would be in a chain, which does not have it."""
+    """The folder of the version that `path` names, or of the newest version if `path` is a chain.
+
+    None: it is neither. InputError: `path` lies in a chain that does not have this version.
+    """
     if path.is_dir():
         if is_version(path):
             return path
@@ -393,12 +404,12 @@ def resolve(path: Path) -> Path | None:
     if path.exists() or not NAME.fullmatch(path.name) or not is_chain(chain):
         return None
     if not any(os.path.isfile(chain / name / VERSION) for name, _ in folders(chain)):
-        return None  # a folder of deltas that are no chain may be missing something else
+        return None  # a folder of deltas that form no chain may lack something else
     raise _missing(chain, path.name)
 
 
 def pinned(chain: Path) -> str | None:
-    """The name of the version that servers go to; None: the newest. InputError: the file that says so is damaged."""
+    """The name of the version that servers go to. None: the newest. InputError: the file `pinned` is damaged."""
     try:
         name = (chain / PINNED).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -411,7 +422,7 @@ def pinned(chain: Path) -> str | None:
 
 
 def served(path: Path) -> Path | None:
-    """As `resolve`, but the version that is pinned where `path` is a chain in which one is."""
+    """As `resolve`, but return the pinned version if `path` is a chain with a pinned version."""
     name = pinned(path) if is_chain(path) else None
     return resolve(path) if name is None else resolve(path / name)
 
@@ -428,8 +439,10 @@ def _missing(chain: Path, name: str) -> InputError:
 
 
 def line(path: Path, opened: Opened | None = None) -> tuple[Version, ...]:
-    """The versions from the one that the base makes to the one in the folder `path`, each checked against the one
-    before. InputError: one is missing, damaged, foreign, or not made from the one before."""
+    """The versions from the first to the version in the folder `path`, each checked against its predecessor.
+
+    InputError: a version is missing, damaged, foreign, or not made from its predecessor.
+    """
     opened, path = opened or Opened(), path.resolve()
     found, seen = [opened.get(path)], {path.name}
     while (after := found[-1].after) is not None:
@@ -448,8 +461,10 @@ def line(path: Path, opened: Opened | None = None) -> tuple[Version, ...]:
 
 
 def between(path: Path) -> list[str]:
-    """The names of the versions that a range "…/000100..000200" means, in order; by version.json alone. InputError: one
-    is not there, or the second does not come after the first."""
+    """The names of the versions in a range "…/000100..000200", in order, from version.json alone.
+
+    InputError: one is missing, or the second does not come after the first.
+    """
     chain, (first, _, last) = path.parent, path.name.partition(RANGE)
     with errors.context(str(path)):
         for name in (first, last):
@@ -465,8 +480,10 @@ def between(path: Path) -> list[str]:
 
 
 def expand(reference: str, folder: Path) -> list[str] | None:
-    """The references that one with a range stands for ("chain/000100..000200", "base+chain/000100..000200"), in order;
-    None where it names no range of a local chain. InputError: as `between`."""
+    """The references in a reference with a range ("chain/000100..000200", "base+chain/000100..000200"), in order.
+
+    None: it names no range of a local chain. InputError: as for `between`.
+    """
     before, plus, place = reference.rpartition("+")
     chain, slash, name = place.rpartition("/")
     first, dots, last = name.partition(RANGE)

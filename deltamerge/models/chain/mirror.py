@@ -1,4 +1,4 @@
-"""A chain kept in another project's layout too: its versions, numbered from 1, each published by one rename."""
+"""A mirror of a chain in another project's layout: its versions, numbered from 1, each published by one rename."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from deltamerge.tensors.tensor import TensorInfo
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (SLIME, SKYRL)}
 ALGORITHM = "xxh3-128"
 STATE, NAME = "deltamerge_state", "deltamerge_version"
-BATCH = 64  # versions that are written at once
+BATCH = 64  # versions that are written together
 Kind = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenDiffs:
-    """A version that was published: its folder, the tensors that change, and its bytes."""
+    """A published version: its folder, its changed tensors, and its bytes."""
 
     path: Path
     tensors: int
@@ -42,7 +42,7 @@ class WrittenDiffs:
 
 
 def style_of(text: str) -> tuple[Dialect, str]:
-    """Return the dialect and the encoding that "slime", "slime:overwrite" or "skyrl" mean. InputError: another text."""
+    """Return the dialect and the encoding of "slime", "slime:overwrite" or "skyrl". InputError: another text."""
     name, _, encoding = text.partition(":")
     dialect = DIALECTS.get(name)
     if dialect is None or (encoding and encoding not in dialect.encodings):
@@ -81,7 +81,10 @@ class Mirror:
         return max(self.dialect.numbers(self.folder), default=0)
 
     def is_at(self, state: str | None) -> bool:
-        """Return whether the newest version mirrors the one that makes a state. None: whether there is none."""
+        """Return whether the newest version mirrors the version with this resulting state.
+
+        For None: whether there is no version.
+        """
         if not (number := self.newest):
             return state is None
         return state is not None and self.dialect.open(self.folder / self.dialect.title(number)).state == state
@@ -93,7 +96,7 @@ class Mirror:
     def follow(
         self, version: Version, kinds: Mapping[str, Kind], old: Mapping[str, Array], new: Mapping[str, Array]
     ) -> None:
-        """Publish what a version makes, from the model's bits before and after it. OutputError: the disk."""
+        """Publish a version, from the model's bits before and after it. OutputError: the disk."""
         self.write((self.code(name, *kind, old[name], new[name]) for name, kind in kinds.items()), notes_of(version))
 
     def write(self, tensors: Iterable[CodedTensor | None], notes: Mapping[str, str]) -> WrittenDiffs:
@@ -102,7 +105,10 @@ class Mirror:
         return written
 
     def missing(self, versions: Sequence[Version]) -> Sequence[Version]:
-        """Return the versions of a line that come after the newest here. InputError: the newest is none of them."""
+        """Return the versions of a line that follow the newest version here.
+
+        InputError: the newest is not in the line.
+        """
         number = self.newest
         if not number:
             return versions
@@ -116,9 +122,9 @@ class Mirror:
         )
 
     def catch_up(self, versions: Sequence[Version], origin: Checkpoint, workers: int) -> list[WrittenDiffs]:
-        """Publish those versions of a line over the base `origin` that are missing; return them.
+        """Publish the missing versions of a line over the base `origin`, and return them.
 
-        InputError: the newest version here is none of them, or a version is damaged or changes more than values.
+        InputError: the newest version here is not in the line, or a version is damaged or changes more than values.
         OutputError: the disk.
         """
         missing = self.missing(versions)
@@ -140,7 +146,7 @@ class Mirror:
     def _line(
         self, name: str, before: DeltaFile | None, batch: Sequence[Version], origin: Checkpoint, reader: Reader
     ) -> list[CodedTensor | None]:
-        """Return the changes that each version of a batch makes of a tensor."""
+        """Return the changes of a tensor by each version of a batch."""
         info = origin.tensors[name]
         read = elements(reader, info)
         with errors.context(name):
@@ -161,7 +167,7 @@ class Mirror:
     def _write(
         self, lines: Iterable[Iterable[CodedTensor | None]], notes: Sequence[Mapping[str, str]]
     ) -> list[WrittenDiffs]:
-        """Publish as many versions as there are notes; each of `lines` is of a tensor, a change for each version."""
+        """Publish a version for each note. Each of `lines` has a tensor's changes, one for each version."""
         numbers = range(self.newest + 1, self.newest + 1 + len(notes))
         written = []
         with ExitStack() as stack:
@@ -178,18 +184,18 @@ class Mirror:
                         file.add(tensor)
             for number, file, end, note in zip(numbers, files, ends, notes, strict=True):
                 size = self.dialect.finish(file, number, self.encoding, ALGORITHM, note)
-                end.close()  # in order: a version is never there before the one that it changes
+                end.close()  # in order: a version never appears before the version that it changes
                 written.append(WrittenDiffs(self.folder / self.dialect.title(number), len(file.tensors), size))
         return written
 
 
 def notes_of(version: Version) -> dict[str, str]:
-    """Return what is noted of a version beside its diffs, for `Mirror.missing`."""
+    """Return the note on a version that is stored beside its diffs, for `Mirror.missing`."""
     return {NAME: version.name, STATE: version.state}
 
 
 def write_difference(mirror: Mirror, old: Checkpoint, new: Checkpoint, workers: int) -> WrittenDiffs:
-    """Publish the next version: what makes `new` of `old`. InputError: they differ in more than values."""
+    """Publish the next version: the change from `old` to `new`. InputError: they differ in more than values."""
     with errors.context(new.reference):
         for name in sorted(old.tensors.keys() ^ new.tensors.keys()):
             what = "lacks" if name in old.tensors else "adds"
@@ -208,7 +214,7 @@ def write_difference(mirror: Mirror, old: Checkpoint, new: Checkpoint, workers: 
 
 
 def _refuse_more(first: Version, origin: Checkpoint) -> None:
-    """InputError: the first version of a chain changes more of its base than values."""
+    """Raise InputError if the first version of a chain changes more of its base than values."""
     with errors.context(str(first.path)):
         for name in sorted(first.delta.entries.keys() ^ origin.tensors.keys()):
             what = "adds" if name in first.delta.entries else "lacks"

@@ -1,11 +1,11 @@
-"""Writes to a chain or a store: each version whole under its name, or not there at all.
+"""Writes to a chain or a store: a version appears complete under its name, or not at all.
 
-One process at a time adds versions, and one folds old ones; both may be at work at once, since what is folded keeps its
-name and its state. Each removes what one of its kind left when it was killed.
+One process at a time adds versions, and one folds old versions. Both may work at once, because a folded version keeps
+its name and its state. Each removes the leftovers of a killed process of its kind.
 
-A store is a folder of deltas of one base, each in a folder of its name; files that several have are there once. They
-are hard links: every delta stays a whole artifact, which can be applied, pushed, copied or removed by itself. A store
-has two deltas at least, none of which comes after another (those would be a chain).
+A store is a folder of deltas of one base, each in a folder of its name. Files that several deltas share are hard links:
+every delta stays a whole artifact, which can be applied, pushed, copied or removed by itself. A store has at least two
+deltas, and none follows another (they would form a chain).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from deltamerge.models.chain.folder import (
 from deltamerge.models.delta_file import DeltaFile
 from deltamerge.tensors.dtypes import nbytes_of
 
-EXTRACTED = {"command": "extract"}  # what the lock of such a delta says of its maker
+EXTRACTED = {"command": "extract"}  # maker in the lock of such a delta
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder holds deltas, several, none of which comes after another. InputError: a version is damaged."""
+    """Whether a folder holds several deltas of which none follows another. InputError: a version is damaged."""
     if not is_chain(path):
         return False
     found = notes(path).values()
@@ -54,10 +54,10 @@ def is_store(path: Path) -> bool:
 
 
 def is_member(path: Path) -> bool:
-    """Return whether a delta is one of a store.
+    """Return whether a delta belongs to a store.
 
-    It is where the folder holds nothing but deltas that `extract` made, or where it shares files with another of them.
-    A folder of work, with recipes, models or deltas of recipes in it, is no store for a delta made there alone.
+    It does if its folder holds only deltas that `extract` made, or if it shares files with another delta there. A
+    folder that also holds recipes, models or deltas of recipes is no store.
     """
     store = path.parent
     others = [name for name in names(store) if name != path.name]
@@ -73,7 +73,7 @@ def is_member(path: Path) -> bool:
 
 
 def _is_extracted(delta: Path) -> bool:
-    """Return whether `extract` made a delta, as its lock says; a delta without a lock, or of before, may be so."""
+    """Return whether `extract` made a delta, by its lock. A delta without a lock, or of an earlier version, counts."""
     lock = delta / LOCK_NAME
     return not lock.is_file() or read_lock(lock).get(MADE_BY, EXTRACTED) == EXTRACTED
 
@@ -85,7 +85,7 @@ def _inode(path: Path) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Sharing:
-    """The files of a store's deltas by content ("blake3:<hex>", bytes), for those that are added to link to."""
+    """The files of a store's deltas by content ("blake3:<hex>", bytes), to which new deltas link."""
 
     store: Path
     _known: dict[tuple[str, int], Path] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Sharing:
 
     @classmethod
     def of(cls, store: Path) -> Sharing:
-        """The files of the deltas that are there, as their locks have them; a delta without one shares none."""
+        """The files of the present deltas, from their locks. A delta without a lock shares no files."""
         found = cls(store)
         for name in names(store) if store.is_dir() else []:
             for key, path in _listed(store / name):
@@ -101,8 +101,10 @@ class Sharing:
         return found
 
     def add(self, name: str) -> int:
-        """Put links in the place of files of the delta `name` that another has too; the bytes that this saves. Where
-        the file system has no such links, or no more of them, the files stay."""
+        """Replace files of the delta `name` by links if another delta has them too.
+
+        Return the saved bytes. Files stay if the file system has no such links, or no more of them.
+        """
         saved = 0
         for key, path in _listed(self.store / name):
             other = self._known.setdefault(key, path)
@@ -116,7 +118,7 @@ class Sharing:
         return saved
 
     def _holds(self, path: Path, wanted: str) -> bool:
-        """Whether a file still is what its lock says."""
+        """Whether a file still matches its lock."""
         if path not in self._checked:
             try:
                 if path.is_symlink() or hash_output(path) != wanted:
@@ -140,7 +142,7 @@ def _listed(delta: Path) -> Iterator[tuple[tuple[str, int], Path]]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Let `target` be the file `source`, in one step; False where that cannot be."""
+    """Replace `target` by a link to `source` in one step. False: the file system cannot."""
     passing = target.parent / f".{target.name[:48]}.{secrets.token_hex(8)}.deltamerge"
     try:
         os.link(source, passing, follow_symlinks=False)
@@ -156,12 +158,12 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def described(store: Path) -> dict[str, Any]:
-    """What `deltamerge list` says of a store.
+    """A store as `deltamerge list` prints it.
 
-    bytes        of all files, those that deltas share counted once
-    unshared     if none were shared
-    checkpoints  of the weights that the deltas make
-    deltas       of each name, base, changed and all elements, bytes of the artifact and of its other files
+    bytes        bytes of all files; shared files count once
+    unshared     bytes if no file were shared
+    checkpoints  bytes of the resulting weights
+    deltas       for each: name, base, changed and all elements, bytes of the artifact and of its other files
 
     InputError: a delta does not follow the format.
     """
@@ -205,10 +207,11 @@ UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>adding|folding|
 
 @contextmanager
 def one_writer(chain: Path, work: Work, *, sweep: bool = True) -> Iterator[None]:
-    """Hold the chain's lock for one kind of work, which the system releases when a process dies; and with `sweep`
-    remove what a killed one left.
+    """Hold the chain's lock for one kind of work.
 
-    OutputError: another process does that, or it is no folder that can be written.
+    The system releases it when a process dies. With `sweep`, remove the leftovers of a killed process.
+
+    OutputError: another process does this work, or the folder cannot be written.
     """
     with writing(chain):
         chain.mkdir(parents=True, exist_ok=True)
@@ -230,10 +233,10 @@ def one_writer(chain: Path, work: Work, *, sweep: bool = True) -> Iterator[None]
 
 @contextmanager
 def publishing(chain: Path, name: str, work: Work) -> Iterator[Path]:
-    """A new folder in which a version is written; when the block ends it is synced and gets its name in one step.
+    """A new folder in which a version is written. When the block ends it is synced and gets its name in one step.
 
-    The caller holds the lock. What is folded replaces the version of its name. OutputError: the disk; or the name of a
-    version that is added is taken.
+    The caller holds the lock. A folded version replaces the version of its name. OutputError: the disk; or the name of
+    an added version is taken.
     """
     target, made = chain / name, chain / f".{name}.{secrets.token_hex(8)}.{work}"
     if target.exists() and work == "adding":
@@ -254,12 +257,12 @@ def publishing(chain: Path, name: str, work: Work) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Iterator[None]:
-    """A context in which a run may give `target` its name, also where it has replaced what is there; meanwhile nobody
-    adds to a chain that it is in, or folds it.
+    """A context in which a run may give its result the name `target`, perhaps in place of an old result.
 
-    `delta`: what is made is a delta artifact; `adding`: it comes after a version of the chain, whose lock is held.
-    OutputError: what is there is never replaced, not even by force: a version that others come after, a delta of a
-    store; or the name is that of a version that was folded, or `delta` would be a second beginning of a chain.
+    Meanwhile nobody adds to the chain around it, or folds it. `delta`: the result is a delta artifact; `adding`: it
+    follows a version of the chain, whose lock is held. OutputError: the old result is never replaced, not even by
+    force, because it is a version with successors or a delta of a store; or the name belongs to a folded version, or
+    `delta` would be a second beginning of a chain.
     """
     resolved = Path(os.path.realpath(target))
     chain, name = resolved.parent, resolved.name
@@ -271,7 +274,7 @@ def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Ite
             refuse_kept(target)
         found = {}
         if chain.is_dir() and (resolved.exists() or delta):
-            with suppress(InputError):  # of others, which only who reads them has to understand
+            with suppress(InputError):  # versions of others; only their readers must understand them
                 found = {other: read_note(chain / other) for other in names(chain)}
         for other, note in found.items():
             if other != name and note is not None and name in {one.name for one in note.folded}:
@@ -286,7 +289,7 @@ def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Ite
 
 
 def refuse_kept(path: Path) -> None:
-    """OutputError: others come after the version in the folder `path`, or it is a delta of a store."""
+    """Raise OutputError if versions follow the version in the folder `path`, or if it is a delta of a store."""
     resolved = Path(os.path.realpath(path))
     chain, name = resolved.parent, resolved.name
     found = {other: read_note(chain / other) for other in names(chain) if other != name}
@@ -305,10 +308,10 @@ def refuse_kept(path: Path) -> None:
 
 
 def remove_newest(path: Path) -> None:
-    """Remove a delta of a store, or a version that no other comes after.
+    """Remove a delta of a store, or the newest version of a chain.
 
-    InputError: it is no delta artifact. OutputError: a version comes after it, it holds what no run wrote, another
-    process writes to the chain, or the disk.
+    InputError: it is no delta artifact. OutputError: a version comes after it, it holds files that no run wrote,
+    another process writes to the chain, or the disk.
     """
     if not is_version(path):
         raise InputError(f"{path}: is no delta", hint="a version of a chain, or a delta of a store")
@@ -348,7 +351,7 @@ def release(chain: Path) -> None:
 
 
 def refuse_pinned(chain: Path, names: Iterable[str]) -> None:
-    """OutputError: a version that is to go away is the one that servers go to."""
+    """Raise OutputError if a version that would be removed is pinned."""
     if (name := pinned(chain)) in {*names}:
         raise OutputError(
             f"{chain / str(name)}: is pinned: servers go to it",
@@ -366,7 +369,7 @@ def remove(chain: Path, name: str) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """OutputError: a version's folder holds files that no run wrote there, which removing it would lose."""
+    """Raise OutputError if a version's folder holds files that no run wrote, because they would be lost."""
     note, known = read_note(path), {VERSION, LOCK_NAME} | HIDDEN
     known |= set() if note is None else note.files.keys()
     if (path / LOCK_NAME).is_file():
@@ -390,7 +393,7 @@ def _put(made: Path, target: Path, work: Work) -> None:
 
 
 def _sweep(chain: Path, work: Work) -> None:
-    """Remove what was left of a kind of work by who was killed."""
+    """Remove the leftovers of a killed process of one kind of work."""
     for entry in sorted(os.listdir(chain)):
         found = UNFINISHED.fullmatch(entry)
         if found is None or found["kind"] not in LEFT[work] or (chain / entry).is_symlink():

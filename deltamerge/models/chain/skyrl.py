@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class SkyrlEntry(BaseModel):
-    """A tensor in a manifest, as far as it is used."""
+    """The used fields of a tensor in a manifest."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     name: str
@@ -45,7 +45,7 @@ class SkyrlEntry(BaseModel):
 
 
 class SkyrlManifest(BaseModel):
-    """manifest.json, as far as it is used."""
+    """The used fields of manifest.json."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     version: Count

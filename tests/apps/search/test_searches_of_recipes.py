@@ -442,7 +442,7 @@ BAD_STUDIES = {
     "{objective: []}": "study.objective: needs at least 1 item",
     "{objective: {measure: loss, of: nobody}}": "study.objective.of: 'nobody' is no fine-tune here",
     "{objective: {measure: loss, weights: {nobody: 2}}}": "study.objective.weights: 'nobody' is no fine-tune here",
-    "{objective: {over: minimum, weights: {a: 2}}}": "study.objective: weights are of the mean",
+    "{objective: {over: minimum, weights: {a: 2}}}": "study.objective: weights belong to the mean",
     "{objective: {command: {}}}": "study.objective.command: needs run",
     "{objective: {command: {run: score}, measure: loss}}": "study.objective: command stands alone",
     "{objective: {command: {run: score, timeout: 0}}}": "study.objective.command.timeout: must be at least 1",
