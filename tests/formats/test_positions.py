@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,8 @@ from hypothesis import strategies as st
 
 from deltamerge.errors import InputError
 from deltamerge.formats.delta import positions as codings
-from deltamerge.formats.delta.folder import PADDING
 from deltamerge.formats.delta.positions import (
     CODINGS,
-    Array,
     ChosenCoding,
     Gaps,
     Listing,
@@ -28,7 +25,6 @@ from deltamerge.formats.delta.positions import (
     encode,
 )
 from deltamerge.formats.delta.values import (
-    VALUE_BITS,
     Values,
     cheapest,
     encode_values,
@@ -36,7 +32,6 @@ from deltamerge.formats.delta.values import (
     scale_group,
     scale_values,
 )
-from deltamerge.models import delta_file as in_place
 from deltamerge.tensors.dtypes import cast, narrow, widen
 
 SPARSE = CODINGS[1:]
@@ -229,59 +224,6 @@ def test_damage_between_pieces_is_found() -> None:
     indices[1 << 17] = 5
     with pytest.raises(InputError, match="not ascending"):
         read("indices", indices, 300_000, 400_000)
-
-
-@pytest.mark.parametrize("coding", CODINGS)
-@pytest.mark.parametrize("density", [0.001, 0.1])
-@pytest.mark.parametrize("kind", [None, *VALUE_BITS])
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str, kernel_level: str) -> None:
-    generator = np.random.default_rng(3)
-    size, group = 100_000, 100
-    positions = np.arange(size) if coding == "dense" else draw(3, size, density)
-    count = len(positions)
-    listed = gather(positions)
-    choice = choose(listed.gaps, size, 16, fill=False, allowed={coding})
-    stored = np.empty(0, np.uint8)
-    if coding != "dense":
-        stored = encode(choice, listed.pieces(), count, size).view(np.uint8)
-    bits = narrow(generator.standard_normal(size).astype(np.float32), dtype)
-    values, scales = generator.standard_normal(count).astype(np.float32), np.empty(0, np.float32)
-    values[generator.random(count) < 0.01] = np.nan
-    exact, final = values, narrow(values, dtype)
-    if kind == "bfloat16":
-        values = narrow(exact, "BF16")
-        exact = widen(values, "BF16")
-    elif kind in ("int8", "sign"):
-        scales = generator.random(size // group).astype(np.float32)
-        values = generator.integers(-127, 128, count).astype(np.int8)
-        exact = values * scales[positions // group]
-        if kind == "sign":
-            exact = np.where(values < 0, -1, 1).astype(np.int8) * scales[positions // group]
-            values = np.packbits(values < 0, bitorder="little")
-    expected = bits.copy()
-    expected[positions] = final if kind is None else narrow(widen(bits[positions], dtype) + exact, dtype)
-
-    def apply(stored: Array, out: Array) -> bool:
-        padded = np.append(stored, np.zeros(PADDING, np.uint8))
-        if kind is None:
-            return bool(in_place.put(coding, padded, choice.k, count, final, out))
-        out = out.view(np.float32) if dtype == "F32" else out
-        return bool(in_place.add(coding, padded, choice.k, count, values, kind, scales, group, out))
-
-    out = bits.copy()
-    assert apply(stored, out)
-    assert np.array_equal(out, expected)
-    assert not apply(stored, bits[: size // 2].copy())
-    if coding in ("bitmask", "gaps", "rice"):
-        for damaged in (stored[: stored.size // 2], np.append(stored, np.full(8, 1, np.uint8))):
-            with suppress(InputError):  # of rice that is too short
-                assert not apply(damaged, bits.copy())
-    if coding == "indices":
-        for place, value in ((0, size - 1), (-1, -1), (-1, size), (1, 0)):
-            damaged = stored.copy()
-            damaged.view(np.int32)[place] = value
-            assert not apply(damaged, bits.copy())
 
 
 @pytest.mark.parametrize(
