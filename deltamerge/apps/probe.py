@@ -43,7 +43,7 @@ NEW_TOKENS, LENGTH = 40, 256
 HIGH = 1.5  # times the largest perplexity of a parent
 LOOP, LEAST = 3, 8  # a phrase that often in a row, at the end of an answer of so many words
 LONGEST = 12  # words of such a phrase
-EXTREME = 700.0  # largest loss whose exponential is a number
+EXTREME = 700.0  # of a larger loss the exponential is infinite
 
 
 @dataclass(frozen=True, slots=True)

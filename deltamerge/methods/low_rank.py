@@ -144,8 +144,8 @@ def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
 def leading(delta: Array, count: int, key: Key) -> tuple[Floats, Floats]:
     """Return (m, k) and (n, k) orthonormal, the leading k ≤ `count` left and right singular vectors of a delta (m, n).
 
-    Up to a smaller side of SMALL they are LAPACK's. Above it they are those of TURNS rounds of iteration in float32,
-    in a fifth of the time of `factor`, to describe a delta. ValueError: entries that are not finite.
+    LAPACK finds them up to a smaller side of SMALL. Above it TURNS rounds of iteration in float32 do, which is exact
+    enough to describe a delta. ValueError: entries that are not finite.
     """
     matrix = torch.from_numpy(delta)
     if not bool(torch.isfinite(matrix).all()):

@@ -256,8 +256,8 @@ def parts_of(
 ) -> tuple[list[Part], Array]:
     """The parts that a choice is for a delta (m, n) float32, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first. Values are `longer` than those of least squares;
-    None: each component as long as before its codes.
+    `vectors` are its right vectors (k, n), the most important first. Values are `longer` times those by least squares;
+    None: each component is as long as before its codes.
     """
     if any(choice.components) and vectors is not None:
         part, stored = _factors(delta, vectors, np.array(choice.components), longer)

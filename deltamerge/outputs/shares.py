@@ -236,7 +236,7 @@ class ByteShares:
         return parts, stored
 
     def _longer(self, choice: Choice, curve: Curve) -> float | None:
-        """By how much values are longer than those of least squares, which is what learning begins with."""
+        """The factor on the least-squares values; learning begins at 1."""
         if self.length is not None:
             return choice.longer(curve.energy, self.length)
         return 1.0 if curve.levels == LEARNED_LEVELS else None

@@ -350,7 +350,7 @@ def test_rows_teach_the_codes(tmp_path: Path) -> None:
     assert files_of(tmp_path / "taught") == files_of(tmp_path / "again")
     assert "learned" not in plain.lock["budget"]
     said = made.lock["budget"]["learned"]["divergence"]
-    assert said["after"] < said["before"]
+    assert said["after"] < 0.8 * said["before"]
     assert 7200 <= made.lock["budget"]["bytes"] <= 7501
     before, after = (divergence(tmp_path, name, some) for name in ("plain", "taught"))
     assert after < before  # the plain artifact has trellis codes, which are nearer than those that learning starts from

@@ -85,7 +85,7 @@ class Way:
         return MERGE[self.method].parameters[LAMBDA].rule
 
     def better(self, lost: Mapping[float, float], usual: float) -> float:
-        """Return the λ of least loss, or the one nearest to the usual where that loses hardly more."""
+        """Return the λ of least loss, or the λ nearest to the usual if it loses hardly more."""
         best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
         stay = STAY if self.rule is None else RULED
         return best if lost[best] < stay * lost[near] else near
@@ -353,10 +353,10 @@ class _Adviser:
     def _judge(
         self, judge: StudyJudge, fitted: Sequence[Way], conflict: Conflict, classes: Mapping[str, int | None]
     ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
-        """Return every way, and those that can be chosen.
+        """Return all ways, and the ways that can be chosen.
 
-        Each is tried at its usual λ, and the best at others. Of fitted coefficients those can be chosen that are better
-        than the best of the others on the rows held out.
+        Each way is tried at its usual λ, and the best ways at others. Fitted coefficients can be
+        chosen if they are better than the best other way on the held-out rows.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -407,7 +407,7 @@ class _Trials:
         return ["search"] if many else ["search", "held"]
 
     def try_at(self, way: Way, factors: Sequence[float]) -> None:
-        """Measure what a way loses at each λ, or keep why it cannot be judged. Fits are judged on rows held out."""
+        """Measure the loss of a way at each λ, or keep the reason why not. Fits are judged on held-out rows."""
         rounded = [float(f"{factor:.3g}") for factor in factors]
         parts: Sequence[Part] = ["held"] if way.fitted else self.tuning
         try:
@@ -523,7 +523,7 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
-    """Return the best of the ways in `good`, its λ, and why. `judged` has those that it is compared with, too."""
+    """Return the best of the `good` ways, its λ, and the reasons. `judged` has the ways to compare with."""
     lost = {way: one.lost_mean for way, one in judged.items() if one.lost_mean is not None}
     way = best_first({way: judged[way] for way in good})[0]
     best = judged[way]

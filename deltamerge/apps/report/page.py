@@ -156,7 +156,7 @@ FLAT = 0.05  # share of the largest figure that figures of a heat map must diffe
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Refuse a `path` that is no .html file, that exists without `force`, or whose folder is missing."""
+    """Refuse a `path` without .html, a file that exists (without `force`), or a missing folder."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: a report is a page", hint="name a .html file")
     if os.path.lexists(path) and not force:

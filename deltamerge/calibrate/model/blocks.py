@@ -439,7 +439,7 @@ class BlockModel:
         return list(self._begins(self._tensors(weights, 0) | self._tensors(weights, 1, quick=True), batches))
 
     def _begins(self, tensors: dict[str, Tensor], batches: Sequence[Inputs]) -> Iterator[Trace]:
-        """Yield the calls of the blocks on every batch, of which block 0 runs."""
+        """Yield for every batch the calls of its blocks. Block 0 runs."""
         forward = self.blocks[0].forward
 
         def first(*args: Any, **kwargs: Any) -> Any:

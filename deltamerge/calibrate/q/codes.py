@@ -48,8 +48,8 @@ DECIDING = 0.1  # share of the rows that decide
 class LearnedCodes:
     """Factors by the fine-tune's names, and the loss on the rows that decide, before and after.
 
-    Where learning made it no smaller, the factors are those of the start; and where the head's outputs are numbers, of
-    which it lost score (docs/measurements/bytes.md).
+    The factors stay as they were if learning makes the loss no smaller, or if the head's outputs are numbers: such
+    models lost score by it (docs/measurements/bytes.md).
     """
 
     factors: Mapping[str, Factored]
@@ -154,7 +154,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
 
 
 def _split(subject: Subject) -> tuple[list[DataRow], list[DataRow]]:
-    """Return the rows to learn on, and those that decide."""
+    """Return the rows to learn on, and the rows that decide."""
     search, held = subject.rows["search"], subject.rows["held"]
     rows = subject.source.calibration.sequences
     deciding = select(held, max(1, round(DECIDING * rows)), subject.source.seed + 1)

@@ -51,7 +51,7 @@ def _compiled() -> Any | None:
 
 
 def _is_current(module: Any) -> bool:
-    """Whether a development tree's sources are those that the module was compiled of; a wheel has none."""
+    """Whether the module was compiled of the sources in this development tree; a wheel has no sources."""
     if not (SOURCES / "module.cpp").exists():
         return True
     digest = hashlib.sha256((SOURCES.parents[1] / "fused" / "codes.py").read_bytes())

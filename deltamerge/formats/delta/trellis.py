@@ -1,10 +1,10 @@
 """Trellis codes: one or two bits a number, whose level the codes before it help to choose.
 
-A level is an entry of a table of 256, at the number that the last eight bits of the codes are: those of this code the
-lowest, those before it above, zeros before the first. So each number has 256 levels, though a code has few bits. The
-tables are trained on a unit Gaussian (Lloyd's rounds of coding and taking means), as in trellis-coded quantisation
-(Marcellin and Fischer 1990; arXiv 2406.11235). Codes are found by Viterbi's algorithm: of all sequences of codes the
-one whose levels are nearest in the sum of squares.
+A table has 256 levels. The last eight bits of the codes are an index of it: the bits of this code are the lowest, and
+earlier codes stand above them. Before the first code all bits are 0. So each number has 256 levels, though a code has
+few bits. The tables are trained on a unit Gaussian (Lloyd's rounds of coding and taking means), as in trellis-coded
+quantisation (Marcellin and Fischer 1990; arXiv 2406.11235). Viterbi's algorithm finds the sequence of codes whose
+levels are nearest in the sum of squares.
 """
 
 from __future__ import annotations

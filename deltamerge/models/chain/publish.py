@@ -46,7 +46,7 @@ EXTRACTED = {"command": "extract"}  # maker in the lock of such a delta
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder holds several deltas of which none follows another. InputError: a version is damaged."""
+    """Whether a folder holds several deltas, and none follows another. InputError: a version is damaged."""
     if not is_chain(path):
         return False
     found = notes(path).values()
