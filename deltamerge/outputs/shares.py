@@ -324,8 +324,7 @@ class ByteShares:
     def _look(self, name: str, delta: Array, affordable: int) -> None:
         m, n = self.shapes[name]
         if not np.isfinite(delta).all():
-            message = f"{name}: its delta is not finite"
-            raise InputError(message, hint="repair the fine-tune, or exclude the tensor from pruning")
+            raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
         if min(m, n) > 1:
             key = mask_key(self.planned.recipe.seed, "budget", name)

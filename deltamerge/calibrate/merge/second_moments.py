@@ -251,8 +251,7 @@ def of_result(
     roots = dict(zip(names, inputs[1 : 1 + len(names)], strict=True))
     with calibrating("the merge", 1, MEASURING, device=source.device), Reader() as reader:
         (tensors,) = models_of(inputs, [source])
-        subject = Subject(source, tensors, reader)
-        subject.model.entering = lambda part, weights: None
+        subject = Subject(source, tensors, reader, ahead=False)
         batches = subject.batches["search"].inputs
         weights = _result(subject, roots, reader, known)
         watch = MatrixMoments(batches, dict(wanted), found)

@@ -44,6 +44,7 @@ from deltamerge.calibrate.model.loading import (
 from deltamerge.calibrate.model.passes import (
     COMPARED,
     BlockOutput,
+    Callbacks,
     Inputs,
     LastLayer,
     Logits,
@@ -53,8 +54,9 @@ from deltamerge.calibrate.model.passes import (
     from_reader,
     patched,
 )
+from deltamerge.calibrate.model.precision import multiplying, same_every_time
 from deltamerge.calibrate.model.transformers_code import running
-from deltamerge.calibrate.spec import Precision, multiplying, same_every_time
+from deltamerge.calibrate.spec import Precision
 from deltamerge.errors import InputError
 
 
@@ -179,6 +181,7 @@ def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
 
 __all__ = ["BlockModel", "BlockOutput", "Inputs", "Linear", "Watch", "Weights", "from_reader"]
 T = TypeVar("T")
+NO_CALLBACKS = Callbacks()
 
 
 class BlockModel:
@@ -191,9 +194,7 @@ class BlockModel:
         reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
                   one by one, all where one has had one
         turned    of the reached of `stacked`, whether they are stored (in, out)
-        walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
-        entering  is told, before a block's turn, the part that comes after it, and whose weights begin there
-        relieved  is asked where a device has too little memory whether some has been freed: then a walk begins again
+        callbacks are told how far a walk is
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
@@ -210,10 +211,9 @@ class BlockModel:
         device: str | torch.device = "cpu",
         pad_token_id: int | None = None,
         precision: Precision = "float32",
+        callbacks: Callbacks = NO_CALLBACKS,
     ) -> None:
-        self.device, self.precision = torch.device(device), precision
-        self.entering: Callable[[int, Weights], None] = lambda part, weights: None
-        self.relieved: Callable[[], bool] = lambda: False
+        self.device, self.precision, self.callbacks = torch.device(device), precision, callbacks
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -221,7 +221,6 @@ class BlockModel:
         self.checkpoint_name = self.loading.checkpoint_name  # state name -> checkpoint name
         place_buffers(self.module, self.device, self.loading.states)
         self.blocks = find_blocks(self.module)
-        self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
         self._ignored = ignored(self.module) | {COMPARED}
         self._last_layer = LastLayer(self.module)
         self.reached: set[str] = set()
@@ -329,7 +328,7 @@ class BlockModel:
         try:
             return together([self.walk(batches, variants, reduce, watch=watch)])[0]
         except torch.OutOfMemoryError:
-            if watch is not None or not self.relieved():
+            if watch is not None or not self.callbacks.relieve():
                 raise
             return self.run(batches, variants, reduce)
 
@@ -364,20 +363,20 @@ class BlockModel:
         watch: Watch | None,
     ) -> Generator[None, None, list[list[T]]]:
         traces, outputs = [], []
-        self.entering(2, variants[0])
+        self.callbacks.ahead(2, variants[0])
         for v, weights in enumerate(variants):
             yield
             traces.append(self.prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             if i > 0:
-                self.entering(2 + i, variants[0])
+                self.callbacks.ahead(2 + i, variants[0])
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
                     yield
                     self.block(i, weights, traces[v], outputs[v], seen)
-            self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
+            self.callbacks.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
         return (yield from self._last(batches, variants, reduce, outputs, watch))
 
     def _last(
@@ -496,7 +495,7 @@ class BlockModel:
             for i in range(1, len(self.blocks)):
                 states.append(list(states[-1]))
                 self.block(i, weights, traces, states[-1], None)
-                self.walked(batches, i / len(self.blocks))
+                self.callbacks.walked(batches, i / len(self.blocks))
 
         def ended(b: int, output: BlockOutput) -> None:
             torch.autograd.backward(loss(b, output))
@@ -515,7 +514,7 @@ class BlockModel:
                         outputs = functional_call(shell, local, *trace.call(i, before[b]))
                     _backward(outputs, gradients[b])
                     gradients[b] = _gradients(before[b])
-            self.walked(batches, 3.0 - 2.0 * i / len(self.blocks))
+            self.callbacks.walked(batches, 3.0 - 2.0 * i / len(self.blocks))
         with self._differentiating(weights, [0, 1]) as tensors, same_every_time(self.device, places):
             for b, trace in enumerate(self._begins(tensors, batches)):
                 _backward(trace.outputs, gradients[b])
@@ -640,7 +639,7 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
         raise refused from None
     outputs = [trace.left(again=True) for trace in traces]
     for i in range(len(model.blocks)):
-        model.entering(2 + i, seen)
+        model.callbacks.ahead(2 + i, seen)
         model.block(i, seen, traces, list(outputs), watch)
         yield 1 + i
         model.block(i, passed, traces, outputs, None)

@@ -189,6 +189,20 @@ class BlockOutput:
         return None if self.scores is None else self.scores.computed
 
 
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Functions that a model calls as it walks through its parts.
+
+    ahead     before a block's turn, with the number of the part after it and the weights of the first variant
+    walked    after each block, with the batches and the number of passes over them that the walk has made so far
+    relieve   when a device runs out of memory; the walk begins again if it returns that some was freed
+    """
+
+    ahead: Callable[[int, Weights], None] = lambda part, weights: None
+    walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
+    relieve: Callable[[], bool] = lambda: False
+
+
 class Watch(Protocol):
     """Observes the inputs of every linear layer, part by part: of the whole layer, or of a cut of stacked ones."""
 

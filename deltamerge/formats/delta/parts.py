@@ -83,6 +83,10 @@ class FactorsPart(_Strict):
         sides = sum(rank * (packed_bytes(m, levels) + packed_bytes(n, levels)) for levels, rank in self.groups)
         return self.rank + sides
 
+    def decoded_bytes(self, m: int, n: int) -> int:
+        """Bytes of the levels of a matrix (m, n) in memory."""
+        return self.rank * (m + n)
+
     @property
     def has_trellis(self) -> bool:
         """Whether some of its codes are trellis codes."""
@@ -103,6 +107,10 @@ class EntriesPart(_Strict):
         """Stored bytes of a matrix (m, n)."""
         count = m * n if self.count is None else self.count
         return scales_of(self.scale, m, n) + packed_bytes(count, self.levels) + self.positions
+
+    def decoded_bytes(self, m: int, n: int) -> int:
+        """Bytes of the levels and positions of a matrix (m, n) in memory."""
+        return m * n if self.count is None else 9 * self.count
 
 
 Part: TypeAlias = FactorsPart | EntriesPart
