@@ -156,7 +156,7 @@ def _over(opened: DeltaFile, below: Mapping[str, TensorInfo]) -> dict[str, Tenso
 def added(info: TensorInfo) -> TensorInfo | None:
     """Return the float32 values that a delta adds to the base's tensor to make `info`.
 
-    None: it stores none, or it changes what another version makes.
+    None: it stores none, or it changes another version's result.
     """
     whole, first = info.tensor.whole, 0
     if whole.function != over_base.__name__ or whole.parameter("record").values is None or _below(whole) is not None:

@@ -106,7 +106,7 @@ class OutputKind(Protocol):
         """Yield a plan's lines on how the output is made."""
 
     def describe(self, plan: Plan) -> dict[str, Any]:
-        """Return what only this kind adds to `deltamerge plan --json`."""
+        """Return the keys that only this kind adds to `deltamerge plan --json`."""
 
 
 def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
@@ -242,7 +242,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs in all passes, without what calibration reads."""
+        """Bytes read from the inputs in all passes, without the reads of calibration."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 

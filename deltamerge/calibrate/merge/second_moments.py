@@ -58,7 +58,7 @@ class InputMeasurement:
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of the C's of one block, or of what is held to learn codes."""
+        """Return about the bytes of the C's of one block, or of the data held to learn codes."""
         if not self.codes:
             return block_bytes(self.source, set(self.names.values()))
         codes = math.ceil(LATENT * self.codes)
@@ -67,7 +67,7 @@ class InputMeasurement:
 
     @property
     def note(self) -> str:
-        """Say what learning codes takes; "": none are learned."""
+        """Describe the cost of learning codes; "": none are learned."""
         if not self.codes:
             return ""
         passes = learning_passes(self.source.calibration.sequences)

@@ -10,8 +10,8 @@ The model is built without weights (parameters on the meta device, no remote cod
 The result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot be
 identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
 
-With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32);
-the residual stream, norms, embeddings and the head stay float32, and so does all that is watched.
+With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32).
+The residual stream, norms, embeddings, the head and all watched inputs stay float32.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Generating(nn.Module):
 
 def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
     """Return the results of walks, which take their steps in turn. Models with the same number of blocks are at the
-    same block, so that they can share what they read."""
+    same block, so that they can share their reads."""
     found: dict[int, T] = {}
     while len(found) < len(walks):
         for i, walk in enumerate(walks):
@@ -191,9 +191,9 @@ class BlockModel:
         layers    the linear layers of each part
         stacked   of each part the other tensors that may hold linear layers, such as experts stacked in one
         lookups   the weights of embeddings
-        reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
-                  one by one, all where one has had one
-        turned    of the reached of `stacked`, whether they are stored (in, out)
+        reached   names of the weights of linear layers that have had an input; experts of one layer that are stored
+                  one by one count as reached together
+        turned    whether a reached weight of `stacked` is stored (in, out)
         callbacks are told how far a walk is
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
@@ -321,7 +321,7 @@ class BlockModel:
     ) -> list[list[T]]:
         """Return [variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
-        Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
+        Batches are input tensors as the model's forward takes them, but `decoder_input_ids` are the text that the
         decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
         the linear layers of the first variant.
         """
@@ -341,7 +341,7 @@ class BlockModel:
         *,
         watch: Watch | None = None,
     ) -> Generator[None, None, list[list[T]]]:
-        """Do what `run` does in steps, for `together`: wait before each variant's turn at a part of the model."""
+        """Run in steps, for `together`: wait before each variant's turn at a part of the model."""
         if self.blocks:
             try:
                 return (yield from self._walk(batches, variants, reduce, watch))
@@ -462,9 +462,11 @@ class BlockModel:
     def differentiable(
         self, inputs: Inputs, weights: Weights, precision: Precision = "float32", *, held: bool = False
     ) -> BlockOutput:
-        """Return the forward with gradients to whatever `weights` computes from, which is called again in the backward
-        pass (activation checkpointing, block by block): a block's tensors exist only while it runs. `held`: all that
-        blocks compute is held instead."""
+        """Return the forward with gradients to the tensors that `weights` computes from.
+
+        `weights` is called again in the backward pass (activation checkpointing, block by block), so that a block's
+        tensors exist only while it runs. `held`: activations are held instead.
+        """
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -617,11 +619,11 @@ class BlockModel:
 
 @torch.no_grad()
 def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: Weights, watch: Watch) -> Iterator[int]:
-    """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
+    """Watch block after block with the weights `seen`, on the outputs of the blocks before with the weights `passed`.
 
-    Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
-    blocks (part 0) comes last, but its `passed` weights are asked for first. What is watched follows from what was
-    passed, so both are float32. InputError: blocks cannot be told apart.
+    Yields the number of each watched part, whose `passed` weights are asked for afterwards. Tensors outside of blocks
+    (part 0) come last, but their `passed` weights are asked for first. Watched inputs depend on the `passed` weights,
+    so both are float32. InputError: blocks cannot be told apart.
     """
 
     def start(names: Sequence[str]) -> Mapping[str, Tensor]:

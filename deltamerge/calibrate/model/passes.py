@@ -44,7 +44,7 @@ def patched(blocks: Sequence[nn.Module], forward: Callable[[int], Callable[..., 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Logits x (…, V); with the `weight` (V, H) and `bias` (V) of a last layer those of x (…, H), not computed yet."""
+    """Logits x (…, V). With a last layer's `weight` (V, H) and `bias` (V), x (…, H) is its input: logits come later."""
 
     x: Tensor
     weight: Tensor | None = None
@@ -52,7 +52,7 @@ class Logits:
 
     @property
     def per_token(self) -> bool:
-        """Tell whether they score every token (B, T, V), as those of a language model do.
+        """Tell whether they score every token (B, T, V), as a language model does.
 
         InputError: they are several.
         """
@@ -75,7 +75,7 @@ class Logits:
         return replace(self, x=rows(self.x))
 
     def at(self, index: Tensor) -> Tensor:
-        """Return (N, k) logits: for each row of x (N, H) those that `index` names."""
+        """Return (N, k) logits: for each row of x (N, H) the logits that `index` names."""
         if self.weight is None:
             return self.x.gather(-1, index)
         found, start = [], 0

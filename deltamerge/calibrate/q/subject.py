@@ -73,7 +73,7 @@ class Tensors:
         ]
 
     def forget(self) -> None:
-        """Free what is kept."""
+        """Free all cached tensors."""
         self.ahead.close()
         caches: list[Cache[Any]] = [self.start, *self.masks]
         for cache in caches:
