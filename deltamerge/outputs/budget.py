@@ -201,7 +201,7 @@ def _curve(s: Spectrum, value_bits: int, *, random: bool) -> _Curve:
 
 
 def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
-    """Yield the steps of the lower convex hull of (price, lost): minus the gain of a byte, `i`, first and last point."""
+    """Yield steps of the lower convex hull of (price, lost): minus the gain of a byte, `i`, first and last point."""
     hull: list[int] = []
     x, y = curve.prices.tolist(), curve.lost.tolist()
     for c in range(len(x)):
