@@ -83,10 +83,11 @@ class Probe:
             found.append("its perplexity is not finite")
         elif self.merge.perplexity > HIGH * worst:
             found.append(f"perplexity {self.merge.perplexity:.3g}, of its parents at most {worst:.3g}")
-        for name, count in (("empty answers", "empty"), ("answers that repeat themselves", "loops")):
+        for count, fault in (("empty", "nothing"), ("loops", "a phrase again and again")):
             own, most = getattr(self.merge, count), max((getattr(one, count) for one in self.parents), default=0)
             if own > most:
-                found.append(f"{own} {name} to {len(self.prompts)} prompts, of its parents at most {most}")
+                asked = len(self.prompts)
+                found.append(f"it answers {own} of {asked} prompts with {fault}, its parents at most {most}")
         return found
 
     def describe(self) -> dict[str, Any]:

@@ -85,12 +85,12 @@ def test_what_is_wrong_is_named_beside_the_parents() -> None:
     broken = Probe(("x", "y"), 8, said(46.0, "", " \n"), parents)
     assert broken.remarks == [
         "perplexity 46, of its parents at most 30",
-        "2 empty answers to 2 prompts, of its parents at most 1",
+        "it answers 2 of 2 prompts with nothing, its parents at most 1",
     ]
     looping = Probe(("x", "y"), 8, said(math.nan, "la " * 20, "fine"), parents)
     assert looping.remarks == [
         "its perplexity is not finite",
-        "1 answers that repeat themselves to 2 prompts, of its parents at most 0",
+        "it answers 1 of 2 prompts with a phrase again and again, its parents at most 0",
     ]
     assert json.dumps(looping.describe(), allow_nan=False)
 

@@ -51,7 +51,7 @@ EACH = (
     "parameters: {task: 1}"
 )
 ROWS_SAVE = (
-    "to save a skill: about 50 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
+    "to save a skill: 50 to 100 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
 STUDY = Study.model_validate({"together": 2})
