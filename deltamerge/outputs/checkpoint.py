@@ -144,12 +144,8 @@ def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob, known: Map
         return None
     from deltamerge.formats.quantised.writer import CodedWriter
 
-    moments = _none if plan.moments is None else partial(_moments, known[plan.moments])
-    return CodedWriter(writer, plan.codings, reader, job.work.folder, moments)
-
-
-def _none(name: str, matrix: int) -> None:
-    """Return no moments."""
+    given = {} if plan.moments is None else {"moments": partial(_moments, known[plan.moments])}
+    return CodedWriter(writer, plan.codings, reader, job.work.folder, **given)
 
 
 def _moments(spooled: Spooled, name: str, matrix: int) -> NDArray[np.float64] | None:

@@ -330,11 +330,9 @@ class Report(Figures):
             "largest |Δ|": f"{total.max_abs:.3g}",
             "‖Δ‖/‖W‖": "–" if total.relative_norm is None else f"{total.relative_norm:.3g}",
         }
-        return as_html(f"{self.model} on {self.base}", rows | _warned(self.warnings))
-
-
-def _warned(warnings: Sequence[str]) -> dict[str, str]:
-    return {"warnings": "; ".join(warnings)} if warnings else {}
+        if self.warnings:
+            rows["warnings"] = "; ".join(self.warnings)
+        return as_html(f"{self.model} on {self.base}", rows)
 
 
 @dataclass(frozen=True, slots=True)

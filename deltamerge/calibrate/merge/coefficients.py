@@ -80,7 +80,7 @@ def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrate
         step, value = min(path, key=lambda point: (point[1], point[0]))
         found = [QPoint({}, value, {"step": float(step)})]
         some = judge.eligible(found)
-        chosen, record = decide(spec, Verdict(judge, some, [*held[: len(some)], plain]), found, path[0][1])
+        chosen, record = decide(spec, Verdict(judge, some, [*held[: len(some)], plain]), found)
         record |= {
             "coefficients": spec.scope,
             "models": [part.source.model for part in spec.parts],
@@ -426,7 +426,7 @@ def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Ca
         (plain,) = evaluate([1.0])
         for subject in subjects:
             subject.forget()
-        chosen, record = decide(spec, Verdict(judge, some, held), found, plain)
+        chosen, record = decide(spec, Verdict(judge, some, held), found)
         record |= {
             "models": [part.source.model for part in spec.parts],
             "plain": {"q": 1.0, "value": rounded(plain)},
