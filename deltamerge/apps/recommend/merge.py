@@ -140,13 +140,13 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
-    forecast: list[SkillForecast] = Field(description="What it will keep of each model, by its answers on these rows.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model, from answers on these rows.")
     tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
 
 class MergeAdvice(Conclusion):
-    """What `deltamerge recommend --json` prints of several models."""
+    """The output of `deltamerge recommend --json` for several models."""
 
     models: list[str]
     base: str
@@ -154,8 +154,8 @@ class MergeAdvice(Conclusion):
     why: list[str]
     factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
-    forecast: list[SkillForecast] = Field(description="What the recommended merge will keep of each model.")
-    rescue: list[str] = Field(description="For skills that may be lost: what would save them.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model in the recommended merge.")
+    rescue: list[str] = Field(description="Ways to save the skills that may be lost.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
     held_out: dict[str, int] = Field(description="Other rows of each, on which fits are judged; both judge the rest.")
