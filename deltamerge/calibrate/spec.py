@@ -503,8 +503,8 @@ def grid_step(low: float) -> float:
 def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
     """Estimate the anonymous bytes of a stage, with these fine-tunes side by side.
 
-    They are: masks, of which a share is `held`, at `dense` bytes an entry if dense; temporary memory of a walk; and
-    freed blocks that wait in the heap.
+    They are the `held` share of the masks, at `dense` bytes an entry if dense; temporary memory of a walk; and freed
+    blocks that wait in the heap.
     """
     masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)

@@ -52,7 +52,7 @@ def described(checkpoint: Checkpoint) -> dict[str, bytes]:
     file = checkpoint.files[0]
     try:
         with scratch(file.parent) as folder, progress.phase(f"making the tokenizer of {file.name}", 0, "tokens"):
-            (folder / file.name).symlink_to(file.resolve())  # alone: what lies beside it may be another model's
+            (folder / file.name).symlink_to(file.resolve())  # alone: files beside it may be another model's
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
             tokenizer.save_pretrained(folder / "made")
             found = {path.name: path.read_bytes() for path in sorted((folder / "made").iterdir()) if path.is_file()}

@@ -146,7 +146,7 @@ class Output(Keys):
 
     @property
     def rules(self) -> OutputRules:
-        """What a recipe may ask of this kind of output."""
+        """Return the keys that this kind of output allows in a recipe."""
         return KINDS[self.kind]
 
     @property

@@ -44,7 +44,7 @@ from deltamerge.run.options import Options
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-STAY, RULED = 0.8, 0.5  # of what the usual λ loses: another is taken where it loses less; RULED: the usual is a rule's
+STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
