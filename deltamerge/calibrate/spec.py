@@ -75,10 +75,8 @@ STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
-LAST_ROUND = 2  # rounds at most where candidates differ by one number,
-CLOSER = (
-    3  # further candidates, one after the other, between candidates of a search that ended at the base's predictions
-)
+LAST_ROUND = 2  # rounds at most where candidates differ by one number
+CLOSER = 3  # further candidates, each between two others, of a search that ended at the base's predictions
 MORE_ROUNDS = 4  # further candidates for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows,
