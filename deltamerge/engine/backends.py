@@ -30,7 +30,7 @@ class Step:
 def steps(
     nodes: Sequence[Node], frees: Mapping[int, tuple[Node, ...]], root: Node, needless: Collection[int]
 ) -> list[Step]:
-    """The nodes of a pass, each with the values to free after it.
+    """Return the nodes of a pass, each with the values to free after it.
 
     Needless reductions (by id) and their inputs are left out.
 
@@ -52,13 +52,13 @@ def steps(
 
 
 def is_needless(node: Node, values: Mapping[int, Any]) -> bool:
-    """Whether a reduction is declared needless, given the small values known."""
+    """Tell whether a reduction is declared needless, given the small values known."""
     needless = traits_of(node.function).needless
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
 def fused_available() -> bool:
-    """Whether the compiled kernels are there."""
+    """Tell whether the compiled kernels are there."""
     return kernels.available()
 
 
@@ -105,14 +105,14 @@ class TorchBackend:
         return GpuLane(reader, self.device) if self.on_gpu else Lane(reader, self.device)
 
     def uploads(self, passes: int) -> Uploads | None:
-        """A store of a tensor's tiles on the device from pass to pass."""
+        """Return a store of a tensor's tiles on the device from pass to pass."""
         return Uploads(self.kept) if self.on_gpu and passes > 1 else None
 
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
-        """The steps of a pass as one, if this backend can run them so."""
+        """Return the steps of a pass as one, if this backend can run them so."""
         return None
 
 

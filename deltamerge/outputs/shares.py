@@ -316,7 +316,7 @@ class ByteShares:
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
     def _affordable(self) -> int:
-        """The rank that all bytes would buy everywhere at one bit a number."""
+        """Return the rank that all bytes would buy everywhere at one bit a number."""
         sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
         return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
 
@@ -356,7 +356,7 @@ class ByteShares:
         return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
 
     def _vectors(self, name: str) -> Array | None:
-        """The right vectors (k, n)."""
+        """Return the right vectors (k, n)."""
         n, rank = self.shapes[name][1], self.curves[name].gains.size
         return np.fromfile(self._path(name), np.float32).reshape(rank, n) if rank else None
 
@@ -394,7 +394,7 @@ def _is_shared(planned: Plan, out: OutputTensor) -> bool:
 
 
 def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
-    """The histogram of a delta, block by block of its rows."""
+    """Return the histogram of a delta, block by block of its rows."""
     m, n = delta.shape
     step = max(1, (1 << 22) // max(1, n))
     pairs = [histogram(delta[at : at + step], weight) for at in range(0, m, step)]
