@@ -216,7 +216,7 @@ class Writer:
 
     Files are created at once, with headers and full size; space is reserved if the file system can. `files` selects
     some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded. Recorded
-    bytes of files that still exist need not be written again (`has`). The result of `notes` is recorded too. `room`
+    bytes of files that still exist need not be written again (`has`). `note` adds values to the next record. `room`
     bytes may be on their way, in memory that `allocate` makes (`outbox.Outbox`); `hashers` threads hash them together.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
@@ -242,7 +242,7 @@ class Writer:
         self._fresh: dict[str, Spans] = {}
         self._saved = False
         self._failure: DeltamergeError | None = None
-        self.notes: Callable[[], dict[str, Any]] = dict
+        self._notes: dict[str, dict[str, dict[Any, Any]]] = {}
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._resume()
@@ -319,6 +319,11 @@ class Writer:
         self._raise_failure()
         self._outbox.send(place.file, place.offset + offset, buffer)
 
+    def note(self, key: str, name: str, values: Mapping[Any, Any]) -> None:
+        """Add values of a tensor to `key` of the next record. Its bytes may still be on their way then."""
+        with self._lock:
+            self._notes.setdefault(key, {}).setdefault(name, {}).update(values)
+
     def save(self) -> None:
         """Make everything written so far survive a crash: sync the data, then record it in the journal."""
         if self._journal is None:
@@ -334,7 +339,9 @@ class Writer:
                 for path in (*inner, self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
-                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **self.notes()})
+                with self._lock:
+                    notes, self._notes = self._notes, {}
+                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **notes})
                 self._saved = True
 
     def finish(self, *, keep: bool = False) -> Findings:
