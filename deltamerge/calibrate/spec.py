@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,12 +32,11 @@ from deltamerge.tensors.names import (
 from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Precision = Literal["float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
-SHORT = 128
 LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
 
 
@@ -54,27 +52,6 @@ def precision_of(asked: str, device: str, tensors: Iterable[Shaped]) -> Precisio
 def fast_bfloat16(device: str) -> bool:
     """Tell whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
     return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
-
-
-def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute matrix products in that precision, of bfloat16 with sums in float32."""
-    if precision == "float32":
-        return nullcontext()
-    import torch
-
-    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-
-
-def same_every_time(device: torch.device, places: int = SHORT + 1) -> AbstractContextManager[Any]:
-    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not.
-
-    A CPU's fused attention does, but its backward pass over SHORT `places` or fewer takes longer than plain products.
-    """
-    if device.type == "cpu" and places > SHORT:
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @cache

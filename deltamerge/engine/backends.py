@@ -105,7 +105,7 @@ class TorchBackend:
         return GpuLane(reader, self.device) if self.on_gpu else Lane(reader, self.device)
 
     def uploads(self, passes: int) -> Uploads | None:
-        """What keeps a tensor's stored tiles on the device from pass to pass."""
+        """A store of a tensor's tiles on the device from pass to pass."""
         return Uploads(self.kept) if self.on_gpu and passes > 1 else None
 
     def function(self, node: Node) -> Callable[..., Any]:

@@ -277,7 +277,7 @@ SCHEDULES = ("constant", "ema")
 
 @dataclass(frozen=True, slots=True)
 class RunningSum:
-    """What is in a running sum.
+    """The content of a running sum.
 
     models     the names of its checkpoints, in order
     total      the sum of their weights, a float32

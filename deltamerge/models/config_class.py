@@ -130,7 +130,7 @@ def _module(path: Path) -> _Module:
 
 
 def _read(module: _Module, name: str) -> ConfigClass:
-    """A class with what it inherits."""
+    """A class with its inherited keys and statements."""
     keys: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     sections: dict[str, str] = {}

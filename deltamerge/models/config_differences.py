@@ -202,7 +202,7 @@ def in_words(value: Any) -> str:
 
 
 def meaning(config: Config) -> dict[str, Any]:
-    """The config values that change what a model computes, by dotted key, with defaults filled in."""
+    """The config values that change a model's function, by dotted key, with defaults filled in."""
     return dict(_meaning(config, _class(config), ""))
 
 

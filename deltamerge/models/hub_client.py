@@ -457,7 +457,7 @@ class UnreachableError(InputError):
 
 @contextmanager
 def upload_errors() -> Iterator[None]:
-    """Turn what huggingface_hub raises during an upload into one line and a hint, which never hold the token."""
+    """Turn an error of huggingface_hub during an upload into one line and a hint, which never hold the token."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 

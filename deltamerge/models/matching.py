@@ -294,7 +294,7 @@ def join(parts: Parts, numbers: Parts) -> str:
 
 
 def _candidates(ours: Iterable[_Pattern], theirs: Iterable[_Pattern]) -> Iterator[tuple[Rule, _Pair]]:
-    """Every pair of patterns that end alike, by the rule that exchanges what stands before.
+    """Every pair of patterns that end alike, by the rule that exchanges their beginnings.
 
     The common end is as long as possible. It is all of one name, or it has at least two components and begins no later
     than the name of the first container of numbered blocks. Both sides have equally many numbers before it.

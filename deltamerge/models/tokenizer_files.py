@@ -33,7 +33,7 @@ MOST_TOKENS = 1 << 24  # arrays over a vocabulary have its largest id + 1 entrie
 
 
 def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
-    """Download small files of a model of the hub, as `hub.fetch` does; a local folder has what it has."""
+    """Download small files of a model of the hub, as `hub.fetch` does. A local folder is taken as it is."""
     if checkpoint.hub_id is not None:
         from deltamerge.models import hub
 

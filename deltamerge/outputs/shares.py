@@ -1,9 +1,9 @@
 """A delta artifact of so many bytes: every tensor's curve, one multiplier for all, and the parts that are made.
 
-Deltas are computed twice. The first time each is factored and counted, and its factors wait in the spool of the work
-folder, where a crash leaves them; the second time parts are made of it for the artifact. Where the artifact takes more
-than its bytes, or much less, the second time is repeated with what was measured. With rows the codes of its factors are
-then learned.
+Deltas are computed twice. The first time each is factored and counted; its factors wait in the spool of the work
+folder, where a crash leaves them. The second time its parts are made for the artifact. If the artifact has too many
+bytes, or far too few, the second pass is repeated with the measured sizes. With rows the codes of the factors are then
+learned.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def bytes_of(planned: Plan) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorShare:
-    """What a tensor of the artifact got: its form, its bytes, and the share of its squares that is lost."""
+    """The form of a tensor in the artifact, its bytes, and the share of its squares that is lost."""
 
     form: str
     nbytes: int
@@ -94,14 +94,13 @@ class TensorShare:
 
 @dataclass(frozen=True)
 class SharesAccount(Account):
-    """What the bytes of an artifact were spent on.
+    """The use of an artifact's bytes.
 
     nbytes    the budget
-    tensors   what each tensor got
+    tensors   the share of each tensor
     lost      the share of all squares that is lost, as predicted
-    length    how far tensors have the lengths of their deltas; None: as far as codes take it from their components
-    learned   the divergence of the outputs from the fine-tune's on rows beside those that codes were learned on, before
-              and after
+    length    the recipe's `length`; None: each component has its own length
+    learned   the divergence of the outputs from the fine-tune's on held-out rows, before and after learning
     """
 
     nbytes: int
@@ -112,7 +111,7 @@ class SharesAccount(Account):
     learned: tuple[float, float] | None = None
 
     def spent(self) -> dict[str, int]:
-        """Return the bytes of each form of parts, and those of all else: final values, records and headers."""
+        """Return the bytes of each form of parts, and of the rest: final values, records and headers."""
         spent: Counter[str] = Counter()
         for one in self.tensors.values():
             spent[one.form.partition(" ")[0]] += one.nbytes
@@ -129,7 +128,7 @@ class SharesAccount(Account):
         return {"budget": found}
 
     def line(self) -> str:
-        """Return the size, what is lost, and where bytes went, in one line."""
+        """Return the size, the loss, and the use of the bytes, in one line."""
         spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
         said = (
             f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the delta's squares are lost"
@@ -140,13 +139,13 @@ class SharesAccount(Account):
         return f"{said}; learned codes: divergence on held-out rows from {before:.3g} to {after:.3g}"
 
     def card(self, plan: Plan) -> list[str]:
-        """Return what the artifact holds."""
+        """Return the lines on the content of the artifact."""
         origin = plan.inputs.origin
         assert origin is not None
         return ["## Delta artifact", "", f"Values to add to the base, as sums of parts: {self.line()}.", ""]
 
     def table(self) -> list[str]:
-        """Return what each tensor got."""
+        """Return the table of the tensors' shares."""
         rows = [f"| {name} | {one.form} | {one.nbytes:,} | {one.lost:.3g} |" for name, one in self.tensors.items()]
         return ["## Bytes", "", "| tensor | form | bytes | lost |", "|---|---|---|---|", *rows, ""]
 
@@ -168,7 +167,7 @@ class ByteShares:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        """Number the tensors, and find the matrices that they are."""
+        """Number the tensors, and find the shapes of their matrices."""
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
@@ -288,7 +287,7 @@ class ByteShares:
         self.learned = LearnedCodes({}, kept.before, kept.after)
 
     def account(self, summary: Summary) -> SharesAccount:
-        """Return what there is to say of the artifact that was written last."""
+        """Return the account of the artifact that was written last."""
         learned = None if self.learned is None else (self.learned.before, self.learned.after)
         return SharesAccount(self.nbytes, self.made, self.lost, summary, self.length, learned)
 
@@ -316,8 +315,7 @@ class ByteShares:
     def _look(self, name: str, delta: Array, affordable: int) -> None:
         m, n = self.shapes[name]
         if not np.isfinite(delta).all():
-            message = f"{name}: its delta is not finite"
-            raise InputError(message, hint="repair the fine-tune, or exclude the tensor from pruning")
+            raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
         if min(m, n) > 1:
             key = mask_key(self.planned.recipe.seed, "budget", name)
@@ -335,7 +333,7 @@ class ByteShares:
         self.spool.finished(f"curve {name}", self._path(name), {"bytes": state["nbytes"], "curve": state})
 
     def _restored(self, name: str) -> bool:
-        """Take over what an interrupted run has measured."""
+        """Take over the measurements of an interrupted run."""
         kept = self.spool.kept(f"curve {name}")
         path = self._path(name)
         if kept is None or not path.is_file() or path.stat().st_size != kept["bytes"]:
@@ -396,7 +394,7 @@ def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
 
 
 def _form(parts: list[Part]) -> str:
-    """What the parts of a tensor are, in a few words."""
+    """Describe the parts of a tensor in a few words."""
     words = []
     for part in parts:
         if isinstance(part, EntriesPart):
@@ -409,7 +407,7 @@ def _form(parts: list[Part]) -> str:
 
 
 def refused(planned: Plan, nbytes: int, needed: int) -> InputError:
-    """Return the error of a budget that is too small for what it has to hold."""
+    """Return the error of a budget that is smaller than the bytes that it needs."""
     with errors.context("prune.method budget"):
         return InputError(
             f"{nbytes:,} bytes are too few: names, hashes and tensors that stay whole take {needed:,}",

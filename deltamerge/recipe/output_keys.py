@@ -15,7 +15,7 @@ from deltamerge.recipe.values import Items, Keys, Natural, Pattern, Positive, Re
 
 @dataclass(frozen=True, slots=True)
 class OutputRules:
-    """What a recipe may ask of a kind of output, and how its tensors are planned.
+    """The keys that a kind of output allows in a recipe, and the planning of its tensors.
 
     form         the file of `outputs` that makes it
     standalone   it loads without its base, so a new vocabulary, quantised weights and parts are allowed

@@ -40,7 +40,7 @@ SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 
 @dataclass(frozen=True, slots=True)
 class MixtureLayout:
-    """Where a mixture's tensors are, and what it can hold.
+    """The places of a mixture's tensors, and its limits.
 
     name, aliases   its names in recipes; the first is mergekit's
     families        model types of the dense models

@@ -89,7 +89,7 @@ def rows_in(folder: Path, models: Sequence[str], **keys: Any) -> list[dict[str, 
 
 
 def in_five_lines(made: AdvisedMerge) -> list[str]:
-    """Return what was chosen, why, what each skill should keep, what is in danger, and what would save it."""
+    """Return the choice and its reasons, the forecast of each skill, and the dangers and their remedies."""
     advice = made.advice
     savers = [line for line in advice.rescue if line in (EACH, ROWS_SAVE)]
     dangers = [line for line in advice.rescue if line not in savers]

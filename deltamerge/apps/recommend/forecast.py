@@ -1,13 +1,13 @@
 """Forecast how much of each fine-tune's skill a merge keeps: from the weights alone, or from answers on rows.
 
-A share is the merge's score over the fine-tune's own. docs/measurements/merging.md has what forecasts are worth.
+A share is the merge's score over the fine-tune's own. docs/measurements/merging.md has the errors of forecasts.
 
-From weights no share of a single skill can be told; the forecast is what the method kept of the benchmarks' skills. But
-a skill is in danger where another delta does more to its inputs than its own does (`Conflict.disturbance`). Deltas are
-compared as if all were as long: `balance: norm` makes them so, and `wudi` divides each by its square.
+Weights do not tell the share of a single skill. The forecast is the share that the method kept in benchmarks. But a
+skill is in danger if another delta changes its inputs more than its own delta does (`Conflict.disturbance`). Deltas are
+compared as if their lengths were equal: `balance: norm` makes them so, and `wudi` divides each by its square.
 
-From answers: a classifier that differs from its fine-tune is often as right, where that was not sure either. Of numbers
-the correlation is the share. Of a language model a row is kept where every token of its completion is.
+From answers: a classifier that differs from its fine-tune is often as right, where the fine-tune was not sure. Of
+numbers the correlation is the share. A language model keeps a row if every token of its completion is the same.
 """
 
 from __future__ import annotations

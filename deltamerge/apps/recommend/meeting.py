@@ -70,7 +70,7 @@ def signs(*deltas: Any, tile: Tile) -> NDArray[np.int64]:
 
 
 def meet_needs(*, form: Form, models: int, transposed: bool = False) -> tuple[int, float]:
-    """Return the memory and operations of `meet`: a matrix, what its factors take, and all leading directions."""
+    """Return the memory and operations of `meet`: a matrix, its factors, and all leading directions."""
     _, rows, columns = form
     small = min(rows, columns)
     held = 8 * rows * columns + 8 * min(small, SMALL) * (rows + columns) + 24 * models * DIRECTIONS * (rows + columns)

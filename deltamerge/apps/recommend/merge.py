@@ -237,7 +237,7 @@ def names_of(models: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What is merged: models, their base and their rows."""
+    """The models to merge, their base and their rows."""
 
     models: tuple[str, ...]
     base: str
@@ -514,7 +514,7 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
 
 
 def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
-    """Return ways, the largest expected share first; where rows do not tell shares, what loses least first."""
+    """Return ways, the largest expected share first; where rows do not tell shares, the least loss first."""
 
     def worth(way: Way) -> tuple[float, float]:
         return mean_share(judged[way].forecast) or 0.0, -(judged[way].lost_mean or 0.0)
@@ -549,7 +549,7 @@ def mean_share(forecast: Sequence[SkillForecast]) -> float | None:
 
 
 def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillForecast], *, rows: bool) -> list[str]:
-    """Return how each skill that may be lost is in danger, and then, from SAVED on, what would save it."""
+    """Return the danger to each skill that may be lost, and then, from SAVED on, the ways to save it."""
     said = []
     for one in forecast:
         if one.loss not in ("probable", "possible"):

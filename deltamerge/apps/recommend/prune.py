@@ -381,7 +381,7 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 
 
 def with_recipe(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
-    """Return the recommendation with its recipe as YAML, named for what it was recommended for."""
+    """Return the recommendation with its recipe as YAML, named for its purpose."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
     return answer.model_copy(update={"recipe": with_comment(head, recipe)})
 

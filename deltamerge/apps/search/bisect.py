@@ -79,7 +79,7 @@ class Bisection:
         return asdict(self)
 
     def picture(self) -> str:
-        """Draw what each layer, tensor and model costs, as SVG."""
+        """Draw the cost of each layer, tensor and model, as SVG."""
         order = sorted(self.layers, key=lambda one: natural(one.name))
         numbers = [Point(_number(one.name), max(0.0, one.won)) for one in order if _number(one.name)]
         panels = []

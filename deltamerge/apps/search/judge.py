@@ -1,6 +1,6 @@
 """Judge candidates in memory on the rows of their fine-tunes, part by part of a model.
 
-What candidates share is read and computed once. No candidate is written.
+Tensors that candidates share are read and computed once. No candidate is written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GIVEN = "deltamerge.apps.search.judge:given"
 
 
 class BoundedCache(Generic[K, T]):
-    """What `make` makes of keys, several at once; the last `budget` bytes of it are kept."""
+    """A cache of the values that `make` gives for keys, several at once; the last `budget` bytes are kept."""
 
     def __init__(self, budget: int, size: Callable[[T], int]) -> None:
         self.budget, self.size, self.bytes = budget, size, 0

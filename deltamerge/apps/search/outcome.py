@@ -172,7 +172,7 @@ def _last_json(said: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a candidate is worth: a number for each goal, every fine-tune's scores, or why it failed."""
+    """The worth of a candidate: a number for each goal, every fine-tune's scores, or the reason of its failure."""
 
     values: tuple[float, ...] = ()
     scores: Scores = field(default_factory=dict)

@@ -52,7 +52,7 @@ Values = Mapping[Loc, Any]
 
 
 class PoolWorker:
-    """What an actor does: it opens the models once, and measures."""
+    """The work of an actor: it opens the models once, and measures."""
 
     def __init__(self, file: TemplateFile, options: Options, commands: bool) -> None:
         first = file.template.values(file.template.start(), 1)

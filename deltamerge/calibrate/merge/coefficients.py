@@ -116,8 +116,7 @@ class _Merge:
         self.stored = [{one.name: one.stored for one in part.pruned} for part in self.spec.parts[: len(self.places)]]
 
     def start(self) -> dict[str, Tensor]:
-        """Return the recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of
-        theirs."""
+        """Return the recipe's own: 1 of each fine-tune's delta, or 1 of the method's merged delta and 0 of theirs."""
         from deltamerge.calibrate.q.learned import row_shape
 
         first, layers = self.subjects[0], self.subjects[0].layers

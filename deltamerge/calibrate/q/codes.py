@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
 from deltamerge.calibrate.model.passes import BlockOutput, Logits, Weights
+from deltamerge.calibrate.model.precision import float_attention
 from deltamerge.calibrate.q.learned import subset
 from deltamerge.calibrate.q.objectives import Distribution
 from deltamerge.calibrate.q.subject import Subject
@@ -132,8 +132,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
     order = _order(len(groups), subject.source.seed)
-    quick = _FloatAttention() if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
-    with _added(layers, latents, dtype), quick:
+    with _added(layers, latents, dtype), float_attention(dtype, device):
         for _ in range(LEARNING_STEPS):
             group = groups[next(order)]
             for one in latents.values():
@@ -219,20 +218,6 @@ def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent], dtype
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _FloatAttention(TorchFunctionMode):
-    """Computes attention in float32: CPUs take three times as long for it in bfloat16."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[0].dtype != torch.bfloat16:
-            return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.is_floating_point():
-            kwargs = {**kwargs, "attn_mask": mask.float()}
-        with torch.autocast("cpu", enabled=False):
-            return func(*(side.float() for side in args[:3]), *args[3:], **kwargs).to(torch.bfloat16)
 
 
 def _descend(

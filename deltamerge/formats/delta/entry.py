@@ -46,7 +46,7 @@ class Entry:
 
     versions   of a tensor through several versions, from the base on: the entry of each, and its version's name. Of the
                entry itself only the record is used then
-    every      check the hash of what each of them makes, not of the last alone
+    every      check the hash of each version's result, not of the last alone
     """
 
     name: str
@@ -164,7 +164,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """An entry of a version, and the hash of what it makes."""
+    """An entry of a version, and the hash of its result."""
 
     version: str
     decoder: Decoder
@@ -287,7 +287,7 @@ class Decoder:
                 np.add.at(out.view(np.float32), where, values)  # one pass; indexing would take two
 
     def finish(self) -> None:
-        """Check what is only known at the end, after all ranges were made. InputError: there is more, or less."""
+        """Make the checks that need all ranges. InputError: there is more, or less."""
         record = self.record
         with damage_told():
             if self.entry.has_steps and self.seen != record.count:

@@ -7,16 +7,16 @@ float64 in the order of the record, and rounded to float32 once.
 
     scale(code) = (16 + code % 16) * 2**(code // 16) - 16
 
-The stored bytes of a tensor are those of its parts, one after another:
+A tensor is stored as its parts, one after another:
 
     factors   Σ_k scale_k u_k v_kᵀ, u_k of m levels, v_k of n: a byte of scale for every component; then for each
-              component the codes of u_k and those of v_k
+              component the codes of u_k and of v_k
     entries   a level at each of some flat positions, times the scale of its row, its column, or of all: a byte for
               each scale; the codes of all entries; then rice's positions, if they are not all
 
 A list of codes is packed from the lowest bit of each byte: 1, 2, 3, 4 or 8 bits a code, and zeros to the end of the
 last byte. Codes of three levels are five a byte, the first in the lowest digit to base 3. Factors of "257 levels" have
-trellis codes of one bit, of "258" those of two (`trellis`).
+trellis codes of one bit, of "258 levels" of two bits (`trellis`).
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class FactorsPart(_Strict):
         sides = sum(rank * (packed_bytes(m, levels) + packed_bytes(n, levels)) for levels, rank in self.groups)
         return self.rank + sides
 
+    def decoded_bytes(self, m: int, n: int) -> int:
+        """Bytes of the levels of a matrix (m, n) in memory."""
+        return self.rank * (m + n)
+
     @property
     def has_trellis(self) -> bool:
         """Whether some of its codes are trellis codes."""
@@ -103,6 +107,10 @@ class EntriesPart(_Strict):
         """Stored bytes of a matrix (m, n)."""
         count = m * n if self.count is None else self.count
         return scales_of(self.scale, m, n) + packed_bytes(count, self.levels) + self.positions
+
+    def decoded_bytes(self, m: int, n: int) -> int:
+        """Bytes of the levels and positions of a matrix (m, n) in memory."""
+        return m * n if self.count is None else 9 * self.count
 
 
 Part: TypeAlias = FactorsPart | EntriesPart
@@ -190,7 +198,7 @@ class Factored:
     levels   (R) how many levels each has, in ascending order; of trellis codes their kind
     left     (R, m) its levels u, int8
     right    (R, n) its levels v, int8
-    scales   (R) of the products, float64; each is one that `coded_scales` gives
+    scales   (R) of the products, float64, as `coded_scales` gives them
     """
 
     levels: Array

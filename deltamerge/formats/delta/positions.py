@@ -44,7 +44,7 @@ _QUOTIENTS = np.arange(ESCAPE) >> np.arange(LARGEST_K + 1)[:, None]
 
 @dataclass(slots=True)
 class Gaps:
-    """What the sizes of the codings depend on, counted tile by tile over ascending positions."""
+    """The counts that give the sizes of the codings, taken tile by tile over ascending positions."""
 
     count: int = 0
     last: int = -1
@@ -127,7 +127,7 @@ class ChosenCoding:
 
 
 def expected_bits(density: float, value_bits: int) -> float:
-    """Bits per element of a tensor of which `density` is stored at random positions: p v + H(p), or v if dense."""
+    """Bits per element of a tensor with `density` of its values at random positions: p v + H(p), or v if dense."""
     p = density
     entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if 0 < p < 1 else 0.0
     return min(p * value_bits + entropy, value_bits)
@@ -289,7 +289,7 @@ class Listing:
             number += 1
 
     def finish(self) -> None:
-        """Decode what was not reached yet."""
+        """Decode the rest."""
         while self._piece(len(self._places) - 1) is not None:
             pass
 

@@ -1,9 +1,9 @@
-"""The encoding `steps`: what changed in a tensor of bfloat16 or float16, given the base's.
+"""The encoding `steps`: the changes of a tensor of bfloat16 or float16, given the base's.
 
-Elements are taken in tiles of 2**20, each by itself. Which of them change is coded apart for each group of neighbouring
-exponents of the base: an element of a small exponent changes more often, as its unit in the last place is smaller. What
-it becomes is a step: how many places further it stands when all bit patterns are ordered from the negative NaNs over
--inf, -0 and +0 to the positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
+Elements are taken in tiles of 2**20, each by itself. The changing elements are coded apart for each group of
+neighbouring exponents of the base: an element of a small exponent changes more often, as its unit in the last place is
+smaller. A change is a step in the order of all bit patterns, from the negative NaNs over -inf, -0 and +0 to the
+positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class BitWriter:
 
 
 class BitReader:
-    """Reads what a BitWriter wrote into `stored` (uint8). InputError: there are too few bits, or numbers too large."""
+    """Reads the bits of a BitWriter from `stored` (uint8). InputError: there are too few bits, or numbers too large."""
 
     def __init__(self, stored: Array) -> None:
         self._native = kernels.native()
@@ -159,7 +159,7 @@ _SIGN = np.uint16(0x8000)
 
 @dataclass(frozen=True, slots=True)
 class _List:
-    """A list of gaps in a header: how many entries, rice's k, and whether they are those that do not."""
+    """A list of gaps in a header: the number of entries, rice's k, and whether it lists the elements not chosen."""
 
     listed: int = 0
     k: int = 0
@@ -178,7 +178,7 @@ class _Group:
 
     last      its largest exponent
     changed   its elements that change
-    large     of these, those by more than one step; and wide rice's k for how much more, less 2
+    large     the changed elements that move by more than one step; and wide rice's k for their steps, less 2
     """
 
     last: int
@@ -203,8 +203,8 @@ def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Arr
     """The bytes of a tile (uint8); none if nothing changes.
 
     base        its bits (uint16)
-    positions   int64, ascending, of those that change
-    values      bits of what these become, all of them different from the base's
+    positions   int64, ascending, of the elements that change
+    values      their new bits, all of them different from the base's
     """
     if not positions.size:
         return np.empty(0, np.uint8)

@@ -108,7 +108,7 @@ class StepSpool:
     """The steps of a tensor of `size` elements of `dtype`. OutputError: the disk.
 
     Memory holds a tile of the base, one of the result, and up to a megabyte of steps; more are in the file at `path`.
-    What gets larger than the tensor itself is given up.
+    A coding that gets larger than the tensor itself is given up.
     """
 
     def __init__(self, path: Path, size: int, dtype: str) -> None:
@@ -313,7 +313,7 @@ class TensorWriter:
             self._finished(self._new_record("dense", values="parts", parts=list(parts)))
 
     def finish(self) -> None:
-        """Finish a tensor written with `add`, or one that equals the base's; reads the base for the hashes."""
+        """Finish a tensor written with `add`, or equal to the base's; reads the base for the hashes."""
         with self._lock, errors.context(self._name):
             if self._record is None:
                 self._finish_add()
@@ -340,7 +340,7 @@ class TensorWriter:
         self._append(bits)
 
     def _saw(self, bits: Array) -> None:
-        """Hash the next bits of the result, and count what is not finite."""
+        """Hash the next bits of the result, and count values that are not finite."""
         self._result_hash.update(flat(bits))
         nan, inf = count_nonfinite(bits.view(np.uint8), self._dtype)
         self.nonfinite = NonFinite(self.nonfinite.nan + nan, self.nonfinite.inf + inf)
@@ -487,7 +487,7 @@ class TensorWriter:
         self._storing.spool.finished(self._name, self.path, state)
 
     def _restore(self, state: Any) -> bool:
-        """Take over what an earlier run has finished, if its file still exists."""
+        """Take over the tensors that an earlier run finished, if their files still exist."""
         if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
             return False
         self.stored = [StoredTensor(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]

@@ -7,9 +7,9 @@ signs. Scales are floats of 4 bits without a sign, two a byte, with one unit per
 
     scale(code) = 0 if code == 0 else (2 + code % 2) * 2**(code // 2) * 2**unit
 
-A scale times a code is exact in float32, so a decoded value is the same everywhere. Where it takes fewer bytes,
-scales are stored as unary bits instead: a tensor's codes from the most common to the rarest are its *ranks*, and a
-scale is as many zeros as there are ranks before its own, and a one. Rows of one tensor are alike: about 2 bits each.
+A scale times a code is exact in float32, so a decoded value is the same everywhere. Where that takes fewer bytes,
+scales are stored as unary bits. A tensor's codes, from the most common to the rarest, are its *ranks*. A scale is a
+zero for each rank before its own, and a one. Rows of one tensor are alike: about 2 bits each.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
         group       elements of a group
         coding      "float32", "bfloat16", "int8" or "sign"
 
-    A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least that is
-    not below max abs(v) / 127. InputError: values that are not finite, in every coding but float32.
+    A sign's scale is the nearest to its group's mean abs(v), the least-squares level. An int8's scale is the least not
+    below max abs(v) / 127. InputError: values that are not finite, in every coding but float32.
     """
     nothing = np.empty(0, np.uint8)
     if coding == "float32":

@@ -39,7 +39,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written: bytes of the delta's files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
+    """The written artifact: bytes of its files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
     the counts of the result's values that are not finite; bytes of stored arrays by encoding."""
 
     nbytes: int
@@ -60,7 +60,7 @@ class ArtifactWriter:
         journal      lists the finished tensors, which are kept beside it, so that a run can be resumed after a crash
         kept         states of tensors that other processes have finished in the spool in `folder`
 
-    The bytes depend only on what is written and on the order of the calls of `tensor`. OutputError: the disk.
+    The bytes depend only on the tensors and on the order of the calls of `tensor`. OutputError: the disk.
     """
 
     def __init__(
