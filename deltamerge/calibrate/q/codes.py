@@ -287,7 +287,7 @@ class Latent:
 
     def __init__(self, start: Factored, device: torch.device) -> None:
         self._start = start
-        units = np.array([unit(int(kind)) for kind in start.levels])
+        units = np.array([unit(int(kind)) for kind in start.levels], np.float32).astype(np.float64)
         self._unit = torch.tensor(units, dtype=torch.float32, device=device)[:, None]
         kinds, firsts = np.unique(start.levels, return_index=True)
         ends = [*firsts[1:].tolist(), len(units)]
