@@ -141,8 +141,10 @@ def arguments_of(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tupl
 
 @dataclass(frozen=True, slots=True)
 class _Freed:
-    """What glibc keeps of freed memory: blocks below `mapped` bytes, 32 MiB at most, come from the heap, which keeps up
-    to `free` bytes at its end."""
+    """The freed memory that glibc keeps. Blocks below `mapped` bytes (32 MiB at most) come from the heap.
+
+    The heap keeps up to `free` bytes at its end.
+    """
 
     mapped: int
     free: int
@@ -158,9 +160,9 @@ _kept = [_USUAL]
 def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
     """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
 
-    Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger ones are mapped all
-    the same, so that no small ones take the place of a freed embedding, which the next would not find. What calibration
-    frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
+    Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger buffers are still
+    mapped: otherwise small ones would take the place of a freed embedding, and the next would not find it. Buffers that
+    calibration frees after it drew a mask would otherwise stay with the process: 27 of 440 MB at 13 M parameters.
     """
     outer = _kept[-1]
     _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)

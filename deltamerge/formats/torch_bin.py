@@ -466,7 +466,7 @@ class Machine:
         return value
 
     def top(self, kind: type) -> Any:
-        """What is on top of the stack, of that kind."""
+        """Return the top of the stack, of that kind."""
         if not isinstance(self.stack[-1], kind):
             raise InputError("its pickle is damaged or ends early", hint="download it again")
         return self.stack[-1]

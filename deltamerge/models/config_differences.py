@@ -22,7 +22,7 @@ Kind = Literal["positions", "function", "tokens"]
 LONGEST = 160
 RELATIVE = 2.0**-23  # models compute in float32 at most; a GGUF file stores its numbers so
 
-# Keys on how a model is stored, called, trained or sampled, not on what it computes.
+# Keys on how a model is stored, called, trained or sampled, not on its function.
 BOOKKEEPING = re.compile(
     r"_.*|name_or_path|model_name|architectures|transformers_version|torch_dtype|dtype|use_cache|id2label|label2id"
     r"|num_labels|problem_type|finetuning_task|auto_map|torchscript|use_bfloat16|chunk_size_feed_forward"

@@ -62,7 +62,7 @@ LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and 
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
-# about 60 times the KL that it loses for those of weights.
+# about 60 times the KL that it loses for squares of weights.
 VECTORS = 64.0
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")

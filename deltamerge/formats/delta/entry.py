@@ -114,7 +114,7 @@ class Entry:
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
         try:
             yield from self._tiles(read, check, tile)
-        except InputError:  # what another base gives looks damaged
+        except InputError:  # the result over another base looks damaged
             if check and read is not None and self.digest_of(read) != self.record.base:
                 raise InputError(OTHER_BASE) from None
             raise

@@ -40,7 +40,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, Tensor, part_of
 
-NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # what each version adds
+NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # the additions of each version
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -102,7 +102,7 @@ class BitReader:
 
     def take(self, count: int, k: int, *, wide: bool = False) -> Array:
         """The next list, of `count` uint32 numbers."""
-        if count > self._size - self._at:  # a number has a bit at least: what a stranger claims is not allocated
+        if count > self._size - self._at:  # a number has a bit at least: a stranger's claim is not allocated
             raise InputError(DAMAGED)
         if self._native is not None:
             out = np.empty(count, np.uint32)

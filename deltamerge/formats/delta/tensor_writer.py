@@ -234,7 +234,7 @@ class TensorWriter:
         self._lock = threading.Lock()
         self._early: dict[int, Array] = {}
         self._done = 0
-        self._whole = True  # whether the spool has every value so far, not only those that differ from the base's
+        self._whole = True  # whether the spool has every value so far, not only changed ones
         self._fd = -1
         self._spooled = 0
         self._listed = Positions()
