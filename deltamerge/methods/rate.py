@@ -35,7 +35,6 @@ from deltamerge.tensors.lazy import torch
 Floats = NDArray[np.float64]
 
 FACTOR_LEVELS = (257, 258, 8, 16, 255)  # trellis codes lose less than plain ones of as many bits
-LEARNED_LEVELS = (2, 3, 4, 8, 16, 255)  # of factors whose codes are learned
 ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
 LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
 ROUNDS = 3  # of fitting a scale and choosing codes in turns
@@ -47,7 +46,7 @@ LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
 LEARNING_STEPS, LEARNING_ROWS = 100, 8  # steps that codes are learned in, and the rows of each
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
-LATENT = 80  # bytes of memory a byte of codes that are learned: values, gradients, and Adam's two means of each
+LATENT = 120  # bytes of memory a byte of codes that are learned: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
@@ -86,6 +85,11 @@ def table(count: int) -> LevelTable:
     return LevelTable(levels * scale, lost)
 
 
+def unit(levels: int) -> float:
+    """The size of a level's integer step, in standard deviations of the vector whose codes lose least."""
+    return trellis.UNIT[levels] if levels in trellis.BITS else float(table(levels).levels[-1] / LEVELS[levels][-1])
+
+
 def distortion(levels: int) -> float:
     """What codes of so many levels, or trellis codes, lose of a unit Gaussian."""
     return trellis.DISTORTION[levels] if levels in trellis.BITS else table(levels).distortion
@@ -99,7 +103,6 @@ class Curve:
     energy   what is lost if nothing is stored
     counts   how many entries have squares of each bin, the largest first
     squares  their weighed sums
-    levels   the numbers of levels that components may have
     """
 
     m: int
@@ -108,7 +111,6 @@ class Curve:
     energy: float
     counts: Floats
     squares: Floats
-    levels: tuple[int, ...] = FACTOR_LEVELS
 
     def choice(self, price: float) -> Choice:
         """What makes distortion + price · bytes least."""
@@ -137,7 +139,7 @@ class Curve:
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
         nbytes = np.zeros_like(self.gains)
-        for levels in self.levels:
+        for levels in FACTOR_LEVELS:
             each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
             gain = self.gains * (1 - distortion(levels)) ** 2
             better = gain - price * each > best - price * nbytes
@@ -237,18 +239,10 @@ def histogram(delta: Array, weight: float) -> tuple[Floats, Floats]:
     return counts, np.bincount(bins, squares, BINS).astype(np.float64)
 
 
-def curve_of(
-    m: int,
-    n: int,
-    gains: Floats,
-    energy: float,
-    counts: Floats,
-    squares: Floats,
-    levels: tuple[int, ...] = FACTOR_LEVELS,
-) -> Curve:
+def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:
     """The curve of a tensor from the gains of its components and its histogram."""
     filled = np.flatnonzero(squares)[::-1]
-    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled], levels)
+    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
 
 
 def parts_of(

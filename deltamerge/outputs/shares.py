@@ -34,8 +34,6 @@ from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.rate import (
-    FACTOR_LEVELS,
-    LEARNED_LEVELS,
     MOST_LEARNED,
     Choice,
     Curve,
@@ -228,17 +226,12 @@ class ByteShares:
             part, stored = factors.store()
             parts.append(part)
         else:
-            parts, stored = parts_of(delta, choice, self._vectors(name), self._longer(choice, curve))
+            longer = None if self.length is None else choice.longer(curve.energy, self.length)
+            parts, stored = parts_of(delta, choice, self._vectors(name), longer)
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
-
-    def _longer(self, choice: Choice, curve: Curve) -> float | None:
-        """Return the factor on the least-squares values; learning begins at 1."""
-        if self.length is not None:
-            return choice.longer(curve.energy, self.length)
-        return 1.0 if curve.levels == LEARNED_LEVELS else None
 
     @property
     def learns(self) -> bool:
@@ -254,7 +247,6 @@ class ByteShares:
         """Take the codes that are best without rows."""
         self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
-        self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
 
     def learn(self, folder: Path) -> None:
         """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
@@ -352,8 +344,7 @@ class ByteShares:
     def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
         m, n = self.shapes[name]
         counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
-        levels = LEARNED_LEVELS if self.learns else FACTOR_LEVELS
-        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
 
     def _vectors(self, name: str) -> Array | None:
         """Return the right vectors (k, n)."""

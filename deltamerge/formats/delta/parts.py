@@ -156,6 +156,13 @@ def levels_of(codes: Array, levels: int) -> Array:
     return found
 
 
+def codes_of(found: Array, levels: int) -> Array:
+    """The codes of levels that some codes have, along the last axis."""
+    if levels in trellis.BITS:
+        return trellis.nearest(found, levels)
+    return np.searchsorted(LEVELS[levels], found).astype(np.uint8)
+
+
 def unpack(stored: Array, count: int, levels: int) -> Array:
     """Return the levels (int8) of `count` codes, packed along the last axis.
 
@@ -216,7 +223,7 @@ class Factored:
         groups = []
         for count in np.unique(self.levels).tolist():
             rows = self.levels == count
-            u, v = (np.searchsorted(LEVELS[count], side[rows]) for side in (self.left, self.right))
+            u, v = (codes_of(side[rows], count) for side in (self.left, self.right))
             groups.append((count, u, v, self.scales[rows]))
         return store_factors(groups)
 
