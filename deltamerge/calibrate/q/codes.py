@@ -1,11 +1,11 @@
 """Learned codes: the factors of a delta in few bits, fitted by gradient to the fine-tune's outputs, without labels.
 
-The loss is that of learned scales (`objectives.Distribution`). A level is the nearest to a number of its own, which
-takes the level's gradient (the straight-through estimator, arXiv 1308.3432); scales are learned beside them. Numbers
-with trellis codes get the levels of the nearest sequence of codes, found anew in each step. How many components have
-how many levels is given, and stays: so do the bytes.
+The loss is that of learned scales (`objectives.Distribution`). Each code has a number, and its level is the nearest to
+that number. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432). Scales are learned
+too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each step. The number of
+components of each level count stays as it is, and so do the bytes.
 
-A layer's product is taken of its inputs, x V Uᵀ, and added to what the base's weight makes of them, so that no gradient
+A layer's product x V Uᵀ is computed from its inputs and added to the output of the base's weight, so that no gradient
 is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
 """
 
@@ -50,8 +50,8 @@ DECIDING = 0.1  # share of the rows that decide
 class LearnedCodes:
     """Factors by the fine-tune's names, and the loss on the rows that decide, before and after.
 
-    The factors stay as they were if learning makes the loss no smaller, or if the head's outputs are numbers: such
-    models lost score by it (docs/measurements/bytes.md).
+    The factors stay as they were if learning makes the loss no smaller. They also stay if the head's outputs are
+    numbers: such models lost score by it (docs/measurements/bytes.md).
     """
 
     factors: Mapping[str, Factored]
@@ -165,8 +165,10 @@ def _split(subject: Subject) -> tuple[list[DataRow], list[DataRow]]:
 def _batches(
     subject: Subject, rows: Sequence[DataRow], room: int
 ) -> tuple[list[dict[str, Tensor]], list[list[int]], int]:
-    """Return batches of rows of about one length, the batch indices of each step, and the bytes of what is held of a
-    batch for its backward pass. With all weights they are at most `room`; 0: it is computed again, block by block."""
+    """Return batches of rows of about one length, the batch indices of each step, and the bytes held to go back.
+
+    With all weights these bytes are at most `room`; 0: activations are computed again, block by block.
+    """
     near = sorted(rows, key=lambda row: len(str(row.content)) + len(row.completion or ""))
     for size in (LEARNING_ROWS, LEARNING_ROWS // 2, LEARNING_ROWS // 4, 1):
         batches, groups = subject.reads.steps(near, step=LEARNING_ROWS, size=size)
@@ -203,7 +205,7 @@ def _layers(model: BlockModel, latents: Mapping[str, Latent]) -> dict[str, nn.Li
 
 @contextmanager
 def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent], dtype: torch.dtype) -> Iterator[None]:
-    """Add the products of latents to what their layers give; both take the same inputs, in `dtype`."""
+    """Add the products of latents to the outputs of their layers; both take the same inputs, in `dtype`."""
 
     def taking(module: nn.Module, inputs: Any) -> Any:
         return inputs[0].to(dtype), *inputs[1:]
