@@ -59,12 +59,10 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's tensors in the order of its header. `data_begin` (of the first tensor) and `size` (of the file) are
-    bytes; `aliases` are further names of the same tensors."""
+    """A file's tensors in the order of its header. `size` is the file's; `aliases` are further names of the tensors."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    data_begin: int
     size: int
     aliases: frozenset[str] = frozenset()
 
@@ -141,7 +139,7 @@ def parse_header(text: bytes, path: Path, size: int) -> Header:
     data_begin = PREFIX + len(text)
     tensors = {name: _tensor(name, entry, path, data_begin) for name, entry in entries.items()}
     _check_places(entries, data_begin, size)
-    return Header(tensors, metadata, data_begin, size)
+    return Header(tensors, metadata, size)
 
 
 def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:

@@ -63,7 +63,7 @@ def read_torch_header(path: Path) -> Header:
             raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
         table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
         tensors = _tensors(table, places, path)
-        return Header(tensors, {}, 0, size, frozenset(table) - tensors.keys())
+        return Header(tensors, {}, size, frozenset(table) - tensors.keys())
 
 
 def read_torch_tensor(file: BinaryIO, path: Path, begin: int, nbytes: int) -> TensorInfo:

@@ -9,7 +9,6 @@ positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -487,11 +486,6 @@ def _place(
     positions = np.concatenate(parts)
     sources = np.argsort(positions, kind="stable")
     return positions[sources], sources
-
-
-def tiles_of(size: int) -> Iterator[tuple[int, int]]:
-    """Return where the tiles of a tensor of `size` elements begin and end."""
-    return ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
 
 
 def table_bytes(size: int) -> int:
