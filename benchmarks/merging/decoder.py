@@ -114,8 +114,8 @@ def fitted(start: Merge, scope: str) -> Merge:
     return Merge(f"{start.name} + coefficients per {scope}", keys, rows=ROWS)
 
 
-def of_rows(name: str, method: str, **parameters: Any) -> Merge:
-    return Merge(name, {"merge_method": method, "parameters": parameters}, rows=ROWS)
+def of_rows(name: str, method: str, rows: int = ROWS, **parameters: Any) -> Merge:
+    return Merge(name, {"merge_method": method, "parameters": parameters}, rows=rows)
 
 
 # method, λ if not the package's, parameters
@@ -133,6 +133,7 @@ MERGES = (
     *(of(method, rule, balance=even, **given) for method, rule, given in DATA_FREE for even in (False, True)),
     of_rows("regmean", "regmean"),
     NEAR,
+    of_rows("regmean of 100 rows, off_diagonal 0.99", "regmean", 100, off_diagonal=0.99),
     of_rows("regmean_plus", "regmean_plus"),
     Merge("emr", {"merge_method": "emr"}, each=True),
     Merge("tall_masks", {"merge_method": "tall_masks"}, each=True),
@@ -186,7 +187,7 @@ class Family:
     def merged(self, merge: Merge, names: Sequence[str]) -> Iterator[tuple[Weights, Sequence[str]]]:
         """The models that the merge makes of these experts, in float32, and the tasks of each."""
         models = {name: str(self.folder / name) for name in names}
-        rows = {name: smollm2.answered(name, ROWS, self.folder, apart=True) for name in names if merge.rows}
+        rows = {name: smollm2.answered(name, merge.rows, self.folder, apart=True) for name in names if merge.rows}
         for number, some in enumerate([[name] for name in names] if merge.each else [list(names)], 1):
             with tempfile.TemporaryDirectory() as work:
                 path = Path(work) / "recipe.yaml"

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,12 +32,11 @@ from deltamerge.tensors.names import (
 from deltamerge.tensors.tensor import Tensor, TensorInfo
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Precision = Literal["float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
-SHORT = 128
 LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
 
 
@@ -54,27 +52,6 @@ def precision_of(asked: str, device: str, tensors: Iterable[Shaped]) -> Precisio
 def fast_bfloat16(device: str) -> bool:
     """Tell whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
     return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
-
-
-def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute matrix products in that precision, of bfloat16 with sums in float32."""
-    if precision == "float32":
-        return nullcontext()
-    import torch
-
-    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-
-
-def same_every_time(device: torch.device, places: int = SHORT + 1) -> AbstractContextManager[Any]:
-    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not.
-
-    A CPU's fused attention does, but its backward pass over SHORT `places` or fewer takes longer than plain products.
-    """
-    if device.type == "cpu" and places > SHORT:
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @cache
@@ -98,10 +75,8 @@ STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
-LAST_ROUND = 2  # rounds at most where candidates differ by one number,
-CLOSER = (
-    3  # further candidates, one after the other, between candidates of a search that ended at the base's predictions
-)
+LAST_ROUND = 2  # rounds at most where candidates differ by one number
+CLOSER = 3  # further candidates, each between two others, of a search that ended at the base's predictions
 MORE_ROUNDS = 4  # further candidates for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows,
@@ -526,8 +501,8 @@ def grid_step(low: float) -> float:
 def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
     """Estimate the anonymous bytes of a stage, with these fine-tunes side by side.
 
-    They are: masks, of which a share is `held`, at `dense` bytes an entry if dense; temporary memory of a walk; and
-    freed blocks that wait in the heap.
+    They are the `held` share of the masks, at `dense` bytes an entry if dense; temporary memory of a walk; and freed
+    blocks that wait in the heap.
     """
     masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)

@@ -315,7 +315,7 @@ def bisect(
 
 
 def render_bisection(found: Bisection, width: int) -> str:
-    """Return the loss of each skill, and what costs the worst skill most."""
+    """Return the loss of each skill, and the greatest costs of the worst skill."""
     columns = [Column("lost")]
     rows: list[Row] = [(name, [f"{value:.1%}"]) for name, value in found.lost.items()]
     lines = [*table(columns, [rows], width), ""]

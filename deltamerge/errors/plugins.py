@@ -21,7 +21,7 @@ COMMANDS = "deltamerge.commands"
 
 
 class PluginWarning(UserWarning):
-    """Says what another package declares and why it is left out."""
+    """Says which declaration of another package is left out, and why."""
 
 
 def points(group: str) -> tuple[EntryPoint, ...]:

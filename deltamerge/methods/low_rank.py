@@ -67,7 +67,7 @@ class Factors:
     gains      (k) the part of E‖Δx‖² that rank i keeps; without second moments the same
     energy     ‖Δ‖²_F
     gain       E‖Δx‖², or ‖Δ‖²_F
-    missed     bound on what the best B A of rank k keeps beyond this one, as a share of `gain`; 0: it is the best
+    missed     bound on the gain of the best B A of rank k over this one, as a share of `gain`; 0: it is the best
     """
 
     b: Array

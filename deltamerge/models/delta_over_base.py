@@ -8,7 +8,7 @@ one after the other, cost one patch each.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from deltamerge.files import progress
 from deltamerge.formats.delta.entry import NOTHING, TILE, Decoder, Entry, as_bits
 from deltamerge.formats.delta.folder import entry_of, stored_of
 from deltamerge.formats.delta.manifest import Record
+from deltamerge.formats.delta.parts import matrix_shape
 from deltamerge.formats.delta.positions import Array
 from deltamerge.formats.delta.steps import STEP_TILE
 from deltamerge.models.chain.folder import Version
@@ -155,7 +156,7 @@ def _over(opened: DeltaFile, below: Mapping[str, TensorInfo]) -> dict[str, Tenso
 def added(info: TensorInfo) -> TensorInfo | None:
     """Return the float32 values that a delta adds to the base's tensor to make `info`.
 
-    None: it stores none, or it changes what another version makes.
+    None: it stores none, or it changes another version's result.
     """
     whole, first = info.tensor.whole, 0
     if whole.function != over_base.__name__ or whole.parameter("record").values is None or _below(whole) is not None:
@@ -217,6 +218,14 @@ def _decoder(read: Read, tensor: Tensor, stored: Sequence[Tensor]) -> Decoder:
 
 def _weigh(decoded: Any) -> int:
     return int(decoded.nbytes)
+
+
+def decoded_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of decoded parts and positions that a reader of deltas' tensors keeps, at most."""
+    records: list[Record] = [tensor.parameter("record") for tensor in tensors]
+    parts = sum(part.decoded_bytes(*matrix_shape(record.shape)) for record in records for part in record.parts)
+    positions = sum(8 * record.count for record in records if record.encoding not in ("dense", "steps"))
+    return min(PARTS, parts) + min(POSITIONS, positions)
 
 
 def _tile(read: Read, tensor: Tensor, start: int) -> Array:

@@ -356,7 +356,8 @@ def check(response: Any) -> None:
     length = headers.get("Content-Length")
     if method != "HEAD" and plain and limit is not None and length is not None and length.isdecimal():
         _check_length(int(length[:20]), limit)
-    response.stream = _stream_class(response)(response.stream, bounds, limit, plain)
+    body = _class_of(type(response).__module__.partition(".")[0])
+    response.stream = body(response.stream, bounds, limit, plain)
 
 
 def _check_file(bounds: Bounds, headers: Any, plain: bool) -> None:
@@ -431,10 +432,6 @@ def _class_of(module: str) -> Any:
     return Body
 
 
-def _stream_class(response: Any) -> Any:
-    return _class_of(type(response).__module__.partition(".")[0])
-
-
 def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> Iterator[bytes]:
     """Yield the pieces of a body up to its limit. Beyond it: an error, or, in the body of an error, the end."""
     received, started = 0, time.monotonic()
@@ -457,7 +454,7 @@ class UnreachableError(InputError):
 
 @contextmanager
 def upload_errors() -> Iterator[None]:
-    """Turn what huggingface_hub raises during an upload into one line and a hint, which never hold the token."""
+    """Turn an error of huggingface_hub during an upload into one line and a hint, which never hold the token."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 

@@ -1,18 +1,18 @@
-"""A size instead of a density: what is kept of each tensor's delta so that the artifact fits and loses least.
+"""A size instead of a density: a density for each tensor, so that the artifact fits and its predicted error is least.
 
-The error that is made small is what is lost, predicted from the delta's own entries, each with a weight w:
+The error is predicted from the delta's own entries, each with a weight w:
 
     magnitude   Σ w Δ² over the entries that are dropped
     dare        Σ w Δ² (1/p - 1), the expectation for density p and q = p
 
-Without calibration w = 1: the energy. With it w is the mean square of the entry's input over the calibration tokens,
-E[x_j²] for a weight of a linear layer, 1 for a bias or norm, 1/rows for a row of an embedding: what is lost is then
-the expected square of the change of the layers' outputs, D of `calibrate.q.statistics`, as if inputs were
+Without calibration w = 1: the error is the energy. With calibration w is the mean square of the entry's input over the
+tokens: E[x_j²] for a weight of a linear layer, 1 for a bias or norm, 1/rows for a row of an embedding. The error is
+then the expected square of the change of the layers' outputs, D of `calibrate.q.statistics`, as if inputs were
 uncorrelated.
 
-and the price of a tensor of n elements at density p is n (p v + H(p)) bits, v bits a value and the entropy H of where
-they are, or n v where all are stored. Bytes are given out where they gain most, along the convex hull of what each
-tensor loses by its price, so that at the end no byte would gain more elsewhere.
+The price of a tensor of n elements at density p is n (p v + H(p)) bits: v bits a value, and the entropy H of the
+positions. If all elements are stored it is n v. Bytes go where they gain most, along the convex hull of each tensor's
+error by price. At the end no byte would gain more elsewhere.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, rando
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """Entries kept, ascending, their bytes, and what is lost; the last point stores every element."""
+    """Entries kept, ascending, their bytes, and their errors; the last point stores every element."""
 
     kept: Floats
     prices: Floats
@@ -201,7 +201,7 @@ def _curve(s: Spectrum, value_bits: int, *, random: bool) -> _Curve:
 
 
 def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
-    """Yield steps along the lower convex hull of (price, lost): minus what a byte gains, `i`, and the step's points."""
+    """Yield steps of the lower convex hull of (price, lost): minus the gain of a byte, `i`, first and last point."""
     hull: list[int] = []
     x, y = curve.prices.tolist(), curve.lost.tolist()
     for c in range(len(x)):
@@ -229,10 +229,10 @@ def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> De
 
 
 def search(planned: Plan, attempt: Attempt) -> Densities:
-    """Return densities of which `attempt` has made an artifact that fits.
+    """Return densities whose artifact, made by `attempt`, fits.
 
     It is called a few times at most, until the artifact takes nearly all of the budget, and last with the result.
-    InputError: what is not pruned does not fit.
+    InputError: the tensors that are not pruned do not fit.
     """
     budget = budget_of(planned)
     assert budget is not None

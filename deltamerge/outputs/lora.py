@@ -348,8 +348,9 @@ class _FactorSink:
         try:
             found = made(self._wanted, c)
         except ValueError:
-            message = f"{name}: its delta is not finite"
-            raise InputError(message, hint="repair the fine-tune; targets leaves weights out") from None
+            with errors.context(f"tensor {name}"):
+                hint = "repair the fine-tune; targets leaves weights out"
+                raise InputError("its delta is not finite", hint=hint) from None
         path = self._path(target.number)
         with writing(), path.open("wb") as file:
             for part in (found.b.T, found.a, lengths):

@@ -87,7 +87,7 @@ class LayerRank:
     rank      0: it has no factors, because nothing changed or no byte was left
     energy    ‖B A‖² / ‖Δ‖², from 0 to 1
     output    E‖B A x‖² / E‖Δ x‖² on the calibration rows; None without calibration
-    missed    bound on what the best B A of this rank would keep more, of the measure that was maximised
+    missed    bound on the gain of the best B A of this rank over this one, in the maximised measure
     """
 
     rank: int
@@ -199,7 +199,7 @@ class RunOutput:
         yield from ()
 
     def describe(self, plan: Plan) -> dict[str, Any]:
-        """Return what only this kind adds to `deltamerge plan --json`."""
+        """Return the keys that only this kind adds to `deltamerge plan --json`."""
         return {}
 
     def check(self, plan: Plan) -> None:

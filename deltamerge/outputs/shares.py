@@ -1,9 +1,9 @@
 """A delta artifact of so many bytes: every tensor's curve, one multiplier for all, and the parts that are made.
 
-Deltas are computed twice. The first time each is factored and counted, and its factors wait in the spool of the work
-folder, where a crash leaves them; the second time parts are made of it for the artifact. Where the artifact takes more
-than its bytes, or much less, the second time is repeated with what was measured. With rows the codes of its factors are
-then learned.
+Deltas are computed twice. The first time each is factored and counted; its factors wait in the spool of the work
+folder, where a crash leaves them. The second time its parts are made for the artifact. If the artifact has too many
+bytes, or far too few, the second pass is repeated with the measured sizes. With rows the codes of the factors are then
+learned.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.rate import (
-    FACTOR_LEVELS,
-    LEARNED_LEVELS,
     MOST_LEARNED,
     Choice,
     Curve,
@@ -64,7 +62,7 @@ LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and 
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
-# about 60 times the KL that it loses for those of weights.
+# about 60 times the KL that it loses for squares of weights.
 VECTORS = 64.0
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
@@ -87,7 +85,7 @@ def bytes_of(planned: Plan) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorShare:
-    """What a tensor of the artifact got: its form, its bytes, and the share of its squares that is lost."""
+    """The form of a tensor in the artifact, its bytes, and the share of its squares that is lost."""
 
     form: str
     nbytes: int
@@ -96,14 +94,13 @@ class TensorShare:
 
 @dataclass(frozen=True)
 class SharesAccount(Account):
-    """What the bytes of an artifact were spent on.
+    """The use of an artifact's bytes.
 
     nbytes    the budget
-    tensors   what each tensor got
+    tensors   the share of each tensor
     lost      the share of all squares that is lost, as predicted
-    length    how far tensors have the lengths of their deltas; None: as far as codes take it from their components
-    learned   the divergence of the outputs from the fine-tune's on rows beside those that codes were learned on, before
-              and after
+    length    the recipe's `length`; None: each component has its own length
+    learned   the divergence of the outputs from the fine-tune's on held-out rows, before and after learning
     """
 
     nbytes: int
@@ -114,7 +111,7 @@ class SharesAccount(Account):
     learned: tuple[float, float] | None = None
 
     def spent(self) -> dict[str, int]:
-        """Return the bytes of each form of parts, and those of all else: final values, records and headers."""
+        """Return the bytes of each form of parts, and of the rest: final values, records and headers."""
         spent: Counter[str] = Counter()
         for one in self.tensors.values():
             spent[one.form.partition(" ")[0]] += one.nbytes
@@ -131,7 +128,7 @@ class SharesAccount(Account):
         return {"budget": found}
 
     def line(self) -> str:
-        """Return the size, what is lost, and where bytes went, in one line."""
+        """Return the size, the loss, and the use of the bytes, in one line."""
         spent = ", ".join(f"{name} {human(size)}" for name, size in self.spent().items())
         said = (
             f"{self.delta.nbytes:,} of {self.nbytes:,} bytes ({spent}); {self.lost:.3g} of the delta's squares are lost"
@@ -142,13 +139,13 @@ class SharesAccount(Account):
         return f"{said}; learned codes: divergence on held-out rows from {before:.3g} to {after:.3g}"
 
     def card(self, plan: Plan) -> list[str]:
-        """Return what the artifact holds."""
+        """Return the lines on the content of the artifact."""
         origin = plan.inputs.origin
         assert origin is not None
         return ["## Delta artifact", "", f"Values to add to the base, as sums of parts: {self.line()}.", ""]
 
     def table(self) -> list[str]:
-        """Return what each tensor got."""
+        """Return the table of the tensors' shares."""
         rows = [f"| {name} | {one.form} | {one.nbytes:,} | {one.lost:.3g} |" for name, one in self.tensors.items()]
         return ["## Bytes", "", "| tensor | form | bytes | lost |", "|---|---|---|---|", *rows, ""]
 
@@ -170,7 +167,7 @@ class ByteShares:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        """Number the tensors, and find the matrices that they are."""
+        """Number the tensors, and find the shapes of their matrices."""
         self.numbers = {name: number for number, name in enumerate(self.outputs)}
         self.shapes = {name: matrix_shape(out.shape) for name, out in self.outputs.items()}
         recipe = self.planned.recipe
@@ -229,17 +226,12 @@ class ByteShares:
             part, stored = factors.store()
             parts.append(part)
         else:
-            parts, stored = parts_of(delta, choice, self._vectors(name), self._longer(choice, curve))
+            longer = None if self.length is None else choice.longer(curve.energy, self.length)
+            parts, stored = parts_of(delta, choice, self._vectors(name), longer)
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
-
-    def _longer(self, choice: Choice, curve: Curve) -> float | None:
-        """The factor on the least-squares values; learning begins at 1."""
-        if self.length is not None:
-            return choice.longer(curve.energy, self.length)
-        return 1.0 if curve.levels == LEARNED_LEVELS else None
 
     @property
     def learns(self) -> bool:
@@ -255,7 +247,6 @@ class ByteShares:
         """Take the codes that are best without rows."""
         self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
-        self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
 
     def learn(self, folder: Path) -> None:
         """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
@@ -296,7 +287,7 @@ class ByteShares:
         self.learned = LearnedCodes({}, kept.before, kept.after)
 
     def account(self, summary: Summary) -> SharesAccount:
-        """Return what there is to say of the artifact that was written last."""
+        """Return the account of the artifact that was written last."""
         learned = None if self.learned is None else (self.learned.before, self.learned.after)
         return SharesAccount(self.nbytes, self.made, self.lost, summary, self.length, learned)
 
@@ -317,15 +308,14 @@ class ByteShares:
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
     def _affordable(self) -> int:
-        """The rank that all bytes would buy everywhere at one bit a number."""
+        """Return the rank that all bytes would buy everywhere at one bit a number."""
         sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
         return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
 
     def _look(self, name: str, delta: Array, affordable: int) -> None:
         m, n = self.shapes[name]
         if not np.isfinite(delta).all():
-            message = f"{name}: its delta is not finite"
-            raise InputError(message, hint="repair the fine-tune, or exclude the tensor from pruning")
+            raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
         if min(m, n) > 1:
             key = mask_key(self.planned.recipe.seed, "budget", name)
@@ -343,7 +333,7 @@ class ByteShares:
         self.spool.finished(f"curve {name}", self._path(name), {"bytes": state["nbytes"], "curve": state})
 
     def _restored(self, name: str) -> bool:
-        """Take over what an interrupted run has measured."""
+        """Take over the measurements of an interrupted run."""
         kept = self.spool.kept(f"curve {name}")
         path = self._path(name)
         if kept is None or not path.is_file() or path.stat().st_size != kept["bytes"]:
@@ -354,11 +344,10 @@ class ByteShares:
     def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
         m, n = self.shapes[name]
         counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
-        levels = LEARNED_LEVELS if self.learns else FACTOR_LEVELS
-        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
 
     def _vectors(self, name: str) -> Array | None:
-        """The right vectors (k, n)."""
+        """Return the right vectors (k, n)."""
         n, rank = self.shapes[name][1], self.curves[name].gains.size
         return np.fromfile(self._path(name), np.float32).reshape(rank, n) if rank else None
 
@@ -396,7 +385,7 @@ def _is_shared(planned: Plan, out: OutputTensor) -> bool:
 
 
 def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
-    """The histogram of a delta, block by block of its rows."""
+    """Return the histogram of a delta, block by block of its rows."""
     m, n = delta.shape
     step = max(1, (1 << 22) // max(1, n))
     pairs = [histogram(delta[at : at + step], weight) for at in range(0, m, step)]
@@ -405,7 +394,7 @@ def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
 
 
 def _form(parts: list[Part]) -> str:
-    """What the parts of a tensor are, in a few words."""
+    """Describe the parts of a tensor in a few words."""
     words = []
     for part in parts:
         if isinstance(part, EntriesPart):
@@ -418,7 +407,7 @@ def _form(parts: list[Part]) -> str:
 
 
 def refused(planned: Plan, nbytes: int, needed: int) -> InputError:
-    """Return the error of a budget that is too small for what it has to hold."""
+    """Return the error of a budget that is smaller than the bytes that it needs."""
     with errors.context("prune.method budget"):
         return InputError(
             f"{nbytes:,} bytes are too few: names, hashes and tensors that stay whole take {needed:,}",

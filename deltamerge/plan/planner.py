@@ -106,7 +106,7 @@ class OutputKind(Protocol):
         """Yield a plan's lines on how the output is made."""
 
     def describe(self, plan: Plan) -> dict[str, Any]:
-        """Return what only this kind adds to `deltamerge plan --json`."""
+        """Return the keys that only this kind adds to `deltamerge plan --json`."""
 
 
 def output_kind(wanted: Output, *, own_weights: bool = False) -> OutputKind:
@@ -242,7 +242,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs in all passes, without what calibration reads."""
+        """Bytes read from the inputs in all passes, without the reads of calibration."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
@@ -408,14 +408,21 @@ def _rows(decided: Outputs | AppOutputs, inputs: Inputs) -> list[Row]:
     return rows
 
 
-def _kept(inputs: Inputs) -> int:
-    """Return the memory that slabs of quantised tensors take while they are read."""
-    infos = (info for model in inputs.all for info in model.tensors.values())
-    if not any(tensor.keeps for info in infos for tensor in info.tensor.graph()):
-        return 0
-    from deltamerge.formats.quantised.scheme import KEPT
+def _kept(inputs: Inputs) -> dict[str, int]:
+    """Return the memory that a reader keeps: slabs of quantised tensors, and decoded parts and positions of deltas."""
+    infos = [info for model in inputs.all for info in model.tensors.values()]
+    tensors = {tensor for info in infos for tensor in info.tensor.graph() if tensor.kind == "view"}
+    deltas = [tensor for tensor in tensors if tensor.function == "over_base"]
+    found = {"quantised_inputs": 0, "delta_inputs": 0}
+    if any(tensor.keeps for tensor in tensors):
+        from deltamerge.formats.quantised.scheme import KEPT
 
-    return KEPT
+        found["quantised_inputs"] = KEPT
+    if deltas:
+        from deltamerge.models.delta_over_base import decoded_bytes
+
+        found["delta_inputs"] = decoded_bytes(deltas)
+    return found
 
 
 def _held(
@@ -433,7 +440,7 @@ def _held(
     shared = {tuned.name for tuned in builder.budgeted if builder.deltas.method_of(tuned).shares}
     return kind.memory(recipe.output, outputs, workers, options.memory, weighed=bool(stages.inputs)) + Memory(
         {
-            "quantised_inputs": _kept(inputs),
+            **_kept(inputs),
             "quantised_outputs": held_coded(outputs, workers),
             "rounding": held_rounding(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,

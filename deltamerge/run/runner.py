@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: folder, plan, lock, size of a delta artifact, and what is not finite.
+    """A finished run: folder, plan, lock, size of a delta artifact, and counts of values that are not finite.
 
     For a file of several documents it is the output's result. `intermediate` has the folders of the other documents,
     and whether each was made now. `made` is False if the folder was already up to date.

@@ -145,7 +145,7 @@ class Tensor:
 
     @property
     def keeps(self) -> bool:
-        """Tell whether a reader keeps slabs of what it reads for it."""
+        """Tell whether a reader keeps slabs of its inputs."""
         coded = self.coded
         return (self.kind == "view" and VIEWS[self.function].keeps) or (coded is not None and bool(coded.keeps))
 
@@ -193,13 +193,13 @@ class Read(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A registered view: the function that fills a range, and what the graph asks of it.
+    """A registered view: the function that fills a range, and its properties for the graph.
 
     entrywise   every entry is computed from one model's own entries; a merge may set single entries aside
     moves       its rows differ from the file's, or have another order
     whole_inputs   all bytes of its inputs are read for its values, once
     coded       coded(tensor): its `CodedWeight`, whose codes the compiled loop reads directly
-    keeps       a reader keeps slabs of what it reads
+    keeps       a reader keeps slabs of its inputs
     """
 
     fill: Callable[..., None]

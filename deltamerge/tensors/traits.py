@@ -49,7 +49,7 @@ def _imported(function: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a function declares.
+    """The declarations of a function.
 
     loop        loop(assembly, node, **parameters) adds the node's operations to the compiled loop; None: torch only
     fits        fits(node, root): whether the loop can do this node of the tensor `root`; None: always

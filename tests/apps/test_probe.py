@@ -14,6 +14,7 @@ from conftest import load_tensors, tiny_bert_pair, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.probe import PROMPTS, Probe, ProbedModel, probe, repeats
+from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.errors import InputError
 
 WORDS = "w5 w9 w11 w7 w30 w41 w6 w8 w60 w22"
@@ -31,10 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_figures_are_those_of_transformers(folder: Path) -> None:
+def test_figures_are_those_of_transformers(folder: Path, monkeypatch) -> None:
     import transformers
 
+    batches: list[int] = []
+    generate = BlockModel.generate
+    monkeypatch.setattr(BlockModel, "generate", lambda *a, **more: batches.append(len(a[1])) or generate(*a, **more))
     found = probe(str(folder / "a"), [str(folder / "base")], rows=folder / "rows.jsonl", device="cpu")
+    assert batches == [1, 1]  # all prompts of a model at once
     assert (found.prompts, found.texts) == (PROMPTS, 1)
     for one, name in ((found.merge, "a"), (found.parents[0], "base")):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / name).eval()
@@ -43,9 +48,10 @@ def test_figures_are_those_of_transformers(folder: Path) -> None:
         with torch.no_grad():
             loss = model(**encoded, labels=encoded["input_ids"]).loss
         assert one.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
-        asked = tokenizer(found.prompts[0], return_tensors="pt", truncation=True, max_length=8)
-        made = model.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1] :]
-        assert one.answers[0] == tokenizer.decode(made, skip_special_tokens=True)
+        for prompt, answer in zip(found.prompts, one.answers, strict=True):
+            asked = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=8)
+            made = model.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1] :]
+            assert answer == tokenizer.decode(made, skip_special_tokens=True)
 
 
 def test_prompts_of_rows_are_asked(folder: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, SMALL, batches, make
 
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Linear, from_reader
+from deltamerge.calibrate.model.passes import Callbacks
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbered_blocks
 
@@ -66,7 +67,9 @@ def test_prefix_on_either_side(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
     _, tensors = make("LlamaForCausalLM", tmp_path)
-    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    told: list[int] = []
+    callbacks = Callbacks(ahead=lambda part, weights: told.append(part))
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors, callbacks=callbacks)
     asked: list[list[str]] = []
     resident: list[int] = []
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -79,8 +82,6 @@ def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
         alive.extend(map(weakref.ref, made.values()))
         return made
 
-    told: list[int] = []
-    model.entering = lambda part, weights: told.append(part)
     model.run(batches("Llama"), [weights], lambda b, out: None)
     assert told == [2, 3, 4]  # read ahead of their turn; there is no part 4
     rest, *blocks = [sorted(part) for part in model.parts]

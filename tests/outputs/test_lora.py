@@ -213,7 +213,7 @@ def test_deltas_that_are_nothing_or_no_numbers(llama: Path) -> None:
     tensors = load_tensors(llama / "tuned")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     _save(llama, "broken", tensors)
-    with pytest.raises(DeltamergeError, match=r"layers\.1\.mlp\.up_proj\.weight: its delta is not finite"):
+    with pytest.raises(DeltamergeError, match=r"^tensor \S+layers\.1\.mlp\.up_proj\.weight: its delta is not finite"):
         lora(llama, "rank: 4", BASE.replace("tuned", "broken"), name="bad")
 
 

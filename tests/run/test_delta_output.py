@@ -22,6 +22,7 @@ from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.methods.registry import MERGE
+from deltamerge.tensors.reader import Reader, RecentParts
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -337,6 +338,22 @@ def test_calibration_reads_a_delta_as_its_fine_tune(tmp_path: Path) -> None:
     )
     wanted = content(run(tmp_path, "wanted", text.replace("MODEL", "a"), kind="model"))
     assert content(run(tmp_path, "got", text.replace("MODEL", "delta"), kind="model")) == wanted
+
+
+@pytest.mark.parametrize("prune", ["method: magnitude, density: 0.1", "method: budget, bytes: 12kB"])
+def test_a_plan_counts_what_a_reader_keeps_of_a_delta(tmp_path: Path, prune: str) -> None:
+    models(tmp_path, torch.bfloat16)
+    run(tmp_path, "delta", ONE + f"prune: {{{prune}}}\n", kind="delta", semantics="add")
+    (tmp_path / "r.yaml").write_text("base_model: ./base\nmodels: [{model: ./delta}]\n")
+    planned = runner.make_plan(tmp_path / "r.yaml")
+    kept: dict[str, RecentParts] = {}
+    with Reader() as reader:
+        for info in planned.inputs.tunes[0].tensors.values():
+            reader.read_into(info, 0, np.empty(info.nbytes, np.uint8))
+        for kind in ("parts", "positions"):
+            kept[kind] = reader.once(f"{kind} of deltas", lambda: RecentParts(1, int))
+    assert planned.memory.parts["delta_inputs"] == sum(one._weight for one in kept.values()) > 0
+    assert planned.memory.parts["delta_inputs"] <= planned.peak_bytes
 
 
 REFUSED = {

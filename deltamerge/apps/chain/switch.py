@@ -94,7 +94,7 @@ class Switch:
 
 
 class DeltaCache(Generic[T]):
-    """What is made of deltas, by folder: of each while it holds the same artifact, and of no more than `keep`."""
+    """Values made of deltas, by folder: each while the folder holds the same artifact, at most `keep` of them."""
 
     def __init__(self, keep: int | None, make: Callable[[Sequence[Version]], T]) -> None:
         if keep is not None and keep < 1:

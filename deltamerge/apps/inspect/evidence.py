@@ -25,7 +25,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskLoss:
-    """What one mask loses.
+    """The loss of one mask.
 
     plain         its q without calibration
     q             the q of linear weights with the smallest output change; if that is the first or last point, where the

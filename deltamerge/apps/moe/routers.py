@@ -262,7 +262,7 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 def _states(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """Return (layers, hidden) of every prompt."""
     from deltamerge.calibrate.model.blocks import BlockModel, from_reader
-    from deltamerge.calibrate.model.passes import stored
+    from deltamerge.calibrate.model.passes import Callbacks, stored
     from deltamerge.calibrate.rows.batches import config_of
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
@@ -278,13 +278,13 @@ def _states(spec: RouterSpec, inputs: Sequence[Tensor], reader: Reader, tokens: 
     # the first batch goes through the head too, which is large
     groups = [ordered[:1], *(ordered[i : i + BATCH] for i in range(1, len(ordered), BATCH))]
     batches = [_batch([tokens[text] for text in group]) for group in groups]
-    model = BlockModel(config, own, device=torch_device(spec.device), pad_token_id=0)
+    callbacks = Callbacks(walked=lambda batches, passes: progress.here(progress.PASSES).begin(passes))
+    model = BlockModel(config, own, device=torch_device(spec.device), pad_token_id=0, callbacks=callbacks)
     if len(model.blocks) != spec.layers:
         raise InputError(f"{type(model.module).__name__} has {len(model.blocks)} blocks, the files {spec.layers}")
     weights = from_reader(lambda name: stored(reader, own[name]))
     watch = _Watch(model, batches, mean=spec.mode == "hidden_avg", mlp=spec.mode == "mlp_input")
     with single_threaded({"torch"}), progress.phase(f"routers of {spec.model}", 1, progress.PASSES) as phase:
-        model.walked = lambda batches, passes: phase.begin(passes)
         with suppress(_Enough):
             model.run(batches, [weights], lambda batch, output: None, watch=watch)
         phase.step()

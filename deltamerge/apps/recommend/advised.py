@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
 from deltamerge.apps.recommend.merge import EACH, ROWS_CHOOSE, ROWS_SAVE, MergeAdvice, merge_advice, names_of
-from deltamerge.calibrate.rows import FILES
+from deltamerge.calibrate.rows import FILES, read
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import read_recipe
@@ -71,11 +71,11 @@ def _refuse_other(recipe: Path, out: Path) -> None:
 def rows_in(folder: Path, models: Sequence[str], **keys: Any) -> list[dict[str, Any]]:
     """Return the rows of each model, a file named as the last part of its path: math.jsonl, .csv or .txt.
 
-    A file in the place of the folder holds rows for all. `keys` are more keys of a recipe's `calibration`.
-    InputError: a model has no file, or two.
+    A file in the place of the folder holds rows for all. `keys` are more keys of a recipe's `calibration`; a file of
+    fewer rows than `sequences` is used whole. InputError: a model has no file, or two.
     """
     if folder.is_file():
-        return [{"data": str(folder), **keys}]
+        return [_whole_if_few(folder, keys)]
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", hint="--rows takes a folder of NAME.jsonl, a file for each model")
     made = []
@@ -84,12 +84,21 @@ def rows_in(folder: Path, models: Sequence[str], **keys: Any) -> list[dict[str, 
         if len(files) != 1:
             wrong = f"has no {name}.jsonl" if not files else f"has {files[0].name} and {files[1].name}"
             raise InputError(f"{folder}: {wrong}", hint=f"one file of rows for each of {', '.join(names_of(models))}")
-        made.append({"data": str(files[0]), **keys})
+        made.append(_whole_if_few(files[0], keys))
     return made
 
 
+def _whole_if_few(file: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `calibration` of a file of rows."""
+    calibration = {"data": str(file), **keys}
+    if "sequences" in keys:
+        found = read(file.name, folder=file.resolve().parent, text=keys.get("text", "text"))
+        calibration["sequences"] = max(1, min(keys["sequences"], len(found)))
+    return calibration
+
+
 def in_five_lines(made: AdvisedMerge) -> list[str]:
-    """Return what was chosen, why, what each skill should keep, what is in danger, and what would save it."""
+    """Return the choice and its reasons, the forecast of each skill, and the dangers and their remedies."""
     advice = made.advice
     savers = [line for line in advice.rescue if line in (EACH, ROWS_SAVE)]
     dangers = [line for line in advice.rescue if line not in savers]

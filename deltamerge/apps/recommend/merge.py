@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -44,7 +44,7 @@ from deltamerge.run.options import Options
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-STAY, RULED = 0.8, 0.5  # of what the usual λ loses: another is taken where it loses less; RULED: the usual is a rule's
+STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -140,13 +140,13 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
-    forecast: list[SkillForecast] = Field(description="What it will keep of each model, by its answers on these rows.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model, from answers on these rows.")
     tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
 
 class MergeAdvice(Conclusion):
-    """What `deltamerge recommend --json` prints of several models."""
+    """The output of `deltamerge recommend --json` for several models."""
 
     models: list[str]
     base: str
@@ -154,8 +154,8 @@ class MergeAdvice(Conclusion):
     why: list[str]
     factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
-    forecast: list[SkillForecast] = Field(description="What the recommended merge will keep of each model.")
-    rescue: list[str] = Field(description="For skills that may be lost: what would save them.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model in the recommended merge.")
+    rescue: list[str] = Field(description="Ways to save the skills that may be lost.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
     held_out: dict[str, int] = Field(description="Other rows of each, on which fits are judged; both judge the rest.")
@@ -218,7 +218,7 @@ def merge_advice(
     found, way, factor = _Adviser(setting, options).advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
     recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
-    head = [f"{found.method}, by `deltamerge recommend`:", *found.why]
+    head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
     return found.model_copy(update={"recipe": with_comment(head, recipe)})
 
 
@@ -237,7 +237,7 @@ def names_of(models: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What is merged: models, their base and their rows."""
+    """The models to merge, their base and their rows."""
 
     models: tuple[str, ...]
     base: str
@@ -298,16 +298,20 @@ class _Adviser:
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
         count, talks = len(self.setting.models), all(has_head(t.checkpoint.config, "causal-lm") for t in inputs.tunes)
-        conflict = measure(roots, device=planning.device, workers=planning.workers)
         found: dict[Way, MergeCandidate] = {}
         good: list[Way] = []
-        classes: dict[str, int | None] = {}
         search: dict[str, int] = {}
         held: dict[str, int] = {}
-        if self.setting.rows:
-            with closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,))) as judge:
-                classes = {task.name: _classes(task) for task in judge.tasks.values()}
+        with ExitStack() as stack:
+            judge: StudyJudge | None = None
+            if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
+                judge = stack.enter_context(
+                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,)))
+                )
                 search, held = judge.rows("search"), judge.rows("held")
+            conflict = measure(roots, device=planning.device, workers=planning.workers)
+            if judge is not None:
+                classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 found, good = self._judge(judge, FITTED if fit else (), conflict, classes)
         if found and not good:
             raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
@@ -411,8 +415,7 @@ class _Trials:
         rounded = [float(f"{factor:.3g}") for factor in factors]
         parts: Sequence[Part] = ["held"] if way.fitted else self.tuning
         try:
-            for part in parts:
-                self._measure(way, rounded, part)
+            self._measure(way, rounded, parts)
             lost = {factor: fmean(self._pooled(way, factor, parts, DISTANCE).values()) for factor in rounded}
             if any(value != value for value in lost.values()):
                 raise InputError("what it loses is not a number")
@@ -420,12 +423,18 @@ class _Trials:
         except DeltamergeError as fault:
             self.errors[way] = one_line(fault)
 
-    def _measure(self, way: Way, factors: Sequence[float], part: Part) -> None:
-        new = [factor for factor in factors if (way, factor, part) not in self.scores]
-        recipes = [self.adviser.recipe(way, factor) for factor in new]
-        found = self.judge.scores([self.adviser.candidates.of(one) for one in recipes], part) if new else []
-        self.adviser.passes += len(new) if part == "search" else 0
-        self.scores.update({(way, factor, part): own for factor, own in zip(new, found, strict=True)})
+    def _measure(self, way: Way, factors: Sequence[float], parts: Sequence[Part]) -> None:
+        """Measure a way at each λ on the parts on which it is not measured yet."""
+        lacking: dict[tuple[Part, ...], list[float]] = {}
+        for factor in factors:
+            if left := tuple(part for part in parts if (way, factor, part) not in self.scores):
+                lacking.setdefault(left, []).append(factor)
+        for left, new in lacking.items():
+            candidates = [self.adviser.candidates.of(self.adviser.recipe(way, factor)) for factor in new]
+            found = self.judge.scores_by_part(candidates, left)
+            self.adviser.passes += len(new) if "search" in left else 0
+            for factor, own in zip(new, found, strict=True):
+                self.scores.update({(way, factor, part): scores for part, scores in own.items()})
 
     def leaders(self) -> list[Way]:
         """Return the ways that are best at their usual λ."""
@@ -443,8 +452,7 @@ class _Trials:
                 break
             self.try_at(way, [best / RATIO if best == ends[0] else best * RATIO])
         if (factor := self.factor(way)) is not None:
-            for part in self.rows:
-                self._measure(way, [factor], part)
+            self._measure(way, [factor], list(self.rows))
 
     def factor(self, way: Way) -> float | None:
         """Return the λ of a way. None: it cannot be judged."""
@@ -498,23 +506,24 @@ def _classes(task: ScoredTask) -> int | None:
 
 def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
     """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
-    said = f"the deltas' mean cosine is {conflict.cosine_mean:.2g}"
+    said = f"mean cosine {conflict.cosine_mean:.2g}"
     if conflict.cosine_mean >= ALIKE:
         return (
             ARITHMETIC,
             float(f"{1 / count:.3g}"),
-            [f"{said}: they go the same way, and their mean keeps what they do"],
+            [f"the deltas go the same way ({said}), and their mean keeps what they do"],
         )
+    said = f"the deltas go different ways ({said}), and without rows"
     if talks:
-        kept = "of what needs no data wudi keeps most of language models whose deltas go different ways"
-        return WUDI, 1.0, [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
+        kept = "wudi kept most of such language models"
+        return WUDI, 1.0, [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
     way = SVC if count > 2 else TSV_M
-    kept = f"without data {way.method} of balanced deltas is the safest for {'more' if count > 2 else 'two'} models"
-    return way, float(f"{way.usual(count):.3g}"), [f"{said}: {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
+    kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"
+    return way, float(f"{way.usual(count):.3g}"), [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
 
 
 def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
-    """Return ways, the largest expected share first; where rows do not tell shares, what loses least first."""
+    """Return ways, the largest expected share first; where rows do not tell shares, the least loss first."""
 
     def worth(way: Way) -> tuple[float, float]:
         return mean_share(judged[way].forecast) or 0.0, -(judged[way].lost_mean or 0.0)
@@ -549,7 +558,7 @@ def mean_share(forecast: Sequence[SkillForecast]) -> float | None:
 
 
 def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillForecast], *, rows: bool) -> list[str]:
-    """Return how each skill that may be lost is in danger, and then, from SAVED on, what would save it."""
+    """Return the danger to each skill that may be lost, and then, from SAVED on, the ways to save it."""
     said = []
     for one in forecast:
         if one.loss not in ("probable", "possible"):
@@ -566,5 +575,7 @@ def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillFor
                 alike = f"{names[i]} and {names[j]} are alike (cosine {conflict.cosine[i][j]:.2g}), the others not"
                 said.append(f"{alike}: together they outweigh these; leave one of them out")
         if any(one.loss == "unknown" for one in forecast) and forecast[0].low is not None:
-            said.append("any of these skills may be lost: of the benchmarks' decoders a quarter kept less than half")
+            said.append(
+                "any of these skills may be lost: in our benchmarks of decoders 2 of 11 skills kept less than half"
+            )
     return [*said, EACH, *([] if rows else [ROWS_SAVE])] if said else []

@@ -71,11 +71,11 @@ class PruneCandidate(Figures):
         description="Divergence of held-out outputs over that of the base: 0 none, 1 all is lost."
     )
     metric: float | None = Field(description="The metric on the held-out rows, with --label.")
-    q: float | None = Field(description="What the linear weights' entries were divided by, measured with.")
+    q: float | None = Field(description="The divisor of the linear weights' entries in the measurement.")
 
 
 class Paper(Figures):
-    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
+    """The answer of the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3)."""
 
     method: str
     prune: dict[str, Any]
@@ -123,7 +123,7 @@ class Conclusion(Figures):
 
 
 class Recommendation(Conclusion):
-    """What `deltamerge recommend --json` prints."""
+    """The output of `deltamerge recommend --json`."""
 
     model: str
     base: str
@@ -381,7 +381,7 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 
 
 def with_recipe(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
-    """Return the recommendation with its recipe as YAML, named for what it was recommended for."""
+    """Return the recommendation with its recipe as YAML, named for its purpose."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
     return answer.model_copy(update={"recipe": with_comment(head, recipe)})
 

@@ -1,8 +1,9 @@
-"""Find the model, the layers and the tensors that cost a skill in a merge. Nothing is written; no merge is made twice.
+"""Find the model, the layers and the tensors that cost a skill in a merge. Nothing is written.
 
 One fine-tune's rows run through the merge, with that fine-tune's head. Tensors of the merge are exchanged, in memory,
 for the fine-tune's own: first runs of layers, then layers, then the tensors of the worst layer. The cost of these
-tensors is the fall in the distance of outputs. Then each other model is left out of the recipe in turn.
+tensors is the fall in the distance of outputs. Then each other model is left out of the recipe in turn. A merge of at
+most `KEPT` bytes is made once.
 
 Distances are shares of the base's: 0 is the fine-tune, 1 is the base.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from deltamerge.apps.inspect.statistics import parse
 from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, columns, picture
-from deltamerge.apps.search.candidates import RecipeCandidate, candidates_in
+from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, ScoredTask, measured
 from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.apps.search.outcome import one_line
@@ -37,6 +38,7 @@ TENSORS = 12  # of them for tensors of the worst layer
 MODELS = 12  # and for models that are left out
 SHOWN = 8
 TOGETHER = 8
+KEPT = 2 * 2**30  # bytes of the merge that stay in memory
 GOAL = Goal.model_validate({"measure": AGREEMENT})
 STUDY = Study.model_validate({"together": 1})
 
@@ -79,7 +81,7 @@ class Bisection:
         return asdict(self)
 
     def picture(self) -> str:
-        """Draw what each layer, tensor and model costs, as SVG."""
+        """Draw the cost of each layer, tensor and model, as SVG."""
         order = sorted(self.layers, key=lambda one: natural(one.name))
         numbers = [Point(_number(one.name), max(0.0, one.won)) for one in order if _number(one.name)]
         panels = []
@@ -130,10 +132,11 @@ def bisect(
                 raise UsageError(f"no model is named {skill}", hint=f"--of {' | --of '.join(names)}")
             skill = alike[0]
         merge = judge.start
-        (scores,) = judge.scores([merge], "search")
+        walk = judge.walk([merge], KEPT)
+        ((scores,),) = (own.values() for own in judge.judged(walk, ["search"]))
         lost = {name: own[DISTANCE] for name, own in scores.items()}
         worst = skill or max(lost, key=lambda name: lost[name])
-        search = _Bisection(judge, names[worst], lost[worst])
+        search = _Bisection(judge, walk, names[worst], lost[worst])
         others = [index for index in names.values() if index != names[worst]][:MODELS]
         layers = search.narrow(_layers(merge.places[names[worst]]), MOST - search.passes - TENSORS - len(others))
         tensors: list[Suspect] = []
@@ -178,6 +181,7 @@ class _Bisection:
     """The passes of one skill's rows, and the lost distance after each exchange."""
 
     judge: StudyJudge
+    merge: Walk
     index: int
     lost: float
     passes: int = BEGIN
@@ -206,11 +210,10 @@ class _Bisection:
         lost = self._measure([self._restored([n for _, names in some for n in names]) for some in several])
         room -= len(several)
         best: list[Run] = []
-        for value, some in sorted(zip(lost, several, strict=True), key=lambda one: one[0]):
+        for _, some in sorted(zip(lost, several, strict=True), key=lambda one: one[0]):
             if best and len(best) + len(some) > room:
                 break
             best += some
-            del value
         return self.narrow(best, room)
 
     def without(self, data: Mapping[str, Any], index: int, name: str) -> Suspect | None:
@@ -225,21 +228,16 @@ class _Bisection:
             if len(models) < 1:
                 raise InputError("its models are not listed at the top of the recipe")
             candidate = self.judge.candidates.of(parse({**data, "models": models}))
-            self.judge.prepare(candidate)
             place = self.index - (index < self.index)
-            (lost,) = self._measure([self._walk(candidate).weights(0, place, self.task)])
+            (lost,) = self._measure([self.judge.walk([candidate]).weights(0, place, self.task)])
         except DeltamergeError as error:
             self.notes.append(f"{name} cannot be left out: {one_line(error)}")
             return None
         return Suspect(name, lost, self.lost - lost)
 
-    def _walk(self, candidate: RecipeCandidate) -> Walk:
-        judge = self.judge
-        return Walk([candidate], judge.reader, judge.known, judge.device, judge.budget, judge.dtype)
-
     def _restored(self, names: Sequence[str]) -> Weights:
         """Return the merge's weights with these tensors the skill's own."""
-        merged, own = self._walk(self.judge.start).weights(0, self.index, self.task), frozenset(names)
+        merged, own = self.merge.weights(0, self.index, self.task), frozenset(names)
 
         def of(wanted: Sequence[str]) -> dict[str, Any]:
             kept, others = [n for n in wanted if n in own], [n for n in wanted if n not in own]

@@ -1,6 +1,6 @@
 """Judge candidates in memory on the rows of their fine-tunes, part by part of a model.
 
-What candidates share is read and computed once. No candidate is written.
+Tensors that candidates share are read and computed once. No candidate is written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GIVEN = "deltamerge.apps.search.judge:given"
 
 
 class BoundedCache(Generic[K, T]):
-    """What `make` makes of keys, several at once; the last `budget` bytes of it are kept."""
+    """A cache of the values that `make` gives for keys, several at once; the last `budget` bytes are kept."""
 
     def __init__(self, budget: int, size: Callable[[T], int]) -> None:
         self.budget, self.size, self.bytes = budget, size, 0
@@ -82,7 +82,7 @@ class Walk:
 
     A part of the model is resident. Its tensors that candidates share are in memory once: stored ones, pruned deltas,
     singular vectors and the like. A candidate's own tensors are made of these when its turn comes, rounded to the
-    output's dtype. They are held in `dtype` (None: as they are) until the next turn.
+    output's dtype. They are held in `dtype` (None: as they are) until the next turn, or for good up to `kept` bytes.
     """
 
     def __init__(
@@ -93,13 +93,14 @@ class Walk:
         device: str,
         budget: int,
         dtype: torch.dtype | None = None,
+        kept: int = 0,
     ) -> None:
         self.candidates, self.reader, self.known, self.device = candidates, reader, known, device
         self.dtype = dtype
         self.graph = Graph()
         self.shared: BoundedCache[str, dict[Node, Node]] = BoundedCache(budget, _bytes_of_nodes)
         self.made: BoundedCache[tuple[int, str], Tensor] = BoundedCache(
-            budget, lambda tensor: tensor.numel() * tensor.element_size()
+            max(budget, kept), lambda tensor: tensor.numel() * tensor.element_size()
         )
 
     def weights(self, k: int, index: int, task: ScoredTask) -> Weights:
@@ -179,7 +180,9 @@ def _common(roots: Sequence[Node]) -> list[Node]:
     """
     distinct = list(dict.fromkeys(roots))
     if len(distinct) == 1:
-        return distinct if len(roots) > 1 and not distinct[0].is_source else _reads(distinct[0])
+        if len(roots) > 1 and not distinct[0].is_source:
+            return distinct
+        return [node for node in depth_first(distinct[0]) if node.is_source]
     count: dict[Node, int] = {}
     for root in distinct:
         for node in depth_first(root):
@@ -197,10 +200,6 @@ def _common(roots: Sequence[Node]) -> list[Node]:
         else:
             pending += node.operands
     return list(found)
-
-
-def _reads(root: Node) -> list[Node]:
-    return [node for node in depth_first(root) if node.is_source]
 
 
 def _is_delta(node: Node, root: Node) -> bool:
@@ -291,30 +290,41 @@ class StudyJudge:
         return torch.float32 if precise else None
 
     def rows(self, part: Part) -> dict[str, int]:
-        """Return the number of rows of each fine-tune."""
-        return {self.tasks[index].name: sheet.rows for index, sheet in self.sheet(part).items()}
+        """Return the number of rows of each fine-tune. InputError: they are too few, or do not fit the model."""
+        return {task.name: len(self._of(index)[part]) for index, task in self.tasks.items()}
 
     def scores(self, candidates: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
-        """Return the measures of every candidate. `study.together` of them share a walk."""
-        found: list[Scores] = []
+        """Return the measures of every candidate on a part of the rows."""
+        return [own[part] for own in self.scores_by_part(candidates, [part])]
+
+    def scores_by_part(
+        self, candidates: Sequence[RecipeCandidate], parts: Sequence[Part]
+    ) -> list[Mapping[Part, Scores]]:
+        """Return the measures of every candidate on each part of the rows. `study.together` of them share a walk."""
+        found: list[Mapping[Part, Scores]] = []
         for at in range(0, len(candidates), self.study.together):
-            found += self._walk(candidates[at : at + self.study.together], part)
+            found += self.judged(self.walk(candidates[at : at + self.study.together]), parts)
         return found
 
-    def _walk(self, some: Sequence[RecipeCandidate], part: Part) -> list[Scores]:
-        sheets = self.sheet(part)
+    def walk(self, some: Sequence[RecipeCandidate], kept: int = 0) -> Walk:
+        """Return the weights of candidates. Up to `kept` bytes of them stay in memory."""
         for candidate in some:
             self.prepare(candidate)
-        walk = Walk(some, self.reader, self.known, self.device, self.budget, self.dtype)
-        variants = [[walk.weights(k, index, self.tasks[index]) for k in range(len(some))] for index in sheets]
+        return Walk(some, self.reader, self.known, self.device, self.budget, self.dtype, kept)
+
+    def judged(self, walk: Walk, parts: Sequence[Part]) -> list[Mapping[Part, Scores]]:
+        """Return the measures of a walk's candidates on each part. Every tensor is made once for all parts."""
+        sheets = [(part, index, sheet) for part in parts for index, sheet in self.sheet(part).items()]
+        count = len(walk.candidates)
+        variants = [[walk.weights(k, index, self.tasks[index]) for k in range(count)] for _, index, _ in sheets]
         with backends.quiet_allocator(whole=True):
-            by_task = measured([(self.tasks[index], sheet) for index, sheet in sheets.items()], variants)
-        worth = self.references[part]["base"]
-        found: list[Scores] = []
-        for k in range(len(some)):
-            own = {self.tasks[i].name: of_task[k] for i, of_task in zip(sheets, by_task, strict=True)}
-            found.append({name: relative(scores, worth[name]) for name, scores in own.items()})
-        return found
+            by_sheet = measured([(self.tasks[index], sheet) for _, index, sheet in sheets], variants)
+        found: list[dict[Part, dict[str, Mapping[str, float]]]] = [{part: {} for part in parts} for _ in range(count)]
+        for (part, index, _), of_sheet in zip(sheets, by_sheet, strict=True):
+            name = self.tasks[index].name
+            for own, scores in zip(found, of_sheet, strict=True):
+                own[part][name] = relative(scores, self.references[part]["base"][name])
+        return [dict(own) for own in found]
 
     def prepare(self, candidate: RecipeCandidate) -> None:
         """Run the stages of a candidate that no other has run: activations, q's."""

@@ -172,7 +172,7 @@ def _last_json(said: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a candidate is worth: a number for each goal, every fine-tune's scores, or why it failed."""
+    """The worth of a candidate: a number for each goal, every fine-tune's scores, or the reason of its failure."""
 
     values: tuple[float, ...] = ()
     scores: Scores = field(default_factory=dict)
@@ -239,7 +239,7 @@ class Bench:
         """Return the scores of the base and the fine-tunes."""
         found: dict[str, dict[str, Mapping[str, float]]] = {}
         for judge in self.judges.values():
-            judge.rows(part)
+            judge.sheet(part)
             for kind, scores in judge.references[part].items():
                 found.setdefault(kind, {}).update(scores)
         return found
@@ -248,7 +248,7 @@ class Bench:
         """Return the values of the base and the fine-tunes by each goal that is judged in memory."""
         found: dict[str, dict[str, float]] = {}
         for judge in self.judges.values():
-            judge.rows(part)
+            judge.sheet(part)
             known = judge.references[part]
             for kind, scores in known.items():
                 own = {name: relative(one, known["base"][name]) for name, one in scores.items()}

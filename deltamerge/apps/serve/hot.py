@@ -59,7 +59,7 @@ BASE = "base"  # the weight version of a server that holds the folder's own weig
 
 @dataclass(frozen=True, slots=True)
 class HotUpdate:
-    """What an edit of a recipe changed in a running model: the tensors that were written, of how many, and seconds."""
+    """The effect of an edited recipe on a running model: the written tensors, the number of all, and seconds."""
 
     tensors: tuple[str, ...]
     of: int

@@ -63,7 +63,7 @@ class WrittenVersion:
 
 
 class ChainWriter:
-    """What writers of a chain's versions share: a thread writes one while the caller goes on, and the next waits."""
+    """The base of writers of a chain: a thread writes a version while the caller goes on, and the next waits."""
 
     def __init__(self, chain: str | Path, model: Any, base: str | Path | None) -> None:
         self.chain, self._model = Path(chain), model

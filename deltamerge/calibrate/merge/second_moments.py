@@ -58,7 +58,7 @@ class InputMeasurement:
 
     @property
     def memory(self) -> int:
-        """Return about the bytes of the C's of one block, or of what is held to learn codes."""
+        """Return about the bytes of the C's of one block, or of the data held to learn codes."""
         if not self.codes:
             return block_bytes(self.source, set(self.names.values()))
         codes = math.ceil(LATENT * self.codes)
@@ -67,7 +67,7 @@ class InputMeasurement:
 
     @property
     def note(self) -> str:
-        """Say what learning codes takes; "": none are learned."""
+        """Describe the cost of learning codes; "": none are learned."""
         if not self.codes:
             return ""
         passes = learning_passes(self.source.calibration.sequences)
@@ -251,8 +251,7 @@ def of_result(
     roots = dict(zip(names, inputs[1 : 1 + len(names)], strict=True))
     with calibrating("the merge", 1, MEASURING, device=source.device), Reader() as reader:
         (tensors,) = models_of(inputs, [source])
-        subject = Subject(source, tensors, reader)
-        subject.model.entering = lambda part, weights: None
+        subject = Subject(source, tensors, reader, ahead=False)
         batches = subject.batches["search"].inputs
         weights = _result(subject, roots, reader, known)
         watch = MatrixMoments(batches, dict(wanted), found)

@@ -10,8 +10,8 @@ The model is built without weights (parameters on the meta device, no remote cod
 The result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot be
 identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
 
-With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32);
-the residual stream, norms, embeddings and the head stay float32, and so does all that is watched.
+With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32).
+The residual stream, norms, embeddings, the head and all watched inputs stay float32.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from deltamerge.calibrate.model.loading import (
 from deltamerge.calibrate.model.passes import (
     COMPARED,
     BlockOutput,
+    Callbacks,
     Inputs,
     LastLayer,
     Logits,
@@ -53,8 +54,9 @@ from deltamerge.calibrate.model.passes import (
     from_reader,
     patched,
 )
+from deltamerge.calibrate.model.precision import multiplying, same_every_time
 from deltamerge.calibrate.model.transformers_code import running
-from deltamerge.calibrate.spec import Precision, multiplying, same_every_time
+from deltamerge.calibrate.spec import Precision
 from deltamerge.errors import InputError
 
 
@@ -165,7 +167,7 @@ class Generating(nn.Module):
 
 def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
     """Return the results of walks, which take their steps in turn. Models with the same number of blocks are at the
-    same block, so that they can share what they read."""
+    same block, so that they can share their reads."""
     found: dict[int, T] = {}
     while len(found) < len(walks):
         for i, walk in enumerate(walks):
@@ -179,6 +181,7 @@ def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
 
 __all__ = ["BlockModel", "BlockOutput", "Inputs", "Linear", "Watch", "Weights", "from_reader"]
 T = TypeVar("T")
+NO_CALLBACKS = Callbacks()
 
 
 class BlockModel:
@@ -188,12 +191,10 @@ class BlockModel:
         layers    the linear layers of each part
         stacked   of each part the other tensors that may hold linear layers, such as experts stacked in one
         lookups   the weights of embeddings
-        reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
-                  one by one, all where one has had one
-        turned    of the reached of `stacked`, whether they are stored (in, out)
-        walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
-        entering  is told, before a block's turn, the part that comes after it, and whose weights begin there
-        relieved  is asked where a device has too little memory whether some has been freed: then a walk begins again
+        reached   names of the weights of linear layers that have had an input; experts of one layer that are stored
+                  one by one count as reached together
+        turned    whether a reached weight of `stacked` is stored (in, out)
+        callbacks are told how far a walk is
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
@@ -210,10 +211,9 @@ class BlockModel:
         device: str | torch.device = "cpu",
         pad_token_id: int | None = None,
         precision: Precision = "float32",
+        callbacks: Callbacks = NO_CALLBACKS,
     ) -> None:
-        self.device, self.precision = torch.device(device), precision
-        self.entering: Callable[[int, Weights], None] = lambda part, weights: None
-        self.relieved: Callable[[], bool] = lambda: False
+        self.device, self.precision, self.callbacks = torch.device(device), precision, callbacks
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -221,7 +221,6 @@ class BlockModel:
         self.checkpoint_name = self.loading.checkpoint_name  # state name -> checkpoint name
         place_buffers(self.module, self.device, self.loading.states)
         self.blocks = find_blocks(self.module)
-        self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
         self._ignored = ignored(self.module) | {COMPARED}
         self._last_layer = LastLayer(self.module)
         self.reached: set[str] = set()
@@ -322,14 +321,14 @@ class BlockModel:
     ) -> list[list[T]]:
         """Return [variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
-        Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
+        Batches are input tensors as the model's forward takes them, but `decoder_input_ids` are the text that the
         decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
         the linear layers of the first variant.
         """
         try:
             return together([self.walk(batches, variants, reduce, watch=watch)])[0]
         except torch.OutOfMemoryError:
-            if watch is not None or not self.relieved():
+            if watch is not None or not self.callbacks.relieve():
                 raise
             return self.run(batches, variants, reduce)
 
@@ -342,7 +341,7 @@ class BlockModel:
         *,
         watch: Watch | None = None,
     ) -> Generator[None, None, list[list[T]]]:
-        """Do what `run` does in steps, for `together`: wait before each variant's turn at a part of the model."""
+        """Run in steps, for `together`: wait before each variant's turn at a part of the model."""
         if self.blocks:
             try:
                 return (yield from self._walk(batches, variants, reduce, watch))
@@ -364,20 +363,20 @@ class BlockModel:
         watch: Watch | None,
     ) -> Generator[None, None, list[list[T]]]:
         traces, outputs = [], []
-        self.entering(2, variants[0])
+        self.callbacks.ahead(2, variants[0])
         for v, weights in enumerate(variants):
             yield
             traces.append(self.prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             if i > 0:
-                self.entering(2 + i, variants[0])
+                self.callbacks.ahead(2 + i, variants[0])
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
                     yield
                     self.block(i, weights, traces[v], outputs[v], seen)
-            self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
+            self.callbacks.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
         return (yield from self._last(batches, variants, reduce, outputs, watch))
 
     def _last(
@@ -463,9 +462,11 @@ class BlockModel:
     def differentiable(
         self, inputs: Inputs, weights: Weights, precision: Precision = "float32", *, held: bool = False
     ) -> BlockOutput:
-        """Return the forward with gradients to whatever `weights` computes from, which is called again in the backward
-        pass (activation checkpointing, block by block): a block's tensors exist only while it runs. `held`: all that
-        blocks compute is held instead."""
+        """Return the forward with gradients to the tensors that `weights` computes from.
+
+        `weights` is called again in the backward pass (activation checkpointing, block by block), so that a block's
+        tensors exist only while it runs. `held`: activations are held instead.
+        """
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -496,7 +497,7 @@ class BlockModel:
             for i in range(1, len(self.blocks)):
                 states.append(list(states[-1]))
                 self.block(i, weights, traces, states[-1], None)
-                self.walked(batches, i / len(self.blocks))
+                self.callbacks.walked(batches, i / len(self.blocks))
 
         def ended(b: int, output: BlockOutput) -> None:
             torch.autograd.backward(loss(b, output))
@@ -515,7 +516,7 @@ class BlockModel:
                         outputs = functional_call(shell, local, *trace.call(i, before[b]))
                     _backward(outputs, gradients[b])
                     gradients[b] = _gradients(before[b])
-            self.walked(batches, 3.0 - 2.0 * i / len(self.blocks))
+            self.callbacks.walked(batches, 3.0 - 2.0 * i / len(self.blocks))
         with self._differentiating(weights, [0, 1]) as tensors, same_every_time(self.device, places):
             for b, trace in enumerate(self._begins(tensors, batches)):
                 _backward(trace.outputs, gradients[b])
@@ -618,11 +619,11 @@ class BlockModel:
 
 @torch.no_grad()
 def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: Weights, watch: Watch) -> Iterator[int]:
-    """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
+    """Watch block after block with the weights `seen`, on the outputs of the blocks before with the weights `passed`.
 
-    Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
-    blocks (part 0) comes last, but its `passed` weights are asked for first. What is watched follows from what was
-    passed, so both are float32. InputError: blocks cannot be told apart.
+    Yields the number of each watched part, whose `passed` weights are asked for afterwards. Tensors outside of blocks
+    (part 0) come last, but their `passed` weights are asked for first. Watched inputs depend on the `passed` weights,
+    so both are float32. InputError: blocks cannot be told apart.
     """
 
     def start(names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -640,7 +641,7 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
         raise refused from None
     outputs = [trace.left(again=True) for trace in traces]
     for i in range(len(model.blocks)):
-        model.entering(2 + i, seen)
+        model.callbacks.ahead(2 + i, seen)
         model.block(i, seen, traces, list(outputs), watch)
         yield 1 + i
         model.block(i, passed, traces, outputs, None)

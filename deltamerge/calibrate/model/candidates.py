@@ -26,10 +26,10 @@ SLAB = 1 << 18  # entries of a delta that are widened to float32 at once: they s
 
 
 class Cache(Generic[T]):
-    """Keeps what `read` gives by name: the first `pinned` bytes for good, of the others the last `recent` bytes.
+    """A cache of the values of `read`: the first `pinned` bytes for good, and the last `recent` bytes of the rest.
 
-    A walk asks for all names in a circle. Of what does not fit, the last used is always gone when its turn comes again,
-    so the first is kept; the recent serve the variants of one part of a walk.
+    A walk asks for all names in a circle. A cache of the last used would have lost each name when its turn comes again,
+    so the first names are kept. The recent values serve the variants of one part of a walk.
     """
 
     def __init__(self, read: Callable[[Sequence[str]], Mapping[str, T]], recent: int, pinned: int = 0) -> None:
@@ -46,7 +46,7 @@ class Cache(Generic[T]):
         return name in self._pinned or name in self._recent
 
     def several(self, names: Sequence[str]) -> dict[str, T]:
-        """Return the values of names, of which the missing are read together."""
+        """Return the values of names. The missing ones are read together."""
         found = {name: self._pinned[name] for name in names if name in self._pinned}
         for name in names:
             if name in self._recent:
@@ -71,7 +71,7 @@ class Cache(Generic[T]):
             self._held -= _bytes(self._recent.popitem(last=False)[1])
 
     def clear(self) -> None:
-        """Free what is kept."""
+        """Free all values."""
         self._pinned.clear()
         self._recent.clear()
         self._held, self._left = 0, self._pinned_room
@@ -80,7 +80,7 @@ class Cache(Generic[T]):
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
     """Return the weights of base + masked/q; a tensor without a q has q = 1.
 
-        base     reads the tensor that the delta is added to; of one that is not pruned (the head) the fine-tune's own
+        base     reads the tensor that the delta is added to; the fine-tune's own if it is not pruned (the head)
         masked   reads its masked delta, None where there is none
 
     With `Cache`s for both, candidates of one mask share their reads.
@@ -174,7 +174,7 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
-        # saved tensors are what checkpoints of activations free, and make again
+        # checkpoints of activations free saved tensors, and make them again
         ctx.save_for_backward(*(part for delta in deltas for part in _parts(delta)))
         ctx.kept, ctx.of_one = [isinstance(delta, Kept) for delta in deltas], coefficients.shape[1:]
         total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

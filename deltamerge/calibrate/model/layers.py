@@ -119,7 +119,7 @@ class Linear:
     name, bias   the checkpoint names of its weight and bias
     transposed   whether the weight is stored (in, out), as Conv1D's; of a parameter that is no module's `weight`,
                  such as stacked experts, only a forward tells (`BlockModel.turned`)
-    stack        what it shares with the other experts of its layer that the file stores one by one; "": nothing
+    stack        the common name of a layer's experts that the file stores one by one; "": it is no such expert
     """
 
     name: str

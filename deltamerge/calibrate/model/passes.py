@@ -23,7 +23,7 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Tensor as LazyTensor
 from deltamerge.tensors.tensor import TensorInfo
 
-PIECE_BYTES = 1 << 24  # of the logits of a piece, of which three are held; larger ones are no faster
+PIECE_BYTES = 1 << 24  # of the logits of a piece; three are held, and larger pieces are no faster
 
 
 class Stop(Exception):
@@ -44,7 +44,7 @@ def patched(blocks: Sequence[nn.Module], forward: Callable[[int], Callable[..., 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Logits x (…, V); with the `weight` (V, H) and `bias` (V) of a last layer those of x (…, H), not computed yet."""
+    """Logits x (…, V). With a last layer's `weight` (V, H) and `bias` (V), x (…, H) is its input: logits come later."""
 
     x: Tensor
     weight: Tensor | None = None
@@ -52,7 +52,7 @@ class Logits:
 
     @property
     def per_token(self) -> bool:
-        """Tell whether they score every token (B, T, V), as those of a language model do.
+        """Tell whether they score every token (B, T, V), as a language model does.
 
         InputError: they are several.
         """
@@ -75,7 +75,7 @@ class Logits:
         return replace(self, x=rows(self.x))
 
     def at(self, index: Tensor) -> Tensor:
-        """Return (N, k) logits: for each row of x (N, H) those that `index` names."""
+        """Return (N, k) logits: for each row of x (N, H) the logits that `index` names."""
         if self.weight is None:
             return self.x.gather(-1, index)
         found, start = [], 0
@@ -187,6 +187,20 @@ class BlockOutput:
     def logits(self) -> Tensor | None:
         """Return the logits, computed."""
         return None if self.scores is None else self.scores.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Functions that a model calls as it walks through its parts.
+
+    ahead     before a block's turn, with the number of the part after it and the weights of the first variant
+    walked    after each block, with the batches and the number of passes over them that the walk has made so far
+    relieve   when a device runs out of memory; the walk begins again if it returns that some was freed
+    """
+
+    ahead: Callable[[int, Weights], None] = lambda part, weights: None
+    walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
+    relieve: Callable[[], bool] = lambda: False
 
 
 class Watch(Protocol):

@@ -41,7 +41,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """A model on a device, the fine-tune's outputs there, and what `candidates.pruned` makes its weights of."""
+    """A model on a device, the fine-tune's outputs there, and the arguments of `candidates.pruned` for its weights."""
 
     model: BlockModel
     objective: Distribution
@@ -80,7 +80,7 @@ def learn(
     held_out      batch indices of the data that decides. A look at it comes before the first step and after every turn
                   through `groups`. The best look is kept; `patience` looks in a row that are no better end the search
     bounds        of every q: without them scales pass 100 on tensors that hardly matter
-    others        the same on other devices, which share the batches of a step; q is what one device finds
+    others        the same on other devices, which share the batches of a step; they give the q of one device
     """
     low, high = math.log(bounds[0]), math.log(bounds[1])
     logs = {name: _log(q, low, high, first.device) for name, q in start.items()}

@@ -178,7 +178,7 @@ class Generation:
     """1 − exact match of greedily generated texts with the reference answers; all weights are resident.
 
     batches  left-padded prompts, `answers` their reference texts, `decode` turns tokens (B, T) into texts
-    pattern  what of a text is its answer (`metrics.answer`): the whole text where None
+    pattern  finds the answer in a text (`metrics.answer`); None: the whole text
     """
 
     batches: Sequence[Inputs]

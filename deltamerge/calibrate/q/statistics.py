@@ -1,4 +1,4 @@
-"""Statistics of linear layers over the calibration rows, and what follows from them in closed form: bounds, errors, q.
+"""Statistics of linear layers over the calibration rows, and their closed forms: bounds, errors, q.
 
 `collect` makes one pass over the rows with the fine-tune's weights. Experts are layers too, whether the file stacks
 them in one tensor or stores them one by one.

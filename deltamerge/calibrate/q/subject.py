@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.model.blocks import BlockModel, Inputs
+from deltamerge.calibrate.model.blocks import NO_CALLBACKS, BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.model.devices import Ahead, Resident, spread
 from deltamerge.calibrate.model.layers import Linear
-from deltamerge.calibrate.model.passes import Weights, from_reader, sequences, stored
+from deltamerge.calibrate.model.passes import Callbacks, Weights, from_reader, sequences, stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.learned import Learner
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect
@@ -34,7 +34,7 @@ from deltamerge.tensors.tiles import Kept
 
 
 class Tensors:
-    """Reads and caches a fine-tune's tensors for its model, which says what part comes next.
+    """Reads and caches a fine-tune's tensors for its model.
 
     start      reads the tensors that masked deltas are added to
     masks      read the masked deltas, one for each mask seed
@@ -71,11 +71,9 @@ class Tensors:
             Cache(partial(self._masked, nodes), *((0, 0) if one else (part, pinned)))
             for nodes, one in zip(tensors.masks, anew, strict=True)
         ]
-        model.entering = self._read_ahead
-        model.relieved = self._relieve
 
     def forget(self) -> None:
-        """Free what is kept."""
+        """Free all cached tensors."""
         self.ahead.close()
         caches: list[Cache[Any]] = [self.start, *self.masks]
         for cache in caches:
@@ -83,7 +81,7 @@ class Tensors:
         if self.resident is not None:
             self.resident.clear()
 
-    def _relieve(self) -> bool:
+    def relieve(self) -> bool:
         """Free the tensors that stay on a GPU, so that all stream by; tell whether there were any."""
         for mask in self.masks:
             mask.clear()
@@ -106,7 +104,7 @@ class Tensors:
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return outside + max(blocks, default=0)
 
-    def _read_ahead(self, part: int, weights: Weights) -> None:
+    def read_ahead(self, part: int, weights: Weights) -> None:
         """Read a part's weights while the part before it is computed. After the last block comes part 0, which is
         outside of blocks. Where a tensor's masks are kept, the fine-tune's own is not read for them."""
         names = self.model.parts[part % len(self.model.parts)]
@@ -233,6 +231,7 @@ class Subject:
         *,
         reports: bool = True,
         halved: bool = False,
+        ahead: bool = True,
     ) -> None:
         self._given, self._reports = (tensors, reader, known), reports
         self.check: Callable[[], None] = lambda: None
@@ -263,11 +262,11 @@ class Subject:
             device=self.device,
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
+            callbacks=Callbacks(self._ahead if ahead else NO_CALLBACKS.ahead, self._walked, self._relieve),
         )
         self.tensors = Tensors(source, reader, tensors, self.model, known or {}, halved=halved)
         self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
-        self.model.walked = self._walked
         self.sequences = 0
         self._counting = threading.Lock()
 
@@ -333,6 +332,12 @@ class Subject:
         with self._counting:
             self.sequences += count
         progress.here(progress.PASSES).step(count / self.counts[0])
+
+    def _ahead(self, part: int, weights: Weights) -> None:
+        self.tensors.read_ahead(part, weights)
+
+    def _relieve(self) -> bool:
+        return self.tensors.relieve()
 
     def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
         """Show how many passes over batches a walk has made. ShareStop: another device's share has failed."""
@@ -464,8 +469,7 @@ class Subject:
         return O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
-        """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first
-        mask."""
+        """Return the statistics of layers that had an input, over the search rows; `drawn`: also of the first mask."""
         inputs = self.batches["search"].inputs
         draw = self.masks[0] if drawn else None
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)

@@ -1,9 +1,9 @@
-"""The encoding `steps`: what changed in a tensor of bfloat16 or float16, given the base's.
+"""The encoding `steps`: the changes of a tensor of bfloat16 or float16, given the base's.
 
-Elements are taken in tiles of 2**20, each by itself. Which of them change is coded apart for each group of neighbouring
-exponents of the base: an element of a small exponent changes more often, as its unit in the last place is smaller. What
-it becomes is a step: how many places further it stands when all bit patterns are ordered from the negative NaNs over
--inf, -0 and +0 to the positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
+Elements are taken in tiles of 2**20, each by itself. The changing elements are coded apart for each group of
+neighbouring exponents of the base: an element of a small exponent changes more often, as its unit in the last place is
+smaller. A change is a step in the order of all bit patterns, from the negative NaNs over -inf, -0 and +0 to the
+positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LENGTHS = np.frexp(np.arange(1 << 16))[1].astype(np.uint8)  # in bits, of the n
 
 
 def best_rice(values: Array) -> tuple[int, int]:
-    """The k of the fewest bits for uint32 `values`, and these bits; the smallest of equals."""
+    """Return the k of the fewest bits for uint32 `values`, and these bits; the smallest of equals."""
     total = int(values.sum(dtype=np.int64))
     middle = (total // values.size).bit_length() - 1
     ks = range(max(0, min(middle - 1, LARGEST_RICE - 2)), max(0, min(middle + 2, LARGEST_RICE)) + 1)
@@ -40,7 +40,7 @@ def best_rice(values: Array) -> tuple[int, int]:
 
 
 def best_wide(values: Array) -> tuple[int, int]:
-    """The same of wide rice, for values below 2**15."""
+    """Return the same of wide rice, for values below 2**15."""
     top = min(LARGEST_WIDE, int(values.max()).bit_length())
     shifted = ((k, _LENGTHS[values + np.uint32(1 << k)].astype(np.int64)) for k in range(top + 1))
     nbits, k = min((int((2 * lengths - k - 1).sum()), k) for k, lengths in shifted)
@@ -82,14 +82,14 @@ class BitWriter:
         self._at += bits.size
 
     def bytes(self) -> Array:
-        """All of it, with zeros to the end of the last byte."""
+        """Return all of it, with zeros to the end of the last byte."""
         if self._native is None:
             return np.packbits(np.concatenate([np.zeros(0, bool), *self._parts]), bitorder="little")
         return self._bytes[: -(-self._at // 8)]
 
 
 class BitReader:
-    """Reads what a BitWriter wrote into `stored` (uint8). InputError: there are too few bits, or numbers too large."""
+    """Reads the bits of a BitWriter from `stored` (uint8). InputError: there are too few bits, or numbers too large."""
 
     def __init__(self, stored: Array) -> None:
         self._native = kernels.native()
@@ -101,8 +101,8 @@ class BitReader:
             self._bits = np.unpackbits(stored, bitorder="little").view(bool)
 
     def take(self, count: int, k: int, *, wide: bool = False) -> Array:
-        """The next list, of `count` uint32 numbers."""
-        if count > self._size - self._at:  # a number has a bit at least: what a stranger claims is not allocated
+        """Return the next list, of `count` uint32 numbers."""
+        if count > self._size - self._at:  # a number has a bit at least: a stranger's claim is not allocated
             raise InputError(DAMAGED)
         if self._native is not None:
             out = np.empty(count, np.uint32)
@@ -129,7 +129,7 @@ class BitReader:
         return values.astype(np.uint32)
 
     def take_bits(self, count: int) -> Array:
-        """The next `count` bits (bool)."""
+        """Return the next `count` bits (bool)."""
         if count > self._size - self._at:
             raise InputError(DAMAGED)
         start, self._at = self._at, self._at + count
@@ -159,14 +159,14 @@ _SIGN = np.uint16(0x8000)
 
 @dataclass(frozen=True, slots=True)
 class _List:
-    """A list of gaps in a header: how many entries, rice's k, and whether they are those that do not."""
+    """A list of gaps in a header: the number of entries, rice's k, and whether it lists the elements not chosen."""
 
     listed: int = 0
     k: int = 0
     inverted: bool = False
 
     def chosen(self, size: int) -> int:
-        """How many of `size` it chooses. InputError: more than there are."""
+        """Return how many of `size` it chooses. InputError: more than there are."""
         if self.listed > size:
             raise InputError("it lists more elements than there are")
         return size - self.listed if self.inverted else self.listed
@@ -178,7 +178,7 @@ class _Group:
 
     last      its largest exponent
     changed   its elements that change
-    large     of these, those by more than one step; and wide rice's k for how much more, less 2
+    large     the changed elements that move by more than one step; and wide rice's k for their steps, less 2
     """
 
     last: int
@@ -188,23 +188,23 @@ class _Group:
 
 
 def ordered(bits: Array) -> Array:
-    """The places of bit patterns in their order, both uint16."""
+    """Return the places of bit patterns in their order, both uint16."""
     places: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
     return places
 
 
 def unordered(places: Array) -> Array:
-    """The bit patterns of places, both uint16."""
+    """Return the bit patterns of places, both uint16."""
     bits: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
     return bits
 
 
 def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Array:
-    """The bytes of a tile (uint8); none if nothing changes.
+    """Return the bytes of a tile (uint8); none if nothing changes.
 
     base        its bits (uint16)
-    positions   int64, ascending, of those that change
-    values      bits of what these become, all of them different from the base's
+    positions   int64, ascending, of the elements that change
+    values      their new bits, all of them different from the base's
     """
     if not positions.size:
         return np.empty(0, np.uint8)
@@ -256,7 +256,7 @@ def _put_chosen(bits: BitWriter, chosen: Array, size: int) -> bytes:
 
 
 def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
-    """Positions (int64, ascending) in a tile and the bits (uint16) that they get, from the base's bits.
+    """Return positions (int64, ascending) in a tile and the bits (uint16) that they get, from the base's bits.
 
     InputError: `stored` is damaged, or made from another base.
     """
@@ -303,7 +303,7 @@ def _take_ranks(bits: BitReader, count: int, k: int, size: int) -> Array:
 
 
 def _read_header(stored: Array) -> tuple[list[_Group], int]:
-    """The groups of a tile, and where its bits begin."""
+    """Return the groups of a tile, and where its bits begin."""
     numbers = _Numbers(stored[: 1 + MOST_GROUPS * 12].tobytes())
     groups: list[_Group] = []
     for _ in range(numbers.byte()):
@@ -362,7 +362,7 @@ def _varint(number: int) -> bytes:
 
 
 def _choose_groups(counts: Array, exponents: Array, large: Array) -> list[int]:
-    """The last exponents of the groups: neighbours are one group where that is expected to take fewer bits.
+    """Return the last exponents of the groups: neighbours are one group where that is expected to take fewer bits.
 
     counts      (256) elements of each exponent
     exponents   of the elements that change
@@ -399,7 +399,7 @@ def _cost(size: int, changed: int, large: int) -> float:
 
 
 def _entropy(size: int, chosen: int) -> float:
-    """Bits to say which are chosen, to whole 1/64 of a bit, so that no rounding of a logarithm decides."""
+    """Return bits to say which are chosen, to whole 1/64 of a bit, so that no rounding of a logarithm decides."""
     nats = [n * math.log2(n) if n else 0.0 for n in (size, chosen, size - chosen)]
     return round(64 * (nats[0] - nats[1] - nats[2])) / 64
 
@@ -431,7 +431,7 @@ def _count(base: Array, dtype: str) -> Array:
 
 
 def _totals(counts: Array, group_of: Array, groups: int) -> Array:
-    """How many elements each group has."""
+    """Return how many elements each group has."""
     return np.bincount(group_of, counts, EXPONENTS)[:groups].astype(np.int64)
 
 
@@ -453,7 +453,7 @@ def _rank(base: Array, group_of: Array, positions: Array, dtype: str) -> Array:
 def _place(
     base: Array, group_of: Array, listed: list[Array], inverted: Array, counts: list[int], dtype: str
 ) -> tuple[Array, Array]:
-    """Positions of the elements that change, and which of all groups' changes (one group's after another's) each is.
+    """Return the positions of the elements that change, and the number of each change in the order of the groups.
 
     listed     ranks (uint32) of each group
     inverted   (uint8) whether these are the elements that do not change
@@ -490,22 +490,22 @@ def _place(
 
 
 def tiles_of(size: int) -> Iterator[tuple[int, int]]:
-    """Where the tiles of a tensor of `size` elements begin and end."""
+    """Return where the tiles of a tensor of `size` elements begin and end."""
     return ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
 
 
 def table_bytes(size: int) -> int:
-    """Bytes of the lengths (uint32, of each tile) that stand before the tiles of a tensor of `size` elements."""
+    """Return the bytes of the lengths (a uint32 a tile) before the tiles of a tensor of `size` elements."""
     return -(-size // STEP_TILE) * 4
 
 
 def most_step_bytes(size: int) -> int:
-    """The bytes that steps of a tensor can take at most: more than its values they never do."""
+    """Return the bytes that steps of a tensor can take at most: more than its values they never do."""
     return 2 * size
 
 
 def starts_of(stored: Sliced, size: int) -> Array:
-    """Where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
+    """Return where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
     begin = table_bytes(size)
     lengths = stored[: min(begin, stored.size)].view(np.uint8)
     if lengths.size == begin:

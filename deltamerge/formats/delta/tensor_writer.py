@@ -67,7 +67,7 @@ class Spool:
             self.folder.mkdir(exist_ok=journal is not None or kept is not None)
 
     def kept(self, name: str) -> Any:
-        """The state of a tensor that an earlier run had finished; None if it had not."""
+        """Return the state of a tensor that an earlier run had finished; None if it had not."""
         return self._kept.get(name)
 
     def finished(self, name: str, path: Path, state: Any) -> None:
@@ -108,7 +108,7 @@ class StepSpool:
     """The steps of a tensor of `size` elements of `dtype`. OutputError: the disk.
 
     Memory holds a tile of the base, one of the result, and up to a megabyte of steps; more are in the file at `path`.
-    What gets larger than the tensor itself is given up.
+    A coding that gets larger than the tensor itself is given up.
     """
 
     def __init__(self, path: Path, size: int, dtype: str) -> None:
@@ -234,7 +234,7 @@ class TensorWriter:
         self._lock = threading.Lock()
         self._early: dict[int, Array] = {}
         self._done = 0
-        self._whole = True  # whether the spool has every value so far, not only those that differ from the base's
+        self._whole = True  # whether the spool has every value so far, not only changed ones
         self._fd = -1
         self._spooled = 0
         self._listed = Positions()
@@ -313,7 +313,7 @@ class TensorWriter:
             self._finished(self._new_record("dense", values="parts", parts=list(parts)))
 
     def finish(self) -> None:
-        """Finish a tensor written with `add`, or one that equals the base's; reads the base for the hashes."""
+        """Finish a tensor written with `add`, or equal to the base's; reads the base for the hashes."""
         with self._lock, errors.context(self._name):
             if self._record is None:
                 self._finish_add()
@@ -340,7 +340,7 @@ class TensorWriter:
         self._append(bits)
 
     def _saw(self, bits: Array) -> None:
-        """Hash the next bits of the result, and count what is not finite."""
+        """Hash the next bits of the result, and count values that are not finite."""
         self._result_hash.update(flat(bits))
         nan, inf = count_nonfinite(bits.view(np.uint8), self._dtype)
         self.nonfinite = NonFinite(self.nonfinite.nan + nan, self.nonfinite.inf + inf)
@@ -389,7 +389,7 @@ class TensorWriter:
         self._store(self._new_record(choice.coding, choice.k), None, self._index(choice))
 
     def _are_steps_smaller(self, choice: ChosenCoding) -> bool:
-        """Whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
+        """Tell whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
         if self._steps is None or not self._listed.count:
             return False
         width, count = ITEMSIZE[self._dtype], self._listed.count
@@ -487,7 +487,7 @@ class TensorWriter:
         self._storing.spool.finished(self._name, self.path, state)
 
     def _restore(self, state: Any) -> bool:
-        """Take over what an earlier run has finished, if its file still exists."""
+        """Take over the tensors that an earlier run finished, if their files still exist."""
         if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
             return False
         self.stored = [StoredTensor(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
@@ -498,7 +498,7 @@ class TensorWriter:
 
 
 def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
+    """Tell whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
     casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
     grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
     return casts and (old == shape or grows)

@@ -7,9 +7,9 @@ signs. Scales are floats of 4 bits without a sign, two a byte, with one unit per
 
     scale(code) = 0 if code == 0 else (2 + code % 2) * 2**(code // 2) * 2**unit
 
-A scale times a code is exact in float32, so a decoded value is the same everywhere. Where it takes fewer bytes,
-scales are stored as unary bits instead: a tensor's codes from the most common to the rarest are its *ranks*, and a
-scale is as many zeros as there are ranks before its own, and a one. Rows of one tensor are alike: about 2 bits each.
+A scale times a code is exact in float32, so a decoded value is the same everywhere. Where that takes fewer bytes,
+scales are stored as unary bits. A tensor's codes, from the most common to the rarest, are its *ranks*. A scale is a
+zero for each rank before its own, and a one. Rows of one tensor are alike: about 2 bits each.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
         group       elements of a group
         coding      "float32", "bfloat16", "int8" or "sign"
 
-    A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least that is
-    not below max abs(v) / 127. InputError: values that are not finite, in every coding but float32.
+    A sign's scale is the nearest to its group's mean abs(v), the least-squares level. An int8's scale is the least not
+    below max abs(v) / 127. InputError: values that are not finite, in every coding but float32.
     """
     nothing = np.empty(0, np.uint8)
     if coding == "float32":
@@ -129,12 +129,12 @@ def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Ar
 
 
 def ranked_scales(unit: int, ranks: str) -> Array:
-    """The float32 scale of every rank."""
+    """Return the float32 scale of every rank."""
     return _table(unit)[np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
-    """The root of the quotient, to three digits."""
+    """Return the root of the quotient, to three digits."""
     return float(f"{math.sqrt(squared_error / squared):.3g}") if squared_error else 0.0
 
 
@@ -156,7 +156,7 @@ def _int8_scales(values: Array, ids: Array, groups: int) -> Array:
 
 
 def _unit(largest: float) -> int:
-    """The least unit whose largest scale is not below `largest`, within float32."""
+    """Return the least unit whose largest scale is not below `largest`, within float32."""
     fraction, exponent = math.frexp(largest)
     exponent -= 2 - (fraction * 4 > 3)
     lowest, highest = UNITS
@@ -165,7 +165,7 @@ def _unit(largest: float) -> int:
 
 @cache
 def _table(unit: int) -> Array:
-    """The float32 scale of every code, ascending."""
+    """Return the float32 scale of every code, ascending."""
     return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
 
 

@@ -39,7 +39,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written: bytes of the delta's files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
+    """The written artifact: bytes of its files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
     the counts of the result's values that are not finite; bytes of stored arrays by encoding."""
 
     nbytes: int
@@ -60,7 +60,7 @@ class ArtifactWriter:
         journal      lists the finished tensors, which are kept beside it, so that a run can be resumed after a crash
         kept         states of tensors that other processes have finished in the spool in `folder`
 
-    The bytes depend only on what is written and on the order of the calls of `tensor`. OutputError: the disk.
+    The bytes depend only on the tensors and on the order of the calls of `tensor`. OutputError: the disk.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ArtifactWriter:
         self.storing.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
-        """The writer of the next tensor of the result; `base` is None if the base has none.
+        """Return the writer of the next tensor of the result; `base` is None if the base has none.
 
         A base tensor with fewer rows counts as one whose further rows are zero; one of another shape as none.
         """
@@ -172,7 +172,7 @@ class ArtifactWriter:
 
 
 def _stored_bytes(tensors: Iterable[TensorWriter]) -> dict[str, int]:
-    """Bytes of stored arrays, by the encoding of their tensors."""
+    """Return the bytes of stored arrays, by the encoding of their tensors."""
     nbytes: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.stored:
@@ -185,7 +185,8 @@ def _renamed(file: str) -> str:
 
 
 def _manifest_text(manifest: Manifest, *, table: bool) -> str:
-    """The manifest with a line for each field and tensor, so that artifacts can be compared by line; without defaults.
+    """Return the manifest with a line for each field and tensor, so that artifacts can be compared by line; without
+    defaults.
 
     Without `table` it has no records.
     """
@@ -198,7 +199,7 @@ def _manifest_text(manifest: Manifest, *, table: bool) -> str:
 
 
 def _records_text(records: Mapping[str, Record], between: str) -> str:
-    """Names and records as JSON, without defaults."""
+    """Return names and records as JSON, without defaults."""
     dumped = {name: record.model_dump(exclude_defaults=True) for name, record in records.items()}
     colon = ": " if "\n" in between else ":"
     return between.join(f"{_compact(name)}{colon}{_compact(record)}" for name, record in dumped.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.bisect import MOST, Bisection, bisect
+from deltamerge.apps.search.judge import Walk
 from deltamerge.errors import UsageError
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.options import Options
@@ -73,8 +75,12 @@ def found_in(folder: Path, recipe: Path, skill: str | None = "a") -> Bisection:
     return found
 
 
-def test_a_swapped_layer_and_its_model_are_found(folder: Path, tmp_path: Path) -> None:
+def test_a_swapped_layer_and_its_model_are_found(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    made: Counter[str] = Counter()
+    make = Walk._make
+    monkeypatch.setattr(Walk, "_make", lambda walk, k, names: made.update(names) or make(walk, k, names))
     found = found_in(folder, planted(folder, tmp_path, swapped))
+    assert set(made.values()) == {3}  # the merge, and without each of two models
     assert found.layers[0].name == "model.layers.4"
     assert found.models[0].name == "b"
     assert found.layers[0].won > 2 * found.layers[1].won

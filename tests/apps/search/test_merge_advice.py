@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import shutil
+from collections import Counter
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from deltamerge.apps.recommend.merge import (
     ARITHMETIC,
     FITTED,
     ISO_C,
+    STUDY,
     SVC,
     TSV_M,
     WAYS,
@@ -40,6 +43,7 @@ from deltamerge.apps.recommend.merge import (
     with_rows,
     without_rows,
 )
+from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
 from deltamerge.run.options import Options
@@ -216,6 +220,8 @@ def test_the_recipe_without_rows_runs(folder: Path, tmp_path: Path) -> None:
     assert [one.by for one in found.forecast] == ["weights"] * 3
     assert repr(found) == f"<MergeAdvice {len(NAMES)} models on {folder / 'base'}: svc, balanced>"
     assert html.escape(found.why[0][:20]) in found._repr_html_()
+    assert "without rows svc" in " ".join(found.recipe.replace("\n# ", " ").split())
+    assert "--calibration" not in found.recipe
     assert run(out, tmp_path / "merged").folder.is_dir()
 
 
@@ -249,6 +255,33 @@ def test_the_decision() -> None:
     way, factor, why = with_rows(judged, list(judged))
     assert (way, factor) == (ISO_C, 0.5)
     assert "task_arithmetic 45.0%" in why[0]
+
+
+def test_parts_of_the_rows_share_a_walk(folder: Path, monkeypatch) -> None:
+    """A merge is made once for the rows that are searched on and those that are held out."""
+    monkeypatch.chdir(folder)
+    rows_of_each = ({"data": "calib.jsonl", "sequences": 8, "length": 12},) * len(NAMES)
+    adviser = merge_advice._Adviser(merge_advice._Setting(NAMES, "base", rows_of_each, False), OPTIONS)
+    start = adviser.recipe(ARITHMETIC, 0.5)
+    made: Counter[str] = Counter()
+    make = Walk._make
+    monkeypatch.setattr(Walk, "_make", lambda walk, k, names: made.update(names) or make(walk, k, names))
+    with closing(StudyJudge(adviser.candidates, start, STUDY, adviser._goals(start))) as judge:
+        assert judge.rows("search") == dict.fromkeys(NAMES, 8)
+        candidate = judge.start
+        apart = {part: judge.scores([candidate], part)[0] for part in ("search", "held")}
+        twice, _ = made.copy(), made.clear()
+        (found,) = judge.scores_by_part([candidate], ["search", "held"])
+    assert found == apart
+    assert {name: 2 * count for name, count in made.items()} == twice
+
+
+def test_rows_that_are_too_few_are_refused_before_anything_is_measured(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "measure", lambda *_, **__: pytest.fail("measured"))
+    few = {"data": "calib.jsonl", "sequences": 50, "length": 12}
+    with pytest.raises(InputError, match="24 rows, but 50 needed"):
+        merge_advice.merge_advice(NAMES, "base", calibration=[few], options=OPTIONS)
 
 
 def test_rows_decide_by_expected_shares_and_then_by_distance() -> None:
@@ -406,8 +439,9 @@ def test_rows_of_each_model_lie_in_a_folder_by_name(folder: Path, tmp_path: Path
     for name in NAMES[:2]:
         rows(tmp_path / f"{name}.jsonl", 3)
     models = ["./tuned", str(folder / "other")]
-    found = rows_in(tmp_path, models, sequences=8)
-    assert found == [{"data": str(tmp_path / f"{name}.jsonl"), "sequences": 8} for name in NAMES[:2]]
+    found = rows_in(tmp_path, models, sequences=2)
+    assert found == [{"data": str(tmp_path / f"{name}.jsonl"), "sequences": 2} for name in NAMES[:2]]
+    assert [one["sequences"] for one in rows_in(tmp_path, models, sequences=8)] == [3, 3]  # all there are
     assert rows_in(tmp_path / "tuned.jsonl", models) == [{"data": str(tmp_path / "tuned.jsonl")}]
     with pytest.raises(InputError, match=r"has no third\.jsonl"):
         rows_in(tmp_path, [*models, "third"])
