@@ -269,7 +269,7 @@ def test_whole_matrices_count_in_memory(tmp_path, method, monkeypatch):
     make_plan(recipe, workers=1, memory=one)
     monkeypatch.setattr("deltamerge.run.options.default_workers", lambda: 3)
     assert [make_plan(recipe, memory=cap).workers for cap in (one, None)] == [1, 3]
-    with pytest.raises(InputError, match="is too little for 1 worker$"):
+    with pytest.raises(InputError, match=r"is too little for 1 worker$"):
         make_plan(recipe, memory=one // 2)
 
 
