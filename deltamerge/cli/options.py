@@ -86,7 +86,9 @@ DEVICE = click.option(
     "is faster.",
     shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
-WORKERS = click.option("--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core.")
+WORKERS = click.option(
+    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core, if --memory is enough."
+)
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
