@@ -9,9 +9,9 @@ Each cell makes a delta of at most checkpoint / ratio bytes, puts it on the base
 outputs from the fine-tune's on test rows (mean squared difference where the task is regression), and the score.
 Decoders: KL of the answers' tokens, and the share of answers whose every token is the most likely one.
 
-    ours, ours with rows   `extract --budget`, without and with 50 validation rows, labels unread: those of a decoder
-                           have the fine-tune's own greedy answers; real files, headers and all
-    all others             benchmarks.pruning.field, which says what each counts; where one needs rows, the same
+    ours         `extract --budget`, real files, headers and all; with the first 50 or 100 validation rows, labels
+                 unread: those of a decoder have the fine-tune's own greedy answers
+    all others   benchmarks.pruning.field, which says what each counts; where one needs rows, the first 50
 
 Singular vectors of a model are computed once for all its cells, ours too; all else of ours is what the command does.
 Results are added to benchmarks/results/bytes.json, and a cell that is there is not made again.
@@ -65,12 +65,12 @@ class Cell(NamedTuple):
 # ---- ours: real files
 
 
-def ours(one: Subject, budget: int, work: Path, find: Callable[..., Factors], *, rows: bool) -> Made:
-    """What `extract --budget` and `apply` make, in this process."""
+def ours(one: Subject, budget: int, work: Path, find: Callable[..., Factors], rows: int) -> Made:
+    """What `extract --budget` and `apply` make of so many rows, in this process."""
     calibration = None
     if rows:
         path = work / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in one.rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in one.rows[:rows]), encoding="utf-8")
         calibration = {"data": str(path)}
     before = shares.factor  # type: ignore[attr-defined]
     shares.factor = find  # type: ignore[attr-defined]
@@ -101,10 +101,8 @@ def remembering() -> Callable[..., Factors]:
 
 
 AT_LEAST = 64  # factors that are computed of a tensor
-OURS = ("ours", "ours with rows")
+OURS = {"ours": 0, "ours with 50 rows": 50, "ours with 100 rows": 100}
 METHODS = (*OURS, *field.METHODS)
-BEFORE = tuple(f"{method} before" for method in OURS)  # kept cells of artifacts without trellis codes
-SHOWN = (*OURS, *BEFORE, *field.METHODS)
 
 
 def known(file: Path) -> list[Cell]:
@@ -138,7 +136,7 @@ def measure(file: Path, name: str, wanted: Iterable[tuple[int, str]], count: int
         with tempfile.TemporaryDirectory() as work:
             try:
                 if method in OURS:
-                    made = ours(one, whole // ratio, Path(work), find, rows=method == OURS[1])
+                    made = ours(one, whole // ratio, Path(work), find, OURS[method])
                 else:
                     made = field.METHODS[method](deltas, whole // ratio, Path(work))
             except InputError as error:
@@ -160,7 +158,7 @@ def tables(cells: Sequence[Cell], whole: Mapping[str, float]) -> str:
         ratios = sorted({cell.ratio for cell in own})
         lines += [f"**{model}** (fine-tune {whole[model]:.1f}): KL / score", ""]
         lines += ["| method | " + " | ".join(f"1/{ratio}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
-        for method in SHOWN:
+        for method in METHODS:
             row = {cell.ratio: f"{cell.kl:.3g} / {cell.score:.1f}" for cell in own if cell.method == method}
             if row:
                 lines.append(f"| {method} | " + " | ".join(row.get(ratio, "–") for ratio in ratios) + " |")
@@ -171,7 +169,7 @@ def tables(cells: Sequence[Cell], whole: Mapping[str, float]) -> str:
 def draw(cells: Sequence[Cell], whole: Mapping[str, float], path: Path) -> None:
     """KL and score by bytes, two panels for each model."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for cell in sorted(cells, key=lambda cell: (cell.model, SHOWN.index(cell.method), cell.ratio)):
+    for cell in sorted(cells, key=lambda cell: (cell.model, METHODS.index(cell.method), cell.ratio)):
         for what, value in (("KL", math.log10(max(cell.kl, 1e-5))), ("score", cell.score)):
             own = panels.setdefault(f"{cell.model}: {what}", {}).setdefault(cell.method, [])
             own.append((cell.bytes / 1000, value))

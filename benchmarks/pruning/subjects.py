@@ -19,7 +19,7 @@ from benchmarks.tasks import TASKS, models_folder
 from benchmarks.training import adamr
 from deltamerge.calibrate.spec import fast_bfloat16
 
-ROWS = 50
+ROWS, MOST_ROWS = 50, 100
 # Encoders beside those of the shared data: a small learning rate, and AdamR-L2.
 OTHERS: dict[str, dict[str, Any]] = {"sentiment-slow": {"lr": 1e-4}, "sentiment-adamr": {"decay": 0.01}}
 
@@ -35,7 +35,7 @@ class Subject(Protocol):
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """The first validation rows, without labels; of a decoder with the fine-tune's own answers."""
+        """MOST_ROWS validation rows, without labels; of a decoder with the fine-tune's own answers."""
 
     def measure(self, state: State) -> tuple[float, float]:
         """KL and score of weights, by their names in the fine-tune's file."""
@@ -53,8 +53,8 @@ class Encoder:
     def __init__(self, name: str, count: int) -> None:
         self.name, self.base, self.tuned = name, models_folder() / "base", folder_of(name)
         self.task = TASKS[name.partition("-")[0]]
-        some = tasks.rows(self.task.name, "validation")[:ROWS]
-        self.rows = [{"text": row.text} for row in some]
+        unseen = tasks.rows(self.task.name, "validation")
+        self.rows, some = [{"text": row.text} for row in unseen[:MOST_ROWS]], unseen[:ROWS]
         self.tokenizer = AutoTokenizer.from_pretrained(self.tuned)
         self.test, self.some = (self._batches(one) for one in (tasks.rows(self.task.name, "test")[:count], some))
         self.model = encoder.load(self.tuned)
@@ -120,12 +120,12 @@ class Decoder:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned)
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.bfloat16)
         self.test = self._batches(smollm2.rows(self.task, "test")[:count])
-        prompts = [row.text for row in smollm2.rows(self.task, "validation")[:ROWS]]
+        prompts = [row.text for row in smollm2.rows(self.task, "validation")[:MOST_ROWS]]
         answers = smollm2.answers(self.model, self.tokenizer, prompts, smollm2.NEW_TOKENS[self.task])
         some = [smollm2.Row(text, answer.strip()) for text, answer in zip(prompts, answers, strict=True)]
         end = self.tokenizer.eos_token
         self.rows = [{"prompt": row.text, "completion": f" {row.label}{end}"} for row in some]
-        self.some = self._batches(some)
+        self.some = self._batches(some[:ROWS])
         self.target, self.own = [*self._outputs(self.test)], [*self._outputs(self.some[:1])]
         self.score = self._score(self.target)
 

@@ -32,7 +32,7 @@ from benchmarks import tasks
 from deltamerge.apps.chain.live import load_delta
 from deltamerge.formats.delta.manifest import Base
 from deltamerge.formats.delta.positions import CODINGS
-from deltamerge.formats.delta.steps import decode_tile, encode_tile, tiles_of
+from deltamerge.formats.delta.steps import STEP_TILE, decode_tile, encode_tile
 from deltamerge.formats.delta.tensor_writer import BaseTensor
 from deltamerge.formats.delta.writer import ArtifactWriter
 
@@ -132,6 +132,11 @@ def write(folder: Path, old: State, new: State, **options: Any) -> Any:
             for start, stop in tiles_of(result.size):
                 out.write(start, result[start:stop])
         return writer.finish()
+
+
+def tiles_of(size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and last element of each tile of a tensor."""
+    yield from ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -75,10 +75,8 @@ STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
-LAST_ROUND = 2  # rounds at most where candidates differ by one number,
-CLOSER = (
-    3  # further candidates, one after the other, between candidates of a search that ended at the base's predictions
-)
+LAST_ROUND = 2  # rounds at most where candidates differ by one number
+CLOSER = 3  # further candidates, each between two others, of a search that ended at the base's predictions
 MORE_ROUNDS = 4  # further candidates for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows,
@@ -503,8 +501,8 @@ def grid_step(low: float) -> float:
 def memory(*parts: Share, dense: int = 4, held: float = 1.0) -> int:
     """Estimate the anonymous bytes of a stage, with these fine-tunes side by side.
 
-    They are: masks, of which a share is `held`, at `dense` bytes an entry if dense; temporary memory of a walk; and
-    freed blocks that wait in the heap.
+    They are the `held` share of the masks, at `dense` bytes an entry if dense; temporary memory of a walk; and freed
+    blocks that wait in the heap.
     """
     masks = sum(min(math.ceil(held * mask_bytes(part.pruned, dense)), part.source.cache) for part in parts)
     passing = sum(_passing(part.source) for part in parts)

@@ -82,8 +82,9 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--whole", type=click.Choice(["keep", "heads", "task_heads", "drop", "refuse"]),
-    help="Of a LoRA: what is stored whole, instead of --for. keep: all changed tensors without factors. heads: heads, "
-    "and what the base lacks. task_heads: the same without a language model's head. drop: nothing. refuse: an error.",
+    help="Of a LoRA: the tensors that are stored whole, instead of --for. keep: all changed tensors without factors. "
+    "heads: heads, and tensors that the base lacks. task_heads: the same without a language model's head. drop: none. "
+    "refuse: an error.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="LoRA: weights that get factors.")
 @click.option("--dora", is_flag=True, help="LoRA: write a DoRA, with the norms of the weights' rows.")

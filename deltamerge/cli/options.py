@@ -86,7 +86,9 @@ DEVICE = click.option(
     "is faster.",
     shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
-WORKERS = click.option("--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core.")
+WORKERS = click.option(
+    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core, if --memory is enough."
+)
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
@@ -133,7 +135,7 @@ BUDGET = click.option(
     metavar="SIZE[,SIZE...]",
     callback=_sizes,
     help="Size of the delta, or of the LoRA's file, such as 20MB. Bytes go where they keep most. Several sizes print "
-    "what each would lose, and write nothing.",
+    "the loss of each, and write nothing.",
 )
 RATIO = click.option(
     "--ratio",
@@ -157,7 +159,7 @@ TRACK = click.option(
 )  # fmt: skip
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the table to stdout as CSV, with all digits.")
-BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
+BASE = click.option("--base", required=True, type=MODEL, help="The model that MODEL was fine-tuned from.")
 ROWS = "Rows of text: a .jsonl, .csv or .txt file, or a hub data set"
 ROWS_OF_ONE = click.option("--calibration", type=FILE, metavar="FILE", help=f"{ROWS}.")
 ROWS_OF_EACH = click.option(

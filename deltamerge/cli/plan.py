@@ -37,7 +37,7 @@ OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 @click.command("plan")
 @click.argument("recipe", type=RECIPE)
 @RESOURCES
-@click.option("--diff", "old", type=RECIPE, help="Print only what changed from this recipe to RECIPE, in Markdown.")
+@click.option("--diff", "old", type=RECIPE, help="Print only the changes from this recipe to RECIPE, in Markdown.")
 @click.option("--graph", is_flag=True, help="Print the stages as a Mermaid flowchart.")
 @click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
 @MERGEKIT_EXACT

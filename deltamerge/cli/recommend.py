@@ -250,7 +250,7 @@ def _range_of(counts: Mapping[str, int]) -> str:
 
 @click.command("init")
 @click.argument("models", nargs=-1, required=True, type=MODEL)
-@click.option("--base", required=True, type=MODEL, help="What the models were fine-tuned from.")
+@click.option("--base", required=True, type=MODEL, help="The model that the others were fine-tuned from.")
 @rows_of_text
 @click.option(
     "--density",
@@ -311,7 +311,7 @@ def init(
 
 @click.command("merge")
 @click.argument("models", type=MODEL, nargs=-1, required=True)
-@click.option("--base", type=MODEL, help="What MODELS were fine-tuned from.")
+@click.option("--base", type=MODEL, help="The model that MODELS were fine-tuned from.")
 @click.option("--out", type=FOLDER, help="Folder to make; the recipe is written beside it, as OUT.yaml.")
 @click.option(
     "--rows", type=click.Path(path_type=Path), metavar="DIR",

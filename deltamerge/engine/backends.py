@@ -30,7 +30,7 @@ class Step:
 def steps(
     nodes: Sequence[Node], frees: Mapping[int, tuple[Node, ...]], root: Node, needless: Collection[int]
 ) -> list[Step]:
-    """The nodes of a pass, each with the values to free after it.
+    """Return the nodes of a pass, each with the values to free after it.
 
     Needless reductions (by id) and their inputs are left out.
 
@@ -52,13 +52,13 @@ def steps(
 
 
 def is_needless(node: Node, values: Mapping[int, Any]) -> bool:
-    """Whether a reduction is declared needless, given the small values known."""
+    """Tell whether a reduction is declared needless, given the small values known."""
     needless = traits_of(node.function).needless
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
 def fused_available() -> bool:
-    """Whether the compiled kernels are there."""
+    """Tell whether the compiled kernels are there."""
     return kernels.available()
 
 
@@ -105,14 +105,14 @@ class TorchBackend:
         return GpuLane(reader, self.device) if self.on_gpu else Lane(reader, self.device)
 
     def uploads(self, passes: int) -> Uploads | None:
-        """A store of a tensor's tiles on the device from pass to pass."""
+        """Return a store of a tensor's tiles on the device from pass to pass."""
         return Uploads(self.kept) if self.on_gpu and passes > 1 else None
 
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
-        """The steps of a pass as one, if this backend can run them so."""
+        """Return the steps of a pass as one, if this backend can run them so."""
         return None
 
 
@@ -141,8 +141,10 @@ def arguments_of(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tupl
 
 @dataclass(frozen=True, slots=True)
 class _Freed:
-    """What glibc keeps of freed memory: blocks below `mapped` bytes, 32 MiB at most, come from the heap, which keeps up
-    to `free` bytes at its end."""
+    """The freed memory that glibc keeps. Blocks below `mapped` bytes (32 MiB at most) come from the heap.
+
+    The heap keeps up to `free` bytes at its end.
+    """
 
     mapped: int
     free: int
@@ -158,9 +160,9 @@ _kept = [_USUAL]
 def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
     """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
 
-    Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger ones are mapped all
-    the same, so that no small ones take the place of a freed embedding, which the next would not find. What calibration
-    frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
+    Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger buffers are still
+    mapped: otherwise small ones would take the place of a freed embedding, and the next would not find it. Buffers that
+    calibration frees after it drew a mask would otherwise stay with the process: 27 of 440 MB at 13 M parameters.
     """
     outer = _kept[-1]
     _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)

@@ -43,7 +43,7 @@ def torch_devices(device: str) -> tuple[torch.device, ...]:
 
 
 def torch_device(device: str) -> torch.device:
-    """The first of `torch_devices`, for work that only one device does."""
+    """Return the first of `torch_devices`, for work that only one device does."""
     return torch_devices(device)[0]
 
 
@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting(device: torch.device, workers: int, tile_elements: int) -> int:
-    """Elements of a tile, so that a tile for each of `workers` fits in half of a GPU's free memory."""
+    """Return the elements of a tile, so that a tile for each of `workers` fits in half of a GPU's free memory."""
     room = free_bytes(device) // TILES_SHARE
     while tile_elements > 1024 and workers * ALIVE * tile_elements > room:
         tile_elements //= 2
@@ -62,12 +62,12 @@ def fitting(device: torch.device, workers: int, tile_elements: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU had too little memory for an operation."""
+    """Tell whether a GPU had too little memory for an operation."""
     return isinstance(error, torch.OutOfMemoryError)
 
 
 def too_little(device: torch.device, what: str) -> InputError:
-    """The error for a GPU whose memory is too small for `what`."""
+    """Return the error for a GPU whose memory is too small for `what`."""
     free, total = torch.cuda.mem_get_info(device)
     return InputError(
         f"{device}: too little memory for {what} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free)",
@@ -76,22 +76,22 @@ def too_little(device: torch.device, what: str) -> InputError:
 
 
 def pinned_tensor(nbytes: int) -> torch.Tensor:
-    """Bytes that copies of a GPU go to and come from by themselves."""
+    """Return the bytes that copies of a GPU go to and come from by themselves."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def pinned(nbytes: int) -> NDArray[np.uint8]:
-    """The same for numpy."""
+    """Return the same for numpy."""
     return pinned_tensor(nbytes).numpy()
 
 
 def new_stream(device: torch.device) -> Any:
-    """A new stream of a GPU."""
+    """Return a new stream of a GPU."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which torch starts its kernels on the device."""
+    """Return a context in which torch starts its kernels on the device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -141,7 +141,7 @@ class Lane:
             yield
 
     def read(self, node: Node, tile: Tile, kept: Uploads | None = None) -> Any:
-        """The stored values of a read node on a tile, valid until the next tile."""
+        """Return the stored values of a read node on a tile, valid until the next tile."""
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_hashed(node, tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype))
@@ -255,7 +255,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def get(self, node: Node, tile: Tile, stream: Any) -> Any:
-        """A tile that is there, for use on `stream`; else None."""
+        """Return a tile that is there, for use on `stream`; else None."""
         with self._lock:
             found = self.tiles.get((id(node), tile.start, tile.stop))
         if found is None:

@@ -146,7 +146,7 @@ class _Engine:
         return self.failure is not None
 
     def _take(self, device: str) -> Job | None:
-        """The next job for a device's thread; None: there are no more."""
+        """Return the next job for a device's thread; None: there are no more."""
         with self.changed:
             while self.failure is None:
                 for place, job in enumerate(self.ready):
@@ -176,7 +176,7 @@ class _Engine:
         self.ready.extend(jobs)
 
     def _backend(self, running: Running) -> TorchBackend:
-        """The backend of a running task, opened on first use: copies need none."""
+        """Return the backend of a running task, opened on first use: copies need none."""
         key = running.task.backend, running.device
         if (opened := self.backends.get(key)) is not None:
             return opened
@@ -186,7 +186,7 @@ class _Engine:
             return self.backends[key]
 
     def _next_pass(self, running: Running) -> list[Job]:
-        """The jobs of the next pass that must run; needless reductions are skipped."""
+        """Return the jobs of the next pass that must run; needless reductions are skipped."""
         for index in range(running.index + 1, len(running.schedule.passes)):
             running.index = index
             for node in running.schedule.small[index]:
@@ -242,7 +242,7 @@ class _Engine:
         return self._is_done(job.running.task, job.start // size, job.stop // size)
 
     def _is_done(self, task: Task, start: int, stop: int) -> bool:
-        """Whether the sink has the elements [start, stop) of a task; they then count as progress."""
+        """Tell whether the sink has the elements [start, stop) of a task; they then count as progress."""
         size = ITEMSIZE[task.root.dtype]
         done = self.done(task.name, task.offset + start * size, (stop - start) * size)
         if done:
@@ -271,7 +271,7 @@ class _Engine:
 
 
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
-    """Values of the small nodes that need no tile (numbers of the recipe) and of stages, each computed once."""
+    """Return the values of small nodes that need no tile (numbers of the recipe) and of stages, each computed once."""
     values: dict[Node, Any] = dict(known)
     for root in roots:
         _share(root, values)
@@ -293,7 +293,7 @@ def _share(root: Node, values: dict[Node, Any]) -> None:
 
 
 def _staged(stage: Node, values: dict[Node, Any]) -> Any:
-    """The value of a stage. Adds the values of its inputs that need no tile to `values`."""
+    """Return the value of a stage. Adds the values of its inputs that need no tile to `values`."""
     small = [source for source in stage.inputs if source.kind in ("small", "stage")]
     for source in small:
         _share(source, values)
@@ -302,12 +302,12 @@ def _staged(stage: Node, values: dict[Node, Any]) -> Any:
 
 
 def own_tile(device: str) -> int:
-    """Elements of a tile that suit a device."""
+    """Return the number of elements of a tile that suit a device."""
     return TILE_ELEMENTS if device == "cpu" else GPU_TILE_ELEMENTS
 
 
 def default_workers() -> int:
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -322,7 +322,7 @@ def computed(
     workers: int | None = None,
     known: Mapping[Node, Any] | None = None,
 ) -> dict[str, NDArray[np.uint8]]:
-    """The bytes of tensors, by the names of their nodes; see `execute`. By default all cores work."""
+    """Return the bytes of tensors, by the names of their nodes; see `execute`. By default all cores work."""
     sink = _Buffers(roots)
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
     execute(tasks, reader, sink, device=device, workers=workers or default_workers(), known=known)

@@ -106,7 +106,7 @@ class Job:
 
 
 def on_gpu(task: Task, device: str) -> bool:
-    """Whether a task is computed on a GPU, where `device` is one."""
+    """Tell whether a task is computed on a GPU, where `device` is one."""
     return device != "cpu" and task.backend == "torch" and not task.root.is_source
 
 
@@ -125,7 +125,10 @@ class Making:
     stopped: Callable[[], bool]
 
     def value(self, node: Node, nodes: Sequence[Node], values: Mapping[int, Any]) -> Any:
-        """The value of a `whole` node. `nodes` are the nodes of its pass, `values` the values of earlier nodes."""
+        """Return the value of a `whole` node.
+
+        `nodes` are the nodes of its pass, `values` the values of earlier nodes.
+        """
         tiled = [n for n in nodes if n.kind in TILED]
 
         def given(source: Node) -> Any:
@@ -303,7 +306,7 @@ class Worker:
             self.progress(tile.size * ITEMSIZE[root.dtype])
 
     def _lane(self, running: Running) -> tuple[TorchBackend, Lane]:
-        """The backend of a running task, and this thread's lane of it."""
+        """Return the backend of a running task, and this thread's lane of it."""
         backend, name = self.backend(running), running.task.backend
         return backend, self.lanes.get(name) or self.lanes.setdefault(name, backend.lane(self.reader))
 

@@ -47,7 +47,7 @@ GO_ON = "run the same command again"
 
 @contextmanager
 def interruptible(left: Callable[[str], str]) -> Iterator[None]:
-    """Add to a Ctrl-C in this block a line on what it leaves: `left` of the line from an inner block, or of ""."""
+    """Add a line to a Ctrl-C in this block: `left` of the line from an inner block, or of ""."""
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -21,8 +21,8 @@ from deltamerge.files.descriptors import input_error, open_plain, sync, write_at
 JOURNAL = "journal"  # the name of a file
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 MAX_BYTES = 1 << 28
-# run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; coded: what
-# quantisation lost; calibrated: q's are kept; part: one is complete; publish: the folder that is about to get the
+# run, force: the run, in the first record; done: spans of files; tensors: finished, of a delta; coded: the loss of
+# quantisation; calibrated: q's are kept; part: one is complete; publish: the folder that is about to get the
 # target's name
 KINDS: dict[str, type] = {
     "run": dict, "force": bool, "done": dict, "tensors": dict, "coded": dict, "calibrated": bool, "part": dict,
@@ -74,7 +74,7 @@ def _is_record(record: Any) -> bool:
     return all(type(span) is list and len(span) == 2 and all(type(x) is int and x >= 0 for x in span) for span in spans)
 
 
-SUMS = (2, 9)  # numbers of a coded unit: plain, and with what a rounding measures (formats/quantised/feedback.py)
+SUMS = (2, 9)  # numbers of a coded unit: plain, and with a rounding's measurements (formats/quantised/feedback.py)
 
 
 def _is_sums(start: Any, sums: Any) -> bool:

@@ -54,7 +54,7 @@ class Component:
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, name: str) -> str:
-        """The name, or path below the model's folder, of the item `name` in this component."""
+        """Return the name, or path below the model's folder, of the item `name` in this component."""
         return f"{self.folder}/{name}" if self.folder else name
 
     @property
@@ -68,7 +68,7 @@ class Component:
         return self.at(f"{self.stem}.safetensors.index{self._dotted}.json")
 
     def shard(self, number: int, count: int) -> str:
-        """The path of weight file `number`, from 1, of several."""
+        """Return the path of weight file `number`, from 1, of several."""
         return self.at(f"{self.stem}{self._dotted}-{number:05d}-of-{count:05d}.safetensors")
 
     @property
@@ -77,7 +77,7 @@ class Component:
 
 
 def named_by(source: str, folder: str = "") -> Component:
-    """The component with the weight file or index `source`; its output has the same name, as safetensors.
+    """Return the component with the weight file or index `source`; its output has the same name, as safetensors.
 
     A plain transformers model gets `model.safetensors` whatever its variant, which loads without further arguments.
     """
@@ -91,12 +91,13 @@ def named_by(source: str, folder: str = "") -> Component:
 
 
 def is_composed(names: Collection[str]) -> bool:
-    """Whether a model's file names show a model of several components."""
+    """Tell whether a model's file names show a model of several components."""
     return PIPELINE in names or MODULES in names
 
 
 def listed_folders(path: Path) -> list[str]:
-    """The folders of components that a model's index lists, whether they are there or not; "" is the model's own.
+    """Return the folders of components that a model's index lists, whether they are there or not; "" is the model's
+    own.
 
     InputError: no valid index, or a folder that does not lie below the model's.
     """
@@ -117,7 +118,10 @@ def listed_folders(path: Path) -> list[str]:
 
 
 def check_folder(path: Path, folder: str) -> bool:
-    """Whether the folder of a component exists. InputError: it is, or lies behind, a link out of the model's folder."""
+    """Tell whether the folder of a component exists.
+
+    InputError: it is, or lies behind, a link out of the model's folder.
+    """
     at = path
     for part in folder.split("/"):
         at = at / part
@@ -126,12 +130,12 @@ def check_folder(path: Path, folder: str) -> bool:
 
 
 def folders_of(components: Iterable[Component]) -> tuple[str, ...]:
-    """The folders of components, the longest first, so that the first that a name begins with is its own."""
+    """Return the folders of components, the longest first, so that the first that a name begins with is its own."""
     return tuple(sorted((c.folder for c in components if c.folder), key=lambda folder: (-len(folder), folder)))
 
 
 def split(name: str, folders: Sequence[str]) -> tuple[str, str]:
-    """The folder of a tensor's component, from `folders_of`, and the tensor's name there."""
+    """Return the folder of a tensor's component, from `folders_of`, and the tensor's name there."""
     for folder in folders:
         if name.startswith(folder) and name[len(folder) : len(folder) + 1] == "/":
             return folder, name[len(folder) + 1 :]
@@ -139,7 +143,7 @@ def split(name: str, folders: Sequence[str]) -> tuple[str, str]:
 
 
 def _is_component(key: str, value: Any) -> bool:
-    """Whether an entry of model_index.json is a component: [library, class], [null, null] where it is left out."""
+    """Tell whether an entry of model_index.json is a component: [library, class], [null, null] where it is left out."""
     plain = isinstance(value, list) and len(value) == 2 and not key.startswith("_")
     return plain and all(isinstance(part, str) for part in value)
 
@@ -152,7 +156,10 @@ LONGEST = 80
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """The config in `folder`, by its file's `name`. InputError: no such file, not JSON, or a key of another type."""
+    """Return the config in `folder`, by its file's `name`.
+
+    InputError: no such file, not JSON, or a key of another type.
+    """
     config = read_json(folder / name)
     with context(name):
         check_config(config)
@@ -178,7 +185,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def code_of(config: Mapping[str, Any]) -> list[str]:
-    """The modules that a config's `auto_map` names, as files; with the repository's name if it is another."""
+    """Return the modules that a config's `auto_map` names, as files; with the repository's name if it is another."""
     found = []
     table = config.get("auto_map")
     for value in table.values() if isinstance(table, dict) else ():
@@ -189,7 +196,7 @@ def code_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def kind(value: Any) -> str:
-    """The type of a JSON value in words."""
+    """Return the type of a JSON value in words."""
     if isinstance(value, bool):
         return str(value).lower()
     names = {str: "text", dict: "an object", list: "a list", int: "a number", float: "a number"}
@@ -205,7 +212,7 @@ def _texts(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value is an integer, or a string of its digits."""
+    """Tell whether a value is an integer, or a string of its digits."""
     if isinstance(value, str):
         return value.isdecimal() and len(value) < 10
     return isinstance(value, int) and not isinstance(value, bool)
@@ -239,7 +246,7 @@ MATTER_BYTES = 1 << 16
 
 
 def front_matter(card: Path) -> dict[str, object]:
-    """The front matter of the file `card`; empty without a card or a valid YAML mapping."""
+    """Return the front matter of the file `card`; empty without a card or a valid YAML mapping."""
     if not card.is_file():  # reading a pipe would wait
         return {}
     try:
@@ -257,7 +264,7 @@ def front_matter(card: Path) -> dict[str, object]:
 
 
 def card(matter: Mapping[str, object], title: str) -> list[str]:
-    """The first lines of a card: its front matter, and `title`, in Markdown, as its heading."""
+    """Return the first lines of a card: its front matter, and `title`, in Markdown, as its heading."""
     return ["---", yaml.safe_dump(dict(matter), sort_keys=False).rstrip(), "---", "", f"# {title}", ""]
 
 
@@ -292,19 +299,22 @@ class RunningSum:
     dtypes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def describe(self) -> dict[str, Any]:
-        """The content of its file."""
+        """Return the content of its file."""
         return {
             "format": SUM_FORMAT, "schedule": self.schedule, "decay": self.decay, "total": self.total,
             "models": list(self.models), "dtypes": dict(self.dtypes),
         }  # fmt: skip
 
     def marked(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors of its folder, with an average's dtypes for outputs."""
+        """Return the tensors of its folder, with an average's dtypes for outputs."""
         return {name: replace(info, saved_as=self.dtypes.get(name)) for name, info in tensors.items()}
 
 
 def read_running_sum(folder: Path) -> RunningSum | None:
-    """The record in the folder's file. None: there is no file. InputError: it is damaged, or has a later version."""
+    """Return the record in the folder's file.
+
+    None: there is no file. InputError: it is damaged, or has a later version.
+    """
     path = folder / RUNNING_SUM
     if not os.path.isfile(path):  # False if a path cannot be examined; opening it raises the error
         return None

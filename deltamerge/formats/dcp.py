@@ -148,7 +148,7 @@ class _Metadata(Machine):
 
 
 def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
-    """The model's tensors in a folder of these file names, and the files that hold them; the metadata's is one.
+    """Return the model's tensors in a folder of these file names, and the files that hold them; the metadata's is one.
 
     InputError: no metadata, as while it is still written; a file that is missing, short or foreign; no model in it.
     """
@@ -193,7 +193,7 @@ def _table(root: PickledRecord, key: str) -> dict[Any, Any]:
 
 
 def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
-    """The names of the model's tensors, and the keys that they are stored by.
+    """Return the names of the model's tensors, and the keys that they are stored by.
 
     `planned` has the path of each key in the nested tables that were saved: the last is a tensor's own name.
     """
@@ -222,7 +222,7 @@ def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
-    """The file, offset and bytes of each chunk, by its tensor's key and its offsets."""
+    """Return the file, offset and bytes of each chunk, by its tensor's key and its offsets."""
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     for index, info in stored.items():
         if not (isinstance(index, PickledRecord) and index.name == "MetadataIndex"):
@@ -248,7 +248,8 @@ def _opener(
     opened: dict[str, tuple[Path, BinaryIO]],
     stack: ExitStack,
 ) -> Opener:
-    """A function that opens a file of the checkpoint, once: its path, the file; `ends` is where its last chunk ends."""
+    """Return a function that opens a file of the checkpoint, once: its path, the file; `ends` is where its last chunk
+    ends."""
 
     def get(name: str) -> tuple[Path, BinaryIO]:
         if name not in opened:
@@ -295,7 +296,7 @@ def _tensor(name: str, key: str, entry: PickledRecord, places: Mapping[Any, Any]
 def _chunk(
     key: str, chunk: Any, shape: Sequence[int], code: str, places: Mapping[Any, Any], opened: Opener
 ) -> tuple[tuple[int, ...], TensorInfo]:
-    """A chunk's offsets, and its tensor in its file."""
+    """Return a chunk's offsets, and its tensor in its file."""
     offsets, sizes = (
         chunk.state.get(field) if isinstance(chunk, PickledRecord) else None for field in ("offsets", "sizes")
     )

@@ -59,18 +59,16 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's tensors in the order of its header. `data_begin` (of the first tensor) and `size` (of the file) are
-    bytes; `aliases` are further names of the same tensors."""
+    """A file's tensors in the order of its header. `size` is the file's; `aliases` are further names of the tensors."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    data_begin: int
     size: int
     aliases: frozenset[str] = frozenset()
 
 
 def read_header(path: Path) -> Header:
-    """The header of the safetensors file at `path`; errors name the file.
+    """Return the header of the safetensors file at `path`; errors name the file.
 
     InputError: unreadable, a link that leaves its folder, a git-lfs pointer, truncated or with bytes left over, or a
     header that is no valid safetensors header (see `parse_header`).
@@ -100,7 +98,10 @@ def opened_weights(path: Path, buffering: int = -1) -> Iterator[tuple[BinaryIO, 
 
 
 def header_length(first: bytes, size: int) -> int:
-    """Bytes of JSON that the `first` 8 bytes of a file of `size` bytes announce. InputError: an impossible length."""
+    """Return the bytes of JSON that the `first` 8 bytes of a file of `size` bytes announce.
+
+    InputError: an impossible length.
+    """
     if first == b"version ":
         raise InputError("is a git-lfs pointer, not the weights", hint="fetch the weights with `git lfs pull`")
     if size < PREFIX or len(first) < PREFIX:
@@ -116,7 +117,7 @@ def header_length(first: bytes, size: int) -> int:
 
 
 def parse_header(text: bytes, path: Path, size: int) -> Header:
-    """The header with the JSON `text`, of the file at `path` of `size` bytes.
+    """Return the header with the JSON `text`, of the file at `path` of `size` bytes.
 
     The official reader accepts every header that is accepted here. tests/formats/test_safetensors_verdicts.py lists
     headers that only the official reader accepts.
@@ -138,7 +139,7 @@ def parse_header(text: bytes, path: Path, size: int) -> Header:
     data_begin = PREFIX + len(text)
     tensors = {name: _tensor(name, entry, path, data_begin) for name, entry in entries.items()}
     _check_places(entries, data_begin, size)
-    return Header(tensors, metadata, data_begin, size)
+    return Header(tensors, metadata, size)
 
 
 def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:
@@ -171,7 +172,7 @@ def _naturals(values: Any) -> bool:
 
 
 def _overflows(dtype: str, shape: list[int]) -> bool:
-    """Whether a size exceeds 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse
+    """Tell whether a size exceeds 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse
     such shapes."""
     if math.prod(shape) and bits_of(dtype, tuple(shape)) < MOST_BITS:
         return False
@@ -213,7 +214,7 @@ class Writer:
 
     Files are created at once, with headers and full size; space is reserved if the file system can. `files` selects
     some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded. Recorded
-    bytes of files that still exist need not be written again (`has`). The result of `notes` is recorded too. `room`
+    bytes of files that still exist need not be written again (`has`). `note` adds values to the next record. `room`
     bytes may be on their way, in memory that `allocate` makes (`outbox.Outbox`); `hashers` threads hash them together.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
@@ -239,7 +240,7 @@ class Writer:
         self._fresh: dict[str, Spans] = {}
         self._saved = False
         self._failure: DeltamergeError | None = None
-        self.notes: Callable[[], dict[str, Any]] = dict
+        self._notes: dict[str, dict[str, dict[Any, Any]]] = {}
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._resume()
@@ -278,14 +279,14 @@ class Writer:
         return () if self._journal is None else self._journal.records
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
-        """Whether bytes [offset, offset + nbytes) of tensor `name` are written already."""
+        """Tell whether bytes [offset, offset + nbytes) of tensor `name` are written already."""
         place = self._place(name, offset, nbytes)
         with self._lock:
             start = place.offset + offset
             return self._written[place.file].reach(start) >= start + nbytes
 
     def where(self, name: str, offset: int) -> tuple[str, int]:
-        """The file and offset that byte `offset` of tensor `name` goes to; tasks are done in this order."""
+        """Return the file and offset that byte `offset` of tensor `name` goes to; tasks are done in this order."""
         place = self._layout.tensors[name]
         return place.file, place.offset + offset
 
@@ -316,6 +317,11 @@ class Writer:
         self._raise_failure()
         self._outbox.send(place.file, place.offset + offset, buffer)
 
+    def note(self, key: str, name: str, values: Mapping[Any, Any]) -> None:
+        """Add values of a tensor to `key` of the next record. Its bytes may still be on their way then."""
+        with self._lock:
+            self._notes.setdefault(key, {}).setdefault(name, {}).update(values)
+
     def save(self) -> None:
         """Make everything written so far survive a crash: sync the data, then record it in the journal."""
         if self._journal is None:
@@ -331,12 +337,14 @@ class Writer:
                 for path in (*inner, self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
-                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **self.notes()})
+                with self._lock:
+                    notes, self._notes = self._notes, {}
+                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **notes})
                 self._saved = True
 
     def finish(self, *, keep: bool = False) -> Findings:
-        """The hashes of the files, once every byte is written; writes the index unless other parts write some of the
-        files.
+        """Return the hashes of the files, once every byte is written; writes the index unless other parts write some of
+        the files.
 
         `keep`: save even the work of a short run, because others will finish it. RuntimeError: a byte is missing (a
         bug).
@@ -432,7 +440,7 @@ class Writer:
 
 
 def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
-    """The byte ranges that a journal's records list as written, by file."""
+    """Return the byte ranges that a journal's records list as written, by file."""
     done: dict[str, Spans] = {}
     for record in records:
         for name, spans in record.get("done", {}).items():
@@ -500,7 +508,7 @@ def plan_layout(
     components: Sequence[Component] = (Component(),),
     weights: Mapping[str, str] | None = None,
 ) -> Layout:
-    """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
+    """Return the place of each (name, dtype, shape), in files with the bytes that transformers would write.
 
         tensors      in the order in which shards are filled
         shard_size   most bytes of a shard; a larger tensor gets its own shard; None: one file

@@ -50,7 +50,8 @@ Places = Mapping[str, tuple[int, int]]
 
 
 def read_torch_header(path: Path) -> Header:
-    """The tensors of the file at `path`, a table of tensors by name as torch.save writes it; errors name the file.
+    """Return the tensors of the file at `path`, a table of tensors by name as torch.save writes it; errors name the
+    file.
 
     Among several names for the same tensor the embedding's is kept, otherwise the first, as in transformers'
     safetensors. InputError: it is unreadable, a link out of its folder, no file of torch, or holds anything else.
@@ -62,11 +63,12 @@ def read_torch_header(path: Path) -> Header:
             raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
         table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
         tensors = _tensors(table, places, path)
-        return Header(tensors, {}, 0, size, frozenset(table) - tensors.keys())
+        return Header(tensors, {}, size, frozenset(table) - tensors.keys())
 
 
 def read_torch_tensor(file: BinaryIO, path: Path, begin: int, nbytes: int) -> TensorInfo:
-    """The tensor that torch.save wrote by itself at the bytes [begin, begin + nbytes) of the open file at `path`.
+    """Return the tensor that torch.save wrote by itself at the bytes [begin, begin + nbytes) of the open file at
+    `path`.
 
     InputError: they hold anything else.
     """
@@ -159,7 +161,7 @@ def _tensor(name: str, tensor: PickledTensor, places: Places, path: Path) -> Ten
 
 
 def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
-    """The pickle's table, and the places of storages, of a zip archive."""
+    """Return the pickle's table, and the places of storages, of a zip archive."""
     _check_directory(file, size)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -191,7 +193,7 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, Places]:
 
 
 def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """An archive's members by their names. InputError: torch refuses a member, or would find another one."""
+    """Return an archive's members by their names. InputError: torch refuses a member, or would find another one."""
     if min((member.header_offset for member in members), default=0):
         raise InputError("has bytes before its zip archive", hint="download it again")
     top = members[0].filename.partition("/")[0] if members else ""
@@ -215,7 +217,7 @@ def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
 
 
 def _folded(name: str) -> bytes:
-    """A name as torch's reader of archives compares it: without the case of A to Z."""
+    """Return a name as torch's reader of archives compares it: without the case of A to Z."""
     return name.encode("utf-8", "surrogatepass").lower()
 
 
@@ -249,7 +251,7 @@ def _check_directory(file: BinaryIO, size: int) -> None:
 
 
 def _place(file: BinaryIO, member: zipfile.ZipInfo, size: int) -> int:
-    """The offset of a member's first byte."""
+    """Return the offset of a member's first byte."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise InputError(f"{member.filename[:80]} is compressed or encrypted, which torch never writes")
     if member.is_dir() or member.external_attr & FOLDER:  # torch would take it for empty
@@ -274,7 +276,7 @@ def _content(file: BinaryIO, member: zipfile.ZipInfo, size: int, most: int) -> b
 
 
 def _legacy(file: BinaryIO, size: int) -> tuple[Any, Places]:
-    """The same of a file as torch wrote it before 1.6: pickles one after another, then the storages."""
+    """Return the same of a file as torch wrote it before 1.6: pickles one after another, then the storages."""
     try:
         magic = read_pickle(file)
     except InputError as error:
@@ -383,7 +385,7 @@ _MARK = _Mark()
 
 
 def read_pickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The value of the next pickle in `file`. Its storages are added to `storages`.
+    """Return the value of the next pickle in `file`. Its storages are added to `storages`.
 
     InputError: it is damaged, or does anything that a table of tensors does not need.
     """
@@ -391,7 +393,7 @@ def read_pickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> A
 
 
 def run(machine: Machine) -> Any:
-    """The value of a machine's pickle. InputError: it is damaged, or uses an unknown operation."""
+    """Return the value of a machine's pickle. InputError: it is damaged, or uses an unknown operation."""
     try:
         return machine.run()
     except (struct.error, IndexError, UnicodeDecodeError) as error:
@@ -466,7 +468,7 @@ class Machine:
         return value
 
     def top(self, kind: type) -> Any:
-        """What is on top of the stack, of that kind."""
+        """Return the top of the stack, of that kind."""
         if not isinstance(self.stack[-1], kind):
             raise InputError("its pickle is damaged or ends early", hint="download it again")
         return self.stack[-1]

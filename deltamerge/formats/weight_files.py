@@ -29,7 +29,7 @@ ALLOW = "pickles: true in the recipe, or --allow-pickles, reads torch's tables o
 
 
 def weight_source(names: Collection[str], *, pickles: bool = False) -> str:
-    """The single weight file or the index among a folder's file names, chosen as transformers and diffusers do.
+    """Return the single weight file or the index among a folder's file names, chosen as transformers and diffusers do.
 
     Mistral's own file (`consolidated.safetensors`) counts if there is no other. `pickles`: torch's files count if there
     are no safetensors.
@@ -63,17 +63,17 @@ def weight_source(names: Collection[str], *, pickles: bool = False) -> str:
 
 
 def adapter_error() -> InputError:
-    """The error for a reference that names an adapter without its base."""
+    """Return the error for a reference that names an adapter without its base."""
     return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
 
 
 def is_index(source: str) -> bool:
-    """Whether the choice of `weight_source` is an index."""
+    """Tell whether the choice of `weight_source` is an index."""
     return source.endswith(".json")
 
 
 def read_weights(path: Path) -> Header:
-    """The header of a weight file, of either kind; torch's are read only where they are allowed."""
+    """Return the header of a weight file, of either kind; torch's are read only where they are allowed."""
     if not path.name.endswith(PICKLES):
         return read_header(path)
     from deltamerge.formats.torch_bin import read_torch_header
@@ -82,19 +82,19 @@ def read_weights(path: Path) -> Header:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, of any kind that is known."""
+    """Tell whether a file holds weights, of any kind that is known."""
     return name.endswith((".safetensors", GGUF, *PICKLES))
 
 
 def is_distributed(names: Iterable[str | Path]) -> bool:
-    """Whether a folder's file names, or a model's files, show a distributed checkpoint."""
+    """Tell whether a folder's file names, or a model's files, show a distributed checkpoint."""
     texts = [str(name) for name in names]
     found = any(name.endswith(DISTRIBUTED) for name in texts)
     return found and not any(name.endswith(".safetensors") for name in texts)
 
 
 def parts_of(name: str, names: Collection[str]) -> list[str]:
-    """The files of the model that begins with the file `name`. InputError: one of them is not among `names`."""
+    """Return the files of the model that begins with the file `name`. InputError: one of them is not among `names`."""
     found = SPLIT.fullmatch(name)
     if found is None:
         return [name]
@@ -106,14 +106,14 @@ def parts_of(name: str, names: Collection[str]) -> list[str]:
 
 
 def first_parts(names: Collection[str]) -> list[str]:
-    """The GGUF files among `names` that are models, of one in parts the first; no projectors of pictures."""
+    """Return the GGUF files among `names` that are models, of one in parts the first; no projectors of pictures."""
     found = sorted(name for name in names if name.endswith(GGUF) and not name.startswith("mmproj"))
     numbers = {name: match["number"] for name in found if (match := SPLIT.fullmatch(name))}
     return [name for name in found if numbers.get(name, "00001") == "00001"]
 
 
 def the_model(names: Collection[str]) -> str | None:
-    """The first file of the only GGUF model among a folder's file names. None: there is none.
+    """Return the first file of the only GGUF model among a folder's file names. None: there is none.
 
     InputError: there are several.
     """
@@ -127,7 +127,8 @@ def the_model(names: Collection[str]) -> str | None:
 def open_weights(
     folder: Path, names: Collection[str], read: Callable[[Sequence[Path]], Sequence[Header]], *, pickles: bool = False
 ) -> tuple[str, dict[str, TensorInfo], tuple[Path, ...]]:
-    """The file that was chosen in a folder of these file names, its tensors in order, and the files that hold them."""
+    """Return the file that was chosen in a folder of these file names, its tensors in order, and the files that hold
+    them."""
     source = weight_source(names, pickles=pickles)
     weight_map = read_index(folder / source) if is_index(source) else None
     shards = [source] if weight_map is None else shards_of(weight_map, names)
@@ -136,7 +137,7 @@ def open_weights(
 
 
 def read_index(path: Path, *, empty: bool = False) -> dict[str, str]:
-    """A shard index: tensor name -> shard. `empty`: it may be of no tensor.
+    """Return a shard index: tensor name -> shard. `empty`: it may be of no tensor.
 
     InputError: no valid index, or a shard that is no plain file name.
     """
@@ -154,7 +155,7 @@ def read_index(path: Path, *, empty: bool = False) -> dict[str, str]:
 
 
 def shards_of(weight_map: Mapping[str, str], names: Collection[str]) -> list[str]:
-    """The shards of an index, in order. InputError: one is not among `names`, the files of the folder."""
+    """Return the shards of an index, in order. InputError: one is not among `names`, the files of the folder."""
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if shard not in names]:
         many = f", {len(missing)} of {len(shards)} shards are missing" if len(missing) > 1 else ""
@@ -168,8 +169,10 @@ def _is_plain(name: str, suffix: str) -> bool:
 
 
 def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-    """The tensors of all shards, in order. InputError: a shard does not hold exactly what the index (`weight_map`)
-    says."""
+    """Return the tensors of all shards, in order.
+
+    InputError: a shard does not hold exactly what the index (`weight_map`) says.
+    """
     tensors: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():

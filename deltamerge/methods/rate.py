@@ -1,19 +1,17 @@
-"""A delta Δ (m, n) in few bytes: what it may be stored as, at what price, and the parts that are made of it.
+"""A delta Δ (m, n) in few bytes: its possible forms, their prices, and the parts of the chosen form.
 
-With σ_k u_k v_kᵀ the singular triples of Δ, a component whose two vectors have levels of relative distortion D loses
-σ_k² (1 - (1 - D)²), and takes m + n codes and a byte. Entries of one row have a scale; entries of distortion D lose D
-times their squares. A multiplier λ chooses for each tensor what
-makes distortion + λ bytes least. One λ for all tensors is a point of their common lower convex hull: at the end no byte
-would gain more in another tensor.
+Let σ_k u_k v_kᵀ be the singular triples of Δ. A component whose vectors have levels of relative distortion D loses
+σ_k² (1 - (1 - D)²). It takes m + n codes and a byte. Entries of one row have a scale; entries of distortion D lose D
+times their squares. A multiplier λ chooses for each tensor the form of least distortion + λ bytes. One λ for all
+tensors is a point of their common lower convex hull: at the end no byte would gain more in another tensor.
 
-The right vectors of factors are quantised first. The left ones are then the best for these, U = Δ V̂ (V̂ᵀ V̂)⁻¹, and are
-quantised too; the scales of the products are solved for together. One and two bits a number are trellis codes, unless
-codes are learned.
+The right vectors of factors are quantised first. Then the best left vectors for them, U = Δ V̂ (V̂ᵀ V̂)⁻¹, are quantised
+too. The scales of all products are solved for together. One and two bits a number are trellis codes.
 
-Least squares makes parts shorter than Δ. A component of codes that lose D has 1 - D of its length, as what they miss is
-noise beside it: it gets this back (divided by 1 - D). The length of components that are left out is not given back. It
-would help where small components are skill, as a q below 1 does with importance masks, and harm where they are noise.
-With rows codes and scales are learned instead (`calibrate.q.codes`).
+Least squares makes parts shorter than Δ. A component of distortion D has 1 - D of its length, because the error of the
+codes is noise beside it. Division by 1 - D gives that length back. The length of omitted components is not given back.
+It would help if small components are skill, as a q below 1 does with importance masks, and harm if they are noise. With
+rows codes and scales are then learned (`calibrate.q.codes`).
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ from deltamerge.tensors.lazy import torch
 Floats = NDArray[np.float64]
 
 FACTOR_LEVELS = (257, 258, 8, 16, 255)  # trellis codes lose less than plain ones of as many bits
-LEARNED_LEVELS = (2, 3, 4, 8, 16, 255)  # of factors whose codes are learned
 ENTRY_LEVELS = (2, 3, 4, 8, 16, 255)
 LISTED_LEVELS = (2, 16)  # of entries whose positions are listed
 ROUNDS = 3  # of fitting a scale and choosing codes in turns
@@ -47,33 +44,33 @@ LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
 LEARNING_STEPS, LEARNING_ROWS = 100, 8  # steps that codes are learned in, and the rows of each
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
-LATENT = 80  # bytes of memory a byte of codes that are learned: values, gradients, and Adam's two means of each
-FILLS = 80  # lower prices, in sixteenths of a power of two, at which bytes that are left are given away
+LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
+FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
 USUAL = 256  # components that a tensor is factored into, about
-OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes, and what it is
+OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its form
 
 
 def learning_passes(sequences: int) -> int:
-    """About the forward passes over so many rows that learning codes takes; a backward pass counts as two."""
+    """Return about the forward passes over so many rows that learning takes; a backward pass counts as two."""
     return math.ceil(3 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
 
 
 @dataclass(frozen=True, slots=True)
 class LevelTable:
-    """The levels of a quantiser, in units of the standard deviation of a unit Gaussian, and what it loses of one."""
+    """The levels of a quantiser, in units of a Gaussian's standard deviation, and its distortion of the Gaussian."""
 
     levels: Floats
     distortion: float
 
     @property
     def edges(self) -> Floats:
-        """Where one level ends and the next begins."""
+        """Return the values between neighbouring levels."""
         return (self.levels[1:] + self.levels[:-1]) / 2
 
 
 @cache
 def table(count: int) -> LevelTable:
-    """The table of so many levels, scaled so that a unit Gaussian loses least."""
+    """Return the table of so many levels, scaled so that a unit Gaussian loses least."""
     x = np.linspace(-8, 8, 64001)
     weights = np.exp(-x * x / 2)
     weights /= weights.sum()
@@ -86,20 +83,24 @@ def table(count: int) -> LevelTable:
     return LevelTable(levels * scale, lost)
 
 
+def unit(levels: int) -> float:
+    """The size of a level's integer step, in standard deviations of the vector whose codes lose least."""
+    return trellis.UNIT[levels] if levels in trellis.BITS else float(table(levels).levels[-1] / LEVELS[levels][-1])
+
+
 def distortion(levels: int) -> float:
-    """What codes of so many levels, or trellis codes, lose of a unit Gaussian."""
+    """Return the distortion of a unit Gaussian by codes of so many levels, or by trellis codes."""
     return trellis.DISTORTION[levels] if levels in trellis.BITS else table(levels).distortion
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What the parts of a tensor (m, n) may take and lose.
+    """The bytes and losses of the forms of a tensor (m, n).
 
-    gains    the squares σ² of its components, descending; those beyond the last have no factors
-    energy   what is lost if nothing is stored
-    counts   how many entries have squares of each bin, the largest first
+    gains    the squares σ² of its components, descending; later components have no factors
+    energy   the loss if nothing is stored
+    counts   the number of entries with squares of each bin, the largest first
     squares  their weighed sums
-    levels   the numbers of levels that components may have
     """
 
     m: int
@@ -108,10 +109,9 @@ class Curve:
     energy: float
     counts: Floats
     squares: Floats
-    levels: tuple[int, ...] = FACTOR_LEVELS
 
     def choice(self, price: float) -> Choice:
-        """What makes distortion + price · bytes least."""
+        """Return the choice of least distortion + price · bytes."""
         costs = self._fixed[1] + price * self._fixed[0]
         best = int(costs.argmin())
         if min(self.m, self.n) > 1:
@@ -122,7 +122,7 @@ class Curve:
 
     @cached_property
     def _choices(self) -> list[Choice]:
-        """What does not depend on the price: nothing, all entries, and so many of the largest."""
+        """The choices for any price: nothing, all entries, and so many of the largest."""
         found = [Choice(0.0, self.energy)]
         for levels in ENTRY_LEVELS:
             nbytes = packed_bytes(self.m * self.n, levels) + self.m + OVERHEAD
@@ -131,13 +131,13 @@ class Curve:
 
     @cached_property
     def _fixed(self) -> tuple[Floats, Floats]:
-        """Bytes and losses of these."""
+        """The bytes and losses of `_choices`."""
         return np.array([one.nbytes for one in self._choices]), np.array([one.lost for one in self._choices])
 
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
         nbytes = np.zeros_like(self.gains)
-        for levels in self.levels:
+        for levels in FACTOR_LEVELS:
             each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
             gain = self.gains * (1 - distortion(levels)) ** 2
             better = gain - price * each > best - price * nbytes
@@ -163,7 +163,7 @@ class Curve:
                 yield Choice(nbytes, lost, entries=(levels, int(count)))
 
     def _coded(self, at: int, levels: int) -> float:
-        """What the entries of the bins up to `at` lose by their codes."""
+        """Return the loss by codes of the entries of the bins up to `at`."""
         counts, squares = self.counts[: at + 1], self.squares[: at + 1]
         whole = float(squares.sum())
         if levels > 2:
@@ -174,10 +174,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a tensor is stored as, in about so many bytes, and what is lost.
+    """The form of a tensor, in about so many bytes, and its loss.
 
     components  the levels of each component, 0: it is left out
-    entries     levels, and how many of the largest entries have them; None: all
+    entries     levels, and the number of the largest entries that have them; None: all
     """
 
     nbytes: float
@@ -186,9 +186,9 @@ class Choice:
     entries: tuple[int, int | None] | None = None
 
     def longer(self, energy: float, length: float) -> float:
-        """By how much parts are longer than least squares makes them, of a tensor that has so much to lose.
+        """Return the factor on the least-squares parts of a tensor with so much energy: at most LONGEST.
 
-        `length` is 0 for not at all, 1 for as long as the delta; LONGEST at most.
+        `length` is 0 for the least-squares length, 1 for the length of the delta.
         """
         kept = 1 - self.lost / energy if energy else 1.0
         return math.pow(min(LONGEST, max(kept, 1e-9) ** -0.5), length)
@@ -199,7 +199,7 @@ def _entropy(p: float) -> float:
 
 
 def share(curves: Sequence[Curve], nbytes: float) -> tuple[float, list[Choice]]:
-    """The multiplier, and a choice for each tensor, that together take at most about `nbytes`."""
+    """Return the multiplier, and choices for the tensors that together take at most about `nbytes`."""
     low, high = -80.0, 80.0
     choices = [curve.choice(2.0**high) for curve in curves]
     for _ in range(48):
@@ -213,8 +213,7 @@ def share(curves: Sequence[Curve], nbytes: float) -> tuple[float, list[Choice]]:
 
 
 def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price: float) -> list[Choice]:
-    """Choices that take what is left of the bytes: one tensor after another gets them at a lower price, the largest
-    gain a byte first."""
+    """Return choices that use the remaining bytes: tensors get them at lower prices, the largest gain a byte first."""
     room = nbytes - sum(choice.nbytes for choice in choices)
     better: list[tuple[float, int, Choice]] = []
     for number, (curve, choice) in enumerate(zip(curves, choices, strict=True)):
@@ -230,34 +229,26 @@ def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price
 
 
 def histogram(delta: Array, weight: float) -> tuple[Floats, Floats]:
-    """How many entries have weighed squares of each bin, and their sums, by bin; to be added up."""
+    """Return the number of entries with weighed squares of each bin, and the sums of these, to be added up."""
     squares = (np.square(delta, dtype=np.float64) * weight).reshape(-1)
     bins = squares.astype(np.float32).view(np.uint32) >> 20
     counts = np.bincount(bins, minlength=BINS).astype(np.float64)
     return counts, np.bincount(bins, squares, BINS).astype(np.float64)
 
 
-def curve_of(
-    m: int,
-    n: int,
-    gains: Floats,
-    energy: float,
-    counts: Floats,
-    squares: Floats,
-    levels: tuple[int, ...] = FACTOR_LEVELS,
-) -> Curve:
-    """The curve of a tensor from the gains of its components and its histogram."""
+def curve_of(m: int, n: int, gains: Floats, energy: float, counts: Floats, squares: Floats) -> Curve:
+    """Return the curve of a tensor from the gains of its components and its histogram."""
     filled = np.flatnonzero(squares)[::-1]
-    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled], levels)
+    return Curve(m, n, gains, energy, counts[filled].astype(np.float64), squares[filled])
 
 
 def parts_of(
     delta: Array, choice: Choice, vectors: Array | None, longer: float | None = 1.0
 ) -> tuple[list[Part], Array]:
-    """The parts that a choice is for a delta (m, n) float32, and their bytes.
+    """Return the parts of a delta (m, n) float32 by a choice, and their bytes.
 
-    `vectors` are its right vectors (k, n), the most important first. Values are `longer` times those by least squares;
-    None: each component is as long as before its codes.
+    `vectors` are its right vectors (k, n), the most important first. Values are `longer` times the least-squares
+    values; None: each component is as long as before its codes.
     """
     if any(choice.components) and vectors is not None:
         part, stored = _factors(delta, vectors, np.array(choice.components), longer)
@@ -270,7 +261,7 @@ def parts_of(
 
 
 def quantise(vectors: Array, levels: int) -> tuple[Array, Floats]:
-    """Codes of each row, and the scale of a unit of the integer levels that loses least; in blocks of rows."""
+    """Return the codes of each row, and the scale of the integer levels that loses least; in blocks of rows."""
     codes, scales = np.empty(vectors.shape, np.uint8), np.empty(len(vectors))
     step = max(1, BLOCK // max(1, vectors.shape[1]))
     for at in range(0, len(vectors), step):
@@ -292,7 +283,7 @@ def _quantised(vectors: Floats, levels: int) -> tuple[Array, Floats]:
 
 
 def _codes(vectors: Array, levels: int) -> Array:
-    """Codes of each row of the vectors of components."""
+    """Return the codes of each row of the vectors of components."""
     if levels not in trellis.BITS:
         return quantise(vectors, levels)[0]
     scale = np.sqrt(np.mean(np.square(vectors), axis=1, keepdims=True)) * trellis.UNIT[levels]
@@ -300,7 +291,7 @@ def _codes(vectors: Array, levels: int) -> Array:
 
 
 def scratch(shapes: Sequence[tuple[int, int]], workers: int) -> int:
-    """About the bytes of deltas (m, n) that are collected, factored and coded at one time."""
+    """Return about the bytes of the deltas (m, n) that are collected, factored and coded at one time."""
     held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
     work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=False) for m, n in shapes), reverse=True)
     making = sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
@@ -328,7 +319,7 @@ def _factors(delta: Array, vectors: Array, components: Array, longer: float | No
 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The least-squares solution for a positive semi-definite matrix, with a touch of a ridge."""
+    """Return the least-squares solution for a positive semi-definite matrix, with a small ridge."""
     ridge = 1e-9 * float(torch.mean(torch.diagonal(matrix))) + 1e-300
     found: torch.Tensor = torch.linalg.solve(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype), right)
     return found

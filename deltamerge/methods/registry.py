@@ -75,7 +75,7 @@ class MergeMethod:
                     merged in their core (`methods.merge.core_space`). None: never.
     totals          a function of the same tiles that gives numbers, (blocks, k) float64. The function gets their sums
                     over all tensors of the merge as its last input.
-    rows            what is measured on each model's own rows before the first tile: "inputs" of linear layers, inputs
+    rows            the measurement on each model's own rows before the first tile: "inputs" of linear layers, inputs
                     after "merged" layers, or "gradients". The function, or `nodes`, gets it as its last input.
     keeps_single    `(**parameters) -> bool`: whether a single unpruned model comes out unchanged, so that it need not
                     be computed. None: never.

@@ -59,8 +59,11 @@ Tensors = dict[str, TensorInfo]
 def open_adapter(
     path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None, pickles: bool = False
 ) -> Adapter:
-    """The adapter in the folder `path`. InputError: no such folder, not an adapter that can be read, pickled (unless
-    `pickles` are allowed), or unsupported settings."""
+    """Return the adapter in the folder `path`.
+
+    InputError: no such folder, not an adapter that can be read, pickled (unless `pickles` are allowed), or unsupported
+    settings.
+    """
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")
@@ -75,7 +78,10 @@ def open_adapter(
 
 
 def check_files(names: Collection[str], *, pickles: bool = False) -> str:
-    """The weight file of an adapter's folder with files of these `names`. InputError: it is none, or only pickled."""
+    """Return the weight file of an adapter's folder with files of these `names`.
+
+    InputError: it is none, or only pickled.
+    """
     if CONFIG not in names:
         raise InputError(
             f"has no {CONFIG}: not a PEFT adapter", hint="after + stands the folder or hub id of an adapter"
@@ -138,7 +144,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
 
 
 def _in_form(tensors: Tensors, found: Parts) -> Tensors:
-    """The base's tensors, with experts fused or taken apart where the adapter was trained on the other."""
+    """Return the base's tensors, with experts fused or taken apart where the adapter was trained on the other."""
     apart, fused = experts.containers(tensors)
     one_by_one = experts.layout_of(f"{module}.weight" for module in found.modules)
     if apart and not fused and any(root.endswith("experts") for root in found.nested()):
@@ -149,7 +155,7 @@ def _in_form(tensors: Tensors, found: Parts) -> Tensors:
 
 
 def _apart(tensors: Tensors, layout: experts.Layout) -> Iterator[tuple[str, TensorInfo]]:
-    """The tensors with fused experts as views of one expert's part each."""
+    """Yield the tensors with fused experts as views of one expert's part each."""
     found = experts.by_container(tensors)
     for name, info in tensors.items():
         container, _, key = name.rpartition(".")
@@ -164,7 +170,7 @@ def _apart(tensors: Tensors, layout: experts.Layout) -> Iterator[tuple[str, Tens
 
 
 def _in_own_form(tensors: Tensors, stored: Tensors, added: str) -> Tensors:
-    """The updated tensors as the base stores its experts."""
+    """Return the updated tensors as the base stores its experts."""
     own_apart, own_fused = experts.containers(stored)
     apart, fused = experts.containers(tensors)
     if own_apart and fused and not own_fused and (layout := experts.layout_of(stored)) is not None:
@@ -193,7 +199,7 @@ def _is_inside(part: Tensor, whole: Tensor) -> bool:
 
 
 def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[str, list[str]]:
-    """The parameters of each adapted module that can have factors.
+    """Return the parameters of each adapted module that can have factors.
 
     These are the `target_parameters` that the module has in the base, or its weight. InputError: there are fewer
     parameters than factors.
@@ -215,7 +221,7 @@ def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[st
 
 
 def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[str, Shape]]:
-    """The names, in the adapted model, of the weights that the adapter changes, and their shapes where known."""
+    """Yield the names, in the adapted model, of the weights that the adapter changes, and their shapes where known."""
     for root, levels in found.nested().items():
         if targets[root] == ["weight"]:
             with errors.context(root):
@@ -228,7 +234,7 @@ def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[st
 
 
 def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[str, dict[str, str]]:
-    """The prefix for the base's names, and the base's name of each tensor that the adapter changes.
+    """Return the prefix for the base's names, and the base's name of each tensor that the adapter changes.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
     the other way round. All other differences are matched as between two models.
@@ -251,7 +257,7 @@ def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[
 
 
 def _inside(name: str, names: Tensors) -> str | None:
-    """A name in the base. Experts are matched within their layer, in whatever module they are."""
+    """Return a name in the base. Experts are matched within their layer, in whatever module they are."""
     if name in names or name.split(".")[-2:-1] != ["experts"]:
         return name if name in names else None
     end, block = "." + ".".join(name.split(".")[-2:]), block_name(name)
@@ -361,7 +367,7 @@ def _turned(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> set[str]:
-    """The modules whose weight is stored (in, out): of class Conv1D, as known by model type and name.
+    """Return the modules whose weight is stored (in, out): of class Conv1D, as known by model type and name.
 
     For models that transformers does not have, shapes tell. A square weight there is stored like others of its name, or
     beside it, whose biases give the number of outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts
@@ -392,7 +398,7 @@ def _turned(
 
 
 def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
-    """Whether weights are stored (in, out), by the lengths of biases, for weights that are not square.
+    """Tell whether weights are stored (in, out), by the lengths of biases, for weights that are not square.
 
     Keys are the last part of a module's name, and the part before it (with its dot).
     """
@@ -412,7 +418,8 @@ def _by_biases(tensors: Tensors) -> dict[str, set[bool]]:
 def _shared(
     whole: dict[str, tuple[str, TensorInfo]], embedding: str, config: Mapping[str, Any]
 ) -> dict[str, tuple[str, TensorInfo]]:
-    """The whole tensors by their names, including tensors that PEFT loads into the weight that `embedding` shares.
+    """Return the whole tensors by their names, including tensors that PEFT loads into the weight that `embedding`
+    shares.
 
     Both names then get the tensor. A module of `modules_to_save` has its own copy.
     """
@@ -437,7 +444,7 @@ def _leave_residual(tensors: Tensors, embedding: str, old: TensorInfo) -> None:
 
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
-    """A whole tensor in the base's dtype, as PEFT loads it into the base's module."""
+    """Return a whole tensor in the base's dtype, as PEFT loads it into the base's module."""
     if info.dtype != dtype and dtype not in PLAIN:
         raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
@@ -446,7 +453,8 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
 
 
 def _tied(base: Checkpoint, adapter: Adapter, names: Tensors) -> str:
-    """The embedding that the base's head shares its weight with; the first of several; "" where there is none."""
+    """Return the embedding that the base's head shares its weight with; the first of several; "" where there is
+    none."""
     architecture = str((base.config.get("architectures") or ["?"])[0])
     generates = re.search("ForCausalLM|LMHead", architecture) or adapter.config.get("task_type") == "CAUSAL_LM"
     if not generates or LM_HEAD in names or base.config.get("tie_word_embeddings") is False:
@@ -477,7 +485,7 @@ def _untie(embedding: str, adapter: Adapter, names: Tensors, touched: set[str]) 
 def _config(
     config: dict[str, Any], adapter: Adapter, added: Mapping[str, tuple[int, ...]], untied: bool
 ) -> dict[str, Any]:
-    """The base's config, changed where the adapter brings a classifier or unties the head."""
+    """Return the base's config, changed where the adapter brings a classifier or unties the head."""
     changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     task = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
     heads = [shape[0] for name, shape in added.items() if len(shape) == 2 and name.endswith("weight")]

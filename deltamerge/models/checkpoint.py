@@ -128,7 +128,7 @@ def open_checkpoint(
     pickles: bool = False,
     sums: bool = False,
 ) -> Checkpoint:
-    """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
+    """Return the checkpoint in the folder `path`, from its config, index and headers; no weight is read.
 
     The weights are in `model.safetensors`, or an index and its shards, or a delta artifact, or the only other
     `.safetensors` file. Or they are the components of a diffusers pipeline or a sentence-transformers model. `path` may
@@ -152,7 +152,7 @@ def open_checkpoint(
 
 
 def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
-    """The model in a folder of torch's distributed checkpoints.
+    """Return the model in a folder of torch's distributed checkpoints.
 
     Its config, tokenizer and other files are in the folder itself, in its parent or in the parent's parent; otherwise
     it has none.
@@ -167,7 +167,7 @@ def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoi
 
 
 def summed_up(checkpoint: Checkpoint, summed: RunningSum) -> Checkpoint:
-    """A running sum: its tensors, and the metadata of its file.
+    """Return a running sum: its tensors, and the metadata of its file.
 
     InputError: a tensor has a dtype that no average has.
     """
@@ -183,13 +183,13 @@ class Folder(Protocol):
     def path(self) -> Path: ...
 
     def names(self, inner: str = "") -> list[str]:
-        """The names in a subfolder; none if it does not exist."""
+        """Return the names in a subfolder; none if it does not exist."""
 
     def read(self, paths: Sequence[Path]) -> list[Header]:
-        """The headers of weight files."""
+        """Return the headers of weight files."""
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
-        """The headers of GGUF files."""
+        """Return the headers of GGUF files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,10 @@ class LocalFolder:
 def open_folder(
     folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool, sums: bool = False
 ) -> Checkpoint:
-    """The checkpoint in a folder whose configs, lists and indexes are present. InputError: as for `open_checkpoint`."""
+    """Return the checkpoint in a folder whose configs, lists and indexes are present.
+
+    InputError: as for `open_checkpoint`.
+    """
     path, names = folder.path, folder.names()
     if RUNNING_SUM in names and not sums:
         raise InputError("is the running sum of an average, no model", hint="average it first: merge_method: linear")
@@ -257,7 +260,7 @@ def open_folder(
 
 
 def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
-    """The checkpoint in the GGUF file `name` of a folder, with the folder's config.json if there is one."""
+    """Return the checkpoint in the GGUF file `name` of a folder, with the folder's config.json if there is one."""
     from deltamerge.formats.gguf.model import open_model
 
     names = folder.names()
@@ -272,7 +275,7 @@ def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_i
 
 
 def config_file_of(names: Collection[str], source: str = "") -> str:
-    """The file that holds a model's config; "" for Mistral's own files and GGUF, which have none."""
+    """Return the file that holds a model's config; "" for Mistral's own files and GGUF, which have none."""
     if PIPELINE in names:
         return PIPELINE
     has_own = source.startswith(MISTRAL) or source.endswith(GGUF)
@@ -280,7 +283,7 @@ def config_file_of(names: Collection[str], source: str = "") -> str:
 
 
 def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
-    """The checkpoint of a single weight file, without a config or any other file."""
+    """Return the checkpoint of a single weight file, without a config or any other file."""
     if not path.exists():
         raise InputError("no such folder")
     if path.suffix == GGUF:
@@ -306,7 +309,7 @@ def with_configs(components: Sequence[Component], path: Path) -> tuple[Component
 
 
 def by_component(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, list[Checkpoint | None]]]:
-    """The folders of all components, in order, each with every model's checkpoint there.
+    """Yield the folders of all components, in order, each with every model's checkpoint there.
 
     A component's checkpoint has its own names and config. None: the model lacks the component.
     """
@@ -316,7 +319,7 @@ def by_component(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, list[
 
 
 def recombined(checkpoint: Checkpoint, parts: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
-    """The tensors of a model's components, as from `by_component`, under their names in the model."""
+    """Return the tensors of a model's components, as from `by_component`, under their names in the model."""
     of = {component.folder: component for component in checkpoint.components}
     named = {}
     for folder, part in parts.items():
@@ -342,7 +345,7 @@ def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 
 
 def is_delta(names: Collection[str]) -> bool:
-    """Whether the names of a model's files show a delta artifact."""
+    """Tell whether the names of a model's files show a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
 
 
@@ -391,7 +394,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:
-    """The dtype of a quantised model's weights without quantisation.
+    """Return the dtype of a quantised model's weights without quantisation.
 
     It is the config's, otherwise the most frequent of its plain tensors without `companions`, otherwise bfloat16.
     """

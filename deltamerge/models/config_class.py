@@ -55,7 +55,7 @@ class ConfigClass:
     steps: tuple[ast.stmt, ...] = ()
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of every key, for a config.json that may leave keys out; `UNKNOWN` if it cannot be told."""
+        """Return the value of every key, for a config.json that may leave keys out; `UNKNOWN` if it cannot be told."""
         stated = {self.aliases.get(key, key): value for key, value in config.items()}
         values = {**self.keys, **{key: value for key, value in stated.items() if key in self.keys}}
         more = {key: value for key, value in stated.items() if key not in self.keys}
@@ -65,21 +65,21 @@ class ConfigClass:
 
 @cache
 def models_folder() -> Path | None:
-    """The folder of transformers' models; None where it is not installed."""
+    """Return the folder of transformers' models; None where it is not installed."""
     spec = importlib.util.find_spec("transformers")
     found = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
     return found if found is not None and found.is_dir() else None
 
 
 def folders_near(model_type: str) -> list[str]:
-    """The names of folders that may hold the models of a type: the type's name, and prefixes of it."""
+    """Return the names of folders that may hold the models of a type: the type's name, and prefixes of it."""
     parts = re.sub(r"[^a-z0-9]+", "_", model_type.lower()).split("_")
     return ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 @cache
 def class_of_type(model_type: str) -> ConfigClass | None:
-    """The config class of a model type; None where transformers is not installed or has none."""
+    """Return the config class of a model type; None where transformers is not installed or has none."""
     if len(model_type) > LONGEST_TYPE:
         return None
     return _found(re.compile(rf"^    model_type(?:: [^=\n]+)? = [\"']{re.escape(model_type)}[\"']", re.M), model_type)
@@ -87,7 +87,7 @@ def class_of_type(model_type: str) -> ConfigClass | None:
 
 @cache
 def class_named(name: str, near: str = "") -> ConfigClass | None:
-    """The config class of a name; `near` is the model type of the config that it is nested in."""
+    """Return the config class of a name; `near` is the model type of the config that it is nested in."""
     return _found(re.compile(rf"^class {re.escape(name)}\(", re.M), near or name)
 
 
@@ -130,7 +130,7 @@ def _module(path: Path) -> _Module:
 
 
 def _read(module: _Module, name: str) -> ConfigClass:
-    """A class with its inherited keys and statements."""
+    """Return a class with its inherited keys and statements."""
     keys: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     sections: dict[str, str] = {}
@@ -162,7 +162,7 @@ def _read(module: _Module, name: str) -> ConfigClass:
 
 
 def _lineage(module: _Module, name: str) -> list[ast.ClassDef]:
-    """A class and its ancestors within transformers, the first ancestor first."""
+    """Return a class and its ancestors within transformers, the first ancestor first."""
     node = module.classes[name]
     above: list[ast.ClassDef] = []
     for base in node.bases:
@@ -178,7 +178,7 @@ def _lineage(module: _Module, name: str) -> list[ast.ClassDef]:
 
 
 def _inlined(body: list[ast.stmt], above: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements of a method, with the parent's statements in place of its call."""
+    """Return the statements of a method, with the parent's statements in place of its call."""
     made: list[ast.stmt] = []
     for statement in body:
         is_super = "super().__post_init__" in ast.unparse(statement)
@@ -187,7 +187,7 @@ def _inlined(body: list[ast.stmt], above: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _arguments(args: ast.arguments) -> dict[str, Any]:
-    """The keys of a class that is written as a function of them."""
+    """Return the keys of a class that is written as a function of them."""
     names = [arg.arg for arg in args.args][-len(args.defaults) :] if args.defaults else []
     found = dict(zip(names, map(_default, args.defaults), strict=True))
     for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
@@ -196,7 +196,7 @@ def _arguments(args: ast.arguments) -> dict[str, Any]:
 
 
 def _sections(value: ast.Dict) -> Iterator[tuple[str, str]]:
-    """The keys of nested configs, and the class of each, or its model type behind a colon."""
+    """Yield the keys of nested configs, and the class of each, or its model type behind a colon."""
     for key, spec in zip(value.keys, value.values, strict=True):
         if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
             continue
@@ -212,7 +212,7 @@ def _sections(value: ast.Dict) -> Iterator[tuple[str, str]]:
 
 
 def _default(node: ast.expr) -> Any:
-    """The default that a class states, where it is plain."""
+    """Return the default that a class states, where it is plain."""
     if isinstance(node, ast.Call):
         said = {word.arg: word.value for word in node.keywords}
         if "default" in said:
@@ -228,7 +228,7 @@ def _default(node: ast.expr) -> Any:
 
 
 def _changed_in(statement: ast.stmt) -> list[ast.expr]:
-    """The names and keys that a statement sets, or calls a method of (`self.layer_types.append`)."""
+    """Return the names and keys that a statement sets, or calls a method of (`self.layer_types.append`)."""
     found: list[ast.expr] = []
     for node in ast.walk(statement):
         if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
@@ -319,7 +319,7 @@ class _Steps:
             raise _Unreadable
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression. _Unreadable: it cannot be told."""
+        """Return the value of an expression. _Unreadable: it cannot be told."""
         try:
             found = self._value(node)
         except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:

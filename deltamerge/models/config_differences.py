@@ -22,7 +22,7 @@ Kind = Literal["positions", "function", "tokens"]
 LONGEST = 160
 RELATIVE = 2.0**-23  # models compute in float32 at most; a GGUF file stores its numbers so
 
-# Keys on how a model is stored, called, trained or sampled, not on what it computes.
+# Keys on how a model is stored, called, trained or sampled, not on its function.
 BOOKKEEPING = re.compile(
     r"_.*|name_or_path|model_name|architectures|transformers_version|torch_dtype|dtype|use_cache|id2label|label2id"
     r"|num_labels|problem_type|finetuning_task|auto_map|torchscript|use_bfloat16|chunk_size_feed_forward"
@@ -90,7 +90,7 @@ class Difference:
     kind: Kind
 
     def said(self) -> str:
-        """The values and their models: "1000000 in ./a and ./b, 10000 in ./base"."""
+        """Return the values and their models: "1000000 in ./a and ./b, 10000 in ./base"."""
         groups: list[tuple[Any, list[str]]] = []
         for name, value in self.values.items():
             group = next((names for other, names in groups if same(other, value)), None)
@@ -101,12 +101,12 @@ class Difference:
         return ", ".join(f"{in_words(value)} in {some(names, 4)}" for value, names in groups)
 
     def agrees(self, names: Sequence[str]) -> bool:
-        """Whether the models of these names have one value."""
+        """Tell whether the models of these names have one value."""
         return all(same(self.values[names[0]], self.values[name]) for name in names[1:])
 
 
 def differences(models: Sequence[tuple[str, Config]]) -> tuple[Difference, ...]:
-    """The keys in which models differ, given by name and config.json.
+    """Return the keys in which models differ, given by name and config.json.
 
     Keys that change the meaning of weights come first.
 
@@ -141,12 +141,12 @@ def differences(models: Sequence[tuple[str, Config]]) -> tuple[Difference, ...]:
 
 
 def _parts(meanings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The models that match a section of another model."""
+    """Return the models that match a section of another model."""
     return [name for name, one in meanings.items() if any(_place(one, other) for other in meanings.values())]
 
 
 def _place(part: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
-    """The section of a model that corresponds to another model. "": there is none."""
+    """Return the section of a model that corresponds to another model. "": there is none."""
     kind = part.get(TYPE)
     if kind is None or _are_alike(kind, whole.get(TYPE)):
         return ""
@@ -155,7 +155,7 @@ def _place(part: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
 
 
 def _are_alike(*kinds: Any) -> bool:
-    """Whether model types are one, or of classes that compute the same."""
+    """Tell whether model types are one, or of classes that compute the same."""
     return all(kind == kinds[0] for kind in kinds) or any(
         all(isinstance(kind, str) and kind in group for kind in kinds) for group in ALIKE
     )
@@ -166,14 +166,15 @@ def _is_section(key: str, value: Any) -> bool:
 
 
 def _is_stub(config: Config) -> bool:
-    """Whether a config of a known class states no size, so that the class's defaults say nothing about the weights."""
+    """Tell whether a config of a known class states no size, so that the class's defaults say nothing about the
+    weights."""
     return _class(config) is not None and not any(
         SIZE.fullmatch(key) or _is_section(key, value) for key, value in config.items()
     )
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values mean the same; none and false do, and numbers that are one float32."""
+    """Tell whether two values mean the same; none and false do, and numbers that are one float32."""
     if _is_none(a) or _is_none(b) or a is UNKNOWN or b is UNKNOWN:
         return (_is_none(a) and _is_none(b)) or a is b
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -191,7 +192,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def in_words(value: Any) -> str:
-    """A value in a message."""
+    """Return a value in a message."""
     if value is UNKNOWN:
         return "its default"
     if value is ABSENT:
@@ -202,12 +203,12 @@ def in_words(value: Any) -> str:
 
 
 def meaning(config: Config) -> dict[str, Any]:
-    """The config values that change a model's function, by dotted key, with defaults filled in."""
+    """Return the config values that change a model's function, by dotted key, with defaults filled in."""
     return dict(_meaning(config, _class(config), ""))
 
 
 def known_keys(config: Config) -> dict[str, Any]:
-    """The keys that a config can state, by dotted key, with their meaning: compared keys and keys of tokens."""
+    """Return the keys that a config can state, by dotted key, with their meaning: compared keys and keys of tokens."""
     return {key: value for key, value in meaning(config).items() if key.rpartition(".")[2] != TYPE}
 
 
@@ -216,7 +217,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
-    """The kind of difference between a key's values. None: they are the same."""
+    """Return the kind of difference between a key's values. None: they are the same."""
     first, *others = values.values()
     if all(same(first, other) for other in others):
         return None
@@ -234,7 +235,7 @@ def _kind(key: str, values: Mapping[str, Any]) -> Kind | None:
 
 
 def _inside(one: Difference, found: Sequence[Difference]) -> bool:
-    """Whether a difference lies in a section that differs as a whole: a model lacks it, or its type is another."""
+    """Tell whether a difference lies in a section that differs as a whole: a model lacks it, or its type is another."""
     section = one.key.rpartition(".")[0]
     return any(
         other is not one and ((bool(section) and other.key == section) or other.key == f"{section}.{TYPE}".lstrip("."))
@@ -254,7 +255,7 @@ def _class(config: Config) -> ConfigClass | None:
 
 
 def _stated(config: Config, at: str = "") -> Iterator[str]:
-    """The dotted keys that a config states, under their own names."""
+    """Yield the dotted keys that a config states, under their own names."""
     known = _class(config)
     for key, value in config.items():
         own = known.aliases.get(key, key) if known is not None else key
@@ -288,7 +289,7 @@ def _meaning(config: Config, known: ConfigClass | None, at: str) -> Iterator[tup
 
 
 def _section(config: Config, known: ConfigClass | None, key: str, at: str) -> Iterator[tuple[str, Any]]:
-    """A nested config's meaning."""
+    """Yield a nested config's meaning."""
     inner = config.get(key)
     default = None if known is None else _of_section(known.sections.get(key, ""), str(config.get(TYPE)))
     if not isinstance(inner, Mapping):
@@ -301,7 +302,7 @@ def _section(config: Config, known: ConfigClass | None, key: str, at: str) -> It
 
 
 def _is_of(key: str, section: ConfigClass, whole: ConfigClass) -> bool:
-    """Whether a key at the top of a config is its section's, as older configs have it."""
+    """Tell whether a key at the top of a config is its section's, as older configs have it."""
     return (key in section.keys or key in ROPE) and key not in whole.keys
 
 
@@ -312,7 +313,7 @@ def _of_section(named: str, near: str) -> ConfigClass | None:
 
 
 def _spelled(key: str, value: Any, values: Mapping[str, Any]) -> Any:
-    """A value in its standard spelling."""
+    """Return a value in its standard spelling."""
     if isinstance(value, str) and ACTIVATION.fullmatch(key):
         return SPELLED.get(value, value)
     if key == "sliding_window" and isinstance(value, int):
@@ -355,7 +356,7 @@ def _rope(config: Config, values: Mapping[str, Any], known: ConfigClass | None) 
 
 
 def _one_rope(stated: Config, theta: Any, part: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The angles of one kind of layer: base, scaling (None: no scaling), and the share of turned dimensions."""
+    """Return the angles of one kind of layer: base, scaling (None: no scaling), and the share of turned dimensions."""
     scaling = {key: value for key, value in stated.items() if key not in (THETA, "type", PARTIAL)}
     kind = scaling.get("rope_type", stated.get("type", "default"))
     scaling["rope_type"] = "longrope" if kind == "su" else kind

@@ -92,7 +92,7 @@ class DeltaFile:
                         yield _patch(entry, read_of(entry) if entry.needs_base else None)
 
     def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[ResultTensor]:
-        """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
+        """Return the tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
 
         InputError: the base lacks a tensor that the delta needs, or has it in another dtype or shape.
         """
@@ -124,7 +124,7 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
 
 
 def bits_of(tensor: Any) -> Array:
-    """A tensor's bits, flat, on the CPU; its own memory if it is contiguous there."""
+    """Return a tensor's bits, flat, on the CPU; its own memory if it is contiguous there."""
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
@@ -132,7 +132,7 @@ def bits_of(tensor: Any) -> Array:
 
 
 def digest_of(tensor: Any) -> str:
-    """A tensor's hash, as the manifest has it."""
+    """Return a tensor's hash, as the manifest has it."""
     return hash_of(_window(tensor), tensor.numel())
 
 
@@ -150,7 +150,7 @@ def _fitting(entry: Entry, target: Any) -> Any:
 
 
 def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
-    """A function that reads the tensor of `base` that an entry changes."""
+    """Return a function that reads the tensor of `base` that an entry changes."""
     if isinstance(base, Mapping):
         state = base
 
@@ -172,7 +172,7 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:
-    """The patch of an entry. `read` reads the base's tensor if it is needed."""
+    """Return the patch of an entry. `read` reads the base's tensor if it is needed."""
     record, where = entry.record, None
     if read is None:
         stored = entry.values[:]

@@ -52,7 +52,7 @@ def described(checkpoint: Checkpoint) -> dict[str, bytes]:
     file = checkpoint.files[0]
     try:
         with scratch(file.parent) as folder, progress.phase(f"making the tokenizer of {file.name}", 0, "tokens"):
-            (folder / file.name).symlink_to(file.resolve())  # alone: what lies beside it may be another model's
+            (folder / file.name).symlink_to(file.resolve())  # alone: files beside it may be another model's
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
             tokenizer.save_pretrained(folder / "made")
             found = {path.name: path.read_bytes() for path in sorted((folder / "made").iterdir()) if path.is_file()}
@@ -104,7 +104,7 @@ def vocabulary(folder: Path, rows: int) -> GgufVocabulary:
         kind = model.get("type") if isinstance(model, Mapping) else model
         raise InputError(f"{path}: a tokenizer of type {str(kind)[:40]} is not written as GGUF", hint=PLAIN)
     added = _checked(path, model["vocab"], said.get("added_tokens") or [])
-    if _has(said.get("pre_tokenizer"), "ByteLevel"):
+    if _has_value(said.get("pre_tokenizer"), "type", "ByteLevel"):
         return _bytes(path, said, model["vocab"], added, rows)
     if model.get("byte_fallback") is True:
         return _pieces(folder, said, added, rows)
@@ -189,12 +189,8 @@ def _patterns(value: Any) -> Iterator[str]:
             yield from _patterns(inner)
 
 
-def _has(value: Any, kind: str) -> bool:
-    """Return whether a part of a tokenizer is, or contains, a part of a type."""
-    return _has_value(value, "type", kind)
-
-
 def _has_value(value: Any, key: str, wanted: str) -> bool:
+    """Return whether a part of a tokenizer has this value of a key, or contains a part that has."""
     if isinstance(value, Mapping):
         return value.get(key) == wanted or any(_has_value(inner, key, wanted) for inner in value.values())
     return isinstance(value, list) and any(_has_value(inner, key, wanted) for inner in value)

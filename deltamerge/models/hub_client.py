@@ -356,7 +356,8 @@ def check(response: Any) -> None:
     length = headers.get("Content-Length")
     if method != "HEAD" and plain and limit is not None and length is not None and length.isdecimal():
         _check_length(int(length[:20]), limit)
-    response.stream = _stream_class(response)(response.stream, bounds, limit, plain)
+    body = _class_of(type(response).__module__.partition(".")[0])
+    response.stream = body(response.stream, bounds, limit, plain)
 
 
 def _check_file(bounds: Bounds, headers: Any, plain: bool) -> None:
@@ -429,10 +430,6 @@ def _class_of(module: str) -> Any:
             return getattr(self.inner, "elapsed", None)
 
     return Body
-
-
-def _stream_class(response: Any) -> Any:
-    return _class_of(type(response).__module__.partition(".")[0])
 
 
 def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> Iterator[bytes]:

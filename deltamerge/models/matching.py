@@ -38,7 +38,7 @@ class Rule:
         return len(self.old) + len(self.new)
 
     def exchanges(self, ours: Parts, theirs: Parts) -> bool:
-        """Whether this rule gives one name the other."""
+        """Tell whether this rule gives one name the other."""
         return ours[: len(self.old)] == self.old and (*self.new, *ours[len(self.old) :]) == theirs
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Names:
     rules: tuple[Rule, ...] = ()
 
     def describe(self) -> str:
-        """The rules in words, the longest prefixes first; "" without any."""
+        """Return the rules in words, the longest prefixes first; "" without any."""
         return ", ".join(map(str, sorted(self.rules, key=lambda rule: (-len(rule.old), rule))))
 
     def shortened(self, tail: str) -> Names:
@@ -63,7 +63,7 @@ class Names:
 
 
 def match(models: Sequence[Mapping[str, Shape]], labels: Sequence[str]) -> list[Names]:
-    """The canonical names of every model's tensors, from the names and shapes of all.
+    """Return the canonical names of every model's tensors, from the names and shapes of all.
 
     The first model's names are canonical, then each further model's names that fit no earlier name. InputError: two
     prefixes would fit one model equally well.
@@ -85,7 +85,7 @@ def match(models: Sequence[Mapping[str, Shape]], labels: Sequence[str]) -> list[
 
 
 def match_one(model: Mapping[str, Shape], frame: Mapping[str, Shape], label: str, owner: str) -> Names:
-    """The canonical names of one model's tensors, given the canonical names in `frame`."""
+    """Return the canonical names of one model's tensors, given the canonical names in `frame`."""
     if model.keys() == frame.keys():
         return Names({name: name for name in model})
     search = _Search.of(_patterns(model), _patterns(frame), f"{label} and {owner}")
@@ -106,7 +106,7 @@ class _Pattern:
 
 
 def split(name: str) -> tuple[Parts, Parts]:
-    """A name's components, with STAR for numbers, and the numbers."""
+    """Return a name's components, with STAR for numbers, and the numbers."""
     parts = name.split(".")
     return tuple(STAR if part.isdigit() else part for part in parts), tuple(part for part in parts if part.isdigit())
 
@@ -120,7 +120,7 @@ def _patterns(shapes: Mapping[str, Shape]) -> dict[Parts, _Pattern]:
 
 
 def _fits(ours: _Pattern, theirs: _Pattern) -> bool:
-    """Whether the shapes of all tensors in both patterns agree.
+    """Tell whether the shapes of all tensors in both patterns agree.
 
     Outside numbered blocks rows may differ (tokens, labels); stacks of matrices may be stored transposed.
     """
@@ -138,7 +138,7 @@ def _fit(ours: Shape, theirs: Shape, rows: bool) -> bool:
 
 
 def _shape(pattern: _Pattern) -> Shape:
-    """The shape that all tensors of a pattern have; None if they differ."""
+    """Return the shape that all tensors of a pattern have; None if they differ."""
     shapes = set(pattern.members.values())
     return shapes.pop() if len(shapes) == 1 else None
 
@@ -219,11 +219,11 @@ class _Search:
                 self.pairs |= {pattern.parts: by_shape[_shape(pattern)] for pattern in patterns}
 
     def _longest_rules(self) -> list[Rule]:
-        """The rules for tensors that fit no pattern, the longest prefix first."""
+        """Return the rules for tensors that fit no pattern, the longest prefix first."""
         return sorted((r for r in self.rules if STAR not in r.new[:1]), key=lambda rule: -len(rule.old))
 
     def _sound(self, rule: Rule, pairs: Sequence[_Pair]) -> list[_Pair]:
-        """The pairs of a rule that cover most of a module on either side."""
+        """Return the pairs of a rule that cover most of a module on either side."""
         if STAR in rule.old:
             small = max(self.sizes[0][rule.old], self.sizes[1][rule.new])
             return list(pairs) if len(pairs) == small > 1 else []
@@ -239,7 +239,7 @@ class _Search:
         return kept
 
     def told(self) -> Iterator[Rule]:
-        """The rules, split into one for each module if they add or drop a prefix before only a few."""
+        """Yield the rules, split into one for each module if they add or drop a prefix before only a few."""
         for rule in self.rules:
             own = [ours for ours, theirs in self.pairs.items() if rule.exchanges(ours, theirs)]
             heads = dict.fromkeys(ours[len(rule.old)] for ours in own)
@@ -249,7 +249,7 @@ class _Search:
                 yield from (Rule((*rule.old, h), (*rule.new, h)) for h in heads if h != LM_HEAD.partition(".")[0])
 
     def canonical(self, model: Mapping[str, Shape], frame: Mapping[str, Shape]) -> dict[str, str]:
-        """The canonical name of every name.
+        """Return the canonical name of every name.
 
         Names that fit no pattern follow the rule of their longest prefix, if they can.
         """
@@ -272,13 +272,13 @@ class _Search:
 
 
 def _follow(parts: Parts, rules: Sequence[Rule]) -> Parts:
-    """A name by the first rule whose prefix it has."""
+    """Return a name by the first rule whose prefix it has."""
     rule = next((r for r in rules if parts[: len(r.old)] == r.old), None)
     return parts if rule is None else (*rule.new, *parts[len(rule.old) :])
 
 
 def _by_block(patterns: Iterable[_Pattern], rules: Sequence[Rule]) -> dict[Parts, list[_Pattern]]:
-    """The patterns of every container of numbered blocks, by its canonical name."""
+    """Return the patterns of every container of numbered blocks, by its canonical name."""
     found: dict[Parts, list[_Pattern]] = defaultdict(list)
     for pattern in patterns:
         if STAR in pattern.parts:
@@ -288,13 +288,13 @@ def _by_block(patterns: Iterable[_Pattern], rules: Sequence[Rule]) -> dict[Parts
 
 
 def join(parts: Parts, numbers: Parts) -> str:
-    """The name of `parts` with `numbers` for its STARs."""
+    """Return the name of `parts` with `numbers` for its STARs."""
     rest = iter(numbers)
     return ".".join(next(rest) if part == STAR else part for part in parts)
 
 
 def _candidates(ours: Iterable[_Pattern], theirs: Iterable[_Pattern]) -> Iterator[tuple[Rule, _Pair]]:
-    """Every pair of patterns that end alike, by the rule that exchanges their beginnings.
+    """Yield every pair of patterns that end alike, by the rule that exchanges their beginnings.
 
     The common end is as long as possible. It is all of one name, or it has at least two components and begins no later
     than the name of the first container of numbered blocks. Both sides have equally many numbers before it.
@@ -328,7 +328,7 @@ def _alike(ours: _Group, theirs: _Group, depth: int) -> Iterator[tuple[_Group, _
 
 
 def _common(one: Parts, other: Parts) -> int:
-    """The number of components that two names have in common at their ends."""
+    """Return the number of components that two names have in common at their ends."""
     count = 0
     for a, b in zip(reversed(one), reversed(other), strict=False):
         if a != b:
@@ -338,13 +338,13 @@ def _common(one: Parts, other: Parts) -> int:
 
 
 def _related(one: Parts, other: Parts) -> bool:
-    """Whether one prefix has all components of the other, in any order."""
+    """Tell whether one prefix has all components of the other, in any order."""
     a, b = Counter(one), Counter(other)
     return a <= b or b <= a
 
 
 def _sizes(patterns: Iterable[Parts]) -> Counter[Parts]:
-    """The number of patterns that begin with each prefix."""
+    """Return the number of patterns that begin with each prefix."""
     return Counter(parts[:i] for parts in patterns for i in range(len(parts) + 1))
 
 
@@ -353,6 +353,6 @@ def _tensors(pairs: Iterable[_Pair]) -> int:
 
 
 def _conflict(one: Sequence[_Pair], other: Sequence[_Pair]) -> bool:
-    """Whether two rules would pair a pattern of either side."""
+    """Tell whether two rules would pair a pattern of either side."""
     ours, theirs = ({pair[side].parts for pair in one} & {pair[side].parts for pair in other} for side in (0, 1))
     return bool(ours or theirs)

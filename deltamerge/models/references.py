@@ -45,7 +45,7 @@ class Models:
     def open(
         self, reference: str, folder: Path, *, weights: bool, pickles: bool = False, sums: bool = False
     ) -> Checkpoint:
-        """The checkpoint that a recipe in `folder` calls `reference`.
+        """Return the checkpoint that a recipe in `folder` calls `reference`.
 
         References without a delta go to `hub.open_model`. `sums`: a running sum is allowed.
 
@@ -82,7 +82,8 @@ class Models:
         return hub.open_model(reference, folder, weights=weights, pickles=pickles)
 
     def over(self, delta: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, DeltaFile]:
-        """The checkpoint of a delta, or a version with all earlier ones, over `base`; and an artifact that checks them.
+        """Return the checkpoint of a delta, or a version with all earlier ones, over `base`; and an artifact that
+        checks them.
 
         InputError: as for `open`.
         """
@@ -97,7 +98,10 @@ class Models:
         return decoded(found) if below is not base else found, whole
 
     def artifact(self, path: Path) -> DeltaFile:
-        """The artifact that equals a version with all earlier versions. Each version is checked when it is applied."""
+        """Return the artifact that equals a version with all earlier versions.
+
+        Each version is checked when it is applied.
+        """
         from deltamerge.models.chain.folder import line
         from deltamerge.models.delta_over_base import folded
 
@@ -110,7 +114,7 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
 
 
 def open_origin(reference: str, delta: DeltaFile | None = None, *, pickles: bool = False) -> Checkpoint:
-    """The base of a chain, with the tensors that its first version, `delta`, was made from. InputError: as
+    """Return the base of a chain, with the tensors that its first version, `delta`, was made from. InputError: as
     `Models.open`."""
     with errors.context(reference):
         base = decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
@@ -134,7 +138,7 @@ def as_made_from(base: Checkpoint, delta: DeltaFile) -> Checkpoint:
 
 
 def _newest(folder: Path) -> Path:
-    """The folder of the newest version if `folder` is a chain; otherwise `folder`."""
+    """Return the folder of the newest version if `folder` is a chain; otherwise `folder`."""
     if not folder.is_dir() or os.path.exists(folder / CONFIG):
         return folder
     from deltamerge.models.chain.folder import resolve
@@ -143,6 +147,6 @@ def _newest(folder: Path) -> Path:
 
 
 def _splits(reference: str) -> list[tuple[str, str]]:
-    """The possible parts before and after the last "+", because a folder's name may contain "+" too."""
+    """Return the possible parts before and after the last "+", because a folder's name may contain "+" too."""
     pieces = reference.split("+")
     return [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(len(pieces) - 1, 0, -1)]

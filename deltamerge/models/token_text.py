@@ -36,7 +36,7 @@ class Spelling:
     ends: str = ""
 
     def text(self, token: str) -> bytes:
-        """The bytes of a token of the vocabulary, but not of an added token."""
+        """Return the bytes of a token of the vocabulary, but not of an added token."""
         if self.letters == "bytes":
             found = [BYTES.get(letter) for letter in token]
             return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
@@ -51,7 +51,7 @@ class Spelling:
         return token.encode(errors="surrogatepass")
 
     def is_byte(self, token: str) -> bool:
-        """Whether a token is SentencePiece's way out for one byte, taken only for text that no other token has."""
+        """Tell whether a token is SentencePiece's way out for one byte, taken only for text that no other token has."""
         return self.letters == "sentencepiece" and BYTE.fullmatch(token) is not None
 
 
@@ -59,7 +59,7 @@ TEXT = Spelling()
 
 
 def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:
-    """The spelling that a tokenizer.json describes by its model, pre-tokenizer, normalizer and decoder."""
+    """Return the spelling that a tokenizer.json describes by its model, pre-tokenizer, normalizer and decoder."""
     model = tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
     parts = list(_parts([tokenizer.get(key) for key in ("pre_tokenizer", "normalizer", "decoder")]))
@@ -75,7 +75,7 @@ def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object with a type in a part of a tokenizer.json."""
+    """Yield every object with a type in a part of a tokenizer.json."""
     pending = [value]
     while pending:
         one = pending.pop()

@@ -41,14 +41,15 @@ def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
 
 
 def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
-    """The model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
+    """Return the model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
     `whole`."""
     fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path
 
 
 def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
-    """The vocabulary of tokenizer.json, with tokens that only tokenizer_config.json adds; None without a tokenizer.
+    """Return the vocabulary of tokenizer.json, with tokens that only tokenizer_config.json adds; None without a
+    tokenizer.
 
     InputError: only the files of a slow tokenizer, or an invalid vocabulary.
     """
@@ -65,7 +66,10 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
 
 def tokens_of(whole: dict[str, Any], config: dict[str, Any]) -> Tokens:
-    """The vocabulary in a tokenizer.json and the tokenizer_config.json beside it. InputError: it is not valid."""
+    """Return the vocabulary in a tokenizer.json and the tokenizer_config.json beside it.
+
+    InputError: it is not valid.
+    """
     ids, added, plain = ids_of(whole, config)
     ordered = dict(sorted(ids.items(), key=itemgetter(1)))
     if len(set(ordered.values())) < len(ordered):
@@ -75,7 +79,8 @@ def tokens_of(whole: dict[str, Any], config: dict[str, Any]) -> Tokens:
 
 
 def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int], dict[str, Entry], int]:
-    """The ids of tokens, the model's own first; the entries of added tokens; and the number of the model's own."""
+    """Return the ids of tokens, the model's own first; the entries of added tokens; and the number of the model's
+    own."""
     with errors.context(TOKENIZER):
         ids = _plain(whole)
         plain = len(ids)
@@ -91,14 +96,14 @@ def ids_of(whole: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, int
 
 
 def is_described(checkpoint: Checkpoint) -> bool:
-    """Whether a model's tokenizer comes from its GGUF file, and not from a file beside it."""
+    """Tell whether a model's tokenizer comes from its GGUF file, and not from a file beside it."""
     of_gguf = checkpoint.files[:1] != () and checkpoint.files[0].suffix == GGUF
     return of_gguf and not (checkpoint.path / TOKENIZER).is_file()
 
 
 def read_roles(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tokens of a purpose that tokenizer_config.json or, without it, special_tokens_map.json names: "eos_token" ->
-    the token."""
+    """Return the tokens of a purpose that tokenizer_config.json or, without it, special_tokens_map.json names:
+    "eos_token" -> the token."""
     folder = fetched(checkpoint)
     fetch(checkpoint, TOKENIZER, MAP)
     with errors.context(checkpoint.reference):
@@ -118,7 +123,7 @@ def roles_in(folder: Path) -> dict[str, str]:
 
 
 def read_generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's generation_config.json; empty if there is none."""
+    """Return the model's generation_config.json; empty if there is none."""
     folder = fetched(checkpoint)
     fetch(checkpoint, TOKENIZER, GENERATION)
     with errors.context(checkpoint.reference):
@@ -126,7 +131,7 @@ def read_generation(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _plain(whole: dict[str, Any]) -> dict[str, int]:
-    """The model's own tokens: token -> id, or a list of [token, score]."""
+    """Return the model's own tokens: token -> id, or a list of [token, score]."""
     model = whole.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
@@ -143,7 +148,7 @@ def _plain(whole: dict[str, Any]) -> dict[str, int]:
 
 
 def _added(whole: dict[str, Any]) -> dict[str, Entry]:
-    """The added tokens, by their text."""
+    """Return the added tokens, by their text."""
     listed = whole.get("added_tokens") or []
     if not isinstance(listed, list):
         raise InputError(f"added_tokens must be a list, got {kind(listed)}")
@@ -160,7 +165,7 @@ def _id(value: Any, token: str) -> int:
 
 
 def _next(plain: int, ids: dict[str, int], added: dict[str, Entry]) -> int:
-    """The id that the tokenizers library gives the next added token."""
+    """Return the id that the tokenizers library gives the next added token."""
     return max([plain, *(ids[token] + 1 for token in added)])
 
 
@@ -185,24 +190,24 @@ def declared_tokens(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
 
 
 def _strict(entry: Entry) -> Entry:
-    """An entry with exactly the keys that tokenizer.json requires, in their order."""
+    """Return an entry with exactly the keys that tokenizer.json requires, in their order."""
     special = bool(entry.get("special", False))
     known = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
     return {"content": entry.get("content"), **{key: bool(entry.get(key, known[key])) for key in MATCHING}}
 
 
 def plain_entry(token: str) -> Entry:
-    """The entry of a token that is added without being special, as transformers' `add_tokens` makes it."""
+    """Return the entry of a token that is added without being special, as transformers' `add_tokens` makes it."""
     return _strict({"content": token})
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json; empty if there is none."""
+    """Return the content of tokenizer_config.json; empty if there is none."""
     return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
-    """The model's default chat template: chat_template.jinja, else the key of tokenizer_config.json."""
+    """Return the model's default chat template: chat_template.jinja, else the key of tokenizer_config.json."""
     if checkpoint.chat_template is not None:
         return checkpoint.chat_template
     folder = fetched(checkpoint)

@@ -59,7 +59,7 @@ class Reading:
         self._hashes: dict[Path, str] = {}
 
     def content(self, folder: Path) -> tuple[str, ...] | None:
-        """A key that is equal for two folders only if their vocabularies are equal. None: a folder has none."""
+        """Return a key that is equal for two folders only if their vocabularies are equal. None: a folder has none."""
         name = next((name for name in FILES if (folder / name).is_file()), None)
         if name is None:
             return None
@@ -68,7 +68,7 @@ class Reading:
         return name, self._hash(folder / name), *others, json.dumps(declared, sort_keys=True)
 
     def words(self, folder: Path) -> Words:
-        """The vocabulary of a folder that has one. InputError: it is not valid."""
+        """Return the vocabulary of a folder that has one. InputError: it is not valid."""
         name = next(name for name in FILES if (folder / name).is_file())
         if name == TOKENIZER:
             return _fast(self._parts.read(folder / TOKENIZER, "model"), tokenizer_config(folder))
@@ -102,14 +102,14 @@ def _fast(whole: dict[str, Any], config: dict[str, Any]) -> Words:
 
 
 def _plain(value: Any) -> Any:
-    """A part of tokenizer.json without keys that are false or empty, which older files leave out."""
+    """Return a part of tokenizer.json without keys that are false or empty, which older files leave out."""
     if isinstance(value, dict):
         return {key: plain for key, inner in value.items() if (plain := _plain(inner)) not in (None, False, "", [], {})}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def same_step(name: str, one: Any, other: Any) -> bool:
-    """Whether two tokenizers agree in a step; merges are texts, or pairs in newer files."""
+    """Tell whether two tokenizers agree in a step; merges are texts, or pairs in newer files."""
     if one == other:
         return True
     if name != "merges" or not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
@@ -122,7 +122,7 @@ def _pair(merge: Any) -> Any:
 
 
 def _slow(name: str, raw: bytes) -> tuple[dict[int, str], dict[str, Any]]:
-    """The words of a slow tokenizer's file, and its steps. InputError: it is no such file."""
+    """Return the words of a slow tokenizer's file, and its steps. InputError: it is no such file."""
     if name in SENTENCEPIECE and not _is_ranks(raw):
         pieces = list(sentences(raw, Path(name)))
         return {i: piece for i, (piece, _, _) in enumerate(pieces)}, {"scores": [score for _, score, _ in pieces]}
@@ -143,7 +143,7 @@ def _text(raw: bytes) -> str:
 
 
 def _is_ranks(raw: bytes) -> bool:
-    """Whether a tokenizer.model is a list of tiktoken's, as Llama 3 has it: base64, a space, a number."""
+    """Tell whether a tokenizer.model is a list of tiktoken's, as Llama 3 has it: base64, a space, a number."""
     first = raw[:1000].split(b"\n", 1)[0].split(b" ")
     return len(first) == 2 and first[1].strip().isdigit()
 
@@ -174,7 +174,7 @@ def _tekken(whole: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _letters(token: str) -> str:
-    """A token of base64 as byte-level BPE spells it in tokenizer.json."""
+    """Return a token of base64 as byte-level BPE spells it in tokenizer.json."""
     try:
         return "".join(map(LETTERS.__getitem__, b64decode(token, validate=True)))
     except ValueError as error:
@@ -204,7 +204,7 @@ def _add(rows: dict[int, str], folder: Path) -> frozenset[str]:
 
 
 def sentences(data: bytes, path: Path) -> Iterator[tuple[str, float, int]]:
-    """The pieces of a SentencePiece model: text, score and type (sentencepiece_model.proto: ModelProto.pieces).
+    """Yield the pieces of a SentencePiece model: text, score and type (sentencepiece_model.proto: ModelProto.pieces).
 
     InputError: it is none.
     """
@@ -223,7 +223,7 @@ def sentences(data: bytes, path: Path) -> Iterator[tuple[str, float, int]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """The fields of a protocol buffer, by number: numbers, and bytes of all else."""
+    """Yield the fields of a protocol buffer, by number: numbers, and bytes of all else."""
     at = 0
 
     def number() -> int:

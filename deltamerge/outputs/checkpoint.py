@@ -144,16 +144,14 @@ def _coded(writer: Writer, plan: Plan, reader: Reader, job: WriteJob, known: Map
         return None
     from deltamerge.formats.quantised.writer import CodedWriter
 
-    moments = _none if plan.moments is None else partial(_moments, known[plan.moments])
-    return CodedWriter(writer, plan.codings, reader, job.work.folder, moments)
+    spooled = None if plan.moments is None else known[plan.moments]
+    return CodedWriter(writer, plan.codings, reader, job.work.folder, partial(_moments, spooled))
 
 
-def _none(name: str, matrix: int) -> None:
-    """Return no moments."""
-
-
-def _moments(spooled: Spooled, name: str, matrix: int) -> NDArray[np.float64] | None:
-    """Return the second moments of the inputs of a weight's matrix. None: no row has reached it."""
+def _moments(spooled: Spooled | None, name: str, matrix: int) -> NDArray[np.float64] | None:
+    """Return the second moments of the inputs of a weight's matrix. None: they are not measured."""
+    if spooled is None:
+        return None
     from deltamerge.calibrate.values import of_layer
 
     return of_layer(spooled, name=name).read(matrix)

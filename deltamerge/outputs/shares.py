@@ -34,8 +34,6 @@ from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.rate import (
-    FACTOR_LEVELS,
-    LEARNED_LEVELS,
     MOST_LEARNED,
     Choice,
     Curve,
@@ -64,7 +62,7 @@ LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and 
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
-# about 60 times the KL that it loses for those of weights.
+# about 60 times the KL that it loses for squares of weights.
 VECTORS = 64.0
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
@@ -228,17 +226,12 @@ class ByteShares:
             part, stored = factors.store()
             parts.append(part)
         else:
-            parts, stored = parts_of(delta, choice, self._vectors(name), self._longer(choice, curve))
+            longer = None if self.length is None else choice.longer(curve.energy, self.length)
+            parts, stored = parts_of(delta, choice, self._vectors(name), longer)
         lost = choice.lost / curve.energy if curve.energy else 0.0
         with self.lock:
             self.made[name] = TensorShare(_form(parts), int(stored.size), float(f"{lost:.4g}"))
         return parts, stored
-
-    def _longer(self, choice: Choice, curve: Curve) -> float | None:
-        """Return the factor on the least-squares values; learning begins at 1."""
-        if self.length is not None:
-            return choice.longer(curve.energy, self.length)
-        return 1.0 if curve.levels == LEARNED_LEVELS else None
 
     @property
     def learns(self) -> bool:
@@ -254,7 +247,6 @@ class ByteShares:
         """Take the codes that are best without rows."""
         self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
-        self.curves = {name: replace(curve, levels=FACTOR_LEVELS) for name, curve in self.curves.items()}
 
     def learn(self, folder: Path) -> None:
         """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
@@ -316,7 +308,7 @@ class ByteShares:
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
     def _affordable(self) -> int:
-        """The rank that all bytes would buy everywhere at one bit a number."""
+        """Return the rank that all bytes would buy everywhere at one bit a number."""
         sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
         return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
 
@@ -352,11 +344,10 @@ class ByteShares:
     def _curve(self, name: str, state: Mapping[str, Any]) -> Curve:
         m, n = self.shapes[name]
         counts, squares = (np.array(state[key], np.float64) for key in ("counts", "squares"))
-        levels = LEARNED_LEVELS if self.learns else FACTOR_LEVELS
-        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares, levels)
+        return curve_of(m, n, np.array(state["gains"], np.float64), float(state["energy"]), counts, squares)
 
     def _vectors(self, name: str) -> Array | None:
-        """The right vectors (k, n)."""
+        """Return the right vectors (k, n)."""
         n, rank = self.shapes[name][1], self.curves[name].gains.size
         return np.fromfile(self._path(name), np.float32).reshape(rank, n) if rank else None
 
@@ -394,7 +385,7 @@ def _is_shared(planned: Plan, out: OutputTensor) -> bool:
 
 
 def _counted(delta: Array, weight: float) -> tuple[Array, Array]:
-    """The histogram of a delta, block by block of its rows."""
+    """Return the histogram of a delta, block by block of its rows."""
     m, n = delta.shape
     step = max(1, (1 << 22) // max(1, n))
     pairs = [histogram(delta[at : at + step], weight) for at in range(0, m, step)]

@@ -64,7 +64,8 @@ class StageMaker:
         shares = any(PRUNE[prune.method].shares for prune in deltas.prunes)
         if not ((deltas.recipe.output.lora or shares) and deltas.recipe.calibration is not None):
             return stages
-        weights = (t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t))
+        tunes = (t for merge in merges if merge.base is not None for t in merge.tunes)
+        weights = (t for t in tunes if is_linear(t.tensor.name, t.tensor.shape))
         by_model: dict[int, list[Tuned]] = {}
         for tuned in weights:
             by_model.setdefault(tuned.index, []).append(tuned)
@@ -419,10 +420,6 @@ def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
     """Return the names of single matrices, whose inputs are measured."""
     forms = ((merge.name, matrix_form(merge.name, merge.shape, len(merge.sources))) for merge in merges)
     return tuple(name for name, form in forms if form is not None and form[0] == 1)
-
-
-def _is_weight(tuned: Tuned) -> bool:
-    return is_linear(tuned.tensor.name, tuned.tensor.shape)
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:

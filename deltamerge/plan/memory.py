@@ -196,8 +196,8 @@ def tiles(
             return tile, peak
         if tile <= largest_block or tile <= 1024:
             raise InputError(
-                f"--memory {human(memory)} is too little for {workers} workers",
-                hint=f"give at least {-(-peak.total // 10**6)}MB, or fewer --workers",
+                f"--memory {human(memory)} is too little for {workers} worker{'s' * (workers > 1)}",
+                hint=f"give at least {-(-peak.total // 10**6)}MB{', or fewer --workers' * (workers > 1)}",
             )
         tile //= 2
 

@@ -63,6 +63,7 @@ class PlanOptions:
     device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for work that it does
              faster
     workers  threads
+    fewer    whether fewer threads are taken where so many need more than `memory`
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
     whole    whether hub models are present with their weights, not only their headers
@@ -70,6 +71,7 @@ class PlanOptions:
 
     device: str = "cpu"
     workers: int = 1
+    fewer: bool = False
     memory: int | None = None
     data: bool = True
     whole: bool = False
@@ -330,8 +332,15 @@ def _plan(
     outputs = tuple(row.output(layout) for row in rows)
     costs = {root: cost(root) for root in dict.fromkeys(p.built.root for output in outputs for p in output.pieces)}
     builder, stages = decided.builder, decided.builder.deltas.stages
-    held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
-    tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
+    while True:
+        held = _held(kind, recipe, inputs, outputs, options, builder, vocabulary)
+        try:
+            tile, merging = tiles(outputs, costs, options.device, options.workers, options.memory, held)
+            break
+        except InputError:
+            if options.workers == 1 or not options.fewer:
+                raise
+            options = replace(options, workers=options.workers - 1)
     moments = decided.moments if isinstance(decided, Outputs) else None
     sources = _sources(stages, inputs, check=options.data and densities is None)  # only once: `fit` keeps the result
     of_result = () if moments is None else _of_result(moments, inputs, check=options.data)

@@ -89,7 +89,10 @@ def _cell(value: Any) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Names in a message. Names that differ only in numbers become one pattern: `layers.{0–23}.mlp.up_proj.weight`."""
+    """Return names in a message.
+
+    Names that differ only in numbers become one pattern: `layers.{0–23}.mlp.up_proj.weight`.
+    """
     families: dict[str, list[str]] = defaultdict(list)
     for name in names:
         families[NUMBER.sub("*", name)].append(name)

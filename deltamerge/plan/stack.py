@@ -342,7 +342,8 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     because they are not numbered plainly.
     """
     scopes = _scopes(recipe, inputs)
-    stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
+    sliced = {module: groups for module, groups in scopes.items() if groups[0].part.ranges is not None}
+    stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in sliced.items()}
     finder = ModuleFinder(scopes, inputs.template.stored.values())
     modules = {name: finder.of(stored) for name, stored in inputs.template.stored.items()}
     counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
@@ -438,10 +439,6 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[InputGroup]
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
     return scopes
-
-
-def _sliced(groups: Sequence[InputGroup]) -> bool:
-    return groups[0].part.ranges is not None
 
 
 def _inside(name: str, prefix: str) -> bool:

@@ -274,7 +274,7 @@ def _has_tokenizer(model: Checkpoint | Adapter) -> bool:
     It is fetched for a hub model, but not for a pipeline's folders.
     """
     if model.hub_id is not None and (not isinstance(model, Checkpoint) or model.is_simple):
-        with suppress(DeltamergeError):  # offline, what is not in the cache is not compared
+        with suppress(DeltamergeError):  # offline, files outside of the cache are not compared
             fetched(model)
             fetch(model, TOKENIZER, MAP)
             if not (model.path / TOKENIZER).is_file():

@@ -60,8 +60,8 @@ class Quantization(Keys):
     )
     strategy: Literal["block", "channel", "group"] | None = Field(
         None,
-        description="What has a scale: a block (fp8), an output channel (fp8, int8), or a group of columns of a "
-        "channel (int4, nvfp4, mxfp4). Default: block for fp8.",
+        description="The unit with one scale: a block (fp8), an output channel (fp8, int8), or a group of columns of "
+        "a channel (int4, nvfp4, mxfp4). Default: block for fp8.",
     )
     group: Positive | None = Field(
         None, le=1 << 20, description="int4: columns of a group. Default: of 128, 64 and 32 the largest that fits all."
@@ -115,8 +115,8 @@ class Output(Keys):
     whole: Literal["keep", "heads", "task_heads", "drop", "refuse"] | None = Field(
         None,
         description="peft with a rank: which changed tensors without factors are stored whole. keep: all "
-        "(embeddings, heads, norms, biases). heads: heads, and what the base lacks. task_heads: the same without a "
-        "language model's head. drop: nothing. refuse: such a tensor is an error. Default: keep.",
+        "(embeddings, heads, norms, biases). heads: heads, and tensors that the base lacks. task_heads: the same "
+        "without a language model's head. drop: nothing. refuse: such a tensor is an error. Default: keep.",
     )
     targets: Items[Pattern] | None = Field(
         None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."
@@ -129,8 +129,8 @@ class Output(Keys):
     )
     rounding: Literal["nearest", "inputs"] | None = Field(
         None,
-        description="With a quantization: the nearest codes, or those by which the outputs of layers change least on "
-        "the calibration rows. Both measure what survives of the merged delta, and with rows what the outputs lose.",
+        description="With a quantization: the nearest codes, or the codes that change the outputs of layers least on "
+        "the calibration rows. Both measure the surviving part of the merged delta, and with rows the outputs' loss.",
     )
     gguf: Literal["q8_0", "f16", "bf16"] | None = Field(
         None, description="model: a GGUF file for llama.cpp beside the checkpoint, with matrices of this type."
@@ -146,7 +146,7 @@ class Output(Keys):
 
     @property
     def rules(self) -> OutputRules:
-        """What a recipe may ask of this kind of output."""
+        """Return the keys that this kind of output allows in a recipe."""
         return KINDS[self.kind]
 
     @property
@@ -218,9 +218,9 @@ class Tokenizer(Keys):
     )
     method: Literal["omp", "common", "mean"] = Field(
         "omp",
-        description="transplant: what the row of a token is that the models lack: a sum of rows of tokens that both "
-        "have, found by orthogonal matching pursuit among the rows of that model (omp) or by its nearest (common), "
-        "or the mean row.",
+        description="transplant: the row of a token that the models lack. omp, common: a sum of rows of tokens that "
+        "both have, found by orthogonal matching pursuit among the rows of that model, or by its nearest. mean: the "
+        "mean row.",
     )
     k: Positive = Field(64, le=4096, description="transplant: rows of a sum.")
     pad_to_multiple_of: Positive | None = Field(

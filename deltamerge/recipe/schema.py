@@ -86,7 +86,7 @@ class Prune(Keys):
     """Which entries of a delta stay, and their divisor."""
 
     method: Text | None = Field(
-        None, description="How entries are chosen. Default: none, or what merge_method implies.",
+        None, description="The choice of entries. Default: none, or the method that merge_method implies.",
         json_schema_extra=lambda key: key.update(enum=[*PRUNE, None]),
     )  # fmt: skip
     density: Value | None = Field(None, description="Fraction kept, in (0, 1].", json_schema_extra=_FRACTION)
@@ -132,7 +132,7 @@ class Prune(Keys):
         None,
         ge=0,
         le=1,
-        description="budget: how far a tensor gets its delta's length back. Default: what rounding takes.",
+        description="budget: how much of its delta's length a tensor gets back. Default: the part that rounding takes.",
     )
     ratio: float | None = Field(None, gt=1, le=1e9, description="budget: how many times smaller than the checkpoint.")
 
@@ -318,7 +318,7 @@ class Recipe(Keys):
     """The models to merge, the pruning of their deltas, and the output."""
 
     name: Text | None = Field(None, description="A name for this recipe.")
-    base_model: Reference | None = Field(None, description="What the models were fine-tuned from.")
+    base_model: Reference | None = Field(None, description="The model that the others were fine-tuned from.")
     merge_method: Text | None = Field(
         None, description="The merge method. Default with one fine-tune: task_arithmetic.",
         json_schema_extra=lambda key: key.update(enum=[*MERGE, MOE.name, None]),
@@ -363,7 +363,7 @@ class Recipe(Keys):
     mergekit: bool = Field(
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
-    output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+    output: Output = Field(Output.model_validate({}), description="The kind of output and its form.")
     study: Study | None = Field(None, description="How `sweep` and `search` judge candidates; a run passes over it.")
 
     _source: YamlSource = PrivateAttr()

@@ -1,4 +1,4 @@
-"""Reads YAML into values with line and column: the YAML 1.2 core schema, without what recipes do not need."""
+"""Reads YAML into values with line and column: the YAML 1.2 core schema, without parts that recipes do not need."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Options:
 
     device           where tiles are computed: auto (the first GPU, for work that it does faster), cpu, cuda (the
                      first), cuda:N, cuda:N,M or cuda:all
-    workers          threads; None: one for each core
+    workers          threads; None: one for each core, or as many as `memory` is enough for
     memory           a cap in bytes; None: no cap
     resume           continue an interrupted run with the same inputs; the default without `force`
     force            make the result again even if it is up to date; replace a target of another recipe or command, or
@@ -83,6 +83,7 @@ class Options:
         return PlanOptions(
             device=choose_device(self.device),
             workers=self.workers or default_workers(),
+            fewer=self.workers is None,
             memory=self.memory,
             data=self.lock is None,
         )

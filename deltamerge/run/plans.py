@@ -147,7 +147,7 @@ def check_places(file: RecipeFile) -> None:
 def guard_of(
     file: RecipeFile, document: Document, target: Path, *, unasked: bool = False, adding: bool = False
 ) -> Guard:
-    """Return the guard of `target`: what a run of a document, which begins now, may replace there.
+    """Return the guard of `target`: it says which files a run of a document, begun now, may replace there.
 
     It may replace the result of the same document of the same recipe. If the recipe is no file, it may replace the
     result of the same command on the same models. `unasked`: the target was not given by --out. `adding`: the result is

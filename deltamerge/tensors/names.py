@@ -50,7 +50,7 @@ _NUMBERED = re.compile(r"(?<!\d)\.(\d+)\.")
 
 
 def block_of(name: str) -> tuple[str, int] | None:
-    """The container and number of a tensor's layer, from the first component that is a number.
+    """Return the container and number of a tensor's layer, from the first component that is a number.
 
     ("model.layers", 7) for `model.layers.7.mlp.up_proj.weight`; None outside layers.
     """
@@ -59,7 +59,7 @@ def block_of(name: str) -> tuple[str, int] | None:
 
 
 def layer_index(name: str) -> int | None:
-    """The number of a tensor's layer: 7 for `model.layers.7.mlp.up_proj.weight`; None outside layers."""
+    """Return the number of a tensor's layer: 7 for `model.layers.7.mlp.up_proj.weight`; None outside layers."""
     found = _BLOCK.search(f".{name}.")
     return None if found is None else int(found[1])
 
@@ -73,7 +73,7 @@ def layer_position(name: str, layers: int) -> float:
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, frozenset[int]]:
-    """The numbers of the layers of every container."""
+    """Return the numbers of the layers of every container."""
     found: dict[str, set[int]] = {}
     for name in names:
         if (block := block_of(name)) is not None:
@@ -82,7 +82,7 @@ def blocks_of(names: Iterable[str]) -> dict[str, frozenset[int]]:
 
 
 def block_name(name: str) -> str | None:
-    """The module that is a tensor's layer: `model.layers.7` for `model.layers.7.mlp.up_proj.weight`.
+    """Return the module that is a tensor's layer: `model.layers.7` for `model.layers.7.mlp.up_proj.weight`.
 
     None outside layers, and where the name begins with its number (`0.weight` of a plain sequence of modules).
     """
@@ -91,12 +91,12 @@ def block_name(name: str) -> str | None:
 
 
 def numbers_as_stars(name: str) -> str:
-    """A name with every component that is a number as `*`: one pattern for the same tensor of every layer."""
+    """Return a name with every component that is a number as `*`: one pattern for the same tensor of every layer."""
     return _NUMBER.sub(r"\1*", name)
 
 
 def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]] | None:
-    """The names of the tensors in each repeated block, by number, from the shapes of all tensors by name.
+    """Return the names of the tensors in each repeated block, by number, from the shapes of all tensors by name.
 
     The blocks are in the container that holds most elements. None: no container is numbered 0 … L−1, and the whole
     model must be in memory for calibration.
@@ -116,24 +116,24 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
 
 
 def resident_size(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
-    """The sizes, by name, of all tensors outside repeated blocks and in the largest block."""
+    """Return the sizes, by name, of all tensors outside repeated blocks and in the largest block."""
     return outside_blocks(shapes, sizes) + max(block_sizes(shapes, sizes), default=sum(sizes.values()))
 
 
 def outside_blocks(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
-    """The total size of tensors outside repeated blocks; 0 without blocks."""
+    """Return the total size of tensors outside repeated blocks; 0 without blocks."""
     inside = block_sizes(shapes, sizes)
     return sum(sizes.values()) - sum(inside) if inside else 0
 
 
 def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[int]:
-    """The total size of each repeated block."""
+    """Return the total size of each repeated block."""
     blocks = numbered_blocks(shapes) or {}
     return [sum(sizes[name] for name in names) for names in blocks.values()]
 
 
 def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor of a model with this config is the weight of transformers' Conv1D, stored (in, out).
+    """Tell whether a tensor of a model with this config is the weight of transformers' Conv1D, stored (in, out).
 
     A model made of others (`encoder`, `decoder`, `text_config`) has the modules of each.
     """
@@ -209,5 +209,5 @@ def has_columns(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names by the numbers in them."""
+    """Return a key that sorts names by the numbers in them."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -57,7 +57,7 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def finds(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches somewhere in `name`, like `re.search`. InputError: the search takes too long."""
+    """Tell whether `pattern` matches somewhere in `name`, like `re.search`. InputError: the search takes too long."""
     began = time.perf_counter()
     left = SECONDS_IN_ALL - _spent.seconds
     try:

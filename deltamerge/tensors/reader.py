@@ -129,7 +129,7 @@ class RecentParts:
         self._made: OrderedDict[Hashable, tuple[threading.Lock, list[Any]]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of a key, by `make` if it is not there."""
+        """Return the value of a key, by `make` if it is not there."""
         with self._lock:
             lock, made = self._made.setdefault(key, (threading.Lock(), []))
             self._made.move_to_end(key)
@@ -153,7 +153,7 @@ class RecentParts:
                 self._weight -= sum(map(self._weigh, made))
 
     def known(self, key: Hashable) -> Any:
-        """The value of a key. None: it is not there, or not yet."""
+        """Return the value of a key. None: it is not there, or not yet."""
         with self._lock:
             if key not in self._made:
                 return None

@@ -251,7 +251,7 @@ def test_inputs_of_a_weight_that_is_stored_turned_are_its_rows(pair, tmp_path, n
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "svc", "wudi"])
-def test_whole_matrices_count_in_memory(tmp_path, method):
+def test_whole_matrices_count_in_memory(tmp_path, method, monkeypatch):
     for model in ("base", "a", "b"):
         make_checkpoint(
             tmp_path / model, {f"layers.{i}.up.weight": torch.full((1000, 3000), ord(model[0]) + 0.0) for i in (0, 1)}
@@ -267,6 +267,10 @@ def test_whole_matrices_count_in_memory(tmp_path, method):
     with pytest.raises(InputError, match="is too little for 2 workers"):
         make_plan(recipe, workers=2, memory=one)
     make_plan(recipe, workers=1, memory=one)
+    monkeypatch.setattr("deltamerge.run.options.default_workers", lambda: 3)
+    assert [make_plan(recipe, memory=cap).workers for cap in (one, None)] == [1, 3]
+    with pytest.raises(InputError, match=r"is too little for 1 worker$"):
+        make_plan(recipe, memory=one // 2)
 
 
 @pytest.mark.parametrize("models", [torch.float32], indirect=True)

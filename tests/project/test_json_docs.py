@@ -62,7 +62,7 @@ def tables() -> str:
             for name, field in model.model_fields.items()
             if name not in inherited
         ]
-        besides = f"What {parent.__name__} has, and:\n\n" if inherited else ""
+        besides = f"The fields of {parent.__name__}, and:\n\n" if inherited else ""
         first = str(model.__doc__).splitlines()[0]
         head = f"### {model.__name__}\n\n{first}\n\n{besides}| key | type | meaning |\n|---|---|---|\n"
         parts.append(head + "\n".join(rows))

@@ -294,7 +294,7 @@ def _file(recipe: Mapping[str, Any]) -> RecipeFile:
 
 
 def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:
-    """Return the pruning for a density: `method` and `q` if given, otherwise what keeps most of a fine-tune.
+    """Return the pruning for a density: `method` and `q` if given, otherwise the method that keeps most of a fine-tune.
 
     `rows`: whether there is calibration data, which chooses q. UsageError: q is given twice.
     """

@@ -50,14 +50,12 @@ class MaskEvidence:
 
     masks     one per spec; None where WANDA has no norms (weights stored (in, out))
     lost      distance of the base's predictions, which keep nothing of the delta
-    measure   the name of that distance
     metric    the base's and the fine-tune's
     """
 
     influence: dict[str, LayerStatistics]
     masks: list[MaskLoss | None]
     lost: float
-    measure_influence: str
     metric_name: str | None
     metric: Scores
     held_out: int
@@ -96,7 +94,6 @@ def measure_influence(stages: Sequence[Node]) -> MaskEvidence:
             found,
             [losses.get(id(spec)) for spec in specs],
             lost,
-            comparison.judge.measure,
             comparison.subject.metric,
             metric,
             comparison.subject.counts[1],

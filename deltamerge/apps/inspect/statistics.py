@@ -207,7 +207,7 @@ class LayerInfluence(Influence):
 
 
 class Activations(Figures):
-    """What `inspect --calibration` adds."""
+    """The fields that `inspect --calibration` adds."""
 
     density: float
     gamma: float
@@ -302,7 +302,7 @@ class TensorStatistics(Statistics):
 
 
 class Report(Figures):
-    """What `deltamerge inspect --json` prints."""
+    """The output of `deltamerge inspect --json`."""
 
     model: str
     base: str
@@ -311,7 +311,9 @@ class Report(Figures):
     layers: dict[str, Statistics] = Field(description="By numbered block, in the file's order; outside: the rest.")
     tensors: list[TensorStatistics]
     without_delta: list[str] = Field(description="Floating-point tensors that the base lacks.")
-    activations: Activations | None = Field(None, description="With --calibration: what the linear layers do to it.")
+    activations: Activations | None = Field(
+        None, description="With --calibration: statistics of the delta in the linear layers."
+    )
     run: Run | None = Field(None, description="How q was chosen, where MODEL is a folder that a run made.")
     warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
 
@@ -330,11 +332,9 @@ class Report(Figures):
             "largest |Δ|": f"{total.max_abs:.3g}",
             "‖Δ‖/‖W‖": "–" if total.relative_norm is None else f"{total.relative_norm:.3g}",
         }
-        return as_html(f"{self.model} on {self.base}", rows | _warned(self.warnings))
-
-
-def _warned(warnings: Sequence[str]) -> dict[str, str]:
-    return {"warnings": "; ".join(warnings)} if warnings else {}
+        if self.warnings:
+            rows["warnings"] = "; ".join(self.warnings)
+        return as_html(f"{self.model} on {self.base}", rows)
 
 
 @dataclass(frozen=True, slots=True)

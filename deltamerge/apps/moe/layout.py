@@ -129,7 +129,9 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     if wanted is None:
         named = list(BY_DEFAULT)
     else:
-        named = [one for one in LAYOUTS if any(_plain(name).startswith(_plain(wanted)) for name in _names(one))]
+        named = [
+            one for one in LAYOUTS if any(_plain(name).startswith(_plain(wanted)) for name in (one.name, *one.aliases))
+        ]
     if not named:
         hint = f"architecture: {', '.join(one.model_type for one in LAYOUTS)}"
         raise InputError(f"architecture {wanted!r} is no layout of a mixture", hint=hint)
@@ -139,10 +141,6 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
         return found
     first, *also = (f"{one.name}: {refusal}" for one, refusal in refusals)
     raise InputError(first, also=also, hint="see docs/howto/moe.md for what each is made of")
-
-
-def _names(layout: MixtureLayout) -> tuple[str, ...]:
-    return layout.name, *layout.aliases
 
 
 def _plain(name: str) -> str:

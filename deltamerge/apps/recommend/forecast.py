@@ -33,7 +33,7 @@ ANSWERS_MARGIN = 0.05  # beside the margin of sampling rows
 
 
 class SkillForecast(Figures):
-    """What a merge will probably keep of one fine-tune."""
+    """The forecast of one fine-tune in a merge."""
 
     model: str
     share: float | None = Field(
@@ -46,7 +46,7 @@ class SkillForecast(Figures):
         description="Of its skill, less than half kept: probable by the share, possible by `low`; without rows by a "
         "disturbance from 1 and from 0.6 on. unknown: the evidence does not tell."
     )
-    rival: str | None = Field(description="The model whose delta changes most of what it needs.")
+    rival: str | None = Field(description="The model whose delta changes its inputs most.")
     disturbance: float | None = Field(description="By how much, beside its own change, of deltas as long.")
 
 

@@ -49,8 +49,8 @@ class Conflict(Figures):
     )
     chance: float | None = Field(description="The overlap of random subspaces of these layers.")
     disturbance: list[list[float | None]] = Field(
-        description="Row i, column j: ‖ΔⱼVᵢ‖²/‖ΔᵢVᵢ‖² over linear layers, what j does to the inputs that i changes "
-        "most, beside what i does; null without a linear layer."
+        description="Row i, column j: ‖ΔⱼVᵢ‖²/‖ΔᵢVᵢ‖² over linear layers, the change by j of the inputs that i changes "
+        "most, beside the change by i; null without a linear layer."
     )
     most_alike: list[int] = Field(description="The two models of the largest cosine, by their places.")
     most_opposed: list[int] = Field(description="Those of the smallest.")

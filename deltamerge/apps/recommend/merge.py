@@ -44,7 +44,7 @@ from deltamerge.run.options import Options
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
 ALIKE = 0.5  # mean cosine from which on deltas go the same way
-STAY, RULED = 0.8, 0.5  # of what the usual λ loses: another is taken where it loses less; RULED: the usual is a rule's
+STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -140,13 +140,13 @@ class MergeCandidate(Figures):
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
         "numbers their correlation)."
     )
-    forecast: list[SkillForecast] = Field(description="What it will keep of each model, by its answers on these rows.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model, from answers on these rows.")
     tried: list[MergeTrial] = Field(description="The λ that were tried.")
     error: str | None = Field(description="Why it could not be judged.")
 
 
 class MergeAdvice(Conclusion):
-    """What `deltamerge recommend --json` prints of several models."""
+    """The output of `deltamerge recommend --json` for several models."""
 
     models: list[str]
     base: str
@@ -154,8 +154,8 @@ class MergeAdvice(Conclusion):
     why: list[str]
     factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
-    forecast: list[SkillForecast] = Field(description="What the recommended merge will keep of each model.")
-    rescue: list[str] = Field(description="For skills that may be lost: what would save them.")
+    forecast: list[SkillForecast] = Field(description="The forecast of each model in the recommended merge.")
+    rescue: list[str] = Field(description="Ways to save the skills that may be lost.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
     held_out: dict[str, int] = Field(description="Other rows of each, on which fits are judged; both judge the rest.")

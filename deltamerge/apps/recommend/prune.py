@@ -71,11 +71,11 @@ class PruneCandidate(Figures):
         description="Divergence of held-out outputs over that of the base: 0 none, 1 all is lost."
     )
     metric: float | None = Field(description="The metric on the held-out rows, with --label.")
-    q: float | None = Field(description="What the linear weights' entries were divided by, measured with.")
+    q: float | None = Field(description="The divisor of the linear weights' entries in the measurement.")
 
 
 class Paper(Figures):
-    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
+    """The answer of the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3)."""
 
     method: str
     prune: dict[str, Any]
@@ -123,7 +123,7 @@ class Conclusion(Figures):
 
 
 class Recommendation(Conclusion):
-    """What `deltamerge recommend --json` prints."""
+    """The output of `deltamerge recommend --json`."""
 
     model: str
     base: str

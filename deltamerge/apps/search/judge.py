@@ -180,7 +180,9 @@ def _common(roots: Sequence[Node]) -> list[Node]:
     """
     distinct = list(dict.fromkeys(roots))
     if len(distinct) == 1:
-        return distinct if len(roots) > 1 and not distinct[0].is_source else _reads(distinct[0])
+        if len(roots) > 1 and not distinct[0].is_source:
+            return distinct
+        return [node for node in depth_first(distinct[0]) if node.is_source]
     count: dict[Node, int] = {}
     for root in distinct:
         for node in depth_first(root):
@@ -198,10 +200,6 @@ def _common(roots: Sequence[Node]) -> list[Node]:
         else:
             pending += node.operands
     return list(found)
-
-
-def _reads(root: Node) -> list[Node]:
-    return [node for node in depth_first(root) if node.is_source]
 
 
 def _is_delta(node: Node, root: Node) -> bool:

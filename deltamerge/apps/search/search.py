@@ -349,7 +349,7 @@ class _Runner:
             raise InputError(f"{self.file.path}: no trial is complete: {outcomes[0].error if outcomes else 'none ran'}")
         why = "of all trials"
         if self.bench.inside and not any(goal.of_folder for goal in self.bench.goals):
-            trials, best, why = self._decide(trials, outcomes, best, front)
+            trials, best, why = self._decide(trials, outcomes, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
         parts: list[Part] = ["search", "held"] if self.bench.inside else []
         chosen = trials[best].held or trials[best].outcome
@@ -379,7 +379,7 @@ class _Runner:
         return Trial(one.number, params, outcome, names[one.state.name])
 
     def _decide(
-        self, trials: list[Trial], outcomes: Sequence[Outcome], best: int, front: Sequence[int]
+        self, trials: list[Trial], outcomes: Sequence[Outcome], front: Sequence[int]
     ) -> tuple[list[Trial], int, str]:
         """Return the trials, with held-out outcomes where they were compared, and the index of the best there."""
         lower = self.bench.lower

@@ -59,7 +59,7 @@ class ServedModel:
         return [name for name in self.base if self.at is None or name in changes or name in self.at]
 
     def weights(self, changes: Changes, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """Tensors, whole, with `changes`."""
+        """Yield tensors, whole, with `changes`."""
         for name in names:
             yield name, self._make(changes, name)
 

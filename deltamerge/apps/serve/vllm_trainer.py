@@ -6,8 +6,8 @@
     )
     engine.send_weights()
 
-The server's workers read the chain from a disk that they see, by the engine of `deltamerge.apps.serve.vllm`. What a
-round changed is all that is written; versions stay, and can be gone back to.
+The server's workers read the chain from a disk that they see, by the engine of `deltamerge.apps.serve.vllm`. Only
+the changes of a round are written. Versions stay, and servers can go back to them.
 """
 
 from __future__ import annotations

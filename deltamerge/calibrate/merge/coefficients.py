@@ -53,12 +53,12 @@ Coefficients = Mapping[str, "Tensor"]
 RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
 PATIENCE = 5  # looks in a row that are no better, after which a fit ends
 TOGETHER, ALONE = 32, 16  # rows of a batch: of all fine-tunes, of one
-JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
+JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own and the fitted coefficients
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 
 def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrated:
-    """Return the coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
+    """Return the coefficients, by "delta:tensor"; none if the recipe's are as good on held-out rows."""
     from deltamerge.calibrate.q.choices import QPoint, Verdict, decide
     from deltamerge.calibrate.q.subject import Subject
 
@@ -80,7 +80,7 @@ def calibrate(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Calibrate
         step, value = min(path, key=lambda point: (point[1], point[0]))
         found = [QPoint({}, value, {"step": float(step)})]
         some = judge.eligible(found)
-        chosen, record = decide(spec, Verdict(judge, some, [*held[: len(some)], plain]), found, path[0][1])
+        chosen, record = decide(spec, Verdict(judge, some, [*held[: len(some)], plain]), found)
         record |= {
             "coefficients": spec.scope,
             "models": [part.source.model for part in spec.parts],
@@ -167,7 +167,7 @@ class _Merge:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A fine-tune's rows: batches that are learned from, the indices of each step's, and those that decide."""
+    """A fine-tune's rows: batches to learn from, the batch indices of each step, and batches that decide."""
 
     learned: Distribution
     groups: list[list[int]]
@@ -288,7 +288,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
             subject.count([task.learned.batches[batch]], 3)
 
-    backends.trim()  # what making the deltas has left
+    backends.trim()  # memory that was freed by making the deltas
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
@@ -380,7 +380,7 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
 
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeasure, list[float], float]:
-    """Return the judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
+    """Return the judge on held-out rows, and the values of the choices; the last is the recipe's own."""
     from deltamerge.calibrate.model.devices import in_turns
 
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
@@ -426,7 +426,7 @@ def calibrate_lambda(*inputs: Node, known: Mapping[Node, Any], spec: Spec) -> Ca
         (plain,) = evaluate([1.0])
         for subject in subjects:
             subject.forget()
-        chosen, record = decide(spec, Verdict(judge, some, held), found, plain)
+        chosen, record = decide(spec, Verdict(judge, some, held), found)
         record |= {
             "models": [part.source.model for part in spec.parts],
             "plain": {"q": 1.0, "value": rounded(plain)},

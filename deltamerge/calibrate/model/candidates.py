@@ -80,7 +80,7 @@ class Cache(Generic[T]):
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
     """Return the weights of base + masked/q; a tensor without a q has q = 1.
 
-        base     reads the tensor that the delta is added to; of one that is not pruned (the head) the fine-tune's own
+        base     reads the tensor that the delta is added to; the fine-tune's own if it is not pruned (the head)
         masked   reads its masked delta, None where there is none
 
     With `Cache`s for both, candidates of one mask share their reads.
@@ -174,7 +174,7 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
-        # saved tensors are what checkpoints of activations free, and make again
+        # checkpoints of activations free saved tensors, and make them again
         ctx.save_for_backward(*(part for delta in deltas for part in _parts(delta)))
         ctx.kept, ctx.of_one = [isinstance(delta, Kept) for delta in deltas], coefficients.shape[1:]
         total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -219,7 +219,7 @@ def spread(
         begun = [pool.submit(one, place, share) for place, share in zip(places[1:], some[1:], strict=False)]
         try:
             found = [one(places[0], some[0])]
-        except ShareStop:  # what has stopped it is raised
+        except ShareStop:  # the error that stopped it is raised
             found = []
         found += [future.result() for future in begun if not isinstance(future.exception(), ShareStop)]
     return [value for share in found for value in share]
@@ -247,10 +247,9 @@ def add_gradients(
     jobs: Sequence[Job],
     descend: Callable[[There, Job, Sequence[torch.Tensor]], None],
 ) -> None:
-    """Add to the leaves' gradients those of jobs, in the jobs' order: the sums do not depend on how many places there
-    are.
+    """Add the jobs' gradients to the leaves' in the order of the jobs: the sums do not depend on the number of places.
 
-    descend   adds a job's gradients to those of copies of the leaves on the place's device
+    descend   adds a job's gradients to copies of the leaves on the place's device
     """
 
     def of_job(place: There, job: Job) -> list[torch.Tensor | None]:

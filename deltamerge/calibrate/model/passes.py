@@ -23,7 +23,7 @@ from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Tensor as LazyTensor
 from deltamerge.tensors.tensor import TensorInfo
 
-PIECE_BYTES = 1 << 24  # of the logits of a piece, of which three are held; larger ones are no faster
+PIECE_BYTES = 1 << 24  # of the logits of a piece; three are held, and larger pieces are no faster
 
 
 class Stop(Exception):

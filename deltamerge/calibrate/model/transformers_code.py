@@ -25,7 +25,7 @@ from deltamerge.models.config_class import folders_near, models_folder
 
 GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")}
 ALWAYS = frozenset({"self", "attention_mask"})
-# what a decoder is given beside an encoder: the text itself, or the second of a pair of texts
+# a decoder's input beside an encoder: the text itself, or the second of a pair of texts
 DECODER = frozenset({"decoder_input_ids", "decoder_attention_mask"})
 # heads of encoder-decoders whose forward makes the decoder's inputs, or that have no decoder
 ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")

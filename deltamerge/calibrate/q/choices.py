@@ -86,7 +86,7 @@ def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calib
             some = [*found, *searches.passed]
             verdict = compare(rounds, some, most=most, closer=searches.closer, times=times)
         subject.forget()
-        chosen, record = decide(spec, verdict, found, value)
+        chosen, record = decide(spec, verdict, found)
         record["mask_seeds"] = searches.masks or spec.seeds
         record["plain"] = {"q": _range([p.plain for p in spec.pruned]), "value": rounded(value)}
         record["plain"]["mask_seeds"] = searches.compared
@@ -102,12 +102,11 @@ def calibrate(*inputs: Tensor, known: Mapping[Tensor, Any], spec: Spec) -> Calib
         return Calibrated(_output(plain if chosen is None else chosen.q, names), record)
 
 
-def decide(spec: Spec, verdict: Verdict, found: Sequence[QPoint], plain: float) -> tuple[QPoint | None, dict[str, Any]]:
+def decide(spec: Spec, verdict: Verdict, found: Sequence[QPoint]) -> tuple[QPoint | None, dict[str, Any]]:
     """Return the best candidate if it is better than the plain choice, otherwise None; and the record for the lock.
 
     verdict   the values of candidates on held-out rows
     found     all candidates of the search, including candidates that could not be compared
-    plain     the plain choice's objective on the search rows
     """
     judge, some, held = verdict.judge, verdict.some, verdict.held
     shown = [rounded(judge.shown(value)) for value in held]

@@ -1,10 +1,11 @@
 """Learned codes: the factors of a delta in few bits, fitted by gradient to the fine-tune's outputs, without labels.
 
-The loss is that of learned scales (`objectives.Distribution`). A level is the nearest to a number of its own, which
-takes the level's gradient (the straight-through estimator, arXiv 1308.3432); scales are learned beside them. How many
-components have how many levels is given, and stays: so do the bytes.
+The loss is that of learned scales (`objectives.Distribution`). Each code has a number, and its level is the nearest to
+that number. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432). Scales are learned
+too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each step. The number of
+components of each level count stays as it is, and so do the bytes.
 
-A layer's product is taken of its inputs, x V Uᵀ, and added to what the base's weight makes of them, so that no gradient
+A layer's product x V Uᵀ is computed from its inputs and added to the output of the base's weight, so that no gradient
 is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
 """
 
@@ -33,14 +34,15 @@ from deltamerge.calibrate.rows import DataRow, select, without
 from deltamerge.calibrate.spec import held_rows, held_weights
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
+from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes, unit
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
-CODE_RATE, SCALE_RATE = 0.012, 0.03  # learning rates, in units of the largest level, and of a scale's logarithm
+CODE_RATE, SCALE_RATE = 0.018, 0.03  # learning rates, in standard deviations of a factor, and of a scale's logarithm
 WARM = 5  # steps
-CODES = 4  # codes in a byte, about
+CODES = 5  # codes in a byte, about
 DECIDING = 0.1  # share of the rows that decide
 
 
@@ -48,8 +50,8 @@ DECIDING = 0.1  # share of the rows that decide
 class LearnedCodes:
     """Factors by the fine-tune's names, and the loss on the rows that decide, before and after.
 
-    The factors stay as they were if learning makes the loss no smaller, or if the head's outputs are numbers: such
-    models lost score by it (docs/measurements/bytes.md).
+    The factors stay as they were if learning makes the loss no smaller. They also stay if the head's outputs are
+    numbers: such models lost score by it (docs/measurements/bytes.md).
     """
 
     factors: Mapping[str, Factored]
@@ -163,8 +165,10 @@ def _split(subject: Subject) -> tuple[list[DataRow], list[DataRow]]:
 def _batches(
     subject: Subject, rows: Sequence[DataRow], room: int
 ) -> tuple[list[dict[str, Tensor]], list[list[int]], int]:
-    """Return batches of rows of about one length, the batch indices of each step, and the bytes of what is held of a
-    batch for its backward pass. With all weights they are at most `room`; 0: it is computed again, block by block."""
+    """Return batches of rows of about one length, the batch indices of each step, and the bytes held to go back.
+
+    With all weights these bytes are at most `room`; 0: activations are computed again, block by block.
+    """
     near = sorted(rows, key=lambda row: len(str(row.content)) + len(row.completion or ""))
     for size in (LEARNING_ROWS, LEARNING_ROWS // 2, LEARNING_ROWS // 4, 1):
         batches, groups = subject.reads.steps(near, step=LEARNING_ROWS, size=size)
@@ -201,7 +205,7 @@ def _layers(model: BlockModel, latents: Mapping[str, Latent]) -> dict[str, nn.Li
 
 @contextmanager
 def _added(layers: Mapping[str, nn.Linear], latents: Mapping[str, Latent], dtype: torch.dtype) -> Iterator[None]:
-    """Add the products of latents to what their layers give; both take the same inputs, in `dtype`."""
+    """Add the products of latents to the outputs of their layers; both take the same inputs, in `dtype`."""
 
     def taking(module: nn.Module, inputs: Any) -> Any:
         return inputs[0].to(dtype), *inputs[1:]
@@ -277,29 +281,27 @@ class _Sloped(torch.autograd.Function):
 
 
 class Latent:
-    """The numbers that a tensor's factors are the nearest levels to, in units of the largest level, and log scales.
+    """The numbers that a tensor's factors are the nearest levels to, in standard deviations, and log scales.
 
-    A step places the factors as they are now, multiplies by them, and pulls their gradients back to the numbers.
+    A step places the factors as they are now, multiplies by them, and pulls their gradients back to the numbers. The
+    numbers of trellis codes have the levels of the nearest sequence of codes.
     """
 
     def __init__(self, start: Factored, device: torch.device) -> None:
         self._start = start
-        top = np.array([float(LEVELS[int(count)][-1]) for count in start.levels])
-        self._top = torch.tensor(top, dtype=torch.float32, device=device)[:, None]
-        counts, firsts = np.unique(start.levels, return_index=True)
-        ends = [*firsts[1:].tolist(), len(top)]
-        self._groups = [
-            (torch.tensor(LEVELS[count], dtype=torch.float32, device=device), slice(first, end))
-            for count, first, end in zip(counts.tolist(), firsts.tolist(), ends, strict=True)
-        ]
-        self.left, self.right = (self._numbers(side / top[:, None]) for side in (start.left, start.right))
+        units = np.array([unit(int(kind)) for kind in start.levels], np.float32).astype(np.float64)
+        self._unit = torch.tensor(units, dtype=torch.float32, device=device)[:, None]
+        kinds, firsts = np.unique(start.levels, return_index=True)
+        ends = [*firsts[1:].tolist(), len(units)]
+        self._groups = [(kind, slice(*rows)) for kind, *rows in zip(kinds.tolist(), firsts.tolist(), ends, strict=True)]
+        self.left, self.right = (self._numbers(side * units[:, None]) for side in (start.left, start.right))
         self._is_nothing = start.scales <= 0
-        self.logs = self._numbers(np.log(np.where(self._is_nothing, 1.0, start.scales) * top**2))
+        self.logs = self._numbers(np.log(np.where(self._is_nothing, 1.0, start.scales) / units**2))
         self._kept = torch.from_numpy(~self._is_nothing).to(device)
         self.place(torch.float32)
 
     def _numbers(self, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._top.device)
+        return torch.tensor(values, dtype=torch.float32, device=self._unit.device)
 
     @property
     def _scales(self) -> Tensor:
@@ -307,8 +309,8 @@ class Latent:
 
     def place(self, dtype: torch.dtype) -> None:
         """Make the factors of the numbers as they are now, in `dtype`; they have gradients."""
-        left = self._nearest(self.left) / self._top * self._scales
-        right = self._nearest(self.right) / self._top
+        left = self._nearest(self.left) * self._unit * self._scales
+        right = self._nearest(self.right) * self._unit
         self._u, self._v = (side.to(dtype).requires_grad_() for side in (left, right))
 
     def of(self, x: Tensor) -> Tensor:
@@ -331,18 +333,23 @@ class Latent:
     def settle(self) -> None:
         """Round the scales as they are stored, and place the factors in float32."""
         scales = torch.from_numpy(np.where(self._is_nothing, 1.0, self.rounded().scales))
-        self.logs.copy_((scales.to(self.logs.device) * self._top[:, 0].double() ** 2).log())
+        self.logs.copy_((scales.to(self.logs.device) / self._unit[:, 0].double() ** 2).log())
         self.place(torch.float32)
 
     def _nearest(self, side: Tensor) -> Tensor:
         """Return the levels, as integers in float32."""
-        found, scaled = torch.empty_like(side), side * self._top
-        for levels, rows in self._groups:
-            found[rows] = levels[torch.bucketize(scaled[rows], (levels[1:] + levels[:-1]) / 2)]
+        found, scaled = torch.empty_like(side), side / self._unit
+        for kind, rows in self._groups:
+            if kind in trellis.BITS:
+                levels = trellis.levels_of(trellis.nearest(scaled[rows].cpu().numpy(), kind), kind)
+                found[rows] = torch.from_numpy(levels).to(found)
+            else:
+                table = torch.tensor(LEVELS[kind], dtype=torch.float32, device=found.device)
+                found[rows] = table[torch.bucketize(scaled[rows], (table[1:] + table[:-1]) / 2)]
         return found
 
     def rounded(self) -> Factored:
         """Return the factors as they are stored, scales rounded too."""
         left, right = (self._nearest(side).cpu().numpy().astype(np.int8) for side in (self.left, self.right))
-        scales = self.logs.double().exp().cpu().numpy() / self._top[:, 0].double().cpu().numpy() ** 2
+        scales = self.logs.double().exp().cpu().numpy() * self._unit[:, 0].double().cpu().numpy() ** 2
         return Factored(self._start.levels, left, right, coded_scales(np.where(self._is_nothing, 0.0, scales)))

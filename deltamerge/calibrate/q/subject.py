@@ -469,8 +469,7 @@ class Subject:
         return O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
-        """Return the statistics over the search rows of the layers that had an input; `drawn`: with those of the first
-        mask."""
+        """Return the statistics of layers that had an input, over the search rows; `drawn`: also of the first mask."""
         inputs = self.batches["search"].inputs
         draw = self.masks[0] if drawn else None
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)

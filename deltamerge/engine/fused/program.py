@@ -214,7 +214,8 @@ def operations_of(
     assembly.uses.update([id(source) for node, _, _ in steps for source in node.operands])
     for (node, parameters, frees), its in zip(steps, declared, strict=True):
         if node.is_source:
-            _read(assembly, node)
+            assembly.source_of[id(node)] = len(assembly.sources)
+            assembly.sources.append(StoredSource.of(node, reader))
         elif its.loop is None:
             return None
         else:
@@ -223,11 +224,6 @@ def operations_of(
     if not ends and not declared[-1].stores:
         store(assembly, last)
     return assembly
-
-
-def _read(assembly: Assembly, node: Node) -> None:
-    assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(StoredSource.of(node, assembly.reader))
 
 
 def _patches(merge: Node) -> bool:

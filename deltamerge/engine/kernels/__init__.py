@@ -27,7 +27,8 @@ SOURCES = Path(__file__).parent / "src"
 
 @cache
 def native() -> Any | None:
-    """The extension module, its loops chosen; None where it is switched off or was not compiled of the sources here.
+    """Return the extension module, its loops chosen; None where it is switched off or was not compiled of the sources
+    here.
 
     InputError: DELTAMERGE_KERNELS asks for loops that do not exist here.
     """
@@ -51,7 +52,7 @@ def _compiled() -> Any | None:
 
 
 def _is_current(module: Any) -> bool:
-    """Whether the module was compiled of the sources in this development tree; a wheel has no sources."""
+    """Tell whether the module was compiled of the sources in this development tree; a wheel has no sources."""
     if not (SOURCES / "module.cpp").exists():
         return True
     digest = hashlib.sha256((SOURCES.parents[1] / "fused" / "codes.py").read_bytes())
@@ -62,19 +63,19 @@ def _is_current(module: Any) -> bool:
 
 
 def available() -> bool:
-    """Whether compiled kernels compute."""
+    """Tell whether compiled kernels compute."""
     return native() is not None
 
 
 def missing() -> str | None:
-    """A line for users whose installation lacks kernels although they are not switched off."""
+    """Return a line for users whose installation lacks kernels although they are not switched off."""
     if native() is not None or os.environ.get(SWITCH) == OFF:
         return None
     return WITHOUT if _compiled() is None else STALE
 
 
 def described() -> str:
-    """The kernels in a word or two, for people: the processor's level, or the reason that there are none."""
+    """Return the kernels in a word or two, for people: the processor's level, or the reason that there are none."""
     module = native()
     if module is not None:
         return str(module.level())

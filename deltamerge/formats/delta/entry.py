@@ -83,7 +83,7 @@ class Entry:
         return self.record.base_kind
 
     def key_in(self, state: Container[str]) -> str:
-        """Where the base's tensor stands in a state: under its name in the base, else in the result."""
+        """Return where the base's tensor stands in a state: under its name in the base, else in the result."""
         name = self.record.base_name
         return name if name is not None and name in state else self.name
 
@@ -104,7 +104,7 @@ class Entry:
             yield from Decoder(self).listing.pieces()
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
-        """The result as bits, tile by tile, computed from the base's tensor (None if the base has none).
+        """Yield the result as bits, tile by tile, computed from the base's tensor (None if the base has none).
 
         Memory holds a tile, of STEP_TILE elements at least where there are steps, and a piece of the positions of each
         entry. InputError: positions are damaged; or, with `check` and after the last tile, the base's or the result's
@@ -114,7 +114,7 @@ class Entry:
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
         try:
             yield from self._tiles(read, check, tile)
-        except InputError:  # what another base gives looks damaged
+        except InputError:  # the result over another base looks damaged
             if check and read is not None and self.digest_of(read) != self.record.base:
                 raise InputError(OTHER_BASE) from None
             raise
@@ -149,11 +149,11 @@ class Entry:
                     raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
 
     def digest_of(self, read: Read) -> str:
-        """The hash of the base's tensor as it is read."""
+        """Return the hash of the base's tensor as it is read."""
         return hash_of(lambda start, stop: as_bits(read(start, stop), self.base_dtype), self.base_size)
 
     def whole(self, read: Read | None, *, check: bool = True) -> Array:
-        """The whole result as flat bits. InputError: as `tiles`."""
+        """Return the whole result as flat bits. InputError: as `tiles`."""
         out: Array = np.empty(self.size, bits_type(self.record.dtype))
         done = 0
         for bits in self.tiles(read, check=check):
@@ -212,7 +212,7 @@ class Decoder:
         return sum_of(self.record.parts, self.entry.values, *matrix_shape(self.record.shape))
 
     def codes(self, start: int, stop: int) -> Array:
-        """Values [start, stop) before scaling: bits of final values, float32, int8, or int8 ±1 for signs."""
+        """Return values [start, stop) before scaling: bits of final values, float32, int8, or int8 ±1 for signs."""
         coding, stored = self.record.values, self.entry.values
         if coding == "parts":
             return self.recent.get(self._key, self._parts).values(start, stop)
@@ -255,7 +255,7 @@ class Decoder:
         return self._scales[where // self.record.group] * values
 
     def over(self, bits: Array, start: int, stop: int, *, fresh: bool = False) -> Array:
-        """The result's bits [start, stop), from the base's. Where these are `fresh` they may be changed.
+        """Return the result's bits [start, stop), from the base's. Where these are `fresh` they may be changed.
 
         Of steps, `start` begins a tile, and `stop` ends one, or the tensor. InputError: damaged.
         """
@@ -307,13 +307,13 @@ def damage_told() -> Iterator[None]:
 
 
 def digest(hasher: Any) -> str:
-    """The first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
+    """Return the first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
     manifest."""
     return str(hasher.hexdigest(length=16))
 
 
 def hash_of(read: Read, size: int) -> str:
-    """The hash of a tensor of `size` elements, as the manifest has it."""
+    """Return the hash of a tensor of `size` elements, as the manifest has it."""
     hasher = blake3()
     for start in range(0, size, TILE):
         hasher.update(flat(read(start, min(start + TILE, size))))
@@ -321,7 +321,7 @@ def hash_of(read: Read, size: int) -> str:
 
 
 def as_bits(array: Any, dtype: str) -> Array:
-    """A numpy array (or buffer) of a safetensors dtype's values as flat bits."""
+    """Return a numpy array (or buffer) of a safetensors dtype's values as flat bits."""
     return np.asarray(array).reshape(-1).view(bits_type(dtype))
 
 

@@ -40,7 +40,7 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, Tensor, part_of
 
-NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # what each version adds
+NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # the additions of each version
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,10 @@ _SHARD = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
 
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
-    """The manifest, the entries in its order, and the artifact's files. InputError: it does not follow the format."""
+    """Return the manifest, the entries in its order, and the artifact's files.
+
+    InputError: it does not follow the format.
+    """
     raw, reader = _raw_manifest(folder), Reader()
     stored: dict[str, Tensor] = {}
     shards = _files(folder)
@@ -118,7 +121,7 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
 
 
 def entry_of(name: str, record: Record, stored: Sequence[Tensor], read: Read) -> Entry:
-    """An entry of stored tensors, in the order of `stored_arrays`; of parts their bytes."""
+    """Return an entry of stored tensors, in the order of `stored_arrays`; of parts their bytes."""
     arrays: dict[str, Sliced] = dict(
         zip([*stored_arrays(record)] or [VALUES], (StoredArray(read, one) for one in stored), strict=False)
     )
@@ -127,7 +130,7 @@ def entry_of(name: str, record: Record, stored: Sequence[Tensor], read: Read) ->
 
 
 def stored_of(entry: Entry) -> list[Tensor]:
-    """The stored tensors of an artifact's entry, in the order of `stored_arrays`."""
+    """Return the stored tensors of an artifact's entry, in the order of `stored_arrays`."""
     arrays = (entry.values, entry.scales, entry.index)
     return [one.tensor for one in arrays if isinstance(one, StoredArray)]
 
@@ -150,7 +153,7 @@ class _Parts:
     at: int = 0
 
     def next(self, nbytes: int) -> Tensor:
-        """The next bytes. InputError: there are fewer."""
+        """Return the next bytes. InputError: there are fewer."""
         whole = self.stored
         if whole is None or self.at + nbytes > whole.size:
             raise InputError(f"its parts end at byte {self.at + nbytes} of {0 if whole is None else whole.size}")
@@ -180,7 +183,7 @@ def _raw_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _manifest(raw: dict[str, Any], stored: dict[str, Tensor], reader: Reader) -> Manifest:
-    """The manifest; of version 3 its records may be an array of the artifact, which leaves `stored`."""
+    """Return the manifest; of version 3 its records may be an array of the artifact, which leaves `stored`."""
     with errors.context(MANIFEST):
         if raw["version"] >= 3 and "tensors" not in raw and TABLE in stored:
             raw |= {"tensors": _table(StoredArray(reader, _array(TABLE, ("U8", None), stored.pop(TABLE))))}
@@ -193,7 +196,7 @@ def _manifest(raw: dict[str, Any], stored: dict[str, Tensor], reader: Reader) ->
 
 
 def _table(stored: StoredArray) -> Any:
-    """The records in a bzip2 stream of JSON. InputError: it is none, or longer than MAX_BYTES."""
+    """Return the records in a bzip2 stream of JSON. InputError: it is none, or longer than MAX_BYTES."""
     inflate = bz2.BZ2Decompressor()
     try:
         text = inflate.decompress(stored[:].tobytes(), MAX_BYTES)

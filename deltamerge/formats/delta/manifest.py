@@ -118,7 +118,7 @@ class Manifest(Strict):
     tensors: dict[Name, Record]
 
     def as_components(self) -> tuple[Component, ...]:
-        """The folders of the result's weights. InputError: it does not lie below the result's."""
+        """Return the folders of the result's weights. InputError: it does not lie below the result's."""
         for part in self.components:
             if part.folder and not is_plain_folder(part.folder):
                 raise InputError(f"{part.folder[:80]!r} is no folder of a component")
@@ -126,25 +126,25 @@ class Manifest(Strict):
 
 
 def parts_of(components: Sequence[Component]) -> list[ComponentRecord]:
-    """How a manifest names components; a plain model's are none."""
+    """Return how a manifest names components; a plain model's are none."""
     if tuple(components) == (Component(),):
         return []
     return [ComponentRecord(folder=c.folder, stem=c.stem, variant=c.variant) for c in components]
 
 
 def groups(record: Record) -> int:
-    """The number of scales of a tensor."""
+    """Return the number of scales of a tensor."""
     return -(-math.prod(record.shape) // record.group)
 
 
 def parts_bytes(record: Record) -> int:
-    """The stored bytes of a tensor's parts."""
+    """Return the stored bytes of a tensor's parts."""
     m, n = matrix_shape(record.shape)
     return sum(part.nbytes(m, n) for part in record.parts)
 
 
 def version_of(records: Iterable[Record]) -> int:
-    """The first version of the format that has all that records say."""
+    """Return the first version of the format that has all that records say."""
     return max((_needed(record) for record in records), default=1)
 
 
@@ -155,7 +155,8 @@ def _needed(record: Record) -> int:
 
 
 def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
-    """The stored arrays of a tensor: suffix of the name -> (dtype, length; None if only decoding determines it)."""
+    """Return the stored arrays of a tensor: suffix of the name -> (dtype, length; None if only decoding determines
+    it)."""
     count, size = record.count, math.prod(record.shape)
     if not count or record.values == "parts":
         return {}

@@ -84,7 +84,7 @@ class FactorsPart(_Strict):
         return self.rank + sides
 
     def decoded_bytes(self, m: int, n: int) -> int:
-        """Bytes of the levels of a matrix (m, n) in memory."""
+        """Return the bytes of the levels of a matrix (m, n) in memory."""
         return self.rank * (m + n)
 
     @property
@@ -109,7 +109,7 @@ class EntriesPart(_Strict):
         return scales_of(self.scale, m, n) + packed_bytes(count, self.levels) + self.positions
 
     def decoded_bytes(self, m: int, n: int) -> int:
-        """Bytes of the levels and positions of a matrix (m, n) in memory."""
+        """Return the bytes of the levels and positions of a matrix (m, n) in memory."""
         return m * n if self.count is None else 9 * self.count
 
 
@@ -117,23 +117,23 @@ Part: TypeAlias = FactorsPart | EntriesPart
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """The matrix (m, n) that a tensor is to its parts."""
+    """Return the matrix (m, n) that a tensor is to its parts."""
     n = shape[-1] if shape else 1
     return (math.prod(shape[:-1]) if n else 0), n
 
 
 def scales_of(along: Along, m: int, n: int) -> int:
-    """The number of scales."""
+    """Return the number of scales."""
     return {"row": m, "column": n, "all": 1}[along]
 
 
 def packed_bytes(count: int, levels: int) -> int:
-    """The bytes of `count` codes."""
+    """Return the bytes of `count` codes."""
     return -(-count // TRITS) if levels == 3 else -(-count * BITS[levels] // 8)
 
 
 def pack(codes: Array, levels: int) -> Array:
-    """Codes below `levels`, packed along the last axis."""
+    """Return codes below `levels`, packed along the last axis."""
     codes = codes.astype(np.uint8)
     count = codes.shape[-1]
     group = TRITS if levels == 3 else 8
@@ -151,13 +151,23 @@ def pack(codes: Array, levels: int) -> Array:
 
 
 def levels_of(codes: Array, levels: int) -> Array:
-    """The levels (int8) of codes along the last axis."""
+    """Return the levels (int8) of codes along the last axis."""
     found: Array = trellis.levels_of(codes, levels) if levels in trellis.BITS else LEVELS[levels].astype(np.int8)[codes]
     return found
 
 
+def codes_of(found: Array, levels: int) -> Array:
+    """The codes of levels that some codes have, along the last axis."""
+    if levels in trellis.BITS:
+        return trellis.nearest(found, levels)
+    return np.searchsorted(LEVELS[levels], found).astype(np.uint8)
+
+
 def unpack(stored: Array, count: int, levels: int) -> Array:
-    """The levels (int8) of `count` codes, packed along the last axis. InputError: no code of that many levels."""
+    """Return the levels (int8) of `count` codes, packed along the last axis.
+
+    InputError: no code of that many levels.
+    """
     if levels in trellis.BITS:
         bits = BITS[levels]
         spread = np.unpackbits(stored, axis=-1, bitorder="little", count=bits * count)
@@ -176,7 +186,7 @@ def unpack(stored: Array, count: int, levels: int) -> Array:
 
 @cache
 def _bytes_of(levels: int) -> Array:
-    """The levels (int8) that each byte stands for, but of 8 levels."""
+    """Return the levels (int8) that each byte stands for, but of 8 levels."""
     table = LEVELS[levels].astype(np.int8)
     base, digits = (3, TRITS) if levels == 3 else (1 << BITS[levels], 8 // BITS[levels])
     codes = np.arange(256)[:, None] // base ** np.arange(digits) % base
@@ -213,7 +223,7 @@ class Factored:
         groups = []
         for count in np.unique(self.levels).tolist():
             rows = self.levels == count
-            u, v = (np.searchsorted(LEVELS[count], side[rows]) for side in (self.left, self.right))
+            u, v = (codes_of(side[rows], count) for side in (self.left, self.right))
             groups.append((count, u, v, self.scales[rows]))
         return store_factors(groups)
 
@@ -263,7 +273,7 @@ class PartSum:
         return self.parts[0] if len(self.parts) == 1 and isinstance(self.parts[0], Factored) else None
 
     def values(self, start: int, stop: int) -> Array:
-        """The float32 values to add to the flat elements [start, stop)."""
+        """Return the float32 values to add to the flat elements [start, stop)."""
         out: Array = np.empty(max(0, stop - start), np.float32)
         step = max(1, ROWS // max(1, self.n))
         for first in range(start // max(1, self.n), -(-stop // max(1, self.n)), step):
@@ -318,7 +328,7 @@ def _entries(part: EntriesPart, data: Array, m: int, n: int) -> _Entries:
 
 
 def scale_codes(scales: Array) -> tuple[Array, int]:
-    """The codes (uint8) nearest to scales of at least zero, and their unit, the least that holds the largest."""
+    """Return the codes (uint8) nearest to scales of at least zero, and their unit, the least that holds the largest."""
     largest = float(scales.max(initial=0.0))
     unit = PART_UNITS[0] if not largest else math.ceil(math.log2(largest / SCALES[-1]) - 1e-9)
     unit = min(max(unit, PART_UNITS[0]), PART_UNITS[1])
@@ -334,7 +344,8 @@ def coded_scales(scales: Array) -> Array:
 
 
 def store_factors(groups: Sequence[tuple[int, Array, Array, Array]]) -> tuple[FactorsPart, Array]:
-    """A part, and its bytes, of groups of components: levels, codes (r, m) and (r, n), scales (r) of their products."""
+    """Return a part, and its bytes, of groups of components: levels, codes (r, m) and (r, n), scales (r) of their
+    products."""
     codes, unit = scale_codes(np.concatenate([scales for *_, scales in groups]))
     stored = [codes]
     for levels, u, v, _ in groups:
@@ -346,7 +357,7 @@ def store_factors(groups: Sequence[tuple[int, Array, Array, Array]]) -> tuple[Fa
 def store_entries(
     levels: int, codes: Array, scales: Array, along: Along, positions: Array | None, size: int
 ) -> tuple[EntriesPart, Array]:
-    """A part, and its bytes, of codes at ascending flat positions (None: at all), with their scales."""
+    """Return a part, and its bytes, of codes at ascending flat positions (None: at all), with their scales."""
     stored_scales, unit = scale_codes(scales)
     stored = [stored_scales, pack(codes, levels)]
     listed: dict[str, int] = {}

@@ -71,7 +71,7 @@ class Gaps:
         self.last = int(positions[-1])
 
     def unary_bits(self) -> list[int]:
-        """Bits of rice's unary part, count + Σ(gap >> k), for every k."""
+        """Return the bits of rice's unary part, count + Σ(gap >> k), for every k."""
         return [self.count + a + b for a, b in zip(self.large, (_QUOTIENTS @ self.small).tolist(), strict=True)]
 
 
@@ -104,11 +104,11 @@ class Positions:
             self.packed.append((first, distances.astype(np.uint32) if span < 1 << 32 else distances))
 
     def pieces(self) -> Iterator[Array]:
-        """The positions, tile by tile."""
+        """Return the positions, tile by tile."""
         return map(self.piece, range(len(self.packed)))
 
     def piece(self, number: int) -> Array:
-        """The positions of one tile."""
+        """Return the positions of one tile."""
         first, packed = self.packed[number]
         is_bits = packed.dtype == np.uint8
         distances = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool)) if is_bits else packed
@@ -127,14 +127,15 @@ class ChosenCoding:
 
 
 def expected_bits(density: float, value_bits: int) -> float:
-    """Bits per element of a tensor with `density` of its values at random positions: p v + H(p), or v if dense."""
+    """Return the bits per element of a tensor with `density` of its values at random positions: p v + H(p), or v if
+    dense."""
     p = density
     entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if 0 < p < 1 else 0.0
     return min(p * value_bits + entropy, value_bits)
 
 
 def uniform_density(bits: float, value_bits: int) -> float:
-    """The density that takes `bits` per element."""
+    """Return the density that takes `bits` per element."""
     if expected_bits(1.0, value_bits) <= bits:
         return 1.0
     low, high = 1e-9, 1.0
@@ -145,7 +146,7 @@ def uniform_density(bits: float, value_bits: int) -> float:
 
 
 def index_itemsize(size: int) -> int:
-    """Bytes of one flat index into `size` elements."""
+    """Return the bytes of one flat index into `size` elements."""
     return 4 if size < 1 << 31 else 8
 
 
@@ -154,7 +155,7 @@ def _rice_bytes(count: int, k: int, unary_bits: int) -> int:
 
 
 def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
-    """The bytes that the positions of `count` of `size` elements can take at most."""
+    """Return the bytes that the positions of `count` of `size` elements can take at most."""
     if coding == "rice":
         return _rice_bytes(count, k, count + (size >> k))
     if coding == "gaps":
@@ -163,7 +164,7 @@ def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
 
 
 def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[str] = CODINGS) -> ChosenCoding:
-    """The coding that takes the fewest bytes, values included; of equals the simplest.
+    """Return the coding that takes the fewest bytes, values included; of equals the simplest.
 
     gaps         of the positions
     size         elements of the tensor
@@ -408,14 +409,17 @@ def _set_bits(out: Array, positions: Array) -> None:
 
 
 def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
-    """The planes, the packed bits and the unary bits of rice codes. InputError: they are too short for `count`."""
+    """Return the planes, the packed bits and the unary bits of rice codes.
+
+    InputError: they are too short for `count`.
+    """
     start, stop = rice_offsets(stored.size, count, k)
     planes = [stored[i * count : (i + 1) * count] for i in range(k // 8)]
     return planes, stored[start:stop], stored[stop:]
 
 
 def rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
-    """Where the packed bits and the unary bits begin in `nbytes` of rice codes."""
+    """Return where the packed bits and the unary bits begin in `nbytes` of rice codes."""
     if not 0 <= k <= LARGEST_K or nbytes < _rice_bytes(count, k, count):
         raise InputError(f"{nbytes} bytes of rice codes, too few for {count} entries")
     start = k // 8 * count
@@ -437,7 +441,7 @@ _STEPS = [_steps(b) for b in range(8)]
 
 
 def _fields(packed: Array, start: int, stop: int, b: int) -> Array:
-    """The inverted b-bit fields [start, stop) as uint8, from the packed groups of eight that contain them."""
+    """Return the inverted b-bit fields [start, stop) as uint8, from the packed groups of eight that contain them."""
     first, last = start >> 3, -(-stop // 8)
     groups = np.zeros((last - first, 8), np.uint8)
     groups[:, :b] = packed.reshape(-1, b)

@@ -9,7 +9,6 @@ positive NaNs, modulo 2**16. docs/reference/delta-format.md has the bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ _LENGTHS = np.frexp(np.arange(1 << 16))[1].astype(np.uint8)  # in bits, of the n
 
 
 def best_rice(values: Array) -> tuple[int, int]:
-    """The k of the fewest bits for uint32 `values`, and these bits; the smallest of equals."""
+    """Return the k of the fewest bits for uint32 `values`, and these bits; the smallest of equals."""
     total = int(values.sum(dtype=np.int64))
     middle = (total // values.size).bit_length() - 1
     ks = range(max(0, min(middle - 1, LARGEST_RICE - 2)), max(0, min(middle + 2, LARGEST_RICE)) + 1)
@@ -40,7 +39,7 @@ def best_rice(values: Array) -> tuple[int, int]:
 
 
 def best_wide(values: Array) -> tuple[int, int]:
-    """The same of wide rice, for values below 2**15."""
+    """Return the same of wide rice, for values below 2**15."""
     top = min(LARGEST_WIDE, int(values.max()).bit_length())
     shifted = ((k, _LENGTHS[values + np.uint32(1 << k)].astype(np.int64)) for k in range(top + 1))
     nbits, k = min((int((2 * lengths - k - 1).sum()), k) for k, lengths in shifted)
@@ -82,7 +81,7 @@ class BitWriter:
         self._at += bits.size
 
     def bytes(self) -> Array:
-        """All of it, with zeros to the end of the last byte."""
+        """Return all of it, with zeros to the end of the last byte."""
         if self._native is None:
             return np.packbits(np.concatenate([np.zeros(0, bool), *self._parts]), bitorder="little")
         return self._bytes[: -(-self._at // 8)]
@@ -101,8 +100,8 @@ class BitReader:
             self._bits = np.unpackbits(stored, bitorder="little").view(bool)
 
     def take(self, count: int, k: int, *, wide: bool = False) -> Array:
-        """The next list, of `count` uint32 numbers."""
-        if count > self._size - self._at:  # a number has a bit at least: what a stranger claims is not allocated
+        """Return the next list, of `count` uint32 numbers."""
+        if count > self._size - self._at:  # a number has a bit at least: a stranger's claim is not allocated
             raise InputError(DAMAGED)
         if self._native is not None:
             out = np.empty(count, np.uint32)
@@ -129,7 +128,7 @@ class BitReader:
         return values.astype(np.uint32)
 
     def take_bits(self, count: int) -> Array:
-        """The next `count` bits (bool)."""
+        """Return the next `count` bits (bool)."""
         if count > self._size - self._at:
             raise InputError(DAMAGED)
         start, self._at = self._at, self._at + count
@@ -166,7 +165,7 @@ class _List:
     inverted: bool = False
 
     def chosen(self, size: int) -> int:
-        """How many of `size` it chooses. InputError: more than there are."""
+        """Return how many of `size` it chooses. InputError: more than there are."""
         if self.listed > size:
             raise InputError("it lists more elements than there are")
         return size - self.listed if self.inverted else self.listed
@@ -188,19 +187,19 @@ class _Group:
 
 
 def ordered(bits: Array) -> Array:
-    """The places of bit patterns in their order, both uint16."""
+    """Return the places of bit patterns in their order, both uint16."""
     places: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
     return places
 
 
 def unordered(places: Array) -> Array:
-    """The bit patterns of places, both uint16."""
+    """Return the bit patterns of places, both uint16."""
     bits: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
     return bits
 
 
 def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Array:
-    """The bytes of a tile (uint8); none if nothing changes.
+    """Return the bytes of a tile (uint8); none if nothing changes.
 
     base        its bits (uint16)
     positions   int64, ascending, of the elements that change
@@ -256,7 +255,7 @@ def _put_chosen(bits: BitWriter, chosen: Array, size: int) -> bytes:
 
 
 def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
-    """Positions (int64, ascending) in a tile and the bits (uint16) that they get, from the base's bits.
+    """Return positions (int64, ascending) in a tile and the bits (uint16) that they get, from the base's bits.
 
     InputError: `stored` is damaged, or made from another base.
     """
@@ -303,7 +302,7 @@ def _take_ranks(bits: BitReader, count: int, k: int, size: int) -> Array:
 
 
 def _read_header(stored: Array) -> tuple[list[_Group], int]:
-    """The groups of a tile, and where its bits begin."""
+    """Return the groups of a tile, and where its bits begin."""
     numbers = _Numbers(stored[: 1 + MOST_GROUPS * 12].tobytes())
     groups: list[_Group] = []
     for _ in range(numbers.byte()):
@@ -362,7 +361,7 @@ def _varint(number: int) -> bytes:
 
 
 def _choose_groups(counts: Array, exponents: Array, large: Array) -> list[int]:
-    """The last exponents of the groups: neighbours are one group where that is expected to take fewer bits.
+    """Return the last exponents of the groups: neighbours are one group where that is expected to take fewer bits.
 
     counts      (256) elements of each exponent
     exponents   of the elements that change
@@ -399,7 +398,7 @@ def _cost(size: int, changed: int, large: int) -> float:
 
 
 def _entropy(size: int, chosen: int) -> float:
-    """Bits to say which are chosen, to whole 1/64 of a bit, so that no rounding of a logarithm decides."""
+    """Return bits to say which are chosen, to whole 1/64 of a bit, so that no rounding of a logarithm decides."""
     nats = [n * math.log2(n) if n else 0.0 for n in (size, chosen, size - chosen)]
     return round(64 * (nats[0] - nats[1] - nats[2])) / 64
 
@@ -431,7 +430,7 @@ def _count(base: Array, dtype: str) -> Array:
 
 
 def _totals(counts: Array, group_of: Array, groups: int) -> Array:
-    """How many elements each group has."""
+    """Return how many elements each group has."""
     return np.bincount(group_of, counts, EXPONENTS)[:groups].astype(np.int64)
 
 
@@ -453,7 +452,7 @@ def _rank(base: Array, group_of: Array, positions: Array, dtype: str) -> Array:
 def _place(
     base: Array, group_of: Array, listed: list[Array], inverted: Array, counts: list[int], dtype: str
 ) -> tuple[Array, Array]:
-    """Positions of the elements that change, and which of all groups' changes (one group's after another's) each is.
+    """Return the positions of the elements that change, and the number of each change in the order of the groups.
 
     listed     ranks (uint32) of each group
     inverted   (uint8) whether these are the elements that do not change
@@ -489,23 +488,18 @@ def _place(
     return positions[sources], sources
 
 
-def tiles_of(size: int) -> Iterator[tuple[int, int]]:
-    """Where the tiles of a tensor of `size` elements begin and end."""
-    return ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
-
-
 def table_bytes(size: int) -> int:
-    """Bytes of the lengths (uint32, of each tile) that stand before the tiles of a tensor of `size` elements."""
+    """Return the bytes of the lengths (a uint32 a tile) before the tiles of a tensor of `size` elements."""
     return -(-size // STEP_TILE) * 4
 
 
 def most_step_bytes(size: int) -> int:
-    """The bytes that steps of a tensor can take at most: more than its values they never do."""
+    """Return the bytes that steps of a tensor can take at most: more than its values they never do."""
     return 2 * size
 
 
 def starts_of(stored: Sliced, size: int) -> Array:
-    """Where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
+    """Return where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
     begin = table_bytes(size)
     lengths = stored[: min(begin, stored.size)].view(np.uint8)
     if lengths.size == begin:

@@ -67,7 +67,7 @@ class Spool:
             self.folder.mkdir(exist_ok=journal is not None or kept is not None)
 
     def kept(self, name: str) -> Any:
-        """The state of a tensor that an earlier run had finished; None if it had not."""
+        """Return the state of a tensor that an earlier run had finished; None if it had not."""
         return self._kept.get(name)
 
     def finished(self, name: str, path: Path, state: Any) -> None:
@@ -234,7 +234,7 @@ class TensorWriter:
         self._lock = threading.Lock()
         self._early: dict[int, Array] = {}
         self._done = 0
-        self._whole = True  # whether the spool has every value so far, not only those that differ from the base's
+        self._whole = True  # whether the spool has every value so far, not only changed ones
         self._fd = -1
         self._spooled = 0
         self._listed = Positions()
@@ -389,7 +389,7 @@ class TensorWriter:
         self._store(self._new_record(choice.coding, choice.k), None, self._index(choice))
 
     def _are_steps_smaller(self, choice: ChosenCoding) -> bool:
-        """Whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
+        """Tell whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
         if self._steps is None or not self._listed.count:
             return False
         width, count = ITEMSIZE[self._dtype], self._listed.count
@@ -498,7 +498,7 @@ class TensorWriter:
 
 
 def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
+    """Tell whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
     casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
     grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
     return casts and (old == shape or grows)

@@ -129,12 +129,12 @@ def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Ar
 
 
 def ranked_scales(unit: int, ranks: str) -> Array:
-    """The float32 scale of every rank."""
+    """Return the float32 scale of every rank."""
     return _table(unit)[np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
-    """The root of the quotient, to three digits."""
+    """Return the root of the quotient, to three digits."""
     return float(f"{math.sqrt(squared_error / squared):.3g}") if squared_error else 0.0
 
 
@@ -156,7 +156,7 @@ def _int8_scales(values: Array, ids: Array, groups: int) -> Array:
 
 
 def _unit(largest: float) -> int:
-    """The least unit whose largest scale is not below `largest`, within float32."""
+    """Return the least unit whose largest scale is not below `largest`, within float32."""
     fraction, exponent = math.frexp(largest)
     exponent -= 2 - (fraction * 4 > 3)
     lowest, highest = UNITS
@@ -165,7 +165,7 @@ def _unit(largest: float) -> int:
 
 @cache
 def _table(unit: int) -> Array:
-    """The float32 scale of every code, ascending."""
+    """Return the float32 scale of every code, ascending."""
     return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
 
 

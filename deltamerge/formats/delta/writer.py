@@ -103,7 +103,7 @@ class ArtifactWriter:
         self.storing.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
-        """The writer of the next tensor of the result; `base` is None if the base has none.
+        """Return the writer of the next tensor of the result; `base` is None if the base has none.
 
         A base tensor with fewer rows counts as one whose further rows are zero; one of another shape as none.
         """
@@ -172,7 +172,7 @@ class ArtifactWriter:
 
 
 def _stored_bytes(tensors: Iterable[TensorWriter]) -> dict[str, int]:
-    """Bytes of stored arrays, by the encoding of their tensors."""
+    """Return the bytes of stored arrays, by the encoding of their tensors."""
     nbytes: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.stored:
@@ -185,7 +185,8 @@ def _renamed(file: str) -> str:
 
 
 def _manifest_text(manifest: Manifest, *, table: bool) -> str:
-    """The manifest with a line for each field and tensor, so that artifacts can be compared by line; without defaults.
+    """Return the manifest with a line for each field and tensor, so that artifacts can be compared by line; without
+    defaults.
 
     Without `table` it has no records.
     """
@@ -198,7 +199,7 @@ def _manifest_text(manifest: Manifest, *, table: bool) -> str:
 
 
 def _records_text(records: Mapping[str, Record], between: str) -> str:
-    """Names and records as JSON, without defaults."""
+    """Return names and records as JSON, without defaults."""
     dumped = {name: record.model_dump(exclude_defaults=True) for name, record in records.items()}
     colon = ": " if "\n" in between else ":"
     return between.join(f"{_compact(name)}{colon}{_compact(record)}" for name, record in dumped.items())

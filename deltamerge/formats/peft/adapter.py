@@ -58,7 +58,7 @@ class Adapter:
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of an adapter. InputError: another PEFT method, or settings that change the formula.
+    """Return the config of an adapter. InputError: another PEFT method, or settings that change the formula.
 
     Unknown keys are ignored, unless they turn something on (`use_…`, `…_config`).
     """
@@ -109,7 +109,8 @@ def _check_lists(config: Mapping[str, Any]) -> None:
 
 
 def tokens_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of the tokens whose rows an adapter replaces, by the end of the module's name; "" is any module."""
+    """Return the ids of the tokens whose rows an adapter replaces, by the end of the module's name; "" is any
+    module."""
     key = "token_indices" if config.get("peft_type") == "TRAINABLE_TOKENS" else "trainable_token_indices"
     said = config.get(key)
     return said if isinstance(said, dict) else {"": said} if said else {}
@@ -121,7 +122,7 @@ def _positive(value: Any, key: str) -> None:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int | None, most: float = math.inf) -> float:
-    """The factor of a module's update: alpha / r, or alpha / √r (rsLoRA).
+    """Return the factor of a module's update: alpha / r, or alpha / √r (rsLoRA).
 
     The first pattern that matches the end of the module's name wins. InputError: the config gives another rank than the
     tensors have (`rank`; None: they do not tell), which have at most `most`.
@@ -142,7 +143,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int | None, most: flo
 
 
 def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
-    """The parameters of a module that `target_parameters` names: "gate_up_proj" of "….experts"."""
+    """Return the parameters of a module that `target_parameters` names: "gate_up_proj" of "….experts"."""
     found: Iterable[str] = (
         target.rpartition(".")[2]
         for target in config.get("target_parameters") or []
@@ -184,7 +185,7 @@ class Parts:
     whole: dict[str, TensorInfo] = field(default_factory=dict)
 
     def nested(self) -> dict[str, list[dict[str, TensorInfo]]]:
-        """The factors of each module's parameters, the innermost of PEFT's wrappers first.
+        """Return the factors of each module's parameters, the innermost of PEFT's wrappers first.
 
         Most modules have one parameter.
         """
@@ -198,7 +199,10 @@ class Parts:
 
 
 def parts(adapter: Adapter) -> Parts:
-    """The adapter's tensors by their role. InputError: there are none, or a name lacks PEFT's prefix or is unknown."""
+    """Return the adapter's tensors by their role.
+
+    InputError: there are none, or a name lacks PEFT's prefix or is unknown.
+    """
     if not adapter.tensors:
         raise InputError("has no tensors", hint="save the adapter with peft's save_pretrained()")
     found = Parts()
@@ -232,13 +236,13 @@ def _add(table: dict[str, TensorInfo], key: str, name: str, info: TensorInfo) ->
 
 
 def factor_names(adapter: Adapter) -> frozenset[str]:
-    """The names of the adapter's A and B tensors."""
+    """Return the names of the adapter's A and B tensors."""
     keys = {"A", "B", "embedding_A", "embedding_B"}
     return frozenset(info.name for own in parts(adapter).modules.values() for key, info in own.items() if key in keys)
 
 
 def factors_of(tensors: Mapping[str, TensorInfo], needed: tuple[str, ...], more: tuple[str, ...]) -> list[TensorInfo]:
-    """The tensors `needed`. InputError: one is missing, or a tensor is neither needed nor in `more`."""
+    """Return the tensors `needed`. InputError: one is missing, or a tensor is neither needed nor in `more`."""
     if not set(needed) <= tensors.keys() <= {*needed, *more}:
         raise InputError(
             f"needs {' and '.join(needed)}, has {', '.join(sorted(tensors))}", hint="download the adapter again"

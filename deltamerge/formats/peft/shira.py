@@ -33,8 +33,8 @@ class Candidate(NamedTuple):
     nbytes: int
 
     def holds(self, r: int) -> bool:
-        """Whether an adapter of rank `r` has room for the changed entries, and the weight has as many entries as the
-        adapter."""
+        """Tell whether an adapter of rank `r` has room for the changed entries, and the weight has as many entries as
+        the adapter."""
         out, columns = self.shape
         return self.changed <= r * (out + columns) <= out * columns
 
@@ -45,8 +45,8 @@ class Candidate(NamedTuple):
 
 
 def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ...]]:
-    """The rank that takes the fewest bytes, and the weights that are stored sparse at that rank; others are stored
-    whole."""
+    """Return the rank that takes the fewest bytes, and the weights that are stored sparse at that rank; others are
+    stored whole."""
 
     def total(r: int) -> int:
         return sum(r * sum(c.shape) * ENTRY_BYTES if c.holds(r) else c.nbytes for c in candidates.values())
@@ -59,7 +59,7 @@ def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ..
 
 
 def count_changed(reader: Reader, base: TensorInfo, result: TensorInfo) -> int:
-    """How many entries of `result` differ from the base in the result's dtype; all of them if a dtype is
+    """Return how many entries of `result` differ from the base in the result's dtype; all of them if a dtype is
     not floating."""
     if base.dtype != result.dtype and not {base.dtype, result.dtype} <= FLOATING:
         return math.prod(result.shape)

@@ -58,11 +58,9 @@ class CodedWriter:
     moments: MomentsOf = lambda name, matrix: None
     found: dict[str, dict[int, Squares]] = field(default_factory=dict)
     _open: dict[tuple[str, int], _OpenUnit] = field(default_factory=dict)
-    _fresh: dict[str, dict[int, Squares]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.writer.notes = self._noted
         for record in self.writer.records:
             for name, units in record.get("coded", {}).items():
                 self.found.setdefault(name, {}).update({int(start): tuple(sums) for start, sums in units.items()})
@@ -206,13 +204,7 @@ class CodedWriter:
     def _note(self, name: str, unit: Unit, sums: Squares) -> None:
         with self._lock:
             self.found.setdefault(name, {})[unit.start] = sums
-            self._fresh.setdefault(name, {})[unit.start] = sums
-
-    def _noted(self) -> dict[str, Any]:
-        """Return the journal's note of units coded since the last call; some may still be on their way."""
-        with self._lock:
-            fresh, self._fresh = self._fresh, {}
-        return {"coded": fresh} if fresh else {}
+        self.writer.note("coded", name, {unit.start: sums})
 
 
 def relative_error(sums: Iterable[Squares]) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.methods.merge.matrices import each, needs, nodes
-from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets, triplets_apart
+from deltamerge.methods.merge.matrices import each, needs, nodes, orthonormal, side_by_side, triplets, triplets_apart
 from deltamerge.methods.parameters import DeltaFactors, Lambda
 from deltamerge.methods.registry import Param, delta_method
 

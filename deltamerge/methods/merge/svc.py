@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.methods.merge.matrices import Tall, always, each, multiply, needs, nodes
-from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
+from deltamerge.methods.merge.matrices import (
+    Tall,
+    always,
+    each,
+    multiply,
+    needs,
+    nodes,
+    orthonormal,
+    side_by_side,
+    triplets,
+)
 from deltamerge.methods.parameters import CalibratedLambda, DeltaFactors
 from deltamerge.methods.registry import delta_method
 from deltamerge.tensors.lazy import torch

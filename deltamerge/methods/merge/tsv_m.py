@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltamerge.methods.merge.matrices import always, each, needs, nodes
-from deltamerge.methods.merge.singular_vectors import orthonormal, side_by_side, triplets
+from deltamerge.methods.merge.matrices import always, each, needs, nodes, orthonormal, side_by_side, triplets
 from deltamerge.methods.parameters import DeltaFactors, FallingLambda
 from deltamerge.methods.registry import delta_method
 

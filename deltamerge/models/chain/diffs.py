@@ -189,7 +189,7 @@ def _apply(made: Array, diff: bytes, encoding: str) -> None:
 
 
 def decompressed(data: bytes, most: int) -> bytes:
-    """The content of a zstd frame. InputError: it is damaged or longer than `most`, or no zstd is installed."""
+    """Return the content of a zstd frame. InputError: it is damaged or longer than `most`, or no zstd is installed."""
     try:
         found = _reader(data).read(most + 1)
     except InputError:

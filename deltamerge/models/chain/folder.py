@@ -93,19 +93,22 @@ class Content(NamedTuple):
 
 
 def state_of(tensors: Mapping[str, Content]) -> str:
-    """The hash of a state: BLAKE3 (128 bits) of a line for each tensor, sorted by name: name, dtype, shape and hash
-    with tabs between, sizes with commas."""
+    """Return the hash of a state: BLAKE3 (128 bits) of a line for each tensor, sorted by name: name, dtype, shape and
+    hash with tabs between, sizes with commas."""
     lines = (f"{n}\t{c.dtype}\t{','.join(map(str, c.shape))}\t{c.hash}\n" for n, c in sorted(tensors.items()))
     return digest(blake3("".join(lines).encode("utf-8", "surrogatepass")))
 
 
 def contents(manifest: Manifest) -> dict[str, Content]:
-    """The tensors that an artifact makes."""
+    """Return the tensors that an artifact makes."""
     return {n: Content(r.dtype, tuple(r.shape), r.result) for n, r in manifest.tensors.items()}
 
 
 def base_contents(manifest: Manifest) -> dict[str, Content]:
-    """The tensors of the base that an artifact changes or keeps. Tensors that the result lacks are not included."""
+    """Return the tensors of the base that an artifact changes or keeps.
+
+    Tensors that the result lacks are not included.
+    """
     found = {}
     for name, record in manifest.tensors.items():
         if record.base is not None:
@@ -146,7 +149,7 @@ class Version:
 
 
 def open_version(path: Path) -> Version:
-    """The version in the folder `path`.
+    """Return the version in the folder `path`.
 
     Of its files only delta.json is hashed. InputError: it does not follow the format, has another name than its folder,
     or contradicts version.json.
@@ -171,7 +174,7 @@ def open_version(path: Path) -> Version:
 
 
 def check_hashes(path: Path, files: Mapping[str, Stored]) -> list[str]:
-    """The names of a version's files. InputError: a hash differs from version.json."""
+    """Return the names of a version's files. InputError: a hash differs from version.json."""
     for name, stored in files.items():
         if hash_output(path / name) != stored.hash:
             raise InputError(f"{name} is not the file that {VERSION} names", hint="copy the version again")
@@ -191,7 +194,10 @@ def _check_files(path: Path, note: Note) -> None:
 
 
 def read_note(path: Path) -> Note | None:
-    """The content of version.json in a folder. None: there is none. InputError: it is damaged, or another version's."""
+    """Return the content of version.json in a folder.
+
+    None: there is none. InputError: it is damaged, or another version's.
+    """
     if not (path / VERSION).is_file():
         return None
     with errors.context(str(path)):
@@ -221,7 +227,7 @@ def write_note(folder: Path, note: Note) -> None:
 
 
 def stored_files(folder: Path, files: Iterable[Path]) -> dict[str, Stored]:
-    """The files of an artifact in `folder`, as version.json lists them."""
+    """Return the files of an artifact in `folder`, as version.json lists them."""
     return {
         path.name: Stored(hash=hash_output(folder / path.name), size=(folder / path.name).stat().st_size)
         for path in sorted(files)
@@ -258,7 +264,7 @@ def check_successor(before: Mapping[str, Content], manifest: Manifest, name: str
 
 
 def _difference(before: Content, record: Record) -> str:
-    """The difference between the tensor that a record changes and `before`, as text; "" if there is none."""
+    """Return the difference between the tensor that a record changes and `before`, as text; "" if there is none."""
     if record.base != before.hash:
         return "other content"
     renamed = record.base_name is not None
@@ -268,7 +274,7 @@ def _difference(before: Content, record: Record) -> str:
 
 
 def described(versions: Iterable[Version]) -> Iterator[dict[str, object]]:
-    """The versions as `deltamerge list` prints them."""
+    """Yield the versions as `deltamerge list` prints them."""
     for version in versions:
         entries = version.delta.entries.values()
         note = version.note
@@ -297,7 +303,7 @@ class Opened:
     linked: set[tuple[Path, str, Path, str]] = field(default_factory=set)
 
     def get(self, path: Path) -> Version:
-        """The version in the folder `path`. InputError: as for `open_version`."""
+        """Return the version in the folder `path`. InputError: as for `open_version`."""
         if (held := stamp(path)) is None:
             return open_version(path)  # says what is missing
         key = (str(path), held)
@@ -307,7 +313,7 @@ class Opened:
 
 
 def stamp(path: Path) -> Stamp | None:
-    """A stamp of the artifact that a folder holds now. None: there is none that can be read."""
+    """Return a stamp of the artifact that a folder holds now. None: there is none that can be read."""
     try:
         status = os.stat(path / MANIFEST)
     except OSError:
@@ -316,7 +322,7 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def folders(chain: Path) -> list[tuple[str, int]]:
-    """The folders in a chain with names of versions, in the order of their numbers, and their inodes.
+    """Return the folders in a chain with names of versions, in the order of their numbers, and their inodes.
 
     InputError: the chain cannot be read.
     """
@@ -326,12 +332,15 @@ def folders(chain: Path) -> list[tuple[str, int]]:
 
 
 def names(chain: Path) -> list[str]:
-    """The names of the versions in a chain's folder, in the order of their numbers. InputError: it cannot be read."""
+    """Return the names of the versions in a chain's folder, in the order of their numbers.
+
+    InputError: it cannot be read.
+    """
     return [name for name, _ in folders(chain) if is_version(chain / name)]
 
 
 def is_version(path: Path) -> bool:
-    """Whether a folder holds a delta artifact."""
+    """Tell whether a folder holds a delta artifact."""
     try:
         return is_delta(os.listdir(path))
     except OSError:
@@ -339,7 +348,7 @@ def is_version(path: Path) -> bool:
 
 
 def is_chain(path: Path) -> bool:
-    """Whether a folder holds versions, and is no version itself."""
+    """Tell whether a folder holds versions, and is no version itself."""
     if not path.is_dir() or is_version(path) or os.path.exists(path / "config.json"):
         return False
     try:
@@ -349,7 +358,7 @@ def is_chain(path: Path) -> bool:
 
 
 def notes(chain: Path) -> dict[str, Note | None]:
-    """The version.json of every version of a chain, by name.
+    """Return the version.json of every version of a chain, by name.
 
     Versions that a killed squash has folded, but not yet removed, are left out.
     """
@@ -357,13 +366,13 @@ def notes(chain: Path) -> dict[str, Note | None]:
 
 
 def without_folded(found: Mapping[str, Note | None]) -> dict[str, Note | None]:
-    """The versions that are not folded into another of them."""
+    """Return the versions that are not folded into another of them."""
     gone = {one.name for note in found.values() if note is not None for one in note.folded}
     return {name: note for name, note in found.items() if name not in gone}
 
 
 def end_of(chain: Path, found: Mapping[str, Note | None]) -> str | None:
-    """The version without a successor. None: there is no version. InputError: there are several."""
+    """Return the version without a successor. None: there is no version. InputError: there are several."""
     followed = {note.after.name for note in found.values() if note is not None and note.after is not None}
     ends = [name for name in found if name not in followed]
     if len(ends) > 1:
@@ -372,7 +381,7 @@ def end_of(chain: Path, found: Mapping[str, Note | None]) -> str | None:
 
 
 def head(chain: Path) -> str:
-    """The newest version of a chain.
+    """Return the newest version of a chain.
 
     InputError: there is none, one is missing, or the versions do not form one line.
     """
@@ -392,7 +401,7 @@ def head(chain: Path) -> str:
 
 
 def resolve(path: Path) -> Path | None:
-    """The folder of the version that `path` names, or of the newest version if `path` is a chain.
+    """Return the folder of the version that `path` names, or of the newest version if `path` is a chain.
 
     None: it is neither. InputError: `path` lies in a chain that does not have this version.
     """
@@ -409,7 +418,7 @@ def resolve(path: Path) -> Path | None:
 
 
 def pinned(chain: Path) -> str | None:
-    """The name of the version that servers go to. None: the newest. InputError: the file `pinned` is damaged."""
+    """Return the name of the version that servers go to. None: the newest. InputError: the file `pinned` is damaged."""
     try:
         name = (chain / PINNED).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -439,7 +448,7 @@ def _missing(chain: Path, name: str) -> InputError:
 
 
 def line(path: Path, opened: Opened | None = None) -> tuple[Version, ...]:
-    """The versions from the first to the version in the folder `path`, each checked against its predecessor.
+    """Return the versions from the first to the version in the folder `path`, each checked against its predecessor.
 
     InputError: a version is missing, damaged, foreign, or not made from its predecessor.
     """
@@ -461,7 +470,7 @@ def line(path: Path, opened: Opened | None = None) -> tuple[Version, ...]:
 
 
 def between(path: Path) -> list[str]:
-    """The names of the versions in a range "…/000100..000200", in order, from version.json alone.
+    """Return the names of the versions in a range "…/000100..000200", in order, from version.json alone.
 
     InputError: one is missing, or the second does not come after the first.
     """
@@ -480,7 +489,8 @@ def between(path: Path) -> list[str]:
 
 
 def expand(reference: str, folder: Path) -> list[str] | None:
-    """The references in a reference with a range ("chain/000100..000200", "base+chain/000100..000200"), in order.
+    """Return the references in a reference with a range ("chain/000100..000200", "base+chain/000100..000200"), in
+    order.
 
     None: it names no range of a local chain. InputError: as for `between`.
     """

@@ -46,7 +46,7 @@ EXTRACTED = {"command": "extract"}  # maker in the lock of such a delta
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder holds several deltas, and none follows another. InputError: a version is damaged."""
+    """Tell whether a folder holds several deltas, and none follows another. InputError: a version is damaged."""
     if not is_chain(path):
         return False
     found = notes(path).values()
@@ -93,7 +93,7 @@ class Sharing:
 
     @classmethod
     def of(cls, store: Path) -> Sharing:
-        """The files of the present deltas, from their locks. A delta without a lock shares no files."""
+        """Return the files of the present deltas, from their locks. A delta without a lock shares no files."""
         found = cls(store)
         for name in names(store) if store.is_dir() else []:
             for key, path in _listed(store / name):
@@ -118,7 +118,7 @@ class Sharing:
         return saved
 
     def _holds(self, path: Path, wanted: str) -> bool:
-        """Whether a file still matches its lock."""
+        """Tell whether a file still matches its lock."""
         if path not in self._checked:
             try:
                 if path.is_symlink() or hash_output(path) != wanted:
@@ -130,7 +130,7 @@ class Sharing:
 
 
 def _listed(delta: Path) -> Iterator[tuple[tuple[str, int], Path]]:
-    """The files that a delta's lock lists, with hash and size."""
+    """Yield the files that a delta's lock lists, with hash and size."""
     try:
         outputs = read_lock(delta / LOCK_NAME)["outputs"]
     except InputError:
@@ -158,7 +158,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def described(store: Path) -> dict[str, Any]:
-    """A store as `deltamerge list` prints it.
+    """Return a store as `deltamerge list` prints it.
 
     bytes        bytes of all files; shared files count once
     unshared     bytes if no file were shared
