@@ -300,4 +300,4 @@ def test_tables_of_other_experts_are_those_of_the_results(
     monkeypatch.setattr(pages, "PAGE", tmp_path / "merging.md")
     pages.PAGE.write_text(text, encoding="utf-8")
     getattr(pages, f"write_{kind}")(json.loads(file.read_text(encoding="utf-8")))
-    assert pages.PAGE.read_text(encoding="utf-8") == text, f"run python -m benchmarks.merging.{kind} --docs"
+    assert pages.PAGE.read_text(encoding="utf-8") == text, f"run the benchmark {kind} with --docs"
