@@ -36,6 +36,11 @@ def write_words(found: dict[str, Any]) -> None:
     _put("words", {"words": words, "seeds": seeds_of_words}, found)
 
 
+def write_pictures(found: dict[str, Any]) -> None:
+    """Write the table of pictures.py."""
+    _put("pictures", {"report": report_of_pictures}, found)
+
+
 def write_cases(found: list[dict[str, Any]]) -> None:
     """Write the tables of cases.py: how near the advice is to the best merge, and what merges of so many keep."""
     _put("cases", {"advice": advice, "methods": methods_of_cases, "signs": signs_of_cases}, found)
@@ -183,6 +188,15 @@ def seeds_of_words(found: dict[str, Any]) -> str:
         whole = f"{fmean(c['mean'] for c in some):.1f} / {fmean(c['worst'] for c in some):.1f}"
         best = ", ".join(f"{c['best']}" for c in some)
         lines.append([some[0]["merge"], whole, *(f"{c['mean']} / {c['worst']}" for c in some), best])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def report_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, and each task's, the best mean first."""
+    lines = [["method", "λ", "mean / worst", "by task"], ["---"] * 4]
+    for c in sorted(found["cells"]["report"].values(), key=lambda cell: -cell["mean"]):
+        shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
+        lines.append([c["merge"], f"{c['lambda']:.3g}", f"{c['mean']} / {c['worst']}", shares])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

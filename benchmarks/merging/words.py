@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks import RESULTS, encoder, tasks
-from benchmarks.merging import nine_tasks, tried, word_tasks
+from benchmarks.merging import nine_tasks, picture_tasks, tried, word_tasks
 from benchmarks.merging.scores import HEAD, Weights, encoder_of, write
-from benchmarks.tasks import Part, Row
+from benchmarks.tasks import Part
 from deltamerge.api import load_recipe
 from deltamerge.methods.registry import MERGE
 
@@ -42,7 +42,7 @@ FAMILIES = {
     "report": ("continent", "syllables", "language", "frequency"),
 }
 SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 500)}
-AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)  # times the rule's λ
+AROUND = dict.fromkeys(FAMILIES, (0.5, 0.7, 1.0, 1.4, 2.0))  # times the rule's λ
 CALIBRATED = 50  # rows a task, of methods that look at rows
 
 
@@ -56,6 +56,16 @@ class Merge:
     rows: bool = False
     formula: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
     after: str | None = None
+
+    @property
+    def each(self) -> bool:
+        """Whether it makes a model per task."""
+        return self.recipe is not None and "task" in MERGE[self.recipe["merge_method"]].parameters
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits coefficients, which start at the rule's λ."""
+        return self.recipe is not None and "calibration" in self.recipe
 
 
 def usual(method: str) -> Callable[[int], float]:
@@ -103,29 +113,43 @@ MERGES = (
 class Family:
     """Experts side by side, on rows of one part of their tasks."""
 
+    model: Any
+    merges = MERGES
+
     def __init__(self, names: Sequence[str], part: Part, count: int, seed: int = 0) -> None:
-        folder = tasks.models_folder()
         self.names = tuple(names)
-        self.base = nine_tasks.headless(folder / "base", word_tasks.HOME / "base")
-        self.folders = {
-            name: folder / name if name in tasks.TASKS else word_tasks.expert(name, folder / "base", seed=seed)
-            for name in names
-        }
-        self.weights = encoder_of(self.base)
+        self.base, self.folders = self.models(seed)
+        self.weights = self.body(self.base)
         self.deltas = {
-            name: {key: tensor - self.weights[key] for key, tensor in encoder_of(path).items()}
+            name: {key: tensor - self.weights[key] for key, tensor in self.body(path).items()}
             for name, path in self.folders.items()
         }
         self.rows = {name: rows_of(name, part)[:count] for name in names}
+        self.load()
+        self.own = {name: self.score(self.body(path), name) for name, path in self.folders.items()}
+
+    def models(self, seed: int) -> tuple[Path, dict[str, Path]]:
+        """The folder of the base without its head, and those of the experts."""
+        folder = tasks.models_folder()
+        return nine_tasks.headless(folder / "base", word_tasks.HOME / "base"), {
+            name: folder / name if name in tasks.TASKS else word_tasks.expert(name, folder / "base", seed=seed)
+            for name in self.names
+        }
+
+    def body(self, folder: Path) -> Weights:
+        """A model's tensors without its head."""
+        return encoder_of(folder)
+
+    def load(self) -> None:
+        """Load what answers rows: the base's model, and the experts' heads."""
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.model = AutoModel.from_pretrained(self.base, add_pooling_layer=False).float().train(False)
         self.heads = {name: head_of(path) for name, path in self.folders.items()}
-        self.own = {name: self.score(encoder_of(path), name) for name, path in self.folders.items()}
 
     def score(self, weights: Weights, name: str) -> float:
         return score_of(name, self.outputs(weights, name, self.rows[name]), self.rows[name])
 
-    def outputs(self, weights: Weights, name: str, rows: Sequence[Row]) -> Tensor:
+    def outputs(self, weights: Weights, name: str, rows: Sequence[Any]) -> Tensor:
         """Logits of the rows, with the task's own head."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].text))
         self.model.load_state_dict(weights)
@@ -142,12 +166,12 @@ class Family:
         """Scores in % of the experts' own."""
         return [100 * self.score(weights, name) / self.own[name] for name in names]
 
-    def merged(self, merge: Merge, names: Sequence[str]) -> Weights:
-        """What the merge adds to the base at λ = 1."""
+    def merged(self, merge: Merge, names: Sequence[str], task: int = 0) -> Weights:
+        """What the merge adds to the base at λ = 1; of a model per task, that of number `task`."""
         if merge.recipe is not None:
-            return self._run(merge, names)
+            return self._run(merge, names, task)
         if merge.after is not None:
-            before = next(one for one in MERGES if one.name == merge.after)
+            before = next(one for one in self.merges if one.name == merge.after)
             found, loud = self._run(before, names), self._loudness(names) if merge.name.endswith("aim") else {}
             for key, tensor in found.items():
                 if key in loud:
@@ -186,39 +210,48 @@ class Family:
     def _is_matrix(self, key: str) -> bool:
         return self.weights[key].dim() == 2 and "embeddings" not in key
 
-    def _run(self, merge: Merge, names: Sequence[str]) -> Weights:
+    def _run(self, merge: Merge, names: Sequence[str], task: int = 0) -> Weights:
         assert merge.recipe is not None
         method = MERGE[merge.recipe["merge_method"]]
-        parameters: dict[str, Any] = {"lambda": 1.0, **merge.recipe.get("parameters", {})}
+        factor = merge.rule(len(names)) if merge.fits else 1.0
+        parameters: dict[str, Any] = {"lambda": factor} if "lambda" in method.parameters else {}
+        parameters |= merge.recipe.get("parameters", {}) | ({"task": task} if merge.each else {})
         if "weight" in method.parameters and method.parameters["weight"].default is None:
             parameters["weight"] = 1.0
-        with tempfile.TemporaryDirectory(dir=word_tasks.HOME) as work:
+        with tempfile.TemporaryDirectory(dir=self.base.parent) as work:
             models: list[dict[str, Any]] = []
             for name in names:
                 models.append({"model": str(self.folders[name]), "name": name})
                 if merge.rows:
-                    path = Path(work) / f"{name}.jsonl"
-                    texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * CALIBRATED]]
-                    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-                    models[-1] |= {"calibration": {"data": str(path), "sequences": CALIBRATED, "length": 40}}
+                    models[-1]["calibration"] = self.calibration(name, Path(work)) | {"sequences": CALIBRATED}
             recipe = {**merge.recipe, "base_model": str(self.base), "models": models, "parameters": parameters}
             path = Path(work) / "recipe.yaml"
             path.write_text(yaml.safe_dump(recipe | {"dtype": "float32"}), encoding="utf-8")
             load_recipe(path, workers=1).run(Path(work) / "out")
-            made = encoder_of(Path(work) / "out")
-        return {key: tensor - self.weights[key] for key, tensor in made.items()}
+            made = self.body(Path(work) / "out")
+        return {key: (tensor - self.weights[key]) / factor for key, tensor in made.items()}
+
+    def calibration(self, name: str, work: Path) -> dict[str, Any]:
+        """Write twice as many rows of the task as are used, and return what a recipe says of them."""
+        path = work / f"{name}.jsonl"
+        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * CALIBRATED]]
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return {"data": str(path), "length": 40}
 
 
 @cache
-def rows_of(name: str, part: Part) -> list[Row]:
+def rows_of(name: str, part: Part) -> list[Any]:
+    """Texts or pictures, each with its `label`."""
+    if name in picture_tasks.TASKS:
+        return picture_tasks.rows(name, part)
     return tasks.rows(name, part) if name in tasks.TASKS else word_tasks.rows(name, part)
 
 
 def task_of(name: str) -> tasks.Task:
-    return tasks.TASKS.get(name) or word_tasks.TASKS[name]
+    return (tasks.TASKS | word_tasks.TASKS | picture_tasks.TASKS)[name]
 
 
-def score_of(name: str, logits: Tensor, rows: Sequence[Row]) -> float:
+def score_of(name: str, logits: Tensor, rows: Sequence[Any]) -> float:
     task = task_of(name)
     predicted = logits[:, 0] if task.labels == 1 else logits.argmax(1)
     label = np.array([row.label for row in rows], np.float64)
@@ -230,14 +263,17 @@ def head_of(folder: Path) -> list[Tensor]:
     return [tensors[f"{layer}.{kind}"].float() for layer in HEAD for kind in ("weight", "bias")]
 
 
-def cell(family: Family, merge: Merge, names: Sequence[str]) -> dict[str, Any]:
-    """Mean and worst share at the rule's λ, and at λ around it."""
-    start, rule = time.process_time(), merge.rule(len(names))
-    added = family.merged(merge, names)
-    took, found = time.process_time() - start, {}
-    for factor in AROUND:
-        weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
-        found[factor] = family.shares(weights, names)
+def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[float]) -> dict[str, Any]:
+    """Mean and worst share at the rule's λ, and at λ around it where nothing is fitted and all tasks have one model."""
+    rule, took = merge.rule(len(names)), 0.0
+    found: dict[float, list[float]] = {factor: [] for factor in ((1.0,) if merge.fits or merge.each else around)}
+    for task, some in enumerate([[name] for name in names] if merge.each else [names], 1):
+        start = time.process_time()
+        added = family.merged(merge, names, task)
+        took += time.process_time() - start
+        for factor, shares in found.items():
+            weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
+            shares += family.shares(weights, some)
     tried_ = {f"{rule * f:.3g}": [round(float(np.mean(s)), 1), round(min(s), 1)] for f, s in found.items()}
     return {
         "merge": merge.name,
@@ -253,37 +289,52 @@ def cell(family: Family, merge: Merge, names: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", nargs="?", choices=FAMILIES)
+    run(__doc__, FAMILIES, FILE, Family, SEEN, "write_words", AROUND)
+
+
+def run(
+    about: str | None,
+    families: Mapping[str, Sequence[str]],
+    file: Path,
+    make: Callable[[Sequence[str], Part, int, int], Family],
+    seen: Mapping[str, tuple[Part, int]],
+    page: str,
+    around: Mapping[str, Sequence[float]],
+) -> None:
+    """Measure the merges that the command line asks for, keep them in `file`, and write its tables."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", choices=families)
     parser.add_argument("names", nargs="*", help="methods, or how they begin; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the experts of words; others' results stand apart")
+    parser.add_argument("--seed", type=int, default=0, help="of the experts; others' results stand apart")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     asked = parser.parse_args()
     if asked.family and not asked.docs:
-        measured(asked)
+        from benchmarks.pruning.quality import quiet
+
+        quiet()
+        torch.set_num_threads(1)
+        family = make(families[asked.family], *seen[asked.family], asked.seed)
+        kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
+        merges = [one for one in family.merges if one.name.startswith(tuple(asked.names or [""]))]
+        measured(family, merges, kept, file, around[asked.family])
     from benchmarks.merging import pages
 
-    pages.write_words(json.loads(FILE.read_text(encoding="utf-8")))
+    getattr(pages, page)(json.loads(file.read_text(encoding="utf-8")))
 
 
-def measured(asked: argparse.Namespace) -> None:
+def measured(family: Family, merges: Sequence[Merge], kept: str, file: Path, around: Sequence[float]) -> None:
     from benchmarks.process import surroundings
-    from benchmarks.pruning.quality import quiet
 
-    quiet()
-    torch.set_num_threads(1)
-    family = Family(FAMILIES[asked.family], *SEEN[asked.family], asked.seed)
-    kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
-    known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"cells": {}, "own": {}}
-    for merge in MERGES:
-        if asked.names and not merge.name.startswith(tuple(asked.names)):
-            continue
-        made = cell(family, merge, family.names)
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": {}, "own": {}}
+    own = {name: round(score, 1) for name, score in family.own.items()}
+    print(own, file=sys.stderr, flush=True)
+    for merge in merges:
+        made = cell(family, merge, family.names, around)
         known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
         print(f"{merge.name}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
-        if not asked.seed:
-            known["own"] |= {name: round(score, 1) for name, score in family.own.items()}
-        write(FILE, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
+        if ", seed" not in kept:
+            known["own"] |= own
+        write(file, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
 
 
 if __name__ == "__main__":

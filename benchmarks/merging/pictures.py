@@ -1,0 +1,83 @@
+"""What merges keep of a ViT's experts, at the λ of the rules that encoders of text chose (words.py).
+
+    python -m benchmarks.merging.pictures report               three tasks, on test rows
+    python -m benchmarks.merging.pictures report wudi          methods whose names begin so
+    python -m benchmarks.merging.pictures --docs               only the table of docs/measurements/merging.md
+
+The experts are those of picture_tasks.py, each scored with its own head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
+
+from benchmarks import RESULTS
+from benchmarks.merging import picture_tasks, words
+from benchmarks.merging.scores import Weights
+from benchmarks.merging.words import CALIBRATED, PACKAGE, Merge, of, rows_of, usual
+from benchmarks.tasks import Part
+
+FILE = RESULTS / "merging_pictures.json"
+FAMILIES = {"report": ("clothes", "animals", "tones")}
+SEEN: dict[str, tuple[Part, int]] = {"report": ("test", 300)}
+AROUND = {"report": (1.0,)}
+FITTED = {"merge_method": "svc", "balance": "norm", "calibration": {"per": "merge", "coefficients": "row"}}
+MERGES = (
+    *PACKAGE,
+    *(of(method, lambda models: 1.0) for method in ("emr", "tall_masks")),
+    Merge("svc, balanced + coefficients by row", usual("svc"), FITTED, rows=True),
+)
+
+
+class Family(words.Family):
+    """Experts of the ViT side by side."""
+
+    merges = MERGES
+
+    def models(self, seed: int) -> tuple[Path, dict[str, Path]]:
+        base = picture_tasks.base()
+        return base, {name: picture_tasks.expert(name, base, seed=seed) for name in self.names}
+
+    def body(self, folder: Path) -> Weights:
+        tensors = load_file(folder / "model.safetensors")
+        return {name.removeprefix("dinov2."): t for name, t in tensors.items() if not name.startswith("classifier.")}
+
+    def load(self) -> None:
+        self.config, self.placed = Dinov2Config.from_pretrained(self.base), Weights()
+        found = {name: load_file(path / "model.safetensors") for name, path in self.folders.items()}
+        self.heads = {name: [t["classifier.weight"], t["classifier.bias"]] for name, t in found.items()}
+
+    def outputs(self, weights: Weights, name: str, rows: Sequence[Any]) -> Tensor:
+        if weights is not self.placed:  # files have other names than modules: transformers maps them
+            self.model = Dinov2Model.from_pretrained(None, config=self.config, state_dict=dict(weights)).train(False)
+            self.placed = weights
+        weight, bias = self.heads[name]
+        found = []
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(rows), 100):
+                tokens = self.model(picture_tasks.pixels(rows[start : start + 100])).last_hidden_state.float()
+                found.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+        return torch.cat(found) @ weight.T + bias
+
+    def calibration(self, name: str, work: Path) -> dict[str, Any]:
+        folder = work / name
+        folder.mkdir()
+        for i, row in enumerate(rows_of(name, "train")[: 2 * CALIBRATED]):
+            Image.fromarray(row.image).save(folder / f"{i:03}.png")
+        return {"data": str(folder)}
+
+
+def main() -> None:
+    words.run(__doc__, FAMILIES, FILE, Family, SEEN, "write_pictures", AROUND)
+
+
+if __name__ == "__main__":
+    main()
