@@ -87,7 +87,7 @@ DEVICE = click.option(
     shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
 WORKERS = click.option(
-    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core, if --memory is enough."
+    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads. Default: one per core, fewer if memory is short."
 )
 
 

@@ -11,7 +11,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -446,7 +446,6 @@ class _ModelBuffers:
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.buffers: dict[str, Array] = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
         self.records: tuple[Mapping[str, Any], ...] = ()
-        self.notes: Callable[[], dict[str, Any]] = dict
 
     def lend(self, name: str, offset: int, nbytes: int) -> Array:
         """Return the memory of bytes of a tensor."""
@@ -458,6 +457,9 @@ class _ModelBuffers:
     def has(self, name: str, offset: int, nbytes: int) -> bool:
         """Return False: nothing is there from an earlier run."""
         return False
+
+    def note(self, key: str, name: str, values: Mapping[Any, Any]) -> None:
+        """Do nothing, because no journal is kept."""
 
     def write(self, name: str, offset: int, data: Any) -> None:
         self.buffers[name][offset : offset + data.nbytes] = np.frombuffer(flat(data), np.uint8)
