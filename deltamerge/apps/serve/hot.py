@@ -188,7 +188,7 @@ class EditedMerge:
         with Reader() as reader:
             sink: Any = buffers
             if part.codings:
-                sink = CodedWriter(buffers, part.codings, reader, self.folder)  # type: ignore[arg-type]  # it asks no more
+                sink = CodedWriter(buffers, part.codings, reader, self.folder)
             execute(
                 part.tasks,
                 reader,
@@ -441,11 +441,15 @@ def _is_finite(bits: Array, dtype: str) -> bool:
 
 
 class _ModelBuffers:
-    """A sink that holds whole tensors, with the methods that `CodedWriter` needs."""
+    """A sink that holds whole tensors, a `CodedSink` too."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.buffers: dict[str, Array] = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
         self.records: tuple[Mapping[str, Any], ...] = ()
+
+    def where(self, name: str, offset: int) -> tuple[str, int]:
+        """Return the place of a byte: each tensor is by itself."""
+        return name, offset
 
     def lend(self, name: str, offset: int, nbytes: int) -> Array:
         """Return the memory of bytes of a tensor."""

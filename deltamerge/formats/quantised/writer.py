@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from deltamerge.formats.quantised.coder import Adjustable, Coding, Unit
 from deltamerge.formats.quantised.codes import Doubles
 from deltamerge.formats.quantised.feedback import Feedback, total
 from deltamerge.formats.quantised.scheme import bits
-from deltamerge.formats.safetensors import Writer
 from deltamerge.tensors.dtypes import ITEMSIZE, widen
 from deltamerge.tensors.tensor import Read
 
@@ -32,6 +31,32 @@ Losses = dict[str, Squares]
 """(Σ (x − stored)², Σ x²) of coded weights by name, or with a `rounding` all `SquareSums` of feedback.py."""
 MomentsOf = Callable[[str, int], Doubles | None]
 """Returns the second moments of the inputs of a weight's matrix, by its name and number. None: there are none."""
+
+
+class CodedSink(Protocol):
+    """The part of `safetensors.Writer` that takes codes."""
+
+    @property
+    def records(self) -> Iterable[Mapping[str, Any]]:
+        """The records of an interrupted run."""
+
+    def where(self, name: str, offset: int) -> tuple[str, int]:
+        """Return the file and offset of byte `offset` of a tensor."""
+
+    def has(self, name: str, offset: int, nbytes: int) -> bool:
+        """Return whether bytes of a tensor are written already."""
+
+    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Return memory for bytes of a tensor."""
+
+    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Take back lent memory, now filled."""
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        """Take bytes of a tensor."""
+
+    def note(self, key: str, name: str, values: Mapping[Any, Any]) -> None:
+        """Add values of a tensor to the next record."""
 
 
 @dataclass(eq=False)
@@ -51,7 +76,7 @@ class CodedWriter:
     OutputError: a value to be coded is not finite.
     """
 
-    writer: Writer
+    writer: CodedSink
     codings: Mapping[str, Coding]
     reader: Read
     folder: Path
