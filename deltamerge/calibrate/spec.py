@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,6 @@ from deltamerge.tensors.names import (
     resident_size,
 )
 from deltamerge.tensors.tensor import Tensor, TensorInfo
-
-if TYPE_CHECKING:
-    pass
 
 Precision = Literal["float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")

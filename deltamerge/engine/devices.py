@@ -67,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def too_little(device: torch.device, what: str) -> InputError:
-    """Return the error for a GPU whose memory is too small for `what`."""
+    """Return an error: the GPU has too little memory for `what`."""
     free, total = torch.cuda.mem_get_info(device)
     return InputError(
         f"{device}: too little memory for {what} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free)",

@@ -367,7 +367,7 @@ def _turned(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> set[str]:
-    """Return the modules whose weight is stored (in, out): of class Conv1D, as known by model type and name.
+    """Return the modules that store their weight as (in, out). Model type and name tell the class Conv1D.
 
     For models that transformers does not have, shapes tell. A square weight there is stored like others of its name, or
     beside it, whose biases give the number of outputs. InputError: nothing tells it, and `fan_in_fan_out` contradicts

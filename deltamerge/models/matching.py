@@ -272,7 +272,7 @@ class _Search:
 
 
 def _follow(parts: Parts, rules: Sequence[Rule]) -> Parts:
-    """Return a name by the first rule whose prefix it has."""
+    """Return the name after the first rule with a matching prefix."""
     rule = next((r for r in rules if parts[: len(r.old)] == r.old), None)
     return parts if rule is None else (*rule.new, *parts[len(rule.old) :])
 

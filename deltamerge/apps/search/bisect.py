@@ -133,8 +133,8 @@ def bisect(
             skill = alike[0]
         merge = judge.start
         walk = judge.walk([merge], KEPT)
-        ((scores,),) = (own.values() for own in judge.judged(walk, ["search"]))
-        lost = {name: own[DISTANCE] for name, own in scores.items()}
+        (of_merge,) = judge.judged(walk, ["search"])
+        lost = {name: own[DISTANCE] for name, own in of_merge["search"].items()}
         worst = skill or max(lost, key=lambda name: lost[name])
         search = _Bisection(judge, walk, names[worst], lost[worst])
         others = [index for index in names.values() if index != names[worst]][:MODELS]

@@ -1,9 +1,9 @@
 """Learned codes: the factors of a delta in few bits, fitted by gradient to the fine-tune's outputs, without labels.
 
-The loss is that of learned scales (`objectives.Distribution`). Each code has a number, and its level is the nearest to
-that number. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432). Scales are learned
-too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each step. The number of
-components of each level count stays as it is, and so do the bytes.
+The loss is the one of learned scales (`objectives.Distribution`). A number stands behind each code, and the code's
+level is the nearest to it. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
+Scales are learned too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each
+step. The number of components of each level count stays as it is, and so do the bytes.
 
 A layer's product x V Uᵀ is computed from its inputs and added to the output of the base's weight, so that no gradient
 is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
