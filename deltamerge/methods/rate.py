@@ -42,7 +42,7 @@ HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger o
 TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
-LEARNING_STEPS, LEARNING_ROWS = 100, 8  # steps that codes are learned in, and the rows of each
+LEARNING_STEPS, LEARNING_ROWS = 300, 8  # steps that codes are learned in, and the rows of each
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
 LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
@@ -52,7 +52,7 @@ OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its fo
 
 def learning_passes(sequences: int) -> int:
     """Return about the forward passes over so many rows that learning takes; a backward pass counts as two."""
-    return math.ceil(3 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
+    return math.ceil(4 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
 
 
 @dataclass(frozen=True, slots=True)

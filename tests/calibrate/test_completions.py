@@ -18,6 +18,7 @@ from deltamerge.calibrate import rows
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAnswers
+from deltamerge.calibrate.q.variations import Variations
 from deltamerge.calibrate.rows import DataRow
 from deltamerge.calibrate.rows.batches import RowReader, config_of, said
 from deltamerge.errors import InputError
@@ -142,3 +143,47 @@ def test_a_classifier_has_no_completions(tmp_path: Path) -> None:
         make_plan(recipe)
     text_rows(tmp_path / "rows.jsonl")
     assert make_plan(recipe)
+
+
+def test_variations_are_drawn_from_the_fine_tune(folder: Path, tmp_path: Path) -> None:
+    """A substitute is the inverse of the cumulated probabilities at a drawn number, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    made, _ = batch(folder, tmp_path)
+    tensors = load_tensors(folder / "a")
+    model, tune = BlockModel(config_of(folder / "a"), tensors), from_reader(tensors.__getitem__)
+    found = Variations.drawn(model, tune, [made], turns=40, special=[2, 3], seed=7)
+    real = made["attention_mask"].bool()
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(folder / "a", dtype=torch.float64)
+        shares = plain(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits.softmax(-1)[real]
+    shares[:, [2, 3]] = 0.0
+    sums = (shares / shares.sum(-1, keepdim=True)).cumsum(-1).numpy()
+    drawn = found.substitutes[0].roll(-1, 2).movedim(0, -1)[real].numpy()
+    places = np.random.default_rng((7, 0)).random(drawn.shape, np.float32)
+    assert (np.take_along_axis(sums, drawn, 1) >= places - 1e-5).all()
+    before = np.where(drawn > 0, np.take_along_axis(sums, np.maximum(drawn - 1, 0), 1), 0.0)
+    assert (before <= places + 1e-5).all()
+    assert not np.isin(drawn, [2, 3]).any()
+
+
+def test_variations_change_prompts_alone(folder: Path, tmp_path: Path) -> None:
+    """Completions, special tokens, first tokens and padding stay; a text without a prompt is varied as a whole."""
+    made, wanted = batch(folder, tmp_path)
+    ids, real = made["input_ids"], made["attention_mask"].bool()
+    kept = int(ids[0, 1])
+    found = Variations([made], [torch.full((300, *ids.shape), 50)], torch.tensor([kept]), seed=0)
+    turns = torch.stack([found.turn(number)[0]["input_ids"] for number in range(300)])
+    changed = (turns != ids).float().mean(0)
+    may = torch.zeros_like(real)
+    for row in range(len(ids)):
+        first = min(place for k, place in wanted if k == row)
+        whole = first == 0 and int(real[row].sum()) == len([1 for k, _ in wanted if k == row])
+        may[row, 1 : int(real[row].sum()) if whole else first] = True
+    may &= ids != kept
+    assert may.any()
+    assert (changed[~may] == 0).all()
+    assert ((changed[may] - 0.3).abs() < 0.1).all()  # 0.3 on average, of 300 turns
+    again = found.turn(3)[0]["input_ids"]
+    assert torch.equal(again, turns[3])
+    assert Variations([made], [], torch.empty(0), seed=0).turn(3) == [made]

@@ -341,7 +341,12 @@ def divergence(folder: Path, name: str, texts: list[str]) -> float:
     return float((target.exp() * (target - found)).sum(-1).mean())
 
 
-def test_rows_teach_the_codes(tmp_path: Path) -> None:
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltamerge.calibrate.q.codes.LEARNING_STEPS", 100)
+
+
+def test_rows_teach_the_codes(tmp_path: Path, few_steps: None) -> None:
     """Of as many bytes the outputs are nearer to the fine-tune's, and come again."""
     some = taught(tmp_path)
     plain = run(recipe(tmp_path, "bytes: 7500"), tmp_path / "plain", workers=1)
@@ -358,7 +363,7 @@ def test_rows_teach_the_codes(tmp_path: Path) -> None:
     assert "learned codes: divergence on held-out rows" in (tmp_path / "taught" / "README.md").read_text()
 
 
-def test_a_lock_keeps_learned_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_keeps_learned_codes(tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in the artifact beside it: neither rows nor gradients are needed for the same bytes."""
     taught(tmp_path)
     path = recipe(tmp_path, "bytes: 7500", ROWS.replace("}", ", precision: bfloat16}"))
@@ -366,7 +371,7 @@ def test_a_lock_keeps_learned_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said = made.lock["budget"]["learned"]["divergence"]
     assert said["after"] < 0.8 * said["before"]
     (note,) = (one for one in made.plan.notes if "are learned" in one)
-    assert "100 steps of 8 rows: about 16 forward passes over the rows in bfloat16" in note
+    assert "300 steps of 8 rows: about 56 forward passes over the rows in bfloat16" in note
     (tmp_path / "rows.jsonl").unlink()
     monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", None)
     lock = Lock.read(shutil.copytree(tmp_path / "taught", tmp_path / "kept") / "recipe.lock")
@@ -398,7 +403,7 @@ def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pyt
     assert made[0] == made[1]
 
 
-def test_numbers_teach_no_codes(tmp_path: Path) -> None:
+def test_numbers_teach_no_codes(tmp_path: Path, few_steps: None) -> None:
     """Of a head whose outputs are numbers the squared error falls, and the score with it."""
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.0, tokenizer=True)
     tensors = load_tensors(tmp_path / "tuned")

@@ -3,7 +3,8 @@
 The loss is the one of learned scales (`objectives.Distribution`). A number stands behind each code, and the code's
 level is the nearest to it. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
 Scales are learned too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each
-step. The number of components of each level count stays as it is, and so do the bytes.
+step. The number of components of each level count stays as it is, and so do the bytes. The rows of a language model are
+varied in each turn (`variations`), so that few of them do.
 
 A layer's product x V Uᵀ is computed from its inputs and added to the output of the base's weight, so that no gradient
 is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
-from deltamerge.calibrate.model.passes import BlockOutput, Logits, Weights
+from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weights
 from deltamerge.calibrate.model.precision import float_attention
-from deltamerge.calibrate.q.learned import subset
 from deltamerge.calibrate.q.objectives import Distribution
 from deltamerge.calibrate.q.subject import Subject
-from deltamerge.calibrate.rows import DataRow, select, without
+from deltamerge.calibrate.q.variations import Variations
+from deltamerge.calibrate.rows import LANGUAGE, DataRow, select, without
 from deltamerge.calibrate.spec import held_rows, held_weights
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
@@ -95,8 +96,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     batches, groups, held = _batches(subject, learned, room)
     kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)
     stop = subject.reads.batches(deciding, size=subject.size).inputs
-    objective = subject.distribution([*batches, *stop])
-    last = subset(objective, range(len(batches), len(objective.batches)))
+    last = subject.distribution(stop)
 
     def look() -> float:
         """Return the loss of the codes on the rows that decide."""
@@ -131,21 +131,25 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         betas=(0.9, 0.99),
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
-    order = _order(len(groups), subject.source.seed)
-    with _added(layers, latents, dtype), float_attention(dtype, device):
-        for _ in range(LEARNING_STEPS):
-            group = groups[next(order)]
-            for one in latents.values():
-                one.place(dtype)
-            size = sum(map(objective.count, group))
-            for batch in group:
-                _descend(model, objective, batch, weights, size, held=held > 0)
-            for one in latents.values():
-                one.pull()
-            optimiser.step()
-            optimiser.zero_grad()
-            rates.step()
-            count([batches[batch] for batch in group], 3)
+    turns = math.ceil(LEARNING_STEPS / len(groups))
+    variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
+    for turn in range(turns):
+        if not turn or variations.substitutes:
+            objective = subject.distribution(variations.turn(turn))
+        order = draw.permutation(len(groups))[: LEARNING_STEPS - turn * len(groups)]
+        with _added(layers, latents, dtype), float_attention(dtype, device):
+            for group in (groups[number] for number in order):
+                for one in latents.values():
+                    one.place(dtype)
+                size = sum(map(objective.count, group))
+                for batch in group:
+                    _descend(model, objective, batch, weights, size, held=held > 0)
+                for one in latents.values():
+                    one.pull()
+                optimiser.step()
+                optimiser.zero_grad()
+                rates.step()
+                count([batches[batch] for batch in group], 3)
     for one in latents.values():
         one.settle()
     after = look()
@@ -180,11 +184,15 @@ def _batches(
     return batches.inputs, groups, 0
 
 
-def _order(groups: int, seed: int) -> Iterator[int]:
-    """Yield the groups in turns, each turn in an order of its own."""
-    draw = np.random.default_rng(seed)
-    while True:
-        yield from draw.permutation(groups).tolist()
+def _variations(subject: Subject, batches: Sequence[Inputs], turns: int) -> Variations:
+    """Return the rows to learn on, with substitutes for the tokens of a language model's rows."""
+    tokenizer, seed = subject.reads.tokenizer, subject.source.seed
+    if subject.task not in LANGUAGE or subject.reads.decoder or subject.model.headless:
+        return Variations(batches, [], torch.empty(0), seed)
+    special = sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
+    found = Variations.drawn(subject.model, subject.tune, batches, turns=turns, special=special, seed=seed)
+    subject.count(batches)
+    return found
 
 
 def _rate(step: int) -> float:
