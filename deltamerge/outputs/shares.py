@@ -61,9 +61,9 @@ if TYPE_CHECKING:
 LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
-# Errors of norms and biases are the same for every token: for their squares a fine-tune of the small encoder loses
-# about 60 times the KL that it loses for squares of weights.
-VECTORS = 64.0
+# Errors of norms, biases, and tables of a few token types are the same for every token: for the squares of norms and
+# biases a fine-tune of the small encoder loses about 60 times the KL that it loses for squares of weights.
+FEW, SHARED = 4, 64.0  # rows or columns of such a tensor at most, and the weight of its squares
 HEADERS = 700  # bytes of the manifest, of the array's header, and of the records' first lines
 FORMS = ("nothing", "factors", "entries")
 CODES = {kind: f"{bits}-bit trellis codes" for kind, bits in trellis.BITS.items()}
@@ -317,10 +317,10 @@ class ByteShares:
         if not np.isfinite(delta).all():
             raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
-        if min(m, n) > 1:
+        if min(m, n) > FEW:
             key = mask_key(self.planned.recipe.seed, "budget", name)
             found = factor(delta, Wanted(min(m, n, affordable)), key)
-        counts, squares = _counted(delta, VECTORS if min(m, n) == 1 else 1.0)
+        counts, squares = _counted(delta, SHARED if min(m, n) <= FEW else 1.0)
         with writing():
             self._path(name).write_bytes(b"" if found is None else np.ascontiguousarray(found.a, np.float32).tobytes())
         state = {

@@ -238,6 +238,27 @@ def test_parts_are_as_long_as_is_asked(tmp_path: Path) -> None:
     assert 1.04 * lengths[0] < lengths[3] < lengths[2]
 
 
+@pytest.mark.parametrize("few", [(160,), (2, 160), (160, 4), (5, 160)])
+def test_tensors_that_reach_every_token_go_first(tmp_path: Path, few: tuple[int, ...]) -> None:
+    """A bias, and a table of token types, keep their deltas where a matrix of as large entries keeps nothing."""
+    rng = np.random.default_rng(0)
+    shapes = {"few": few, "weight": (160, 160)}
+    base = {name: torch.tensor(rng.standard_normal(shape), dtype=torch.float32) for name, shape in shapes.items()}
+    tuned = {
+        name: one + torch.tensor(0.01 * rng.standard_normal(one.shape), dtype=torch.float32)
+        for name, one in base.items()
+    }
+    make_checkpoint(tmp_path / "base", base)
+    make_checkpoint(tmp_path / "tuned", tuned)
+    run(recipe(tmp_path, "bytes: 2300"), tmp_path / "out", workers=1)
+    entry = DeltaFile.open(tmp_path / "out").entries["few"]
+    assert bool(entry.record.parts) == (few != (5, 160))
+    if entry.record.parts:
+        delta = (tuned["few"] - base["few"]).numpy().reshape(-1)
+        lost = np.square(Decoder(entry).codes(0, entry.size) - delta).sum() / np.square(delta).sum()
+        assert lost < 0.05
+
+
 def test_a_component_is_as_long_as_before_its_codes() -> None:
     found = factor(spectrum(400, 300, 3, 0.2), Wanted(4), (1, 2))
     delta, m, n = found.b @ found.a, 400, 300
