@@ -1,8 +1,9 @@
-"""What merges keep of a ViT's experts, at the λ of the rules that encoders of text chose (words.py).
+"""What merges keep of a ViT's experts: at the λ of the rules, and at the λ that drawn pictures choose.
 
-    python -m benchmarks.merging.pictures report               three tasks, on test rows
+    python -m benchmarks.merging.pictures choose               four tasks of drawn pictures, on validation rows
+    python -m benchmarks.merging.pictures report               four others, on test rows
     python -m benchmarks.merging.pictures report wudi          methods whose names begin so
-    python -m benchmarks.merging.pictures --docs               only the table of docs/measurements/merging.md
+    python -m benchmarks.merging.pictures --docs               only the tables of docs/measurements/merging.md
 
 The experts are those of picture_tasks.py, each scored with its own head.
 """
@@ -26,9 +27,12 @@ from benchmarks.merging.words import CALIBRATED, PACKAGE, Merge, of, rows_of, us
 from benchmarks.tasks import Part
 
 FILE = RESULTS / "merging_pictures.json"
-FAMILIES = {"report": ("clothes", "animals", "tones")}
-SEEN: dict[str, tuple[Part, int]] = {"report": ("test", 300)}
-AROUND = {"report": (1.0,)}
+FAMILIES = {
+    "choose": ("hands", "charts", "counts", "textures"),
+    "report": ("clothes", "animals", "tones", "digits"),
+}
+SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 300)}
+AROUND = dict.fromkeys(FAMILIES, (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0))  # times the rule's λ
 FITTED = {"merge_method": "svc", "balance": "norm", "calibration": {"per": "merge", "coefficients": "row"}}
 MERGES = (
     *PACKAGE,
