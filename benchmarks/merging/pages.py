@@ -37,8 +37,8 @@ def write_words(found: dict[str, Any]) -> None:
 
 
 def write_pictures(found: dict[str, Any]) -> None:
-    """Write the tables of pictures.py: of both families, and of the reported experts of every seed."""
-    _put("pictures", {"report": report_of_pictures, "seeds": seeds_of_pictures}, found)
+    """Write the tables of pictures.py: of the experts that choose, and of those that are reported."""
+    _put("pictures", {"choose": choice_of_pictures, "report": report_of_pictures}, found)
 
 
 def write_cases(found: list[dict[str, Any]]) -> None:
@@ -193,9 +193,9 @@ def seeds_of_words(found: dict[str, Any]) -> str:
 
 def loras_of_words(found: dict[str, Any]) -> str:
     """Mean / worst share of the reported tasks' LoRAs at the rule's λ, beside those of the full fine-tunes."""
-    whole = {cell["merge"]: cell for cell in found["cells"]["report"].values()}
+    whole = {cell["merge"]: cell for cell in found["cells"].get("report", {}).values()}
     lines = [["method", "λ of the rule", "LoRAs", "by task", "at its best λ", "full fine-tunes"], ["---"] * 6]
-    for c in sorted(found["cells"]["loras"].values(), key=lambda cell: -cell["mean"]):
+    for c in sorted(found["cells"].get("loras", {}).values(), key=lambda cell: -cell["mean"]):
         shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
         ends = [f"{one['mean']} / {one['worst']}" for one in (c, whole[c["merge"]])]
         lines.append([c["merge"], f"{c['lambda']:.3g}", ends[0], shares, f"{c['best']}", ends[1]])
@@ -206,48 +206,38 @@ def chosen_of_pictures(found: dict[str, Any]) -> dict[str, tuple[str, list[float
     """Merge -> the λ of the best mean on the family that chooses, as text, and mean and worst share there."""
     return {
         cell["merge"]: max(cell["tried"].items(), key=lambda tried: tried[1][0])
-        for cell in found["cells"]["choose"].values()
+        for cell in found["cells"].get("choose", {}).values()
     }
+
+
+def choice_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, each task's, and mean / worst at the best λ that was tried."""
+    lines = [["method", "λ of the rule", "mean / worst", "by task", "best λ", "mean / worst"], ["---"] * 6]
+    for c in sorted(found["cells"].get("choose", {}).values(), key=lambda cell: -cell["mean"]):
+        best, ends = max(c["tried"].items(), key=lambda tried: tried[1][0])
+        lines.append([*_at_rule(c), *([best, "{} / {}".format(*ends)] if not _alone(c["merge"]) else "––")])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def report_of_pictures(found: dict[str, Any]) -> str:
     """Mean / worst share at the rule's λ, each task's, and mean / worst at the λ that the other family chooses."""
     chosen = chosen_of_pictures(found)
-    heads = ["method", "λ of the rule", "reported", "by task", "chosen on", "λ chosen", "reported", "chosen on"]
-    lines = [heads, ["---"] * len(heads)]
-    before = {cell["merge"]: cell for cell in found["cells"]["choose"].values()}
-    for c in sorted(found["cells"]["report"].values(), key=lambda cell: -_at_chosen(cell, chosen)[0]):
-        factor, there = chosen[c["merge"]]
-        shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
-        first = f"{before[c['merge']]['mean']} / {before[c['merge']]['worst']}"
-        line = [c["merge"], f"{c['lambda']:.3g}", f"{c['mean']} / {c['worst']}", shares, first]
-        tried = [factor, *("{} / {}".format(*ends) for ends in (_at_chosen(c, chosen), there))]
-        lines.append(line + (tried if len(c["tried"]) > 1 else ["–"] * 3))
+    lines = [["method", "λ of the rule", "mean / worst", "by task", "λ chosen", "mean / worst"], ["---"] * 6]
+    for c in sorted(found["cells"].get("report", {}).values(), key=lambda cell: -cell["mean"]):
+        factor = chosen[c["merge"]][0]
+        ends = "{} / {}".format(*c["tried"][factor])
+        lines.append([*_at_rule(c), *([factor, ends] if not _alone(c["merge"]) else "––")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _at_chosen(cell: dict[str, Any], chosen: dict[str, tuple[str, list[float]]]) -> list[float]:
-    found: list[float] = cell["tried"][chosen[cell["merge"]][0]]
-    return found
+def _alone(merge: str) -> bool:
+    """Whether no λ but the rule's was tried."""
+    return merge in ("emr", "tall_masks") or "coefficients" in merge
 
 
-def seeds_of_pictures(found: dict[str, Any]) -> str:
-    """Mean / worst share of the reported experts of every seed, at the rule's λ and at the λ that is chosen."""
-    chosen = chosen_of_pictures(found)
-    seeds = {"0": found["cells"]["report"]}
-    seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
-    by_seed = {seed: {cell["merge"]: cell for cell in cells.values()} for seed, cells in seeds.items()}
-    lines = [["method", *(f"{where}, seed {seed}" for seed in seeds for where in ("rule", "chosen"))]]
-    lines.append(["---"] * len(lines[0]))
-    for merge in by_seed["0"]:
-        if all(merge in cells for cells in by_seed.values()):
-            ends = [
-                "{} / {}".format(*found)
-                for cells in by_seed.values()
-                for found in ((cells[merge]["mean"], cells[merge]["worst"]), _at_chosen(cells[merge], chosen))
-            ]
-            lines.append([merge, *ends])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _at_rule(cell: dict[str, Any]) -> list[str]:
+    shares = ", ".join(f"{share:.0f}" for share in cell["shares"].values())
+    return [cell["merge"], f"{cell['lambda']:.3g}", f"{cell['mean']} / {cell['worst']}", shares]
 
 
 def ordered(found: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:

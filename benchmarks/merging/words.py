@@ -194,6 +194,10 @@ class Family:
             made[key] = (merge.formula(deltas, tensor.double()) if self._is_matrix(key) else mean).float()
         return made
 
+    def factors(self, merge: Merge, around: Sequence[float]) -> Sequence[float]:
+        """The factors of the rule's λ that are scored."""
+        return (1.0,) if merge.fits or merge.each else around
+
     def at(self, factor: float, merge: Merge, added: Weights, models: int) -> Weights:
         """The weights at a λ, from what is added at λ = 1; as in the package, methods of matrices add means once."""
         whole = merge.recipe is not None and not merge.rows and MERGE[merge.recipe["merge_method"]].matrices
@@ -297,7 +301,7 @@ def head_of(folder: Path) -> list[Tensor]:
 def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[float]) -> dict[str, Any]:
     """Mean and worst share at the rule's λ, and at λ around it where nothing is fitted and all tasks have one model."""
     rule, took = merge.rule(len(names)), 0.0
-    found: dict[float, list[float]] = {factor: [] for factor in ((1.0,) if merge.fits or merge.each else around)}
+    found: dict[float, list[float]] = {factor: [] for factor in family.factors(merge, around)}
     for task, some in enumerate([[name] for name in names] if merge.each else [names], 1):
         start = time.process_time()
         added = family.merged(merge, names, task)
