@@ -221,7 +221,7 @@ def extract(
     }
     if len(models) > 1:
         with of_command_line():
-            look_at(models, base, options=Options(**options), **given)
+            look_at(models, base, Options(**options), **given)
     for model, name in zip(models, names, strict=True):
         begun, warnings = time.monotonic(), Warnings(line)
         line = ""

@@ -240,6 +240,8 @@ def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: py
         ((stage, spec),) = plan.specs.items()
         assert spec.runs_together
         assert not spec.shares_weights
+        more = dataclasses.replace(spec, parts=(*spec.parts, spec.parts[-1]))  # one walks at a time
+        assert more.memory - spec.memory == more._states_bytes - spec._states_bytes
         monkeypatch.setattr(Spec, "runs_together", property(lambda _, together=together: together))
         if not together:
             assert spec.shares_weights
@@ -292,11 +294,12 @@ def test_deltas_that_files_give_are_read_anew(models: Path, monkeypatch: pytest.
     less = dataclasses.replace(spec, differences=0).memory - spec.memory
     assert less == pytest.approx(2 * len(WEIGHTS) * entries, abs=1)
     monkeypatch.setattr(candidates, "SLAB", 256)
-    found, lengths, read = [], [list[int](), list[int]()], subject.entries
+    found, lengths, files, read = [], [list[int](), list[int]()], set(), subject.entries
     for reads in lengths:
 
         def noted(reader: Any, info: Any, start: int, stop: int, reads: list[int] = reads) -> torch.Tensor:
             reads.append(stop - start)
+            files.add(info.path.parent.name)
             return read(reader, info, start, stop)
 
         monkeypatch.setattr(subject, "entries", noted)
@@ -307,6 +310,7 @@ def test_deltas_that_files_give_are_read_anew(models: Path, monkeypatch: pytest.
     assert len(lengths[0]) > 100
     assert max(lengths[0]) <= 256
     assert not lengths[1]
+    assert files == set(WEIGHTS)  # the base is there already
 
 
 def test_coefficients_are_of_the_merged_model(models: Path) -> None:

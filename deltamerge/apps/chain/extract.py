@@ -181,11 +181,12 @@ def extract(
         return run(file, out or Path(name_of(model, lora=lora is not None)), options)
 
 
-def look_at(models: Sequence[str], base: str, *, options: Options, lora: Mapping[str, Any] | None, **given: Any) -> None:
-    """Plan the extraction of each model, with the arguments of `extract`. It raises what a run would find in headers."""
+def look_at(models: Sequence[str], base: str, options: Options, **given: Any) -> None:
+    """Plan the extraction of each model, with the arguments of `extract`. It raises what headers show to be wrong."""
     for model in models:
+        file = _recipe(model, base, **given)
         with _as_asked():
-            make_plans(_recipe(model, base, lora=lora, **given), Path(name_of(model, lora=lora is not None)), options)
+            make_plans(file, Path(name_of(model, lora=given["lora"] is not None)), options)
 
 
 @contextmanager

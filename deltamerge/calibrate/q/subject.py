@@ -156,17 +156,24 @@ class Tensors:
         for name in read:
             node = pruned[name]
             if self.halved and len(node.shape) > 1 and node.shape == self.infos[name].shape:
-                found[name] = Difference(node.shape, partial(self._difference, node))
+                found[name] = Difference(node.shape, partial(self._difference, name, node))
             else:
-                values = self._difference(node, 0, math.prod(node.shape))
+                values = self._difference(name, node, 0, math.prod(node.shape))
                 whole = self._whole(name, values.to(torch.bfloat16)) if self.halved else None
                 found[name] = self._kept(name, values.numpy()) if whole is None else whole
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
-    def _difference(self, node: Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return flat entries of the difference of two stored tensors, in float32."""
-        tune, base = (entries(self.reader, one, start, stop).float() for one in node.inputs)
-        return tune.sub_(base)
+    def _difference(self, name: str, node: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return flat entries of the difference of two stored tensors, in float32. The base's may be there already."""
+        tune, base = node.inputs
+        there = self.start(name) if name in self.start and self._starts_at(name, base) else None
+        other = entries(self.reader, base, start, stop) if there is None else there.view(-1)[start:stop]
+        return entries(self.reader, tune, start, stop).float().sub_(other.float())
+
+    def _starts_at(self, name: str, base: Tensor) -> bool:
+        """Tell whether `start` gives a stored base as it is."""
+        mine = self.pairs[name][1]
+        return mine is base and base.shape == self.infos[name].shape and name not in self.protected
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
         """Return a masked delta as positions and values, or dense, whichever is smaller."""
