@@ -149,7 +149,8 @@ def test_rows_are_needed(models: Path) -> None:
 def test_the_gradient_of_a_sum_of_deltas(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], kind: str) -> None:
     """That of the written-out sum, in float64; of a large delta, slab by slab."""
     sparse, shown = kind == "sparse", []
-    monkeypatch.setattr(candidates, "SLAB", 8 if kind in ("slabs", "read") else 1 << 22)
+    cut = kind in ("slabs", "read")
+    monkeypatch.setattr(candidates, "SLAB", 8 if cut else 1 << 22)
     slabs = candidates._slabs
     monkeypatch.setattr(candidates, "_slabs", lambda *given: shown.append([*slabs(*given)]) or iter(shown[-1]))
     generator = torch.Generator().manual_seed(3)
@@ -168,7 +169,7 @@ def test_the_gradient_of_a_sum_of_deltas(monkeypatch: pytest.MonkeyPatch, shape:
     made.backward(pull)
     wanted.backward(pull.double())
     torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5)
-    assert {len(some) for some in shown} == ({3} if kind in ("slabs", "read") else set() if sparse and not shape else {1})
+    assert {len(some) for some in shown} == ({3} if cut else set() if sparse and not shape else {1})
 
 
 FITTED = "calibration: {data: a.jsonl, per: merge, coefficients: %s, sequences: 8, length: 12}\n"
