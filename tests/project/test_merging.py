@@ -270,7 +270,9 @@ def test_merges_of_a_vit(vit: pictures.Family) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_a_lora_of_words_is_its_model(setting: merging.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lora_of_words_is_its_model(
+    setting: merging.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base with the LoRA is the model that is scored, without its head."""
     pytest.importorskip("peft")
     monkeypatch.setattr(word_tasks, "STEPS", 2)
@@ -280,7 +282,8 @@ def test_a_lora_of_words_is_its_model(setting: merging.Setting, tmp_path: Path, 
     recipe = tmp_path / "recipe.yaml"
     model = f"{setting.base}+{folder / 'lora'}"
     recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": model}], "dtype": "float32"}))
-    made, wanted, base = (merging.encoder_of(one) for one in (run(recipe, tmp_path / "out").folder, folder, setting.base))
+    out = run(recipe, tmp_path / "out").folder
+    made, wanted, base = (merging.encoder_of(one) for one in (out, folder, setting.base))
     assert {name for name, tensor in wanted.items() if not torch.equal(tensor, base[name])} == {
         name for name in wanted if name.endswith("weight") and "encoder" in name and "LayerNorm" not in name
     }
