@@ -83,7 +83,7 @@ WALKED = 4  # candidates in one walk through the blocks; their hidden states are
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
-STATES_BYTES = 1 << 28  # of the hidden states, before every block, of the rows that go back together
+STATES_BYTES = 1 << 29  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
@@ -322,9 +322,10 @@ class Spec:
     def memory(self) -> int:
         """Return about the anonymous bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Share(self.source, self.pruned),)
+        if self.runs_together:  # one model walks at a time, and reads the deltas of all
+            return self._states_bytes + memory(parts[0], dense=self._dense, held=self._held)
         shared = self._shared_bytes if self.shares_weights else 0
-        states = self._states_bytes if self.runs_together else 0
-        return shared + states + memory(*parts, dense=self._dense, held=self._held)
+        return shared + memory(*parts, dense=self._dense, held=self._held)
 
     @property
     def _states_bytes(self) -> int:

@@ -143,7 +143,7 @@ def extract(
     deltamerge extract run --quantized base-fp8 --out run-fp8
     """
     with app("chain"):
-        from deltamerge.apps.chain.extract import curve, name_in_store, name_of, pruning
+        from deltamerge.apps.chain.extract import curve, look_at, name_in_store, name_of, pruning
         from deltamerge.apps.chain.extract import extract as extract_delta
     from deltamerge.models.chain.publish import Sharing, is_store
     from deltamerge.run.options import Options
@@ -210,15 +210,25 @@ def extract(
     sharing = None if store is None else Sharing.of(store)
     summaries = []
     done: list[Path] = []
+    given: dict[str, Any] = {
+        "density": density,
+        "method": method,
+        "q": q,
+        "values": values,
+        "lora": None if size is None else size | more,
+        "size": sizes[0] if sizes else None,
+        "calibration": calibration,
+    }
+    if len(models) > 1:
+        with of_command_line():
+            look_at(models, base, Options(**options), **given)
     for model, name in zip(models, names, strict=True):
         begun, warnings = time.monotonic(), Warnings(line)
         line = ""
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
         with after_folders(done), of_command_line():
             result = extract_delta(
-                model, base, target, density=density, method=method, q=q, values=values, after=after,
-                lora=None if size is None else size | more, size=sizes[0] if sizes else None,
-                calibration=calibration,
+                model, base, target, after=after, **given,
                 options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
             )  # fmt: skip
         done.append(result.folder)

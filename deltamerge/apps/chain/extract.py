@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,46 @@ def extract(
             chosen: dict[str, Any] = {"density": density, "method": method, "q": q, "calibration": calibration}
             chosen |= {"values": values, "size": size}
             return extract(model, base, out, **chosen, options=options)
-    if density is None and (method is not None or q is not None):
-        raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
     if out is not None and not (options and options.ending) and is_chain(out):
         raise UsageError(f"--out {out}: is a chain", hint=f"--out {out}/NAME --after {out}/BEFORE")
+    given: dict[str, Any] = {"density": density, "method": method, "q": q, "values": values}
+    file = _recipe(model, base, **given, lora=lora, size=size, calibration=calibration)
+    with _as_asked():
+        return run(file, out or Path(name_of(model, lora=lora is not None)), options)
+
+
+def look_at(models: Sequence[str], base: str, options: Options, **given: Any) -> None:
+    """Plan the extraction of each model, with the arguments of `extract`. It raises what headers show to be wrong."""
+    for model in models:
+        file = _recipe(model, base, **given)
+        with _as_asked():
+            make_plans(file, Path(name_of(model, lora=given["lora"] is not None)), options)
+
+
+@contextmanager
+def _as_asked() -> Iterator[None]:
+    """Let an error of the made recipe name no line of it."""
+    try:
+        yield
+    except RecipeError as error:
+        raise error.of("extract") from None
+
+
+def _recipe(
+    model: str,
+    base: str,
+    *,
+    density: float | None,
+    method: str | None,
+    q: float | None,
+    values: str | None,
+    lora: Mapping[str, Any] | None,
+    size: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
+) -> RecipeFile:
+    """Return the recipe of an extraction."""
+    if density is None and (method is not None or q is not None):
+        raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
     if model.rstrip("/") == base.rstrip("/"):
         raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and behind it its base")
     output = _output(values)
@@ -188,11 +225,8 @@ def extract(
         recipe["prune"] = pruning(density, method, q, rows=calibration is not None).prune
     if size is not None:
         recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
-    try:
-        file = replace(_file(recipe), made_for="extract" if lora is None else "extract --lora")
-        return run(file, out or Path(name_of(model, lora=lora is not None)), options)
-    except RecipeError as error:
-        raise error.of("extract") from None
+    with _as_asked():
+        return replace(_file(recipe), made_for="extract" if lora is None else "extract --lora")
 
 
 def extract_as(
@@ -282,10 +316,8 @@ def curve(
         recipe: dict[str, Any] = {"base_model": base, "models": [{"model": model}]}
         recipe |= {"prune": {"method": "budget", **size}, "output": _output(None) | {"semantics": "add"}}
         recipe |= {} if calibration is None else {"calibration": dict(calibration)}
-        try:
+        with _as_asked():
             plans.append(make_plans(_file(recipe), Path(name_of(model, lora=False)), options)[-1])
-        except RecipeError as error:
-            raise error.of("extract") from None
     return shares.curve(plans[0], [nbytes for one in plans if (nbytes := shares.bytes_of(one)) is not None])
 
 

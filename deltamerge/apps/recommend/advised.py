@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
 from deltamerge.apps.recommend.merge import EACH, ROWS_CHOOSE, ROWS_SAVE, MergeAdvice, merge_advice, names_of
-from deltamerge.calibrate.rows import FILES, read
+from deltamerge.calibrate.rows import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import read_recipe
@@ -92,8 +92,7 @@ def _whole_if_few(file: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `calibration` of a file of rows."""
     calibration = {"data": str(file), **keys}
     if "sequences" in keys:
-        found = read(file.name, folder=file.resolve().parent, text=keys.get("text", "text"))
-        calibration["sequences"] = max(1, min(keys["sequences"], len(found)))
+        calibration["sequences"] = max(1, count(file, keys["sequences"]))
     return calibration
 
 

@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 
 from deltamerge import errors
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
-from deltamerge.calibrate.model.passes import COMPARED, stored
+from deltamerge.calibrate.model.passes import COMPARED, Callbacks, stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.rows import (
     HEADS,
@@ -38,6 +38,7 @@ from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import as_html
 from deltamerge.errors.shown import shown as printable
+from deltamerge.files import progress
 from deltamerge.files.descriptors import writing
 from deltamerge.files.hashes import seal
 from deltamerge.models.checkpoint import Checkpoint, decoded
@@ -115,6 +116,7 @@ class ScoredTask:
                 device=self.device,
                 pad_token_id=self.reads.pad_token_id,
                 precision=precision_of(calibration.precision, device, checkpoint.tensors.values()),
+                callbacks=Callbacks(walked=lambda batches, passes: progress.here(progress.PASSES).begin(passes)),
             )
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 

@@ -6,8 +6,10 @@ its gradients.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,13 +18,32 @@ from torch import Tensor
 from deltamerge.calibrate.model.passes import Weights
 from deltamerge.tensors.tiles import Kept
 
-Masked = Tensor | Kept
-"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
 Q = float | Tensor
 """One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
 or (E, m, 1) for stacked experts."""
 T = TypeVar("T")
-SLAB = 1 << 18  # entries of a delta that are widened to float32 at once: they stay in the cache
+SLAB = 1 << 17  # entries of a delta that are widened to float32 at once: they stay in the cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Difference:
+    """A dense delta that is read where it is used: `read(start, stop)` gives its flat entries in float32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        across = math.prod(self.shape[1:])
+        return self.read(start * across, stop * across).view(-1, *self.shape[1:])
+
+    def to(self, *how: Any) -> Tensor:
+        """Return the whole as a tensor."""
+        return self[:].to(*how)
+
+
+Masked = Tensor | Kept | Difference
+"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
 
 
 class Cache(Generic[T]):
@@ -131,8 +152,10 @@ def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
     return q[tuple(reversed(index))]
 
 
-def _parts(masked: Masked) -> tuple[Tensor, ...]:
-    return (masked.positions, masked.values) if isinstance(masked, Kept) else (masked,)
+def _parts(delta: Masked) -> tuple[Tensor, ...]:
+    if isinstance(delta, Difference):
+        return ()
+    return (delta.positions, delta.values) if isinstance(delta, Kept) else (delta,)
 
 
 def _bytes(value: object) -> int:
@@ -165,7 +188,7 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
 
     base          of any dtype
     coefficients  (K), or (K, …) whose entries broadcast to the tensor
-    deltas        K of the tensor's shape, dense or `Kept`
+    deltas        K of the tensor's shape, dense, `Kept` or a `Difference`
     """
     apply: Callable[..., Tensor] = _Sum.apply
     return apply(base, coefficients, deltas)
@@ -176,6 +199,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
         # checkpoints of activations free saved tensors, and make them again
         ctx.save_for_backward(*(part for delta in deltas for part in _parts(delta)))
+        ctx.read = [delta if isinstance(delta, Difference) else None for delta in deltas]
         ctx.kept, ctx.of_one = [isinstance(delta, Kept) for delta in deltas], coefficients.shape[1:]
         total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         single = coefficients.dim() == 1
@@ -197,8 +221,8 @@ class _Sum(torch.autograd.Function):
             return None, None, None
         (grad,) = grads
         found, saved = [], iter(ctx.saved_tensors)
-        for kept in ctx.kept:
-            delta = Kept(next(saved), next(saved)) if kept else next(saved)
+        for read, kept in zip(ctx.read, ctx.kept, strict=True):
+            delta = read or (Kept(next(saved), next(saved)) if kept else next(saved))
             if not ctx.of_one and isinstance(delta, Kept):
                 at = grad.reshape(-1)[delta.positions.to(grad.device)]
                 found.append(torch.dot(at, delta.values.to(grad.device)))
@@ -226,7 +250,7 @@ def _slabs(delta: Masked, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield a delta in float32 as (rows, values). A large delta is cut into rows, so that little of it is widened at
     once."""
     if isinstance(delta, Kept) or like.dim() < 2 or like.numel() <= SLAB:
-        yield slice(None), _placed(delta, like)
+        yield slice(None), dense(delta, like.shape).to(like.device)
         return
     step = max(1, SLAB * len(like) // like.numel())
     for start in range(0, len(like), step):
@@ -264,7 +288,3 @@ class Shared:
         """Hand the gradients on to the coefficients."""
         names = list(self._gradients)
         torch.autograd.backward([self._made[n] for n in names], [self._gradients[n] for n in names])
-
-
-def _placed(delta: Masked, like: Tensor) -> Tensor:
-    return dense(delta, like.shape).to(like.device)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltamerge.calibrate.model.layers import Linear, MatrixCut
 from deltamerge.errors import InputError
-from deltamerge.tensors.dtypes import torch_dtype
+from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Tensor as LazyTensor
 from deltamerge.tensors.tensor import TensorInfo
@@ -218,9 +218,14 @@ def sequences(inputs: Inputs) -> int:
 
 def stored(reader: Reader, info: LazyTensor | TensorInfo) -> Tensor:
     """Return a tensor as it is stored, or made, on the CPU."""
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    reader.read_into(info, 0, raw.numpy())
-    return raw.view(torch_dtype(info.dtype)).view(info.shape)
+    return entries(reader, info, 0, info.nbytes // ITEMSIZE[info.dtype]).view(info.shape)
+
+
+def entries(reader: Reader, info: LazyTensor | TensorInfo, start: int, stop: int) -> Tensor:
+    """Return flat entries [start, stop) of a tensor as they are stored, or made, on the CPU."""
+    raw = torch.empty((stop - start) * ITEMSIZE[info.dtype], dtype=torch.uint8)
+    reader.read_into(info, start, raw.numpy())
+    return raw.view(torch_dtype(info.dtype))
 
 
 def from_reader(read: Callable[[str], Tensor]) -> Weights:

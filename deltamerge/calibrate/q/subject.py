@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from deltamerge.calibrate.model.blocks import NO_CALLBACKS, BlockModel, Inputs
-from deltamerge.calibrate.model.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.model.candidates import Cache, Difference, Masked, Q, pruned
 from deltamerge.calibrate.model.devices import Ahead, Resident, spread
 from deltamerge.calibrate.model.layers import Linear
-from deltamerge.calibrate.model.passes import Callbacks, Weights, from_reader, sequences, stored
+from deltamerge.calibrate.model.passes import Callbacks, Weights, entries, from_reader, sequences, stored
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.learned import Learner
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect
@@ -41,6 +41,7 @@ class Tensors:
     tune       reads the fine-tune's own weights
     resident   holds the stored tensors on a GPU; None on the CPU
     halved     whether dense masked deltas are kept in bfloat16
+    anew       whether differences of files are read wherever they are used
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Tensors:
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
         anew = [halved and self.resident is None and all(map(is_difference, some.values())) for some in tensors.masks]
         pinned = max(0, room - part) // max(1, anew.count(False))
+        self.anew = any(anew)
         self.masks = [
             Cache(partial(self._masked, nodes), *((0, 0) if one else (part, pinned)))
             for nodes, one in zip(tensors.masks, anew, strict=True)
@@ -114,7 +116,7 @@ class Tensors:
             if self.resident is None:
                 wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
             for name in names:
-                if name in self.pairs and not all(name in mask for mask in self.masks):
+                if name in self.pairs and (self.anew or not all(name in mask for mask in self.masks)):
                     self.reader.advise(self.pairs[name][0], 0, self.pairs[name][0].nbytes)
         (self.ahead if self.resident is None else self.resident).begin(wanted)
 
@@ -152,14 +154,26 @@ class Tensors:
         roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if n not in read}
         made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
         for name in read:
-            tune, base = (stored(self.reader, one) for one in pruned[name].inputs)
-            if self.halved:
-                alike = tune.dtype == base.dtype == torch.bfloat16
-                delta = tune.sub_(base) if alike else tune.float().sub_(base).to(torch.bfloat16)
-                found[name] = self._whole(name, delta.view(-1))
+            node = pruned[name]
+            if self.halved and len(node.shape) > 1 and node.shape == self.infos[name].shape:
+                found[name] = Difference(node.shape, partial(self._difference, name, node))
             else:
-                found[name] = self._kept(name, tune.float().sub_(base.float()).flatten().numpy())
+                values = self._difference(name, node, 0, math.prod(node.shape))
+                whole = self._whole(name, values.to(torch.bfloat16)) if self.halved else None
+                found[name] = self._kept(name, values.numpy()) if whole is None else whole
         return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
+
+    def _difference(self, name: str, node: Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return flat entries of the difference of two stored tensors, in float32. The base's may be there already."""
+        tune, base = node.inputs
+        there = self.start(name) if name in self.start and self._starts_at(name, base) else None
+        other = entries(self.reader, base, start, stop) if there is None else there.view(-1)[start:stop]
+        return entries(self.reader, tune, start, stop).float().sub_(other.float())
+
+    def _starts_at(self, name: str, base: Tensor) -> bool:
+        """Tell whether `start` gives a stored base as it is."""
+        mine = self.pairs[name][1]
+        return mine is base and base.shape == self.infos[name].shape and name not in self.protected
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
         """Return a masked delta as positions and values, or dense, whichever is smaller."""

@@ -97,6 +97,12 @@ def read(
     return rows
 
 
+def count(path: Path, most: int) -> int:
+    """Return the number of rows of a file, counted up to `most`. InputError: it cannot be read."""
+    with context(f"calibration data {path.name}"):
+        return sum(1 for _ in itertools.islice(_records(path), most))
+
+
 def is_of_hub(source: str, folder: Path) -> bool:
     """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
     return not (folder / source).exists() and Path(source).suffix not in FILES and is_hub_id(source)

@@ -99,6 +99,8 @@ def test_what_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "no name in a store" in refused("extract", "two", "./-one", "--base", "base", "--out", "store")
     shutil.copytree("one", "x/one")
     assert "two of the models would be one" in refused("extract", "one", "x/one", "--base", "base", "--out", "store")
+    assert "lacking" in refused("extract", "one", "lacking", "--base", "base", "--out", "store", *QUICK)
+    assert not Path("store").exists()  # all models are looked at before one is extracted
     succeed("extract", "one", "--base", "base", "--out", "chain/1", *QUICK)
     succeed("extract", "two", "--base", "base", "--out", "chain/2", "--after", "chain/1", *QUICK)
     assert not is_store(tmp_path / "chain")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from deltamerge.apps.search.bisect import MOST, Bisection, bisect
 from deltamerge.apps.search.judge import Walk
 from deltamerge.errors import UsageError
+from deltamerge.files import progress
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.options import Options
 
@@ -79,7 +80,10 @@ def test_a_swapped_layer_and_its_model_are_found(folder: Path, tmp_path: Path, m
     made: Counter[str] = Counter()
     make = Walk._make
     monkeypatch.setattr(Walk, "_make", lambda walk, k, names: made.update(names) or make(walk, k, names))
+    shown: list[float] = []
+    monkeypatch.setattr(progress.Phase, "begin", lambda _, count: shown.append(count))
     found = found_in(folder, planted(folder, tmp_path, swapped))
+    assert len(set(shown)) > LAYERS  # progress within the passes of a walk
     assert set(made.values()) == {3}  # the merge, and without each of two models
     assert found.layers[0].name == "model.layers.4"
     assert found.models[0].name == "b"

@@ -443,6 +443,9 @@ def test_rows_of_each_model_lie_in_a_folder_by_name(folder: Path, tmp_path: Path
     assert found == [{"data": str(tmp_path / f"{name}.jsonl"), "sequences": 2} for name in NAMES[:2]]
     assert [one["sequences"] for one in rows_in(tmp_path, models, sequences=8)] == [3, 3]  # all there are
     assert rows_in(tmp_path / "tuned.jsonl", models) == [{"data": str(tmp_path / "tuned.jsonl")}]
+    long = tmp_path / "long.jsonl"
+    long.write_text((tmp_path / "tuned.jsonl").read_text() + "a row that is not reached\n")
+    assert rows_in(long, models, sequences=3)[0]["sequences"] == 3
     with pytest.raises(InputError, match=r"has no third\.jsonl"):
         rows_in(tmp_path, [*models, "third"])
     (tmp_path / "other.csv").write_text("text\nx\n")
