@@ -104,8 +104,19 @@ def fine_tune(
     `lr` is the task's own unless given; the rest is `training.trained`'s.
     """
     lr = task.lr if lr is None else lr
-    tokenizer = AutoTokenizer.from_pretrained(base)
     train = tasks.rows(task.name, "train", rows)
+    make, batches = start(base, task, train, steps=steps, batch_size=batch_size, seed=seed)
+    with tasks.building(out) as folder:
+        model = trained(make, batches, steps=steps, lr=lr, seed=seed, factory=factory)
+        model.bfloat16().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def start(
+    base: Path, task: Task, train: Sequence[Row], *, steps: int, batch_size: int = 16, seed: int = 0
+) -> tuple[Callable[[], PreTrainedModel], Iterator[Batch]]:
+    """What `training.trained` takes: how the base with a fresh head is made, and `steps` batches of its rows."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
     order = _batches(len(train), batch_size, steps, torch.Generator().manual_seed(seed))
 
     def make() -> PreTrainedModel:
@@ -120,10 +131,7 @@ def fine_tune(
             chosen = [train[i] for i in numbers]
             yield encode(tokenizer, chosen) | {"labels": _labels(chosen, task)}
 
-    with tasks.building(out) as folder:
-        model = trained(make, batches(), steps=steps, lr=lr, seed=seed, factory=factory)
-        model.bfloat16().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    return make, batches()
 
 
 def score(

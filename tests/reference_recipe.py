@@ -669,7 +669,7 @@ def whole_matrices(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.n
         or any(p in place.name for p in ("embed", "lm_head"))
         or min(rows, columns) < n
     ):
-        terms = [factor / n * e for e in es]
+        terms = [min(factor, 1) / n * e for e in es]
         return Wanted([base + sum(terms)], np.abs(base) + sum(map(np.abs, terms)))
     formula = MATRICES[recipe.method](recipe, place)
     made = factor * reference.by_matrix(es, formula)

@@ -99,7 +99,7 @@ def measure(family: words.Family, case: Case) -> None:
         merge = next(one for one in words.MERGES if one.name == name)
         added, rule = merged(family, merge, case.tasks), merge.rule(len(case.tasks))
         for factor in FACTORS:
-            weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
+            weights = family.at(rule * factor, merge, added, len(case.tasks))
             for task in case.tasks:
                 keep(name, factor, weights, task)
     case.path.parent.mkdir(parents=True, exist_ok=True)

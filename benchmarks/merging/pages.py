@@ -32,13 +32,13 @@ def documented(found: dict[str, Any], page: str) -> str:
 
 
 def write_words(found: dict[str, Any]) -> None:
-    """Write the tables of words.py: of both families, and of the reported experts of every seed."""
-    _put("words", {"words": words, "seeds": seeds_of_words}, found)
+    """Write the tables of words.py: of both families, of the reported experts of every seed, and of their LoRAs."""
+    _put("words", {"words": words, "seeds": seeds_of_words, "loras": loras_of_words}, found)
 
 
 def write_pictures(found: dict[str, Any]) -> None:
-    """Write the table of pictures.py."""
-    _put("pictures", {"report": report_of_pictures}, found)
+    """Write the tables of pictures.py: of the experts that choose, and of those that are reported."""
+    _put("pictures", {"choose": choice_of_pictures, "report": report_of_pictures}, found)
 
 
 def write_cases(found: list[dict[str, Any]]) -> None:
@@ -191,13 +191,53 @@ def seeds_of_words(found: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def report_of_pictures(found: dict[str, Any]) -> str:
-    """Mean / worst share at the rule's λ, and each task's, the best mean first."""
-    lines = [["method", "λ", "mean / worst", "by task"], ["---"] * 4]
-    for c in sorted(found["cells"]["report"].values(), key=lambda cell: -cell["mean"]):
+def loras_of_words(found: dict[str, Any]) -> str:
+    """Mean / worst share of the reported tasks' LoRAs at the rule's λ, beside those of the full fine-tunes."""
+    whole = {cell["merge"]: cell for cell in found["cells"].get("report", {}).values()}
+    lines = [["method", "λ of the rule", "LoRAs", "by task", "at its best λ", "full fine-tunes"], ["---"] * 6]
+    for c in sorted(found["cells"].get("loras", {}).values(), key=lambda cell: -cell["mean"]):
         shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
-        lines.append([c["merge"], f"{c['lambda']:.3g}", f"{c['mean']} / {c['worst']}", shares])
+        ends = [f"{one['mean']} / {one['worst']}" for one in (c, whole[c["merge"]])]
+        lines.append([c["merge"], f"{c['lambda']:.3g}", ends[0], shares, f"{c['best']}", ends[1]])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def chosen_of_pictures(found: dict[str, Any]) -> dict[str, tuple[str, list[float]]]:
+    """Merge -> the λ of the best mean on the family that chooses, as text, and mean and worst share there."""
+    return {
+        cell["merge"]: max(cell["tried"].items(), key=lambda tried: tried[1][0])
+        for cell in found["cells"].get("choose", {}).values()
+    }
+
+
+def choice_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, each task's, and mean / worst at the best λ that was tried."""
+    lines = [["method", "λ of the rule", "mean / worst", "by task", "best λ", "mean / worst"], ["---"] * 6]
+    for c in sorted(found["cells"].get("choose", {}).values(), key=lambda cell: -cell["mean"]):
+        best, ends = max(c["tried"].items(), key=lambda tried: tried[1][0])
+        lines.append([*_at_rule(c), *([best, "{} / {}".format(*ends)] if not _alone(c["merge"]) else "––")])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def report_of_pictures(found: dict[str, Any]) -> str:
+    """Mean / worst share at the rule's λ, each task's, and mean / worst at the λ that the other family chooses."""
+    chosen = chosen_of_pictures(found)
+    lines = [["method", "λ of the rule", "mean / worst", "by task", "λ chosen", "mean / worst"], ["---"] * 6]
+    for c in sorted(found["cells"].get("report", {}).values(), key=lambda cell: -cell["mean"]):
+        factor = chosen[c["merge"]][0]
+        ends = "{} / {}".format(*c["tried"][factor])
+        lines.append([*_at_rule(c), *([factor, ends] if not _alone(c["merge"]) else "––")])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _alone(merge: str) -> bool:
+    """Whether no λ but the rule's was tried."""
+    return merge in ("emr", "tall_masks") or "coefficients" in merge
+
+
+def _at_rule(cell: dict[str, Any]) -> list[str]:
+    shares = ", ".join(f"{share:.0f}" for share in cell["shares"].values())
+    return [cell["merge"], f"{cell['lambda']:.3g}", f"{cell['mean']} / {cell['worst']}", shares]
 
 
 def ordered(found: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:

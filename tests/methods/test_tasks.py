@@ -79,7 +79,7 @@ def whole(formula, scale=1.0):
             if MATRICES & set(name.split(".")):
                 result[name] = scale * reference.by_matrix(deltas, formula, stacked="experts" in name)
             else:
-                result[name] = scale * sum(deltas) / len(deltas)
+                result[name] = min(scale, 1) * sum(deltas) / len(deltas)
         return result
 
     return added

@@ -168,7 +168,7 @@ def with_rows() -> None:
 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
     save("task_arithmetic", state_dict_mul(state_dict_sum(deltas()), 0.4))
     save("ties", trimmed(0.3))
-    save("iso_c", state_dict_mul(iso_c(deltas(), "cpu", excluded), 1.3))
+    save("iso_c", state_dict_mul(iso_c(deltas(), "cpu", excluded), 0.9))
     save("iso_cts", iso_cts(deltas(), 0.8, "cpu", excluded))
     for name, dtype, change in (("tsv_m", torch.float32, dict), ("svc", torch.float64, calibrated)):
         given = [{key: value.to(dtype) for key, value in delta.items()} for delta in deltas()]

@@ -32,7 +32,7 @@ SHAPES = {
 METHODS = {
     "task_arithmetic": "{weight: 0.4}",
     "ties": "{weight: 1, density: 0.3}",
-    "iso_c": "{lambda: 1.3}",
+    "iso_c": "{lambda: 0.9}",
     "iso_cts": "{}",
     "tsv_m": "{}",
     "svc": "{lambda: 1}",

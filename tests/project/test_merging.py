@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import ImageDraw
 from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,7 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.merging import experts as merging  # noqa: E402  # the repository is on the path first
-from benchmarks.merging import nine_tasks, pages, picture_tasks, pictures, words  # noqa: E402
+from benchmarks.merging import nine_tasks, pages, picture_tasks, pictures, word_tasks, words  # noqa: E402
+from benchmarks.tasks import Row  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -263,6 +267,57 @@ def test_merges_of_a_vit(vit: pictures.Family) -> None:
     made = words.cell(vit, named["emr"], vit.names, (0.7, 1.0))
     assert list(made["shares"].values()) == [round(share, 1) for share in shares]
     assert list(made["tried"]) == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_lora_of_words_is_its_model(
+    setting: merging.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base with the LoRA is the model that is scored, without its head."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(word_tasks, "STEPS", 2)
+    some = [Row(f"{WORDS[i]} {WORDS[-i]}", float(i % 4)) for i in range(20)]
+    monkeypatch.setattr(word_tasks, "rows", lambda task, part, home: some)
+    folder = word_tasks.lora("continent", tmp_path / "base", tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    model = f"{setting.base}+{folder / 'lora'}"
+    recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": model}], "dtype": "float32"}))
+    out = run(recipe, tmp_path / "out").folder
+    made, wanted, base = (merging.encoder_of(one) for one in (out, folder, setting.base))
+    assert {name for name, tensor in wanted.items() if not torch.equal(tensor, base[name])} == {
+        name for name in wanted if name.endswith("weight") and "encoder" in name and "LayerNorm" not in name
+    }
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_other_lambdas_are_those_of_a_recipe(vit: pictures.Family) -> None:
+    """At a λ above 1 the mean of vectors and tables is added once."""
+    (merge,) = (merge for merge in vit.merges if merge.name == "iso_c")
+    given = replace(merge, recipe={"merge_method": "iso_c", "parameters": {"lambda": 2.25}})
+    added, direct = (vit.merged(one, vit.names) for one in (merge, given))
+    assert any(float((direct[key] - 2.25 * added[key]).norm()) > 1e-4 for key in added)
+    for key, tensor in vit.at(2.25, merge, added, 2).items():
+        torch.testing.assert_close(tensor, vit.weights[key] + direct[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", pictures.FAMILIES["choose"])
+def test_pictures_are_drawn_alike_each_time(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_tasks, "WANTED", {"train": 9, "test": 9})
+    first, again = (picture_tasks._drawn(task) for _ in range(2))
+    assert first == again
+    assert first["train"] != first["test"]
+
+
+def test_discs_of_a_picture_are_apart() -> None:
+    for number in range(6):
+        image = picture_tasks._discs(random.Random(number), number)
+        ground, found = image.getpixel((0, 0)), 0
+        for place in np.ndindex(image.size):
+            if image.getpixel(place) != ground:
+                ImageDraw.floodfill(image, place, ground)
+                found += 1
+        assert found == number + 1
 
 
 def test_tensors_of_an_onnx_file_are_read() -> None:

@@ -48,13 +48,14 @@ def nodes(
     weights: tuple[float, ...],
     **parameters: Any,
 ) -> Any:
-    """Make the node of base + λ · `function` of the whole w_i Δ_i, or of base + λ/n Σ w_i Δ_i without a `form`.
+    """Make the node of base + λ · `function` of the whole w_i Δ_i; without a `form`, of the mean in its place.
 
+    λ of the mean is 1 at most. A larger λ is for methods that shorten matrices, and the mean is not shortened.
     `transposed`: matrices are stored (in, out).
     """
     base, *deltas = inputs
     if form is None:
-        mean = {"weights": weights, "normalize": False, "lambda_": lambda_ / len(weights)}
+        mean = {"weights": weights, "normalize": False, "lambda_": min(1.0, lambda_) / len(weights)}
         return make(task_arithmetic, inputs, shape=shape, **mean)
     if transposed:
         parameters["transposed"] = True
