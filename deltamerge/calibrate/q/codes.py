@@ -131,6 +131,20 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         betas=(0.9, 0.99),
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
+
+    def step(objective: Distribution, group: Sequence[int]) -> None:
+        for one in latents.values():
+            one.place(dtype)
+        size = sum(map(objective.count, group))
+        for batch in group:
+            _descend(model, objective, batch, weights, size, held=held > 0)
+        for one in latents.values():
+            one.pull()
+        optimiser.step()
+        optimiser.zero_grad()
+        rates.step()
+        count([batches[batch] for batch in group], 3)
+
     turns = math.ceil(LEARNING_STEPS / len(groups))
     variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
     for turn in range(turns):
@@ -138,18 +152,8 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
             objective = subject.distribution(variations.turn(turn))
         order = draw.permutation(len(groups))[: LEARNING_STEPS - turn * len(groups)]
         with _added(layers, latents, dtype), float_attention(dtype, device):
-            for group in (groups[number] for number in order):
-                for one in latents.values():
-                    one.place(dtype)
-                size = sum(map(objective.count, group))
-                for batch in group:
-                    _descend(model, objective, batch, weights, size, held=held > 0)
-                for one in latents.values():
-                    one.pull()
-                optimiser.step()
-                optimiser.zero_grad()
-                rates.step()
-                count([batches[batch] for batch in group], 3)
+            for number in order:
+                step(objective, groups[number])
     for one in latents.values():
         one.settle()
     after = look()
