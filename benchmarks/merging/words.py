@@ -263,7 +263,7 @@ class Family:
 class Loras(Family):
     """Models of LoRAs, which are merged as adapters: by some methods in their core."""
 
-    merges = tuple(merge for merge in MERGES if merge.recipe is not None)
+    merges = tuple(merge for merge in MERGES if merge.recipe is not None and not merge.fits)
 
     def models(self, seed: int) -> tuple[Path, dict[str, Path]]:
         folder = tasks.models_folder()
