@@ -51,7 +51,10 @@ OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its fo
 
 
 def learning_passes(sequences: int) -> int:
-    """Return about the forward passes over so many rows that learning takes; a backward pass counts as two."""
+    """Return about the forward passes over so many rows that learning takes.
+
+    A backward pass counts as two, and the fine-tune has a pass for each turn of varied rows.
+    """
     return math.ceil(4 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
 
 

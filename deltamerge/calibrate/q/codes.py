@@ -4,7 +4,7 @@ The loss is the one of learned scales (`objectives.Distribution`). A number stan
 level is the nearest to it. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
 Scales are learned too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each
 step. The number of components of each level count stays as it is, and so do the bytes. The rows of a language model are
-varied in each turn (`variations`), so that few of them do.
+varied in each turn (`variations`), so that a few rows are enough.
 
 A layer's product x V Uᵀ is computed from its inputs and added to the output of the base's weight, so that no gradient
 is as large as a weight. Tables of embeddings keep the codes of the start: a step would cost as much as all layers.
