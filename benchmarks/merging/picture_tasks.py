@@ -15,7 +15,7 @@ import pickletools
 import random
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from benchmarks import tasks
 from benchmarks.paper import digits, fashion
 from benchmarks.tasks import WORK, Part, Task
 from benchmarks.training import Batch, trained
+from deltamerge.models.vocabulary_files import fields
 
 HOME = WORK / "pictures"
 SIDE, PATCH = 56, 14
@@ -148,43 +149,23 @@ def _resized(grid: Tensor) -> Tensor:
 def initializers(model: bytes) -> dict[str, Tensor]:
     """The float32 tensors of an ONNX file, in its order, by its protobuf fields: graph 7, initializer 5."""
     found = {}
-    for number, graph in _fields(memoryview(model)):
-        for kind, tensor in _fields(graph) if number == 7 else ():
-            if kind == 5:
-                shape, name, data = [], "", b""
-                for field, value in _fields(tensor):
-                    if field == 1:
-                        shape.append(value)
-                    elif field == 8:
-                        name = bytes(value).decode()
-                    elif field == 9:
-                        data = bytes(value)
-                found[name] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
+    for tensor in _messages(5, _messages(7, [model])):
+        shape, name, data = list[int](), "", b""
+        for field, value in fields(tensor):
+            if field == 1 and isinstance(value, int):
+                shape.append(value)
+            elif field == 8 and isinstance(value, bytes):
+                name = value.decode()
+            elif field == 9 and isinstance(value, bytes):
+                data = value
+        found[name] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
     return found
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: integers, and bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 2: -1, 5: 4}[wire]
-        size = varint() if size < 0 else size
-        yield number, message[at : at + size]
-        at += size
+def _messages(number: int, parents: Iterable[bytes]) -> Iterator[bytes]:
+    """The messages in a field of protobuf messages."""
+    for parent in parents:
+        yield from (value for field, value in fields(parent) if field == number and isinstance(value, bytes))
 
 
 def _write(task: str, path: Path, home: Path) -> None:

@@ -209,9 +209,9 @@ def sentences(data: bytes, path: Path) -> Iterator[tuple[str, float, int]]:
     InputError: it is none.
     """
     try:
-        for field, value in _fields(data):
+        for field, value in fields(data):
             if field == 1 and isinstance(value, bytes):
-                piece = dict(_fields(value))
+                piece = dict(fields(value))
                 raw = piece.get(2, b"\0\0\0\0")
                 score = struct.unpack("<f", raw)[0] if isinstance(raw, bytes) else 0.0
                 text, kind = piece.get(1, b""), piece.get(3, NORMAL)
@@ -222,7 +222,7 @@ def sentences(data: bytes, path: Path) -> Iterator[tuple[str, float, int]]:
         raise InputError(f"{path}: is no SentencePiece model", hint="download the model again") from None
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Yield the fields of a protocol buffer, by number: numbers, and bytes of all else."""
     at = 0
 
