@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from deltamerge.calibrate.model import candidates
-from deltamerge.calibrate.model.candidates import Difference, combined
+from deltamerge.calibrate.model.candidates import ReadDelta, combined
 from deltamerge.calibrate.values import Spooled, of_tensor
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, RecipeError
@@ -161,7 +161,7 @@ def test_the_gradient_of_a_sum_of_deltas(monkeypatch: pytest.MonkeyPatch, shape:
     places = [delta.reshape(-1).nonzero()[:, 0] for delta in deltas]
     masked = [Kept(at, d.reshape(-1)[at]) for at, d in zip(places, deltas, strict=True)] if sparse else deltas
     if kind == "read":
-        masked = [Difference(d.shape, lambda start, stop, d=d: d.reshape(-1)[start:stop].clone()) for d in deltas]
+        masked = [ReadDelta(d.shape, lambda start, stop, d=d: d.reshape(-1)[start:stop].clone()) for d in deltas]
     ours, plain = factors.clone().requires_grad_(True), factors.double().requires_grad_(True)
     made = combined(base, ours, masked)
     wanted = base.double() + sum(c * d.double() for c, d in zip(plain, deltas, strict=True))

@@ -26,7 +26,7 @@ SLAB = 1 << 17  # entries of a delta that are widened to float32 at once: they s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Difference:
+class ReadDelta:
     """A dense delta that is read where it is used: `read(start, stop)` gives its flat entries in float32."""
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Difference:
         return self[:].to(*how)
 
 
-Masked = Tensor | Kept | Difference
+Masked = Tensor | Kept | ReadDelta
 """A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
 
 
@@ -153,7 +153,7 @@ def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
 
 
 def _parts(delta: Masked) -> tuple[Tensor, ...]:
-    if isinstance(delta, Difference):
+    if isinstance(delta, ReadDelta):
         return ()
     return (delta.positions, delta.values) if isinstance(delta, Kept) else (delta,)
 
@@ -188,7 +188,7 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
 
     base          of any dtype
     coefficients  (K), or (K, …) whose entries broadcast to the tensor
-    deltas        K of the tensor's shape, dense, `Kept` or a `Difference`
+    deltas        K of the tensor's shape, dense, `Kept` or a `ReadDelta`
     """
     apply: Callable[..., Tensor] = _Sum.apply
     return apply(base, coefficients, deltas)
@@ -199,7 +199,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Tensor:
         # checkpoints of activations free saved tensors, and make them again
         ctx.save_for_backward(*(part for delta in deltas for part in _parts(delta)))
-        ctx.read = [delta if isinstance(delta, Difference) else None for delta in deltas]
+        ctx.read = [delta if isinstance(delta, ReadDelta) else None for delta in deltas]
         ctx.kept, ctx.of_one = [isinstance(delta, Kept) for delta in deltas], coefficients.shape[1:]
         total = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         single = coefficients.dim() == 1

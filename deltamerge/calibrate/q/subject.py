@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltamerge.calibrate.model.blocks import NO_CALLBACKS, BlockModel, Inputs
-from deltamerge.calibrate.model.candidates import Cache, Difference, Masked, Q, pruned
+from deltamerge.calibrate.model.candidates import Cache, Masked, Q, ReadDelta, pruned
 from deltamerge.calibrate.model.devices import Ahead, Resident, spread
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.model.passes import Callbacks, Weights, entries, from_reader, sequences, stored
@@ -156,7 +156,7 @@ class Tensors:
         for name in read:
             node = pruned[name]
             if self.halved and len(node.shape) > 1 and node.shape == self.infos[name].shape:
-                found[name] = Difference(node.shape, partial(self._difference, name, node))
+                found[name] = ReadDelta(node.shape, partial(self._difference, name, node))
             else:
                 values = self._difference(name, node, 0, math.prod(node.shape))
                 whole = self._whole(name, values.to(torch.bfloat16)) if self.halved else None
