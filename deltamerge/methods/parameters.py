@@ -111,7 +111,11 @@ Normalize = Annotated[bool, Param("divide by the sum of the weights", kind="bool
 Lambda = Annotated[float, Param("factor of the merged delta")]
 # λ of merges that do not fix the length of the merged delta, for n models: see docs/measurements/merging.md, "Words".
 LargeLambda = Annotated[
-    float, Param("factor of the merged delta", rule=UsualValue("2.25 for n > 1", lambda n: 2.25 if n > 1 else 1.0))
+    float,
+    Param(
+        "factor of the merged delta, of vectors and tables 1 at most",
+        rule=UsualValue("2.25 for n > 1", lambda n: 2.25 if n > 1 else 1.0),
+    ),
 ]
 FallingLambda = Annotated[
     float,
