@@ -212,9 +212,10 @@ def chosen_of_pictures(found: dict[str, Any]) -> dict[str, tuple[str, list[float
 
 def choice_of_pictures(found: dict[str, Any]) -> str:
     """Mean / worst share at the rule's λ, each task's, and mean / worst at the best λ that was tried."""
+    chosen = chosen_of_pictures(found)
     lines = [["method", "λ of the rule", "mean / worst", "by task", "best λ", "mean / worst"], ["---"] * 6]
     for c in sorted(found["cells"].get("choose", {}).values(), key=lambda cell: -cell["mean"]):
-        best, ends = max(c["tried"].items(), key=lambda tried: tried[1][0])
+        best, ends = chosen[c["merge"]]
         lines.append([*_at_rule(c), *([best, "{} / {}".format(*ends)] if not _alone(c["merge"]) else "––")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

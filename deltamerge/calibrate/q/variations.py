@@ -1,8 +1,8 @@
 """Variations of a language model's rows: some tokens are replaced by others that the fine-tune finds likely there.
 
-A few rows are soon known by heart, and what is learned then fits no other row. A substitute is drawn from the
-fine-tune's distribution of the next token at the place before, in the row as it was given. Prompts are varied, or whole
-texts; completions and special tokens stay. A variation's target is the fine-tune's output for it, so it needs no label.
+Without variations, learning fits a few rows by heart and no others. A substitute is drawn from the fine-tune's
+distribution of the next token at the place before, in the row as it was given. Prompts are varied, or whole texts.
+Completions and special tokens stay. A variation's target is the fine-tune's output for it, so it needs no label.
 """
 
 from __future__ import annotations
