@@ -117,7 +117,8 @@ def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     if found is None:
         forms = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
         hint = near(reference, folder) or forms
-        raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
+        is_whole = os.path.isabs(os.path.expanduser(reference))
+        raise InputError("no such folder" if is_whole else f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
 
