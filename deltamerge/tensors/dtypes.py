@@ -55,6 +55,7 @@ COPIED = frozenset(code for code, dtype in DTYPES.items() if dtype.kind == "copi
 PLAIN = frozenset(code for code in FLOATING if DTYPES[code].bits >= 16)
 NUMPY = {code: dtype.numpy for code, dtype in DTYPES.items()}
 TORCH_NAMES = {code: dtype.torch for code, dtype in DTYPES.items() if dtype.torch is not None}
+LOW_BITS = {"BF16": 16, "F16": 13}  # of a float32's mantissa, which the dtype lacks
 CODES = {name: code for code, name in TORCH_NAMES.items()}
 
 
@@ -110,6 +111,30 @@ def narrow(values: Array, dtype: str) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(NUMPY[dtype]).view(bits_type(dtype))
     return _torch_cast(values.view(np.uint32), "F32", dtype)
+
+
+def narrow_randomly(values: Array, dtype: str, first: int) -> Array:
+    """Return float32 as bit patterns of bfloat16 or float16, up or down by chance: stochastic rounding.
+
+    A value x between the neighbours a and b of `dtype` becomes b with the probability (x − a) / (b − a), so that the
+    expectation is x (below float16's 2⁻¹⁴ it is rounded to the nearest). Values of `dtype` stay as they are. Chance is
+    a hash of the flat position; `first` is the position of the first value.
+    """
+    cut = LOW_BITS[dtype]
+    bits = values.view(np.uint32) + (_draws(first, values.size) >> np.uint32(32 - cut)).reshape(values.shape)
+    bits &= np.uint32(-1 << cut & 0xFFFFFFFF)
+    bits[np.isnan(values)] = 0x7FC00000
+    return narrow(bits.view(np.float32), dtype)
+
+
+def _draws(first: int, count: int) -> Array:
+    """Return a number of 32 bits for each position: a hash of its low 32 bits (lowbias32, Wellons 2018)."""
+    x = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    return x
 
 
 def cast(bits: Array, source: str, target: str) -> Array:

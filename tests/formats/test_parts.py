@@ -1,6 +1,6 @@
 """Parts: the documented reader finds the same values; ranges are parts of the whole; damage is refused; vectors.
 
-`python tests/formats/test_parts.py` writes the vectors.
+`python tests/formats/test_parts.py` writes the vectors of the newest version.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from deltamerge.formats.delta.writer import ArtifactWriter
 from deltamerge.models.delta_file import DeltaFile
 
 Array = np.ndarray[Any, Any]
-VECTORS, TRELLIS = Path(__file__).with_name("parts"), Path(__file__).with_name("trellis")
+# Of versions 3, 4 and 5. Writers write the last.
+VECTORS, TRELLIS, ROUNDING = (Path(__file__).with_name(name) for name in ("parts", "trellis", "rounding"))
 # Levels and numbers of components of the factors in the vectors.
 RANKS = {
     VECTORS.name: ((2, 2), (3, 3), (4, 5), (8, 1), (16, 2), (255, 1)),
     TRELLIS.name: ((16, 1), (257, 4), (258, 3)),
+    ROUNDING.name: ((4, 2), (255, 1), (257, 2)),
 }
 SHAPES = {
     "matrix": ("BF16", (37, 50)),
@@ -121,19 +123,21 @@ def test_codes_are_packed_and_unpacked(levels: int) -> None:
         assert (unpack(packed, count, levels) == LEVELS[levels][codes]).all()
 
 
-@pytest.mark.parametrize("vectors", [VECTORS, TRELLIS])
+@pytest.mark.parametrize("vectors", [VECTORS, TRELLIS, ROUNDING])
 @pytest.mark.parametrize("folder", ["made", "kept"])
 def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str, vectors: Path) -> None:
     made = vectors if folder == "kept" else tmp_path / "made"
     if folder == "made":
         write(made, RANKS[vectors.name])
-        assert [(made / f).read_bytes() for f in ("delta.json",)] == [(vectors / "delta.json").read_bytes()]
         assert load_file(made / "delta.safetensors")["parts"].tobytes() == (
             load_file(vectors / "delta.safetensors")["parts"].tobytes()
         )
+        if vectors == ROUNDING:
+            assert (made / "delta.json").read_bytes() == (vectors / "delta.json").read_bytes()
     reader: dict[str, Any] = {}
     exec(documented("def positions"), reader)
     exec(documented("def sum_of_parts"), reader)
+    exec(documented("def rounded_by_chance"), reader)
     stored, at = load_file(made / "delta.safetensors")["parts"], 0
     opened = DeltaFile.open(made)
     assert list(opened.entries) == list(SHAPES)
@@ -148,7 +152,10 @@ def test_the_documented_reader_finds_the_same_result(tmp_path: Path, folder: str
         size = sum(part.nbytes(m, n) for part in entry.record.parts)
         added = reader["sum_of_parts"](record, stored[at : at + size]).reshape(-1)
         at += size
-        expected = rounded(floats(bits, dtype) + added, dtype)
+        by_chance = record.get("rounding") == "stochastic"
+        assert by_chance == (dtype != "F32" and (folder == "made" or vectors == ROUNDING))
+        sums = floats(bits, dtype) + added
+        expected = reader["rounded_by_chance"](sums, dtype) if by_chance else rounded(sums, dtype)
         assert (ours == expected).all()
         assert blake3(expected.tobytes()).hexdigest(length=16) == record["result"]
         assert not (ours == bits).all()
@@ -265,6 +272,29 @@ def test_trellis_codes_are_of_factors_in_version_4(tmp_path: Path) -> None:
         DeltaFile.open(damaged(tmp_path, entries, TRELLIS))
 
 
+def test_stochastic_rounding_is_of_halves_in_version_5(tmp_path: Path) -> None:
+    assert json.loads((ROUNDING / "delta.json").read_text())["version"] == 5
+
+    def older(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+        manifest["version"] = 4
+
+    def of_float32(manifest: dict[str, Any], found: dict[str, Any], arrays: dict[str, Array]) -> None:
+        found["vector"]["rounding"] = "stochastic"
+
+    with pytest.raises(InputError, match="stochastically rounded tensors are of version 5, this is version 4"):
+        DeltaFile.open(damaged(tmp_path, older, ROUNDING))
+    with pytest.raises(InputError, match="vector: rounding is of parts, and of results in BF16 or F16"):
+        DeltaFile.open(damaged(tmp_path, of_float32, ROUNDING))
+
+
+def test_a_range_is_rounded_as_in_the_whole() -> None:
+    for name in ("matrix", "stack"):
+        entry, bits = DeltaFile.open(ROUNDING).entries[name], base_of(name)
+        read = lambda start, stop, bits=bits: bits[start:stop]  # noqa: E731
+        for tile in (1, 7, 50):
+            assert (np.concatenate([*entry.tiles(read, tile=tile)]) == entry.whole(read)).all()
+
+
 def test_a_code_of_no_level_is_refused() -> None:
     with pytest.raises(InputError, match="3 levels have a byte 243, 242 is the largest"):
         unpack(np.array([243], np.uint8), 5, 3)
@@ -327,7 +357,6 @@ def test_a_gaussian_loses_what_is_said(levels: int) -> None:
 
 
 if __name__ == "__main__":
-    for folder in (VECTORS, TRELLIS):
-        for file in folder.glob("delta*"):
-            file.unlink()
-        write(folder, RANKS[folder.name])
+    for file in ROUNDING.glob("delta*"):
+        file.unlink()
+    write(ROUNDING, RANKS[ROUNDING.name])

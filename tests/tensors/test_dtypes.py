@@ -19,6 +19,7 @@ from deltamerge.tensors.dtypes import (
     bits_type,
     code_of,
     narrow,
+    narrow_randomly,
     torch_dtype,
     widen,
 )
@@ -53,3 +54,24 @@ def test_widening_and_rounding_are_torch_s(code: str) -> None:
     np.testing.assert_array_equal(ours[number], bits[number])
     np.testing.assert_array_equal(widen(ours, code), stored.float().numpy())
     assert code not in PLAIN or np.isnan(widen(ours, code)[~number]).all()
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+def test_stochastic_rounding_is_right_on_average(code: str) -> None:
+    count = 1 << 16
+    for x in np.array([1 + 1 / 5000, -1 - 1 / 10_000, 7.77e-3, -0.7331], np.float32):
+        bits = narrow_randomly(np.full(count, x), code, 12345)
+        below, above = np.sort(widen(np.unique(bits), code))
+        assert int(np.diff(np.unique(bits))[0]) == 1
+        assert below < x < above
+        assert abs(widen(bits, code).mean(dtype=np.float64) - x) < 6 * (above - below) / 2 / count**0.5
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+def test_values_of_the_dtype_are_not_rounded(code: str) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = widen(bits, code)
+    same = narrow_randomly(wide, code, 0)
+    number = ~np.isnan(wide)
+    assert (same[number] == bits[number]).all()
+    assert np.isnan(widen(same[~number], code)).all()

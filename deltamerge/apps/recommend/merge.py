@@ -30,6 +30,7 @@ from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
 from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
@@ -39,6 +40,7 @@ from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.schema import Goal, Recipe, Study
+from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
 
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
@@ -115,6 +117,14 @@ WAYS = (
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
+@dataclass(frozen=True, slots=True)
+class FoundFit:
+    """Coefficients by the names of stages, of the recipe with the fingerprint `recipe`."""
+
+    recipe: str
+    values: Mapping[str, Calibrated]
+
+
 class MergeTrial(Figures):
     """One λ of a method, on the rows that are searched on."""
 
@@ -186,7 +196,7 @@ def recommend_merge(
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     folder = None if out is None else out.parent
-    answer = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
+    answer, _ = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
@@ -201,8 +211,10 @@ def merge_advice(
     folder: Path | None = None,
     keys: Mapping[str, Any] | None = None,
     options: Options | None = None,
-) -> MergeAdvice:
-    """Return the recommended merge of `models` over `base`, with its recipe as a file in `folder` would have it.
+) -> tuple[MergeAdvice, FoundFit | None]:
+    """Return the recommended merge of `models` over `base`, and its fit; None: it fits nothing.
+
+    The recipe is as a file in `folder` would have it.
 
         models, base   folders or hub ids
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
@@ -215,11 +227,11 @@ def merge_advice(
     """
     options = options or Options()
     setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
-    found, way, factor = _Adviser(setting, options).advice(fit=fit)
+    found, way, factor, fitted = _Adviser(setting, options).advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
     recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
-    return found.model_copy(update={"recipe": with_comment(head, recipe)})
+    return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
 
 def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
@@ -291,8 +303,8 @@ class _Adviser:
         self.candidates = candidates_in(Path.cwd(), options, pickles=setting.pickles)
         self.passes = 0
 
-    def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
-        """Return the advice without its recipe, and the input of the recipe."""
+    def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float, FoundFit | None]:
+        """Return the advice without its recipe, the input of the recipe, and its fit."""
         start, planning = self.recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
@@ -302,6 +314,7 @@ class _Adviser:
         good: list[Way] = []
         search: dict[str, int] = {}
         held: dict[str, int] = {}
+        fitted: FoundFit | None = None
         with ExitStack() as stack:
             judge: StudyJudge | None = None
             if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
@@ -313,14 +326,16 @@ class _Adviser:
             if judge is not None:
                 classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 found, good = self._judge(judge, FITTED if fit else (), conflict, classes)
-        if found and not good:
-            raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
-        if good:
-            way, factor, why = with_rows(found, good)
-            forecast = found[way].forecast
-        else:
-            way, factor, why = without_rows(conflict, count, talks=talks)
-            forecast = of_weights(self.setting.names, conflict, way.method)
+                if not good:
+                    raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
+                way, factor, why = with_rows(found, good)
+                forecast = found[way].forecast
+                if way.fitted is not None:
+                    recipe = self.recipe(way, factor)
+                    fitted = FoundFit(fingerprint(recipe), judge.calibrated(recipe))
+            else:
+                way, factor, why = without_rows(conflict, count, talks=talks)
+                forecast = of_weights(self.setting.names, conflict, way.method)
         advice = MergeAdvice(
             models=list(self.setting.names),
             base=self.setting.base,
@@ -337,7 +352,7 @@ class _Adviser:
             recipe="",
             warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)],
         )
-        return advice, way, factor
+        return advice, way, factor, fitted
 
     def recipe(self, way: Way, factor: float) -> Recipe:
         """Return the recipe of a way at a λ, with the rows of every model."""

@@ -25,6 +25,7 @@ from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe, Study
 from deltamerge.run.options import Options
+from deltamerge.run.plans import refuse_absent
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.tensor import Graph, Node
 
@@ -103,7 +104,8 @@ class RecipeCandidates:
 
 
 def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
-    """Return the candidates of a template."""
+    """Return the candidates of a template. RecipeError: a model that it names is not there."""
+    refuse_absent(file.path, [file.template.source])
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
     return candidates_in(file.path.resolve().parent, options, pickles=pickles)
 

@@ -97,23 +97,6 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     stop = subject.reads.batches(deciding, size=subject.size).inputs
     last = subject.distribution(stop)
 
-    def look() -> float:
-        """Return the loss of the codes on the rows that decide."""
-
-        def made(name: str) -> Tensor:
-            if name not in latents:
-                return kept(name)
-            base = subject.start(name)
-            return (base.float() + latents[name].product().view(base.shape)).to(base.dtype)
-
-        with torch.no_grad():
-            found = model.run(last.batches, [lambda names: {name: made(name) for name in names}], last.reduce)
-        count(last.batches, 1)
-        return last.value(found[0])
-
-    before = look()
-    if subject.is_regression:
-        return LearnedCodes(start, before, before)
     layers = _layers(model, latents)
 
     def weights(names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -121,6 +104,22 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         for name in found.keys() & (latents.keys() - layers.keys()):
             found[name] = found[name] + latents[name].product().view(found[name].shape)
         return found
+
+    def place() -> None:
+        for one in latents.values():
+            one.place(dtype)
+
+    def look() -> float:
+        """Return the loss of the codes on the rows that decide."""
+        place()
+        with torch.no_grad(), _added(layers, latents, dtype):
+            found = model.run(last.batches, [weights], last.reduce)
+        count(last.batches, 1)
+        return last.value(found[0])
+
+    before = look()
+    if subject.is_regression:
+        return LearnedCodes(start, before, before)
 
     optimiser = torch.optim.Adam(
         [
@@ -132,8 +131,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
 
     def step(objective: Distribution, group: Sequence[int]) -> None:
-        for one in latents.values():
-            one.place(dtype)
+        place()
         size = sum(map(objective.count, group))
         for batch in group:
             _descend(model, objective, batch, weights, size, held=held > 0)
@@ -309,7 +307,6 @@ class Latent:
         self._is_nothing = start.scales <= 0
         self.logs = self._numbers(np.log(np.where(self._is_nothing, 1.0, start.scales) / units**2))
         self._kept = torch.from_numpy(~self._is_nothing).to(device)
-        self.place(torch.float32)
 
     def _numbers(self, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._unit.device)
@@ -342,10 +339,9 @@ class Latent:
         self.logs.grad = (u * self._u.detach().float()).sum(1)
 
     def settle(self) -> None:
-        """Round the scales as they are stored, and place the factors in float32."""
+        """Round the scales as they are stored."""
         scales = torch.from_numpy(np.where(self._is_nothing, 1.0, self.rounded().scales))
         self.logs.copy_((scales.to(self.logs.device) / self._unit[:, 0].double() ** 2).log())
-        self.place(torch.float32)
 
     def _nearest(self, side: Tensor) -> Tensor:
         """Return the levels, as integers in float32."""

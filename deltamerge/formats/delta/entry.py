@@ -25,7 +25,7 @@ from deltamerge.formats.delta.parts import PartSum, matrix_shape, sum_of
 from deltamerge.formats.delta.positions import Array, Coding, Listing, Sliced
 from deltamerge.formats.delta.steps import STEP_TILE, decode_tile, starts_of
 from deltamerge.formats.delta.values import scale_values
-from deltamerge.tensors.dtypes import bits_type, cast, narrow, widen
+from deltamerge.tensors.dtypes import bits_type, cast, narrow, narrow_randomly, widen
 from deltamerge.tensors.reader import RecentParts
 
 TILE = 1 << 20
@@ -269,17 +269,19 @@ class Decoder:
         else:
             out = base if fresh or base is not bits or not record.count else base.copy()
         for where, values in self.changes(start, stop, out):
-            self.put(out, base, where, values)
+            self._put(out, base, where, values, start)
         return out
 
-    def put(self, out: Array, base: Array, where: Where, values: Array) -> None:
-        """Apply entries to `out`, which holds `base` in the result's dtype and may be `base` itself."""
+    def _put(self, out: Array, base: Array, where: Where, values: Array, start: int) -> None:
+        """Apply entries to `out`, which holds `base` from `start` on in the result's dtype and may be `base` itself."""
         record, dtype = self.record, self.entry.base_dtype
         if record.values is None:
             out[where] = values
             return
         with np.errstate(over="ignore", invalid="ignore"):
-            if not record.dtype == dtype == "F32":
+            if record.rounding:
+                out[where] = narrow_randomly(widen(base[where], dtype) + values, record.dtype, start)
+            elif not record.dtype == dtype == "F32":
                 out[where] = narrow(widen(base[where], dtype) + values, record.dtype)
             elif isinstance(where, slice):
                 out.view(np.float32)[where] += values

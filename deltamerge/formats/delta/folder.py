@@ -40,7 +40,8 @@ from deltamerge.tensors.dtypes import ITEMSIZE
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Read, Tensor, part_of
 
-NEWS = {2: "steps", 3: "parts", 4: "trellis codes"}  # the additions of each version
+# The additions of each version.
+NEWS = {2: "steps", 3: "parts", 4: "trellis codes", 5: "stochastically rounded tensors"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

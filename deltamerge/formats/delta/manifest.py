@@ -19,11 +19,12 @@ from deltamerge.formats.delta.positions import CODINGS, LARGEST_K, Coding, index
 from deltamerge.formats.delta.steps import MANTISSA
 from deltamerge.formats.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.formats.safetensors import MAX_DIMENSIONS
-from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, PACKED
+from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, LOW_BITS, PACKED
 
 FORMAT = "deltamerge-delta"
-# The first that will do is written: the second has steps, the third parts, the fourth trellis codes.
-VERSIONS = (1, 2, 3, 4)
+# The first that will do is written: the second has steps, the third parts, the fourth trellis codes, the fifth
+# stochastic rounding.
+VERSIONS = (1, 2, 3, 4, 5)
 LARGEST_SIZE = 1 << 61
 SHARD_SIZE = 5 * 10**9
 STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "sign": "U8"}
@@ -61,6 +62,7 @@ class Record(Strict):
     count          number of entries; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
     parts          of values "parts": the parts of the sum
+    rounding       of parts: how the result is rounded; None: to the nearest
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
     ranks          scale codes, the most common first, where scales are stored as ranks; None: as four bits each
     error          ‖v − stored v‖ / ‖v‖ of a lossy coding
@@ -75,6 +77,7 @@ class Record(Strict):
     count: Natural
     values: Values | Literal["parts"] | None = None
     parts: Annotated[list[Part], Field(max_length=8)] = []
+    rounding: Literal["stochastic"] | None = None
     group: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = 1
     unit: int = 0
     ranks: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,16}$")] | None = None
@@ -109,7 +112,7 @@ class Manifest(Strict):
     """
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
-    version: Literal[1, 2, 3, 4] = 1
+    version: Literal[1, 2, 3, 4, 5] = 1
     semantics: Literal["replace", "add"]
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
@@ -149,6 +152,8 @@ def version_of(records: Iterable[Record]) -> int:
 
 
 def _needed(record: Record) -> int:
+    if record.rounding:
+        return 5
     if record.parts:
         return 4 if any(isinstance(part, FactorsPart) and part.has_trellis for part in record.parts) else 3
     return 2 if record.encoding == "steps" else 1
@@ -202,6 +207,8 @@ def check_record(record: Record) -> None:
         raise InputError(f"cannot make {record.dtype} of {base_dtype}: not both are floating")
     if (record.values == "parts") != bool(record.parts):
         raise InputError("values are parts where there are parts, and only there")
+    if record.rounding and (not record.parts or record.dtype not in LOW_BITS):
+        raise InputError("rounding is of parts, and of results in BF16 or F16")
     if record.parts:
         _check_parts(record)
     if record.values in SCALED:

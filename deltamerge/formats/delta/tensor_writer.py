@@ -42,7 +42,7 @@ from deltamerge.formats.delta.values import (
     relative_error,
     scale_group,
 )
-from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, bits_type, cast
+from deltamerge.tensors.dtypes import FLOATING, ITEMSIZE, LOW_BITS, bits_type, cast
 
 SECONDS = 2.0  # between two entries in the journal: syncing each tensor alone would cost more than it saves
 
@@ -305,12 +305,13 @@ class TensorWriter:
                 self._finish_add()
                 return
             self._append(stored)
-            record = self._new_record("dense", values="parts", parts=list(parts))
+            rounding = "stochastic" if self._dtype in LOW_BITS else None
+            record = self._new_record("dense", values="parts", parts=list(parts), rounding=rounding)
             entry = Entry(self._name, record, stored)
             for bits in entry.tiles(self._read_base, check=False):
                 self._saw(bits)
             self.stored.append(StoredTensor(PARTS, "U8", stored.size, self.path, 0))
-            self._finished(self._new_record("dense", values="parts", parts=list(parts)))
+            self._finished(self._new_record("dense", values="parts", parts=list(parts), rounding=rounding))
 
     def finish(self) -> None:
         """Finish a tensor written with `add`, or equal to the base's; reads the base for the hashes."""

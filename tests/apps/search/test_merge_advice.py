@@ -44,8 +44,10 @@ from deltamerge.apps.recommend.merge import (
     without_rows,
 )
 from deltamerge.apps.search.judge import StudyJudge, Walk
+from deltamerge.calibrate.merge import coefficients
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
+from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 
 OPTIONS = Options(device="cpu", workers=1)
@@ -409,6 +411,35 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     assert all(torch.equal(made[name], same[name]) for name in same)
     code, _, err = call(capsys, "run", recipe, "--out", out)
     assert (code, "up to date" in err) == (0, True)
+
+
+def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Its bytes, inputs and coefficients are those of its recipe alone, and of its recipe with the lock beside it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC,))
+    monkeypatch.setattr(merge_advice, "FITTED", FITTED[1:])
+    fits, fit = [], coefficients._fit
+    monkeypatch.setattr(coefficients, "_fit", lambda *given: (fits.append(given), fit(*given))[1])
+    few = ["--workers", "1", "--device", "cpu"]
+    asked = ["merge", *NAMES[:2], "--base", "base", "--rows", "calib.jsonl", "--sequences", "8", "--length", "6", *few]
+    made, locked, alone = (tmp_path / name for name in ("made", "locked", "alone"))
+    code, said, err = call(capsys, *asked, "--out", made, "--dry-run")
+    assert code == 0, err
+    assert "chosen: coefficients by row" in said
+    assert f"run {made}.yaml --out {made} --locked" in err
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
+    assert (code, len(fits)) == (0, 1), err
+    code, _, err = call(capsys, *asked, "--out", made, "--force")
+    assert (code, len(fits)) == (0, 2), err
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", alone, *few)
+    assert (code, len(fits)) == (0, 3), err
+    first, *others = (Lock.read(one / "recipe.lock") for one in (made, locked, alone))
+    assert first.calibration["merge"]["coefficients"] == "row"
+    for one in others:
+        assert not one.differences(first.content["outputs"])
+        assert (one.calibration, one.content["inputs"]) == (first.calibration, first.content["inputs"])
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", made, *few)
+    assert (code, len(fits), "up to date" in err) == (0, 3, True)
 
 
 def test_merge_names_its_own_option_for_rows() -> None:
