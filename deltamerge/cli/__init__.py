@@ -132,7 +132,7 @@ _python_warning = warnings.formatwarning
 
 
 def _refuse(error: click.ClickException, *, machine: bool) -> int:
-    """Print what is wrong with the arguments. For a `machine`, also print it as JSON on stdout."""
+    """Print the error of the arguments. For a `machine`, also print it as JSON on stdout."""
     vars(error)["message"] = shown(error.message)
     said = io.StringIO()
     error.show(said)

@@ -110,7 +110,7 @@ def render_plan(
 ) -> str:
     """Return the plan of a run to `target` in lines of `width` characters.
 
-    With `tensors`, list every tensor; those lines may be wider.
+    With `tensors`, list every tensor, in lines that may be wider.
     """
     rows = _lines_of_all(described) if tensors else _lines_of_kinds(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])

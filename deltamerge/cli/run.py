@@ -106,7 +106,7 @@ def command(
 ) -> None:
     """Merge the models of RECIPE into one checkpoint.
 
-    If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
+    If RECIPE has several documents, named documents are merged first, beside the output. Up-to-date results are kept.
 
     \b
     deltamerge run recipe.yaml --memory 2GB

@@ -234,7 +234,7 @@ class Room:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Take so many bytes if there is room, and return whether there was."""
+        """Take `nbytes` if there is room, and return whether there was."""
         with self._lock:
             there = nbytes <= self.left
             self.left -= nbytes * there

@@ -179,7 +179,7 @@ class Maker:
         """Return whether this maker made an output, perhaps with an earlier text of the recipe.
 
         If the lock does not name its maker, or no place is stored, models must agree: all models of a command, two of a
-        recipe, none if the output lies at the recipe's default place. InputError: the folder has no lock.
+        recipe. At the recipe's default place none must. InputError: the folder has no lock.
         """
         lock = read_lock(folder / LOCK_NAME)
         said = lock.get(MADE_BY)

@@ -60,8 +60,8 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
     only config, index and headers (by range requests), so `files` need not exist; torch's own files, where `pickles`
     allows them, are downloaded to be read.
 
-    InputError: neither a folder nor a hub id, an adapter without a base, not found, gated, no such revision, offline
-    and not in the cache, or anything that `open_checkpoint` refuses.
+    InputError: the reference is neither a folder nor a hub id, or names an adapter without a base. The hub has no such
+    model or revision, it is gated, or there is no network and no copy. Or `open_checkpoint` refuses it.
     """
     if (path := _local(reference, folder)) is not None:
         return open_checkpoint(path, reference=reference, pickles=pickles)

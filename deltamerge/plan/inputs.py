@@ -491,8 +491,8 @@ def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], C
 def _template(groups: Sequence[InputGroup], tunes: tuple[Input, ...]) -> Input:
     """Return the template.
 
-    It is the only fine-tune; otherwise the base, or the first fine-tune if some have tensors (a task head) that the
-    base lacks; without a base the first model. In stacks only tensors outside layers count.
+    It is the only fine-tune, or the base. If a fine-tune has tensors (a task head) that the base lacks, or there is no
+    base, it is the first fine-tune. In stacks only tensors outside layers count.
     """
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
@@ -579,7 +579,7 @@ class ExpertForm:
 
 
 def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list[dict[str, TensorInfo]], list[Names]]:
-    """Return the tensors of every model, and their canonical names. Experts are fused if any model has fused ones."""
+    """Return the tensors of every model, and their canonical names. Experts are fused if any model's are."""
     mixed = experts.differ(models)
     tensors = [experts.fold(model) if mixed else dict(model) for model in models]
     return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)

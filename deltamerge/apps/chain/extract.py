@@ -182,7 +182,10 @@ def extract(
 
 
 def look_at(models: Sequence[str], base: str, options: Options, **given: Any) -> None:
-    """Plan the extraction of each model, with the arguments of `extract`. It raises what headers show to be wrong."""
+    """Plan the extraction of each model, with the arguments of `extract`. Raise the errors that headers show.
+
+    The plans are not kept: a file may change before its model's turn comes, so `extract` reads the headers then.
+    """
     for model in models:
         file = _recipe(model, base, **given)
         with _as_asked():

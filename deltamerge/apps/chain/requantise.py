@@ -279,7 +279,7 @@ def extract_quantised(
 
 
 def _tensors_of(raw: Checkpoint, plain: Checkpoint) -> list[_QuantisedTensor]:
-    """Return how a quantised checkpoint stores the tensors of the plain one. InputError: it is of other ones."""
+    """Return how a quantised checkpoint stores the tensors of the plain one. InputError: it has other tensors."""
     form = decoded(raw)
     scheme = form.quantised
     if scheme is None or not scheme.plain:

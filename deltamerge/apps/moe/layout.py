@@ -73,7 +73,10 @@ class MixtureLayout:
     untied: bool = False
 
     def refusal(self, families: Sequence[str], shared: int, prompted: bool) -> str | None:
-        """Why it cannot be made of these model types, with so many shared experts, which are gated if `prompted`."""
+        """Return why the layout cannot hold experts of these model types. None: it can.
+
+        `shared` is the number of shared experts. They are gated if `prompted`.
+        """
         if len(set(families)) > 1:
             return f"all models must be of one kind, got {', '.join(sorted(set(families)))}"
         if families[0] not in self.families:

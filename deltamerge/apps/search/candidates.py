@@ -166,8 +166,8 @@ def _rows(planned: Plan) -> list[tuple[Any, Any]]:
 def memory(planned: Plan, study: Study) -> int:
     """Estimate the bytes that judging takes.
 
-    They are: imports; the hidden states of all candidates for every fine-tune; for one part of the model, each model's
-    tensors and deltas, a candidate's own, and both in float32; and the next part as stored.
+    Held are imports, the hidden states of all candidates for every fine-tune, and the model's next part as stored. Of
+    the present part, memory holds each model's tensors and deltas, a candidate's own, and both in float32.
     """
     states, part = 0, 0
     for tune, calibration in _rows(planned):

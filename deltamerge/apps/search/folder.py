@@ -59,9 +59,9 @@ class StudyFolder:
     def locked(self, *, force: bool) -> Iterator[Path]:
         """Lock the folder. Make it if it is missing, and empty it with `force`.
 
-        OutputError: it is no folder of a study; it belongs to another recipe, without `force`; with `force`, it holds a
-        file that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: the message says
-        that the folder stays.
+        OutputError: it is no folder of a study, another process works in it, or it cannot be written. Without `force`:
+        it belongs to another recipe. With `force`: it holds a file that no study wrote. KeyboardInterrupt: the message
+        says that the folder stays.
         """
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
