@@ -366,7 +366,7 @@ def test_extract_refuses_what_would_not_be_a_chain(made: Path, chain: Path) -> N
     grown = load_tensors(made / "tuned-4") | {"new": torch.ones(2)}
     make_checkpoint(chain.parent / "grown", grown)
     for words, said in {
-        (made / "tuned-2", made / "tuned-3", *more): "is neither what 000004 makes nor the base of its chain",
+        (made / "tuned-2", made / "tuned-3", *more): "is neither the result of 000004 nor the base of its chain",
         (chain.parent / "grown", made / "base", *more): "adds new",
         (
             made / "tuned-2",
