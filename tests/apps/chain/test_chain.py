@@ -335,7 +335,7 @@ def test_squash_keeps_the_states_and_refuses_old_names(
     before = {version.name: version.state for version in line(chain / NAMES[3])}
     assert succeed("squash", chain, "--keep", 4, "--json")["into"] is None
     (chain / NAMES[0] / "mine.txt").write_text("mine")
-    assert "holds what no run wrote" in refused("squash", chain, "--keep", 1, "--base", made / "base")
+    assert "holds files that no run wrote" in refused("squash", chain, "--keep", 1, "--base", made / "base")
     (chain / NAMES[0] / "mine.txt").unlink()
     assert "not the one this delta was made from" in refused("squash", chain, "--keep", 1, "--base", made / "tuned-4")
     assert folders.names(chain) == NAMES
