@@ -139,8 +139,10 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     )
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
+    fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
+    start = "fitted from task_arithmetic at λ" if fits else "λ"
     return [
-        f"chosen: {advice.method}, λ = {advice.factor:.3g}, in {made.recipe}",
+        f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",
         f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
         f"in danger: {'; '.join(dangers) or doubt}",

@@ -375,7 +375,7 @@ class _Adviser:
         """Return all ways, and the ways that can be chosen.
 
         Each way is tried at its usual λ, and the best ways at others. Fitted coefficients can be
-        chosen if they are better than the best other way on the held-out rows.
+        chosen if they are better than the best other way on the held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -396,9 +396,10 @@ class _Adviser:
         fits = [way for way in fitted if found[way].error is None]
         if good and fits:
             plain = best_first({way: found[way] for way in good})[0]
-            on_held = {way: trials.candidate(way, ["held"]) for way in (plain, *fits)}
-            first = best_first(on_held)[0]
-            good = good if first == plain else [first]
+            on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
+            first = best_first({way: on_held[way] for way in (plain, *fits)})[0]
+            if first != plain:
+                found, good = found | on_held, [first]
         return found, good
 
 
@@ -474,6 +475,11 @@ class _Trials:
         tried = self.tried.get(way)
         return None if way in self.errors or not tried else way.better(tried, next(iter(tried)))
 
+    def is_known(self, way: Way, part: Part) -> bool:
+        """Return whether a way is measured at its λ on a part of the rows."""
+        factor = self.factor(way)
+        return factor is not None and (way, factor, part) in self.scores
+
     def candidate(self, way: Way, among: Sequence[Part] = ("search", "held")) -> MergeCandidate:
         """Return a way at its λ, as those rows tell that it was judged on."""
         factor = self.factor(way)
@@ -548,14 +554,16 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
     """Return the best of the `good` ways, its λ, and the reasons. `judged` has the ways to compare with."""
-    lost = {way: one.lost_mean for way, one in judged.items() if one.lost_mean is not None}
     way = best_first({way: judged[way] for way in good})[0]
-    best = judged[way]
-    plain = {one: value for one, value in lost.items() if one.fitted is None}
-    others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []
-    others += [ARITHMETIC] if ARITHMETIC in lost and ARITHMETIC not in (way, *others) else []
-    beside = "".join(f", {one.name} {lost[one]:.1%}" for one in others)
-    why = [f"it loses {lost[way]:.1%} of the fine-tunes' effect on outputs{beside}"]
+    best, plain = judged[way], {one: found for one, found in judged.items() if found.lost and one.fitted is None}
+    others = best_first(plain)[:1] if way.fitted is not None else []
+    others += [ARITHMETIC] if ARITHMETIC in plain and ARITHMETIC not in (way, *others) else []
+    beside = [judged[one] for one in others]
+    why = [f"it loses {best.lost_mean:.1%} of the fine-tunes' effect on outputs"]
+    why[0] += "".join(f", {one.name} {one.lost_mean:.1%}" for one in beside)
+    if (share := mean_share(best.forecast)) is not None:
+        shares = "".join(f", {one.name} {mean_share(one.forecast) or 0.0:.1%}" for one in beside)
+        why.insert(0, f"it should keep {share:.1%} of the fine-tunes' scores{shares}")
     if best.agreement:
         worst = min(best.agreement, key=lambda name: best.agreement[name])
         mean = fmean(best.agreement.values())
