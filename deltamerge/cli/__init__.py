@@ -181,7 +181,7 @@ def _of_system(error: Exception) -> DeltamergeError | None:
 def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
     whose, file, at, function = f"deltamerge {__version__}", last.filename, last.lineno, last.name
-    hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
+    hint = "please report these lines together with the recipe and the output of `deltamerge doctor`"
     if (other := plugins.culprit(bug)) is not None:
         whose, file, at, function = other.package, other.file, other.line, other.function
         hint = f"report these lines to the authors of {whose}, or remove it"

@@ -71,7 +71,7 @@ def too_little(device: torch.device, what: str) -> InputError:
     free, total = torch.cuda.mem_get_info(device)
     return InputError(
         f"{device}: too little memory for {what} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free)",
-        hint="end what else uses the GPU, give fewer --workers, or --device cpu",
+        hint="end other programs on the GPU, give fewer --workers, or --device cpu",
     )
 
 

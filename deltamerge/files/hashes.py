@@ -258,7 +258,7 @@ def check_blobs(paths: Iterable[Path], workers: int) -> None:
         for (blob, path), digest in zip(blobs.items(), pool.map(digest_of, blobs), strict=True):
             if digest != blob.name:
                 raise InputError(
-                    f"{path}: is not what the hub has: its hash is {digest}, the hub's {blob.name}",
+                    f"{path}: differs from the hub's file: its hash is {digest}, the hub's {blob.name}",
                     hint=f"the cache is damaged: remove {blob} and run again, to have it downloaded again",
                 )
 

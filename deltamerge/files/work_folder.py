@@ -90,7 +90,7 @@ _WRITTEN = {
     OLD: re.compile(".+", re.DOTALL),
     SPOOL: re.compile(rf"\d+|{_GONE}"),
 }
-KEPT = "what is done is kept"
+KEPT = "finished work is kept"
 SYNCS = 8
 
 
@@ -166,7 +166,7 @@ class Workspace:
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
         names = files_of(self.folder).keys()
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
-            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(sorted(strange))}")
+            raise OutputError(f"{self.folder}: holds files that no run wrote, or has no lock: {some(sorted(strange))}")
         if wrong := damages(self.folder, outputs, seals, workers):
             for name in wrong:
                 with suppress(OSError):
@@ -530,7 +530,7 @@ def _look(state: Path) -> frozenset[str] | None:
         return None
     if wrong:
         raise OutputError(
-            f"{state}: holds what no run wrote there: {some(sorted(wrong))}",
+            f"{state}: holds files that no run wrote there: {some(sorted(wrong))}",
             hint="move that away, or choose another folder with --out",
         )
     return frozenset(modes)

@@ -273,7 +273,7 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """
     weights = {name for name in names if is_weights(name)}
     if len(names) - len(weights) > MAX_SMALL:
-        hint = "download what you need of it, and name that folder"
+        hint = "download the needed part, and name its folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
     bounds = {name: Bounds(None if name in weights else FILE_BYTES, commit) for name in names}
     pool = ThreadPoolExecutor(8)

@@ -386,7 +386,7 @@ def which_layers(section: Mapping[str, Any]) -> str:
         if SPEAKS.search(key) and type(value) in (int, str) and not re.search(r"_types?$|size|id$|eps", key)
     ]
     told = f" ({', '.join(keys[:8])})" if keys else ""
-    return f"choose ranges that keep the order of kinds: what says which layer is which{told} cannot follow them"
+    return f"choose ranges that keep the order of kinds: the keys for kinds of layers{told} cannot follow them"
 
 
 def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:

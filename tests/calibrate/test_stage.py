@@ -346,7 +346,7 @@ def test_exact_match_of_answers(models: Path, tmp_path: Path) -> None:
     assert 0.0 <= found["held_out"]["plain"] <= 1.0
     assert 0.0 <= found["value"] < 1.0
     path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, new_tokens: 400"))
-    with pytest.raises(InputError, match="12 tokens and 400 new ones, but the model has"):
+    with pytest.raises(InputError, match="12 tokens and 400 new tokens, but the model has"):
         run(path, tmp_path / "long")
     path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, task: causal-lm"))
     with pytest.raises(InputError, match="does not fit the head"):

@@ -237,7 +237,7 @@ class QuantisedChain:
         """InputError: quantising the base's tensor gives other bytes than the checkpoint has."""
         made = tensor.again(None, bits, stored, reader)
         if not all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(made, stored, strict=True)):
-            what = "is not the base's" if tensor.coding is None else "is not what quantising the base's gives"
+            what = "is not the base's" if tensor.coding is None else "differs from the base's, quantised"
             raise InputError(f"{self._named}: {what}", hint=PLAINLY)
 
 

@@ -143,7 +143,7 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     if found is not None:
         return found
     first, *also = (f"{one.name}: {refusal}" for one, refusal in refusals)
-    raise InputError(first, also=also, hint="see docs/howto/moe.md for what each is made of")
+    raise InputError(first, also=also, hint="docs/howto/moe.md lists the models of each")
 
 
 def _plain(name: str) -> str:

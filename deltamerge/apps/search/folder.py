@@ -81,14 +81,14 @@ class StudyFolder:
                     file.truncate(0)
                     file.write(f"{self.name}\n")
                     file.flush()
-            with interruptible(lambda said: f"{f'{said}; ' if said else ''}what is done is kept in {path}: {GO_ON}"):
+            with interruptible(lambda said: f"{f'{said}; ' if said else ''}finished work is kept in {path}: {GO_ON}"):
                 yield path
 
     def _empty(self) -> None:
         """Remove files of studies. OutputError: there are other files, and nothing was removed."""
         entries = [entry for entry in os.scandir(self.path) if entry.name != MARK]
         if strange := sorted(entry.name for entry in entries if not _is_written(entry)):
-            raise OutputError(f"{self.path}: holds what no study wrote: {some(strange)}", hint="move that away")
+            raise OutputError(f"{self.path}: holds files that no study wrote: {some(strange)}", hint="move that away")
         for entry in entries:
             shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 

@@ -375,7 +375,7 @@ def refuse_foreign(path: Path) -> None:
     if (path / LOCK_NAME).is_file():
         known |= read_lock(path / LOCK_NAME)["outputs"].keys()
     if strange := [name for name in files_of(path) if name not in known and name.split("/")[0] not in HIDDEN]:
-        raise OutputError(f"{path}: holds what no run wrote: {some(sorted(strange))}", hint="move that away")
+        raise OutputError(f"{path}: holds files that no run wrote: {some(sorted(strange))}", hint="move that away")
 
 
 def _lock_of(work: Work) -> str:
