@@ -314,6 +314,21 @@ def test_every_reader_finds_the_same_weights(tmp_path: Path) -> None:
     assert same(load_tensors(tmp_path / "merged"))
 
 
+def test_a_delta_below_half_a_step_survives(tmp_path: Path) -> None:
+    """A tenth of the entries moved by a step of bfloat16, in rows and columns of a pattern that has rank one."""
+    rng = np.random.default_rng(0)
+    base = torch.full((256, 256), 1.0, dtype=torch.bfloat16)
+    u, v = rng.random((2, 256)) ** 2
+    moved = torch.tensor((rng.random((256, 256)) < np.outer(u, v)) / 128.0, dtype=torch.bfloat16)
+    for name, tensor in (("base", base), ("tuned", base + moved)):
+        make_checkpoint(tmp_path / name, {"weight": tensor})
+    run(recipe(tmp_path, "bytes: 1100"), tmp_path / "out", workers=1)
+    apply(str(tmp_path / "out"), str(tmp_path / "base"), tmp_path / "applied", workers=1)
+    found = (load_tensors(tmp_path / "applied")["weight"] - base).double().numpy()
+    kept = float((found * np.outer(u, v)).sum() / 128 / (np.outer(u, v) ** 2).sum() * 128**2)
+    assert 0.9 < kept < 1.1
+
+
 def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> None:
     pair(tmp_path)
     text = RECIPE.replace("{size}}}", "{size}, exclude: [head]}}")
