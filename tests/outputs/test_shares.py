@@ -250,7 +250,7 @@ def test_tensors_that_reach_every_token_go_first(tmp_path: Path, few: tuple[int,
     }
     make_checkpoint(tmp_path / "base", base)
     make_checkpoint(tmp_path / "tuned", tuned)
-    run(recipe(tmp_path, "bytes: 2300"), tmp_path / "out", workers=1)
+    run(recipe(tmp_path, "bytes: 1500"), tmp_path / "out", workers=1)
     entry = DeltaFile.open(tmp_path / "out").entries["few"]
     assert bool(entry.record.parts) == (few != (5, 160))
     if entry.record.parts:
