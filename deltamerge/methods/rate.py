@@ -42,15 +42,19 @@ HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger o
 TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
-LEARNING_STEPS, LEARNING_ROWS = 300, 8  # steps that codes are learned in, and the rows of each
+LEARNING_ROWS = 8  # of a step that learns codes
+STEPS_A_ROW, LEAST_STEPS, MOST_STEPS = 6, 300, 1200
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
-UNLISTED = (
-    2.0  # weight, times the density, of the loss by unlisted entries: they have the directions of the listed ones
-)
+UNLISTED = 2.0  # weight, times the density, of the loss by unlisted entries: they have the listed ones' directions
 LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its form
+
+
+def learning_steps(sequences: int) -> int:
+    """Return the steps that codes are learned in on so many rows."""
+    return min(max(LEAST_STEPS, STEPS_A_ROW * sequences), MOST_STEPS)
 
 
 def learning_passes(sequences: int) -> int:
@@ -58,7 +62,7 @@ def learning_passes(sequences: int) -> int:
 
     A backward pass counts as two, and the fine-tune has a pass for each turn of varied rows.
     """
-    return math.ceil(4 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
+    return math.ceil(4 * learning_steps(sequences) * LEARNING_ROWS / sequences) + LOOKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,7 +379,7 @@ def divergence(folder: Path, name: str, texts: list[str]) -> float:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltamerge.calibrate.q.codes.LEARNING_STEPS", 100)
+    monkeypatch.setattr("deltamerge.calibrate.q.codes.learning_steps", lambda rows: 100)
 
 
 def test_rows_teach_the_codes(tmp_path: Path, few_steps: None) -> None:
@@ -407,7 +407,7 @@ def test_a_lock_keeps_learned_codes(tmp_path: Path, few_steps: None, monkeypatch
     said = made.lock["budget"]["learned"]["divergence"]
     assert said["after"] < 0.8 * said["before"]
     (note,) = (one for one in made.plan.notes if "are learned" in one)
-    assert "300 steps of 8 rows: about 56 forward passes over the rows in bfloat16" in note
+    assert "1080 steps of 8 rows: about 194 forward passes over the rows in bfloat16" in note
     (tmp_path / "rows.jsonl").unlink()
     monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", None)
     lock = Lock.read(shutil.copytree(tmp_path / "taught", tmp_path / "kept") / "recipe.lock")
@@ -431,7 +431,7 @@ def test_what_learning_makes_worse_is_not_taken(tmp_path: Path, monkeypatch: pyt
     for rate in (0.0, 30.0):
         for name in ("CODE_RATE", "SCALE_RATE"):
             monkeypatch.setattr(codes, name, rate)
-        monkeypatch.setattr(codes, "LEARNING_STEPS", 2)
+        monkeypatch.setattr(codes, "learning_steps", lambda rows: 2)
         found = run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "out", workers=1, force=True)
         said = found.lock["budget"]["learned"]["divergence"]
         assert said["after"] == said["before"]
