@@ -33,12 +33,12 @@ def documented(found: dict[str, Any], page: str) -> str:
 
 def write_words(found: dict[str, Any]) -> None:
     """Write the tables of words.py: of both families, of the reported experts of every seed, and of their LoRAs."""
-    _put("words", {"words": words, "seeds": seeds_of_words, "loras": loras_of_words}, found)
+    _put("words", {"words": words, "seeds": seeds_of_reported, "loras": loras_of_words}, found)
 
 
 def write_pictures(found: dict[str, Any]) -> None:
-    """Write the tables of pictures.py: of the experts that choose, and of those that are reported."""
-    _put("pictures", {"choose": choice_of_pictures, "report": report_of_pictures}, found)
+    """Write the tables of pictures.py: of the experts that choose, and of those that are reported, by seed too."""
+    _put("pictures", {"choose": choice_of_pictures, "report": report_of_pictures, "seeds": seeds_of_reported}, found)
 
 
 def write_cases(found: list[dict[str, Any]]) -> None:
@@ -173,7 +173,7 @@ def words(found: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def seeds_of_words(found: dict[str, Any]) -> str:
+def seeds_of_reported(found: dict[str, Any]) -> str:
     """Mean / worst share at the rule's λ, of the reported experts of every seed and on average, the best mean first.
 
     The best means of the λ tried stand at the end.

@@ -476,8 +476,10 @@ def in_words(groups: Iterable[dict[str, Any]]) -> str:
 
 
 def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
-    """Return the number of masks that a search averages over; only random ones have further seeds: the recipe's + 1, +
-    2, …"""
+    """Return the number of masks that a search averages over.
+
+    Only random masks have further seeds: the recipe's + 1, + 2, …
+    """
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 

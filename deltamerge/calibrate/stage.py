@@ -58,7 +58,7 @@ def activations(*inputs: Tensor, known: Mapping[Tensor, Any], source: Calibratio
 
 @contextmanager
 def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str) -> Iterator[None]:
-    """Name the model in errors and in the phase of its calibration, of at most so many forward passes over the rows.
+    """Name the model in errors and in the phase of its calibration, of at most `passes` forward passes over the rows.
 
     Silence transformers' advice on lengths and padding, and reuse memory that a pass frees. InputError: the device has
     too little memory.

@@ -81,8 +81,9 @@ def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
 def norm(
     statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
 ) -> NDArray[np.float32]:
-    """Return (n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for
-    a weight that saw no input.
+    """Return (n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts.
+
+    For a weight that saw no input they are 1, which makes WANDA magnitude per output.
 
     InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
     """

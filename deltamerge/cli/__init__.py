@@ -132,7 +132,7 @@ _python_warning = warnings.formatwarning
 
 
 def _refuse(error: click.ClickException, *, machine: bool) -> int:
-    """Print what is wrong with the arguments. For a `machine`, also print it as JSON on stdout."""
+    """Print the error of the arguments. For a `machine`, also print it as JSON on stdout."""
     vars(error)["message"] = shown(error.message)
     said = io.StringIO()
     error.show(said)
@@ -181,7 +181,7 @@ def _of_system(error: Exception) -> DeltamergeError | None:
 def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
     whose, file, at, function = f"deltamerge {__version__}", last.filename, last.lineno, last.name
-    hint = "please report these lines together with the recipe and what `deltamerge doctor` prints"
+    hint = "please report these lines together with the recipe and the output of `deltamerge doctor`"
     if (other := plugins.culprit(bug)) is not None:
         whose, file, at, function = other.package, other.file, other.line, other.function
         hint = f"report these lines to the authors of {whose}, or remove it"

@@ -46,9 +46,9 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="File that keeps the scores, one JSON line each. Run again, only missing ones are computed.",
+    help="File that keeps the scores, one JSON line each. A second run computes only missing scores.",
 )
-@click.option("--probe", is_flag=True, help="In short: answers, perplexity, what is wrong with the first of MODELS.")
+@click.option("--probe", is_flag=True, help="In short: answers, perplexity, and faults of the first of MODELS.")
 @TRACK
 @DEVICE
 @PICKLES

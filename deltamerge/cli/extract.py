@@ -53,7 +53,7 @@ from deltamerge.errors.shown import human
 )  # fmt: skip
 @click.option(
     "--quantized", type=MODEL, metavar="MODEL",
-    help="Quantised checkpoint of the base. Write those versions of the chain MODEL that OUT lacks as deltas of it, "
+    help="Quantised checkpoint of the base. Write the versions of the chain MODEL that OUT lacks as deltas of it, "
     "with the bytes of a full quantisation.",
 )  # fmt: skip
 @click.option("--density", type=float, help="Fraction of the delta to keep. Default: all of it, exactly.")
@@ -168,7 +168,7 @@ def extract(
             raise click.UsageError("--quantized makes a chain: extract that chain with --as in a second step")
         if len(models) > 1 or out is None or any(other is not None for other in others):
             flag = "--as is for one model or chain" if style is not None else "--quantized is for one chain"
-            raise click.UsageError(f"{flag}, with --out; what changed is exact")
+            raise click.UsageError(f"{flag}, with --out; changes are exact")
         if quantized is not None and after is not None:
             raise click.UsageError("--after is for a model: a chain has its own order")
         _write_as(style, quantized, models[0], base, out, after, as_json=as_json, quiet=quiet, **options)
@@ -178,7 +178,7 @@ def extract(
     sizes, size = _delta_sizes(lora, budgets, ratios), _lora_size(lora, budgets)
     if served_by is not None and (size is None or whole is not None):
         raise click.UsageError(
-            "--for needs --lora" if size is None else "--for and --whole both say what is stored whole"
+            "--for needs --lora" if size is None else "--for and --whole both choose the tensors that are stored whole"
         )
     if served_by == "vllm" and dora:
         raise click.UsageError("vLLM loads no DoRA: leave --dora out, or say --for peft")
@@ -194,7 +194,7 @@ def extract(
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
     if len(sizes) > 1:
         if len(models) > 1 or after is not None:
-            raise click.UsageError("several sizes only print what each would lose, for one model")
+            raise click.UsageError("several sizes only print the loss of each, for one model")
         points = curve(models[0], base, sizes, calibration=calibration, options=Options(**options))
         _say_curve(points, as_json=as_json)
         return

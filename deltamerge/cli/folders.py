@@ -131,6 +131,6 @@ def push(folder: Path, repository: str, public: bool, workers: int | None, as_js
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.publish import push as push_folder
 
-    with interruptible(lambda _: f"what has arrived on the hub stays there: {GO_ON}"):
+    with interruptible(lambda _: f"files that have arrived on the hub stay there: {GO_ON}"):
         url = push_folder(folder, repository, public=public, workers=workers or default_workers())
     say_json({"folder": str(folder), "repository": repository, "url": url}) if as_json else tell(url)

@@ -75,7 +75,7 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def cut(text: str, most: int) -> str:
-    """Cut the middle out of a text that is longer than so many characters."""
+    """Cut the middle out of a text that is longer than `most` characters."""
     if len(text) <= most:
         return text
     end = (most - 1) * 2 // 3
@@ -83,7 +83,7 @@ def cut(text: str, most: int) -> str:
 
 
 def cut_at_word(text: str, most: int) -> str:
-    """Cut a text to at most so many characters, at the end of a word."""
+    """Cut a text to at most `most` characters, at the end of a word."""
     if len(text) <= most:
         return text
     room = most - 2

@@ -160,7 +160,7 @@ def given_flags(context: click.Context) -> MergekitFlags:
     )
     gpu = "cuda" if any(given.get(name) for name in _GPU) else None
     if "--exclude-regex" in given:
-        raise click.UsageError("--exclude-regex: name what gets factors instead, with --target PATTERN")
+        raise click.UsageError("--exclude-regex: name the weights that get factors instead, with --target PATTERN")
     return MergekitFlags(
         given.get("--out-path", given.get("--storage-path")),
         "cuda:all" if given.get(_EVERY) else gpu,

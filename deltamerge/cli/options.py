@@ -145,7 +145,7 @@ RATIO = click.option(
     help="Size of the delta as the checkpoint's divided by N, instead of --budget.",
 )
 FORCE = click.option(
-    "--force", is_flag=True, help="Replace an output of another command, or one that was changed. A version with "
+    "--force", is_flag=True, help="Replace an output that another command made, or that was changed. A version with "
     "successors and a store's delta are never replaced.",
 )  # fmt: skip
 FORCE_FILES = click.option(

@@ -12,7 +12,7 @@ import click
 
 from deltamerge import errors
 from deltamerge.cli import streams
-from deltamerge.cli.layout import align, paragraph
+from deltamerge.cli.layout import align, cut, paragraph
 from deltamerge.cli.options import AS_JSON, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET
 from deltamerge.cli.output import say, say_json
 from deltamerge.errors.shown import human, shown
@@ -110,7 +110,7 @@ def render_plan(
 ) -> str:
     """Return the plan of a run to `target` in lines of `width` characters.
 
-    With `tensors`, list every tensor; those lines may be wider.
+    With `tensors`, list every tensor, in lines that may be wider.
     """
     rows = _lines_of_all(described) if tensors else _lines_of_kinds(described, width)
     return one_a_line([*_verdict(described, width, target), "", *rows])
@@ -304,7 +304,7 @@ def _lines_of_kinds(found: Mapping[str, Any], width: int) -> Iterator[str]:
         rows.append((name, str(len(sizes)), dtype, _shape(shape), human(sum(sizes)), method))
     others = sum(max(len(row[i]) for row in rows) + 2 for i in range(1, len(rows[0])))
     longest = max(16, width - others)
-    yield from align([(_shorten(row[0], longest), *row[1:]) for row in rows])
+    yield from align([(cut(row[0], longest), *row[1:]) for row in rows])
 
 
 def _lines_of_all(found: Mapping[str, Any]) -> Iterator[str]:
@@ -318,10 +318,6 @@ def _lines_of_all(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _shape(shape: Any) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-def _shorten(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
 
 def _line(label: str, text: str, width: int) -> list[str]:

@@ -320,7 +320,7 @@ def init(
 )  # fmt: skip
 @ABOUT_ROWS
 @click.option("--no-fit", is_flag=True, help="Do not fit coefficients, the slowest step.")
-@click.option("--dry-run", is_flag=True, help="Write the recipe and stop before the run.")
+@click.option("--dry-run", is_flag=True, help="Write the recipe, with a lock of its fit, and stop before the run.")
 @click.option("--force", is_flag=True, help="Choose anew, and replace OUT.yaml and OUT.")
 @RESOURCES
 @PICKLES
@@ -372,10 +372,11 @@ def merge(
             tell(f"warning: {warning}")
     said = {"advice": made.advice.model_dump(mode="json"), "recipe": str(made.recipe)}
     if dry_run:
+        locked = " --locked" if made.keep_fit() else ""
         if as_json:
             say_json({**said, "run": None})
         elif not quiet:
-            tell(f"{made.recipe}: written; deltamerge run {made.recipe} --out {out} makes the merge")
+            tell(f"{made.recipe}: written; deltamerge run {made.recipe} --out {out}{locked} makes the merge")
         return
     result = made.run()
     warnings.end(result)

@@ -58,7 +58,7 @@ PUBLISHED = "hf://"  # the prefix of a recipe that was pushed to the hub
 @RESUME
 @click.option(
     "--force", is_flag=True,
-    help="Start over: replace an output of another recipe or command, or one that was changed; drop interrupted work.",
+    help="Start over: replace an output that was changed, or that another recipe or command made; drop partial work.",
 )  # fmt: skip
 @click.option("--locked", is_flag=True, help="Fail if the recipe or its inputs differ from the lock beside the recipe.")
 @click.option(
@@ -106,7 +106,7 @@ def command(
 ) -> None:
     """Merge the models of RECIPE into one checkpoint.
 
-    If RECIPE has several documents, those with a name are merged first, beside the output; up-to-date ones are kept.
+    If RECIPE has several documents, named documents are merged first, beside the output. Up-to-date results are kept.
 
     \b
     deltamerge run recipe.yaml --memory 2GB
@@ -143,7 +143,7 @@ def command(
     workers = workers or theirs.workers
     settings = {**(theirs.settings or {}), **settings}
     if settings and recipe.startswith(PUBLISHED):
-        raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
+        raise click.UsageError("hf:// runs a pushed recipe, whose keys cannot be set")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

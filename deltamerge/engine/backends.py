@@ -161,8 +161,9 @@ def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
     """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
 
     Buffers of the size of tiles, or, with `whole`, as many as a model's forward pass has. Larger buffers are still
-    mapped: otherwise small ones would take the place of a freed embedding, and the next would not find it. Buffers that
-    calibration frees after it drew a mask would otherwise stay with the process: 27 of 440 MB at 13 M parameters.
+    mapped: otherwise small buffers would lie where a freed embedding was, and the next embedding would not fit there.
+    Buffers that calibration frees after it drew a mask would otherwise stay with the process: 27 of 440 MB at 13 M
+    parameters.
     """
     outer = _kept[-1]
     _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)

@@ -71,7 +71,7 @@ def too_little(device: torch.device, what: str) -> InputError:
     free, total = torch.cuda.mem_get_info(device)
     return InputError(
         f"{device}: too little memory for {what} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free)",
-        hint="end what else uses the GPU, give fewer --workers, or --device cpu",
+        hint="end other programs on the GPU, give fewer --workers, or --device cpu",
     )
 
 
@@ -234,7 +234,7 @@ class Room:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
-        """Take so many bytes if there is room, and return whether there was."""
+        """Take `nbytes` if there is room, and return whether there was."""
         with self._lock:
             there = nbytes <= self.left
             self.left -= nbytes * there

@@ -22,7 +22,7 @@ MOST = 50  # printed lines of one error
 class DeltamergeError(Exception):
     """A fault: `message`, its place `where` (outermost first), the remedy `hint`, and lines of detail `also`.
 
-    As text, foreign names and words are escaped and long ones cut: it goes to terminals and logs.
+    As text, foreign names and words are escaped and cut: it goes to terminals and logs.
     """
 
     exit_code = 1

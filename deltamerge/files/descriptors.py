@@ -218,8 +218,9 @@ def takes_direct(path: Path) -> bool:
 
 
 def write_direct(fd: int, offset: int, data: memoryview) -> int:
-    """Write whole pages of `data` to a file opened with DIRECT; the number of bytes written, less than all only if the
-    system takes no more past its cache.
+    """Write whole pages of `data` to a file opened with DIRECT, and return the number of bytes written.
+
+    It is less than all only if the system takes no more past its cache.
 
     OutputError: no space, no permission, or another failure.
     """

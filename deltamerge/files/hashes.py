@@ -2,7 +2,7 @@
 
 An output has a BLAKE3. Its seal, which every change breaks, or its hash tells whether it has changed.
 An input has the XXH3-128 of the XXH3-128 digests (in canonical form) of its pieces of 64 KiB, the last perhaps shorter.
-A merge computes those while it reads the file anyway. A file in the hub's cache has the hub's own hash for a name.
+A merge computes the digests while it reads the file. A file in the hub's cache has the hub's own hash for a name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """The digests (pieces, 16) of a file of `size` bytes, and which of them are known."""
+    """The digests (pieces, 16) of a file of `size` bytes. `there` marks the known digests."""
 
     size: int
     digests: NDArray[np.uint8]
@@ -63,7 +63,7 @@ class Pieces:
             return self._known[path]
 
     def hash(self, path: Path, begin: int, data: NDArray[np.uint8]) -> None:
-        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but no known ones."""
+        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, unless all are known."""
         first, skipped = -(-begin // PIECE_BYTES), -begin % PIECE_BYTES
         count = (len(data) - skipped) // PIECE_BYTES
         if count > 0 and not self.of(path).there[first : first + count].all():
@@ -258,7 +258,7 @@ def check_blobs(paths: Iterable[Path], workers: int) -> None:
         for (blob, path), digest in zip(blobs.items(), pool.map(digest_of, blobs), strict=True):
             if digest != blob.name:
                 raise InputError(
-                    f"{path}: is not what the hub has: its hash is {digest}, the hub's {blob.name}",
+                    f"{path}: differs from the hub's file: its hash is {digest}, the hub's {blob.name}",
                     hint=f"the cache is damaged: remove {blob} and run again, to have it downloaded again",
                 )
 

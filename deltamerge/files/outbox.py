@@ -44,9 +44,9 @@ def _pages(nbytes: int) -> NDArray[np.uint8]:
 
 
 def room_for(workers: int) -> int:
-    """Return the bytes that may be on their way from so many threads: two pieces of each.
+    """Return the bytes that may be on their way from `workers` threads: two pieces of each.
 
-    A piece that comes after fewer later ones than that is awaited in memory; none is read back from its file.
+    A late piece finds the later pieces still in memory, if they fit there; none is then read back from its file.
     """
     return max(ROOM, 2 * workers * SLAB)
 

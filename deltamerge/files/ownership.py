@@ -179,7 +179,7 @@ class Maker:
         """Return whether this maker made an output, perhaps with an earlier text of the recipe.
 
         If the lock does not name its maker, or no place is stored, models must agree: all models of a command, two of a
-        recipe, none if the output lies at the recipe's default place. InputError: the folder has no lock.
+        recipe. At the recipe's default place none must. InputError: the folder has no lock.
         """
         lock = read_lock(folder / LOCK_NAME)
         said = lock.get(MADE_BY)
@@ -263,21 +263,21 @@ class Guard:
         lost = foreign_entries(target)
         if lost and force:
             raise OutputError(
-                f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
+                f"{target}: --force replaces only files of runs, and would delete {some(sorted(lost))}",
                 hint="move that away or remove the folder yourself, or choose another with --out",
             )
         empty = f"{target}: not empty{' any more' if changed else ''}"
         flags = "--resume --force" if changed else "--force"
-        hint = f"choose another folder with --out{'' if lost else f', or replace what is there with {flags}'}"
+        hint = f"choose another folder with --out{'' if lost else f', or replace it with {flags}'}"
         if lost:
             raise OutputError(f"{empty}: holds {some(sorted(lost))}, which no run made", hint=hint)
         lock = read_lock(target / LOCK_NAME)
         if now != self.began:
-            raise OutputError(f"{empty}: what is there was {maker_text(lock)}, since this command began", hint=hint)
+            raise OutputError(f"{empty}: the result there was {maker_text(lock)}, since this command began", hint=hint)
         if force:
             return
         if self.maker is None or not self.maker.owns(target):
-            raise OutputError(f"{empty}: what is there was {maker_text(lock)}", hint=hint)
+            raise OutputError(f"{empty}: the result there was {maker_text(lock)}", hint=hint)
         if wrong := self._changes(now, lock):
             raise OutputError(f"{target}: {some(wrong)} changed since a run made it", hint=hint)
 

@@ -90,7 +90,7 @@ _WRITTEN = {
     OLD: re.compile(".+", re.DOTALL),
     SPOOL: re.compile(rf"\d+|{_GONE}"),
 }
-KEPT = "what is done is kept"
+KEPT = "finished work is kept"
 SYNCS = 8
 
 
@@ -138,8 +138,8 @@ class Workspace:
         It must hold its lock and exactly the `outputs` (name -> {hash, size}), unchanged; all of it is synced first. An
         old target stays whole until the new one is there. A file whose seal is unbroken is not read again.
 
-        OutputError: a file differs, and is removed so that the next run makes it again; the target may not be replaced,
-        or has changed since the command began.
+        OutputError: a file differs; the target may not be replaced, or has changed since the command began. A file that
+        differs is removed, so that the next run makes it again.
         """
         from concurrent.futures import ThreadPoolExecutor
 
@@ -166,7 +166,7 @@ class Workspace:
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
         names = files_of(self.folder).keys()
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
-            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(sorted(strange))}")
+            raise OutputError(f"{self.folder}: holds files that no run wrote, or has no lock: {some(sorted(strange))}")
         if wrong := damages(self.folder, outputs, seals, workers):
             for name in wrong:
                 with suppress(OSError):
@@ -246,8 +246,8 @@ def workspace(
         guard    the content that may be replaced; None: nothing
 
     When the work ends without `publish`, the folder stays if there is work to resume; otherwise it is removed.
-    OutputError: the target is a file, or not empty and may not be replaced; the work folder is not ours; another run
-    uses it; or an earlier run left work (without `resume` or `force`).
+    OutputError: the target is a file, or not empty and may not be replaced. The work folder is not ours, or another run
+    uses it. Without `resume` and `force`: an earlier run left work.
     """
     resolved, state = Path(os.path.realpath(target)), state_of(target)
     _check_name(resolved)
@@ -530,7 +530,7 @@ def _look(state: Path) -> frozenset[str] | None:
         return None
     if wrong:
         raise OutputError(
-            f"{state}: holds what no run wrote there: {some(sorted(wrong))}",
+            f"{state}: holds files that no run wrote there: {some(sorted(wrong))}",
             hint="move that away, or choose another folder with --out",
         )
     return frozenset(modes)

@@ -200,7 +200,7 @@ def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
     groups: dict[tuple[str, ...], dict[str, str]] = {}
     for key, entry in described.items():
         if not isinstance(key, str) or not isinstance(entry, PickledRecord):
-            raise InputError("describes what is no tensor")
+            raise InputError("describes an object that is no tensor")
         if entry.name != "TensorStorageMetadata":
             continue
         path = planned.get(key) if isinstance(planned, dict) else None

@@ -70,8 +70,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Return the header of the safetensors file at `path`; errors name the file.
 
-    InputError: unreadable, a link that leaves its folder, a git-lfs pointer, truncated or with bytes left over, or a
-    header that is no valid safetensors header (see `parse_header`).
+    InputError: the file is unreadable, a link that leaves its folder, a git-lfs pointer, truncated, or longer than its
+    tensors; or its header is not valid (see `parse_header`).
     """
     with opened_weights(path, buffering=0) as (file, size):
         length = header_length(file.read(PREFIX), size)
@@ -122,9 +122,9 @@ def parse_header(text: bytes, path: Path, size: int) -> Header:
     The official reader accepts every header that is accepted here. tests/formats/test_safetensors_verdicts.py lists
     headers that only the official reader accepts.
 
-    InputError: not a JSON object, a key twice, more than 200,000 tensors, names that do not print, unknown
-    dtypes, shapes that are no lists of natural numbers or do not fit the offsets, tensors that overlap or
-    leave holes, a file that is shorter or longer than its tensors need.
+    InputError, of the header: not a JSON object, a key twice, more than 200,000 tensors, names that do not print,
+    unknown dtypes, shapes that are no lists of natural numbers. Of the places: shapes that do not fit the offsets,
+    tensors that overlap or leave holes, a file that is shorter or longer than its tensors need.
     """
     if not text.startswith(b"{"):
         raise InputError("is not a safetensors file: its header does not begin with {")

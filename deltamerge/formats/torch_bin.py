@@ -567,7 +567,7 @@ class Machine:
             self.push({})
         elif function.name == "_rebuild_parameter":
             if not (arguments and isinstance(arguments[0], PickledTensor)):
-                raise InputError("its pickle makes a parameter of what is no tensor")
+                raise InputError("its pickle makes a parameter of an object that is no tensor")
             self.push(arguments[0])
         else:
             self.push(_rebuilt(function.name, arguments))
@@ -576,7 +576,7 @@ class Machine:
         """The attributes of a table (`_metadata`) are of no use here; no other object has any."""
         self.pop()
         if not isinstance(self.stack[-1], dict):
-            raise InputError("its pickle sets attributes of what is no table", hint=HINT)
+            raise InputError("its pickle sets attributes of an object that is no table", hint=HINT)
 
 
 def _rebuilt(function: str, arguments: tuple[Any, ...]) -> PickledTensor:
@@ -584,7 +584,7 @@ def _rebuilt(function: str, arguments: tuple[Any, ...]) -> PickledTensor:
     least = 7 if function == "_rebuild_tensor_v3" else 6
     storage, offset, shape, strides = (*arguments, None, None, None, None)[:4]
     if len(arguments) < least or not isinstance(storage, Storage) or type(offset) is not int:
-        raise InputError("its pickle makes a tensor of what is no storage")
+        raise InputError("its pickle makes a tensor of an object that is no storage")
     if not all(isinstance(sizes, tuple) and {int}.issuperset(map(type, sizes)) for sizes in (shape, strides)):
         raise InputError("its pickle makes a tensor whose shape or strides are no integers")
     if any(arguments[least:]):

@@ -1,4 +1,4 @@
-"""Checkpoints: headers are read first and bytes on demand; quantised weights are read as plain ones."""
+"""Checkpoints: headers are read first and bytes on demand; quantised weights are read as float32."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Tokens:
 
     `ids` maps tokens to ids, in the order of ids; `added` has the tokens that are matched before the model sees the
     text, as tokenizer.json lists them (without the id); `plain` is the number of the model's own tokens; `spelling` is
-    how those are spelled.
+    their spelling.
     """
 
     ids: dict[str, int]
@@ -349,7 +349,7 @@ def is_delta(names: Collection[str]) -> bool:
     return DELTA in names and SINGLE not in names and INDEX not in names
 
 
-# Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
+# Quantised checkpoints: each weight is one float32 tensor, computed from its codes when it is read.
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:

@@ -72,7 +72,7 @@ class DeltaFile:
             return cls(folder, *open_folder(folder))
 
     def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
-        """Final values, tensor by tensor, without unchanged ones.
+        """Yield final values, tensor by tensor, without unchanged tensors.
 
         `base` is the base's folder, or its state dict of torch tensors, found by their names in the base, otherwise in
         the result. Steps and values to add need it. InputError: it is needed and missing (raised before the first

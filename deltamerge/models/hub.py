@@ -60,8 +60,8 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
     only config, index and headers (by range requests), so `files` need not exist; torch's own files, where `pickles`
     allows them, are downloaded to be read.
 
-    InputError: neither a folder nor a hub id, an adapter without a base, not found, gated, no such revision, offline
-    and not in the cache, or anything that `open_checkpoint` refuses.
+    InputError: the reference is neither a folder nor a hub id, or names an adapter without a base. The hub has no such
+    model or revision, it is gated, or there is no network and no copy. Or `open_checkpoint` refuses it.
     """
     if (path := _local(reference, folder)) is not None:
         return open_checkpoint(path, reference=reference, pickles=pickles)
@@ -273,7 +273,7 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """
     weights = {name for name in names if is_weights(name)}
     if len(names) - len(weights) > MAX_SMALL:
-        hint = "download what you need of it, and name that folder"
+        hint = "download the needed part, and name its folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
     bounds = {name: Bounds(None if name in weights else FILE_BYTES, commit) for name in names}
     pool = ThreadPoolExecutor(8)

@@ -45,7 +45,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, the SHA-256 of a large one
 
 NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # errors of these libraries mean that no answer came
-AGAIN = "push again: what has arrived is not sent again"
+AGAIN = "push again: files that have arrived are not sent again"
 
 T = TypeVar("T")
 
@@ -366,7 +366,7 @@ def _check_file(bounds: Bounds, headers: Any, plain: bool) -> None:
     if etag is not None:
         name = etag.lstrip("W/").strip('"')
         if not HASH.fullmatch(name):
-            what = "no SHA-1 or SHA-256, so that what arrives could not be compared with it"
+            what = "no SHA-1 or SHA-256, so that a download could not be compared with it"
             raise InputError(
                 f"the hub's ETag is {name[:80]!r}: {what}", hint="HF_ENDPOINT may name a mirror: ask the hub"
             )
@@ -526,8 +526,8 @@ def _explain(
             hint=meant or f"unset HF_HUB_OFFLINE{path}",
         )
     if isinstance(error.__cause__, hub.FileMetadataError):
-        hint = "HF_ENDPOINT may name what is no hub"
-        return InputError("the hub's answer lacks its commit, ETag or length: what arrives is not known", hint=hint)
+        hint = "HF_ENDPOINT may name a server that is no hub"
+        return InputError("the hub's answer lacks its commit, ETag or length, to check a download", hint=hint)
     network = type(error).__module__.partition(".")[0] in NETWORK
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(

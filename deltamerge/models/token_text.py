@@ -12,7 +12,7 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the rest for U+0100 on, in their order."""
+    """Return GPT-2's letters for bytes: a printable byte is itself, the others are U+0100 and on, in their order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -51,7 +51,7 @@ class Spelling:
         return token.encode(errors="surrogatepass")
 
     def is_byte(self, token: str) -> bool:
-        """Tell whether a token is SentencePiece's way out for one byte, taken only for text that no other token has."""
+        """Tell whether a token is SentencePiece's token of one byte, used only for text that no other token has."""
         return self.letters == "sentencepiece" and BYTE.fullmatch(token) is not None
 
 

@@ -41,7 +41,7 @@ def fetch(checkpoint: Checkpoint | Adapter, first: str, *others: str) -> None:
 
 
 def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
-    """Return the model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
+    """Return the model's folder. Of a hub model, download into it the tokenizer files that are read here, or all if
     `whole`."""
     fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path

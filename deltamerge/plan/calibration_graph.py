@@ -213,7 +213,7 @@ class StageMaker:
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masks: int, share: int | None = None
     ) -> tuple[tuple[Share, ...], list[Tensor]]:
-        """Return every fine-tune, with so many masked deltas for each of its tensors, and the tensors of all.
+        """Return every fine-tune, with `masks` masked deltas for each of its tensors, and the tensors of all.
 
         Each gets one of `share` parts of the memory; None: they run side by side.
         """

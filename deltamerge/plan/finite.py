@@ -1,4 +1,4 @@
-"""Plans for models that share infinities or NaNs: those entries are copied, the rest of the tensor is merged."""
+"""Plans for models that share infinities or NaNs: these entries are copied, the rest of the tensor is merged."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
     """Yield a message for every model whose weights have little in common with the base's (without a base: with the
     first's).
 
-    Reads some thousand elements of a few tensors; always the same ones.
+    Reads some thousand elements of a few tensors, always the same.
     """
     seen = set()
     with Reader() as reader:

@@ -37,9 +37,9 @@ Place = tuple[Section, str]
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
     """Return the (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
-    A section is a nested config; if the prefix names one, only that section and those inside it count. An encoder or
-    decoder has keys that name it (`encoder_layers`, `num_decoder_layers`), and the usual ones. A decoder that is not
-    `alone` has no usual ones: those are the encoder's. Without any of them a list of every layer's kind counts.
+    A section is a nested config. If the prefix names a section, only this section and the sections inside it count. An
+    encoder or decoder has keys that name it (`encoder_layers`, `num_decoder_layers`), and the usual keys. A decoder
+    that is not `alone` has no usual keys: they are the encoder's. Without keys a list of every layer's kind counts.
     """
     words = _words(prefix)
     sections = dict(_sections(config))
@@ -315,7 +315,7 @@ def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
 
 
 def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
-    """Set the boundary (the number of the first layer that differs from all earlier ones), if config.json has it.
+    """Set the boundary (the number of the first layer that differs from all earlier layers), if config.json has it.
 
     InputError: a boundary must move and config.json has none, or no number fits the new layers.
     """
@@ -386,7 +386,7 @@ def which_layers(section: Mapping[str, Any]) -> str:
         if SPEAKS.search(key) and type(value) in (int, str) and not re.search(r"_types?$|size|id$|eps", key)
     ]
     told = f" ({', '.join(keys[:8])})" if keys else ""
-    return f"choose ranges that keep the order of kinds: what says which layer is which{told} cannot follow them"
+    return f"choose ranges that keep the order of kinds: the keys for kinds of layers{told} cannot follow them"
 
 
 def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:

@@ -197,8 +197,8 @@ def remarks_on_configs(inputs: Inputs, *, refuse: bool = False) -> Iterator[str]
 def generation_of(recipe: Recipe, inputs: Inputs) -> Input:
     """Return the model whose generation_config.json the output gets.
 
-    It is the template, or the first fine-tune if the template is the base and all fine-tunes agree against it, or a
-    model whose end of text the recipe takes.
+    It is a model whose end of text the recipe takes, or else the template. If the template is the base, and all
+    fine-tunes agree against it, it is the first fine-tune.
     """
     template, base = inputs.template, inputs.base
     if recipe.tokenizer_of is not None or recipe.transplant is not None or recipe.is_moe:

@@ -334,7 +334,7 @@ def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
 
 
 def _prefix(model: Input) -> str:
-    """Return the prefix of a model's stored names before their canonical ones."""
+    """Return the prefix of a model's stored names before the canonical names."""
     canonical, stored = next(iter(model.stored.items()))
     return stored.removesuffix(canonical)
 

@@ -31,7 +31,7 @@ def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint
         wanted = series.running(summed.schedule, len(summed.models), len(following), summed.decay)
         if wanted is None or (following and tuple(following) != wanted):
             hint = "leave weights out; of a sum that the same file makes, make it first: a file of its own"
-            raise InputError(f"{name}: what follows a running sum has the weights of its schedule", hint=hint)
+            raise InputError(f"{name}: checkpoints after a running sum have the weights of its schedule", hint=hint)
 
 
 def counts(checkpoints: Iterable[Checkpoint], weights: Sequence[float]) -> tuple[float, ...]:

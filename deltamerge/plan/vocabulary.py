@@ -132,8 +132,8 @@ class Vocabulary:
 
         `present` maps all models that have it to their tensors.
 
-        If the model lacks a token, or the recipe forces it, its row is the recipe's, otherwise the base's, otherwise
-        the mean over the models that have the token, otherwise zeros.
+        If the model lacks a token, or the recipe forces it, its row is the recipe's. Without it, it is the base's, then
+        the mean over the models that have the token, then zeros.
         """
         if len({info.shape[1:] for _, info in present}) > 1:
             shapes = ", ".join(f"{other.name} {list(info.shape)}" for other, info in present)

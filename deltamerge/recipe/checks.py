@@ -107,7 +107,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
     loc: Loc = ("merge_method",) if recipe.merge_method else ()
     based = bool(recipe.parts) and all(part.base for part in recipe.parts)
     if method.needs_base and not based and not is_given(recipe, "base_model"):
-        yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
+        yield recipe.problem(loc, f"{name} needs base_model", "name the model before fine-tuning")
     for part in recipe.parts:
         if not part.members:  # reported before
             continue
@@ -226,7 +226,7 @@ def _config(recipe: Recipe) -> Iterator[Problem]:
 
     for key, value in recipe.config.items():
         if BOOKKEEPING.fullmatch(key.rpartition(".")[2]):
-            message = f"{show(key)} says nothing of what a model computes"
+            message = f"{show(key)} has no effect on the model"
             hint = "dtype: is a key of the recipe" if key in ("dtype", "torch_dtype") else "leave it out"
             yield recipe.problem(("config", key), message, hint, key=True)
         try:
@@ -289,7 +289,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
         hint = "semantics: add, or leave values out"
         yield recipe.problem(("output", "values"), "replace stores final values, in the output's dtype", hint, key=True)
     if not is_given(recipe, "base_model"):
-        yield recipe.problem(("output", "kind"), "a delta needs base_model", "name what the output is a change of")
+        yield recipe.problem(("output", "kind"), "a delta needs base_model", "name the model that the output changes")
     elif output.adds and method is not None and not method.deltas:
         loc: Loc = ("output", "semantics" if output.semantics else "values")
         yield recipe.problem(loc, f"{method.name} adds nothing to the base", "semantics: replace")
@@ -313,7 +313,7 @@ def _low_rank(recipe: Recipe) -> Iterator[Problem]:
     if output.values in ("int8", "sign"):
         yield recipe.problem(("output", "values"), f"factors are float32 or bfloat16, not {output.values}")
     if not is_given(recipe, "base_model"):
-        yield recipe.problem(("output", "kind"), "a LoRA needs base_model", "name what the output is a change of")
+        yield recipe.problem(("output", "kind"), "a LoRA needs base_model", "name the model that the output changes")
 
 
 FIXED_GROUPS = ("nvfp4", "mxfp4")
@@ -497,7 +497,7 @@ def _mixture(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.output.rules.standalone:
         yield recipe.problem(("output", "kind"), "moe makes a model", "kind: model")
     if recipe.output.quantization != "none":
-        yield recipe.problem(("output", "quantization"), "moe writes plain weights", "quantize what it wrote", key=True)
+        yield recipe.problem(("output", "quantization"), "moe writes plain weights", "quantize its output", key=True)
     if recipe.output.gguf is not None:
         yield recipe.problem(("output", "gguf"), "no GGUF file is written of a mixture", "remove it", key=True)
     yield from _counts(recipe)

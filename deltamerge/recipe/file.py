@@ -16,6 +16,8 @@ from deltamerge.recipe.open_values import Template, as_yaml, is_open, template_o
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
+FROM_STDIN = "run -"
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -67,7 +69,7 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     InputError: a setting cannot be written at its place.
     """
     file = read_text(*_text_of(path, mergekit_exact, settings))
-    return replace(file, made_for="run -") if path == yaml_source.STDIN else file
+    return replace(file, made_for=FROM_STDIN) if path == yaml_source.STDIN else file
 
 
 def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:

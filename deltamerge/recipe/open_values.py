@@ -94,7 +94,7 @@ class Range:
         return round(middle) if self.is_whole else middle
 
     def value(self, found: Mapping[str, Any], layers: int) -> Any:
-        """Return the value for the numbers `found`, for a model of so many layers."""
+        """Return the value for the numbers `found`, for a model of `layers` layers."""
         numbers = [found[key] for key in self.keys]
         if not self._spread:
             return numbers[0]

@@ -102,7 +102,7 @@ def without(data: Any, places: Iterable[Loc]) -> Any:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown word: the most similar known one, or the known ones."""
+    """Return a hint for an unknown word: the most similar known word, or all known words."""
     return _suggest(word.lower(), tuple(sorted(known)))
 
 

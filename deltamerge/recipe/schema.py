@@ -122,7 +122,7 @@ class Prune(Keys):
     )
     a: Value | None = Field(None, description="structured: fraction of input columns.", json_schema_extra=_FRACTION)
     b: Value | None = Field(
-        None, description="structured: fraction kept inside those columns.", json_schema_extra=_FRACTION
+        None, description="structured: fraction kept inside the drawn columns.", json_schema_extra=_FRACTION
     )
     epsilon: Value | None = Field(None, description="della: half the spread of the keep probabilities.")
     gamma: Value | None = Field(None, description="breadcrumbs: fraction of the largest entries dropped.")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.errors import DeltamergeError, InputError, Problem, RecipeError
+from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.files.ownership import LOCK_NAME, read_lock
 from deltamerge.recipe import checks, yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either, read_sources
 from deltamerge.recipe.open_values import Template
-from deltamerge.recipe.yaml_source import Loc, YamlSource
+from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
     from deltamerge.run.options import Options
@@ -69,8 +68,6 @@ def check_recipe(
         if options is None:
             warnings = tuple(line for one in file.documents for line in checks.warnings(one.recipe))
             return RecipeCheck(str(path), documents=len(file.documents), warnings=warnings, notes=said)
-        if missing := list(_absent([document.recipe.source for document in file.documents], file.folder)):
-            raise RecipeError(str(path), missing)
         from deltamerge.outputs.output import output_of
         from deltamerge.run.plans import make_plans
 
@@ -97,35 +94,12 @@ def _with_absent(error: RecipeError, path: Path, settings: Mapping[Loc, str] | N
         sources = read_sources(path, settings)
     except DeltamergeError:
         return error
+    from deltamerge.run.plans import absent_models
+
     known = {(one.line, one.location) for one in error.problems}
-    missing = [one for one in _absent(sources, path.resolve().parent) if (one.line, one.location) not in known]
+    missing = [one for one in absent_models(sources, path.resolve().parent) if (one.line, one.location) not in known]
     problems = sorted([*error.problems, *missing], key=lambda one: (one.line or 0, one.column or 0))
     return RecipeError(error.path, problems)
-
-
-def _absent(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
-    """Yield a problem for each model of recipes in `folder` that neither exists there nor has the form of a hub id."""
-    sources = list(sources)
-    made = {source.data.get("name") for source in sources if isinstance(source.data, dict)}
-    for source in sources:
-        for loc, reference in _references(source.data):
-            if not made.isdisjoint(reference.split("+")) or os.path.exists(folder / os.path.expanduser(reference)):
-                continue
-            from deltamerge.models.hub import absent
-
-            if (error := absent(reference, folder)) is not None:
-                yield source.problem(loc, str(error), error.hint)
-
-
-def _references(data: Any, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
-    """Yield every `model` and `base_model` below a place of a recipe that is a reference to a single model."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        if key in ("model", "base_model") and isinstance(value, str):
-            if value and "*" not in value and ".." not in value.rpartition("/")[2]:
-                yield (*loc, key), value
-        elif key != "tokenizer":  # a token's model may be the name of a model
-            yield from _references(value, (*loc, key))
 
 
 def _tried(file: TemplateFile) -> RecipeFile:

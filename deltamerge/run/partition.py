@@ -66,7 +66,7 @@ def check_recipe(file: RecipeFile, option: str) -> None:
         )
     output = file.output.recipe.output
     if not output.rules.standalone:
-        hint = f"run without {option}; or with output.kind model, then deltamerge extract of what that makes"
+        hint = f"run without {option}; or with output.kind model, then deltamerge extract of its result"
         raise InputError(f"{file.path}: output.kind is {output.kind}, {option} writes models only", hint=hint)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from deltamerge.errors import DeltamergeError, RecipeError
+from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.files.ownership import LOCK_NAME, Guard, Maker, place_named, place_of
 from deltamerge.files.work_folder import is_begun
 from deltamerge.formats.components import CONFIG
@@ -21,7 +22,8 @@ from deltamerge.outputs.assets import config
 from deltamerge.outputs.output import output_of
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.checks import references
-from deltamerge.recipe.file import Document, RecipeFile
+from deltamerge.recipe.file import FROM_STDIN, Document, RecipeFile
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 from deltamerge.run.options import Options
 from deltamerge.tensors.tensor import TensorInfo
 
@@ -42,8 +44,11 @@ class Planner:
     def plans(self) -> tuple[Plan, ...]:
         """Return the plan of every document, in the order of their run, from headers alone.
 
-        A document that needs the result of another is planned with the promised result.
+        A document that needs the result of another is planned with the promised result. RecipeError: a model that a
+        file names is not there.
         """
+        if self.file.made_for in ("", FROM_STDIN):
+            refuse_absent(self.file.path, [document.recipe.source for document in self.file.documents])
         promised: dict[str, Checkpoint] = {}
         plans: list[Plan] = []
         for document in self.file.documents:
@@ -93,6 +98,37 @@ class Planner:
 def make_plans(file: RecipeFile, out: Path | None = None, options: Options | None = None) -> tuple[Plan, ...]:
     """Return the plan of every document of a recipe file, in the order of their run. Read headers."""
     return Planner(file, target_of(file, out), options or Options()).plans()
+
+
+def refuse_absent(path: Path, sources: Iterable[YamlSource]) -> None:
+    """Raise RecipeError with a problem for each model that the recipe file at `path` names and that is not there."""
+    if missing := list(absent_models(sources, path.resolve().parent)):
+        raise RecipeError(str(path), missing)
+
+
+def absent_models(sources: Iterable[YamlSource], folder: Path) -> Iterator[Problem]:
+    """Yield a problem for each model of recipes in `folder` that neither exists there nor has the form of a hub id."""
+    sources = list(sources)
+    made = {source.data.get("name") for source in sources if isinstance(source.data, dict)}
+    for source in sources:
+        for loc, reference in _references(source.data):
+            if not made.isdisjoint(reference.split("+")) or os.path.exists(folder / os.path.expanduser(reference)):
+                continue
+            from deltamerge.models.hub import absent
+
+            if (error := absent(reference, folder)) is not None:
+                yield source.problem(loc, str(error), error.hint)
+
+
+def _references(data: Any, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+    """Yield every `model` and `base_model` below a place of a recipe that is a reference to a single model."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        if key in ("model", "base_model") and isinstance(value, str):
+            if value and "*" not in value and ".." not in value.rpartition("/")[2]:
+                yield (*loc, key), value
+        elif key != "tokenizer":  # a token's model may be the name of a model
+            yield from _references(value, (*loc, key))
 
 
 def target_of(file: RecipeFile, out: Path | None) -> Path:

@@ -128,7 +128,7 @@ def interrupts() -> Iterator[threading.Event]:
 
 
 def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list[Any]:
-    """Wait for tasks and return those that ended. KeyboardInterrupt: the flag is set."""
+    """Wait for tasks, and return the ended tasks. KeyboardInterrupt: the flag is set."""
     while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
         pass
     if interrupted.is_set():

@@ -118,7 +118,7 @@ def is_turned_stack(tensor: Tensor) -> bool:
 
 
 def containers(names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Return the containers of experts stored one by one, and of fused ones."""
+    """Return the containers of experts stored one by one, and of fused experts."""
     apart, fused = set(), set()
     for name in names:
         if found := _APART.fullmatch(name):

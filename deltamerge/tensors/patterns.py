@@ -69,5 +69,5 @@ def finds(pattern: str, name: str) -> bool:
         _spent.seconds += time.perf_counter() - began
     what = f"takes more than {SECONDS:g} s to search {name[:200]}"
     if left <= 0:
-        what = f"and those before take more than {SECONDS_IN_ALL:g} s to search all names"
+        what = f"and the patterns before it take more than {SECONDS_IN_ALL:g} s to search all names"
     raise InputError(f"{pattern[:80]!r} {what}", hint="write it without nested repeats")

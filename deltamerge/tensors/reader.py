@@ -143,7 +143,7 @@ class RecentParts:
         return found
 
     def _shed(self, key: Hashable, new: list[Any]) -> None:
-        """Count a new value, and forget the oldest ones while all weigh too much."""
+        """Count a new value, and forget the oldest values while all weigh too much."""
         with self._lock:
             if self._weigh is None or self._made.get(key, (None, None))[1] is not new:
                 return

@@ -110,7 +110,7 @@ def _tile_nodes(nodes: _Form, targets: list[int]) -> _Places:
 
 
 def _last_uses(nodes: _Form, needed: _Places, keep: list[int]) -> dict[int, _Places]:
-    """Return by position among the `needed` nodes the nodes that are last used there, without those in `keep`."""
+    """Return by position among the `needed` nodes the nodes, outside `keep`, that are last used there."""
     inside, kept, last = set(needed), set(keep), dict[int, int]()
     for position, i in enumerate(needed):
         last |= {source: position for source in nodes[i][1] if source in inside}

@@ -36,8 +36,8 @@ class Whole(Protocol):
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """Return the elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
-    convolutions."""
+    """Return the elements of one output row: the last dimension of a matrix, also of stacked matrices, and all
+    dimensions but the first of a convolution."""
     if len(shape) < 2:
         return 1
     return shape[-1] if len(shape) < 4 else math.prod(shape[1:])

@@ -193,7 +193,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(folder: Path, monkeypatch
     os.utime(folder / "c" / "model.safetensors")
     HotMerge(model, folder / "merged", folder / "merge.yaml")
     os.utime(folder / "a" / "model.safetensors")
-    with pytest.raises(InputError, match="is older than what it was made of"):
+    with pytest.raises(InputError, match="is older than its sources"):
         HotMerge(model, folder / "merged", folder / "merge.yaml")
 
 

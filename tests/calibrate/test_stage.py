@@ -25,7 +25,7 @@ from deltamerge.calibrate.spec import BASELINE_BYTES, WAITING_BYTES, Share, memo
 from deltamerge.cli import main
 from deltamerge.cli.plan import calibration_seconds
 from deltamerge.errors import InputError, OutputError, RecipeError, VerifyError
-from deltamerge.methods.prune import columns, rescale, select
+from deltamerge.methods.prune import rescale, select, wanda
 from deltamerge.run.lock import verify
 from deltamerge.tensors.tiles import Kept, Tile
 
@@ -346,7 +346,7 @@ def test_exact_match_of_answers(models: Path, tmp_path: Path) -> None:
     assert 0.0 <= found["held_out"]["plain"] <= 1.0
     assert 0.0 <= found["value"] < 1.0
     path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, new_tokens: 400"))
-    with pytest.raises(InputError, match="12 tokens and 400 new ones, but the model has"):
+    with pytest.raises(InputError, match="12 tokens and 400 new tokens, but the model has"):
         run(path, tmp_path / "long")
     path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, task: causal-lm"))
     with pytest.raises(InputError, match="does not fit the head"):
@@ -448,14 +448,14 @@ def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile
     tiles = [Tile(at, min(at + step, delta.size), shape) for at in range(0, delta.size, step)]
     flat = torch.from_numpy(delta.reshape(-1))
     parts = [flat[t.start : t.stop] for t in tiles]
-    best = [columns.best_of_columns(p, norms, tile=t, density=density) for p, t in zip(parts, tiles, strict=True)]
-    cut = columns.pick_columns(np.concatenate(best), density=density, rows=200)
+    best = [wanda.best_of_columns(p, norms, tile=t, density=density) for p, t in zip(parts, tiles, strict=True)]
+    cut = wanda.pick_columns(np.concatenate(best), density=density, rows=200)
     counts = None
     if cut.more.any():
-        counted = [columns.equal_columns(p, norms, cut, tile=t) for p, t in zip(parts, tiles, strict=True)]
+        counted = [wanda.equal_columns(p, norms, cut, tile=t) for p, t in zip(parts, tiles, strict=True)]
         counts = np.concatenate(counted)
-    ranks = columns.column_ranks(counts)
-    kept = [columns.keep_best_of_columns(p, norms, cut, ranks, tile=t) for p, t in zip(parts, tiles, strict=True)]
+    ranks = wanda.column_ranks(counts)
+    kept = [wanda.keep_best_of_columns(p, norms, cut, ranks, tile=t) for p, t in zip(parts, tiles, strict=True)]
     order = np.argsort(-(np.abs(delta) * norms[:, None]), axis=0, kind="stable")[: round(density * 200)]
     wanted = np.zeros_like(delta)
     np.put_along_axis(wanted, order, np.take_along_axis(delta, order, 0), 0)

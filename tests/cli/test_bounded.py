@@ -160,12 +160,12 @@ def test_all_patterns_of_a_recipe_share_their_time(folder: Path, monkeypatch: py
                 patterns.finds(slow, name)
             said.append(str(caught.value))
     assert "takes more than 0.02 s to search" in said[0]
-    assert "those before take more than 0.05 s to search all names" in said[-1]
+    assert "the patterns before it take more than 0.05 s to search all names" in said[-1]
     patterns.start_anew()
     assert patterns.finds("mlp", name)
     # all is spent, however fast this machine is; another recipe is not charged for that
     monkeypatch.setattr(patterns._spent, "seconds", patterns.SECONDS_IN_ALL)
-    with pytest.raises(InputError, match="those before take more than 10 s"):
+    with pytest.raises(InputError, match="the patterns before it take more than 10 s"):
         patterns.finds("mlp", name)
     (folder / "again.yaml").write_text(PRUNED % "exclude: [mlp]")
     assert make_plan(folder / "again.yaml").outputs

@@ -120,7 +120,7 @@ def test_a_study_says_where_what_it_found_stays(
     code, _, err = call(capsys, command, "r.yaml")
     assert code == 130
     where = folder / f"r-{command}"
-    assert err.endswith(f"interrupted: what is done is kept in {where}: run the same command again\n")
+    assert err.endswith(f"interrupted: finished work is kept in {where}: run the same command again\n")
     assert where.is_dir()
 
 
@@ -187,7 +187,7 @@ def test_the_folder_that_keeps_work_is_named(
         code, _, err = call(capsys, *arguments)
     assert code == (130 if what == "Ctrl-C" else 1), err
     assert (folder / state).is_dir()
-    assert f"what is done is kept in {folder / state}: run the same command again\n" in err
+    assert f"finished work is kept in {folder / state}: run the same command again\n" in err
     code, _, err = call(capsys, *arguments)
     assert code == 0, err
     assert not (folder / state).exists()

@@ -339,7 +339,7 @@ def test_force_replaces_only_what_a_run_made(tmp_path: Path, case: str, late: bo
 
     if not late:
         fill()
-    with pytest.raises(OutputError, match=f"only what a run made, and would delete {said}") as caught:
+    with pytest.raises(OutputError, match=f"only files of runs, and would delete {said}") as caught:
         force()
     assert "remove the folder yourself" in (caught.value.hint or "")
     found = {path.name for path in target.iterdir()}
@@ -353,7 +353,7 @@ def test_a_target_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty any more") as caught:
         end(target, meanwhile="precious")
-    left = f"what is done is kept in {tmp_path}/.out.partial: run the same command again"
+    left = f"finished work is kept in {tmp_path}/.out.partial: run the same command again"
     assert caught.value.hint == f"choose another folder with --out; {left}"
     assert (target / "mine").read_text() == "precious"
     with pytest.raises(InputError, match="vanished during the run"), workspace(target, resume=True):

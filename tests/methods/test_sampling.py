@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 
-from deltamerge.methods.prune import sampling, select
+from deltamerge.methods.prune import dare, select
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.tensors.tiles import Tile, block_elements
 
@@ -30,10 +30,10 @@ def factor(delta: np.ndarray, density: float, blocks: int = 1) -> float:
     step = block_elements(delta.shape) * blocks
     tiles = [Tile(i, min(flat.numel(), i + step), delta.shape) for i in range(0, max(flat.numel(), 1), step)]
     expected = density * delta.size
-    clip = sampling.pick_clip(sum(sampling.sums(flat[t.start : t.stop], tile=t) for t in tiles), expected=expected)
-    inside = sampling.clip_bin(clip)
+    clip = dare.pick_clip(sum(dare.sums(flat[t.start : t.stop], tile=t) for t in tiles), expected=expected)
+    inside = dare.clip_bin(clip)
     low = sum(select.low_histogram(flat[t.start : t.stop], inside, tile=t) for t in tiles)
-    return sampling.factor(low, clip, expected=expected)
+    return dare.factor(low, clip, expected=expected)
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "levels"])
@@ -61,7 +61,7 @@ def test_flat_deltas(delta, wanted):
     c = factor(delta, 0.2)
     base = torch.zeros(delta.size)
     tune = torch.from_numpy(delta)
-    kept = sampling.sampled(tune, base, c, tile=Tile(0, delta.size, delta.shape), key=(1, 2), density=0.2)
+    kept = dare.sampled(tune, base, c, tile=Tile(0, delta.size, delta.shape), key=(1, 2), density=0.2)
     assert c == pytest.approx(wanted)
     np.testing.assert_array_equal(kept[kept != 0], tune[kept != 0])  # π is the density: Δ comes through as it is
 
@@ -75,7 +75,7 @@ def test_unbiased_and_the_same_for_any_tiles():
     count = 0
     for seed in range(draws):
         key = mask_key(seed, "m", "t")
-        whole = sampling.sampled(tune, base, c, tile=Tile(0, 3200, (64, 50)), key=key, density=density)
+        whole = dare.sampled(tune, base, c, tile=Tile(0, 3200, (64, 50)), key=key, density=density)
         total += whole.double().numpy() / density
         count += int(whole.count_nonzero())
     probability = reference.keep_probability(delta, density).reshape(-1)
@@ -85,5 +85,5 @@ def test_unbiased_and_the_same_for_any_tiles():
     assert z[often].max() < 5
     assert np.sqrt((z[often] ** 2).mean()) < 1.2
     assert count / draws == pytest.approx(density * delta.size, rel=0.03)
-    part = sampling.sampled(tune[1000:], base[1000:], c, tile=Tile(1000, 3200, (64, 50)), key=key, density=density)
+    part = dare.sampled(tune[1000:], base[1000:], c, tile=Tile(1000, 3200, (64, 50)), key=key, density=density)
     assert torch.equal(part, whole[1000:])

@@ -360,7 +360,7 @@ def test_a_damaged_cache_is_met_by_the_hubs_own_hashes(
     if (name, part) == (LAST, Part(1, 2)):  # this part does not read it
         run(recipe, out, part=part)
         return
-    with pytest.raises(InputError, match=f"{name}: is not what the hub has: its hash is") as caught:
+    with pytest.raises(InputError, match=f"{name}: differs from the hub's file: its hash is") as caught:
         run(recipe, out, part=part)
     assert str(blob) in (caught.value.hint or "")
     assert "--resume" not in (caught.value.hint or "")

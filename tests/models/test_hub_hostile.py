@@ -234,7 +234,7 @@ NOT_HASHES = {
 def test_etags_that_are_no_hashes(server: Hub, model: Path, tmp_path: Path, name: str, header: str) -> None:
     etag = NOT_HASHES[name].replace("/tmp/evil", str(tmp_path / "evil"))
     server.headers |= {header: etag} | ({"ETag": None} if header != "ETag" else {})
-    message = "lacks its commit, ETag or length|no SHA-1 or SHA-256, so that what arrives could not be compared"
+    message = "lacks its commit, ETag or length|no SHA-1 or SHA-256, so that a download could not be compared"
     refused(f"config.json: .*{message}|{message}", tmp_path)
     assert not list(tmp_path.rglob("evil*"))
 
@@ -243,7 +243,7 @@ def test_etags_that_are_no_hashes(server: Hub, model: Path, tmp_path: Path, name
 def test_what_arrives_is_compared_with_a_hash_of_any_form(server: Hub, model: Path, tmp_path: Path, etag: str) -> None:
     server.headers["ETag"] = etag
     checkpoint = hub.open_model("org/model", tmp_path, weights=False)
-    with pytest.raises(InputError, match="is not what the hub has"):
+    with pytest.raises(InputError, match="differs from the hub's file"):
         check_blobs([checkpoint.path / "config.json"], 1)
 
 
@@ -325,7 +325,7 @@ def test_blobs_that_repositories_share(server: Hub, model: Path, tmp_path: Path)
     raw = bytearray(store.read_bytes())
     raw[-1] ^= 1
     store.write_bytes(raw)
-    with pytest.raises(InputError, match="is not what the hub has"):
+    with pytest.raises(InputError, match="differs from the hub's file"):
         check_blobs([path], 1)
     blob.unlink()
     blob.symlink_to(model / WEIGHTS)

@@ -451,7 +451,7 @@ def test_experts_in_other_tensors_are_refused_by_name(tmp_path: Path) -> None:
         (["extract", "a", "--base", "b", "--lora", "--budget", "1MB,2MB"], "--lora takes one --budget"),
         (["extract", "a", "--base", "b", "--whole", "drop"], "--whole needs --lora"),
         (["extract", "a", "--base", "b", "--for", "vllm"], "--for needs --lora"),
-        (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--whole", "drop"], "--for and --whole both say"),
+        (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--whole", "drop"], "--for and --whole both choose"),
         (["extract", "a", "b", "--lora", "4", "--for", "vllm", "--dora"], "vLLM loads no DoRA"),
         (["extract", "a", "--base", "b", "--lora"], "needs a rank, energy:0.95, or --budget"),
         (["extract", "a", "--base", "b", "--lora", "4", "--density", "0.1"], "prune by a recipe"),

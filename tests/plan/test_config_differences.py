@@ -343,7 +343,7 @@ WRONG = {
     "rms_norm_epss: 3": "r.yaml:2:3: config.rms_norm_epss: rms_norm_epss is no key of these models' configs",
     "rope_theta: ab": "r.yaml:2:15: config.rope_theta: 'ab' is no model of this recipe",
     "hidden_size: 8": "r.yaml:2:3: config.hidden_size: hidden_size follows the weights",
-    "dtype: float16": "r.yaml:2:3: config.dtype: 'dtype' says nothing of what a model computes",
+    "dtype: float16": "r.yaml:2:3: config.dtype: 'dtype' has no effect on the model",
     "rope_parameters: {rope_theta: 3}": "hint: write rope_theta and rope_scaling",
     "rms_norm_eps: .nan": "r.yaml:2:",
     "model_type: 3": "is no model of this recipe",

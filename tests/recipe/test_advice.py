@@ -240,7 +240,7 @@ def test_extract_leaves_a_choice_that_was_made(models: Path, tmp_path: Path, cap
     ("arguments", "said"),
     [
         (["--calibration", "rows.txt"], "--calibration is for --density"),
-        (["--calibration", "rows.txt", "--density", "0.1", "--q", "0.3"], "both say what q is"),
+        (["--calibration", "rows.txt", "--density", "0.1", "--q", "0.3"], "both give q"),
         (["--q", "0.3"], "need --density"),
     ],
 )

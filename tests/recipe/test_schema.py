@@ -446,10 +446,10 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:2:14: parameters.wieght: unknown parameter\nhint: did you mean 'weight'?",
     ],
     TWO.replace("base_model: b", "seed: 1"): [
-        "r.yaml:2:15: merge_method: task_arithmetic needs base_model\nhint: name what the models were fine-tuned from"
+        "r.yaml:2:15: merge_method: task_arithmetic needs base_model\nhint: name the model before fine-tuning"
     ],
     "models: [{model: x}]": [
-        "r.yaml:1:1: task_arithmetic needs base_model\nhint: name what the models were fine-tuned from"
+        "r.yaml:1:1: task_arithmetic needs base_model\nhint: name the model before fine-tuning"
     ],
     "base_model: b\nmodels: [{model: b}]\nmerge_method: ties": [
         "r.yaml:2:9: models: ties needs at least 1 model besides the base"

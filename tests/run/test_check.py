@@ -1,4 +1,4 @@
-"""What `check` finds beside what planning does: all models that are not there, at their places, beside typos."""
+"""Models that are not there, at their places: all at once, and in `check` beside typos."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
+from deltamerge.apps.search.candidates import candidates_of
 from deltamerge.errors import RecipeError
+from deltamerge.recipe.file import read_recipe, read_template
 from deltamerge.run.check import RecipeCheck, check_recipe
 from deltamerge.run.options import Options
+from deltamerge.run.runner import run
 
 RECIPE = """\
 merge_method: linear
@@ -43,6 +46,21 @@ def test_all_missing_models_are_named_at_once(tmp_path: Path) -> None:
     assert "./two: no such folder in" in str(found.error)
 
 
+def test_a_run_and_a_sweep_name_missing_models_at_their_places_too(tmp_path: Path) -> None:
+    checked(tmp_path, "./one", "./there+./two")
+    recipe, options = tmp_path / "r.yaml", Options(device="cpu")
+    wanted = ["r.yaml:3:10: models[0].model: ./one", "r.yaml:5:10: models[1].model: ./two"]
+    with pytest.raises(RecipeError) as made:
+        run(read_recipe(recipe), tmp_path / "out", options)
+    recipe.write_text(recipe.read_text().replace("weight: 1", "weight: {sweep: [1, 2]}", 1))
+    with pytest.raises(RecipeError) as swept:
+        candidates_of(read_template(recipe), options)
+    for found in (made, swept):
+        said = [line for line in str(found.value).splitlines() if not line.startswith("hint")]
+        assert [line.removeprefix(f"{tmp_path}/").rpartition(": ")[0] for line in said] == wanted
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_models_are_named_beside_typos(tmp_path: Path) -> None:
     found = checked(tmp_path, "./one", "./there", "wieght")
     assert places(found) == [(3, 10, "models[0].model"), (6, 16, "models[1].parameters.wieght")]
@@ -62,10 +80,10 @@ def test_what_is_there_is_not_missing(tmp_path: Path, there: str) -> None:
 
 
 def test_a_name_of_another_document_or_of_the_hub_is_not_missing(tmp_path: Path) -> None:
-    from deltamerge.run.check import _absent
+    from deltamerge.run.plans import absent_models
 
     text = "name: soup\nmerge_method: linear\nmodels: [{model: org/hub@main}, {model: org/hub:folder}]\n---\n"
     text += "merge_method: linear\nmodels: [{model: soup}, {model: ./gone}]\ntokenizer: {tokens: {a: {model: x}}}\n"
     from deltamerge.recipe.yaml_source import loads_all
 
-    assert [one.location for one in _absent(loads_all(text, "r.yaml"), tmp_path)] == ["models[1].model"]
+    assert [one.location for one in absent_models(loads_all(text, "r.yaml"), tmp_path)] == ["models[1].model"]

@@ -301,7 +301,7 @@ def test_nothing_is_written_through_links_or_over_what_no_run_made(three: Path) 
     (out / "vae").symlink_to(outside)
     with pytest.raises(DeltamergeError, match="vae"):
         verify(out, 1)
-    with pytest.raises(DeltamergeError, match="--force replaces only what a run made"):
+    with pytest.raises(DeltamergeError, match="--force replaces only files of runs"):
         run(three / "r.yaml", out, force=True)
     state = three / ".new.partial"
     (state / "out").mkdir(parents=True)

@@ -172,8 +172,8 @@ def test_what_another_made_takes_force(here: Path, capsys: Any, first: str) -> N
         if second == first:
             continue
         said = told(capsys, *words("out"))
-        assert f"out: not empty: what is there was {SAID[first]}" in said
-        assert "choose another folder with --out, or replace what is there with --force" in said
+        assert f"out: not empty: the result there was {SAID[first]}" in said
+        assert "choose another folder with --out, or replace it with --force" in said
         assert content(here / "out") == before
     done(capsys, *MAKERS["another recipe" if first == "a recipe" else "a recipe"]("out"), "--force")
     assert content(here / "out") != before
@@ -216,7 +216,7 @@ def test_recipes_from_stdin_are_known_by_their_models(here: Path, capsys: Any, m
     monkeypatch.setattr(sys, "stdin", text("a", weight=0.25))
     done(capsys, "run", "-", *QUICK)
     monkeypatch.setattr(sys, "stdin", text("b", weight=0.25))
-    assert "what is there was made by run - of ./a, ./base" in told(capsys, "run", "-", *QUICK)
+    assert "the result there was made by run - of ./a, ./base" in told(capsys, "run", "-", *QUICK)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -289,7 +289,7 @@ def test_who_comes_second_is_told(here: Path, capsys: Any, monkeypatch: Any, sec
     for module in (runner, apply):
         monkeypatch.setattr(module, "workspace", late)
     said = told(capsys, *words)
-    assert "out: not empty: what is there was made by extract of a, base, since this command began" in said
+    assert "out: not empty: the result there was made by extract of a, base, since this command began" in said
     assert before.pop("begun") == b""
     assert content(here / "out") == before
 
@@ -420,7 +420,7 @@ def test_remove_takes_the_newest_alone(here: Path, capsys: Any) -> None:
     said = told(capsys, "remove", "chain/02")
     assert "chain/02: 03 comes after it" in said
     (here / "chain" / "03" / "thesis.txt").write_text("mine")
-    assert "holds what no run wrote: thesis.txt" in told(capsys, "remove", "chain/03")
+    assert "holds files that no run wrote: thesis.txt" in told(capsys, "remove", "chain/03")
     (here / "chain" / "03" / "thesis.txt").unlink()
     assert "is no delta" in told(capsys, "remove", "a")
     assert "is no delta" in told(capsys, "remove", "chain")
@@ -443,7 +443,7 @@ def test_an_intermediate_result_of_another_recipe_stays(here: Path, capsys: Any)
     done(capsys, "run", "one.yaml", *QUICK)
     before = content(here / "kept")
     said = told(capsys, "run", "two.yaml", *QUICK)
-    assert "kept: not empty: what is there was made by run one.yaml of ./a" in said
+    assert "kept: not empty: the result there was made by run one.yaml of ./a" in said
     assert content(here / "kept") == before
     (here / "one.yaml").write_text(text.replace("./a", "./c"))
     done(capsys, "run", "one.yaml", *QUICK)

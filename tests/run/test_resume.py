@@ -426,7 +426,7 @@ def test_nan_and_inf_exit_1_with_names_unless_allowed(
     assert (code, json.loads(out)["error"]["exit_code"]) == (1, 1)
     assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err
     assert "--allow-nonfinite" in err
-    assert "what is done is kept" not in err
+    assert "finished work is kept" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
     code, out, err = call(capsys, "run", path, "--json", "--allow-nonfinite")
     assert code == 0
@@ -442,7 +442,7 @@ def test_a_delta_refused_for_nan_keeps_what_resume_is_promised(
     path, out, truth = nonfinite_recipe(tmp_path, kind), tmp_path / "out", tmp_path / "truth" / "out"
     assert call(capsys, "run", path, "--out", truth, "--allow-nonfinite")[0] == 0
     code, _, err = call(capsys, "run", path, "--out", out)
-    assert (code, "what is done is kept" in err, out.exists()) == (1, True, False)
+    assert (code, "finished work is kept" in err, out.exists()) == (1, True, False)
     again: set[str] = set()
     write = TensorWriter._append
     monkeypatch.setattr(TensorWriter, "_append", lambda self, bits: (again.add(self._name), write(self, bits)))

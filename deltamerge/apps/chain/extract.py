@@ -111,7 +111,7 @@ class Link:
         if in_base[name] in origin and have.get(in_base[name]) == origin[in_base[name]].hash:
             return f"{reference}+{self.after}"
         raise InputError(
-            f"{reference}: is neither what {self.versions[-1].name} makes nor the base of its chain: {name} differs",
+            f"{reference}: is neither the result of {self.versions[-1].name} nor the base of its chain: {name} differs",
             hint=f"the chain is of {self.versions[0].delta.manifest.base}",
         )
 
@@ -182,7 +182,10 @@ def extract(
 
 
 def look_at(models: Sequence[str], base: str, options: Options, **given: Any) -> None:
-    """Plan the extraction of each model, with the arguments of `extract`. It raises what headers show to be wrong."""
+    """Plan the extraction of each model, with the arguments of `extract`. Raise the errors that headers show.
+
+    The plans are not kept: a file may change before its model's turn comes, so `extract` reads the headers then.
+    """
     for model in models:
         file = _recipe(model, base, **given)
         with _as_asked():
@@ -335,7 +338,7 @@ def pruning(density: float, method: str | None, q: float | None, *, rows: bool) 
     method = method or "magnitude"
     measured = method in PRUNE and PRUNE[method].needs_activations
     if rows and q is not None and not measured:
-        raise UsageError("--q and --calibration both say what q is", hint="keep one of the two")
+        raise UsageError("--q and --calibration both give q", hint="keep one of the two")
     prune: dict[str, Any] = {"method": method, "density": density}
     chosen = "output_change" if rows and q is None else q
     return Advice(prune if chosen is None else prune | {"q": chosen}, "as asked for")

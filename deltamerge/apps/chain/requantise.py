@@ -237,7 +237,7 @@ class QuantisedChain:
         """InputError: quantising the base's tensor gives other bytes than the checkpoint has."""
         made = tensor.again(None, bits, stored, reader)
         if not all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(made, stored, strict=True)):
-            what = "is not the base's" if tensor.coding is None else "is not what quantising the base's gives"
+            what = "is not the base's" if tensor.coding is None else "differs from the base's, quantised"
             raise InputError(f"{self._named}: {what}", hint=PLAINLY)
 
 
@@ -279,7 +279,7 @@ def extract_quantised(
 
 
 def _tensors_of(raw: Checkpoint, plain: Checkpoint) -> list[_QuantisedTensor]:
-    """Return how a quantised checkpoint stores the tensors of the plain one. InputError: it is of other ones."""
+    """Return how a quantised checkpoint stores the tensors of the plain one. InputError: it has other tensors."""
     form = decoded(raw)
     scheme = form.quantised
     if scheme is None or not scheme.plain:

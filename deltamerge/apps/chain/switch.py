@@ -58,8 +58,8 @@ class Switch:
 
         A chain stands for its pinned version, or its newest.
 
-        InputError: the delta is missing, damaged or for another base, or its result has other names, dtypes or shapes;
-        or its config.json gives places in the weights another meaning. A module computes with its own config, so a
+        InputError: the delta is missing, damaged or for another base; its result has other names, dtypes or shapes; its
+        config.json gives places in the weights another meaning. A module computes with its own config, so a
         `UserWarning` names keys in which the delta's config differs. If anything fails, the model stays as it was.
         """
         before, writes = self.at, self._writes

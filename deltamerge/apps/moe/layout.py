@@ -73,7 +73,10 @@ class MixtureLayout:
     untied: bool = False
 
     def refusal(self, families: Sequence[str], shared: int, prompted: bool) -> str | None:
-        """Why it cannot be made of these model types, with so many shared experts, which are gated if `prompted`."""
+        """Return why the layout cannot hold experts of these model types. None: it can.
+
+        `shared` is the number of shared experts. They are gated if `prompted`.
+        """
         if len(set(families)) > 1:
             return f"all models must be of one kind, got {', '.join(sorted(set(families)))}"
         if families[0] not in self.families:
@@ -140,7 +143,7 @@ def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: b
     if found is not None:
         return found
     first, *also = (f"{one.name}: {refusal}" for one, refusal in refusals)
-    raise InputError(first, also=also, hint="see docs/howto/moe.md for what each is made of")
+    raise InputError(first, also=also, hint="docs/howto/moe.md lists the models of each")
 
 
 def _plain(name: str) -> str:

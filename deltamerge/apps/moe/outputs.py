@@ -230,7 +230,7 @@ class MixtureOutputs:
         return self._known[reference]
 
     def _check_layers(self) -> None:
-        """Refuse a base with layers that the layout does not hold, and an expert that lacks MLPs or has other ones."""
+        """Refuse a base with layers that the layout does not hold, and an expert with other MLPs than the base."""
         where, hidden = self.base.name, self.base.checkpoint.config.get("hidden_size")
         inside = {name for name in self.base.tensors if LAYER.fullmatch(name)}
         for name in self.base.tensors.keys() - inside:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
-from deltamerge.apps.recommend.merge import EACH, ROWS_CHOOSE, ROWS_SAVE, MergeAdvice, merge_advice, names_of
+from deltamerge.apps.recommend.merge import (
+    EACH,
+    ROWS_CHOOSE,
+    ROWS_SAVE,
+    FoundFit,
+    MergeAdvice,
+    merge_advice,
+    names_of,
+)
+from deltamerge.apps.search.folder import lock_of
 from deltamerge.calibrate.rows import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.recipe.file import read_recipe
+from deltamerge.run.lock import Lock, fingerprint, refuse_foreign_lock
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
@@ -21,16 +31,32 @@ from deltamerge.run.runner import run as run_recipe
 
 @dataclass(frozen=True, slots=True)
 class AdvisedMerge:
-    """A merge as it was advised, in the file `recipe`, which `run` makes in the folder `out`."""
+    """A merge as it was advised, in the file `recipe`, which `run` makes in the folder `out`.
+
+    `fit` has the coefficients that were fitted to judge it.
+    """
 
     advice: MergeAdvice
     recipe: Path
     out: Path
     options: Options
+    fit: FoundFit | None = None
 
     def run(self) -> Result:
-        """Make the merge, as `deltamerge run` would."""
-        return run_recipe(read_recipe(self.recipe), self.out, self.options)
+        """Make the merge, as `deltamerge run` would. Coefficients are not fitted again."""
+        return run_recipe(read_recipe(self.recipe), self.out, replace(self.options, lock=self._lock()))
+
+    def keep_fit(self) -> bool:
+        """Write the fit as a lock beside the recipe, for `deltamerge run --locked`. Return whether there is one."""
+        if (lock := self._lock()) is not None:
+            lock.write_beside(self.recipe.name)
+        return lock is not None
+
+    def _lock(self) -> Lock | None:
+        file = read_recipe(self.recipe)
+        if self.fit is None or self.fit.recipe != fingerprint(file.output.recipe):
+            return None
+        return lock_of(file, self.fit.values, self.options, file.lock_path)
 
 
 def advised_merge(
@@ -48,16 +74,20 @@ def advised_merge(
         models, base, rows, fit   as `merge_advice` takes them
         keys                      more keys of the recipe: dtype, tokenizer_source, output, …
 
-    Nothing is measured where OUT or OUT.yaml is in the way; `Options.force` replaces them. OutputError: it is.
+    Nothing is measured where OUT, OUT.yaml or another's OUT.lock is in the way; `Options.force` replaces them.
+    OutputError: one is.
     """
     options = options or Options()
     recipe = out.with_name(f"{out.name}.yaml")
     if not options.force:
         _refuse_other(recipe, out)
-    advice = merge_advice(models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options)
+    refuse_foreign_lock(recipe.with_suffix(".lock"), recipe.name, rows=True, force=options.force)
+    advice, found = merge_advice(
+        models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options
+    )
     recipe.parent.mkdir(parents=True, exist_ok=True)
     replace_file(recipe, advice.recipe, new=not options.force)
-    return AdvisedMerge(advice, recipe, out, options)
+    return AdvisedMerge(advice, recipe, out, options, found)
 
 
 def _refuse_other(recipe: Path, out: Path) -> None:
@@ -109,8 +139,10 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     )
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
+    fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
+    start = "fitted from task_arithmetic at λ" if fits else "λ"
     return [
-        f"chosen: {advice.method}, λ = {advice.factor:.3g}, in {made.recipe}",
+        f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",
         f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
         f"in danger: {'; '.join(dangers) or doubt}",

@@ -30,6 +30,7 @@ from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
 from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
@@ -39,6 +40,7 @@ from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.schema import Goal, Recipe, Study
+from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
 
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
@@ -115,6 +117,14 @@ WAYS = (
 FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
+@dataclass(frozen=True, slots=True)
+class FoundFit:
+    """Coefficients by the names of stages, of the recipe with the fingerprint `recipe`."""
+
+    recipe: str
+    values: Mapping[str, Calibrated]
+
+
 class MergeTrial(Figures):
     """One λ of a method, on the rows that are searched on."""
 
@@ -186,7 +196,7 @@ def recommend_merge(
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     folder = None if out is None else out.parent
-    answer = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
+    answer, _ = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
@@ -201,8 +211,10 @@ def merge_advice(
     folder: Path | None = None,
     keys: Mapping[str, Any] | None = None,
     options: Options | None = None,
-) -> MergeAdvice:
-    """Return the recommended merge of `models` over `base`, with its recipe as a file in `folder` would have it.
+) -> tuple[MergeAdvice, FoundFit | None]:
+    """Return the recommended merge of `models` over `base`, and its fit; None: it fits nothing.
+
+    The recipe is as a file in `folder` would have it.
 
         models, base   folders or hub ids
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
@@ -215,11 +227,11 @@ def merge_advice(
     """
     options = options or Options()
     setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
-    found, way, factor = _Adviser(setting, options).advice(fit=fit)
+    found, way, factor, fitted = _Adviser(setting, options).advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
     recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
-    return found.model_copy(update={"recipe": with_comment(head, recipe)})
+    return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
 
 def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
@@ -291,8 +303,8 @@ class _Adviser:
         self.candidates = candidates_in(Path.cwd(), options, pickles=setting.pickles)
         self.passes = 0
 
-    def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float]:
-        """Return the advice without its recipe, and the input of the recipe."""
+    def advice(self, *, fit: bool) -> tuple[MergeAdvice, Way, float, FoundFit | None]:
+        """Return the advice without its recipe, the input of the recipe, and its fit."""
         start, planning = self.recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
@@ -302,6 +314,7 @@ class _Adviser:
         good: list[Way] = []
         search: dict[str, int] = {}
         held: dict[str, int] = {}
+        fitted: FoundFit | None = None
         with ExitStack() as stack:
             judge: StudyJudge | None = None
             if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
@@ -313,14 +326,16 @@ class _Adviser:
             if judge is not None:
                 classes = {task.name: _classes(task) for task in judge.tasks.values()}
                 found, good = self._judge(judge, FITTED if fit else (), conflict, classes)
-        if found and not good:
-            raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
-        if good:
-            way, factor, why = with_rows(found, good)
-            forecast = found[way].forecast
-        else:
-            way, factor, why = without_rows(conflict, count, talks=talks)
-            forecast = of_weights(self.setting.names, conflict, way.method)
+                if not good:
+                    raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
+                way, factor, why = with_rows(found, good)
+                forecast = found[way].forecast
+                if way.fitted is not None:
+                    recipe = self.recipe(way, factor)
+                    fitted = FoundFit(fingerprint(recipe), judge.calibrated(recipe))
+            else:
+                way, factor, why = without_rows(conflict, count, talks=talks)
+                forecast = of_weights(self.setting.names, conflict, way.method)
         advice = MergeAdvice(
             models=list(self.setting.names),
             base=self.setting.base,
@@ -337,7 +352,7 @@ class _Adviser:
             recipe="",
             warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)],
         )
-        return advice, way, factor
+        return advice, way, factor, fitted
 
     def recipe(self, way: Way, factor: float) -> Recipe:
         """Return the recipe of a way at a λ, with the rows of every model."""
@@ -360,7 +375,7 @@ class _Adviser:
         """Return all ways, and the ways that can be chosen.
 
         Each way is tried at its usual λ, and the best ways at others. Fitted coefficients can be
-        chosen if they are better than the best other way on the held-out rows.
+        chosen if they are better than the best other way on the held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -381,9 +396,10 @@ class _Adviser:
         fits = [way for way in fitted if found[way].error is None]
         if good and fits:
             plain = best_first({way: found[way] for way in good})[0]
-            on_held = {way: trials.candidate(way, ["held"]) for way in (plain, *fits)}
-            first = best_first(on_held)[0]
-            good = good if first == plain else [first]
+            on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
+            first = best_first({way: on_held[way] for way in (plain, *fits)})[0]
+            if first != plain:
+                found, good = found | on_held, [first]
         return found, good
 
 
@@ -459,6 +475,11 @@ class _Trials:
         tried = self.tried.get(way)
         return None if way in self.errors or not tried else way.better(tried, next(iter(tried)))
 
+    def is_known(self, way: Way, part: Part) -> bool:
+        """Return whether a way is measured at its λ on a part of the rows."""
+        factor = self.factor(way)
+        return factor is not None and (way, factor, part) in self.scores
+
     def candidate(self, way: Way, among: Sequence[Part] = ("search", "held")) -> MergeCandidate:
         """Return a way at its λ, as those rows tell that it was judged on."""
         factor = self.factor(way)
@@ -533,14 +554,16 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
     """Return the best of the `good` ways, its λ, and the reasons. `judged` has the ways to compare with."""
-    lost = {way: one.lost_mean for way, one in judged.items() if one.lost_mean is not None}
     way = best_first({way: judged[way] for way in good})[0]
-    best = judged[way]
-    plain = {one: value for one, value in lost.items() if one.fitted is None}
-    others = [min(plain, key=lambda one: plain[one])] if way.fitted is not None and plain else []
-    others += [ARITHMETIC] if ARITHMETIC in lost and ARITHMETIC not in (way, *others) else []
-    beside = "".join(f", {one.name} {lost[one]:.1%}" for one in others)
-    why = [f"it loses {lost[way]:.1%} of the fine-tunes' effect on outputs{beside}"]
+    best, plain = judged[way], {one: found for one, found in judged.items() if found.lost and one.fitted is None}
+    others = best_first(plain)[:1] if way.fitted is not None else []
+    others += [ARITHMETIC] if ARITHMETIC in plain and ARITHMETIC not in (way, *others) else []
+    beside = [judged[one] for one in others]
+    why = [f"it loses {best.lost_mean:.1%} of the fine-tunes' effect on outputs"]
+    why[0] += "".join(f", {one.name} {one.lost_mean:.1%}" for one in beside)
+    if (share := mean_share(best.forecast)) is not None:
+        shares = "".join(f", {one.name} {mean_share(one.forecast) or 0.0:.1%}" for one in beside)
+        why.insert(0, f"it should keep {share:.1%} of the fine-tunes' scores{shares}")
     if best.agreement:
         worst = min(best.agreement, key=lambda name: best.agreement[name])
         mean = fmean(best.agreement.values())

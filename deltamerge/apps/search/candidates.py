@@ -25,6 +25,7 @@ from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe, Study
 from deltamerge.run.options import Options
+from deltamerge.run.plans import refuse_absent
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.tensor import Graph, Node
 
@@ -103,7 +104,8 @@ class RecipeCandidates:
 
 
 def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
-    """Return the candidates of a template."""
+    """Return the candidates of a template. RecipeError: a model that it names is not there."""
+    refuse_absent(file.path, [file.template.source])
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
     return candidates_in(file.path.resolve().parent, options, pickles=pickles)
 
@@ -164,8 +166,8 @@ def _rows(planned: Plan) -> list[tuple[Any, Any]]:
 def memory(planned: Plan, study: Study) -> int:
     """Estimate the bytes that judging takes.
 
-    They are: imports; the hidden states of all candidates for every fine-tune; for one part of the model, each model's
-    tensors and deltas, a candidate's own, and both in float32; and the next part as stored.
+    Held are imports, the hidden states of all candidates for every fine-tune, and the model's next part as stored. Of
+    the present part, memory holds each model's tensors and deltas, a candidate's own, and both in float32.
     """
     states, part = 0, 0
     for tune, calibration in _rows(planned):

@@ -59,9 +59,9 @@ class StudyFolder:
     def locked(self, *, force: bool) -> Iterator[Path]:
         """Lock the folder. Make it if it is missing, and empty it with `force`.
 
-        OutputError: it is no folder of a study; it belongs to another recipe, without `force`; with `force`, it holds a
-        file that no study wrote; another process works in it; it cannot be written. KeyboardInterrupt: the message says
-        that the folder stays.
+        OutputError: it is no folder of a study, another process works in it, or it cannot be written. Without `force`:
+        it belongs to another recipe. With `force`: it holds a file that no study wrote. KeyboardInterrupt: the message
+        says that the folder stays.
         """
         path, mark = self.path, self.path / MARK
         with ExitStack() as held:
@@ -81,14 +81,14 @@ class StudyFolder:
                     file.truncate(0)
                     file.write(f"{self.name}\n")
                     file.flush()
-            with interruptible(lambda said: f"{f'{said}; ' if said else ''}what is done is kept in {path}: {GO_ON}"):
+            with interruptible(lambda said: f"{f'{said}; ' if said else ''}finished work is kept in {path}: {GO_ON}"):
                 yield path
 
     def _empty(self) -> None:
         """Remove files of studies. OutputError: there are other files, and nothing was removed."""
         entries = [entry for entry in os.scandir(self.path) if entry.name != MARK]
         if strange := sorted(entry.name for entry in entries if not _is_written(entry)):
-            raise OutputError(f"{self.path}: holds what no study wrote: {some(strange)}", hint="move that away")
+            raise OutputError(f"{self.path}: holds files that no study wrote: {some(strange)}", hint="move that away")
         for entry in entries:
             shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 

@@ -31,6 +31,7 @@ from deltamerge.apps.search.evaluate import (
 )
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.calibrate.rows import DataRow, rows_of, select, split
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
@@ -332,6 +333,13 @@ class StudyJudge:
             found = shared_values(candidate.stages, self.known)
             spools = {node: value for node, value in found.items() if isinstance(value, Spooled)}
             self.known |= {node: found[node] for node in candidate.stages} | spools
+
+    def calibrated(self, recipe: Recipe) -> dict[str, Calibrated]:
+        """Return the q's and coefficients of a recipe, by the names of its stages; what was judged is kept."""
+        candidate = self.candidates.of(recipe)
+        self.prepare(candidate)
+        known = {node: self.known[node] for node in candidate.stages}
+        return {node.parameter("spec").name: value for node, value in known.items() if isinstance(value, Calibrated)}
 
     def sheet(self, part: Part) -> dict[int, Sheet]:
         """Return the rows of a part, and the fine-tunes' own outputs on them."""

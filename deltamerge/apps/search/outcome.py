@@ -260,12 +260,7 @@ class Bench:
         """Return the q's of a candidate that was measured, by the names of their stages."""
         recipe = self.file.recipe(values)
         judge = self.judge(recipe)
-        if judge is None:
-            return {}
-        candidate = self.candidates.of(recipe)
-        judge.prepare(candidate)
-        known = {node: judge.known[node] for node in candidate.stages}
-        return {node.parameter("spec").name: value for node, value in known.items() if isinstance(value, Calibrated)}
+        return {} if judge is None else judge.calibrated(recipe)
 
     def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
         """Return the outcomes of candidates.

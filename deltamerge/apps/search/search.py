@@ -157,8 +157,8 @@ FACTS, SCORES, ERROR = "facts", "scores", "error"
 def check(file: TemplateFile) -> Recipe:
     """Return the recipe of the first trial.
 
-    RecipeError: nothing is to be searched, something is swept, or it is no recipe, at its start or with all numbers at
-    a bound.
+    RecipeError: no number is open to a search, or one is swept; or the recipe is wrong, at its start or with all
+    numbers at a bound.
     """
     source, ranges = file.template.source, file.template.ranges
     if file.template.sweeps:

@@ -218,7 +218,7 @@ def sweep(
 
 
 def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]]) -> None:
-    """Refuse a template where nothing is swept, something is to be searched, or a point is no recipe."""
+    """Refuse a template where nothing is swept, a number is open to a search, or a point is no recipe."""
     source = file.template.source
     if file.template.ranges:
         hint = f"deltamerge search {file.path.name}"

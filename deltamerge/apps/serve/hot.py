@@ -256,7 +256,7 @@ class EditedMerge:
         made = (self.folder / LOCK_NAME).stat().st_mtime_ns
         files = {leaf.path for output in plan.outputs for piece in output.pieces for leaf in piece.built.root.leaves()}
         if later := sorted(str(file) for file in files if file.stat().st_mtime_ns > made):
-            raise InputError(f"{self.folder}: is older than what it was made of: {some(later)}", hint="run it again")
+            raise InputError(f"{self.folder}: is older than its sources: {some(later)}", hint="run it again")
 
 
 class HotMerge:

@@ -5,7 +5,7 @@
     prime_rl.install_server()                   # before the server's main()
 
 With `weight_broadcast.type: filesystem`. The chain is `deltamerge` beside the steps' folders; each of them has a line
-that names its version, in place of a checkpoint. LoRAs are broadcast as before. The server's vLLM loads what changed by
+that names its version, in place of a checkpoint. LoRAs are broadcast as before. The server's vLLM loads the changes by
 the engine of `deltamerge.apps.serve.vllm`.
 """
 

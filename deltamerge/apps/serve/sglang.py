@@ -30,7 +30,7 @@ class EngineSwitch:
             )
         if not engine.server_args.disable_radix_cache:
             raise InputError(
-                "the engine keeps what its weights have computed of prompts",
+                "the engine keeps cached prompts of other weights",
                 hint="sglang.Engine(..., disable_radix_cache=True)",
             )
         self._engine, self._served = engine, ServedModel(base, keep=keep)

@@ -52,9 +52,10 @@ from deltamerge.calibrate.model.passes import (
     Watch,
     Weights,
     from_reader,
+    multiplying,
     patched,
+    same_every_time,
 )
-from deltamerge.calibrate.model.precision import multiplying, same_every_time
 from deltamerge.calibrate.model.transformers_code import running
 from deltamerge.calibrate.spec import Precision
 from deltamerge.errors import InputError
@@ -199,7 +200,7 @@ class BlockModel:
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
 
-    Computes on `device`, in float32 but for those products. InputError: unknown architecture, or a parameter that the
+    Computes on `device`, outside these products in float32. InputError: unknown architecture, or a parameter that the
     checkpoint lacks.
     """
 

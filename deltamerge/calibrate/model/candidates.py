@@ -67,7 +67,7 @@ class Cache(Generic[T]):
         return name in self._pinned or name in self._recent
 
     def several(self, names: Sequence[str]) -> dict[str, T]:
-        """Return the values of names. The missing ones are read together."""
+        """Return the values of names. Missing values are read together."""
         found = {name: self._pinned[name] for name in names if name in self._pinned}
         for name in names:
             if name in self._recent:

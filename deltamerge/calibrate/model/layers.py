@@ -105,7 +105,7 @@ def _box(state: str, parameter: Tensor, matrix: Tensor) -> Box | None:
 
 
 def _steps(steps: tuple[int, ...], wanted: tuple[int, int], sides: tuple[int, int]) -> bool:
-    """Tell whether strides are the wanted ones, as far as a side of 1 lets them be told."""
+    """Tell whether strides are as wanted. The stride of a side of 1 may be any."""
     return all(step == want or side == 1 for step, want, side in zip(steps, wanted, sides, strict=True))
 
 

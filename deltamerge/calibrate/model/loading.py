@@ -257,7 +257,7 @@ def _checked(group: StateGroup, tensors: Mapping[str, ShapedTensor], model: Any)
         there = tuple(wanted[state].shape) if state in wanted else None
         if tuple(tensor.shape) != there:
             raise InputError(
-                f"{group.files[0]} and what is loaded with it make {state} of {list(tensor.shape)}, "
+                f"{group.files[0]} and the tensors loaded with it make {state} of {list(tensor.shape)}, "
                 f"and {type(model).__name__} has {'none' if there is None else list(there)}",
                 hint=HINT,
             )

@@ -1,4 +1,4 @@
-"""A pass through a model: weights by name, inputs, outputs, watches, and logits computed in pieces of tokens.
+"""A pass through a model: weights by name, inputs, outputs, watches, precision, and logits in pieces of tokens.
 
 The logits of a whole batch over a large vocabulary are never held.
 """
@@ -6,7 +6,7 @@ The logits of a whole batch over a large vocabulary are never held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from deltamerge.calibrate.model.layers import Linear, MatrixCut
+from deltamerge.calibrate.spec import Precision
 from deltamerge.errors import InputError
 from deltamerge.tensors.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.tensors.reader import Reader
@@ -24,6 +27,7 @@ from deltamerge.tensors.tensor import Tensor as LazyTensor
 from deltamerge.tensors.tensor import TensorInfo
 
 PIECE_BYTES = 1 << 24  # of the logits of a piece; three are held, and larger pieces are no faster
+SHORT = 128  # places of a sequence up to which a CPU's fused attention is slower in the backward pass
 
 
 class Stop(Exception):
@@ -231,3 +235,38 @@ def entries(reader: Reader, info: LazyTensor | TensorInfo, start: int, stop: int
 def from_reader(read: Callable[[str], Tensor]) -> Weights:
     """Return weights by name, read one by one."""
     return lambda names: {name: read(name) for name in names}
+
+
+# Precision, and the order of sums.
+
+
+def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute matrix products in that precision, of bfloat16 with sums in float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def same_every_time(device: torch.device, places: int = SHORT + 1) -> AbstractContextManager[Any]:
+    """Let the backward pass of attention add in one order. The fused attentions of a GPU do not.
+
+    A CPU's fused attention does, but its backward pass over SHORT `places` or fewer takes longer than plain products.
+    """
+    return nullcontext() if device.type == "cpu" and places > SHORT else sdpa_kernel(SDPBackend.MATH)
+
+
+def float_attention(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute attention of `dtype` in float32 where that is quicker: bfloat16 takes CPUs three times as long."""
+    return _FloatAttention() if dtype == torch.bfloat16 and device.type == "cpu" else nullcontext()
+
+
+class _FloatAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.is_floating_point():
+            kwargs = {**kwargs, "attn_mask": mask.float()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*(side.float() for side in args[:3]), *args[3:], **kwargs).to(torch.bfloat16)

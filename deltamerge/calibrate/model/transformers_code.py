@@ -35,7 +35,7 @@ HINT = "prune it without calibration: method dare or magnitude, with a number as
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The parameters of a model's forward, and those without a default."""
+    """The names of the parameters of a model's forward, and the names `needed` because they have no default."""
 
     names: tuple[str, ...]
     needed: frozenset[str]

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
-from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weights
-from deltamerge.calibrate.model.precision import float_attention
+from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weights, float_attention
 from deltamerge.calibrate.q.objectives import Distribution
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.q.variations import Variations

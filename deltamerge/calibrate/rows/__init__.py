@@ -159,7 +159,7 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
     if not has_head(config, task):
         raise InputError(
             f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {_architecture(config)}",
-            hint="set calibration.task to what the model does, or use an objective without labels",
+            hint="set calibration.task to the model's task, or use an objective without labels",
         )
 
 

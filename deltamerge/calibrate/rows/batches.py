@@ -241,7 +241,7 @@ def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
     limit = min(_positions(config), default=length + new_tokens)
     if length + new_tokens > limit:
         raise InputError(
-            f"{length} tokens and {new_tokens} new ones, but the model has {limit} positions",
+            f"{length} tokens and {new_tokens} new tokens, but the model has {limit} positions",
             hint="lower calibration.length or calibration.new_tokens",
         )
 

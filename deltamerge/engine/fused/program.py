@@ -195,8 +195,10 @@ def _is_known(node: Node, root: Node) -> bool:
 def assemble(
     steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
 ) -> Program | None:
-    """Return the pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has
-    no operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
+    """Return the pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`.
+
+    None: the loop has no operation for some step. `values` are the small values so far, `output` is the dtype to write.
+    """
     assembly = operations_of(steps, values, reader, shape, output)
     ends = any(node.kind in REDUCTIONS for node, _, _ in steps)
     return None if assembly is None else Program(assembly, reader, hashed=not ends)

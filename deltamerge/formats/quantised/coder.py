@@ -452,7 +452,7 @@ def shares_of(numbers: Numbers) -> tuple[float, ...]:
 
 
 def chunks(rows: int, columns: int, m: int, n: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield whole blocks of a matrix that together stay in cache: [top, bottom), [left, right); large ones alone."""
+    """Yield whole blocks of a matrix that fit in cache: [top, bottom), [left, right). A large block is alone."""
     if m * n > WIDE:
         for top, left in product(range(0, rows, m), range(0, columns, n)):
             yield top, min(rows, top + m), left, min(columns, left + n)

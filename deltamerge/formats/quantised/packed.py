@@ -96,7 +96,7 @@ def _of_group(stored: StoredWeight, shape: Shape | None, group: GroupSettings) -
 
 
 def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
-    """Return the bits of an integer if `columns` take so many words, and whether it may lie across two words.
+    """Return the bits of an integer if `columns` take `words` words, and whether it may lie across two words.
 
     The library packs densely now; older versions put whole integers into words. InputError: no number of bits fits.
     """

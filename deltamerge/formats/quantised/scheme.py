@@ -8,10 +8,8 @@ the codes and scales of a range (`rows`), and the way to write them (`coding`). 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar, Literal
@@ -47,6 +45,7 @@ from deltamerge.formats.quantised.codes import (
     zero_scale,
 )
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, Array, bits_type, widen
+from deltamerge.tensors.reader import RecentParts
 from deltamerge.tensors.tensor import Read, Tensor, TensorInfo, view, viewed
 
 AGAIN = "download the model again"
@@ -54,7 +53,7 @@ OR_QUANTISE = f"{AGAIN}, or quantise it again"
 UNWRITABLE = "is in a form that cannot be written, only read"
 BAND = 1 << 20  # elements that kernels compute at once; they keep their work in cache themselves
 SLAB = 1 << 24  # bytes of a stored matrix that is held, as long as its columns are asked for
-KEPT = 4 * SLAB
+KEPT = 4 * SLAB  # bytes of all matrices that are held
 PANEL = 64  # columns that a slab has a multiple of: whole groups of MXFP4 at least
 SCALES = PLAIN | EXPONENTS
 FLOATS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
@@ -295,7 +294,7 @@ def floats(read: Read, info: Part, start: int, count: int) -> Floats:
 def columns_of(read: Read, info: Part, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Return columns [first, last) of the bit patterns of stored matrix `matrix` of `rows` × `width`.
 
-    They are cut out of a slab that is held for the next ones: the matrix, or the columns that fit in `SLAB` bytes.
+    They are cut out of a slab that is held for the next call: the matrix, or the columns that fit in `SLAB` bytes.
     """
     found, begin = held_columns(read, info, rows, width, first, last, matrix)
     return found[:, first - begin : last - begin]
@@ -331,29 +330,10 @@ def _columns(read: Read, info: Part, matrix: tuple[int, int, int], first: int, l
     return found
 
 
-def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:
+def kept(read: Read, key: Hashable, make: Callable[[], Array]) -> Array:
     """Return the result of `make` for `key`, held for the next reads."""
-    slabs: _Slabs = read.once("slabs of quantised matrices", _Slabs)
+    slabs: RecentParts = read.once("slabs of quantised matrices", lambda: RecentParts(KEPT, lambda slab: slab.nbytes))
     return slabs.get(key, make)
-
-
-@dataclass(slots=True)
-class _Slabs:
-    """The stored matrices read last, up to `KEPT` bytes."""
-
-    kept: OrderedDict[object, Array] = field(default_factory=OrderedDict)
-    lock: threading.RLock = field(default_factory=threading.RLock)  # a slab may be made of another
-
-    def get(self, key: object, make: Callable[[], Array]) -> Array:
-        with self.lock:
-            if key in self.kept:
-                self.kept.move_to_end(key)
-                return self.kept[key]
-            made = make()
-            self.kept[key] = made
-            while sum(slab.nbytes for slab in self.kept.values()) > KEPT and len(self.kept) > 1:
-                self.kept.popitem(last=False)
-            return made
 
 
 # Codes times scales on a grid.

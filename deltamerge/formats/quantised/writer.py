@@ -106,7 +106,7 @@ class CodedWriter:
         return all(self._has(name, coding, unit) for unit in coding.units(offset // 4, (offset + nbytes) // 4))
 
     def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return memory for bytes of a tensor, to be handed back by `give`."""
+        """Return memory for bytes of a tensor, which `give` hands back."""
         return np.empty(nbytes, np.uint8) if name in self.codings else self.writer.lend(name, offset, nbytes)
 
     def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:

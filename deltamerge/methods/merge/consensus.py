@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from deltamerge.methods.merge.task_masks import is_tall, onto_base, summed
+from deltamerge.methods.merge.tall_masks import is_tall, onto_base, summed
 from deltamerge.methods.parameters import Lambda, Threshold
 from deltamerge.methods.registry import Param, delta_method
 from deltamerge.tensors.lazy import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.methods.merge.task_masks import nodes, onto_base, summed
+from deltamerge.methods.merge.tall_masks import nodes, onto_base, summed
 from deltamerge.methods.parameters import TaskNumber
 from deltamerge.methods.registry import delta_method
 from deltamerge.tensors.lazy import torch

@@ -260,9 +260,9 @@ def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Ite
     """A context in which a run may give its result the name `target`, perhaps in place of an old result.
 
     Meanwhile nobody adds to the chain around it, or folds it. `delta`: the result is a delta artifact; `adding`: it
-    follows a version of the chain, whose lock is held. OutputError: the old result is never replaced, not even by
-    force, because it is a version with successors or a delta of a store; or the name belongs to a folded version, or
-    `delta` would be a second beginning of a chain.
+    follows a version of the chain, whose lock is held. OutputError: the old result is a version with successors,
+    or a delta of a store, which not even force replaces. Or the name belongs to a folded version, or `delta` would be a
+    second beginning of a chain.
     """
     resolved = Path(os.path.realpath(target))
     chain, name = resolved.parent, resolved.name
@@ -375,7 +375,7 @@ def refuse_foreign(path: Path) -> None:
     if (path / LOCK_NAME).is_file():
         known |= read_lock(path / LOCK_NAME)["outputs"].keys()
     if strange := [name for name in files_of(path) if name not in known and name.split("/")[0] not in HIDDEN]:
-        raise OutputError(f"{path}: holds what no run wrote: {some(sorted(strange))}", hint="move that away")
+        raise OutputError(f"{path}: holds files that no run wrote: {some(sorted(strange))}", hint="move that away")
 
 
 def _lock_of(work: Work) -> str:

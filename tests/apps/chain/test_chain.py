@@ -335,7 +335,7 @@ def test_squash_keeps_the_states_and_refuses_old_names(
     before = {version.name: version.state for version in line(chain / NAMES[3])}
     assert succeed("squash", chain, "--keep", 4, "--json")["into"] is None
     (chain / NAMES[0] / "mine.txt").write_text("mine")
-    assert "holds what no run wrote" in refused("squash", chain, "--keep", 1, "--base", made / "base")
+    assert "holds files that no run wrote" in refused("squash", chain, "--keep", 1, "--base", made / "base")
     (chain / NAMES[0] / "mine.txt").unlink()
     assert "not the one this delta was made from" in refused("squash", chain, "--keep", 1, "--base", made / "tuned-4")
     assert folders.names(chain) == NAMES
@@ -366,7 +366,7 @@ def test_extract_refuses_what_would_not_be_a_chain(made: Path, chain: Path) -> N
     grown = load_tensors(made / "tuned-4") | {"new": torch.ones(2)}
     make_checkpoint(chain.parent / "grown", grown)
     for words, said in {
-        (made / "tuned-2", made / "tuned-3", *more): "is neither what 000004 makes nor the base of its chain",
+        (made / "tuned-2", made / "tuned-3", *more): "is neither the result of 000004 nor the base of its chain",
         (chain.parent / "grown", made / "base", *more): "adds new",
         (
             made / "tuned-2",

@@ -127,5 +127,5 @@ def test_an_sglang_engine_is_switched(made: Path) -> None:
     assert engine.sent == sent + len(engine.weights)
     with pytest.raises(InputError, match="are packed, fp8"):
         EngineSwitch(Engine({}, "fp8"), made / "base")
-    with pytest.raises(InputError, match="keeps what its weights have computed"):
+    with pytest.raises(InputError, match="keeps cached prompts of other weights"):
         EngineSwitch(Engine({}, prefixes=True), made / "base")

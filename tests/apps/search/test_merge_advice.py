@@ -44,8 +44,10 @@ from deltamerge.apps.recommend.merge import (
     without_rows,
 )
 from deltamerge.apps.search.judge import StudyJudge, Walk
+from deltamerge.calibrate.merge import coefficients
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
+from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 
 OPTIONS = Options(device="cpu", workers=1)
@@ -294,6 +296,10 @@ def test_rows_decide_by_expected_shares_and_then_by_distance() -> None:
     assert best_first({ARITHMETIC: told(0.2, 0.8), ISO_C: told(0.4, 0.9)}) == [ISO_C, ARITHMETIC]
     assert best_first({ARITHMETIC: told(0.4, 0.9), ISO_C: told(0.2, 0.9)}) == [ISO_C, ARITHMETIC]
     assert with_rows({ARITHMETIC: told(0.2, 0.9), ISO_C: told(0.4, 0.8)}, [ISO_C])[0] == ISO_C
+    judged = {ARITHMETIC: told(0.5, 0.6), ISO_C: told(0.1, 0.8), SVC: told(0.3, 0.85), FITTED[0]: told(0.2, 0.9)}
+    *_, why = with_rows(judged, [FITTED[0]])
+    assert why[0] == "it should keep 90.0% of the fine-tunes' scores, x 85.0%, x 60.0%"
+    assert why[1] == "it loses 20.0% of the fine-tunes' effect on outputs, x 30.0%, x 50.0%"
 
 
 def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
@@ -411,11 +417,44 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     assert (code, "up to date" in err) == (0, True)
 
 
+def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Its bytes, inputs and coefficients are those of its recipe alone, and of its recipe with the lock beside it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC,))
+    monkeypatch.setattr(merge_advice, "FITTED", FITTED[1:])
+    fits, fit = [], coefficients._fit
+    monkeypatch.setattr(coefficients, "_fit", lambda *given: (fits.append(given), fit(*given))[1])
+    few = ["--workers", "1", "--device", "cpu"]
+    asked = ["merge", *NAMES[:2], "--base", "base", "--rows", "calib.jsonl", "--sequences", "8", "--length", "6", *few]
+    made, locked, alone = (tmp_path / name for name in ("made", "locked", "alone"))
+    code, said, err = call(capsys, *asked, "--out", made, "--dry-run")
+    assert code == 0, err
+    assert "chosen: coefficients by row, fitted from task_arithmetic at λ = " in said
+    assert "why: it should keep " in said
+    assert f"run {made}.yaml --out {made} --locked" in err
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
+    assert (code, len(fits)) == (0, 1), err
+    code, said, err = call(capsys, *asked, "--out", made, "--force", "--json")
+    assert (code, len(fits)) == (0, 2), err
+    plain, _ = json.loads(said)["advice"]["candidates"]
+    (of_all_rows,) = (one["lost"] for one in plain["tried"] if one["factor"] == plain["factor"])
+    assert plain["lost_mean"] != of_all_rows  # of the rows on which the fit was better
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", alone, *few)
+    assert (code, len(fits)) == (0, 3), err
+    first, *others = (Lock.read(one / "recipe.lock") for one in (made, locked, alone))
+    assert first.calibration["merge"]["coefficients"] == "row"
+    for one in others:
+        assert not one.differences(first.content["outputs"])
+        assert (one.calibration, one.content["inputs"]) == (first.calibration, first.content["inputs"])
+    code, _, err = call(capsys, "run", f"{made}.yaml", "--out", made, *few)
+    assert (code, len(fits), "up to date" in err) == (0, 3, True)
+
+
 def test_merge_names_its_own_option_for_rows() -> None:
     way, factor, why = without_rows(meeting(), 2, talks=True)
     forecast = of_weights(["a", "b"], meeting(), way.method)
     advice = merge_advice.MergeAdvice.model_construct(
-        method=way.name, factor=factor, why=why, forecast=forecast,
+        method=way.name, factor=factor, why=why, forecast=forecast, candidates=[],
         rescue=rescue(["a", "b"], meeting(), forecast, rows=False),
     )  # fmt: skip
     said = in_five_lines(AdvisedMerge(advice, Path("out.yaml"), Path("out"), OPTIONS))

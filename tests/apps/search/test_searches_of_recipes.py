@@ -900,7 +900,7 @@ def test_the_folder_of_a_study_is_one_recipe_s_and_emptied_of_its_own(folder: Pa
         mine.parent.mkdir(exist_ok=True)
         mine.write_text("precious")
         code, _, err = call(capsys, "sweep", path, *asked, "--force")
-        assert (code, "study: holds what no study wrote: " in err) == (1, True), err
+        assert (code, "study: holds files that no study wrote: " in err) == (1, True), err
         assert mine.read_text() == "precious"
         mine.unlink()
     assert (study / "sweep.csv").read_bytes() == table
