@@ -42,6 +42,8 @@ from torch import Tensor
 
 from deltamerge.formats.delta.positions import expected_bits, uniform_density
 from deltamerge.methods.low_rank import Factors, Wanted, factor
+from deltamerge.models.delta_file import to_torch
+from deltamerge.tensors.dtypes import LOW_BITS, code_of, narrow_randomly
 
 State = dict[str, Tensor]
 Distance = Callable[[State], float]
@@ -104,9 +106,9 @@ class Deltas:
         }
 
     def added(self, deltas: Mapping[str, Tensor]) -> State:
-        """The weights that deltas make of the base."""
+        """The weights that deltas make of the base, rounded as ours are: stochastically."""
         return {
-            name: (old.float() + deltas[name]).to(old.dtype) if name in deltas else old
+            name: _rounded(old.float() + deltas[name], old.dtype) if name in deltas else old
             for name, old in self.origin.items()
         }
 
@@ -121,6 +123,13 @@ class Deltas:
             elif best < whole:
                 break
         return kept
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    code = code_of(dtype)
+    if code not in LOW_BITS:
+        return values.to(dtype)
+    return to_torch(narrow_randomly(values.numpy().reshape(-1), code, 0), code).view(values.shape)
 
 
 def is_head(name: str) -> bool:

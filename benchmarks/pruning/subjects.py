@@ -19,7 +19,7 @@ from benchmarks.tasks import TASKS, models_folder
 from benchmarks.training import adamr
 from deltamerge.calibrate.spec import fast_bfloat16
 
-ROWS, MOST_ROWS = 50, 100
+ROWS, MOST_ROWS = 50, 150
 # Encoders beside those of the shared data: a small learning rate, and AdamR-L2.
 OTHERS: dict[str, dict[str, Any]] = {"sentiment-slow": {"lr": 1e-4}, "sentiment-adamr": {"decay": 0.01}}
 
@@ -119,14 +119,19 @@ class Decoder:
         self.task = smollm2.EXPERTS[own].task
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned)
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.bfloat16)
-        self.test = self._batches(smollm2.rows(self.task, "test")[:count])
         prompts = [row.text for row in smollm2.rows(self.task, "validation")[:MOST_ROWS]]
         answers = smollm2.answers(self.model, self.tokenizer, prompts, smollm2.NEW_TOKENS[self.task])
         some = [smollm2.Row(text, answer.strip()) for text, answer in zip(prompts, answers, strict=True)]
         end = self.tokenizer.eos_token
         self.rows = [{"prompt": row.text, "completion": f" {row.label}{end}"} for row in some]
         self.some = self._batches(some[:ROWS])
-        self.target, self.own = [*self._outputs(self.test)], [*self._outputs(self.some[:1])]
+        self.own = [*self._outputs(self.some[:1])]
+        self.see(smollm2.rows(self.task, "test")[:count])
+
+    def see(self, rows: Sequence[smollm2.Row]) -> None:
+        """Measure on these rows from now on; the model has the fine-tune's weights."""
+        self.test = self._batches(rows)
+        self.target = [*self._outputs(self.test)]
         self.score = self._score(self.target)
 
     def measure(self, state: State) -> tuple[float, float]:

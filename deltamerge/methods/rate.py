@@ -42,12 +42,19 @@ HELD = 1 << 28  # bytes of a float32 delta that is collected in memory; larger o
 TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
-LEARNING_STEPS, LEARNING_ROWS = 300, 8  # steps that codes are learned in, and the rows of each
+LEARNING_ROWS = 8  # of a step that learns codes
+STEPS_A_ROW, LEAST_STEPS, MOST_STEPS = 6, 300, 1200
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
+UNLISTED = 2.0  # weight, times the density, of the loss by unlisted entries: they have the listed ones' directions
 LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
 USUAL = 256  # components that a tensor is factored into, about
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its form
+
+
+def learning_steps(sequences: int) -> int:
+    """Return the steps that codes are learned in on so many rows."""
+    return min(max(LEAST_STEPS, STEPS_A_ROW * sequences), MOST_STEPS)
 
 
 def learning_passes(sequences: int) -> int:
@@ -55,7 +62,7 @@ def learning_passes(sequences: int) -> int:
 
     A backward pass counts as two, and the fine-tune has a pass for each turn of varied rows.
     """
-    return math.ceil(4 * LEARNING_STEPS * LEARNING_ROWS / sequences) + LOOKS
+    return math.ceil(4 * learning_steps(sequences) * LEARNING_ROWS / sequences) + LOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ class Curve:
         best = int(costs.argmin())
         if min(self.m, self.n) > 1:
             factors = self._factors(price)
-            if factors.lost + price * factors.nbytes < costs[best]:
+            if factors.cost + price * factors.nbytes < costs[best]:
                 return factors
         return self._choices[best]
 
@@ -134,8 +141,8 @@ class Curve:
 
     @cached_property
     def _fixed(self) -> tuple[Floats, Floats]:
-        """The bytes and losses of `_choices`."""
-        return np.array([one.nbytes for one in self._choices]), np.array([one.lost for one in self._choices])
+        """The bytes and costs of `_choices`."""
+        return np.array([one.nbytes for one in self._choices]), np.array([one.cost for one in self._choices])
 
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
@@ -163,7 +170,8 @@ class Curve:
             for levels in LISTED_LEVELS:
                 lost = self.energy - float(inside[at]) + self._coded(int(at), levels)
                 nbytes = count * (place * 1.03 + math.log2(levels)) / 8 + self.m + OVERHEAD
-                yield Choice(nbytes, lost, entries=(levels, int(count)))
+                beside = UNLISTED * density * lost if min(self.m, self.n) > 1 else 0.0
+                yield Choice(nbytes, lost, entries=(levels, int(count)), beside=beside)
 
     def _coded(self, at: int, levels: int) -> float:
         """Return the loss by codes of the entries of the bins up to `at`."""
@@ -181,12 +189,19 @@ class Choice:
 
     components  the levels of each component, 0: it is left out
     entries     levels, and the number of the largest entries that have them; None: all
+    beside      what counts beside the loss
     """
 
     nbytes: float
     lost: float
     components: tuple[int, ...] = ()
     entries: tuple[int, int | None] | None = None
+    beside: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """What choices are compared by."""
+        return self.lost + self.beside
 
     def longer(self, energy: float, length: float) -> float:
         """Return the factor on the least-squares parts of a tensor with so much energy: at most LONGEST.
@@ -222,11 +237,11 @@ def _filled(curves: Sequence[Curve], choices: list[Choice], nbytes: float, price
     for number, (curve, choice) in enumerate(zip(curves, choices, strict=True)):
         for step in range(1, FILLS):
             other = curve.choice(2.0 ** (price - step / 16))
-            if choice.nbytes < other.nbytes <= choice.nbytes + room and other.lost < choice.lost:
-                better.append(((choice.lost - other.lost) / (other.nbytes - choice.nbytes), number, other))
+            if choice.nbytes < other.nbytes <= choice.nbytes + room and other.cost < choice.cost:
+                better.append(((choice.cost - other.cost) / (other.nbytes - choice.nbytes), number, other))
     for _, number, other in sorted(better, key=lambda one: -one[0]):
         more = other.nbytes - choices[number].nbytes
-        if 0 < more <= room and other.lost < choices[number].lost:
+        if 0 < more <= room and other.cost < choices[number].cost:
             choices[number], room = other, room - more
     return choices
 

@@ -4,7 +4,8 @@ A text model and the vision-language model built on it call one tensor `model.la
 `language_model.model.layers.0.…` or `model.language_model.layers.0.…`; a headless model lacks the `bert.` of the model
 with a head; transformers 4.52 moved several prefixes at once (`visual.` to `model.visual.`, `model.` to
 `model.language_model.`). A rule exchanges one prefix for another, so that whole modules agree in names and shapes.
-There is no table of architectures.
+There is no table of architectures. Where one model has its experts one by one and another has them fused, they are
+brought into one form.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deltamerge.errors import InputError
-from deltamerge.tensors.names import LM_HEAD
+from deltamerge.tensors import experts
+from deltamerge.tensors.names import LM_HEAD, numbers_as_stars
+from deltamerge.tensors.tensor import TensorInfo
 
+Tensors = Mapping[str, TensorInfo]
 Shape = tuple[int, ...] | None  # None: unknown, fits any other
 Parts = tuple[str, ...]  # the components of a name, numbers as STAR
 
@@ -356,3 +360,75 @@ def _conflict(one: Sequence[_Pair], other: Sequence[_Pair]) -> bool:
     """Tell whether two rules would pair a pattern of either side."""
     ours, theirs = ({pair[side].parts for pair in one} & {pair[side].parts for pair in other} for side in (0, 1))
     return bool(ours or theirs)
+
+
+# Experts, stored one by one or fused.
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """A model's storage of experts: shapes of fused tensors by container, tensors stored one by one, and their layout.
+
+    Containers are canonical names with a star for every number, because all layers are alike.
+    """
+
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    apart: frozenset[str]
+    layout: experts.Layout | None
+
+
+def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list[dict[str, TensorInfo]], list[Names]]:
+    """Return the tensors of every model, and their canonical names. Experts are fused if any model's are."""
+    mixed = experts.differ(models)
+    tensors = [experts.fold(model) if mixed else dict(model) for model in models]
+    return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)
+
+
+def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
+    """Return the form of a model, from its tensors by canonical name and by name in its files."""
+    apart: set[str] = set()
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for container, own in experts.by_container(tensors).items():
+        place = numbers_as_stars(container)
+        shapes.setdefault(place, {key: info.shape for key, info in own.items()})
+        if any(experts.is_joined(info.tensor) for info in own.values()):
+            apart.add(place)
+    return ExpertForm(shapes, frozenset(apart), experts.layout_of(stored))
+
+
+def regrouped(
+    tensors: Tensors, stored: Mapping[str, str], form: ExpertForm
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return a model's tensors in another model's form, and their names in its files, both by canonical name."""
+    result: dict[str, TensorInfo] = {}
+    names: dict[str, str] = {}
+    found = experts.by_container(tensors)
+    swapped = {
+        container
+        for container, own in found.items()
+        if experts.is_turned(
+            {key: info.shape for key, info in own.items()}, form.shapes.get(numbers_as_stars(container), {})
+        )
+    }
+    for name, info in tensors.items():
+        container, _, key = name.rpartition(".")
+        if container not in found or key not in found[container]:
+            result[name], names[name] = info, stored[name]
+            continue
+        if container in swapped:
+            info = experts.turned(info)
+        own = (form.layout or {}).get(key) if numbers_as_stars(container) in form.apart else None
+        if own is None or info.shape[1] % len(own):
+            result[name], names[name] = info, stored[name]
+            continue
+        place = stored[name].rpartition(".")[0]
+        for rest, part in experts.unfold(info, own).items():
+            result[f"{container}.{rest}"] = replace(part, name=f"{place}.{rest}")
+            names[f"{container}.{rest}"] = f"{place}.{rest}"
+    return result, names
+
+
+def in_order(names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
+    """Return canonical names in the order of the model's files."""
+    order = {name: i for i, name in enumerate(tensors)}
+    return dict(sorted(names.items(), key=lambda item: order.get(item[1], len(order))))

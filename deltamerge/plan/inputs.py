@@ -20,14 +20,13 @@ from deltamerge.formats.components import code_of as code_of
 from deltamerge.formats.weight_files import PICKLES, is_distributed
 from deltamerge.methods.registry import PRUNE
 from deltamerge.models.checkpoint import Checkpoint, by_component, decoded
-from deltamerge.models.matching import Names, match
+from deltamerge.models.matching import ExpertForm, form_of, in_order, regrouped, shared_names
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe, Section, model_name
-from deltamerge.tensors import experts
 from deltamerge.tensors.experts import is_joined, is_turned_stack
-from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, TOKEN_HEAD, layer_index, numbers_as_stars
+from deltamerge.tensors.names import LM_HEAD, TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import zeros_like
 
@@ -561,78 +560,6 @@ def _check(recipe: Recipe, index: int) -> None:
         problems.append(recipe.problem(("output", "kind"), "peft cannot use protect on an adapter's own A and B"))
     if problems:
         raise RecipeError(recipe.source.path, problems)
-
-
-Tensors = Mapping[str, TensorInfo]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertForm:
-    """A model's storage of experts: shapes of fused tensors by container, tensors stored one by one, and their layout.
-
-    Containers are canonical names with a star for every number, because all layers are alike.
-    """
-
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    apart: frozenset[str]
-    layout: experts.Layout | None
-
-
-def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list[dict[str, TensorInfo]], list[Names]]:
-    """Return the tensors of every model, and their canonical names. Experts are fused if any model's are."""
-    mixed = experts.differ(models)
-    tensors = [experts.fold(model) if mixed else dict(model) for model in models]
-    return tensors, match([{name: info.shape for name, info in model.items()} for model in tensors], labels)
-
-
-def form_of(tensors: Tensors, stored: Tensors) -> ExpertForm:
-    """Return the form of a model, from its tensors by canonical name and by name in its files."""
-    apart: set[str] = set()
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for container, own in experts.by_container(tensors).items():
-        place = numbers_as_stars(container)
-        shapes.setdefault(place, {key: info.shape for key, info in own.items()})
-        if any(experts.is_joined(info.tensor) for info in own.values()):
-            apart.add(place)
-    return ExpertForm(shapes, frozenset(apart), experts.layout_of(stored))
-
-
-def regrouped(
-    tensors: Tensors, stored: Mapping[str, str], form: ExpertForm
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return a model's tensors in another model's form, and their names in its files, both by canonical name."""
-    result: dict[str, TensorInfo] = {}
-    names: dict[str, str] = {}
-    found = experts.by_container(tensors)
-    swapped = {
-        container
-        for container, own in found.items()
-        if experts.is_turned(
-            {key: info.shape for key, info in own.items()}, form.shapes.get(numbers_as_stars(container), {})
-        )
-    }
-    for name, info in tensors.items():
-        container, _, key = name.rpartition(".")
-        if container not in found or key not in found[container]:
-            result[name], names[name] = info, stored[name]
-            continue
-        if container in swapped:
-            info = experts.turned(info)
-        own = (form.layout or {}).get(key) if numbers_as_stars(container) in form.apart else None
-        if own is None or info.shape[1] % len(own):
-            result[name], names[name] = info, stored[name]
-            continue
-        place = stored[name].rpartition(".")[0]
-        for rest, part in experts.unfold(info, own).items():
-            result[f"{container}.{rest}"] = replace(part, name=f"{place}.{rest}")
-            names[f"{container}.{rest}"] = f"{place}.{rest}"
-    return result, names
-
-
-def in_order(names: Mapping[str, str], tensors: Tensors) -> dict[str, str]:
-    """Return canonical names in the order of the model's files."""
-    order = {name: i for i, name in enumerate(tensors)}
-    return dict(sorted(names.items(), key=lambda item: order.get(item[1], len(order))))
 
 
 # Tensors that never have a row per token, whatever their size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from running import calibrate
 from test_stage import RUNS, recipe
 
 from deltamerge.calibrate.model.blocks import BlockModel
-from deltamerge.calibrate.model.devices import Ahead, add_gradients, in_turns
+from deltamerge.calibrate.model.devices import Ahead, ShareStop, add_gradients, in_turns, spread
 from deltamerge.calibrate.model.passes import stored
 from deltamerge.calibrate.q import subject
 
@@ -63,6 +64,19 @@ def test_what_fails_in_one_place_is_raised() -> None:
 
     with pytest.raises(ValueError, match="no"):
         list(in_turns([Place(0), Place(1)], range(4), work))
+
+
+def test_a_failed_share_stops_the_others() -> None:
+    stop = threading.Event()
+
+    def work(place: Place, share: Sequence[int]) -> list[int]:
+        if place.number == 1:
+            raise ValueError("no")
+        assert stop.wait(20)
+        raise ShareStop
+
+    with pytest.raises(ValueError, match="no"):
+        spread([Place(0), Place(1)], range(2), work, stop)
 
 
 def test_the_next_block_is_read_while_a_block_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

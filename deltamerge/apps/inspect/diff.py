@@ -19,8 +19,8 @@ from deltamerge.formats.weight_files import is_weights
 from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.config_differences import Difference, differences, in_words
 from deltamerge.models.delta_over_base import check
+from deltamerge.models.matching import form_of, regrouped, shared_names
 from deltamerge.models.references import Models
-from deltamerge.plan.inputs import form_of, regrouped, shared_names
 from deltamerge.plan.tokenizer_differences import tokenizers_apart
 from deltamerge.run import lock as locks
 from deltamerge.tensors.dtypes import FLOATING, PACKED, widen

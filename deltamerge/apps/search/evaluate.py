@@ -42,8 +42,9 @@ from deltamerge.files import progress
 from deltamerge.files.descriptors import writing
 from deltamerge.files.hashes import seal
 from deltamerge.models.checkpoint import Checkpoint, decoded
+from deltamerge.models.matching import shared_names
 from deltamerge.models.references import Models
-from deltamerge.plan.inputs import refuse_unrunnable, shared_names
+from deltamerge.plan.inputs import refuse_unrunnable
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device

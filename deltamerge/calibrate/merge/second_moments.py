@@ -27,7 +27,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files import progress
 from deltamerge.files.descriptors import writing
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, learning_passes, learning_steps
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -70,10 +70,11 @@ class InputMeasurement:
         """Describe the cost of learning codes; "": none are learned."""
         if not self.codes:
             return ""
-        passes = learning_passes(self.source.calibration.sequences)
+        rows = self.source.calibration.sequences
         return (
-            f"codes of {self.source.model} are learned in {LEARNING_STEPS} steps of {LEARNING_ROWS} rows: "
-            f"about {passes} forward passes over the rows in {self.source.precision}, {human(self.memory)} of memory"
+            f"codes of {self.source.model} are learned in {learning_steps(rows)} steps of {LEARNING_ROWS} rows: "
+            f"about {learning_passes(rows)} forward passes over the rows in {self.source.precision}, "
+            f"{human(self.memory)} of memory"
         )
 
 

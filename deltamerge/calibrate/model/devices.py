@@ -192,29 +192,26 @@ def shares(jobs: Sequence[Job], count: int) -> list[Sequence[Job]]:
 def spread(
     places: Sequence[Place],
     jobs: Sequence[Job],
-    work: Callable[[Place, Sequence[Job], Callable[[], None]], Sequence[T]],
+    work: Callable[[Place, Sequence[Job]], Sequence[T]],
+    stop: threading.Event,
 ) -> list[T]:
-    """Return the results of `work(place, share, check)` for all jobs, in their order; the first share is this thread's.
+    """Return the results of `work(place, share)` for all jobs, in their order; the first share is this thread's.
 
-    `check` raises `ShareStop` once another share has failed.
+    `stop` is set once a share has failed. Work that sees it set raises `ShareStop`.
     """
-    some = shares(jobs, len(places))
-    stop, phase = threading.Event(), progress.here(progress.PASSES)
-
-    def check() -> None:
-        if stop.is_set():
-            raise ShareStop
+    some, phase = shares(jobs, len(places)), progress.here(progress.PASSES)
+    stop.clear()
 
     def one(place: Place, share: Sequence[Job]) -> Sequence[T]:
         try:
             with progress.joined(phase):
-                return work(place, share, check)
+                return work(place, share)
         except BaseException:
             stop.set()
             raise
 
     if len(some) == 1:
-        return list(work(places[0], jobs, check))
+        return list(work(places[0], jobs))
     with ThreadPoolExecutor(len(some) - 1, "device") as pool:
         begun = [pool.submit(one, place, share) for place, share in zip(places[1:], some[1:], strict=False)]
         try:
@@ -231,14 +228,17 @@ def in_turns(places: Sequence[There], jobs: Sequence[Job], work: Callable[[There
     One job a place runs at a time. Their results are taken before the next ones begin.
     """
 
-    def one(place: There, share: Sequence[Job], check: Callable[[], None]) -> list[T]:
+    stop = threading.Event()
+
+    def one(place: There, share: Sequence[Job]) -> list[T]:
         (job,) = share
-        check()
+        if stop.is_set():
+            raise ShareStop
         with current(place.device):
             return [work(place, job)]
 
     for start in range(0, len(jobs), len(places)):
-        yield from spread(places, jobs[start : start + len(places)], one)
+        yield from spread(places, jobs[start : start + len(places)], one, stop)
 
 
 def add_gradients(

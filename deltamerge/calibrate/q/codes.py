@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
 from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, LEARNING_STEPS, learning_passes, unit
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, learning_passes, learning_steps, unit
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
@@ -128,7 +129,8 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         ],
         betas=(0.9, 0.99),
     )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate)
+    steps = learning_steps(subject.source.calibration.sequences)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, steps))
 
     def step(objective: Distribution, group: Sequence[int]) -> None:
         place()
@@ -142,12 +144,12 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         rates.step()
         count([batches[batch] for batch in group], 3)
 
-    turns = math.ceil(LEARNING_STEPS / len(groups))
+    turns = math.ceil(steps / len(groups))
     variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
     for turn in range(turns):
         if not turn or variations.substitutes:
             objective = subject.distribution(variations.turn(turn))
-        order = draw.permutation(len(groups))[: LEARNING_STEPS - turn * len(groups)]
+        order = draw.permutation(len(groups))[: steps - turn * len(groups)]
         with _added(layers, latents, dtype), float_attention(dtype, device):
             for number in order:
                 step(objective, groups[number])
@@ -196,9 +198,9 @@ def _variations(subject: Subject, batches: Sequence[Inputs], turns: int) -> Vari
     return found
 
 
-def _rate(step: int) -> float:
+def _rate(steps: int, step: int) -> float:
     """Return the share of the learning rate: up over the first steps, then down along a cosine."""
-    return min((step + 1) / WARM, 1.0) * 0.5 * (1 + math.cos(math.pi * step / LEARNING_STEPS))
+    return min((step + 1) / WARM, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _layers(model: BlockModel, latents: Mapping[str, Latent]) -> dict[str, nn.Linear]:

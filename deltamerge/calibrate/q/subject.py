@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge.calibrate.model.blocks import NO_CALLBACKS, BlockModel, Inputs
 from deltamerge.calibrate.model.candidates import Cache, Masked, Q, ReadDelta, pruned
-from deltamerge.calibrate.model.devices import Ahead, Resident, spread
+from deltamerge.calibrate.model.devices import Ahead, Resident, ShareStop, spread
 from deltamerge.calibrate.model.layers import Linear
 from deltamerge.calibrate.model.passes import Callbacks, Weights, entries, from_reader, sequences, stored
 from deltamerge.calibrate.q import objectives as O
@@ -234,6 +234,7 @@ class Subject:
     batches     of the rows that are searched on, "search", and held out, "held"
     few         the first batches of "search" that hold a quarter of its rows
     sequences   the number that has gone through the model so far; a backward pass counts as two
+    stop        is set once a GPU's share of the work has failed; all GPUs' subjects have the same
     """
 
     def __init__(
@@ -246,9 +247,10 @@ class Subject:
         reports: bool = True,
         halved: bool = False,
         ahead: bool = True,
+        stop: threading.Event | None = None,
     ) -> None:
         self._given, self._reports = (tensors, reader, known), reports
-        self.check: Callable[[], None] = lambda: None
+        self._stop = stop or threading.Event()
         self.source = source
         self.device = torch_device(source.device)
         self.infos = tensors.own
@@ -355,7 +357,8 @@ class Subject:
 
     def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
         """Show how many passes over batches a walk has made. ShareStop: another device's share has failed."""
-        self.check()
+        if self._stop.is_set():
+            raise ShareStop
         if self._reports:
             progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
 
@@ -451,20 +454,20 @@ class Subject:
     ) -> list[Any]:
         """Return `value` of the models with the weights of each job. Several GPUs share the jobs."""
 
-        def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
-            at.check = check
+        def some(at: Subject, share: Sequence[T]) -> list[Any]:
             variants = [weights(at, job) for job in share]
             there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
             with current(at.device):
                 return value(at.model, there, variants, counted=counted)
 
-        return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
+        return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some, self._stop)
 
     @cached_property
     def others(self) -> list[Subject]:
         """Return the same on the other GPUs that calibration may use."""
         devices = torch_devices(self.source.device)[1:]
-        return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
+        sources = [replace(self.source, device=str(one)) for one in devices]
+        return [Subject(source, *self._given, reports=False, stop=self._stop) for source in sources]
 
     def learner(self, objective: O.Distribution) -> Learner:
         """Return the learner of the first mask's scales."""
