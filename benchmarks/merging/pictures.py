@@ -24,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 from benchmarks import RESULTS
 from benchmarks.merging import pages, picture_tasks, words
 from benchmarks.merging.scores import Weights
-from benchmarks.merging.words import CALIBRATED, PACKAGE, Merge, of, rows_of, usual
+from benchmarks.merging.words import BALANCED, CALIBRATED, PACKAGE, Merge, fitted, of, rows_of
 from benchmarks.tasks import Part
 
 FILE = RESULTS / "merging_pictures.json"
@@ -34,11 +34,10 @@ FAMILIES = {
 }
 SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 300)}
 AROUND = dict.fromkeys(FAMILIES, (0.35, 0.5, 0.7, 1.0, 1.4))  # times the rule's λ
-FITTED = {"merge_method": "svc", "balance": "norm", "calibration": {"per": "merge", "coefficients": "row"}}
 MERGES = (
     *PACKAGE,
     *(of(method, lambda models: 1.0) for method in ("emr", "tall_masks")),
-    Merge("svc, balanced + coefficients by row", usual("svc"), FITTED, rows=True),
+    *(fitted(BALANCED, "row", rows) for rows in (CALIBRATED, 2 * CALIBRATED)),
 )
 
 
@@ -81,10 +80,10 @@ class Family(words.Family):
                 found.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
         return torch.cat(found) @ weight.T + bias
 
-    def calibration(self, name: str, work: Path) -> dict[str, Any]:
+    def calibration(self, name: str, work: Path, rows: int) -> dict[str, Any]:
         folder = work / name
         folder.mkdir()
-        for i, row in enumerate(rows_of(name, "train")[: 2 * CALIBRATED]):
+        for i, row in enumerate(rows_of(name, "train")[: 2 * rows]):
             Image.fromarray(row.image).save(folder / f"{i:03}.png")
         return {"data": str(folder)}
 

@@ -51,12 +51,15 @@ CALIBRATED = 50  # rows a task, of methods that look at rows
 
 @dataclass(frozen=True)
 class Merge:
-    """A method of the package as a recipe has it, or a formula of `tried`; `rule` is its λ by the number of models."""
+    """A method of the package as a recipe has it, or a formula of `tried`.
+
+    `rule` is its λ by the number of models. It sees `rows` of each task, without labels.
+    """
 
     name: str
     rule: Callable[[int], float]
     recipe: dict[str, Any] | None = None
-    rows: bool = False
+    rows: int = 0
     formula: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
     after: str | None = None
 
@@ -80,7 +83,7 @@ def falling(factor: float) -> Callable[[int], float]:
     return lambda models: factor / models**0.5
 
 
-def of(method: str, rule: Callable[[int], float] | None = None, rows: bool = False, **keys: Any) -> Merge:
+def of(method: str, rule: Callable[[int], float] | None = None, rows: int = 0, **keys: Any) -> Merge:
     balanced = ", balanced" if "balance" in keys else ""
     return Merge(f"{method}{balanced}", rule or usual(method), {"merge_method": method, **keys}, rows)
 
@@ -99,11 +102,24 @@ PACKAGE = (
     of("wudi", balance="norm"),
     of("svc"),
     of("svc", balance="norm"),
-    of("regmean", rows=True),
+    of("regmean", rows=CALIBRATED),
 )
+
+
+def fitted(start: Merge, scope: str, rows: int = CALIBRATED) -> Merge:
+    """A fit of coefficients on rows, which starts at another merge of the package."""
+    keys = {**(start.recipe or {}), "calibration": {"per": "merge", "coefficients": scope}}
+    name = f"{start.name} + coefficients by {scope}" + (f", {rows} rows" if rows != CALIBRATED else "")
+    return Merge(name, start.rule, keys, rows)
+
+
+BALANCED = of("svc", balance="norm")
+STARTS = (BALANCED, of("regmean", rows=CALIBRATED))
 AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "wudi": 1.2}
 MERGES = (
     *PACKAGE,
+    *(fitted(start, scope) for start in STARTS for scope in ("layer", "row")),
+    fitted(BALANCED, "row", 2 * CALIBRATED),
     Merge("ace", falling(0.8), formula=tried.ace),
     Merge("ace, ε relative", falling(1.2), formula=lambda ds, base: tried.ace(ds, base, relative=True)),
     Merge("ortho", falling(4.0), formula=tried.ortho),
@@ -244,7 +260,9 @@ class Family:
             for name in names:
                 models.append({"model": self.source(name), "name": name})
                 if merge.rows:
-                    models[-1]["calibration"] = self.calibration(name, Path(work)) | {"sequences": CALIBRATED}
+                    models[-1]["calibration"] = self.calibration(name, Path(work), merge.rows) | {
+                        "sequences": merge.rows
+                    }
             recipe = {**merge.recipe, "base_model": str(self.base), "models": models, "parameters": parameters}
             path = Path(work) / "recipe.yaml"
             path.write_text(yaml.safe_dump(recipe | {"dtype": "float32"}), encoding="utf-8")
@@ -252,10 +270,10 @@ class Family:
             made = self.body(Path(work) / "out")
         return {key: (tensor - self.weights[key]) / factor for key, tensor in made.items()}
 
-    def calibration(self, name: str, work: Path) -> dict[str, Any]:
+    def calibration(self, name: str, work: Path, rows: int) -> dict[str, Any]:
         """Write twice as many rows of the task as are used, and return what a recipe says of them."""
         path = work / f"{name}.jsonl"
-        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * CALIBRATED]]
+        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * rows]]
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
         return {"data": str(path), "length": 40}
 

@@ -71,7 +71,7 @@ def ours(one: Subject, budget: int, work: Path, find: Callable[..., Factors], ro
     if rows:
         path = work / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in one.rows[:rows]), encoding="utf-8")
-        calibration = {"data": str(path)}
+        calibration = {"data": str(path), "sequences": rows}
     before = shares.factor  # type: ignore[attr-defined]
     shares.factor = find  # type: ignore[attr-defined]
     try:

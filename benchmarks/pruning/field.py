@@ -129,7 +129,7 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     code = code_of(dtype)
     if code not in LOW_BITS:
         return values.to(dtype)
-    return to_torch(narrow_randomly(values.numpy().reshape(-1), code, 0), code).view(values.shape)
+    return to_torch(narrow_randomly(values.float().numpy().reshape(-1), code, 0), code).view(values.shape)
 
 
 def is_head(name: str) -> bool:
