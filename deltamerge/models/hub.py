@@ -103,12 +103,12 @@ def _local(reference: str, folder: Path) -> Path | None:
 
 def absent(reference: str, folder: Path) -> InputError | None:
     """Return the error for a reference that does not exist and is no hub id. Does not ask the hub."""
-    for part in reference.split("+"):
-        if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
-            try:
+    try:
+        for part in _split(reference, folder) if "+" in reference else (reference,):
+            if _local(part, folder) is None and IN_HUB.fullmatch(part) is None:
                 _hub_id(part, folder)
-            except InputError as error:
-                return error
+    except InputError as error:
+        return error
     return None
 
 

@@ -433,9 +433,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_the_documented_reader(chain: Path, base: Tensors) -> list[Tensors]:
-    """What each version makes, in numpy: float32(base) + value, rounded once; sums of parts in float64."""
+    """Return each version: float32(base) + value, rounded as the record says; sums of parts in float64."""
     reader: dict[str, Any] = {}
-    for word in ("def positions", "def sum_of_parts"):
+    for word in ("def positions", "def sum_of_parts", "def rounded_by_chance"):
         exec(documented(word), reader)
     now, found = base, list[Tensors]()
     for name in NAMES[: len(FEW)]:
@@ -455,6 +455,9 @@ def by_the_documented_reader(chain: Path, base: Tensors) -> list[Tensors]:
             else:
                 where = reader["positions"](record, tensor, arrays)
                 flat[where] += reader["added"](record, tensor, arrays, where)
+            if "rounding" in record:
+                bits = reader["rounded_by_chance"](flat, record["dtype"])
+                flat = (bits.astype(np.uint32) << 16).view(np.float32)
             made[tensor] = torch.from_numpy(flat).reshape(m, n).to(now[tensor].dtype)
         found.append(made)
         now = made
@@ -466,7 +469,7 @@ def test_versions_that_add_values(few: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(few)
     base = load_tensors(few / "base")
     kinds = [json.loads((few / "chain" / name / "delta.json").read_text()) for name in NAMES[: len(FEW)]]
-    assert [(kind["version"], kind["semantics"]) for kind in kinds] == [(3, "add"), (1, "add"), (2, "replace")]
+    assert [(kind["version"], kind["semantics"]) for kind in kinds] == [(5, "add"), (1, "add"), (2, "replace")]
     wanted = [*by_the_documented_reader(few / "chain", base)[:2], load_tensors(few / "tuned-3")]
     assert not any(same(one, load_tensors(few / f"tuned-{i}")) for i, one in enumerate(wanted[:2], 1))
     switch, served = dm.Switch(live := {n: t.clone() for n, t in base.items()}), ServedModel(few / "base")
