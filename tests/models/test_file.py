@@ -437,7 +437,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 5, "has version 5, this deltamerge reads versions 1 to 4"),
+        ("version", 6, "has version 6, this deltamerge reads versions 1 to 5"),
         ("format", "gguf", "not the manifest"),
         ("semantics", "multiply", "semantics: input should be 'replace' or 'add'"),
         ("surprise", 1, "surprise: extra inputs"),
