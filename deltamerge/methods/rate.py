@@ -170,8 +170,8 @@ class Curve:
             for levels in LISTED_LEVELS:
                 lost = self.energy - float(inside[at]) + self._coded(int(at), levels)
                 nbytes = count * (place * 1.03 + math.log2(levels)) / 8 + self.m + OVERHEAD
-                beside = UNLISTED * density * lost if min(self.m, self.n) > 1 else 0.0
-                yield Choice(nbytes, lost, entries=(levels, int(count)), beside=beside)
+                penalty = UNLISTED * density * lost if min(self.m, self.n) > 1 else 0.0
+                yield Choice(nbytes, lost, entries=(levels, int(count)), penalty=penalty)
 
     def _coded(self, at: int, levels: int) -> float:
         """Return the loss by codes of the entries of the bins up to `at`."""
@@ -189,19 +189,19 @@ class Choice:
 
     components  the levels of each component, 0: it is left out
     entries     levels, and the number of the largest entries that have them; None: all
-    beside      what counts beside the loss
+    penalty     counts with the loss
     """
 
     nbytes: float
     lost: float
     components: tuple[int, ...] = ()
     entries: tuple[int, int | None] | None = None
-    beside: float = 0.0
+    penalty: float = 0.0
 
     @property
     def cost(self) -> float:
-        """What choices are compared by."""
-        return self.lost + self.beside
+        """The loss and the penalty, by which choices are compared."""
+        return self.lost + self.penalty
 
     def longer(self, energy: float, length: float) -> float:
         """Return the factor on the least-squares parts of a tensor with so much energy: at most LONGEST.
