@@ -24,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 from benchmarks import RESULTS
 from benchmarks.merging import pages, picture_tasks, words
 from benchmarks.merging.scores import Weights
-from benchmarks.merging.words import BALANCED, PACKAGE, Merge, fitted, of, rows_of
+from benchmarks.merging.words import BALANCED, CALIBRATED, PACKAGE, Merge, fitted, of, rows_of
 from benchmarks.tasks import Part
 
 FILE = RESULTS / "merging_pictures.json"
@@ -37,7 +37,7 @@ AROUND = dict.fromkeys(FAMILIES, (0.35, 0.5, 0.7, 1.0, 1.4))  # times the rule's
 MERGES = (
     *PACKAGE,
     *(of(method, lambda models: 1.0) for method in ("emr", "tall_masks")),
-    fitted(BALANCED, "row"),
+    *(fitted(BALANCED, "row", rows) for rows in (CALIBRATED, 2 * CALIBRATED)),
 )
 
 
