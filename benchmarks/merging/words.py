@@ -53,7 +53,8 @@ CALIBRATED = 50  # rows a task, of methods that look at rows
 class Merge:
     """A method of the package as a recipe has it, or a formula of `tried`.
 
-    `rule` is its λ by the number of models. It sees `rows` of each task, without labels.
+    `rule` is its λ by the number of models. It searches on `rows` of each task, without labels, and as many others
+    decide where coefficients are fitted.
     """
 
     name: str

@@ -335,7 +335,7 @@ class StudyJudge:
             self.known |= {node: found[node] for node in candidate.stages} | spools
 
     def calibrated(self, recipe: Recipe) -> dict[str, Calibrated]:
-        """Return the q's and coefficients of a recipe, by the names of its stages; what was judged is kept."""
+        """Return the q's and coefficients of a recipe, by the names of its stages. Known values are not made again."""
         candidate = self.candidates.of(recipe)
         self.prepare(candidate)
         known = {node: self.known[node] for node in candidate.stages}
