@@ -3,6 +3,7 @@
     python -m benchmarks.merging.decoder choose             every merge of MERGES, on validation rows
     python -m benchmarks.merging.decoder report wudi iso_c  those whose names begin so, on test rows
     python -m benchmarks.merging.decoder report --size 2 3  of every pair and triple instead of all four
+    python -m benchmarks.merging.decoder report recommend   what `recommend` chooses with a few rows of each task
     python -m benchmarks.merging.decoder choose --around    and at 0.7 and 1.4 times the rule's λ
     python -m benchmarks.merging.decoder --docs             only the tables of docs/measurements/merging.md
 
@@ -13,7 +14,7 @@ benchmarks/results/merging_skills.json: `models` has of the base and of each exp
 on plain text and KL to the base on answers to instructions. `cells` is a list: `family`, `tasks`
 that were merged, `merge`, `lambda` (null: fitted, or none), `rows` a model that it saw, `shares` in % of each
 expert's own, their `mean` and `worst`, `text` (% of perplexity above the experts' mean), `instructions` (KL),
-`cpu_s`, `tried` (factor of λ -> shares).
+`cpu_s`, `tried` (factor of λ -> shares). `advised` has such cells of what `recommend` chose, with its advice.
 """
 
 from __future__ import annotations
@@ -40,10 +41,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import RESULTS, process, smollm2
 from benchmarks.merging.scores import Weights, write
+from benchmarks.merging.words import FIFTY, HUNDRED, said, summary
 from benchmarks.process import surroundings
 from benchmarks.pruning import quality
 from deltamerge.api import load_recipe
+from deltamerge.apps.recommend.advised import advised_merge
 from deltamerge.methods.registry import MERGE
+from deltamerge.run.options import Options
 
 FILE = RESULTS / "merging_skills.json"
 FAMILIES = {
@@ -53,6 +57,7 @@ FAMILIES = {
 ROWS = 50  # of validation, with an expert's own answers, for merges that look at rows
 SEEN = {"choose": ("validation", slice(200, 300)), "report": ("test", slice(0, 100))}  # rows that are scored
 AROUND = (0.7, 1.4)
+ALIKE: dict[str, Any] = {"keys": {"dtype": "float32"}, "options": Options(workers=1)}  # of advised merges
 WINDOW, WINDOWS = 256, 16  # tokens of plain text
 Known = dict[str, dict[str, float]]  # model -> its exact match, perplexity and KL to the base
 
@@ -61,7 +66,7 @@ Known = dict[str, dict[str, float]]  # model -> its exact match, perplexity and 
 class Merge:
     """A method as a recipe has it; `rule` is its λ by the number of models, None: the package's.
 
-    `each`: a model per task. `rows`: so many of each model's own stand beside it.
+    `each`: a model per task. `rows`: so many of each model's own stand beside it. Without keys `recommend` chooses it.
     """
 
     name: str
@@ -72,10 +77,16 @@ class Merge:
 
     def factor(self, models: int) -> float | None:
         """λ, where the method has one and it is not fitted."""
+        if self.is_advised:
+            return None
         declared = MERGE[self.keys["merge_method"]].parameters
         if "lambda" not in declared or self.is_fitted:
             return None
         return self.rule(models) if self.rule else float(declared["lambda"].default_for(models) or 1.0)
+
+    @property
+    def is_advised(self) -> bool:
+        return not self.keys
 
     @property
     def is_fitted(self) -> bool:
@@ -139,6 +150,7 @@ MERGES = (
     Merge("tall_masks", {"merge_method": "tall_masks"}, each=True),
     *(fitted(of("wudi", balance=True), scope) for scope in ("layer", "row")),
     *(fitted(NEAR, scope) for scope in ("layer", "row")),
+    *(Merge(f"recommend, {said(rows)}", {}, rows=sum(rows)) for rows in (FIFTY, HUNDRED)),
 )
 # Of pairs and triples.
 FEW = ("task_arithmetic, balanced", "iso_c, balanced", "tsv_m, balanced", "wudi", "svc, balanced", "regmean, off")
@@ -160,6 +172,7 @@ class Family:
         self.text = torch.tensor(ids[: len(ids) // WINDOWS * WINDOWS]).view(WINDOWS, -1)
         self.instructions = smollm2.instructions(folder)
         self.own = log_softmax(self._instructed(), -1)
+        self.advice: dict[str, dict[str, Any]] = {}
 
     def load(self, weights: Weights) -> None:
         self.model.load_state_dict(weights, strict=False)  # the head is the embeddings
@@ -190,10 +203,16 @@ class Family:
         rows = {name: smollm2.answered(name, merge.rows, self.folder, apart=True) for name in names if merge.rows}
         for number, some in enumerate([[name] for name in names] if merge.each else [list(names)], 1):
             with tempfile.TemporaryDirectory() as work:
-                path = Path(work) / "recipe.yaml"
-                path.write_text(yaml.safe_dump(merge.recipe(self.base, models, rows, number)), encoding="utf-8")
-                load_recipe(path, workers=1).run(Path(work) / "out")
-                yield tensors_of(Path(work) / "out"), some
+                path, out = Path(work) / "recipe.yaml", Path(work) / "out"
+                if merge.is_advised:
+                    seen = [{"data": str(rows[name]), "sequences": merge.rows, "length": 128} for name in names]
+                    made = advised_merge(list(models.values()), str(self.base), out, rows=seen, **ALIKE)
+                    made.run()
+                    self.advice[merge.name] = summary(made.advice)
+                else:
+                    path.write_text(yaml.safe_dump(merge.recipe(self.base, models, rows, number)), encoding="utf-8")
+                    load_recipe(path, workers=1).run(out)
+                yield tensors_of(out), some
 
 
 def tensors_of(folder: Path) -> Weights:
@@ -251,7 +270,7 @@ def cell(
         "instructions": round(apart, 3),
         "cpu_s": round(took, 1),
         "tried": tried,
-    }
+    } | family.advice.get(merge.name, {})
 
 
 def measured(asked: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -260,14 +279,15 @@ def measured(asked: argparse.Namespace, found: dict[str, Any]) -> None:
     known = known_of(family, found)
     usual = MERGES if asked.size == [len(FAMILIES[asked.family])] else [m for m in MERGES if m.name.startswith(FEW)]
     merges = [merge for name in asked.names for merge in named(name)] or usual
-    cells: list[dict[str, Any]] = found["cells"]
     for merge in merges:
+        kind = "advised" if merge.is_advised else "cells"
+        cells: list[dict[str, Any]] = found.setdefault(kind, [])
         for names in (names for size in asked.size for names in combinations(FAMILIES[asked.family], size)):
             same = [one for one in cells if identity(one) == (family.name, list(names), merge.name)]
             if same and not asked.again:
                 continue
             made = cell(family, merge, names, known, AROUND if asked.around else ())
-            found["cells"] = cells = [one for one in cells if one not in same] + [made]
+            found[kind] = cells = [one for one in cells if one not in same] + [made]
             keep(found)
             words = f"{merge.name} of {', '.join(names)}: {made['mean']} / {made['worst']}, text {made['text']:+} %"
             print(f"{words}, {made['cpu_s']} s; {made['tried']}", file=sys.stderr, flush=True)
@@ -299,7 +319,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"models": {}, "cells": []}
     if asked.family and not asked.docs:
-        measured(asked, {"models": found["models"], "cells": found["cells"]})
+        measured(asked, {k: found[k] for k in ("models", "cells", "advised") if k in found})
     from benchmarks.merging import pages
 
     pages.write_decoder(json.loads(FILE.read_text(encoding="utf-8")))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks import ROOT
+from benchmarks import RESULTS, ROOT
 from benchmarks.drawing import MOST, draw_bars
 from deltamerge.apps.report.svg import Point
 
 DOCS = ROOT / "docs" / "measurements"
+ADVISED = {
+    "words": "merging_words.json",
+    "pictures": "merging_pictures.json",
+    "decoder": "merging_skills.json",
+}
 PAGE, PICTURE = DOCS / "merging.md", DOCS / "pictures" / "merging.svg"
 
 
@@ -34,11 +40,13 @@ def documented(found: dict[str, Any], page: str) -> str:
 def write_words(found: dict[str, Any]) -> None:
     """Write the tables of words.py: of both families, of the reported experts of every seed, and of their LoRAs."""
     _put("words", {"words": words, "seeds": seeds_of_reported, "loras": loras_of_words}, found)
+    write_advised()
 
 
 def write_pictures(found: dict[str, Any]) -> None:
     """Write the tables of pictures.py: of the experts that choose, and of those that are reported, by seed too."""
     _put("pictures", {"choose": choice_of_pictures, "report": report_of_pictures, "seeds": seeds_of_reported}, found)
+    write_advised()
 
 
 def write_cases(found: list[dict[str, Any]]) -> None:
@@ -49,6 +57,32 @@ def write_cases(found: list[dict[str, Any]]) -> None:
 def write_decoder(found: dict[str, Any]) -> None:
     """Write the tables of decoder.py: experts alone, merges of four, and of pairs and triples."""
     _put("decoder", {"models": models_of_decoder, "fours": fours_of_decoder, "sets": sets_of_decoder}, found)
+    write_advised()
+
+
+def write_advised() -> None:
+    """Write the table of what `recommend` chooses of the reported experts of all benchmarks, with few rows."""
+    _put("advised", {"report": advised}, None)
+
+
+def advised(_: None) -> str:
+    """What `recommend` chose with so many rows, what it expected of it on average, and what was kept on test rows."""
+    lines = [["experts", "rows, searched on + deciding", "chosen", "λ", "expected", "kept", "by task", "CPU s"]]
+    lines.append(["---"] * len(lines[0]))
+    for kind, file in ADVISED.items():
+        found = json.loads((RESULTS / file).read_text(encoding="utf-8")).get("advised", {})
+        some = {"report": found} if isinstance(found, list) else {k: v.values() for k, v in found.items()}
+        for family, cells in some.items():
+            seed = family.partition("seed ")[2] or "0"
+            for c in (cell for cell in cells if family.startswith("report")):
+                rows = c["merge"].removeprefix("recommend, ").removesuffix(" rows")
+                known = [share for share in c["expected"] if share is not None]
+                shares = ", ".join(f"{share:.0f}" for share in c["shares"].values())
+                ends = [f"{fmean(known):.1f}" if known else "–", f"{c['mean']} / {c['worst']}", shares]
+                lines.append(
+                    [f"{kind}, seed {seed}", rows, c["chosen"], f"{c['lambda']:.3g}", *ends, f"{c['cpu_s']:.0f}"]
+                )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def models_of_decoder(found: dict[str, Any]) -> str:

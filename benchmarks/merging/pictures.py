@@ -24,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 from benchmarks import RESULTS
 from benchmarks.merging import pages, picture_tasks, words
 from benchmarks.merging.scores import Weights
-from benchmarks.merging.words import BALANCED, CALIBRATED, PACKAGE, Merge, fitted, of, rows_of
+from benchmarks.merging.words import ADVISED, BALANCED, CALIBRATED, HUNDRED, PACKAGE, Merge, fitted, of, rows_of
 from benchmarks.tasks import Part
 
 FILE = RESULTS / "merging_pictures.json"
@@ -37,7 +37,8 @@ AROUND = dict.fromkeys(FAMILIES, (0.35, 0.5, 0.7, 1.0, 1.4))  # times the rule's
 MERGES = (
     *PACKAGE,
     *(of(method, lambda models: 1.0) for method in ("emr", "tall_masks")),
-    *(fitted(BALANCED, "row", rows) for rows in (CALIBRATED, 2 * CALIBRATED)),
+    *(fitted(BALANCED, "row", rows) for rows in ((CALIBRATED,) * 2, (2 * CALIBRATED,) * 2, HUNDRED)),
+    *ADVISED,
 )
 
 
@@ -80,12 +81,12 @@ class Family(words.Family):
                 found.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
         return torch.cat(found) @ weight.T + bias
 
-    def calibration(self, name: str, work: Path, rows: int) -> dict[str, Any]:
+    def calibration(self, name: str, work: Path, merge: Merge) -> dict[str, Any]:
         folder = work / name
         folder.mkdir()
-        for i, row in enumerate(rows_of(name, "train")[: 2 * rows]):
+        for i, row in enumerate(rows_of(name, "train")[: merge.rows + merge.decide]):
             Image.fromarray(row.image).save(folder / f"{i:03}.png")
-        return {"data": str(folder)}
+        return {"data": str(folder), "sequences": words.searched(merge)}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python -m benchmarks.merging.words report        four others, of other data: looked at once rules and list stood
     python -m benchmarks.merging.words loras         LoRAs of the reported tasks, merged in their core (needs peft)
     python -m benchmarks.merging.words report wudi   methods whose names begin so
+    python -m benchmarks.merging.words report recommend    what `recommend` chooses with a few rows of each task
     python -m benchmarks.merging.words --docs        only the tables of docs/measurements/merging.md
 
 The experts are those of word_tasks.py and of the demo, each scored with its own head. λ is tried in memory around the
@@ -35,8 +36,11 @@ from benchmarks.merging import nine_tasks, picture_tasks, tried, word_tasks
 from benchmarks.merging.scores import HEAD, Weights, encoder_of, write
 from benchmarks.tasks import Part
 from deltamerge.api import load_recipe
+from deltamerge.apps.recommend.advised import advised_merge
+from deltamerge.apps.recommend.merge import MergeAdvice
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.delta_graph import matrix_form
+from deltamerge.run.options import Options
 
 FILE = RESULTS / "merging_words.json"
 FAMILIES = {
@@ -53,14 +57,15 @@ CALIBRATED = 50  # rows a task, of methods that look at rows
 class Merge:
     """A method of the package as a recipe has it, or a formula of `tried`.
 
-    `rule` is its λ by the number of models. It searches on `rows` of each task, without labels, and as many others
-    decide where coefficients are fitted.
+    `rule` is its λ by the number of models. It searches on `rows` of each task, without labels, and `decide` others
+    decide where coefficients are fitted. Without recipe, formula and `after` it is what `recommend` chooses.
     """
 
     name: str
     rule: Callable[[int], float]
     recipe: dict[str, Any] | None = None
     rows: int = 0
+    decide: int = 0
     formula: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
     after: str | None = None
 
@@ -74,6 +79,11 @@ class Merge:
         """Whether it fits coefficients, which start at the rule's λ."""
         return self.recipe is not None and "calibration" in self.recipe
 
+    @property
+    def advised(self) -> bool:
+        """Whether `recommend` chooses it."""
+        return self.recipe is None and self.formula is None and self.after is None
+
 
 def usual(method: str) -> Callable[[int], float]:
     """The λ that a recipe without one has."""
@@ -86,7 +96,7 @@ def falling(factor: float) -> Callable[[int], float]:
 
 def of(method: str, rule: Callable[[int], float] | None = None, rows: int = 0, **keys: Any) -> Merge:
     balanced = ", balanced" if "balance" in keys else ""
-    return Merge(f"{method}{balanced}", rule or usual(method), {"merge_method": method, **keys}, rows)
+    return Merge(f"{method}{balanced}", rule or usual(method), {"merge_method": method, **keys}, rows, rows)
 
 
 TIES = {"density": 0.2}
@@ -107,20 +117,26 @@ PACKAGE = (
 )
 
 
-def fitted(start: Merge, scope: str, rows: int = CALIBRATED) -> Merge:
-    """A fit of coefficients on rows, which starts at another merge of the package."""
+def fitted(start: Merge, scope: str, rows: tuple[int, int] = (CALIBRATED, CALIBRATED)) -> Merge:
+    """A fit of coefficients on rows, searched on and deciding, which starts at another merge of the package."""
     keys = {**(start.recipe or {}), "calibration": {"per": "merge", "coefficients": scope}}
-    name = f"{start.name} + coefficients by {scope}" + (f", {rows} rows" if rows != CALIBRATED else "")
-    return Merge(name, start.rule, keys, rows)
+    return Merge(f"{start.name} + coefficients by {scope}, {said(rows)}", start.rule, keys, *rows)
 
 
+def said(rows: tuple[int, int]) -> str:
+    return f"{rows[0]} + {rows[1]} rows"
+
+
+HUNDRED, FIFTY = (67, 33), (34, 16)  # rows in all, searched on and deciding
 BALANCED = of("svc", balance="norm")
 STARTS = (BALANCED, of("regmean", rows=CALIBRATED))
+ADVISED = tuple(Merge(f"recommend, {said(rows)}", lambda models: 1.0, None, *rows) for rows in (HUNDRED, FIFTY))
 AFTER = {"task_arithmetic": 0.8, "iso_c": 1.8, "wudi": 1.2}
 MERGES = (
     *PACKAGE,
     *(fitted(start, scope) for start in STARTS for scope in ("layer", "row")),
-    fitted(BALANCED, "row", 2 * CALIBRATED),
+    *(fitted(BALANCED, "row", rows) for rows in ((2 * CALIBRATED, 2 * CALIBRATED), HUNDRED)),
+    *ADVISED,
     Merge("ace", falling(0.8), formula=tried.ace),
     Merge("ace, ε relative", falling(1.2), formula=lambda ds, base: tried.ace(ds, base, relative=True)),
     Merge("ortho", falling(4.0), formula=tried.ortho),
@@ -137,7 +153,7 @@ class Family:
     merges = MERGES
 
     def __init__(self, names: Sequence[str], part: Part, count: int, seed: int = 0) -> None:
-        self.names = tuple(names)
+        self.names, self.advice = tuple(names), dict[str, dict[str, Any]]()
         self.base, self.folders = self.models(seed)
         self.weights = self.body(self.base)
         self.deltas = {
@@ -194,6 +210,8 @@ class Family:
         """What the merge adds to the base at λ = 1; of a model per task, that of number `task`."""
         if merge.recipe is not None:
             return self._run(merge, names, task)
+        if merge.advised:
+            return self._advised(merge, names)
         if merge.after is not None:
             before = next(one for one in self.merges if one.name == merge.after)
             found, loud = self._run(before, names), self._loudness(names) if merge.name.endswith("aim") else {}
@@ -213,7 +231,7 @@ class Family:
 
     def factors(self, merge: Merge, around: Sequence[float]) -> Sequence[float]:
         """The factors of the rule's λ that are scored."""
-        return (1.0,) if merge.fits or merge.each else around
+        return (1.0,) if merge.fits or merge.each or merge.advised else around
 
     def at(self, factor: float, merge: Merge, added: Weights, models: int) -> Weights:
         """The weights at a λ, from what is added at λ = 1; as in the package, methods of matrices add means once."""
@@ -261,9 +279,7 @@ class Family:
             for name in names:
                 models.append({"model": self.source(name), "name": name})
                 if merge.rows:
-                    models[-1]["calibration"] = self.calibration(name, Path(work), merge.rows) | {
-                        "sequences": merge.rows
-                    }
+                    models[-1]["calibration"] = self.calibration(name, Path(work), merge)
             recipe = {**merge.recipe, "base_model": str(self.base), "models": models, "parameters": parameters}
             path = Path(work) / "recipe.yaml"
             path.write_text(yaml.safe_dump(recipe | {"dtype": "float32"}), encoding="utf-8")
@@ -271,12 +287,33 @@ class Family:
             made = self.body(Path(work) / "out")
         return {key: (tensor - self.weights[key]) / factor for key, tensor in made.items()}
 
-    def calibration(self, name: str, work: Path, rows: int) -> dict[str, Any]:
-        """Write twice as many rows of the task as are used, and return what a recipe says of them."""
-        path = work / f"{name}.jsonl"
-        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[: 2 * rows]]
+    def _advised(self, merge: Merge, names: Sequence[str]) -> Weights:
+        """What the merge that `recommend` chooses adds to the base. Its advice stays in `advice`."""
+        with tempfile.TemporaryDirectory(dir=self.base.parent) as work:
+            rows = [self.calibration(name, Path(work), merge) for name in names]
+            models, options, out = [self.source(name) for name in names], Options(workers=1), Path(work) / "out"
+            made = advised_merge(models, str(self.base), out, rows=rows, keys={"dtype": "float32"}, options=options)
+            made.run()
+            self.advice[merge.name] = summary(made.advice)
+            return {key: tensor - self.weights[key] for key, tensor in self.body(out).items()}
+
+    def calibration(self, name: str, work: Path, merge: Merge) -> dict[str, Any]:
+        """Write the rows of the task that the merge sees, and return what a recipe says of them."""
+        path, count = work / f"{name}.jsonl", merge.rows + merge.decide
+        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[:count]]
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return {"data": str(path), "length": 40}
+        return {"data": str(path), "sequences": searched(merge), "length": 40}
+
+
+def searched(merge: Merge) -> int:
+    """What a recipe calls `sequences`: all rows of a file of which a third decides."""
+    return merge.rows + merge.decide if merge.decide < merge.rows else merge.rows
+
+
+def summary(advice: MergeAdvice) -> dict[str, Any]:
+    """What a table shows of an advice: the choice, and what it expects of each task in %."""
+    expected = [None if one.share is None else round(100 * one.share, 1) for one in advice.forecast]
+    return {"chosen": advice.method, "lambda": advice.factor, "expected": expected}
 
 
 class Loras(Family):
@@ -338,7 +375,7 @@ def cell(family: Family, merge: Merge, names: Sequence[str], around: Sequence[fl
         "tried": tried_,
         "best": max(mean for mean, _ in tried_.values()),
         "cpu_s": round(took, 1),
-    }
+    } | family.advice.get(merge.name, {})
 
 
 def main() -> None:
@@ -384,11 +421,13 @@ def measured(family: Family, merges: Sequence[Merge], kept: str, file: Path, aro
     print(own, file=sys.stderr, flush=True)
     for merge in merges:
         made = cell(family, merge, family.names, around)
-        known["cells"].setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
+        kind = "advised" if merge.advised else "cells"
+        known.setdefault(kind, {}).setdefault(kept, {})[f"{merge.name} of {', '.join(family.names)}"] = made
         print(f"{merge.name}: {made['mean']} / {made['worst']}", file=sys.stderr, flush=True)
         if kept in ("choose", "report"):
             known["own"] |= own
-        write(file, surroundings({"python": sys.executable}) | {"own": known["own"], "cells": known["cells"]})
+        some = {key: known[key] for key in ("own", "cells", "advised") if key in known}
+        write(file, surroundings({"python": sys.executable}) | some)
 
 
 if __name__ == "__main__":

@@ -166,13 +166,20 @@ ROWS_OF_EACH = click.option(
     "--calibration", type=FILE, multiple=True, metavar="FILE",
     help=f"{ROWS}. For several models: once, or once per model in the same order.",
 )  # fmt: skip
-ABOUT_ROWS = together(
-    click.option(
-        "--text", multiple=True, metavar="KEY", help="Field of the rows with the text. Twice for sentence pairs."
-    ),
-    click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Number of rows to use."),
-    click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens per row."),
-)
+
+
+def about_rows(sequences: int, of: str = "Number of rows to use.") -> Callable[..., Any]:
+    """Return a decorator that adds the options about rows, of which so many are used by default."""
+    return together(
+        click.option(
+            "--text", multiple=True, metavar="KEY", help="Field of the rows with the text. Twice for sentence pairs."
+        ),
+        click.option("--sequences", type=click.IntRange(1), default=sequences, show_default=True, help=of),
+        click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens per row."),
+    )
+
+
+ABOUT_ROWS = about_rows(50)
 
 
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:

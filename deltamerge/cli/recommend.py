@@ -12,7 +12,6 @@ import click
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, paragraph, table
 from deltamerge.cli.options import (
-    ABOUT_ROWS,
     AS_CSV,
     AS_JSON,
     BASE,
@@ -25,6 +24,7 @@ from deltamerge.cli.options import (
     RESOURCES,
     WORKERS,
     RecipePath,
+    about_rows,
     rows_in_folder,
     rows_of_each,
     rows_of_text,
@@ -318,7 +318,7 @@ def init(
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), NAME the last part of its path; or one file for all. "
     "A row has a text, or of a language model a prompt and its completion.",
 )  # fmt: skip
-@ABOUT_ROWS
+@about_rows(100, "Number of rows to use. Of a file without many others, a third of them decides.")
 @click.option("--no-fit", is_flag=True, help="Do not fit coefficients, the slowest step.")
 @click.option("--dry-run", is_flag=True, help="Write the recipe, with a lock of its fit, and stop before the run.")
 @click.option("--force", is_flag=True, help="Choose anew, and replace OUT.yaml and OUT.")

@@ -140,7 +140,7 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
     fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
-    start = "fitted from task_arithmetic at λ" if fits else "λ"
+    start = "fitted from λ" if fits else "λ"
     return [
         f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",

@@ -1,7 +1,8 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
 From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and the best of
-them at others. Candidates are judged as in a search: in memory, on each fine-tune's own rows and by its own head.
+them at others. Coefficients are fitted from the best. Candidates are judged as in a search: in memory, on each
+fine-tune's own rows and by its own head.
 `lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
 answers as the fine-tune does.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -56,6 +57,7 @@ ROWS_SAVE = (
     "to save a skill: 50 to 100 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
+SCOPES = ("layer", "row")  # of coefficients that are fitted
 STUDY = Study.model_validate({"together": 2})
 
 
@@ -63,7 +65,7 @@ STUDY = Study.model_validate({"together": 2})
 class Way:
     """A merge that is tried: `first` is the usual λ where the method has no rule, `over_models`: over their number.
 
-    fitted     the scope of fitted coefficients, from task arithmetic
+    fitted     the scope of coefficients that are fitted from it
     balanced   whether its recipe has `balance: norm`
     """
 
@@ -92,6 +94,10 @@ class Way:
         stay = STAY if self.rule is None else RULED
         return best if lost[best] < stay * lost[near] else near
 
+    def by(self, scope: str) -> Way:
+        """Return the fit of coefficients that starts at this merge."""
+        return replace(self, name=f"{self.name} + coefficients by {scope}", fitted=scope)
+
     @property
     def needs_rows(self) -> bool:
         """Return whether a run of its recipe takes calibration rows."""
@@ -114,7 +120,6 @@ WAYS = (
     Way("wudi, balanced", "wudi", balanced=True),
     Way("regmean", "regmean", {"off_diagonal": 0.99}),
 )
-FITTED = tuple(Way(f"coefficients by {scope}", "task_arithmetic", fitted=scope) for scope in ("layer", "row"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +330,7 @@ class _Adviser:
             conflict = measure(roots, device=planning.device, workers=planning.workers)
             if judge is not None:
                 classes = {task.name: _classes(task) for task in judge.tasks.values()}
-                found, good = self._judge(judge, FITTED if fit else (), conflict, classes)
+                found, good = self._judge(judge, SCOPES if fit else (), conflict, classes)
                 if not good:
                     raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
                 way, factor, why = with_rows(found, good)
@@ -370,16 +375,16 @@ class _Adviser:
         return goals
 
     def _judge(
-        self, judge: StudyJudge, fitted: Sequence[Way], conflict: Conflict, classes: Mapping[str, int | None]
+        self, judge: StudyJudge, scopes: Sequence[str], conflict: Conflict, classes: Mapping[str, int | None]
     ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
         """Return all ways, and the ways that can be chosen.
 
-        Each way is tried at its usual λ, and the best ways at others. Fitted coefficients can be
-        chosen if they are better than the best other way on the held-out rows. These rows alone then judge all ways.
+        Each way is tried at its usual λ, and the best ways at others. Coefficients are fitted from the best of
+        all. They can be chosen if they are better than it on the held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
-        with progress.phase("trying merges", len(WAYS) + FINALISTS + len(fitted), "methods") as trying:
+        with progress.phase("trying merges", len(WAYS) + FINALISTS + len(scopes), "methods") as trying:
             for way in WAYS:
                 trials.try_at(way, [way.usual(count)])
                 trying.step(1)
@@ -387,18 +392,17 @@ class _Adviser:
             for way in leaders:
                 trials.narrow(way)
                 trying.step(1)
-            start = trials.factor(ARITHMETIC) or ARITHMETIC.usual(count)
-            for way in fitted:
-                trials.try_at(way, [start])
+            found = {way: trials.candidate(way) for way in WAYS}
+            good = best_first({way: found[way] for way in leaders if found[way].error is None})
+            fits = [good[0].by(scope) for scope in scopes] if good else []
+            for way in fits:
+                trials.try_at(way, [trials.factor(good[0]) or 1.0])
                 trying.step(1)
-        found = {way: trials.candidate(way) for way in (*WAYS, *fitted)}
-        good = [way for way in leaders if found[way].error is None]
-        fits = [way for way in fitted if found[way].error is None]
-        if good and fits:
-            plain = best_first({way: found[way] for way in good})[0]
+        found |= {way: trials.candidate(way) for way in fits}
+        if fits := [way for way in fits if found[way].error is None]:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
-            first = best_first({way: on_held[way] for way in (plain, *fits)})[0]
-            if first != plain:
+            first = best_first({way: on_held[way] for way in (good[0], *fits)})[0]
+            if first in fits:
                 found, good = found | on_held, [first]
         return found, good
 

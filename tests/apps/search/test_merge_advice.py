@@ -28,8 +28,8 @@ from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_wei
 from deltamerge.apps.recommend.meeting import DIRECTIONS, Conflict
 from deltamerge.apps.recommend.merge import (
     ARITHMETIC,
-    FITTED,
     ISO_C,
+    SCOPES,
     STUDY,
     SVC,
     TSV_M,
@@ -160,16 +160,16 @@ def test_same_answers_are_those_of_transformers(folder: Path, tmp_path: Path, ca
             assert row["scores"][name]["same_answers"] == pytest.approx(same.mean())
 
 
-FEW: tuple[tuple[Way, ...], tuple[Way, ...]] = ((ARITHMETIC, ISO_C), ())
+FEW: tuple[tuple[Way, ...], tuple[str, ...]] = ((ARITHMETIC, ISO_C), ())
 
 
-@pytest.mark.parametrize("ways", [FEW, pytest.param((WAYS, FITTED), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ways", [FEW, pytest.param((WAYS, SCOPES), marks=pytest.mark.slow)])
 def test_a_merge_is_recommended_and_runs(
-    folder: Path, tmp_path: Path, capsys, monkeypatch, ways: tuple[tuple[Way, ...], tuple[Way, ...]]
+    folder: Path, tmp_path: Path, capsys, monkeypatch, ways: tuple[tuple[Way, ...], tuple[str, ...]]
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(merge_advice, "WAYS", ways[0])
-    monkeypatch.setattr(merge_advice, "FITTED", ways[1])
+    monkeypatch.setattr(merge_advice, "SCOPES", ways[1])
     asked = [
         "recommend",
         *NAMES,
@@ -187,10 +187,12 @@ def test_a_merge_is_recommended_and_runs(
     assert code == 0, err
     found = json.loads(said)
     by_name = {one["name"]: one for one in found["candidates"]}
-    assert list(by_name) == [way.name for some in ways for way in some]
     assert all(one["error"] is None for one in by_name.values())
     best = by_name[found["method"]]
     plain = [one for one in by_name.values() if one["coefficients"] is None]
+    fits = [one for one in by_name.values() if one["coefficients"]]
+    assert [one["name"] for one in plain] == [way.name for way in ways[0]]
+    assert [one["coefficients"] for one in fits] == list(ways[1])
     looked_into = [one for one in plain if len(one["tried"]) > 1]
     assert len(looked_into) == min(3, len(plain))
     worth = {one["name"]: (sum(x["share"] for x in one["forecast"]), -one["lost_mean"]) for one in looked_into}
@@ -296,8 +298,9 @@ def test_rows_decide_by_expected_shares_and_then_by_distance() -> None:
     assert best_first({ARITHMETIC: told(0.2, 0.8), ISO_C: told(0.4, 0.9)}) == [ISO_C, ARITHMETIC]
     assert best_first({ARITHMETIC: told(0.4, 0.9), ISO_C: told(0.2, 0.9)}) == [ISO_C, ARITHMETIC]
     assert with_rows({ARITHMETIC: told(0.2, 0.9), ISO_C: told(0.4, 0.8)}, [ISO_C])[0] == ISO_C
-    judged = {ARITHMETIC: told(0.5, 0.6), ISO_C: told(0.1, 0.8), SVC: told(0.3, 0.85), FITTED[0]: told(0.2, 0.9)}
-    *_, why = with_rows(judged, [FITTED[0]])
+    judged = {ARITHMETIC: told(0.5, 0.6), ISO_C: told(0.1, 0.8), SVC: told(0.3, 0.85)}
+    fit = SVC.by("row")
+    *_, why = with_rows(judged | {fit: told(0.2, 0.9)}, [fit])
     assert why[0] == "it should keep 90.0% of the fine-tunes' scores, x 85.0%, x 60.0%"
     assert why[1] == "it loses 20.0% of the fine-tunes' effect on outputs, x 30.0%, x 50.0%"
 
@@ -420,8 +423,8 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
 def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Its bytes, inputs and coefficients are those of its recipe alone, and of its recipe with the lock beside it."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC,))
-    monkeypatch.setattr(merge_advice, "FITTED", FITTED[1:])
+    monkeypatch.setattr(merge_advice, "WAYS", (ISO_C,))
+    monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
     fits, fit = [], coefficients._fit
     monkeypatch.setattr(coefficients, "_fit", lambda *given: (fits.append(given), fit(*given))[1])
     few = ["--workers", "1", "--device", "cpu"]
@@ -429,14 +432,15 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     made, locked, alone = (tmp_path / name for name in ("made", "locked", "alone"))
     code, said, err = call(capsys, *asked, "--out", made, "--dry-run")
     assert code == 0, err
-    assert "chosen: coefficients by row, fitted from task_arithmetic at λ = " in said
+    assert "chosen: iso_c, balanced + coefficients by row, fitted from λ = " in said
     assert "why: it should keep " in said
     assert f"run {made}.yaml --out {made} --locked" in err
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
     assert (code, len(fits)) == (0, 1), err
     code, said, err = call(capsys, *asked, "--out", made, "--force", "--json")
     assert (code, len(fits)) == (0, 2), err
-    plain, _ = json.loads(said)["advice"]["candidates"]
+    plain, best = json.loads(said)["advice"]["candidates"]
+    assert [best[key] for key in ("method", "balance", "factor")] == ["iso_c", "norm", plain["factor"]]
     (of_all_rows,) = (one["lost"] for one in plain["tried"] if one["factor"] == plain["factor"])
     assert plain["lost_mean"] != of_all_rows  # of the rows on which the fit was better
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", alone, *few)
