@@ -263,9 +263,8 @@ def report_of_pictures(found: dict[str, Any]) -> str:
     chosen = chosen_of_pictures(found)
     lines = [["method", "λ of the rule", "mean / worst", "by task", "λ chosen", "mean / worst"], ["---"] * 6]
     for c in sorted(found["cells"].get("report", {}).values(), key=lambda cell: -cell["mean"]):
-        factor = chosen[c["merge"]][0]
-        ends = "{} / {}".format(*c["tried"][factor])
-        lines.append([*_at_rule(c), *([factor, ends] if not _alone(c["merge"]) else "––")])
+        factor = "" if _alone(c["merge"]) else chosen[c["merge"]][0]
+        lines.append([*_at_rule(c), *([factor, "{} / {}".format(*c["tried"][factor])] if factor else "––")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
