@@ -231,7 +231,7 @@ def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: py
     """Rows of all models at once, gradients that are summed before they reach the coefficients, and those that reach
     them one by one are the same sums. Weights are made in fewer calls."""
     from deltamerge.calibrate.merge import coefficients
-    from deltamerge.calibrate.spec import Spec
+    from deltamerge.calibrate.spec import Spec, hidden
 
     found, calls = [], []
     weights = coefficients._Merge.weights
@@ -246,9 +246,8 @@ def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: py
         monkeypatch.setattr(Spec, "runs_together", property(lambda _, together=together: together))
         if not together:
             assert spec.shares_weights
-            assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
-                np.prod(one.shape) for one in spec.pruned
-            )
+            shared, states = (8 * np.prod(one.shape) for one in spec.pruned), (hidden(one.source) for one in spec.parts)
+            assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == sum(shared) + sum(states)
         monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
         count: list[int] = []
         monkeypatch.setattr(
