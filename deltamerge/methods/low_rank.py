@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.errors import InputError
 from deltamerge.tensors.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ SPARE = 8  # directions beside the wanted ones, and a quarter of these, that mak
 ROUNDS = 10  # most rounds of the iteration
 MISSED = 0.002  # share of the kept gain that may be missed when the iteration ends early
 STILL = 0.003  # share by which a round must raise the kept gain for another round to follow
+NOT_FINITE, REPAIR = "a model's delta is not finite", "repair the fine-tune, or leave it out"
 SMALL, TURNS = 128, 6  # of `leading`: the largest smaller side that LAPACK factors, and rounds above it
 FIRST = 64  # directions that are tried first if an energy is wanted
 NOISE = 1e-13  # share of the largest squared singular value; smaller values come from rounding float32
@@ -145,11 +147,11 @@ def leading(delta: Array, count: int, key: Key) -> tuple[Floats, Floats]:
     """Return (m, k) and (n, k) orthonormal, the leading k ≤ `count` left and right singular vectors of a delta (m, n).
 
     LAPACK finds them up to a smaller side of SMALL. Above it TURNS rounds of iteration in float32 do, which is exact
-    enough to describe a delta. ValueError: entries that are not finite.
+    enough to describe a delta. InputError: entries that are not finite.
     """
     matrix = torch.from_numpy(delta)
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("not finite")
+        raise InputError(NOT_FINITE, hint=REPAIR)
     if min(delta.shape) <= SMALL:
         u, lengths, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     else:

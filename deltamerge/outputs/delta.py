@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,8 @@ class DeltaOutput(RunOutput):
     def load_line(self, plan: Plan, folder: Path) -> str:
         """Return the command that applies it to its base."""
         assert plan.inputs.origin is not None
-        return f"deltamerge apply {folder} --base {plan.inputs.origin.checkpoint.base_reference} --out DIR"
+        names = (shlex.quote(str(name)) for name in (folder, plan.inputs.origin.checkpoint.base_reference))
+        return "deltamerge apply {} --base {} --out DIR".format(*names)
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
         """Return the library that reads it."""

@@ -7,6 +7,7 @@ for an ordinary checkpoint.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -274,7 +275,7 @@ class RunOutput:
 
     def next_steps(self, plan: Plan, folder: Path) -> tuple[str, str]:
         """Return the line that loads the result in `folder`, and the line that checks it."""
-        return f"load    {self.load_line(plan, folder)}", f"verify  deltamerge verify {folder}"
+        return f"load    {self.load_line(plan, folder)}", f"verify  deltamerge verify {shlex.quote(str(folder))}"
 
     def front_matter(self, plan: Plan) -> dict[str, object]:
         """Return this kind's own fields of the card for the hub."""

@@ -62,6 +62,12 @@ def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, N
     return left
 
 
+def without_alike(root: Tensor) -> Tensor:
+    """Return the graph with zeros where all models that it reads hold the same infinity or NaN."""
+    models = _models(root)
+    return _rewritten(root, {one: finite(one, models) for one in models})
+
+
 def _pieces(
     output: OutputTensor,
     reader: Reader,
@@ -91,8 +97,7 @@ def _pieces(
 
 def _put_back(root: Tensor, models: tuple[Tensor, ...]) -> Tensor:
     """Return a merged tensor of finite numbers, with the infinities and NaNs of all models put back."""
-    merged = _rewritten(root, {one: finite(one, models) for one in models})
-    inputs = (merged, models[0], places(models))
+    inputs = (without_alike(root), models[0], places(models))
     return Tensor(name_of(put_back), inputs, (("to", root.dtype),), root.shape, root.dtype, "map")
 
 

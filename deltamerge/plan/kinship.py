@@ -22,10 +22,10 @@ from statistics import median
 from deltamerge.errors import InputError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.components import front_matter
-from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.inputs import Input, Inputs, ties
 from deltamerge.tensors.dtypes import ITEMSIZE, PLAIN, bits_type
 from deltamerge.tensors.lazy import numpy as np
-from deltamerge.tensors.names import TASK_HEAD
+from deltamerge.tensors.names import LM_HEAD, TASK_HEAD, TOKEN_EMBEDDING
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo
 from deltamerge.tensors.views import floats
@@ -110,6 +110,23 @@ def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
             if not np.array_equal(*buffers):
                 return False
     return True
+
+
+def heads_apart(inputs: Inputs) -> Iterator[str]:
+    """Yield a message for every model that has a head of its own against its config, unless all models have one."""
+    own = [m for m in inputs.all if LM_HEAD in m.tensors and ties(m.checkpoint.config, default=False)]
+    apart = [m.name for m in own if not any(seem_equal(m.tensors[LM_HEAD], twin) for twin in _embeddings(m))]
+    if len(inputs.tunes) < 2 or inputs.untied or len(apart) == len(inputs.all):
+        return
+    for name in apart:
+        yield (
+            f"{name}: {LM_HEAD} differs from the embedding, but config.json ties them, and the merge follows it; "
+            "if that head was trained, write tie_word_embeddings: false there"
+        )
+
+
+def _embeddings(model: Input) -> Iterator[TensorInfo]:
+    return (tensor for name, tensor in model.tensors.items() if TOKEN_EMBEDDING.search(name))
 
 
 def strangers(models: Sequence[Input]) -> str | None:

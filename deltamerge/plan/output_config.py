@@ -37,7 +37,7 @@ from deltamerge.models.config_differences import (
     same,
 )
 from deltamerge.models.tokenizer_files import GENERATION
-from deltamerge.plan.inputs import Input, Inputs, input_named, ties
+from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.recipe.problems import suggest
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import LM_HEAD
@@ -319,9 +319,8 @@ def _tunes(inputs: Inputs) -> list[Input]:
 
 
 def _is_untied(inputs: Inputs) -> bool:
-    """Tell whether the output has its own head: some model has one, and no model stores a head that its config ties."""
-    stale = any(LM_HEAD in m.checkpoint.tensors and ties(m.checkpoint.config, default=False) for m in inputs.all)
-    return inputs.untied and LM_HEAD in inputs.template.tensors and not stale
+    """Tell whether the output has its own head, as some model has one."""
+    return inputs.untied and LM_HEAD in inputs.template.tensors
 
 
 def _is_refused(one: Difference, recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.safetensors import Layout
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
-from deltamerge.plan.kinship import strangers, swapped
+from deltamerge.plan.kinship import heads_apart, strangers, swapped
 from deltamerge.plan.memory import (
     Cost,
     Memory,
@@ -375,6 +375,7 @@ def _plan(
         warnings=(
             *checks.warnings(recipe),
             *swapped(inputs),
+            *heads_apart(inputs),
             *tokenizers.warnings,
             *decided.settled.warnings,
             *adapter_warnings(decided.settled, inputs),

@@ -112,12 +112,14 @@ def test_a_run_says_of_its_output_what_the_kind_says(
 ) -> None:
     models(tmp_path)
     (tmp_path / "r.yaml").write_text(f"models: [{{model: a}}]\nmerge_method: {recipe}\n")
-    result = run(tmp_path / "r.yaml", tmp_path / "out")
+    result = run(tmp_path / "r.yaml", tmp_path / "the merge")
     assert result.name == words
     assert step in result.next_steps[0]
-    assert result.next_steps[1] == f"verify  deltamerge verify {tmp_path / 'out'}"
+    if step.startswith("deltamerge"):
+        assert f" '{tmp_path / 'the merge'}' --base base " in result.next_steps[0]
+    assert result.next_steps[1] == f"verify  deltamerge verify '{tmp_path / 'the merge'}'"
     assert result.remarks == ()
-    assert f"library_name: {library}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert f"library_name: {library}\n" in (tmp_path / "the merge" / "README.md").read_text()
 
 
 def test_a_kind_of_output_adds_what_it_has_to_say_to_lock_card_and_plan(

@@ -193,6 +193,23 @@ def test_inspect_counts_them_as_zero(tmp_path, capsys):
     assert np.isfinite(found["w"]["norm"])
 
 
+@pytest.mark.parametrize("odd", [None, "w", "v"])
+def test_recommend_counts_them_as_zero_and_refuses_others(tmp_path, capsys, odd):
+    models(tmp_path, torch.float32, odd=False)
+    for name in ("base", "a", "b"):
+        tensors = load_tensors(tmp_path / name)
+        tensors |= {"v": tensors["w"][0] + 1, "max": torch.tensor(INF)}
+        if odd and name == "a":
+            tensors[odd].view(-1)[3] = float("nan")
+        make_checkpoint(tmp_path / name, tensors)
+    code, out, err = call(capsys, "recommend", *(tmp_path / n for n in "ab"), "--base", tmp_path / "base", "--json")
+    if odd:
+        assert (code, err.splitlines()[0]) == (1, f"error: tensor {odd}: a model's delta is not finite")
+        return
+    assert code == 0
+    assert np.isfinite(json.loads(out)["evidence"]["relative_norm"]).all()
+
+
 def test_masks_and_tables_of_layers_are_copied(tmp_path, monkeypatch):
     models(tmp_path, torch.float32)
     for model in ("base", "a", "b"):

@@ -213,3 +213,21 @@ def test_architectures_of_the_same_tensors_are_merged(two):
     make_checkpoint(two / "y", tensors, config=config)
     with pytest.raises(InputError, match=r"shapes differ|different numbers"):
         pair(two)
+
+
+def test_a_head_apart_from_its_embedding_against_its_config_is_said(tmp_path):
+    base = tiny_llama(tmp_path / "base", seed=0, tied=True)
+    for seed, name in enumerate(("a", "b"), 1):
+        tensors = load_tensors(tiny_llama(tmp_path / name, seed=seed, base=base, tied=True))
+        head = tensors["model.embed_tokens.weight"] * (1.5 if name == "a" else 1)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        make_checkpoint(tmp_path / name, tensors | {"lm_head.weight": head}, config=config)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [./base, ./a, ./b]\nparameters: {weight: 1}\n")
+    (warning,) = make_plan(recipe).warnings
+    assert warning.startswith("./a: lm_head.weight differs from the embedding, but config.json ties them")
+    write_json(tmp_path / "a" / "config.json", config | {"tie_word_embeddings": False})
+    plan = make_plan(recipe)
+    assert plan.warnings == ()  # `b` stores the head that its config ties, and the output has a head all the same
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is False

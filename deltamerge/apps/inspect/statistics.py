@@ -435,7 +435,7 @@ def measure_deltas(
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
     for name, one in found.items():
         if not _is_finite(one):
-            raise InputError(f"{name}: has entries that are not finite")
+            raise InputError(f"tensor {name}: its delta is not finite", hint="repair the model, or its base")
     return found
 
 

@@ -18,11 +18,13 @@ from pydantic import Field
 from deltamerge.apps.inspect.statistics import Figures
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
+from deltamerge.errors import InputError
 from deltamerge.files import progress
-from deltamerge.methods.low_rank import SMALL, leading
+from deltamerge.methods.low_rank import NOT_FINITE, REPAIR, SMALL, leading
 from deltamerge.methods.merge.matrices import Form
 from deltamerge.methods.merge.spans import add_up, gram
 from deltamerge.methods.merge.task_arithmetic import task_arithmetic
+from deltamerge.plan.finite import without_alike
 from deltamerge.tensors.dtypes import nbytes_of
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
@@ -120,24 +122,39 @@ def measured(*found: Any) -> tuple[Any, ...]:
 
 
 def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict:
-    """Return the conflict of the deltas in the nodes of a merge by `iso_cts`, by tensor."""
-    graph, wanted, count, size = Graph(), {}, 0, 0
+    """Return the conflict of the deltas in the nodes of a merge by `iso_cts`, by tensor.
+
+    Infinities and NaNs that all models hold alike count as zero. InputError: others.
+    """
+    found = _reduced(roots, device, workers)
+    if odd := {name: without_alike(roots[name]) for name, one in found.items() if not np.isfinite(one[1]).all()}:
+        found |= _reduced(odd, device, workers)
+    for name, one in found.items():
+        if not np.isfinite(one[1]).all():
+            raise InputError(f"tensor {name}: {NOT_FINITE}", hint=REPAIR)
+    count = len(parts_of(next(iter(roots.values())))[1])
+    reduced = found.values()
+    return _conflict(count, [x[0] for x in reduced], [x[1] for x in reduced], [y for x in reduced for y in x[2:]])
+
+
+def _reduced(roots: Mapping[str, Node], device: str, workers: int) -> dict[str, tuple[Any, ...]]:
+    """Return what `measured` gives of every tensor."""
+    graph, wanted, size = Graph(), {}, 0
     for name, root in roots.items():
         base, deltas, form, transposed = parts_of(root)
-        count, size = len(deltas), size + nbytes_of(root.dtype, root.shape)
+        size += nbytes_of(root.dtype, root.shape)
         parts = [
             graph.node(signs, deltas, kind="sum", shape=root.shape),
             graph.node(gram, [base, *deltas], kind="concat", shape=root.shape),
         ]
         if form is not None:
-            more: dict[str, Any] = {"form": form, "models": count, **({"transposed": True} if transposed else {})}
+            more: dict[str, Any] = {"form": form, "models": len(deltas), **({"transposed": True} if transposed else {})}
             parts.append(graph.node(meet, deltas, kind="whole", shape=root.shape, **more))
         wanted[name] = graph.node(measured, parts, kind="small", shape=root.shape, dtype=root.dtype)
     tasks = [Task(name, node, backends.choose(node, device)) for name, node in wanted.items()]
     with Reader() as reader, progress.phase("comparing", size) as comparing:
         values = execute(tasks, reader, None, device=device, workers=workers, progress=comparing.step)
-    found = [values[node] for node in wanted.values()]
-    return _conflict(count, [one[0] for one in found], [one[1] for one in found], [x for one in found for x in one[2:]])
+    return {name: values[node] for name, node in wanted.items()}
 
 
 def parts_of(root: Node) -> tuple[Node, list[Node], Form | None, bool]:

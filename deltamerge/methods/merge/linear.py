@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.engine.fused.operations import Assembly, weighted
-from deltamerge.methods.merge.sums import divisor_of, weighted_sum
+from deltamerge.errors import InputError
+from deltamerge.methods.merge.sums import SMALLEST_DIVISOR, divisor_of, weighted_sum
 from deltamerge.methods.ops import over
 from deltamerge.methods.parameters import Normalize, Weights
 from deltamerge.methods.registry import merge_method
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     import torch
 
     from deltamerge.tensors.tensor import Node
-    from deltamerge.tensors.tiles import Tile
+    from deltamerge.tensors.tiles import Make, Tile
+
+
+def nodes(
+    make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, **parameters: Any
+) -> Any:
+    """Return the node of `linear`. InputError: the weights of a mean add up to 0."""
+    weights = parameters.get("counts") or parameters["weights"]
+    if parameters["normalize"] and abs(sum(weights)) <= max(SMALLEST_DIVISOR, 1e-6 * sum(map(abs, weights))):
+        raise InputError("linear: the weights add up to 0", hint="change them, or set normalize: false")
+    return make(function, inputs, shape=shape, **parameters)
 
 
 def loop(
@@ -33,6 +44,7 @@ def loop(
     "Σ w_i x_i, ÷ Σ w_i if normalize; the base is an input like any other",
     "arXiv 2203.05482",
     loop=loop,
+    nodes=nodes,
 )
 def linear(
     *tensors: torch.Tensor,

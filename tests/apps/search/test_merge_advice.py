@@ -534,5 +534,5 @@ def test_leading_directions_are_those_of_lapack(side: int) -> None:
         assert np.sum((made.T @ wanted) ** 2) == pytest.approx(6, abs=1e-4)
     assert leading(np.zeros_like(delta), 6, (1, 2))[1].shape == (side, 0)
     delta[0, 0] = np.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         leading(delta, 6, (1, 2))
