@@ -210,18 +210,22 @@ def words(found: dict[str, Any]) -> str:
 def seeds_of_reported(found: dict[str, Any]) -> str:
     """Mean / worst share at the rule's λ, of the reported experts of every seed and on average, the best mean first.
 
-    The best means of the λ tried stand at the end.
+    The best means of the λ tried stand at the end. Merges that lack a seed stand below.
     """
     seeds = {"0": found["cells"].get("report", {})}
     seeds |= {name.split()[-1]: cells for name, cells in found["cells"].items() if name.startswith("report, seed")}
-    every = [name for name in seeds["0"] if all(name in cells for cells in seeds.values())]
+    every = [name for name in seeds["0"] if sum(name in cells for cells in seeds.values()) > 1]
     lines = [["method", "mean of seeds", *(f"seed {seed}" for seed in seeds), "at its best λ"]]
     lines.append(["---"] * len(lines[0]))
-    for name in sorted(every, key=lambda name: -fmean(cells[name]["mean"] for cells in seeds.values())):
-        some = [cells[name] for cells in seeds.values()]
-        whole = f"{fmean(c['mean'] for c in some):.1f} / {fmean(c['worst'] for c in some):.1f}"
-        best = ", ".join(f"{c['best']}" for c in some)
-        lines.append([some[0]["merge"], whole, *(f"{c['mean']} / {c['worst']}" for c in some), best])
+    some = {name: [cells.get(name) for cells in seeds.values()] for name in every}
+    whole = {name: [cell for cell in of if cell is not None] for name, of in some.items()}
+    for name in sorted(every, key=lambda name: (None in some[name], -fmean(c["mean"] for c in whole[name]))):
+        own = whole[name]
+        mean = f"{fmean(c['mean'] for c in own):.1f} / {fmean(c['worst'] for c in own):.1f}"
+        if len(own) < len(seeds):
+            mean += f", of {len(own)}"
+        of_seeds = ["–" if c is None else f"{c['mean']} / {c['worst']}" for c in some[name]]
+        lines.append([own[0]["merge"], mean, *of_seeds, ", ".join(f"{c['best']}" for c in own)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -259,9 +263,8 @@ def report_of_pictures(found: dict[str, Any]) -> str:
     chosen = chosen_of_pictures(found)
     lines = [["method", "λ of the rule", "mean / worst", "by task", "λ chosen", "mean / worst"], ["---"] * 6]
     for c in sorted(found["cells"].get("report", {}).values(), key=lambda cell: -cell["mean"]):
-        factor = chosen[c["merge"]][0]
-        ends = "{} / {}".format(*c["tried"][factor])
-        lines.append([*_at_rule(c), *([factor, ends] if not _alone(c["merge"]) else "––")])
+        factor = "" if _alone(c["merge"]) else chosen[c["merge"]][0]
+        lines.append([*_at_rule(c), *([factor, "{} / {}".format(*c["tried"][factor])] if factor else "––")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

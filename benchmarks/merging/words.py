@@ -406,11 +406,16 @@ def run(
         torch.set_num_threads(1)
         family = makes[asked.family](families[asked.family], *seen[asked.family], asked.seed)
         kept = f"{asked.family}, seed {asked.seed}" if asked.seed else asked.family
-        merges = [one for one in family.merges if one.name.startswith(tuple(asked.names or [""]))]
+        merges = [one for name in asked.names or [""] for one in named(family.merges, name)]
         measured(family, merges, kept, file, around[asked.family])
     from benchmarks.merging import pages
 
     getattr(pages, page)(json.loads(file.read_text(encoding="utf-8")))
+
+
+def named(merges: Sequence[Merge], name: str) -> list[Merge]:
+    """The merge of that name, or those whose names begin so."""
+    return [one for one in merges if one.name == name] or [one for one in merges if one.name.startswith(name)]
 
 
 def measured(family: Family, merges: Sequence[Merge], kept: str, file: Path, around: Sequence[float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,25 @@ def test_divergence_of_distributions(architecture: str, tmp_path: Path) -> None:
     p, q = softmax(tuned), softmax(other)
     want = (p * np.log(p / q)).sum(1).mean()
     assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_states_count_beside_the_outputs(architecture: str, tmp_path: Path) -> None:
+    """The loss of a batch is its divergence and `weight` times the mean share of its tokens' squared change."""
+    pair = Pair(architecture, tmp_path)
+    objective = Distribution.of(pair.model, pair.tuned, pair.data, states=True)
+    assert objective.states is not None
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    both = list(zip(pair.outputs(pair.tune), pair.outputs(rebuilt), strict=True))
+    shares = [((b - a) ** 2).sum(-1).ravel() / (a**2).sum(-1).ravel() for (_, a), (_, b) in both]
+    got = evaluate(pair.model, objective.states, [pair.at(0.4), pair.tuned])
+    assert got[0] == pytest.approx(np.concatenate(shares).mean(), rel=1e-3)
+    assert got[1] == pytest.approx(0.0, abs=1e-9)
+    (plain,) = pair.model.run(pair.data, [pair.at(0.4)], objective.reduce)
+    (summed,) = pair.model.run(pair.data, [pair.at(0.4)], replace(objective, weight=7.0).reduce)
+    for (total, count), (more, again), share in zip(plain, summed, shares, strict=True):
+        assert again == count
+        assert more - total == pytest.approx(7.0 * count * share.mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

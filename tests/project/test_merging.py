@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from deltamerge.apps.recommend import merge as recommend
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.files.ownership import LOCK_NAME, read_lock
 
@@ -265,6 +266,19 @@ def test_merges_of_a_vit(vit: pictures.Family) -> None:
     made = words.cell(vit, named["emr"], vit.names, (0.7, 1.0))
     assert list(made["shares"].values()) == [round(share, 1) for share in shares]
     assert list(made["tried"]) == ["1"]
+
+
+def test_the_merge_that_recommend_chooses_is_scored(vit: pictures.Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommend, "WAYS", (recommend.ISO_C,))
+    monkeypatch.setattr(recommend, "SCOPES", ())
+    vit.own = dict.fromkeys(vit.names, 50.0)
+    advised = words.Merge("recommend, 4 + 2 rows", lambda models: 1.0, rows=4, decide=2)
+    made = words.cell(vit, advised, vit.names, (0.7, 1.0))
+    assert (made["chosen"], list(made["tried"]), len(made["expected"])) == ("iso_c, balanced", ["1"], 2)
+    recipe = {"merge_method": "iso_c", "balance": "norm", "parameters": {"lambda": made["lambda"]}}
+    added = vit.merged(words.Merge("iso_c", lambda models: 1.0, recipe), vit.names)
+    shares = vit.shares({key: tensor + added[key] for key, tensor in vit.weights.items()}, vit.names)
+    assert list(made["shares"].values()) == [round(share, 1) for share in shares]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

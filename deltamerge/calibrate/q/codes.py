@@ -1,6 +1,7 @@
 """Learned codes: the factors of a delta in few bits, fitted by gradient to the fine-tune's outputs, without labels.
 
-The loss is the one of learned scales (`objectives.Distribution`). A number stands behind each code, and the code's
+The loss is the one of learned scales (`objectives.Distribution`), and the change of the last hidden states: a few rows
+say more by them than by their outputs. A number stands behind each code, and the code's
 level is the nearest to it. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
 Scales are learned too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each
 step. The number of components of each level count stays as it is, and so do the bytes. The rows of a language model are
@@ -28,11 +29,11 @@ from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
 from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weights, float_attention
-from deltamerge.calibrate.q.objectives import Distribution
+from deltamerge.calibrate.q.objectives import Distribution, StateChange
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.q.variations import Variations
 from deltamerge.calibrate.rows import LANGUAGE, DataRow, select, without
-from deltamerge.calibrate.spec import held_rows, held_weights
+from deltamerge.calibrate.spec import held_rows, held_weights, hidden
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
 from deltamerge.formats.delta import trellis
@@ -43,6 +44,7 @@ from deltamerge.tensors.reader import Reader
 LEARNING = "learning codes of"
 CODE_RATE, SCALE_RATE = 0.018, 0.03  # learning rates, in standard deviations of a factor, and of a scale's logarithm
 WARM = 5  # steps
+STATES = 1.0  # of the change of hidden states beside that of outputs, each as a share of the start's
 CODES = 5  # codes in a byte, about
 DECIDING = 0.1  # share of the rows that decide
 
@@ -92,11 +94,13 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
 
     learned, deciding = _split(subject)
-    room = max(0, subject.source.cache - LATENT * sum(one.nbytes for one in start.values()) // CODES)
+    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + 2 * hidden(subject.source)
+    room = max(0, subject.source.cache - taken)
     batches, groups, held = _batches(subject, learned, room)
     kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)
     stop = subject.reads.batches(deciding, size=subject.size).inputs
-    last = subject.distribution(stop)
+    last = subject.distribution(stop, states=True)
+    assert last.states is not None
 
     layers = _layers(model, latents)
 
@@ -110,17 +114,20 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         for one in latents.values():
             one.place(dtype)
 
-    def look() -> float:
-        """Return the loss of the codes on the rows that decide."""
+    def look(objective: Distribution | StateChange) -> float:
+        """Return what the codes lose on the rows that decide."""
         place()
         with torch.no_grad(), _added(layers, latents, dtype):
-            found = model.run(last.batches, [weights], last.reduce)
-        count(last.batches, 1)
-        return last.value(found[0])
+            found = model.run(stop, [weights], objective.reduce)
+        count(stop, 1)
+        return objective.value(found[0])
 
-    before = look()
+    before = look(last)
     if subject.is_regression:
         return LearnedCodes(start, before, before)
+    change = look(last.states)
+    last = replace(last, weight=STATES * before / change if change else 0.0)
+    before += last.weight * change
 
     optimiser = torch.optim.Adam(
         [
@@ -148,14 +155,14 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
     for turn in range(turns):
         if not turn or variations.substitutes:
-            objective = subject.distribution(variations.turn(turn))
+            objective = replace(subject.distribution(variations.turn(turn), states=True), weight=last.weight)
         order = draw.permutation(len(groups))[: steps - turn * len(groups)]
         with _added(layers, latents, dtype), float_attention(dtype, device):
             for number in order:
                 step(objective, groups[number])
     for one in latents.values():
         one.settle()
-    after = look()
+    after = look(last)
     if not after < before:
         return LearnedCodes(start, before, before)
     return LearnedCodes({**start, **{name: one.rounded() for name, one in latents.items()}}, before, after)

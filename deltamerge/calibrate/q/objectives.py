@@ -81,6 +81,9 @@ def placed(objective: Placed, device: torch.device) -> Placed:
     if not isinstance(objective, OutputChange | Distribution):
         return objective
     targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
+    if isinstance(objective, Distribution) and objective.states is not None:
+        states = [x.to(device) for x in objective.states.targets]
+        return replace(objective, targets=targets, states=replace(objective.states, targets=states))
     return replace(objective, targets=targets)
 
 
@@ -195,6 +198,31 @@ class Generation:
 
 
 @dataclass
+class StateChange:
+    """The distance of the last hidden states from the fine-tune's, differentiable.
+
+    It is the mean over real tokens of ‖h − h'‖² / ‖h‖². `targets` has the fine-tune's of each batch (B, T, H).
+    """
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Tensor]
+
+    def change(self, batch: int, output: BlockOutput) -> Tensor:
+        """Return a real token's share each (tokens)."""
+        own, inputs = self.targets[batch], self.batches[batch]
+        found = (output.hidden - own).square().sum(-1) / own.square().sum(-1)
+        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+        return found.reshape(-1) if mask is None or mask.shape != found.shape else found[mask.to(found.device).bool()]
+
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
+        found = self.change(batch, output)
+        return float(found.sum(dtype=torch.float64)), len(found)
+
+    def value(self, parts: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+
+@dataclass
 class Distribution:
     """The distance of the output distribution from the fine-tune's, differentiable: the loss of learned scales.
 
@@ -203,19 +231,35 @@ class Distribution:
                  others as one class, which bounds the full divergence from below
     regression   mean squared error of the logits
     no head      mean squared error of the last hidden state
+
+    With `states` their change, times `weight`, is added.
     """
 
     batches: Sequence[Inputs]
     targets: Sequence[tuple[Tensor, Tensor | None]]
     regression: bool
+    states: StateChange | None = None
+    weight: float = 0.0
 
     @classmethod
     def of(
-        cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False
+        cls,
+        model: BlockModel,
+        tune: Weights,
+        batches: Sequence[Inputs],
+        *,
+        regression: bool = False,
+        states: bool = False,
     ) -> Distribution:
-        """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens."""
+        """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens.
+
+        With `states` its last hidden states are collected too.
+        """
+        hidden: dict[int, Tensor] = {}
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
+            if states:
+                hidden[b] = output.hidden
             if regression:
                 return _numbers(output, batches[b]), None
             few = output.scores is not None and output.scores.per_token
@@ -224,7 +268,9 @@ class Distribution:
             return torch.cat([logs for logs, _ in found]), torch.cat(indices) if indices else None
 
         regression = regression or model.headless
-        return cls(batches, model.run(batches, [tune], keep)[0], regression)
+        (targets,) = model.run(batches, [tune], keep)
+        kept = StateChange(batches, [hidden[b] for b in range(len(batches))]) if states else None
+        return cls(batches, targets, regression, kept)
 
     def count(self, batch: int) -> int:
         """Return the sequences, tokens , or elements that a batch's loss is a sum over."""
@@ -233,6 +279,12 @@ class Distribution:
 
     def loss(self, batch: int, output: BlockOutput) -> tuple[Tensor, int]:
         """Return (sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
+        total, count = self._divergence(batch, output)
+        if self.states is not None and self.weight:
+            total = total + self.weight * count * self.states.change(batch, output).mean()
+        return total, count
+
+    def _divergence(self, batch: int, output: BlockOutput) -> tuple[Tensor, int]:
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
