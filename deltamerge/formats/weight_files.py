@@ -59,7 +59,14 @@ def weight_source(names: Collection[str], *, pickles: bool = False) -> str:
         what = "only PyTorch pickle files" if not pickles else f"{len(pickled)} PyTorch pickle files, none of them the"
         what += f" ({pickled[0]})" if not pickles else f" model's ({pickled[0]})"
         raise InputError(f"{what}; deltamerge reads safetensors and never unpickles", hint=ALLOW)
-    raise InputError("no safetensors weights", hint=f"a model's folder has {SINGLE}, or {INDEX} and its shards")
+    hint = f"a model's folder has {SINGLE}, or {INDEX} and its shards"
+    if "snapshots" in names:
+        hint = "a repository in the hub's cache: write its hub id, or the path of a folder in snapshots"
+    elif steps := [name for name in names if name.startswith("checkpoint-")]:
+        hint = (
+            f"the folder of a training run: add one of its checkpoints, as in /{max(steps, key=lambda n: (len(n), n))}"
+        )
+    raise InputError("no safetensors weights", hint=hint)
 
 
 def adapter_error() -> InputError:

@@ -25,10 +25,11 @@ MODELS = "models"
 def parse_setting(text: str) -> tuple[Loc, str]:
     """Split `models.0.prune.density=0.01` into a place and a YAML value.
 
+    `models[0].prune` is read too, because error messages name places in this form.
     InputError: it is not KEY=VALUE, or VALUE not YAML.
     """
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
+    parts = re.sub(r"(?<=\w)\[(\d+)\]", r".\1", key.strip()).split(".")
     if not equals or not all(parts):
         raise InputError(f"{text}: is not KEY=VALUE, such as models.0.prune.density=0.01")
     try:

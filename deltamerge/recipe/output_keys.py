@@ -84,13 +84,21 @@ Quantized = Annotated[
 ]
 
 
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("path", "must not hold the character NUL")
+    return value
+
+
 class Output(Keys):
     """The folder that a run leaves."""
 
     kind: Literal["model", "delta", "peft", "sum"] = Field(
         "model", description="A checkpoint, a delta artifact, a PEFT adapter, or the running sum of an average."
     )
-    path: Text | None = Field(None, description="Folder, relative to the recipe. Default: <recipe name>-merged.")
+    path: Annotated[Text, AfterValidator(_path)] | None = Field(
+        None, description="Folder, relative to the recipe. Default: <recipe name>-merged."
+    )
     shard_size: Size = Field(5 * 10**9, description="Largest file of weights.")
     semantics: Literal["replace", "add"] | None = Field(
         None, description="delta: final values (the default), or values to add to the base, which `values` implies."

@@ -37,6 +37,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     assert rows.read(table(tmp_path / "a.csv", *records), folder=tmp_path, label="label") == want
     (tmp_path / "a.txt").write_text("a b\n\nü, c\n", encoding="utf-8")
     assert [r.content for r in rows.read("a.txt", folder=tmp_path)] == ["a b", "ü, c"]
+    for name in ("a.jsonl", "a.csv"):  # as spreadsheets and Windows write UTF-8
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert rows.read(name, folder=tmp_path, label="label") == want
 
 
 def test_pairs_and_pictures(tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ GOOD = {"text": "a", "label": 1}
     ("name", "lines", "options", "message", "hint"),
     [
         ("a.jsonl", [GOOD, {"txt": "b"}], {}, "row 2: no field 'text'", "its fields are 'txt'"),
-        ("a.jsonl", [GOOD, {"text": None}], {}, "row 2: no field 'text'", None),
+        ("a.jsonl", [GOOD, {"text": None}], {}, "row 2: nothing in field 'text'", None),
         ("a.jsonl", [GOOD], {"label": "y"}, "row 1: no field 'y'", "'text', 'label'"),
         ("a.jsonl", [GOOD, '{"text": \n'], {}, "row 2: not JSON", None),
         ("a.jsonl", ["[1]\n"], {}, "row 1: not a JSON object", None),
@@ -78,7 +81,7 @@ GOOD = {"text": "a", "label": 1}
         ("a.jsonl", [GOOD], {"config": "en"}, "calibration.config is for hub data sets", None),
         ("a.jsonl", [GOOD], {"text": ["text", "other"]}, "row 1: no field 'other'", None),
         ("a.jsonl", [GOOD], {"text": ["text", "label"]}, "row 1: sentence pairs need two texts", None),
-        ("a.csv", ["text,label\nx,1\ny\n"], {"label": "label"}, "row 2: no field 'label'", None),
+        ("a.csv", ["text,label\nx,1\ny\n"], {"label": "label"}, "row 2: nothing in field 'label'", None),
         ("a.csv", ['text\n"x\n'], {}, "not CSV", None),
         ("a.txt", ["x\n"], {"label": "label"}, "row 1: no field 'label'", None),
     ],

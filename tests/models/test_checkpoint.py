@@ -74,6 +74,13 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"architectures": ["X"]})
     refused(tmp_path, "no safetensors weights", "model.safetensors")
     refused(tmp_path / "config.json", "is a file")
+    for inner, hint in (
+        ("checkpoint-50", "/checkpoint-50"),
+        ("checkpoint-9", "/checkpoint-50"),
+        ("snapshots", "hub id"),
+    ):
+        (tmp_path / inner).mkdir()
+        refused(tmp_path, "no safetensors weights", hint)
     (tmp_path / "pytorch_model.bin").touch()
     refused(tmp_path, r"only PyTorch pickle files \(pytorch_model.bin\)", "pickles: true")
     write_json(tmp_path / "adapter_config.json", {})

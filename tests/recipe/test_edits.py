@@ -81,6 +81,7 @@ config: {name: "é", x: [ ~, TRUE, 1e-3 ]}
         ("seed=3", "", ""),
         ("parameters.weight=0.5", "weight:  1.0", "weight:  0.5"),
         ("models.1.model=./d", "'./c'", "./d"),
+        ("models[1].model=./d", "'./c'", "./d"),
     ],
 )
 def test_lines_that_are_not_touched_keep_their_bytes(setting: str, old: str, new: str) -> None:

@@ -599,6 +599,7 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:12: models[0].prune: must be a mapping of keys to values, got 'dare'"
     ],
     ONE + "prune: {method: dare, density: x}": ["r.yaml:4:32: prune.density: must be a number, got 'x'"],
+    ONE + 'output: {path: "a\\0b"}': ["r.yaml:4:16: output.path: must not hold the character NUL, got 'a\\x00b'"],
     ONE + "merge_method: [ties]": ["r.yaml:4:15: merge_method: must be text, got a list"],
 }  # fmt: skip
 

@@ -212,7 +212,7 @@ def _row(
     for name in [*fields, *([label] if label else [])]:
         if record.get(name) is None:
             raise InputError(
-                f"row {number}: no field {name!r}",
+                f"row {number}: {'nothing in' if name in record else 'no'} field {name!r}",
                 hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
             )
     values = [record[name] for name in fields]
@@ -246,7 +246,7 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise InputError(f"has {size:,} bytes, more than {MAX_BYTES:,}", hint="take some of its rows")
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin a CSV with a mark
             if path.suffix == ".csv":
                 yield from enumerate(csv.DictReader(file, strict=True), 1)
                 return
