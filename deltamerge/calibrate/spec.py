@@ -324,10 +324,8 @@ class Spec:
         parts = self.parts or (Share(self.source, self.pruned),)
         if self.runs_together:  # one model walks at a time, and reads the deltas of all
             return self._states_bytes + memory(parts[0], dense=self._dense, held=self._held)
-        kept = self._shared_bytes if self.shares_weights else 0
-        if self.coefficients:
-            kept += sum(hidden(part.source) for part in self.parts)  # the fine-tunes' own
-        return kept + memory(*parts, dense=self._dense, held=self._held)
+        shared = self._shared_bytes if self.shares_weights else 0
+        return shared + memory(*parts, dense=self._dense, held=self._held)
 
     @property
     def _states_bytes(self) -> int:

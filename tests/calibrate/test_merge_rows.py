@@ -231,7 +231,7 @@ def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: py
     """Rows of all models at once, gradients that are summed before they reach the coefficients, and those that reach
     them one by one are the same sums. Weights are made in fewer calls."""
     from deltamerge.calibrate.merge import coefficients
-    from deltamerge.calibrate.spec import Spec, hidden
+    from deltamerge.calibrate.spec import Spec
 
     found, calls = [], []
     weights = coefficients._Merge.weights
@@ -246,8 +246,9 @@ def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: py
         monkeypatch.setattr(Spec, "runs_together", property(lambda _, together=together: together))
         if not together:
             assert spec.shares_weights
-            shared, states = (8 * np.prod(one.shape) for one in spec.pruned), (hidden(one.source) for one in spec.parts)
-            assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == sum(shared) + sum(states)
+            assert spec.memory - dataclasses.replace(spec, coefficients=()).memory == 8 * sum(
+                np.prod(one.shape) for one in spec.pruned
+            )
         monkeypatch.setattr(Spec, "shares_weights", property(lambda _, shares=shares: shares))
         count: list[int] = []
         monkeypatch.setattr(
@@ -333,35 +334,6 @@ def encoders(tmp_path_factory) -> Path:
     for name in "ab":
         rows(folder / f"{name}.jsonl")
     return folder
-
-
-def test_hidden_states_are_fitted_beside_classes(
-    encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They come nearer to the fine-tunes' than where outputs alone are fitted."""
-    from transformers import AutoModel, AutoTokenizer
-
-    from deltamerge.calibrate.merge import coefficients
-    from deltamerge.calibrate.q import choices
-
-    decide = choices.decide
-    monkeypatch.setattr(choices, "decide", lambda spec, verdict, found: (found[0], decide(spec, verdict, found)[1]))
-    changes = []
-    for weight in (0.0, 100.0):
-        monkeypatch.setattr(coefficients, "STATES", weight)
-        path = recipe(encoders, "states", "task_arithmetic", FITTED % "model", "lambda: 0.1")
-        path.write_text(path.read_text().replace("sequences: 6", "sequences: 12"))
-        found = run(path, tmp_path / str(weight))
-        merged, total = AutoModel.from_pretrained(found.folder, dtype=torch.float32), 0.0
-        for name in WEIGHTS:
-            tuned, tokenizer = (kind.from_pretrained(encoders / name) for kind in (AutoModel, AutoTokenizer))
-            for line in (encoders / f"{name}.jsonl").read_text().splitlines():
-                batch = tokenizer(json.loads(line)["text"], truncation=True, max_length=12, return_tensors="pt")
-                with torch.no_grad():
-                    theirs, ours = (model(**batch).last_hidden_state.double() for model in (tuned, merged))
-                total += float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
-        changes.append(total)
-    assert changes[1] < 0.98 * changes[0]
 
 
 def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, torch.Tensor]]:

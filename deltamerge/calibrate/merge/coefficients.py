@@ -5,8 +5,7 @@ rows; the objective is the sum of theirs.
 
 Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
 distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The distances are
-shares of the base's, so that all tasks count alike. Where the rows are no language model's, the last hidden states are
-fitted too: a class says little of a row. Weights of a block are made when it runs, forward and backward, and
+shares of the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
 then freed. Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all.
 Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
 are added up in their order on the first. A plan names the functions, so torch is imported when they run.
@@ -21,7 +20,6 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.rows import LANGUAGE
 from deltamerge.calibrate.spec import (
     COEFFICIENT_STEP,
     FITTED_PASSES,
@@ -56,7 +54,6 @@ RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
 PATIENCE = 5  # looks in a row that are no better, after which a fit ends
 TOGETHER, ALONE = 32, 16  # rows of a batch: of all fine-tunes, of one
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own and the fitted coefficients
-STATES = 3.0  # of the change of hidden states beside that of outputs, each as a share of the base's
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
 
 
@@ -183,25 +180,7 @@ class _Rows:
 
 def _rows(subject: Subject, size: int) -> _Rows:
     batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
-    states = subject.task not in LANGUAGE
-    learned, deciding = (subject.distribution(some, states=states) for some in (batches, stop))
-    return _Rows(learned, groups, deciding)
-
-
-def _with_states(merge: _Merge, tasks: Sequence[_Rows], scales: Sequence[float]) -> list[_Rows]:
-    """Return the rows with the change of hidden states in their loss, STATES times as a share of the base's.
-
-    `scales` are the distances of the base's outputs. Of rows that keep no states nothing changes.
-    """
-    states = [task.stop.states for task in tasks]
-    if None in states:
-        return list(tasks)
-    changes = _values(merge, states, merge.nothing())
-    found = []
-    for task, scale, change in zip(tasks, scales, changes, strict=True):
-        weight = STATES * scale / change if change > SMALLEST else 0.0
-        found.append(replace(task, learned=replace(task.learned, weight=weight)))
-    return found
+    return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
 
 
 def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
@@ -265,7 +244,6 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         subject.tensors.ahead.forget()
     scales = _values(merge, [task.stop for task in tasks], merge.nothing())
     scales = [value if value > SMALLEST else 1.0 for value in scales]
-    tasks = _with_states(merge, tasks, scales)
     leaves, named = _leaves(merge.spec.scope, start)
     optimiser = torch.optim.Adam(leaves, lr=RATE)
 
