@@ -46,6 +46,7 @@ LEARNING_ROWS = 8  # of a step that learns codes
 STEPS_A_ROW, LEAST_STEPS, MOST_STEPS = 6, 300, 1200
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
 UNLISTED = 2.0  # weight, times the density, of the loss by unlisted entries: they have the listed ones' directions
+TURNS = 2  # whose hidden states of the rows are held at once
 LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
 USUAL = 256  # components that a tensor is factored into, about

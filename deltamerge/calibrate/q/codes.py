@@ -1,8 +1,8 @@
 """Learned codes: the factors of a delta in few bits, fitted by gradient to the fine-tune's outputs, without labels.
 
-The loss is the one of learned scales (`objectives.Distribution`), and the change of the last hidden states: a few rows
-say more by them than by their outputs. A number stands behind each code, and the code's
-level is the nearest to it. The number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
+The loss is the one of learned scales (`objectives.Distribution`), and the change of the last hidden states: they say
+more of a row than its outputs do. A number stands behind each code, and the code's level is the nearest to it. The
+number takes the level's gradient (the straight-through estimator, arXiv 1308.3432).
 Scales are learned too. Numbers with trellis codes get the levels of the nearest sequence of codes, found anew in each
 step. The number of components of each level count stays as it is, and so do the bytes. The rows of a language model are
 varied in each turn (`variations`), so that a few rows are enough.
@@ -38,7 +38,7 @@ from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
 from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, learning_passes, learning_steps, unit
+from deltamerge.methods.rate import LATENT, LEARNING_ROWS, TURNS, learning_passes, learning_steps, unit
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
@@ -94,7 +94,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
 
     learned, deciding = _split(subject)
-    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + 2 * hidden(subject.source)
+    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + TURNS * hidden(subject.source)
     room = max(0, subject.source.cache - taken)
     batches, groups, held = _batches(subject, learned, room)
     kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)

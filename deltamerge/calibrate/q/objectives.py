@@ -31,6 +31,7 @@ Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
 Placed = TypeVar("Placed")
 TOP = 5
+LEAST = 1e-12  # square of a hidden state that is divided by
 CLASSES = 64
 
 
@@ -208,9 +209,9 @@ class StateChange:
     targets: Sequence[Tensor]
 
     def change(self, batch: int, output: BlockOutput) -> Tensor:
-        """Return a real token's share each (tokens)."""
+        """Return ‖h − h'‖² / ‖h‖² of every real token of a batch."""
         own, inputs = self.targets[batch], self.batches[batch]
-        found = (output.hidden - own).square().sum(-1) / own.square().sum(-1)
+        found = (output.hidden - own).square().sum(-1) / own.square().sum(-1).clamp_min(LEAST)
         mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
         return found.reshape(-1) if mask is None or mask.shape != found.shape else found[mask.to(found.device).bool()]
 
@@ -232,7 +233,7 @@ class Distribution:
     regression   mean squared error of the logits
     no head      mean squared error of the last hidden state
 
-    With `states` their change, times `weight`, is added.
+    With `states` the mean of their change, times `weight`, is added to each.
     """
 
     batches: Sequence[Inputs]
@@ -273,7 +274,7 @@ class Distribution:
         return cls(batches, targets, regression, kept)
 
     def count(self, batch: int) -> int:
-        """Return the sequences, tokens , or elements that a batch's loss is a sum over."""
+        """Return the sequences, tokens, or elements that a batch's loss is a sum over."""
         target, _ = self.targets[batch]
         return target.numel() if self.regression else len(target)
 
