@@ -431,9 +431,9 @@ class _Trials:
         return ["search"] if many else ["search", "held"]
 
     def try_at(self, way: Way, factors: Sequence[float]) -> None:
-        """Measure the loss of a way at each λ, or keep the reason why not. Fits are judged on held-out rows."""
+        """Measure the loss of a way at each λ, or keep the reason why not."""
         rounded = [float(f"{factor:.3g}") for factor in factors]
-        parts: Sequence[Part] = ["held"] if way.fitted else self.tuning
+        parts = self._unseen(way, self.tuning) or ["held"]
         try:
             self._measure(way, rounded, parts)
             lost = {factor: fmean(self._pooled(way, factor, parts, DISTANCE).values()) for factor in rounded}
@@ -442,6 +442,10 @@ class _Trials:
             self.tried.setdefault(way, {}).update(lost)
         except DeltamergeError as fault:
             self.errors[way] = one_line(fault)
+
+    def _unseen(self, way: Way, parts: Sequence[Part]) -> list[Part]:
+        """Return the parts that do not make the merge itself: it is nearer to the fine-tunes on rows that do."""
+        return [part for part in parts if part == "held" or not way.needs_rows]
 
     def _measure(self, way: Way, factors: Sequence[float], parts: Sequence[Part]) -> None:
         """Measure a way at each λ on the parts on which it is not measured yet."""
@@ -472,7 +476,7 @@ class _Trials:
                 break
             self.try_at(way, [best / RATIO if best == ends[0] else best * RATIO])
         if (factor := self.factor(way)) is not None:
-            self._measure(way, [factor], list(self.rows))
+            self._measure(way, [factor], self._unseen(way, list(self.rows)))
 
     def factor(self, way: Way) -> float | None:
         """Return the λ of a way. None: it cannot be judged."""
@@ -491,7 +495,7 @@ class _Trials:
         same: dict[str, float] = {}
         forecast: list[SkillForecast] = []
         if factor is not None:
-            parts = [part for part in among if (way, factor, part) in self.scores]
+            parts = [part for part in self._unseen(way, among) if (way, factor, part) in self.scores]
             lost, same, texts = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, TEXTS))
             counts = {name: sum(self.rows[part][name] for part in parts) for name in lost}
             names = self.adviser.setting.names

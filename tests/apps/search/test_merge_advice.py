@@ -163,6 +163,24 @@ def test_same_answers_are_those_of_transformers(folder: Path, tmp_path: Path, ca
 FEW: tuple[tuple[Way, ...], tuple[str, ...]] = ((ARITHMETIC, ISO_C), ())
 
 
+def test_a_merge_that_rows_make_is_judged_on_others(folder: Path, monkeypatch) -> None:
+    """Its loss is that of the held-out rows alone, on which its λ are tried too."""
+    regmean = next(way for way in WAYS if way.method == "regmean")
+    monkeypatch.setattr(merge_advice, "WAYS", (regmean,))
+    models, data = [str(folder / name) for name in NAMES], {"data": str(folder / "calib.jsonl"), "length": 12}
+    found = [
+        recommend_merge(
+            models, str(folder / "base"), calibration=[{**data, "sequences": count}], options=OPTIONS, fit=False
+        )
+        for count in (8, 16)
+    ]
+    for advice, held in zip(found, (16, 8), strict=True):
+        (one,) = advice.candidates
+        assert advice.held_out == dict.fromkeys(NAMES, held)
+        assert all((held * share) % 1 == pytest.approx(0.0, abs=1e-6) for share in one.agreement.values())
+        assert one.lost_mean == pytest.approx({point.factor: point.lost for point in one.tried}[one.factor])
+
+
 @pytest.mark.parametrize("ways", [FEW, pytest.param((WAYS, SCOPES), marks=pytest.mark.slow)])
 def test_a_merge_is_recommended_and_runs(
     folder: Path, tmp_path: Path, capsys, monkeypatch, ways: tuple[tuple[Way, ...], tuple[str, ...]]
