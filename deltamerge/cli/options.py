@@ -169,7 +169,7 @@ ROWS_OF_EACH = click.option(
 
 
 def about_rows(sequences: int, of: str = "Number of rows to use.") -> Callable[..., Any]:
-    """Return a decorator that adds the options about rows, of which so many are used by default."""
+    """Return a decorator that adds the options about rows. By default `sequences` rows are used."""
     return together(
         click.option(
             "--text", multiple=True, metavar="KEY", help="Field of the rows with the text. Twice for sentence pairs."

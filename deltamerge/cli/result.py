@@ -99,7 +99,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, verb
                 lost = f": {spent}; {budget['lost']:.3g} of the delta's squares are lost"
                 if "learned" in budget:
                     said = budget["learned"]["divergence"]
-                    lost += f"; learned codes: divergence from {said['before']:.3g} to {said['after']:.3g}"
+                    lost += f"; learned codes: loss from {said['before']:.3g} to {said['after']:.3g}"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
             lost += of_rounding(quantised)

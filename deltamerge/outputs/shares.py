@@ -136,7 +136,7 @@ class SharesAccount(Account):
         if self.learned is None:
             return said
         before, after = self.learned
-        return f"{said}; learned codes: divergence on held-out rows from {before:.3g} to {after:.3g}"
+        return f"{said}; learned codes: loss on held-out rows from {before:.3g} to {after:.3g}"
 
     def card(self, plan: Plan) -> list[str]:
         """Return the lines on the content of the artifact."""

@@ -155,7 +155,7 @@ def test_what_cannot_be_inspected_is_said(tmp_path):
     with pytest.raises(InputError, match=r"layers\.0\.a\.weight has the shape \[5, 4\], in the base \[4, 4\]"):
         inspect(str(tmp_path / "shape"), str(tmp_path / "base"))
     make_checkpoint(tmp_path / "nan", {**base, "e.weight": torch.full((6, 4), torch.nan)})
-    with pytest.raises(InputError, match=r"e\.weight: its delta is not finite"):
+    with pytest.raises(InputError, match=r"e\.weight: a model's delta is not finite"):
         inspect(str(tmp_path / "nan"), str(tmp_path / "base"))
     make_checkpoint(tmp_path / "other", {"x": torch.zeros(3)})
     with pytest.raises(InputError, match="no tensor in common"):

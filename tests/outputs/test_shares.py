@@ -396,7 +396,25 @@ def test_rows_teach_the_codes(tmp_path: Path, few_steps: None) -> None:
     assert 7200 <= made.lock["budget"]["bytes"] <= 7501
     before, after = (divergence(tmp_path, name, some) for name in ("plain", "taught"))
     assert after < before
-    assert "learned codes: divergence on held-out rows" in (tmp_path / "taught" / "README.md").read_text()
+    assert "learned codes: loss on held-out rows" in (tmp_path / "taught" / "README.md").read_text()
+
+
+def test_hidden_states_teach_the_codes_too(tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come nearer to the fine-tune's than where outputs alone teach."""
+    from transformers import AutoModel, AutoTokenizer
+
+    some, changes = taught(tmp_path), []
+    ids = AutoTokenizer.from_pretrained(tmp_path / "tuned")(some, return_tensors="pt")
+    for weight in (0.0, 1000.0):
+        monkeypatch.setattr("deltamerge.calibrate.q.codes.STATES", weight)
+        run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "made", workers=1, force=True)
+        apply(str(tmp_path / "made"), str(tmp_path / "base"), tmp_path / "applied", workers=1, force=True)
+        theirs, ours = (
+            AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32)(**ids).last_hidden_state.detach().double()
+            for name in ("tuned", "applied")
+        )
+        changes.append(float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()))
+    assert changes[1] < 0.98 * changes[0]
 
 
 def test_a_lock_keeps_learned_codes(tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:

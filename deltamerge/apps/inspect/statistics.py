@@ -27,6 +27,7 @@ from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files import progress
+from deltamerge.methods.low_rank import NOT_FINITE, REPAIR
 from deltamerge.methods.ops import block_rows, densify, halved, subtract
 from deltamerge.methods.prune.select import high_histogram
 from deltamerge.plan.finite import finite
@@ -435,7 +436,7 @@ def measure_deltas(
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
     for name, one in found.items():
         if not _is_finite(one):
-            raise InputError(f"tensor {name}: its delta is not finite", hint="repair the model, or its base")
+            raise InputError(f"tensor {name}: {NOT_FINITE}", hint=REPAIR)
     return found
 
 

@@ -27,7 +27,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.files import progress
 from deltamerge.files.descriptors import writing
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, TURNS, learning_passes, learning_steps
+from deltamerge.methods.rate import HELD_STATES, LATENT, LEARNING_ROWS, learning_passes, learning_steps
 from deltamerge.tensors.names import numbered_blocks
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -61,7 +61,7 @@ class InputMeasurement:
         """Return about the bytes of the C's of one block, or of the data held to learn codes."""
         if not self.codes:
             return block_bytes(self.source, set(self.names.values()))
-        codes = math.ceil(LATENT * self.codes) + TURNS * spec.hidden(self.source)
+        codes = math.ceil(LATENT * self.codes) + HELD_STATES * spec.hidden(self.source)
         held = codes + spec.held_weights(self.source) + spec.held_rows(self.source, LEARNING_ROWS)
         return max(codes, min(self.source.cache, held))
 

@@ -38,7 +38,7 @@ from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress
 from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales
-from deltamerge.methods.rate import LATENT, LEARNING_ROWS, TURNS, learning_passes, learning_steps, unit
+from deltamerge.methods.rate import HELD_STATES, LATENT, LEARNING_ROWS, learning_passes, learning_steps, unit
 from deltamerge.tensors.reader import Reader
 
 LEARNING = "learning codes of"
@@ -94,7 +94,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
 
     learned, deciding = _split(subject)
-    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + TURNS * hidden(subject.source)
+    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + HELD_STATES * hidden(subject.source)
     room = max(0, subject.source.cache - taken)
     batches, groups, held = _batches(subject, learned, room)
     kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)

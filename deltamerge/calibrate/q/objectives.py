@@ -82,9 +82,6 @@ def placed(objective: Placed, device: torch.device) -> Placed:
     if not isinstance(objective, OutputChange | Distribution):
         return objective
     targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
-    if isinstance(objective, Distribution) and objective.states is not None:
-        states = [x.to(device) for x in objective.states.targets]
-        return replace(objective, targets=targets, states=replace(objective.states, targets=states))
     return replace(objective, targets=targets)
 
 
@@ -202,7 +199,7 @@ class Generation:
 class StateChange:
     """The distance of the last hidden states from the fine-tune's, differentiable.
 
-    It is the mean over real tokens of ‖h − h'‖² / ‖h‖². `targets` has the fine-tune's of each batch (B, T, H).
+    It is the mean over real tokens of ‖h − h'‖² / ‖h‖². `targets` has the fine-tune's of each batch (tokens, H).
     """
 
     batches: Sequence[Inputs]
@@ -210,10 +207,8 @@ class StateChange:
 
     def change(self, batch: int, output: BlockOutput) -> Tensor:
         """Return ‖h − h'‖² / ‖h‖² of every real token of a batch."""
-        own, inputs = self.targets[batch], self.batches[batch]
-        found = (output.hidden - own).square().sum(-1) / own.square().sum(-1).clamp_min(LEAST)
-        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-        return found.reshape(-1) if mask is None or mask.shape != found.shape else found[mask.to(found.device).bool()]
+        ours, own = _real_tokens(output.hidden, self.batches[batch]), self.targets[batch]
+        return (ours - own).square().sum(-1) / own.square().sum(-1).clamp_min(LEAST)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         found = self.change(batch, output)
@@ -260,7 +255,7 @@ class Distribution:
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if states:
-                hidden[b] = output.hidden
+                hidden[b] = _real_tokens(output.hidden, batches[b])
             if regression:
                 return _numbers(output, batches[b]), None
             few = output.scores is not None and output.scores.per_token
@@ -381,14 +376,27 @@ def is_regression(config: Any) -> bool:
 
 def _compared(inputs: Inputs) -> Any:
     """Return (B, T) whether a place's answer is compared. None: all are."""
-    return inputs.get(COMPARED, inputs.get("decoder_attention_mask", inputs.get("attention_mask")))
+    return inputs.get(COMPARED, _real(inputs))
+
+
+def _real(inputs: Inputs) -> Any:
+    """Return (B, T) whether a place holds a token of a text, not padding. None: all do."""
+    return inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
 
 
 def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     """Return (tokens, K) the rows of (B, T, K) that are not padding and, of a prompt and its completion, say the
     latter."""
+    return _those(values, _compared(inputs))
+
+
+def _real_tokens(values: Tensor, inputs: Inputs) -> Tensor:
+    """Return (tokens, K) the rows of (B, T, K) that are not padding."""
+    return _those(values, _real(inputs))
+
+
+def _those(values: Tensor, mask: Any) -> Tensor:
     flat = values.reshape(-1, values.shape[-1])
-    mask = _compared(inputs)
     if mask is None or mask.numel() != len(flat):
         return flat
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
