@@ -65,11 +65,15 @@ def command(
     deltamerge convert ./model ./small --dtype bfloat16 --shard-size 2GB
     deltamerge convert model.gguf ./plain                 # --gguf q8_0: the other way
     """
+    from deltamerge.errors import UsageError
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
     from deltamerge.run.runner import run
 
     begun, warnings = time.monotonic(), Warnings()
+    if out.suffix in (".gguf", ".safetensors", ".bin") and not out.is_dir():
+        hint = f"{NAME} {model} {out.with_suffix('')}" + " --gguf q8_0" * (out.suffix == ".gguf")
+        raise UsageError(f"{out}: is named as a file, and OUT is a folder", hint=hint)
     file = recipe_of(model, dtype, shard_size=shard_size, quantization=quantization, gguf=gguf)
     chosen = Options(watch=warnings.watch, force=force, resume=resume or None, **options)
     if dry_run:

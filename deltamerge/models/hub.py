@@ -38,6 +38,7 @@ from deltamerge.models.hub_client import (
 )
 from deltamerge.models.hub_client import UnreachableError as UnreachableError
 from deltamerge.models.hub_client import upload_errors as upload_errors
+from deltamerge.models.tokenizer_files import TEMPLATES
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
@@ -316,7 +317,8 @@ def _describe(asked: _Asked) -> Checkpoint:
     own = is_composed(top) or (first == MODEL_CONFIG and code_of(read_json(snapshot / asked.at(first))))
     kept = (*ASSETS, CODE) if own else ASSETS
     # a delta artifact is small, and its manifest replaces headers
-    wanted = [name for name in names if name in top or any(name.startswith(f"{inner}/") for inner in folders if inner)]
+    below = tuple(f"{inner}/" for inner in (*folders, TEMPLATES) if inner)
+    wanted = [name for name in names if name in top or name.startswith(below)]
     if is_delta(top):
         small = [name for name in wanted if name.endswith((*kept, ".safetensors"))]
     elif asked.weights:

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 TOKENIZER, CONFIG, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 PROCESSOR = "chat_template.json"
+TEMPLATES = "additional_chat_templates"  # a folder of named chat templates: tool_use.jinja, …
 SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "tiktoken.model")
 MAP, GENERATION = "special_tokens_map.json", "generation_config.json"
 OTHERS = (MAP, "added_tokens.json", "merges.txt", *SLOW)
+COPIED = (CONFIG, MAP, GENERATION, PROCESSOR, "preprocessor_config.json", "processor_config.json")
 # Purposes of tokens. A token with several purposes gets the first.
 ROLES = ("eos_token", "bos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -45,6 +47,14 @@ def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
     `whole`."""
     fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path
+
+
+def check_copied(checkpoint: Checkpoint) -> None:
+    """Read the small files that an output may copy. InputError: one is not a JSON object."""
+    with errors.context(checkpoint.reference):
+        for name in COPIED:
+            if (path := checkpoint.path / name).is_file():
+                read_json(path)
 
 
 def read_tokens(checkpoint: Checkpoint) -> Tokens | None:

@@ -27,7 +27,7 @@ from deltamerge.formats.components import (
 )
 from deltamerge.formats.quantised.detect import without_keys
 from deltamerge.models.checkpoint import Checkpoint
-from deltamerge.models.tokenizer_files import JINJA, is_described
+from deltamerge.models.tokenizer_files import JINJA, TEMPLATES, is_described
 from deltamerge.models.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.inputs import TOKENIZER_CONFIG
 from deltamerge.plan.output_config import generation_of
@@ -76,7 +76,14 @@ def tokenizer_files(plan: Plan) -> dict[str, Path]:
     source = plan.pruned_adapter or _vocabulary(plan)
     config = source.path / TOKENIZER_CONFIG
     code = code_of(read_json(config)) if config.is_file() else []
-    return _matching(source.path, (*TOKENIZER, *[name for name in code if "/" not in name]))
+    return _matching(source.path, (*TOKENIZER, *[name for name in code if "/" not in name])) | _templates(source.path)
+
+
+def _templates(folder: Path) -> dict[str, Path]:
+    """Return a tokenizer's named chat templates. InputError: a link that leaves the folder."""
+    with errors.context(str(folder)):
+        there = check_folder(folder, TEMPLATES)
+    return dict(_below(folder, TEMPLATES, 0)) if there else {}
 
 
 def _vocabulary(plan: Plan) -> Checkpoint:
@@ -93,7 +100,8 @@ def left_out(plan: Plan, files: Files) -> Iterator[str]:
 
 def copied_files(folder: Path) -> dict[str, Path]:
     """Return the files beside the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
-    return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", RECIPE)) | _of_components(folder)
+    own = _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", RECIPE))
+    return own | _templates(folder) | _of_components(folder)
 
 
 def _of_components(folder: Path) -> dict[str, Path]:
@@ -253,10 +261,17 @@ def _add_tokens(files: Files, vocabulary: Vocabulary) -> None:
 
 
 def _set_chat_template(files: Files, text: str) -> None:
-    """Set the chat template where the tokenizer stores it: in tokenizer_config.json, or in chat_template.jinja."""
+    """Set the default chat template where the tokenizer stores it: in tokenizer_config.json, or in chat_template.jinja.
+
+    Named templates in a list beside it stay.
+    """
     config = content_of(files, TOKENIZER_CONFIG)
     if "chat_template" in config and JINJA not in files:
-        files[TOKENIZER_CONFIG] = as_json(config | {"chat_template": text})
+        stored: Any = text
+        if isinstance(named := config["chat_template"], list):
+            others = [one for one in named if isinstance(one, dict) and one.get("name") != "default"]
+            stored = [{"name": "default", "template": text}, *others]
+        files[TOKENIZER_CONFIG] = as_json(config | {"chat_template": stored})
         return
     files[JINJA] = text.encode()
     if "chat_template" in config:

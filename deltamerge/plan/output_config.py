@@ -105,7 +105,7 @@ class OutputConfig:
             first, *also = self.refused
             names = [line.partition(" is ")[0] for line in self.refused]
             lines = ", ".join(f"{name}: MODEL" for name in names)
-            hint = f"such a merge is hardly meant; if it is, write in the recipe config: {{{lines}}}"
+            hint = f"such a merge is hardly meant; if it is, write config: {{{lines}}} in a recipe"
             raise InputError(first, also=also, hint=hint)
 
     def describe(self) -> dict[str, Any]:

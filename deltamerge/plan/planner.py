@@ -16,6 +16,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import as_html, human, shown, some
 from deltamerge.formats.audit import NonFinite
 from deltamerge.formats.safetensors import Layout
+from deltamerge.models.tokenizer_files import check_copied
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights, remarks
 from deltamerge.plan.kinship import heads_apart, strangers, swapped
@@ -321,6 +322,8 @@ def _plan(
     `densities` are for tensors under a budget. Without them all get the same density.
     """
     output_kind(recipe.output).refuse(inputs)
+    for checkpoint in inputs.checkpoints:
+        check_copied(checkpoint)
     own = own_weights(recipe, inputs)
     kind = output_kind(recipe.output, own_weights=own is not None)
     inputs = own or inputs

@@ -165,3 +165,10 @@ def test_hints_speak_of_what_was_typed(tmp_path, capsys, monkeypatch, flags, sai
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, "convert", "./nowhere", "out", *flags)
     assert (code, said in err, "models[" in err) == (1, True, False), err
+
+
+def test_the_name_of_a_file_is_no_folder(folder, tmp_path, capsys):
+    code, _, err = call(capsys, "convert", str(folder / "model"), str(tmp_path / "model.gguf"))
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert err.splitlines()[0] == f"error: {tmp_path}/model.gguf: is named as a file, and OUT is a folder"
+    assert err.splitlines()[1].endswith(f"{tmp_path}/model --gguf q8_0")

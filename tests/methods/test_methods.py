@@ -297,6 +297,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
     [
         (text("della", "ab", "weight: 1, density: 0.1"), "della: density 0.1 ± epsilon 0.15 must lie in"),
         (weighted("linear", (0.5, -0.5), base=None), "linear: the weights add up to 0\nchange them, or set normalize"),
+        (weighted("multislerp", (0.5, -0.5), base=None), "multislerp: the weights add up to 0\nchange them"),
         (text("slerp", "ab", "t: 0.5"), "slerp takes 1 model besides the base, got 2"),
         (text("slerp", "a", "t: 0.5", base=None), "slerp needs base_model"),
         (text("slerp", "a"), "needs a t: slerp has no default"),

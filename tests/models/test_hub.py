@@ -330,16 +330,20 @@ def test_local_references_need_no_hub_client(tmp_path: Path) -> None:
 def test_a_recipe_runs_from_the_hub(server: Hub, tmp_path: Path) -> None:
     base = server.repositories["org/model"] = tiny_llama(tmp_path / "hub" / "base", seed=1, shards=3)
     server.repositories["org/tune"] = tiny_llama(tmp_path / "hub" / "tune", seed=2, base=base, shards=2)
+    named = server.repositories["org/tune"] / "additional_chat_templates" / "tools.jinja"
+    named.parent.mkdir()
+    named.write_text("T")
     recipe = tmp_path / "hub.yaml"
     recipe.write_text("base_model: org/model\nmodels: [{model: org/tune@main, prune: {method: dare, density: 0.5}}]\n")
     planned = make_plan(recipe, device="cpu")
     assert not any(span is None for _, span in server.fetched(".safetensors"))
     folder = run(recipe, tmp_path / "out").folder
     assert load_tensors(folder).keys() == {output.name for output in planned.outputs}
+    assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "T"
     locked = yaml.safe_load((folder / "recipe.lock").read_text())["inputs"]
     assert {entry["commit"] for entry in locked.values()} == {COMMIT}
     assert yaml.safe_load((folder / "README.md").read_text().split("---")[1])["base_model"] == ["org/model", "org/tune"]
-    assert TOKEN not in "".join(p.read_text(errors="ignore") for p in folder.iterdir())
+    assert TOKEN not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*.*"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from running import make_plan, run
 from vocabularies import three_models
 
 from deltamerge.errors import InputError
+from deltamerge.models.tokenizer_files import COPIED
 
 RECIPE = """\
 base_model: ./base
@@ -151,3 +152,13 @@ def test_the_error_names_file_and_key(models: Path, file: str, text: str) -> Non
     assert error is not None
     assert re.search(re.escape(file), str(error))
     assert NAMED_FAULTS[file, text] in str(error)
+
+
+@pytest.mark.parametrize("file", COPIED)
+def test_a_broken_small_file_is_refused_before_anything_is_read(models: Path, tmp_path: Path, file: str) -> None:
+    for name in ("base", "tune"):
+        shutil.copytree(models / "whole", tmp_path / name)
+    (tmp_path / "tune" / file).write_text('{"a": 1,')
+    (tmp_path / "recipe.yaml").write_text("base_model: ./base\nmodels: [{model: ./tune}]\n")
+    with pytest.raises(InputError, match=re.escape(f"./tune: {file}: is not valid JSON")):
+        make_plan(tmp_path / "recipe.yaml", device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vo
 from deltamerge.cli.plan import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.models.checkpoint import open_checkpoint
-from deltamerge.models.tokenizer_files import read_chat_template, read_tokens
+from deltamerge.models.tokenizer_files import TEMPLATES, read_chat_template, read_tokens
 from deltamerge.plan.inputs import has_vocabulary_rows
 from deltamerge.recipe import load
 from deltamerge.recipe.output_keys import BUILT_IN
@@ -328,6 +329,25 @@ def test_the_tokenizer_s_own_chat_template_is_kept_in_its_form(models, tmp_path)
     for source, file in (("./a", "chat_template.jinja"), ("./b", "tokenizer_config.json")):
         out = merged(models, tmp_path, DELTAS + f"tokenizer_source: {source}\n")
         assert (out / file).read_bytes() == (models / source / file).read_bytes()
+
+
+def test_named_templates_stay_beside_the_default(models, tmp_path):
+    for name in "xy":
+        shutil.copytree(models / "a", tmp_path / name)
+    (tmp_path / "x" / TEMPLATES).mkdir()
+    (tmp_path / "x" / TEMPLATES / "tools.jinja").write_text("T")
+    (tmp_path / "y" / "chat_template.jinja").unlink()
+    listed = [{"name": "default", "template": "D"}, {"name": "tools", "template": "T"}]
+    config = json.loads((tmp_path / "y" / "tokenizer_config.json").read_text())
+    write_json(tmp_path / "y" / "tokenizer_config.json", config | {"chat_template": listed})
+    for name in "xy":
+        for asked in ("", "chat_template: '{{ 1 }}'\n"):
+            recipe = f"base_model: ./{name}\nmodels: [{{model: {models / 'b'}}}]\n{asked}tokenizer_source: base\n"
+            out = merged(tmp_path, tmp_path, recipe)
+            found = AutoTokenizer.from_pretrained(out).chat_template
+            given = AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+            assert found == given | ({"default": "{{ 1 }}"} if asked else {})
+            assert found["tools"] == "T"
 
 
 def test_named_templates_of_a_config_give_the_default(tmp_path):

@@ -6,20 +6,30 @@ https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from deltamerge.errors import InputError
-from deltamerge.methods.merge.spans import ZERO_SUM, keeps_single, length_of, nodes, norms_of
+from deltamerge.methods.merge import spans
+from deltamerge.methods.merge.spans import ZERO_SUM, keeps_single, length_of, norms_of
 from deltamerge.methods.parameters import Shares
 from deltamerge.methods.registry import Param, merge_method
 from deltamerge.tensors.lazy import numpy as np
 
 if TYPE_CHECKING:
     from deltamerge.methods.merge.spans import Floats
-    from deltamerge.tensors.tiles import Tile
+    from deltamerge.tensors.tiles import Make, Tile
 
 NormalizeWeights = Annotated[bool, Param("divide the weights by their sum", kind="bool")]
 Eps = Annotated[float, Param("added to norms before dividing by them", low=0)]
+
+
+def nodes(
+    make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, **parameters: Any
+) -> Any:
+    """Return the node of `multislerp`. InputError: the weights of a mean add up to 0."""
+    if parameters["normalize_weights"] and abs(sum(parameters["weights"])) < ZERO_SUM:
+        raise InputError("multislerp: the weights add up to 0", hint="change them, or set normalize_weights: false")
+    return spans.nodes(make, function, inputs, shape, based=based, **parameters)
 
 
 @merge_method(
@@ -51,8 +61,6 @@ def multislerp(
     count = gram.shape[-1]
     share = np.array(weights, np.float64)
     if normalize_weights:
-        if abs(share.sum()) < ZERO_SUM:
-            raise InputError("multislerp: the weights add up to 0", hint="change them, or set normalize_weights: false")
         share = share / share.sum()
     if count == 1:
         return np.ones(1)
