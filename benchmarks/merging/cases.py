@@ -27,7 +27,7 @@ from benchmarks import RESULTS
 from benchmarks.merging import pages, word_tasks, words
 from benchmarks.merging.scores import Weights, write
 from benchmarks.process import surroundings
-from deltamerge.apps.recommend.forecast import AS_RIGHT, SkillForecast, of_answers, of_weights
+from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict
 from deltamerge.apps.recommend.merge import (
     FINALISTS,
@@ -38,14 +38,16 @@ from deltamerge.apps.recommend.merge import (
     with_rows,
     without_rows,
 )
-from deltamerge.calibrate.q.objectives import discord, divergence
+from deltamerge.calibrate.q.objectives import discord, divergence, lost_score
 from deltamerge.methods.merge.core_space import Held
 from deltamerge.methods.registry import MERGE
 from deltamerge.plan.delta_graph import matrix_form
 from deltamerge.tensors.traits import function_of
 
 FILE = RESULTS / "merging_cases.json"
-FAMILIES = words.FAMILIES | {"words": (*words.FAMILIES["report"], "name", "part-of-speech")}
+FAMILIES = {name: words.FAMILIES[name] for name in ("choose", "report")} | {
+    "words": (*words.FAMILIES["report"], "name", "part-of-speech")
+}
 SIZES = {"choose": (4, 3, 2), "report": (4, 3, 2), "words": (6,)}
 SEEDS = (0, 1)
 METHODS = ("task_arithmetic, balanced", "iso_c, balanced", "tsv_m, balanced", "wudi, balanced", "svc, balanced")
@@ -167,6 +169,12 @@ class Scores:
             return 1 - discord(ours, own)
         return float(np.mean(ours.argmax(1) == own.argmax(1)))
 
+    def kept(self, merge: tuple[str, float], task: str, rows: slice) -> float:
+        """The share of the expert's score that `recommend` expects."""
+        ours, own = (self.of(one, task, "rows")[rows] for one in (merge, ("own", 0.0)))
+        measure = discord if words.task_of(task).labels == 1 else lost_score
+        return 1 - measure(ours, own)
+
 
 def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForecast]]:
     """The merge that `recommend` names with so many rows a model, and what it expects of it."""
@@ -183,10 +191,10 @@ def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForeca
 def candidate(scores: Scores, way: Way, factor: float, rows: int) -> MergeCandidate:
     """A method at a λ, as so many rows a model tell."""
     names, merge = scores.case.tasks, (way.name, factor)
-    alike = {task: scores.alike(merge, task, slice(rows)) for task in names}
+    alike, kept = ({task: of(merge, task, slice(rows)) for task in names} for of in (scores.alike, scores.kept))
     own = {task: scores.lost(merge, task, slice(rows)) for task in names}
     classes = {task: words.task_of(task).labels for task in names}
-    skills = of_answers(names, apart(names), alike, classes, dict.fromkeys(names, rows), {})
+    skills = of_answers(names, apart(names), kept, classes, dict.fromkeys(names, rows))
     return MergeCandidate(
         name=way.name, method=way.method, parameters={}, factor=factor, coefficients=None, lost=own,
         lost_mean=fmean(own.values()), lost_worst=max(own.values()), agreement=alike, forecast=skills, tried=[],
@@ -227,40 +235,14 @@ def summary(case: Case) -> dict[str, Any]:
     }
 
 
-def as_right(some: Sequence[Case]) -> float:
-    """What a class that is not the expert's is worth beside one that is, on average over merges and classifiers."""
-    more, differs = 0.0, 0.0
-    for scores in map(Scores, some):
-        for task in (task for task in scores.case.tasks if words.task_of(task).labels > 1):
-            for method in METHODS:
-                alike = scores.alike((method, 1.0), task, slice(ROWS))
-                more += scores.share((method, 1.0), task) / 100 - alike
-                differs += 1 - alike
-    return round(more / differs, 2)
-
-
 def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
     """Points behind the best of METHODS, at the λ of their rules, of the one that each sign in the rows would name."""
     some = slice(rows)
 
-    def probable(merge: tuple[str, float], task: str) -> float:
-        """The expert's own probability of the merge's answers, beside that of its own; of numbers the correlation."""
-        if words.task_of(task).labels == 1:
-            return scores.alike(merge, task, some)
-        ours, own = (scores.of(one, task, "rows")[some] for one in (merge, ("own", 0.0)))
-        sure = np.exp(own - own.max(1, keepdims=True))
-        sure /= sure.sum(1, keepdims=True)
-        return float(np.mean(sure[np.arange(len(sure)), ours.argmax(1)]) / np.mean(sure.max(1)))
-
-    def expected(merge: tuple[str, float], task: str) -> float:
-        alike = scores.alike(merge, task, some)
-        return alike if words.task_of(task).labels == 1 else AS_RIGHT + (1 - AS_RIGHT) * alike
-
     signs = {
-        "expected share": expected,
+        "expected share": lambda merge, task: scores.kept(merge, task, some),
         "answers alike": lambda merge, task: scores.alike(merge, task, some),
         "distance of outputs": lambda merge, task: -scores.lost(merge, task, some),
-        "the expert's probability": probable,
     }
     means = {method: scores.mean((method, 1.0)) for method in METHODS}
     named = {
@@ -302,9 +284,8 @@ def main() -> None:
         measure(families[key], case)
         print(case.name, file=sys.stderr, flush=True)
     some = [case for case in every if case.path.exists()]
-    right = {name: as_right([case for case in some if case.family == name]) for name in {case.family for case in some}}
     found = [summary(case) for case in some]
-    write(FILE, surroundings({"python": sys.executable}) | {"as right": right, "cases": found})
+    write(FILE, surroundings({"python": sys.executable}) | {"cases": found})
     pages.write_cases(found)
 
 

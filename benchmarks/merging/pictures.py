@@ -84,7 +84,7 @@ class Family(words.Family):
     def calibration(self, name: str, work: Path, merge: Merge) -> dict[str, Any]:
         folder = work / name
         folder.mkdir()
-        for i, row in enumerate(rows_of(name, "train")[: merge.rows + merge.decide]):
+        for i, row in enumerate(rows_of(name, self.spare)[: merge.rows + merge.decide]):
             Image.fromarray(row.image).save(folder / f"{i:03}.png")
         return {"data": str(folder), "sequences": words.searched(merge)}
 

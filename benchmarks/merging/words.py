@@ -50,6 +50,7 @@ FAMILIES = {
 }
 SEEN: dict[str, tuple[Part, int]] = {"choose": ("validation", 200), "report": ("test", 500), "loras": ("test", 500)}
 AROUND = dict.fromkeys(FAMILIES, (0.5, 0.7, 1.0, 1.4, 2.0))  # times the rule's λ
+SPARE: dict[Part, Part] = {"validation": "test", "test": "validation"}  # rows that neither train nor score
 CALIBRATED = 50  # rows a task, of methods that look at rows
 
 
@@ -153,7 +154,7 @@ class Family:
     merges = MERGES
 
     def __init__(self, names: Sequence[str], part: Part, count: int, seed: int = 0) -> None:
-        self.names, self.advice = tuple(names), dict[str, dict[str, Any]]()
+        self.names, self.spare, self.advice = tuple(names), SPARE[part], dict[str, dict[str, Any]]()
         self.base, self.folders = self.models(seed)
         self.weights = self.body(self.base)
         self.deltas = {
@@ -255,7 +256,7 @@ class Family:
         self.model.load_state_dict(self.weights)
         with torch.inference_mode():
             for name in names:
-                self.model(**encoder.encode(self.tokenizer, rows_of(name, "train")[:CALIBRATED]))
+                self.model(**encoder.encode(self.tokenizer, rows_of(name, self.spare)[:CALIBRATED]))
         for one in hooks:
             one.remove()
         return found
@@ -300,7 +301,7 @@ class Family:
     def calibration(self, name: str, work: Path, merge: Merge) -> dict[str, Any]:
         """Write the rows of the task that the merge sees, and return what a recipe says of them."""
         path, count = work / f"{name}.jsonl", merge.rows + merge.decide
-        texts = [json.dumps({"text": row.text}) for row in rows_of(name, "train")[:count]]
+        texts = [json.dumps({"text": row.text}) for row in rows_of(name, self.spare)[:count]]
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
         return {"data": str(path), "sequences": searched(merge), "length": 40}
 

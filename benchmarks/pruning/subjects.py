@@ -19,7 +19,7 @@ from benchmarks.tasks import TASKS, models_folder
 from benchmarks.training import adamr
 from deltamerge.calibrate.spec import fast_bfloat16
 
-ROWS, MOST_ROWS = 50, 150
+ROWS, MOST_ROWS = 50, 300
 # Encoders beside those of the shared data: a small learning rate, and AdamR-L2.
 OTHERS: dict[str, dict[str, Any]] = {"sentiment-slow": {"lr": 1e-4}, "sentiment-adamr": {"decay": 0.01}}
 

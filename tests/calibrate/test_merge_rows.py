@@ -402,3 +402,48 @@ def test_fisher_of_gradients_that_are_no_numbers(models: Path, tmp_path: Path) -
     np.zeros(4, np.float32).tofile(tmp_path / "squares")
     squares = Spooled(tmp_path, {("w", 0): tmp_path / "squares"}, {0: 1e-60})
     assert of_tensor(squares, name="w").part(0, 0, 4) is None
+
+
+def test_states_that_heads_read_count_as_much_as_outputs(encoders: Path) -> None:
+    """A look is the mean over fine-tunes of divergence and of change of states, each as a share of the base's."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from deltamerge.calibrate.rows import select, split
+
+    plan = make_plan(recipe(encoders, "states", "task_arithmetic", FITTED % "layer", "lambda: 0.1"))
+    ((stage, spec),) = plan.specs.items()
+    base = load_tensors(encoders / "base")
+
+    def named(folder: Path) -> dict[str, torch.Tensor]:
+        return {n.removeprefix("bert."): t for n, t in load_tensors(folder).items()}
+
+    tunes = {name: named(encoders / name) for name in WEIGHTS}
+    merged = {n: b + sum(0.1 * w * (tunes[m][n] - b) for m, w in WEIGHTS.items()) for n, b in base.items()}
+    wanted = []
+    for name, part in zip(WEIGHTS, spec.parts, strict=True):
+        model = AutoModelForSequenceClassification.from_pretrained(encoders / name, dtype=torch.float64).eval()
+        tokenizer = AutoTokenizer.from_pretrained(encoders / name)
+        settings = {**model.config.to_dict(), "num_labels": model.config.num_labels}
+        search, _ = split(part.source.calibration, encoders, part.source.seed, settings, labelled=False)
+        some = select(search, max(1, round(0.2 * len(search))), part.source.seed + 1)
+        states: list[torch.Tensor] = []
+        model.classifier.register_forward_pre_hook(lambda module, given, seen=states: seen.append(given[0]))
+        found = []
+        for body in (tunes[name], merged, base):
+            own = {n: t.double() for n, t in body.items() if n in base}
+            model.base_model.load_state_dict(own, strict=False)
+            with torch.no_grad():
+                logs = [
+                    model(**tokenizer(row.content, truncation=True, max_length=12, return_tensors="pt")).logits
+                    for row in some
+                ]
+            found.append((torch.cat(logs).log_softmax(-1), torch.cat(states[-len(some) :])))
+        (own_logs, own_states), *others = found
+        shares = []
+        for logs, ours in others:
+            divergence = (own_logs.exp() * (own_logs - logs)).sum(-1).mean()
+            change = ((ours - own_states).square().sum(-1) / own_states.square().sum(-1)).mean()
+            shares.append((divergence, change))
+        wanted.append(sum(a / b for a, b in zip(*shares, strict=True)) / 2)
+    got = shared_values([stage], {})[stage].record
+    assert got["path"][0][2] == pytest.approx(float(np.mean(wanted)), rel=1e-3)

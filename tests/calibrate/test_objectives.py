@@ -22,11 +22,14 @@ from deltamerge.calibrate.model.passes import Logits
 from deltamerge.calibrate.q.objectives import (
     Distribution,
     Generation,
+    LostScore,
     OutputChange,
     SameAnswers,
     Validation,
     evaluate,
+    head_inputs,
     is_regression,
+    last_states,
     over_seeds,
 )
 from deltamerge.errors import InputError
@@ -112,7 +115,7 @@ def test_divergence_of_distributions(architecture: str, tmp_path: Path) -> None:
 def test_states_count_beside_the_outputs(architecture: str, tmp_path: Path) -> None:
     """The loss of a batch is its divergence and `weight` times the mean share of its tokens' squared change."""
     pair = Pair(architecture, tmp_path)
-    objective = Distribution.of(pair.model, pair.tuned, pair.data, states=True)
+    objective = Distribution.of(pair.model, pair.tuned, pair.data, states=last_states)
     assert objective.states is not None
     rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
     both = list(zip(pair.outputs(pair.tune), pair.outputs(rebuilt), strict=True))
@@ -125,6 +128,26 @@ def test_states_count_beside_the_outputs(architecture: str, tmp_path: Path) -> N
     for (total, count), (more, again), share in zip(plain, summed, shares, strict=True):
         assert again == count
         assert more - total == pytest.approx(7.0 * count * share.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [
+        ("BertForSequenceClassification", "classifier"),
+        ("ViTForImageClassification", "classifier"),
+        ("LlamaForSequenceClassification", "score"),
+    ],
+)
+def test_states_that_a_head_reads(architecture: str, head: str, tmp_path: Path) -> None:
+    """Its last layer sees them: of each row, or of each real token."""
+    pair = Pair(architecture, tmp_path)
+    seen: list[torch.Tensor] = []
+    pair.reference.get_submodule(head).register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    pair.outputs(pair.tune)
+    found = pair.model.run(pair.data, [pair.tuned], lambda b, output: head_inputs(output, pair.data[b]))[0]
+    for want, got, inputs in zip(seen, found, pair.data, strict=True):
+        real = want if want.dim() == 2 else want[inputs["attention_mask"].bool()]
+        np.testing.assert_allclose(got, real, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,23 @@ def test_same_answers(architecture: str, regression: bool, tmp_path: Path) -> No
     if regression:
         want = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(tuned.T, other.T, strict=True)])
     got = evaluate(pair.model, objective, [pair.at(0.4), pair.tuned])
+    assert 1 - got[0] == pytest.approx(want, abs=1e-4)
+    assert got[1] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_score_that_is_expected_to_be_lost(regression: bool, tmp_path: Path) -> None:
+    """Of classes what the fine-tune thinks of them, its logits divided by DOUBT; of numbers their correlation."""
+    pair = Pair("BertForSequenceClassification", tmp_path)
+    objective = LostScore.of(pair.model, pair.tuned, pair.data, regression=regression)
+    rebuilt = {n: t + pair.masked[n] / 0.1 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    believed = softmax(tuned / 4)
+    want = sum(p[z.argmax()] for p, z in zip(believed, other, strict=True)) / believed.max(1).sum()
+    assert want < 1
+    if regression:
+        want = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(tuned.T, other.T, strict=True)])
+    got = evaluate(pair.model, objective, [pair.at(0.1), pair.tuned])
     assert 1 - got[0] == pytest.approx(want, abs=1e-4)
     assert got[1] == pytest.approx(0.0, abs=1e-6)
 

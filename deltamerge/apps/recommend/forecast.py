@@ -6,8 +6,9 @@ Weights do not tell the share of a single skill. The forecast is the share that 
 skill is in danger if another delta changes its inputs more than its own delta does (`Conflict.disturbance`). Deltas are
 compared as if their lengths were equal: `balance: norm` makes them so, and `wudi` divides each by its square.
 
-From answers: a classifier that differs from its fine-tune is often as right, where the fine-tune was not sure. Of
-numbers the correlation is the share. A language model keeps a row if every token of its completion is the same.
+From answers: a classifier that differs from its fine-tune is often as right where the fine-tune is not sure, so its
+probabilities count (`lost_score`). Of numbers the correlation is the share. A language model keeps a row if every token
+of its completion is the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ Rival = tuple[str | None, float | None]
 DROWNED, DANGER = 1.0, 0.6  # disturbances from which on a skill will probably, or may, be lost
 KEPT = {"tsv_m": (0.88, 0.76, 0.98), "svc": (0.86, 0.73, 0.97), "wudi": (0.72, 0.34, 0.95)}
 """Mean share of the benchmarks' skills, and where 8 in 10 lay: tsv_m of two encoders, svc of more, wudi of decoders."""
-AS_RIGHT = 0.7
-"""The score of answers that differ from the fine-tune's, over that of equal ones: 0.74 and 0.58 in two families."""
 ANSWERS_MARGIN = 0.05  # beside the margin of sampling rows
 
 
@@ -67,35 +66,25 @@ def of_weights(names: Sequence[str], conflict: Conflict, method: str) -> list[Sk
 def of_answers(
     names: Sequence[str],
     conflict: Conflict,
-    alike: Mapping[str, float],
+    kept: Mapping[str, float],
     classes: Mapping[str, int | None],
     rows: Mapping[str, int],
-    texts: Mapping[str, float],
 ) -> list[SkillForecast]:
     """Return the forecasts from answers on held-out rows.
 
-    alike     by model: share of its answers that the merge gives, or their correlation
+    kept      by model: the expected share of its score; a model is left out whose answers do not tell
     classes   number of a classifier's classes; 1: numbers; None: a language model
     rows      that were compared
-    texts     by language model: share of its completions of which every token is alike
     """
     made = []
     for i, name in enumerate(names):
-        rival, kinds = _rival(names, conflict, i), classes.get(name)
-        share, by, slope = alike.get(name), "answers", 1.0 - AS_RIGHT
-        if kinds is None:
-            share, by, slope = texts.get(name), "texts", 1.0
-        elif kinds == 1:
-            by = "numbers"
+        rival, share = _rival(names, conflict, i), kept.get(name)
+        by = {None: "texts", 1: "numbers"}.get(classes.get(name), "answers")
         if share is None:
             made.append(_forecast(name, None, 0.0, by, rival))
             continue
-        if by == "numbers":
-            margin = SURE * (1 - share * share) / math.sqrt(max(1, rows[name]))
-        else:
-            margin = SURE * slope * math.sqrt(share * (1 - share) / max(1, rows[name]))
-            share = 1 - slope * (1 - share)
-        made.append(_forecast(name, share, margin + ANSWERS_MARGIN, by, rival))
+        spread = 1 - share * share if by == "numbers" else math.sqrt(max(0.0, share * (1 - share)))
+        made.append(_forecast(name, share, SURE * spread / math.sqrt(max(1, rows[name])) + ANSWERS_MARGIN, by, rival))
     return made
 
 

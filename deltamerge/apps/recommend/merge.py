@@ -1,8 +1,8 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
 From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and the best of
-them at others. Coefficients are fitted from the best. Candidates are judged as in a search: in memory, on each
-fine-tune's own rows and by its own head.
+them at others. Coefficients are fitted from the best (`fit_start`). Candidates are judged as in a search: in memory, on
+each fine-tune's own rows and by its own head.
 `lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
 answers as the fine-tune does.
 """
@@ -26,7 +26,7 @@ from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers
 from deltamerge.apps.recommend.meeting import Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, TEXTS, ScoredTask
+from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, KEPT, SAME, ScoredTask
 from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
@@ -324,7 +324,7 @@ class _Adviser:
             judge: StudyJudge | None = None
             if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
                 judge = stack.enter_context(
-                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (TEXTS,)))
+                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (KEPT,)))
                 )
                 search, held = judge.rows("search"), judge.rows("held")
             conflict = measure(roots, device=planning.device, workers=planning.workers)
@@ -380,7 +380,7 @@ class _Adviser:
         """Return all ways, and the ways that can be chosen.
 
         Each way is tried at its usual λ, and the best ways at others. Coefficients are fitted from the best of
-        all. They can be chosen if they are better than it on the held-out rows. These rows alone then judge all ways.
+        them. They can be chosen if they are better than it on the held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -394,15 +394,18 @@ class _Adviser:
                 trying.step(1)
             found = {way: trials.candidate(way) for way in WAYS}
             good = best_first({way: found[way] for way in leaders if found[way].error is None})
-            fits = [good[0].by(scope) for scope in scopes] if good else []
-            for way in fits:
-                trials.try_at(way, [trials.factor(good[0]) or 1.0])
+            fits = {}
+            for scope in scopes if good else ():
+                start = fit_start(good, scope)
+                fits[start.by(scope)] = start
+            for way, start in fits.items():
+                trials.try_at(way, [trials.factor(start) or 1.0])
                 trying.step(1)
         found |= {way: trials.candidate(way) for way in fits}
-        if fits := [way for way in fits if found[way].error is None]:
+        if fitted := [way for way in fits if found[way].error is None]:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
-            first = best_first({way: on_held[way] for way in (good[0], *fits)})[0]
-            if first in fits:
+            first = best_first({way: on_held[way] for way in (good[0], *fitted)})[0]
+            if first in fitted:
                 found, good = found | on_held, [first]
         return found, good
 
@@ -496,10 +499,10 @@ class _Trials:
         forecast: list[SkillForecast] = []
         if factor is not None:
             parts = [part for part in self._unseen(way, among) if (way, factor, part) in self.scores]
-            lost, same, texts = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, TEXTS))
+            lost, same, kept = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, KEPT))
             counts = {name: sum(self.rows[part][name] for part in parts) for name in lost}
             names = self.adviser.setting.names
-            forecast = of_answers(names, self.conflict, same, self.classes, counts, texts)
+            forecast = of_answers(names, self.conflict, kept, self.classes, counts)
         return MergeCandidate(
             name=way.name,
             method=way.method,
@@ -558,6 +561,15 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
         return mean_share(judged[way].forecast) or 0.0, -(judged[way].lost_mean or 0.0)
 
     return sorted(judged, key=worth, reverse=True)
+
+
+def fit_start(good: Sequence[Way], scope: str) -> Way:
+    """Return the merge at which a fit of coefficients starts: the best of the `good` ways.
+
+    By row it is the best whose merge takes no rows, since `regmean` is fitted to these rows already.
+    """
+    fresh = [way for way in good if not way.needs_rows] if scope == "row" else []
+    return fresh[0] if fresh else good[0]
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:

@@ -56,8 +56,8 @@ from deltamerge.version import __version__
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
 SAME = "same_answers"
-TEXTS = "same_texts"
-"""The share of rows with a completion whose every token equals the fine-tune's answer. Recipes cannot name it."""
+KEPT = "kept_score"
+"""The expected share of the fine-tune's score, from its answers alone. Recipes cannot name it."""
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
@@ -161,8 +161,8 @@ class ScoredTask:
                 measures[DISTANCE] = self._agreement(made.inputs)
             if SAME in compared:
                 measures[SAME] = self._same_answers(made.inputs)
-            if TEXTS in compared and self.kind in LANGUAGE and all(COMPARED in batch for batch in made.inputs):
-                measures[TEXTS] = O.SameTexts.of(self.model, self.own, made.inputs, regression=False)
+            if KEPT in compared and (kept := self._kept_score(made.inputs)) is not None:
+                measures[KEPT] = kept
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
@@ -180,17 +180,32 @@ class ScoredTask:
         """
         if not self.has_head:
             return O.OutputChange.of(self.model, self.own, inputs)
-        regression = self.kind == "text-classification" and O.is_regression(self.config)
         if self.kind in LANGUAGE:
             return O.Distribution.of(self.model, self.own, inputs)
-        return O.Agreement.of(self.model, self.own, inputs, regression=regression)
+        return O.Agreement.of(self.model, self.own, inputs, regression=self._answers_numbers)
 
     def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
         """Return the share of the model's own answers. See `objectives.SameAnswers`. InputError: it has no head."""
         if not self.has_head:
             raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
-        regression = self.kind == "text-classification" and O.is_regression(self.config)
-        return O.SameAnswers.of(self.model, self.own, inputs, regression=regression)
+        return O.SameAnswers.of(self.model, self.own, inputs, regression=self._answers_numbers)
+
+    def _kept_score(self, inputs: Sequence[Inputs]) -> O.Objective | None:
+        """Return what is expected to be lost of the model's score. None: its answers do not tell.
+
+        A language model keeps a row if every token of its completion is the same.
+        """
+        if not self.has_head:
+            return None
+        if self.kind not in LANGUAGE:
+            return O.LostScore.of(self.model, self.own, inputs, regression=self._answers_numbers)
+        if not all(COMPARED in batch for batch in inputs):
+            return None
+        return O.SameTexts.of(self.model, self.own, inputs, regression=False)
+
+    @property
+    def _answers_numbers(self) -> bool:
+        return self.kind == "text-classification" and O.is_regression(self.config)
 
 
 def measured(

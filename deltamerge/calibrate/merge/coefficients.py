@@ -4,8 +4,9 @@ One factor of λ is searched for all fine-tunes together. Each runs with the mer
 rows; the objective is the sum of theirs.
 
 Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
-distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The distances are
-shares of the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
+distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The states that a
+head of classes or numbers reads count as much as its outputs, since they say more of a row. The distances are shares of
+the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
 then freed. Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all.
 Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
 are added up in their order on the first. A plan names the functions, so torch is imported when they run.
@@ -20,6 +21,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.calibrate.rows import LANGUAGE
 from deltamerge.calibrate.spec import (
     COEFFICIENT_STEP,
     FITTED_PASSES,
@@ -179,8 +181,26 @@ class _Rows:
 
 
 def _rows(subject: Subject, size: int) -> _Rows:
+    from deltamerge.calibrate.q.objectives import head_inputs
+
     batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
-    return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
+    states = None if subject.task in LANGUAGE or subject.model.headless else head_inputs
+    return _Rows(subject.distribution(batches, states=states), groups, subject.distribution(stop, states=states))
+
+
+def _scaled(merge: _Merge, tasks: Sequence[_Rows]) -> tuple[list[_Rows], list[float]]:
+    """Return the rows with a weight of their states, by which outputs and states count alike, and the base's losses."""
+    nothing = merge.nothing()
+    scales = [value if value > SMALLEST else 1.0 for value in _values(merge, [task.stop for task in tasks], nothing)]
+    if any(task.stop.states is None for task in tasks):
+        return list(tasks), scales
+    changes = _values(merge, [task.stop.states for task in tasks], nothing)
+    weights = [scale / change if change > SMALLEST else 0.0 for scale, change in zip(scales, changes, strict=True)]
+    weighted = [
+        replace(task, learned=replace(task.learned, weight=weight), stop=replace(task.stop, weight=weight))
+        for task, weight in zip(tasks, weights, strict=True)
+    ]
+    return weighted, [scale + weight * change for scale, weight, change in zip(scales, weights, changes, strict=True)]
 
 
 def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
@@ -242,8 +262,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
     for subject in merge.subjects:  # the own weights of most have had their last turn
         subject.tensors.ahead.forget()
-    scales = _values(merge, [task.stop for task in tasks], merge.nothing())
-    scales = [value if value > SMALLEST else 1.0 for value in scales]
+    tasks, scales = _scaled(merge, tasks)
     leaves, named = _leaves(merge.spec.scope, start)
     optimiser = torch.optim.Adam(leaves, lr=RATE)
 

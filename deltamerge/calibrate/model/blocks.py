@@ -580,12 +580,32 @@ class BlockModel:
         placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
         if (said := placed.get("decoder_input_ids")) is not None:
             placed["decoder_input_ids"] = shifted(self.module, said)
-        with hidden_states(self._bodies) as hidden, running(self._cannot_run), self._products(tensors):
+        with (
+            hidden_states(self._bodies) as hidden,
+            self._reading() as read,
+            running(self._cannot_run),
+            self._products(tensors),
+        ):
             result = functional_call(self.module, tensors, (), placed)
         if not hidden:
             raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
         logits = getattr(result, "logits", None)
-        return BlockOutput(hidden[-1], None if logits is None else Logits(logits))
+        return BlockOutput(hidden[-1], None if logits is None else Logits(logits), next(iter(read), None))
+
+    @contextmanager
+    def _reading(self) -> Iterator[list[Tensor]]:
+        """Keep the input of the last linear layer outside of blocks that is called."""
+        last: list[Tensor] = []
+
+        def see(module: nn.Module, args: Any) -> None:
+            last[:] = args[:1]
+
+        hooks = [module.register_forward_pre_hook(see) for module, _ in self._linears[0]]
+        try:
+            yield last
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def _watching(self, part: int, watch: Watch | None) -> Iterator[Callable[[int], None]]:

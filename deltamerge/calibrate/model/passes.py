@@ -181,11 +181,16 @@ COMPARED = "compared"  # of inputs, no argument of a forward: (B, T) whether a p
 
 @dataclass(frozen=True, slots=True)
 class BlockOutput:
-    """`hidden` (B, T, H): last hidden state of the base model; `scores`: logits (B, C) or (B, T, V), None without a
-    head."""
+    """What a forward gives.
+
+    hidden   (B, T, H): last hidden state of the base model
+    scores   logits (B, C) or (B, T, V); None without a head
+    read     (B, …): input of the last linear layer outside of blocks, as a rule the head's; None without such a layer
+    """
 
     hidden: Tensor
     scores: Logits | None
+    read: Tensor | None = None
 
     @property
     def logits(self) -> Tensor | None:

@@ -29,7 +29,7 @@ from deltamerge.calibrate.merge.second_moments import InputMeasurement
 from deltamerge.calibrate.model.blocks import BlockModel
 from deltamerge.calibrate.model.candidates import Cache
 from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weights, float_attention
-from deltamerge.calibrate.q.objectives import Distribution, StateChange
+from deltamerge.calibrate.q.objectives import Distribution, StateChange, last_states
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.q.variations import Variations
 from deltamerge.calibrate.rows import LANGUAGE, DataRow, select, without
@@ -99,7 +99,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     batches, groups, held = _batches(subject, learned, room)
     kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)
     stop = subject.reads.batches(deciding, size=subject.size).inputs
-    last = subject.distribution(stop, states=True)
+    last = subject.distribution(stop, states=last_states)
     assert last.states is not None
 
     layers = _layers(model, latents)
@@ -155,7 +155,7 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
     for turn in range(turns):
         if not turn or variations.substitutes:
-            objective = replace(subject.distribution(variations.turn(turn), states=True), weight=last.weight)
+            objective = replace(subject.distribution(variations.turn(turn), states=last_states), weight=last.weight)
         order = draw.permutation(len(groups))[: steps - turn * len(groups)]
         with _added(layers, latents, dtype), float_attention(dtype, device):
             for number in order:

@@ -32,6 +32,7 @@ Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 Placed = TypeVar("Placed")
 TOP = 5
 LEAST = 1e-12  # square of a hidden state that is divided by
+DOUBT = 4.0  # temperature at which a fine-tune's probabilities say how often its answers are right
 CLASSES = 64
 
 
@@ -195,19 +196,35 @@ class Generation:
         return 1.0 - exact_match(texts, [answer for some in self.answers for answer in some], self.pattern)
 
 
+States = Callable[[BlockOutput, Inputs], Tensor]
+
+
+def last_states(output: BlockOutput, inputs: Inputs) -> Tensor:
+    """Return the last hidden states of the real tokens (N, H)."""
+    return _real_tokens(output.hidden, inputs)
+
+
+def head_inputs(output: BlockOutput, inputs: Inputs) -> Tensor:
+    """Return the input of a head's last layer: of each row (B, H), or of each real token (N, H) if it reads all."""
+    found = output.hidden if output.read is None else output.read
+    return found if found.dim() == 2 else _real_tokens(found, inputs)
+
+
 @dataclass
 class StateChange:
-    """The distance of the last hidden states from the fine-tune's, differentiable.
+    """The distance of hidden states from the fine-tune's, differentiable: the mean of ‖h − h'‖² / ‖h‖².
 
-    It is the mean over real tokens of ‖h − h'‖² / ‖h‖². `targets` has the fine-tune's of each batch (tokens, H).
+    states    `last_states` or `head_inputs`: the states (N, H) of an output
+    targets   the fine-tune's of each batch
     """
 
     batches: Sequence[Inputs]
+    states: States
     targets: Sequence[Tensor]
 
     def change(self, batch: int, output: BlockOutput) -> Tensor:
-        """Return ‖h − h'‖² / ‖h‖² of every real token of a batch."""
-        ours, own = _real_tokens(output.hidden, self.batches[batch]), self.targets[batch]
+        """Return ‖h − h'‖² / ‖h‖² of every state of a batch."""
+        ours, own = self.states(output, self.batches[batch]), self.targets[batch]
         return (ours - own).square().sum(-1) / own.square().sum(-1).clamp_min(LEAST)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
@@ -245,17 +262,17 @@ class Distribution:
         batches: Sequence[Inputs],
         *,
         regression: bool = False,
-        states: bool = False,
+        states: States | None = None,
     ) -> Distribution:
         """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens.
 
-        With `states` its last hidden states are collected too.
+        With `states` these are collected too.
         """
         hidden: dict[int, Tensor] = {}
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
-            if states:
-                hidden[b] = _real_tokens(output.hidden, batches[b])
+            if states is not None:
+                hidden[b] = states(output, batches[b])
             if regression:
                 return _numbers(output, batches[b]), None
             few = output.scores is not None and output.scores.per_token
@@ -265,7 +282,7 @@ class Distribution:
 
         regression = regression or model.headless
         (targets,) = model.run(batches, [tune], keep)
-        kept = StateChange(batches, [hidden[b] for b in range(len(batches))]) if states else None
+        kept = None if states is None else StateChange(batches, states, [hidden[b] for b in range(len(batches))])
         return cls(batches, targets, regression, kept)
 
     def count(self, batch: int) -> int:
@@ -320,6 +337,15 @@ class Agreement:
 
     def value(self, parts: Sequence[Any]) -> float:
         measure = discord if self.regression else divergence
+        return measure(np.concatenate(parts), np.concatenate(self.targets))
+
+
+class LostScore(Agreement):
+    """The expected share of the fine-tune's score that is lost; see `lost_score`. Of numbers the distance of
+    `discord`."""
+
+    def value(self, parts: Sequence[Any]) -> float:
+        measure = discord if self.regression else lost_score
         return measure(np.concatenate(parts), np.concatenate(self.targets))
 
 
@@ -475,6 +501,15 @@ def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
     x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
     size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
     return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))
+
+
+def lost_score(logits_NC: Matrix, target_NC: Matrix) -> float:
+    """Return 1 − Σ p(class of z) / Σ p(class of t), p = softmax(t / DOUBT): the accuracy that is lost, if p is.
+
+    z     logits, t the fine-tune's
+    """
+    rows, p = np.arange(len(target_NC)), np.exp(_log_softmax(target_NC / DOUBT))
+    return 1.0 - float(p[rows, logits_NC.argmax(1)].sum() / p.max(1).sum())
 
 
 def _scale(z: Matrix, t: Matrix) -> float:

@@ -383,8 +383,8 @@ class Subject:
         assert labels is not None
         return O.Validation(self.batches[part].inputs, labels, self.metric)
 
-    def distribution(self, inputs: Sequence[Inputs], *, states: bool = False) -> O.Distribution:
-        """Return the objective of learned scales on batches of the given rows; `states`: with the last hidden ones."""
+    def distribution(self, inputs: Sequence[Inputs], *, states: O.States | None = None) -> O.Distribution:
+        """Return the objective of learned scales on batches of the given rows; `states`: with the change of these."""
         found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression, states=states)
         self.count(inputs)
         return found

@@ -38,6 +38,7 @@ from deltamerge.apps.recommend.merge import (
     MergeCandidate,
     Way,
     best_first,
+    fit_start,
     recommend_merge,
     rescue,
     with_rows,
@@ -323,6 +324,13 @@ def test_rows_decide_by_expected_shares_and_then_by_distance() -> None:
     assert why[1] == "it loses 20.0% of the fine-tunes' effect on outputs, x 30.0%, x 50.0%"
 
 
+def test_a_fit_by_row_starts_at_a_merge_that_took_no_rows() -> None:
+    regmean = next(way for way in WAYS if way.method == "regmean")
+    assert [fit_start([regmean, SVC], scope) for scope in SCOPES] == [regmean, SVC]
+    assert [fit_start([SVC, regmean], scope) for scope in SCOPES] == [SVC, SVC]
+    assert fit_start([regmean], "row") == regmean
+
+
 def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
     assert ARITHMETIC.better({0.5: 0.3, 1.0: 0.35, 1.5: 0.5}, 1.01) == 1.0
     assert ARITHMETIC.better({0.5: 0.25, 1.0: 0.35, 1.5: 0.5}, 1.01) == 0.5
@@ -332,16 +340,16 @@ def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
 
 
 def test_shares_that_answers_tell() -> None:
-    names, alike = ["a", "b"], {"a": 0.6, "b": 0.3}
+    names, kept = ["a", "b"], {"a": 0.8, "b": 0.3}
     rows = {"a": 100, "b": 100}
-    a, b = of_answers(names, meeting(), alike, {"a": 4, "b": 1}, rows, {})
-    assert a.share == pytest.approx(0.6 + 0.4 * 0.7)  # answers that differ are often as right
+    a, b = of_answers(names, meeting(), kept, {"a": 4, "b": 1}, rows)
+    assert (a.share, a.by) == (0.8, "answers")
     assert (b.share, b.by, b.loss) == (0.3, "numbers", "probable")
     assert (a.rival, a.disturbance) == ("b", 0.2)
-    assert 0.5 < a.low < a.share < a.high
-    few = of_answers(names, meeting(), alike, {"a": 4, "b": 1}, {"a": 10, "b": 10}, {})[0]
+    assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05)
+    few = of_answers(names, meeting(), kept, {"a": 4, "b": 1}, {"a": 10, "b": 10})[0]
     assert few.low < a.low
-    a, b = of_answers(names, meeting(), alike, {"a": None, "b": None}, rows, {"a": 0.9})
+    a, b = of_answers(names, meeting(), {"a": 0.9}, {"a": None, "b": None}, rows)
     assert (a.share, a.by, a.loss) == (0.9, "texts", "none")
     assert (b.share, b.loss) == (None, "unknown")
 
