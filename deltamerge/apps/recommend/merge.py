@@ -57,6 +57,7 @@ ROWS_SAVE = (
     "to save a skill: 50 to 100 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
+ALIKE = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
 SCOPES = ("layer", "row")  # of coefficients that are fitted
 STUDY = Study.model_validate({"together": 2})
 
@@ -555,12 +556,28 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
 
 
 def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
-    """Return ways, the largest expected share first; where rows do not tell shares, the least loss first."""
+    """Return ways, the best answers first (`standing`); where rows do not tell answers, the least loss first."""
 
     def worth(way: Way) -> tuple[float, float]:
-        return mean_share(judged[way].forecast) or 0.0, -(judged[way].lost_mean or 0.0)
+        return standing(judged[way]) or 0.0, -(judged[way].lost_mean or 0.0)
 
     return sorted(judged, key=worth, reverse=True)
+
+
+def standing(candidate: MergeCandidate) -> float | None:
+    """Return the mean over models of what a merge keeps, to compare merges by. None: one is not known.
+
+    It is the expected share, but of a classifier's answers those that differ count ALIKE of those that are alike. The
+    expected share sways more with few rows, and named the best merge less often (docs/measurements/merging.md).
+    """
+    kept = [one.share for one in candidate.forecast if one.by != "answers"]
+    kept += [
+        ALIKE + (1 - ALIKE) * candidate.agreement[one.model] if one.model in candidate.agreement else None
+        for one in candidate.forecast
+        if one.by == "answers"
+    ]
+    known = [one for one in kept if one is not None]
+    return fmean(known) if known and len(known) == len(kept) else None
 
 
 def fit_start(good: Sequence[Way], scope: str) -> Way:

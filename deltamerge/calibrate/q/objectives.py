@@ -32,7 +32,7 @@ Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 Placed = TypeVar("Placed")
 TOP = 5
 LEAST = 1e-12  # square of a hidden state that is divided by
-DOUBT = 4.0  # temperature at which a fine-tune's probabilities say how often its answers are right
+DOUBT = 2.0  # temperature at which a fine-tune's probabilities say how often its answers are right
 CLASSES = 64
 
 

@@ -41,6 +41,7 @@ from deltamerge.apps.recommend.merge import (
     fit_start,
     recommend_merge,
     rescue,
+    standing,
     with_rows,
     without_rows,
 )
@@ -307,13 +308,20 @@ def test_rows_that_are_too_few_are_refused_before_anything_is_measured(folder: P
         merge_advice.merge_advice(NAMES, "base", calibration=[few], options=OPTIONS)
 
 
-def test_rows_decide_by_expected_shares_and_then_by_distance() -> None:
+def test_rows_decide_by_answers_and_then_by_distance() -> None:
     def told(lost: float, share: float) -> MergeCandidate:
         skill = SkillForecast(
             model="a", share=share, low=0, high=1, by="answers", loss="none", rival=None, disturbance=None
         )
-        return candidate("x", {"a": lost}).model_copy(update={"forecast": [skill]})
+        return candidate("x", {"a": lost}).model_copy(update={"forecast": [skill], "agreement": {"a": share}})
 
+    numbers = told(0.2, 0.8).forecast[0].model_copy(update={"model": "b", "share": 0.4, "by": "numbers"})
+    mixed = told(0.2, 0.8)
+    assert standing(mixed) == pytest.approx(0.7 + 0.3 * 0.8)
+    assert standing(mixed.model_copy(update={"forecast": [*mixed.forecast, numbers]})) == pytest.approx(
+        (0.94 + 0.4) / 2
+    )
+    assert standing(mixed.model_copy(update={"agreement": {}})) is None
     assert best_first({ARITHMETIC: told(0.2, 0.8), ISO_C: told(0.4, 0.9)}) == [ISO_C, ARITHMETIC]
     assert best_first({ARITHMETIC: told(0.4, 0.9), ISO_C: told(0.2, 0.9)}) == [ISO_C, ARITHMETIC]
     assert with_rows({ARITHMETIC: told(0.2, 0.9), ISO_C: told(0.4, 0.8)}, [ISO_C])[0] == ISO_C
