@@ -30,6 +30,7 @@ from benchmarks.process import surroundings
 from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict
 from deltamerge.apps.recommend.merge import (
+    ALIKE,
     FINALISTS,
     WAYS,
     MergeCandidate,
@@ -239,7 +240,12 @@ def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
     """Points behind the best of METHODS, at the λ of their rules, of the one that each sign in the rows would name."""
     some = slice(rows)
 
+    def standing(merge: tuple[str, float], task: str) -> float:
+        alike = scores.alike(merge, task, some)
+        return alike if words.task_of(task).labels == 1 else ALIKE + (1 - ALIKE) * alike
+
     signs = {
+        "answers, of classes those that differ too": standing,
         "expected share": lambda merge, task: scores.kept(merge, task, some),
         "answers alike": lambda merge, task: scores.alike(merge, task, some),
         "distance of outputs": lambda merge, task: -scores.lost(merge, task, some),
