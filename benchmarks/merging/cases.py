@@ -30,7 +30,7 @@ from benchmarks.process import surroundings
 from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import Conflict
 from deltamerge.apps.recommend.merge import (
-    ALIKE,
+    DIFFERS,
     FINALISTS,
     WAYS,
     MergeCandidate,
@@ -242,7 +242,7 @@ def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
 
     def standing(merge: tuple[str, float], task: str) -> float:
         alike = scores.alike(merge, task, some)
-        return alike if words.task_of(task).labels == 1 else ALIKE + (1 - ALIKE) * alike
+        return alike if words.task_of(task).labels == 1 else DIFFERS + (1 - DIFFERS) * alike
 
     signs = {
         "answers, of classes those that differ too": standing,

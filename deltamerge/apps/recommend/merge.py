@@ -1,8 +1,8 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
 From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and the best of
-them at others. Coefficients are fitted from the best (`fit_start`). Candidates are judged as in a search: in memory, on
-each fine-tune's own rows and by its own head.
+them at others. Coefficients are fitted from the best, and from what is recommended without rows. Candidates are judged
+as in a search: in memory, on each fine-tune's own rows and by its own head.
 `lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
 answers as the fine-tune does.
 """
@@ -57,7 +57,7 @@ ROWS_SAVE = (
     "to save a skill: 50 to 100 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
-ALIKE = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
+DIFFERS = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
 SCOPES = ("layer", "row")  # of coefficients that are fitted
 STUDY = Study.model_validate({"together": 2})
 
@@ -380,8 +380,9 @@ class _Adviser:
     ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
         """Return all ways, and the ways that can be chosen.
 
-        Each way is tried at its usual λ, and the best ways at others. Coefficients are fitted from the best of
-        them. They can be chosen if they are better than it on the held-out rows. These rows alone then judge all ways.
+        Each way is tried at its usual λ, and the best ways at others. Coefficients are fitted by layer from the best,
+        and by row from what is recommended without rows: they move so far that few rows need not choose their start.
+        They can be chosen if they lose less than the best on the held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -395,17 +396,16 @@ class _Adviser:
                 trying.step(1)
             found = {way: trials.candidate(way) for way in WAYS}
             good = best_first({way: found[way] for way in leaders if found[way].error is None})
-            fits = {}
-            for scope in scopes if good else ():
-                start = fit_start(good, scope)
-                fits[start.by(scope)] = start
-            for way, start in fits.items():
-                trials.try_at(way, [trials.factor(start) or 1.0])
+            without, usual, _ = without_rows(conflict, count, talks=None in classes.values())
+            starts = {"layer": good[0], "row": without} if good else {}
+            fits = {scope: start.by(scope) for scope, start in starts.items() if scope in scopes}
+            for scope, way in fits.items():
+                trials.try_at(way, [trials.factor(starts[scope]) or usual])
                 trying.step(1)
-        found |= {way: trials.candidate(way) for way in fits}
-        if fitted := [way for way in fits if found[way].error is None]:
+        found |= {way: trials.candidate(way) for way in fits.values()}
+        if fitted := [way for way in fits.values() if found[way].error is None]:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
-            first = best_first({way: on_held[way] for way in (good[0], *fitted)})[0]
+            first = min((good[0], *fitted), key=lambda way: on_held[way].lost_mean or 0.0)
             if first in fitted:
                 found, good = found | on_held, [first]
         return found, good
@@ -567,26 +567,17 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
 def standing(candidate: MergeCandidate) -> float | None:
     """Return the mean over models of what a merge keeps, to compare merges by. None: one is not known.
 
-    It is the expected share, but of a classifier's answers those that differ count ALIKE of those that are alike. The
+    It is the expected share, but of a classifier's answers those that differ count DIFFERS of those that are alike. The
     expected share sways more with few rows, and named the best merge less often (docs/measurements/merging.md).
     """
     kept = [one.share for one in candidate.forecast if one.by != "answers"]
     kept += [
-        ALIKE + (1 - ALIKE) * candidate.agreement[one.model] if one.model in candidate.agreement else None
+        DIFFERS + (1 - DIFFERS) * candidate.agreement[one.model] if one.model in candidate.agreement else None
         for one in candidate.forecast
         if one.by == "answers"
     ]
     known = [one for one in kept if one is not None]
     return fmean(known) if known and len(known) == len(kept) else None
-
-
-def fit_start(good: Sequence[Way], scope: str) -> Way:
-    """Return the merge at which a fit of coefficients starts: the best of the `good` ways.
-
-    By row it is the best whose merge takes no rows, since `regmean` is fitted to these rows already.
-    """
-    fresh = [way for way in good if not way.needs_rows] if scope == "row" else []
-    return fresh[0] if fresh else good[0]
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:

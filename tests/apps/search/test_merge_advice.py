@@ -38,7 +38,6 @@ from deltamerge.apps.recommend.merge import (
     MergeCandidate,
     Way,
     best_first,
-    fit_start,
     recommend_merge,
     rescue,
     standing,
@@ -330,13 +329,6 @@ def test_rows_decide_by_answers_and_then_by_distance() -> None:
     *_, why = with_rows(judged | {fit: told(0.2, 0.9)}, [fit])
     assert why[0] == "it should keep 90.0% of the fine-tunes' scores, x 85.0%, x 60.0%"
     assert why[1] == "it loses 20.0% of the fine-tunes' effect on outputs, x 30.0%, x 50.0%"
-
-
-def test_a_fit_by_row_starts_at_a_merge_that_took_no_rows() -> None:
-    regmean = next(way for way in WAYS if way.method == "regmean")
-    assert [fit_start([regmean, SVC], scope) for scope in SCOPES] == [regmean, SVC]
-    assert [fit_start([SVC, regmean], scope) for scope in SCOPES] == [SVC, SVC]
-    assert fit_start([regmean], "row") == regmean
 
 
 def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
