@@ -449,7 +449,7 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
 def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Its bytes, inputs and coefficients are those of its recipe alone, and of its recipe with the lock beside it."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(merge_advice, "WAYS", (ISO_C,))
+    monkeypatch.setattr(merge_advice, "WAYS", (TSV_M,))
     monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
     fits, fit = [], coefficients._fit
     monkeypatch.setattr(coefficients, "_fit", lambda *given: (fits.append(given), fit(*given))[1])
@@ -458,7 +458,8 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     made, locked, alone = (tmp_path / name for name in ("made", "locked", "alone"))
     code, said, err = call(capsys, *asked, "--out", made, "--dry-run")
     assert code == 0, err
-    assert "chosen: iso_c, balanced + coefficients by row, fitted from λ = " in said
+    without = recommend_merge(NAMES[:2], "base", options=OPTIONS)
+    assert f"chosen: {without.method} + coefficients by row, fitted from λ = " in said
     assert "why: it should keep " in said
     assert f"run {made}.yaml --out {made} --locked" in err
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
@@ -466,7 +467,7 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     code, said, err = call(capsys, *asked, "--out", made, "--force", "--json")
     assert (code, len(fits)) == (0, 2), err
     plain, best = json.loads(said)["advice"]["candidates"]
-    assert [best[key] for key in ("method", "balance", "factor")] == ["iso_c", "norm", plain["factor"]]
+    assert [best[key] for key in ("method", "balance", "factor")] == ["tsv_m", "norm", plain["factor"]]
     (of_all_rows,) = (one["lost"] for one in plain["tried"] if one["factor"] == plain["factor"])
     assert plain["lost_mean"] != of_all_rows  # of the rows on which the fit was better
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", alone, *few)
