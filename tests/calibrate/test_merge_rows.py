@@ -226,14 +226,35 @@ def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: s
     assert "multiplied by its coefficient" in card
 
 
-@pytest.mark.parametrize("scope", ["model", "row"])
-def test_who_shares_weights_changes_no_coefficient(models: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+@pytest.fixture(scope="module")
+def classifiers(models: Path, tmp_path_factory) -> Path:
+    """The same models with a head of three classes, the base too, and their rows."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    generator = torch.Generator().manual_seed(5)
+    for name in ("base", *WEIGHTS):
+        tensors = {n: t for n, t in load_tensors(models / name).items() if n != "lm_head.weight"}
+        config = json.loads((models / name / "config.json").read_text())
+        config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
+        config |= {"id2label": {str(i): f"L{i}" for i in range(3)}, "label2id": {f"L{i}": i for i in range(3)}}
+        tensors["score.weight"] = torch.randn(3, config["hidden_size"], generator=generator)
+        make_checkpoint(folder / name, tensors, config=config)
+        for file in models.glob(f"{name}/*token*"):
+            shutil.copy(file, folder / name)
+    for file in models.glob("*.jsonl"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("scope", "of"), [("model", "models"), ("row", "models"), ("row", "classifiers")])
+def test_who_shares_weights_changes_no_coefficient(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scope: str, of: str
+) -> None:
     """Rows of all models at once, gradients that are summed before they reach the coefficients, and those that reach
     them one by one are the same sums. Weights are made in fewer calls."""
     from deltamerge.calibrate.merge import coefficients
     from deltamerge.calibrate.spec import Spec
 
-    found, calls = [], []
+    found, calls, models = [], [], request.getfixturevalue(of)
     weights = coefficients._Merge.weights
     for together, shares in ((True, False), (False, True), (False, False)):
         path = recipe(models, "shared", "task_arithmetic", FITTED % scope, "lambda: 0.1")

@@ -26,7 +26,7 @@ from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers
 from deltamerge.apps.recommend.meeting import Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, KEPT, SAME, ScoredTask
+from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask
 from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
@@ -325,7 +325,7 @@ class _Adviser:
             judge: StudyJudge | None = None
             if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
                 judge = stack.enter_context(
-                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (KEPT,)))
+                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (SCORE_KEPT,)))
                 )
                 search, held = judge.rows("search"), judge.rows("held")
             conflict = measure(roots, device=planning.device, workers=planning.workers)
@@ -500,7 +500,7 @@ class _Trials:
         forecast: list[SkillForecast] = []
         if factor is not None:
             parts = [part for part in self._unseen(way, among) if (way, factor, part) in self.scores]
-            lost, same, kept = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, KEPT))
+            lost, same, kept = (self._pooled(way, factor, parts, one) for one in (DISTANCE, SAME, SCORE_KEPT))
             counts = {name: sum(self.rows[part][name] for part in parts) for name in lost}
             names = self.adviser.setting.names
             forecast = of_answers(names, self.conflict, kept, self.classes, counts)

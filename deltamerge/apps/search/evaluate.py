@@ -56,7 +56,7 @@ from deltamerge.version import __version__
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
 SAME = "same_answers"
-KEPT = "kept_score"
+SCORE_KEPT = "kept_score"
 """The expected share of the fine-tune's score, from its answers alone. Recipes cannot name it."""
 LOSS = "loss"
 EXACT = "exact_match"
@@ -161,8 +161,8 @@ class ScoredTask:
                 measures[DISTANCE] = self._agreement(made.inputs)
             if SAME in compared:
                 measures[SAME] = self._same_answers(made.inputs)
-            if KEPT in compared and (kept := self._kept_score(made.inputs)) is not None:
-                measures[KEPT] = kept
+            if SCORE_KEPT in compared and (kept := self._kept_score(made.inputs)) is not None:
+                measures[SCORE_KEPT] = kept
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 

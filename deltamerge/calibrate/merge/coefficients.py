@@ -239,11 +239,13 @@ def _apart(output: BlockOutput, batches: Sequence[Inputs]) -> Iterator[BlockOutp
     first = 0
     for batch in batches:
         rows, tokens = batch["input_ids"].shape
-        own, scores = slice(first, first + rows), output.scores
+        own, scores, read = slice(first, first + rows), output.scores, output.read
         first += rows
         if scores is not None:
             scores = scores.take(partial(_cut, (own, slice(tokens)) if scores.per_token else (own,)))
-        yield BlockOutput(output.hidden[own, :tokens], scores)
+        if read is not None:
+            read = read[own] if read.dim() == 2 else read[own, :tokens]
+        yield BlockOutput(output.hidden[own, :tokens], scores, read)
 
 
 def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:

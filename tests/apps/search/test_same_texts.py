@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from conftest import tiny_llama
 
-from deltamerge.apps.search.evaluate import KEPT, ScoredTask, _files, measured, open_model, under_head
+from deltamerge.apps.search.evaluate import SCORE_KEPT, ScoredTask, _files, measured, open_model, under_head
 from deltamerge.calibrate.rows import read
 from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.reader import Reader
@@ -41,12 +41,12 @@ def test_texts_are_the_same_where_every_token_is(tmp_path: Path) -> None:
     with Reader() as reader:
         settings = Calibration.model_validate({"data": "rows.jsonl", "length": 16, "precision": "float32"})
         task = ScoredTask("a", open_model(str(tmp_path / "a"), None), settings, tmp_path, reader, "cpu")
-        sheet = task.sheet(read("rows.jsonl", folder=tmp_path), [], {KEPT})
+        sheet = task.sheet(read("rows.jsonl", folder=tmp_path), [], {SCORE_KEPT})
         others = under_head(task, open_model(str(base), None), "base")
         ((own, found),) = measured([(task, sheet)], [[task.own, others]])
-    assert own[KEPT] == 1
+    assert own[SCORE_KEPT] == 1
     assert 0.1 < sum(same) / len(same) < 0.9
-    assert found[KEPT] == sum(same) / len(same)
+    assert found[SCORE_KEPT] == sum(same) / len(same)
 
 
 def test_files_that_are_read_through_views_count_as_the_models(tmp_path: Path) -> None:
