@@ -50,10 +50,12 @@ def fetched(checkpoint: Checkpoint | Adapter, *, whole: bool = False) -> Path:
 
 
 def check_copied(checkpoint: Checkpoint) -> None:
-    """Read the small files that an output may copy. InputError: one is not a JSON object."""
+    """Read the small files that an output may copy. InputError: one is not a JSON object, or a link that leaves the
+    folder."""
     with errors.context(checkpoint.reference):
         for name in COPIED:
             if (path := checkpoint.path / name).is_file():
+                refuse_link(path)
                 read_json(path)
 
 

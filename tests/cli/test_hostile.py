@@ -48,7 +48,7 @@ def test_links_that_leave_a_models_folder(recipe: Path, tmp_path: Path, name: st
     if (model / name).exists():
         (model / name).rename(secret)
     else:
-        secret.write_text("a private key")
+        secret.write_text("{}")
     (model / name).symlink_to(secret if absolute else Path("../secret"))
     with pytest.raises(InputError, match=f"{name} is a link that leaves the folder"):
         run(recipe, tmp_path / "out")
