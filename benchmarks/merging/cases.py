@@ -245,7 +245,7 @@ def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
         return alike if words.task_of(task).labels == 1 else DIFFERS + (1 - DIFFERS) * alike
 
     signs = {
-        "answers, of classes those that differ too": standing,
+        "answers alike, others count 0.7": standing,
         "expected share": lambda merge, task: scores.kept(merge, task, some),
         "answers alike": lambda merge, task: scores.alike(merge, task, some),
         "distance of outputs": lambda merge, task: -scores.lost(merge, task, some),

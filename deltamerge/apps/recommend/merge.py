@@ -405,7 +405,7 @@ class _Adviser:
         found |= {way: trials.candidate(way) for way in fits.values()}
         if fitted := [way for way in fits.values() if found[way].error is None]:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
-            first = min((good[0], *fitted), key=lambda way: on_held[way].lost_mean or 0.0)
+            first = min((good[0], *fitted), key=lambda way: fmean(on_held[way].lost.values()))
             if first in fitted:
                 found, good = found | on_held, [first]
         return found, good
@@ -565,19 +565,19 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
 
 
 def standing(candidate: MergeCandidate) -> float | None:
-    """Return the mean over models of what a merge keeps, to compare merges by. None: one is not known.
+    """Return the mean over models by which merges are compared. Return None if a model's answers do not tell.
 
-    It is the expected share, but of a classifier's answers those that differ count DIFFERS of those that are alike. The
-    expected share sways more with few rows, and named the best merge less often (docs/measurements/merging.md).
+    A classifier's answer that differs from the fine-tune's is worth DIFFERS, and other models have their expected
+    share. A classifier's expected share names the best merge less often with few rows (docs/measurements/merging.md).
     """
-    kept = [one.share for one in candidate.forecast if one.by != "answers"]
-    kept += [
-        DIFFERS + (1 - DIFFERS) * candidate.agreement[one.model] if one.model in candidate.agreement else None
-        for one in candidate.forecast
-        if one.by == "answers"
-    ]
-    known = [one for one in kept if one is not None]
-    return fmean(known) if known and len(known) == len(kept) else None
+
+    def worth(one: SkillForecast) -> float | None:
+        if one.by != "answers":
+            return one.share
+        alike = candidate.agreement.get(one.model)
+        return None if alike is None else DIFFERS + (1 - DIFFERS) * alike
+
+    return _mean_of_all(list(map(worth, candidate.forecast)))
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
@@ -603,9 +603,12 @@ def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tupl
 
 def mean_share(forecast: Sequence[SkillForecast]) -> float | None:
     """Return the mean of expected shares. None: one is not known."""
-    shares = [one.share for one in forecast]
-    known = [share for share in shares if share is not None]
-    return fmean(known) if known and len(known) == len(shares) else None
+    return _mean_of_all([one.share for one in forecast])
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def rescue(names: Sequence[str], conflict: Conflict, forecast: Sequence[SkillForecast], *, rows: bool) -> list[str]:
