@@ -83,6 +83,7 @@ WALKED = 4  # candidates in one walk through the blocks; their hidden states are
 STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
+VARIED_PASSES = 150  # the same where rows are varied
 STATES_BYTES = 1 << 29  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
@@ -116,6 +117,7 @@ class CalibrationInput:
     pairs     the pruned ones, cut to the rows that the base has too
     cache     bytes of masks that are kept
     share     how many fine-tunes are on a device at one time
+    tokens    whether it answers with tokens, as language models do
     """
 
     model: str
@@ -129,6 +131,7 @@ class CalibrationInput:
     labelled: bool
     cache: int = CACHE_BYTES
     share: int = 1
+    tokens: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -258,8 +261,14 @@ class Spec:
     def passes(self) -> int:
         """Return the most forward passes over the calibration rows; a backward pass counts as two."""
         if self.coefficients:
-            return FITTED_PASSES * len(self.parts)
+            return (VARIED_PASSES if self.varies else FITTED_PASSES) * len(self.parts)
         return math.ceil(max(map(sum, self._cases)))
+
+    @property
+    def varies(self) -> bool:
+        """Tell whether data is varied to fit coefficients. The many factors of rows fit a classifier's few texts or
+        pictures by heart."""
+        return self.scope == "row" and not self.source.tokens
 
     @property
     def _cases(self) -> tuple[tuple[float, float], ...]:

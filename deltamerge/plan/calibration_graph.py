@@ -11,7 +11,7 @@ from deltamerge import errors
 from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.rows import split
+from deltamerge.calibrate.rows import LANGUAGE, split, task_of
 from deltamerge.calibrate.spec import (
     CalibrationInput,
     ModelTensors,
@@ -272,9 +272,11 @@ class StageMaker:
         refuse_unrunnable(model.name, model.checkpoint)
         refuse_changed_config(model)
         own, seed = headers(model.checkpoint.tensors.values()), deltas.recipe.seed
+        tokens = task_of(calibration, model.checkpoint.config) in LANGUAGE
         source = CalibrationInput(
-            model.name, model.checkpoint.path, own, pairs, calibration, self.folder, seed, self.device, labelled
-        )
+            model.name, model.checkpoint.path, own, pairs, calibration, self.folder, seed, self.device, labelled,
+            tokens=tokens,
+        )  # fmt: skip
         return within(source, self.memory, share)
 
 

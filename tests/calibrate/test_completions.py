@@ -152,7 +152,7 @@ def test_variations_are_drawn_from_the_fine_tune(folder: Path, tmp_path: Path) -
     made, _ = batch(folder, tmp_path)
     tensors = load_tensors(folder / "a")
     model, tune = BlockModel(config_of(folder / "a"), tensors), from_reader(tensors.__getitem__)
-    found = Variations.drawn(model, tune, [made], turns=40, special=[2, 3], seed=7)
+    found = Variations.drawn(model, tune, [made], turns=40, special=torch.tensor([2, 3]), seed=7)
     real = made["attention_mask"].bool()
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(folder / "a", dtype=torch.float64)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from deltamerge.calibrate.model import candidates
 from deltamerge.calibrate.model.candidates import ReadDelta, combined
+from deltamerge.calibrate.q.variations import MixedRows
 from deltamerge.calibrate.values import Spooled, of_tensor
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError, RecipeError
@@ -474,3 +475,52 @@ def test_states_that_heads_read_count_as_much_as_outputs(encoders: Path) -> None
         wanted.append(sum(a / b for a, b in zip(*shares, strict=True)) / 2)
     got = shared_values([stage], {})[stage].record
     assert got["path"][0][2] == pytest.approx(float(np.mean(wanted)), rel=1e-3)
+
+
+def test_texts_are_mixed_with_others_of_their_batch() -> None:
+    """Padding and special tokens stay; the others become tokens of the batch in 0.3 of all cases; turns repeat."""
+    ids = torch.tensor([[2, 11, 12, 13, 3], [2, 21, 22, 3, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": torch.zeros_like(ids)}
+    mixed = MixedRows([batch], torch.tensor([2, 3]), (7, 1))
+    turns = torch.stack([mixed.turn(number)[0]["input_ids"] for number in range(400)])
+    changes = (turns != ids).float().mean(0)
+    may = ids > 10
+    assert (changes[~may] == 0).all()
+    assert {*turns[:, may].flatten().tolist()} == {11, 12, 13, 21, 22}
+    assert ((changes[may] - 0.3 * 4 / 5).abs() < 0.1).all()  # one of five is the token itself
+    assert torch.equal(mixed.turn(3)[0]["input_ids"], turns[3])
+    assert not torch.equal(MixedRows([batch], torch.tensor([2, 3]), (7, 2)).turn(3)[0]["input_ids"], turns[3])
+
+
+def test_pictures_are_mixed_and_mirrored() -> None:
+    """(1 - s) x + s y in float64, y another of the batch, s at most a half, and half of them from right to left."""
+    pictures = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    mixed, patches = MixedRows([{"pixel_values": pictures}], torch.empty(0), (7,)), {"pixel_values": pictures[0]}
+    x, mirrored = pictures.double().numpy(), list[bool]()
+    for number in range(20):
+        draw = np.random.default_rng((7, number))
+        others, share = x[draw.permutation(6)], 0.5 * draw.random((6, 1, 1, 1), np.float32)
+        wanted, flips = (1 - share) * x + share * others, draw.random((6, 1, 1, 1)) < 0.5
+        mirrored += flips.flatten().tolist()
+        (found,) = mixed.turn(number)
+        np.testing.assert_allclose(found["pixel_values"], np.where(flips, wanted[..., ::-1], wanted), atol=1e-6)
+    assert 40 < sum(mirrored) < 80
+    assert MixedRows([patches], torch.empty(0), (7,)).turn(1) == [patches]
+
+
+def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit of rows' factors takes the fine-tune's outputs for the data of each turn; other fits keep the data."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+    turn = MixedRows.turn
+    monkeypatch.setattr(MixedRows, "turn", lambda one, number: seen.append((one.seed, number)) or turn(one, number))
+    for scope, passes in (("layer", 60), ("row", 300)):
+        plan = make_plan(recipe(classifiers, "mixed", "task_arithmetic", FITTED % scope, "lambda: 0.1"))
+        ((stage, _),) = plan.specs.items()
+        (described,) = plan.describe()["stages"]
+        assert described["forward_passes"] == passes
+        record = shared_values([stage], {})[stage].record
+        turns = len(record["path"]) - 1
+        wanted = [((0, model), number) for number in range(1, turns) for model in range(2)] if scope == "row" else []
+        assert seen == wanted
+        assert record["forward_passes"] <= passes
+    assert turns > 5

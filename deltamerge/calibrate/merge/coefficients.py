@@ -6,10 +6,11 @@ rows; the objective is the sum of theirs.
 Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
 distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The states that a
 head of classes or numbers reads count as much as its outputs, since they say more of a row. The distances are shares of
-the base's, so that all tasks count alike. Weights of a block are made when it runs, forward and backward, and
-then freed. Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all.
-Several GPUs share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients
-are added up in their order on the first. A plan names the functions, so torch is imported when they run.
+the base's, so that all tasks count alike. Data of classifiers is varied in each turn where rows have factors, since so
+many factors fit a few texts by heart. Weights of a block are made when it runs, forward and backward, and then freed.
+Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all. Several GPUs
+share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients are added up in their
+order on the first. A plan names the functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from deltamerge.calibrate.spec import (
     COEFFICIENT_STEP,
     FITTED_PASSES,
     STATES_BYTES,
+    VARIED_PASSES,
     Calibrated,
     QValue,
     Spec,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.q.objectives import Distribution
     from deltamerge.calibrate.q.search import Minima
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
+    from deltamerge.calibrate.q.variations import MixedRows
 
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
@@ -169,23 +172,42 @@ class _Merge:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A fine-tune's rows: batches to learn from, the batch indices of each step, and batches that decide."""
+    """A fine-tune's rows: batches to learn from, the batch indices of each step, and batches that decide.
+
+    mixed   the batches to learn from, to be varied
+    """
 
     learned: Distribution
     groups: list[list[int]]
     stop: Distribution
+    mixed: MixedRows | None = None
 
     def step(self, number: int) -> list[int]:
         """Return the indices of the batches of a step, from 1."""
         return self.groups[(number - 1) % len(self.groups)]
 
 
-def _rows(subject: Subject, size: int) -> _Rows:
-    from deltamerge.calibrate.q.objectives import head_inputs
+def _rows(subject: Subject, number: int, size: int, *, varied: bool) -> _Rows:
+    from deltamerge.calibrate.q.variations import MixedRows
 
     batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
+    mixed = MixedRows(batches, subject.reads.special, (subject.source.seed, number)) if varied else None
+    return _Rows(_distribution(subject, batches), groups, _distribution(subject, stop), mixed)
+
+
+def _distribution(subject: Subject, batches: Sequence[Inputs]) -> Distribution:
+    from deltamerge.calibrate.q.objectives import head_inputs
+
     states = None if subject.task in LANGUAGE or subject.model.headless else head_inputs
-    return _Rows(subject.distribution(batches, states=states), groups, subject.distribution(stop, states=states))
+    return subject.distribution(batches, states=states)
+
+
+def _varied(subject: Subject, rows: _Rows, turn: int) -> _Rows:
+    """Return the rows as they are in a turn."""
+    if rows.mixed is None:
+        return rows
+    learned = _distribution(subject, rows.mixed.turn(turn))
+    return replace(rows, learned=replace(learned, weight=rows.learned.weight))
 
 
 def _scaled(merge: _Merge, tasks: Sequence[_Rows]) -> tuple[list[_Rows], list[float]]:
@@ -261,7 +283,11 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
 
     every = range(len(merge.subjects))
     size = _batch_rows(len(merge.subjects)) if merge.spec.runs_together else ALONE
-    tasks = list(in_turns(merge.places, merge.subjects, lambda _, subject: _rows(subject, size)))
+
+    def rows_of(_: Subject, i: int) -> _Rows:
+        return _rows(merge.subjects[i], i, size, varied=merge.spec.varies)
+
+    tasks = list(in_turns(merge.places, every, rows_of))
     for subject in merge.subjects:  # the own weights of most have had their last turn
         subject.tensors.ahead.forget()
     tasks, scales = _scaled(merge, tasks)
@@ -309,11 +335,16 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             descend(subject.model, task.learned, batch, weights, size, subject.model.precision)
             subject.count([task.learned.batches[batch]], 3)
 
+    def of_turn(number: int, _: Subject, i: int) -> _Rows:
+        return _varied(merge.subjects[i], tasks[i], number)
+
     backends.trim()  # memory that was freed by making the deltas
     path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
+        if merge.spec.varies and step > 1 and (step - 1) % turn == 0:
+            tasks = list(in_turns(merge.places, every, partial(of_turn, (step - 1) // turn)))
         optimiser.zero_grad()
         if merge.spec.runs_together:
             descend_all(step)
@@ -362,7 +393,8 @@ def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
         search, held = subject.counts
         once = sum(map(sequences, task.learned.batches)) / len(task.groups) * turn
         stop = sum(map(sequences, task.stop.batches))
-        left.append((FITTED_PASSES * search - subject.sequences - JUDGED * held) / (3 * once + stop))
+        passes, walks = (FITTED_PASSES, 3) if task.mixed is None else (VARIED_PASSES, 4)
+        left.append((passes * search - subject.sequences - JUDGED * held) / (walks * once + stop))
     return int(min(left))
 
 

@@ -196,10 +196,10 @@ def _batches(
 
 def _variations(subject: Subject, batches: Sequence[Inputs], turns: int) -> Variations:
     """Return the rows to learn on, with substitutes for the tokens of a language model's rows."""
-    tokenizer, seed = subject.reads.tokenizer, subject.source.seed
+    seed = subject.source.seed
     if subject.task not in LANGUAGE or subject.reads.decoder or subject.model.headless:
         return Variations(batches, [], torch.empty(0), seed)
-    special = sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
+    special = subject.reads.special
     found = Variations.drawn(subject.model, subject.tune, batches, turns=turns, special=special, seed=seed)
     subject.count(batches)
     return found

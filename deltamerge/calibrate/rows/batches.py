@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ class RowReader:
     def pad_token_id(self) -> int | None:
         """Return the id that pads sequences; None for pictures."""
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
+
+    @cached_property
+    def special(self) -> Tensor:
+        """Return the ids of special and added tokens (int64); none for pictures."""
+        tokenizer = self.tokenizer
+        ids = set() if tokenizer is None else {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        return torch.tensor(sorted(ids), dtype=torch.int64)
 
     def batches(self, rows: Sequence[DataRow], *, size: int = 32, labelled: bool = False) -> Batches:
         """Return batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit
