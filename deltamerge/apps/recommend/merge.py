@@ -23,7 +23,7 @@ from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import Figures, parse
 from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
-from deltamerge.apps.recommend.meeting import Conflict, measure
+from deltamerge.apps.recommend.meeting import ALIKE, Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask
@@ -46,7 +46,6 @@ from deltamerge.run.options import Options
 
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
-ALIKE = 0.5  # mean cosine from which on deltas go the same way
 STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
@@ -356,7 +355,13 @@ class _Adviser:
             held_out=held,
             forward_passes=self.passes,
             recipe="",
-            warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)],
+            warnings=[
+                *unchanged(self.setting.names, conflict),
+                *swapped(inputs),
+                *unrelated(inputs),
+                *other_words(inputs),
+                *remarks_on_configs(inputs),
+            ],
         )
         return advice, way, factor, fitted
 
@@ -538,6 +543,12 @@ def _classes(task: ScoredTask) -> int | None:
 
 
 def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
+def unchanged(names: Sequence[str], conflict: Conflict) -> list[str]:
+    """Return a message for every model whose delta is 0."""
+    still = [name for name, norm in zip(names, conflict.relative_norm, strict=True) if norm == 0]
+    return [f"{name} has the weights of the base: it adds nothing to the merge" for name in still]
+
+
     """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
     said = f"mean cosine {conflict.cosine_mean:.2g}"
     if conflict.cosine_mean >= ALIKE:
@@ -548,10 +559,10 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
         )
     said = f"the deltas go different ways ({said}), and without rows"
     if talks:
-        kept = "wudi kept most of such language models"
-        return WUDI, 1.0, [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
-    way = SVC if count > 2 else TSV_M
-    kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"
+        way, kept = WUDI, "wudi kept most of such language models"
+    else:
+        way = SVC if count > 2 else TSV_M
+        kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"
     return way, float(f"{way.usual(count):.3g}"), [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
 
 

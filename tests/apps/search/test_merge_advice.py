@@ -45,6 +45,7 @@ from deltamerge.apps.recommend.merge import (
     without_rows,
 )
 from deltamerge.apps.search.judge import StudyJudge, Walk
+from deltamerge.apps.recommend.prune import seen_from
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
@@ -270,6 +271,7 @@ def test_the_decision() -> None:
     assert without_rows(met, 4, talks=False)[:2] == (SVC, 0.6)
     assert without_rows(met, 4, talks=True)[:2] == (WUDI, 1.0)
     way, factor, _ = without_rows(met.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
+    assert without_rows(met, 16, talks=True)[:2] == (WUDI, 0.5)  # the λ of its rule
     assert (way, factor) == (ARITHMETIC, 0.25)
     judged = {
         ARITHMETIC: candidate("task_arithmetic", {"a": 0.2, "b": 0.7}),
@@ -346,10 +348,14 @@ def test_shares_that_answers_tell() -> None:
     assert (a.share, a.by) == (0.8, "answers")
     assert (b.share, b.by, b.loss) == (0.3, "numbers", "probable")
     assert (a.rival, a.disturbance) == ("b", 0.2)
-    assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05)
+    assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05, abs=0.002)
     few = of_answers(names, meeting(), kept, {"a": 4, "b": 1}, {"a": 10, "b": 10})[0]
     assert few.low < a.low
     a, b = of_answers(names, meeting(), {"a": 0.9}, {"a": None, "b": None}, rows)
+    for classes, kept_all in (({"a": 4, "b": 4}, 0.5), ({"a": 1, "b": 1}, 0.4)):  # two rows kept may be luck
+        two = of_answers(names, meeting(), {"a": 1.0, "b": 1.0}, classes, {"a": 2, "b": 2})[0]
+        assert (two.high, two.loss) == (1.0, "possible")
+        assert two.low < kept_all
     assert (a.share, a.by, a.loss) == (0.9, "texts", "none")
     assert (b.share, b.loss) == (None, "unknown")
 
@@ -377,6 +383,14 @@ def test_a_drowned_skill_and_what_would_save_it() -> None:
     alone = meeting().model_copy(update={"cosine": [[1, 0.75], [0.75, 1]], "cosine_mean": 0.75})
     assert not rescue(names, alone, quiet, rows=False)
 
+    twins = meeting(1.0).model_copy(update={"cosine": [[1, 0.9], [0.9, 1]], "cosine_mean": 0.9})
+    assert [(one.loss, one.rival) for one in of_weights(names, twins, "task_arithmetic")] == [("unknown", None)] * 2
+
+
+def test_a_delta_of_nothing_is_named() -> None:
+    still = meeting().model_copy(update={"relative_norm": [0.1, 0.0]})
+    assert unchanged(["a", "b"], still) == ["b has the weights of the base: it adds nothing to the merge"]
+    assert not unchanged(["a", "b"], meeting())
 
 REFUSED = {
     "a base among the models": (["tuned", "base"], [], InputError, "is the base itself"),
