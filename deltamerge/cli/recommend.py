@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -306,7 +307,7 @@ def init(
         say(written.removesuffix("\n"))
         return
     write_new(path, written)
-    tell(f"{path}: written; next: deltamerge plan {path}")
+    tell(f"{path}: written; next: deltamerge plan {quote(str(path))}")
 
 
 @click.command("merge")
@@ -351,7 +352,7 @@ def merge(
     deltamerge merge ./math ./code --base ./base --out merged --rows rows    # rows/math.jsonl, rows/code.jsonl
     """
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {models[0]}")
+        raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {quote(models[0])}")
     for name, value in (("--base BASE", base), ("--out OUT", out)):
         if value is None:
             raise click.UsageError(f"Missing option '{name}'")
@@ -376,7 +377,8 @@ def merge(
         if as_json:
             say_json({**said, "run": None})
         elif not quiet:
-            tell(f"{made.recipe}: written; deltamerge run {made.recipe} --out {out}{locked} makes the merge")
+            run = f"deltamerge run {quote(str(made.recipe))} --out {quote(str(out))}{locked}"
+            tell(f"{made.recipe}: written; {run} makes the merge")
         return
     result = made.run()
     warnings.end(result)

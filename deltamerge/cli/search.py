@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -103,7 +104,7 @@ def sweep(
             if row.outcome.error is not None:
                 tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
         tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg")
-        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {quote(str(found.recipe))} --locked")
 
 
 def render_sweep(found: SweepResult, width: int) -> str:
@@ -229,7 +230,7 @@ def search(
             count = sum(trial.outcome.error == error for trial in found.trials)
             tell(f"{count} trial{'s' * (count > 1)} failed: {error}")
         tell(f"{found.folder}: study.db, study.json, trials.csv, report.html")
-        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {quote(str(found.recipe))} --locked")
 
 
 def render_search(found: SearchResult, width: int) -> str:

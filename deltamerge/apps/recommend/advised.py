@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
@@ -22,6 +23,8 @@ from deltamerge.apps.search.folder import lock_of
 from deltamerge.calibrate.rows import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.ownership import Guard
+from deltamerge.files.work_folder import check_target, refuse_inputs
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.lock import Lock, fingerprint, refuse_foreign_lock
 from deltamerge.run.options import Options
@@ -75,12 +78,15 @@ def advised_merge(
         keys                      more keys of the recipe: dtype, tokenizer_source, output, …
 
     Nothing is measured where OUT, OUT.yaml or another's OUT.lock is in the way; `Options.force` replaces them.
-    OutputError: one is.
+    OutputError: one is, or a run could not replace OUT.
     """
     options = options or Options()
+    check_target(out)
+    refuse_inputs(out, [(one, Path(one).expanduser()) for one in (base, *models)])
     recipe = out.with_name(f"{out.name}.yaml")
     if not options.force:
         _refuse_other(recipe, out)
+    Guard.of(out).check(force=options.force)
     refuse_foreign_lock(recipe.with_suffix(".lock"), recipe.name, rows=True, force=options.force)
     advice, found = merge_advice(
         models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options
@@ -92,7 +98,7 @@ def advised_merge(
 
 def _refuse_other(recipe: Path, out: Path) -> None:
     if os.path.lexists(recipe):
-        hint = f"deltamerge run {recipe} --out {out} makes it; --force chooses anew"
+        hint = f"deltamerge run {quote(str(recipe))} --out {quote(str(out))} makes it; --force chooses anew"
         raise OutputError(f"{recipe}: a recipe is there", hint=hint)
     if os.path.lexists(out):
         raise OutputError(f"{out}: is there already", hint="another --out, or --force")

@@ -264,11 +264,12 @@ class _Setting:
     def __post_init__(self) -> None:
         if len(self.models) < 2:
             raise UsageError("a merge takes two models or more")
-        for one in self.models:
-            if one == self.base:
+        base, *places = (os.path.realpath(os.path.expanduser(one)) for one in (self.base, *self.models))
+        for i, (one, place) in enumerate(zip(self.models, places, strict=True)):
+            if place == base:
                 raise InputError(f"{one}: is the base itself", hint="name fine-tunes, and their base with --base")
-        if len(set(self.models)) < len(self.models):
-            raise InputError(f"{self.models[0]}: a model is named twice", hint="name each once")
+            if place in places[:i]:
+                raise InputError(f"{one}: a model is named twice", hint="name each once")
 
     @cached_property
     def names(self) -> list[str]:
@@ -542,13 +543,13 @@ def _classes(task: ScoredTask) -> int | None:
     return 1 if is_regression(task.config) else int(task.config.num_labels)
 
 
-def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
 def unchanged(names: Sequence[str], conflict: Conflict) -> list[str]:
     """Return a message for every model whose delta is 0."""
     still = [name for name, norm in zip(names, conflict.relative_norm, strict=True) if norm == 0]
     return [f"{name} has the weights of the base: it adds nothing to the merge" for name in still]
 
 
+def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
     """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
     said = f"mean cosine {conflict.cosine_mean:.2g}"
     if conflict.cosine_mean >= ALIKE:

@@ -396,9 +396,19 @@ def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
 
 
 def seen_from(folder: Path, reference: str) -> str:
-    """Return a local reference as a recipe in `folder` writes it. Absolute paths and hub ids are unchanged."""
+    """Return a local reference, or each part of base+delta, as a recipe in `folder` writes it.
+
+    Absolute paths and hub ids are unchanged.
+    """
     expanded = Path(reference).expanduser()
-    if not expanded.exists() or expanded.is_absolute():
-        return reference
-    relative = os.path.relpath(expanded, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
+    if expanded.exists():
+        if expanded.is_absolute():
+            return reference
+        relative = os.path.relpath(expanded, folder)
+        return relative if relative.startswith("..") else f"./{relative}"
+    pieces = reference.split("+")
+    for i in range(1, len(pieces)):
+        parts = "+".join(pieces[:i]), "+".join(pieces[i:])
+        if any(os.path.exists(os.path.expanduser(part)) for part in parts):
+            return "+".join(seen_from(folder, part) for part in parts)
+    return reference

@@ -41,11 +41,12 @@ from deltamerge.apps.recommend.merge import (
     recommend_merge,
     rescue,
     standing,
+    unchanged,
     with_rows,
     without_rows,
 )
-from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.apps.recommend.prune import seen_from
+from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
@@ -270,8 +271,8 @@ def test_the_decision() -> None:
     assert without_rows(met, 2, talks=False)[:2] == (TSV_M, 1.0)
     assert without_rows(met, 4, talks=False)[:2] == (SVC, 0.6)
     assert without_rows(met, 4, talks=True)[:2] == (WUDI, 1.0)
-    way, factor, _ = without_rows(met.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
     assert without_rows(met, 16, talks=True)[:2] == (WUDI, 0.5)  # the λ of its rule
+    way, factor, _ = without_rows(met.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
     assert (way, factor) == (ARITHMETIC, 0.25)
     judged = {
         ARITHMETIC: candidate("task_arithmetic", {"a": 0.2, "b": 0.7}),
@@ -351,11 +352,11 @@ def test_shares_that_answers_tell() -> None:
     assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05, abs=0.002)
     few = of_answers(names, meeting(), kept, {"a": 4, "b": 1}, {"a": 10, "b": 10})[0]
     assert few.low < a.low
-    a, b = of_answers(names, meeting(), {"a": 0.9}, {"a": None, "b": None}, rows)
     for classes, kept_all in (({"a": 4, "b": 4}, 0.5), ({"a": 1, "b": 1}, 0.4)):  # two rows kept may be luck
         two = of_answers(names, meeting(), {"a": 1.0, "b": 1.0}, classes, {"a": 2, "b": 2})[0]
         assert (two.high, two.loss) == (1.0, "possible")
         assert two.low < kept_all
+    a, b = of_answers(names, meeting(), {"a": 0.9}, {"a": None, "b": None}, rows)
     assert (a.share, a.by, a.loss) == (0.9, "texts", "none")
     assert (b.share, b.loss) == (None, "unknown")
 
@@ -382,7 +383,6 @@ def test_a_drowned_skill_and_what_would_save_it() -> None:
     assert rescue(names, alike, quiet, rows=False)[0].startswith("a and b are alike (cosine 0.75), the others not")
     alone = meeting().model_copy(update={"cosine": [[1, 0.75], [0.75, 1]], "cosine_mean": 0.75})
     assert not rescue(names, alone, quiet, rows=False)
-
     twins = meeting(1.0).model_copy(update={"cosine": [[1, 0.9], [0.9, 1]], "cosine_mean": 0.9})
     assert [(one.loss, one.rival) for one in of_weights(names, twins, "task_arithmetic")] == [("unknown", None)] * 2
 
@@ -392,9 +392,12 @@ def test_a_delta_of_nothing_is_named() -> None:
     assert unchanged(["a", "b"], still) == ["b has the weights of the base: it adds nothing to the merge"]
     assert not unchanged(["a", "b"], meeting())
 
+
 REFUSED = {
     "a base among the models": (["tuned", "base"], [], InputError, "is the base itself"),
-    "one twice": (["tuned", "tuned"], [], InputError, "named twice"),
+    "one twice": (["other", "tuned", "tuned"], [], InputError, "tuned: a model is named twice"),
+    "one twice, by another path": (["other", "tuned", "./tuned"], [], InputError, "./tuned: a model is named twice"),
+    "a base by another path": (["tuned", "./base"], [], InputError, "is the base itself"),
     "one": (["tuned"], [], UsageError, "two models"),
     "rows of some": (["tuned", "other", "third"], ["calib.jsonl", "calib.jsonl"], UsageError, "2 files for 3 models"),
     "too few rows": (["tuned", "other"], ["few.jsonl"], InputError, "2 rows"),
@@ -435,7 +438,7 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    out = tmp_path / "new" / "merged"
+    out = tmp_path / "new" / "two words"
     asked = ["merge", *NAMES, "--base", "base", "--out", out, "--workers", "1", "--device", "cpu"]
     code, said, err = call(capsys, *asked, "--dry-run")
     assert code == 0, err
@@ -443,12 +446,13 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     heads = ("chosen: svc, balanced, λ = 0.693, in ", "why: ", keeps, "in danger: ", "what helps: ")
     assert len(said.splitlines()) == 5
     assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
-    recipe = out.with_name("merged.yaml")
+    recipe = out.with_name("two words.yaml")
+    assert f"deltamerge run '{recipe}' --out '{out}' makes the merge" in err
     assert yaml.safe_load(recipe.read_text())["merge_method"] == "svc"
     assert not out.exists()
     code, _, err = call(capsys, *asked)
     assert (code, out.exists()) == (1, False)
-    assert f"{recipe}: a recipe is there" in err
+    assert f"{recipe}: a recipe is there\nhint: deltamerge run '{recipe}' --out '{out}' makes it" in err
     code, said, err = call(capsys, *asked, "--force", "--json")
     assert code == 0, err
     assert json.loads(said)["run"]["out"] == str(out)
@@ -493,6 +497,18 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
         assert (one.calibration, one.content["inputs"]) == (first.calibration, first.content["inputs"])
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", made, *few)
     assert (code, len(fits), "up to date" in err) == (0, 3, True)
+
+
+def test_a_recipe_elsewhere_names_both_parts_of_an_adapter(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "lo+ra", "sub"):
+        (tmp_path / name).mkdir()
+    place = tmp_path / "sub"
+    assert seen_from(place, "base+a") == "../base+../a"
+    assert seen_from(place, f"{tmp_path}/base+./a") == f"{tmp_path}/base+../a"
+    assert seen_from(place, "org/name@main+lo+ra") == "org/name@main+../lo+ra"
+    assert seen_from(place, "lo+ra") == "../lo+ra"
+    assert seen_from(place, "org/name+org/adapter") == "org/name+org/adapter"
 
 
 def test_merge_names_its_own_option_for_rows() -> None:
@@ -548,6 +564,18 @@ MERGES = {
         ["tuned", "other", "--base", "base", "--out", "x", "--rows", "gone"],
         "gone: no such folder",
     ),
+    "the current folder as output": (
+        ["tuned", "other", "--base", "base", "--out", ".", "--force"],
+        ".: is the current folder",
+    ),
+    "an output that is a model": (
+        ["tuned", "other", "--base", "base", "--out", "other", "--force"],
+        "other: holds the input other",
+    ),
+    "an output that no run made": (
+        ["tuned", "other", "--base", "base", "--out", "mine", "--force"],
+        "mine: --force replaces only files of runs",
+    ),
     "a model that is not there": (["tuned", "gone", "--base", "base", "--out", "x"], "gone"),
 }
 
@@ -556,6 +584,8 @@ MERGES = {
 def test_a_merge_that_is_refused_says_one_line_and_writes_nothing(folder: Path, monkeypatch, capsys, case: str) -> None:
     arguments, said = MERGES[case]
     monkeypatch.chdir(folder)
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine" / "diary.txt").touch()
     before = sorted(folder.iterdir())
     code, out, err = call(capsys, "merge", *arguments)
     assert (code in (1, 2), out) == (True, "")
