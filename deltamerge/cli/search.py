@@ -20,6 +20,7 @@ from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
     FOLDER,
+    FORCE_FILES,
     PICKLES,
     QUIET,
     RECIPE,
@@ -269,7 +270,7 @@ SHOWN = 8
 @ABOUT_ROWS
 @click.option("--of", "skill", metavar="NAME", help="Model whose skill to explain. Default: the model that loses most.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
-@click.option("--force", is_flag=True, help="Replace the file of --plot.")
+@FORCE_FILES
 @DEVICE
 @WORKERS
 @PICKLES
@@ -296,22 +297,21 @@ def bisect(
     deltamerge bisect recipe.yaml --rows rows --of math
     """
     with app("search"):
+        from deltamerge.apps.report.pictures import check_plot
         from deltamerge.apps.search.bisect import bisect, draw
-    from deltamerge.errors import OutputError
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.options import Options
 
-    if plot is not None and (plot.suffix != ".svg" or (plot.exists() and not force)):
-        wrong = "is there already" if plot.exists() else "cannot be drawn"
-        raise OutputError(f"{plot}: {wrong}", hint="name a new .svg file, or --force")
     file = read_recipe(recipe)
+    if plot is not None:
+        check_plot(plot, file.path.name, force=force)
     models = [file.output.recipe.models[i].model for i in file.output.recipe.fine_tunes]
     folder = None if rows is None else rows.resolve()
     found = rows_in_folder(folder, models, text=text, sequences=sequences, length=length)
     answer = bisect(file, rows=found, skill=skill, options=Options(**where))
     say_json(answer.describe()) if as_json else say(render_bisection(answer, streams.columns()))
     if plot is not None:
-        draw(answer, plot)
+        draw(answer, plot, file.path.name, force=force)
         tell(f"{plot}: written")
 
 

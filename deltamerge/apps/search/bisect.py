@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.inspect.statistics import parse
+from deltamerge.apps.report.pictures import check_plot
 from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, columns, picture
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, ScoredTask, measured
@@ -27,6 +28,7 @@ from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.files import progress
+from deltamerge.files.ownership import replace_own
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
@@ -261,6 +263,7 @@ class _Bisection:
         return found
 
 
-def draw(found: Bisection, path: Path) -> None:
-    """Write the picture of a bisection."""
-    path.write_text(found.picture() + "\n", encoding="utf-8")
+def draw(found: Bisection, path: Path, of: str = "", *, force: bool = False) -> None:
+    """Write the picture of a bisection of the recipe file named `of`. OutputError: as for `check_plot`."""
+    check_plot(path, of, force=force)
+    replace_own(path, found.picture(), of)

@@ -139,8 +139,15 @@ def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys) -> N
     )
     assert "of the models most by b" in " ".join(out.split())
     assert 'data-name="4"' in plot.read_text()
-    code, _, err = call(capsys, *asked, "--plot", plot)
-    assert (code, "is there already" in err) == (1, True)
+    for taken, said in (
+        (tmp_path / "gone" / "cost.svg", "no such folder"),
+        (tmp_path / "mine.svg", "is there, and was not written for"),
+        (tmp_path / "cost.png", "cannot be drawn"),
+    ):
+        if taken.parent.exists():
+            taken.write_text("mine")
+        code, out, err = call(capsys, *asked, "--plot", taken)
+        assert (code, out, said in err) == (1, "", True)
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
