@@ -343,10 +343,9 @@ def _suspect(one: Suspect) -> Row:
 
 def verdict(found: Bisection) -> str:
     """Return the finding in a sentence."""
-    said = [f"{found.skill} loses {found.lost[found.skill]:.1%}"]
-    if found.layers:
-        tensor = f", there {found.tensors[0].name} ({found.tensors[0].won:.1%})" if found.tensors else ""
-        said.append(f"most by {found.layers[0].name} ({found.layers[0].won:.1%}){tensor}")
-    if found.models:
-        said.append(f"of the models most by {found.models[0].name} ({found.models[0].won:.1%})")
+    said, (layer, tensor, model) = [f"{found.skill} loses {found.lost[found.skill]:.1%}"], found.costs
+    there = f", there {tensor.name} ({tensor.won:.1%})" if tensor else ""
+    said.append(f"most by {layer.name} ({layer.won:.1%}){there}" if layer else "no layer alone costs it")
+    if model:
+        said.append(f"of the models most by {model.name} ({model.won:.1%})")
     return "; ".join(said)

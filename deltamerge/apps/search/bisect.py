@@ -39,6 +39,7 @@ BEGIN = 4  # of them: the fine-tune's outputs, the base and the fine-tune as ref
 TENSORS = 12  # of them for tensors of the worst layer
 MODELS = 12  # and for models that are left out
 SHOWN = 8
+LEAST = 5e-4  # of a distance won: less is no cost
 TOGETHER = 8
 KEPT = 2 * 2**30  # bytes of the merge that stay in memory
 GOAL = Goal.model_validate({"measure": AGREEMENT})
@@ -78,6 +79,13 @@ class Bisection:
     passes: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def costs(self) -> tuple[Suspect | None, Suspect | None, Suspect | None]:
+        """Return the layer, the tensor in it and the model that cost most. None: it costs nothing."""
+        kinds = (self.layers, self.tensors, self.models)
+        layer, tensor, model = (some[0] if some and some[0].won >= LEAST else None for some in kinds)
+        return layer, tensor if layer else None, model
+
     def describe(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         return asdict(self)
@@ -97,8 +105,9 @@ class Bisection:
         ):
             points = [Point(one.name, max(0.0, one.won)) for one in some[:SHOWN]]
             panels += [Panel(title, "of the base's distance", bars(title, points, form=".1%"))] if points else []
-        worst = self.layers[0].name if self.layers else "no layer"
-        title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst} costs it most"
+        layer, _, _ = self.costs
+        worst = f"{layer.name} costs it most" if layer else "no layer alone costs it"
+        title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst}"
         return picture([[panel] for panel in panels], STYLE, title)
 
 
@@ -122,6 +131,9 @@ def bisect(
 
     UsageError: no model has that name, or the number of `rows` does not fit. InputError: a search would refuse it.
     """
+    if len(file.documents) > 1:
+        hint = "run the others first, and name their results as models"
+        raise InputError(f"{file.path}: has several documents", hint=hint)
     data = _with_rows(file.output.recipe, rows)
     options = options or Options()
     candidates = candidates_in(file.folder, options, pickles=bool(data.get("pickles")) or options.pickles)

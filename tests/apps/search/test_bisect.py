@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.bisect import MOST, Bisection, bisect
 from deltamerge.apps.search.judge import Walk
+from deltamerge.cli.search import verdict
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
 from deltamerge.recipe.file import read_recipe
@@ -150,6 +151,15 @@ def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys) -> N
         assert (code, out, said in err) == (1, "", True)
 
 
+def test_a_skill_that_loses_nothing_blames_nothing(folder: Path, tmp_path: Path) -> None:
+    recipe = planted(folder, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**data, "models": [data["models"][0] | {"parameters": {"weight": 1.0}}]}))
+    found = found_in(folder, recipe)
+    assert verdict(found) == "a loses 0.0%; no layer alone costs it"
+    assert "no layer alone costs it" in found.picture()
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
     recipe = planted(folder, tmp_path)
     with pytest.raises(UsageError, match="no model is named x"):
@@ -157,5 +167,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
     code, out, err = call(capsys, "bisect", recipe)
     assert (code, out) == (1, "")
     assert "has no rows" in err
+    several = tmp_path / "several.yaml"
+    text = recipe.read_text()
+    several.write_text(f"name: first\n{text}---\n{text.replace('./c', 'first')}")
+    code, _, err = call(capsys, "bisect", several, "--rows", folder / "rows.jsonl")
+    assert (code, "several.yaml: has several documents" in err) == (1, True)
     code, _, err = call(capsys, "bisect", recipe, "--rows", tmp_path)
     assert (code, "has no a.jsonl" in err) == (1, True)
