@@ -36,7 +36,6 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.recommend.forecast import SkillForecast
     from deltamerge.apps.recommend.meeting import Conflict
     from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
@@ -184,7 +183,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
             "",
             *paragraph(f"rows: {_range_of(answer.search)} searched on, {_range_of(answer.held_out)} held out", width),
         ]
-    lines += _skills(answer.forecast, width)
+    lines += _skills(answer, width)
     said = [("recommended", f"{answer.method}, λ = {answer.factor:.3g}: {answer.why[0]}")]
     said += [("", line) for line in answer.why[1:]] + [("lost skills", line) for line in answer.rescue[:1]]
     said += [("", line) for line in answer.rescue[1:]] + [("warning", warning) for warning in answer.warnings]
@@ -224,18 +223,21 @@ def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
     return [*lines, *paragraph(f"‖Δ‖/‖W‖ {norms}{chance}", width), *paragraph(ABOUT_PAIRS, width)]
 
 
-def _skills(forecast: Sequence[SkillForecast], width: int) -> list[str]:
+def _skills(answer: MergeAdvice, width: int) -> list[str]:
     """Return a table of the share of each model's score that the merge will keep."""
-    if not forecast:
+    if not answer.forecast:
         return []
     columns = [Column("expected\nshare"), Column("8 in 10\nbetween"), Column("most disturbed by", 1)]
     rows: list[Row] = []
-    for one in forecast:
+    for one in answer.forecast:
         known = one.share is not None and one.low is not None and one.high is not None
         share, between = (f"{one.share:.0%}", f"{one.low:.0%} – {one.high:.0%}") if known else ("–", "–")
         rival = "" if one.rival is None else f"{one.rival}, {cell(one.disturbance)}"
         rows.append((one.model, [share, between, rival]))
-    return ["", *table(columns, [rows], width), "", *paragraph(ABOUT_SHARES[forecast[0].by], width), ""]
+    about = ABOUT_SHARES[answer.forecast[0].by]
+    if answer.head is not None:
+        about += f" They are reached {answer.about_heads}."
+    return ["", *table(columns, [rows], width), "", *paragraph(about, width), ""]
 
 
 def _merge(one: MergeCandidate) -> list[str]:

@@ -145,12 +145,13 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     )
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
+    kept = ", ".join(map(_kept, advice.forecast))
     fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
     start = "fitted from λ" if fits else "λ"
     return [
         f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",
-        f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
+        f"keeps: {', '.join(filter(None, (kept or 'not known', advice.about_heads)))}",
         f"in danger: {'; '.join(dangers) or doubt}",
         f"what helps: {helps or 'deltamerge eval scores the merge beside its models'}",
     ]

@@ -170,6 +170,9 @@ class MergeAdvice(Conclusion):
     factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
     forecast: list[SkillForecast] = Field(description="The forecast of each model in the recommended merge.")
+    head: str | None = Field(
+        None, description="The model whose head the merge has; null: heads are merged, or the base's."
+    )
     rescue: list[str] = Field(description="Ways to save the skills that may be lost.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
@@ -181,6 +184,11 @@ class MergeAdvice(Conclusion):
     @property
     def _what(self) -> str:
         return f"{len(self.models)} models on {self.base}"
+
+    @property
+    def about_heads(self) -> str:
+        """Return what the forecasts of models with heads of their own mean; "": they have none."""
+        return "" if self.head is None else f"with each model's own head; the merge has that of {self.head}"
 
 
 def recommend_merge(
@@ -350,6 +358,7 @@ class _Adviser:
             factor=factor,
             evidence=conflict,
             forecast=forecast,
+            head=inputs.template.name if inputs.template in inputs.tunes and not talks else None,
             rescue=rescue(self.setting.names, conflict, forecast, rows=bool(self.setting.rows)),
             candidates=list(found.values()),
             search=search,

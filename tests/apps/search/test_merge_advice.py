@@ -446,6 +446,7 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     heads = ("chosen: svc, balanced, λ = 0.693, in ", "why: ", keeps, "in danger: ", "what helps: ")
     assert len(said.splitlines()) == 5
     assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
+    assert said.splitlines()[2].endswith(", with each model's own head; the merge has that of tuned")
     recipe = out.with_name("two words.yaml")
     assert f"deltamerge run '{recipe}' --out '{out}' makes the merge" in err
     assert yaml.safe_load(recipe.read_text())["merge_method"] == "svc"
