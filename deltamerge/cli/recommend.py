@@ -110,6 +110,8 @@ def recommend(
         rows = [one for one in calibration if one]
         if density is not None or any("label" in one for one in rows):
             raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        if as_csv and not rows:
+            raise click.UsageError("--csv has the merges that are tried on rows: give --calibration, or take --json")
         merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
         if as_csv:
             say_table(merge.candidates)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import shutil
 from collections import Counter
@@ -48,6 +50,7 @@ from deltamerge.apps.recommend.merge import (
 from deltamerge.apps.recommend.prune import seen_from
 from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.calibrate.merge import coefficients
+from deltamerge.cli.output import say_table
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.methods.low_rank import leading
 from deltamerge.run.lock import Lock
@@ -417,6 +420,7 @@ def test_what_is_refused(folder: Path, monkeypatch, case: str) -> None:
 COMMANDS = {
     "a density": (["tuned", "other", "--density", "0.1"], "are for one MODEL"),
     "no density": (["tuned"], "--density"),
+    "a table of nothing": (["tuned", "other", "--csv"], "give --calibration"),
     "no fit": (["tuned", "--density", "0.1", "--no-fit"], "for several MODELS"),
 }
 
@@ -428,6 +432,15 @@ def test_options_of_the_other_kind(folder: Path, monkeypatch, capsys, case: str)
     code, _, err = call(capsys, "recommend", *arguments, "--base", "base")
     assert code == 2
     assert said in err
+
+
+def test_a_table_has_a_column_for_each_figure_of_a_forecast(capsys) -> None:
+    one = SkillForecast(
+        model="a", share=0.5, low=0, high=1, by="answers", loss="none", rival=None, disturbance=None
+    )  # fmt: skip
+    say_table([candidate("ties", {"a": 0.5}).model_copy(update={"forecast": [one]})])
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["forecast.0.model"], row["forecast.0.share"]) == ("a", "0.5")
 
 
 def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
