@@ -392,7 +392,10 @@ def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
     text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
-    return text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)
+    plain, escaped = (
+        yaml.safe_dump(dict(recipe), sort_keys=False, width=1000, allow_unicode=every) for every in (True, False)
+    )
+    return text + (plain if plain.replace("\n", "").isprintable() else escaped)
 
 
 def seen_from(folder: Path, reference: str) -> str:

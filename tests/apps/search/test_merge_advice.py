@@ -47,7 +47,7 @@ from deltamerge.apps.recommend.merge import (
     with_rows,
     without_rows,
 )
-from deltamerge.apps.recommend.prune import seen_from
+from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.cli.output import say_table
@@ -523,6 +523,13 @@ def test_a_recipe_elsewhere_names_both_parts_of_an_adapter(tmp_path: Path, monke
     assert seen_from(place, "org/name@main+lo+ra") == "org/name@main+../lo+ra"
     assert seen_from(place, "lo+ra") == "../lo+ra"
     assert seen_from(place, "org/name+org/adapter") == "org/name+org/adapter"
+
+
+def test_a_recipe_has_letters_of_any_alphabet() -> None:
+    for name, shown in (("modèle", "model: modèle"), ("a\u202eb", 'model: "a\\u202Eb"')):
+        text = with_comment(["why"], {"model": name})
+        assert text == f"# why\n{shown}\n"
+        assert yaml.safe_load(text) == {"model": name}
 
 
 def test_merge_names_its_own_option_for_rows() -> None:
