@@ -240,9 +240,12 @@ def merge_advice(
     """
     options = options or Options()
     setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
+    more = dict(keys or {})
+    # Keys that no recipe has are refused at once; which parameters there are depends on the method.
+    parse(setting.recipe(WHOLE, 1.0) | {key: value for key, value in more.items() if key != "parameters"})
     found, way, factor, fitted = _Adviser(setting, options).advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
-    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
+    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | more
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
     return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
@@ -569,7 +572,7 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
         )
     said = f"the deltas go different ways ({said}), and without rows"
     if talks:
-        way, kept = WUDI, "wudi kept most of such language models"
+        way, kept = WUDI, "wudi kept most of language models' skills"
     else:
         way = SVC if count > 2 else TSV_M
         kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"

@@ -51,7 +51,7 @@ from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.calibrate.merge import coefficients
 from deltamerge.cli.output import say_table
-from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.errors import InputError, OutputError, RecipeError, UsageError
 from deltamerge.methods.low_rank import leading
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
@@ -552,6 +552,11 @@ def test_merge_from_python_without_a_method(folder: Path, tmp_path: Path) -> Non
     assert made.lock["outputs"]
     with pytest.raises(UsageError, match="a base"):
         deltamerge.merge(models, tmp_path / "other")
+    with pytest.raises(UsageError, match=r"x\.jsonl: is a path"):
+        deltamerge.merge(models, tmp_path / "other", base=base, rows="x.jsonl")
+    with pytest.raises(RecipeError, match="nosuch: unknown key"):
+        deltamerge.merge(models, tmp_path / "other", base=base, nosuch=1)
+    assert not (tmp_path / "other.yaml").exists()
     with pytest.raises(UsageError, match="rows choose a method"):
         deltamerge.merge(models, tmp_path / "other", method="ties", base=base, rows={"data": "x.jsonl"})
 
