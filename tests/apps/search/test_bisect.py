@@ -17,7 +17,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
 from deltamerge.apps.search.bisect import MOST, Bisection, bisect
-from deltamerge.apps.search.judge import Walk
+from deltamerge.apps.search.judge import IN_MERGE, StudyJudge, Walk
 from deltamerge.cli.search import verdict
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
@@ -149,6 +149,28 @@ def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys) -> N
             taken.write_text("mine")
         code, out, err = call(capsys, *asked, "--plot", taken)
         assert (code, out, said in err) == (1, "", True)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
+def test_a_model_is_left_out_of_a_merge_of_its_rows(folder: Path, tmp_path: Path, method: str, monkeypatch) -> None:
+    """The inputs that the others' layers have are measured anew, and old measurements in a merge are removed."""
+    recipe = planted(folder, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    rows = {"data": str(folder / "rows.jsonl"), "sequences": 6, "length": 12}
+    models = [one | {"calibration": rows} for one in data["models"][:2]]
+    recipe.write_text(yaml.safe_dump({**data, "merge_method": method, "models": models}))
+    kept: list[int] = []
+    close = StudyJudge.close
+    monkeypatch.setattr(
+        StudyJudge,
+        "close",
+        lambda judge: kept.append(sum(one.function == IN_MERGE for one in judge.known)) or close(judge),
+    )
+    found = found_in(folder, recipe)
+    assert found.notes == ()
+    (b,) = found.models
+    assert (b.name, b.lost) == ("b", pytest.approx(0, abs=1e-5))  # of a alone nothing is lost
+    assert kept == [int(method == "regmean_plus")]
 
 
 def test_a_skill_that_loses_nothing_blames_nothing(folder: Path, tmp_path: Path) -> None:
