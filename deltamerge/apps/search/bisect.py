@@ -42,6 +42,7 @@ SHOWN = 8
 LEAST = 5e-4  # of a distance won: less is no cost
 TOGETHER = 8
 KEPT = 2 * 2**30  # bytes of the merge that stay in memory
+REMADE = "the merge is made of the rows of --rows; without --rows it is made of the recipe's own, as by run"
 GOAL = Goal.model_validate({"measure": AGREEMENT})
 STUDY = Study.model_validate({"together": 1})
 
@@ -68,7 +69,7 @@ class Bisection:
     models    models that were left out of the recipe
     layers    layers whose tensors were exchanged for the skill's own; only layers of the best runs are tried alone
     tensors   tensors of the worst layer
-    notes     trials that were not possible
+    notes     trials that were not possible, and whether the merge is another than a run's
     """
 
     skill: str
@@ -151,6 +152,8 @@ def bisect(
         lost = {name: own[DISTANCE] for name, own in of_merge["search"].items()}
         worst = skill or max(lost, key=lambda name: lost[name])
         search = _Bisection(judge, walk, names[worst], lost[worst])
+        if rows and merge.stages:
+            search.notes.append(REMADE)
         others = [index for index in names.values() if index != names[worst]][:MODELS]
         layers = search.narrow(_layers(merge.places[names[worst]]), MOST - search.passes - TENSORS - len(others))
         tensors: list[Suspect] = []

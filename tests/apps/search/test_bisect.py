@@ -16,7 +16,7 @@ from calls import call
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
-from deltamerge.apps.search.bisect import MOST, Bisection, bisect
+from deltamerge.apps.search.bisect import MOST, REMADE, Bisection, bisect
 from deltamerge.apps.search.judge import IN_MERGE, StudyJudge, Walk
 from deltamerge.cli.search import verdict
 from deltamerge.errors import UsageError
@@ -167,7 +167,9 @@ def test_a_model_is_left_out_of_a_merge_of_its_rows(folder: Path, tmp_path: Path
         lambda judge: kept.append(sum(one.function == IN_MERGE for one in judge.known)) or close(judge),
     )
     found = found_in(folder, recipe)
-    assert found.notes == ()
+    assert found.notes == (REMADE,)
+    assert bisect(read_recipe(recipe), skill="a", options=OPTIONS).notes == ()
+    kept.pop()
     (b,) = found.models
     assert (b.name, b.lost) == ("b", pytest.approx(0, abs=1e-5))  # of a alone nothing is lost
     assert kept == [int(method == "regmean_plus")]
