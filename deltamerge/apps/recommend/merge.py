@@ -259,7 +259,8 @@ def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str
 
 def names_of(models: Sequence[str]) -> list[str]:
     """Return the last part of every model's path, with its number where that is not its own."""
-    last = [one.rstrip("/").rpartition("/")[2] or one for one in models]
+    whole = [os.path.abspath(one) if os.path.basename(one.rstrip("/")) in (".", "..") else one for one in models]
+    last = [one.rstrip("/").rpartition("/")[2] or one for one in whole]
     return [one if last.count(one) == 1 else f"{one}-{i}" for i, one in enumerate(last, 1)]
 
 

@@ -40,6 +40,7 @@ from deltamerge.apps.recommend.merge import (
     MergeCandidate,
     Way,
     best_first,
+    names_of,
     recommend_merge,
     rescue,
     standing,
@@ -523,6 +524,12 @@ def test_a_recipe_elsewhere_names_both_parts_of_an_adapter(tmp_path: Path, monke
     assert seen_from(place, "org/name@main+lo+ra") == "org/name@main+../lo+ra"
     assert seen_from(place, "lo+ra") == "../lo+ra"
     assert seen_from(place, "org/name+org/adapter") == "org/name+org/adapter"
+
+
+def test_a_model_in_the_current_folder_has_the_folder_s_name(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder / "tuned")
+    assert names_of([".", "../other", "./"]) == ["tuned-1", "other", "tuned-3"]
+    assert names_of(["org/name@main", "base+../other"]) == ["name@main", "other"]
 
 
 def test_a_recipe_has_letters_of_any_alphabet() -> None:
