@@ -46,8 +46,14 @@ class AdvisedMerge:
     fit: FoundFit | None = None
 
     def run(self) -> Result:
-        """Make the merge, as `deltamerge run` would. Coefficients are not fitted again."""
-        return run_recipe(read_recipe(self.recipe), self.out, replace(self.options, lock=self._lock()))
+        """Make the merge, as `deltamerge run` would. Coefficients are not fitted again, nor after a run that failed."""
+        lock = self._lock()
+        try:
+            return run_recipe(read_recipe(self.recipe), self.out, replace(self.options, lock=lock))
+        except BaseException:
+            if lock is not None:
+                lock.write_beside(self.recipe.name)
+            raise
 
     def keep_fit(self) -> bool:
         """Write the fit as a lock beside the recipe, for `deltamerge run --locked`. Return whether there is one."""
@@ -98,7 +104,8 @@ def advised_merge(
 
 def _refuse_other(recipe: Path, out: Path) -> None:
     if os.path.lexists(recipe):
-        hint = f"deltamerge run {quote(str(recipe))} --out {quote(str(out))} makes it; --force chooses anew"
+        locked = " --locked" if recipe.with_suffix(".lock").exists() else ""
+        hint = f"deltamerge run {quote(str(recipe))} --out {quote(str(out))}{locked} makes it; --force chooses anew"
         raise OutputError(f"{recipe}: a recipe is there", hint=hint)
     if os.path.lexists(out):
         raise OutputError(f"{out}: is there already", hint="another --out, or --force")

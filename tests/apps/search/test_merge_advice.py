@@ -24,6 +24,7 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 import deltamerge
+from deltamerge.apps.recommend import advised
 from deltamerge.apps.recommend import merge as merge_advice
 from deltamerge.apps.recommend.advised import AdvisedMerge, in_five_lines, rows_in
 from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
@@ -497,6 +498,15 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     assert f"run {made}.yaml --out {made} --locked" in err
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
     assert (code, len(fits)) == (0, 1), err
+    (tmp_path / "made.lock").unlink()
+    with monkeypatch.context() as full:
+        full.setattr(advised, "run_recipe", lambda *given: (_ for _ in ()).throw(OutputError("no space")))
+        code, _, err = call(capsys, *asked, "--out", made, "--force")
+        assert (code, len(fits), "no space" in err) == (1, 2, True)
+    assert (tmp_path / "made.lock").exists()
+    code, _, err = call(capsys, *asked, "--out", made)
+    assert f"{made} --locked makes it" in err
+    fits.pop()
     code, said, err = call(capsys, *asked, "--out", made, "--force", "--json")
     assert (code, len(fits)) == (0, 2), err
     plain, best = json.loads(said)["advice"]["candidates"]
