@@ -426,7 +426,10 @@ class _Adviser:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
             first = min((good[0], *fitted), key=lambda way: fmean(on_held[way].lost.values()))
             if first in fitted:
-                found, good = found | on_held, [first]
+                assert first.fitted is not None
+                start = starts[first.fitted]
+                same = start in on_held and on_held[start].lost == on_held[first].lost  # no factors were better
+                found, good = found | on_held, [start if same else first]
         return found, good
 
 

@@ -549,6 +549,19 @@ def test_a_recipe_has_letters_of_any_alphabet() -> None:
         assert yaml.safe_load(text) == {"model": name}
 
 
+def test_a_fit_that_found_nothing_is_not_recommended(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC, TSV_M))
+    monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
+    monkeypatch.setattr(coefficients, "RATE", 0.0)
+    monkeypatch.setattr(merge_advice, "best_first", lambda judged: sorted(judged, key=lambda way: way.name))
+    asked = [{"data": "calib.jsonl", "sequences": 8, "length": 6}]
+    found = recommend_merge(NAMES[:2], "base", calibration=asked, options=OPTIONS)
+    lost = {one.name: one.lost_mean for one in found.candidates}
+    assert lost["tsv_m, balanced + coefficients by row"] == lost["tsv_m, balanced"] < lost["task_arithmetic"]
+    assert found.method == "tsv_m, balanced"
+
+
 def test_merge_names_its_own_option_for_rows() -> None:
     way, factor, why = without_rows(meeting(), 2, talks=True)
     forecast = of_weights(["a", "b"], meeting(), way.method)
